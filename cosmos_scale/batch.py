@@ -1,0 +1,49 @@
+"""What travels between data, towers and loss. Shape letters are explained in CONTRIBUTING.md."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One rank's share of a training batch; the first global crop and caption feed the cross-modality poolers.
+
+    global_crops: [V_global, B, 3, H, W] float32, normalised.
+    local_crops: [V_local, B, 3, h, w] float32, normalised; V_local may be 0.
+    captions: [K, B, L] int32 token ids, 0 is padding, the largest id of a row is EOT; global captions first.
+    sample_ids: [B] int64, the position of each sample in the merged index of all sources.
+    substituted: [] int64, how many samples of this share replace a damaged one.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    captions: Tensor
+    sample_ids: Tensor
+    substituted: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device; asynchronous where the tensors are pinned."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Features(NamedTuple):
+    """What the student hands to the loss: normalised features of every view and the two log-scales.
+
+    image, image_crossmodal: [V, B, E], global crops first. text, text_crossmodal: [K, B, E], global captions first.
+    logit_scale, distill_logit_scale: [1], natural logarithms.
+    """
+
+    image: Tensor
+    text: Tensor
+    image_crossmodal: Tensor
+    text_crossmodal: Tensor
+    logit_scale: Tensor
+    distill_logit_scale: Tensor
+
+
+class TeacherFeatures(NamedTuple):
+    """What the teacher hands to the loss: image [V_global, B, E] and text [K_global, B, E], normalised, detached."""
+
+    image: Tensor
+    text: Tensor

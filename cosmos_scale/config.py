@@ -1,0 +1,271 @@
+"""The typed configuration of a run: every key, its default, its unit and the rules between keys.
+
+`cosmos_scale.config_file` reads it from YAML (extends, dotted overrides). Keys marked RESUME_MAY_CHANGE may differ
+between a checkpoint and the run that resumes it; every other key belongs to the run's identity.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RESUME_MAY_CHANGE: dict[str, Any] = {"resume_may_change": True}
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Range = tuple[float, float]
+
+
+class Section(BaseModel):
+    """A block of keys; unknown keys are refused and values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VisionConfig(Section):
+    """The image tower (ViT)."""
+
+    image_size: int = Field(224, gt=0, description="side of the global crops in pixels")
+    patch_size: int = Field(16, gt=0)
+    width: int = Field(768, gt=0)
+    layers: int = Field(12, gt=0)
+    head_width: int = Field(64, gt=0)
+
+
+class TextConfig(Section):
+    """The causal text tower."""
+
+    context_length: int = Field(77, gt=2)
+    vocab_size: int = Field(49408, gt=2)
+    width: int = Field(512, gt=0)
+    layers: int = Field(12, gt=0)
+    heads: int = Field(8, gt=0)
+
+
+class ModelConfig(Section):
+    """Both towers and the cross-modality heads."""
+
+    embed_dim: int = Field(512, gt=0)
+    pooler_heads: int = Field(8, gt=0)
+    text_padding: Literal["attend", "mask"] = Field(
+        "attend", description="whether the text pooler's keys include padding (published) or not"
+    )
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+
+
+class JitterConfig(Section):
+    """Colour jitter: each factor is drawn from 1 - x .. 1 + x, the hue shift from -hue .. hue (turns)."""
+
+    probability: Fraction = 0.8
+    brightness: float = Field(0.4, ge=0.0, le=1.0)
+    contrast: float = Field(0.4, ge=0.0, le=1.0)
+    saturation: float = Field(0.2, ge=0.0, le=1.0)
+    hue: float = Field(0.1, ge=0.0, le=0.5)
+
+
+class BlurConfig(Section):
+    """Gaussian blur: radius in pixels, and its probability per kind of view."""
+
+    radius: Range = (0.1, 2.0)
+    first_global: Fraction = 1.0
+    other_globals: Fraction = 0.1
+    local: Fraction = 0.5
+
+
+class ViewsConfig(Section):
+    """The crops of one image; the side of global crops is model.vision.image_size."""
+
+    global_crops: int = Field(2, ge=1)
+    local_crops: int = Field(6, ge=0)
+    local_size: int = Field(96, gt=0, description="side of the local crops in pixels")
+    global_scale: Range = (0.4, 1.0)
+    local_scale: Range = (0.05, 0.4)
+    ratio: Range = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
+    jitter: JitterConfig = JitterConfig()
+    grey: Fraction = 0.2
+    blur: BlurConfig = BlurConfig()
+    solarise: Fraction = Field(0.2, description="second global crop only")
+    solarise_threshold: int = Field(128, ge=0, le=256)
+
+
+CaptionSampling = Literal[
+    "textcrop", "textcrop_pixelprose", "raw", "random", "short", "long", "raw_pixelprose", "random_pixelprose"
+]
+
+
+class CaptionsConfig(Section):
+    """The captions of one sample."""
+
+    count: int = Field(8, ge=1, description="captions per sample, global ones included")
+    global_count: int = Field(2, ge=1)
+    sampling: CaptionSampling = "textcrop"
+    max_sentences: int = Field(5, ge=1, description="most sentences in a global caption")
+
+
+class SourceConfig(Section):
+    """Shards of one dataset, indexed by `cosmos-scale data index` or `data build`."""
+
+    name: str
+    shards: str = Field(description="folder or glob / brace pattern of .tar files", json_schema_extra=RESUME_MAY_CHANGE)
+    index: str | None = Field(
+        None, description="folder of the index files; default: beside the shards", json_schema_extra=RESUME_MAY_CHANGE
+    )
+
+
+class DataConfig(Section):
+    """Where samples come from and how they become views and captions."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    samples: int | None = Field(
+        None, gt=0, description="samples per epoch, to plan a run where the shards are not; else read from the index"
+    )
+    views: ViewsConfig = ViewsConfig()
+    captions: CaptionsConfig = CaptionsConfig()
+    window: int = Field(
+        65536, gt=0, description="samples shuffled together; larger mixes better, smaller reads more sequentially"
+    )
+    last_batch: Literal["drop", "pad"] = Field(
+        "drop", description="an epoch's incomplete last batch: dropped, or filled with the epoch's first samples"
+    )
+    max_damaged: Fraction = Field(
+        0.01,
+        description="share of damaged samples past which training stops",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    max_pixels: int = Field(
+        178_956_970, gt=0, description="larger images count as damaged", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="loader processes per rank; 0 loads in the training process; default: cores / ranks - 1, at most 8",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    prefetch: int = Field(4, ge=1, description="batches ready per worker", json_schema_extra=RESUME_MAY_CHANGE)
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = Field(5e-4, gt=0.0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.5, ge=0.0)
+    warmup_steps: int = Field(2000, ge=0)
+    clip_norm: float | None = Field(None, gt=0.0, description="gradient norm clipping; null: none")
+    gradient_scale: Literal["true", "published"] = Field(
+        "true",
+        description="the gradient of the global loss, or the published 1 / world size of it (not for the scales)",
+    )
+
+
+class EmaConfig(Section):
+    """The teacher as a moving average of the student."""
+
+    momentum: Fraction = 0.99
+    schedule: Literal["fixed", "cosine"] = "fixed"
+    order: Literal["before_step", "after_step"] = Field(
+        "before_step", description="teacher moves from the student before (published) or after (DINO) its update"
+    )
+
+
+class ZeroConfig(Section):
+    """How DeepSpeed shards the student's and the teacher's states."""
+
+    stage: Literal[0, 1] = 1
+
+
+class TrainConfig(Section):
+    """Length and batch of the run."""
+
+    global_batch: int = Field(1024, gt=0, description="samples per step over all ranks")
+    epochs: int = Field(32, gt=0)
+    epoch_steps_multiple: int = Field(
+        1, gt=0, description="an epoch's steps are rounded up to this multiple (published runs: 16, their worker count)"
+    )
+    max_steps: int | None = Field(
+        None,
+        gt=0,
+        description="stop after this step; the schedule keeps its length",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    max_minutes: float | None = Field(
+        None, gt=0.0, description="stop after this wall time of this launch", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    schedule_steps: int | None = Field(
+        None, gt=0, description="length of the schedules; default: epochs x steps per epoch"
+    )
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, and how many stay; they lie under output/checkpoints."""
+
+    every: int = Field(1000, ge=0, description="steps; 0: only at the end", json_schema_extra=RESUME_MAY_CHANGE)
+    keep_last: int = Field(3, ge=1, json_schema_extra=RESUME_MAY_CHANGE)
+    at_start: bool = Field(False, description="also write step 0", json_schema_extra=RESUME_MAY_CHANGE)
+
+
+class RetrievalConfig(Section):
+    """Held-out pairs for image-text retrieval."""
+
+    shards: str = Field(json_schema_extra=RESUME_MAY_CHANGE)
+    index: str | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
+    captions: str = Field(
+        "raw_caption", description="json key of the captions that count as correct", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    max_samples: int | None = Field(None, gt=0, json_schema_extra=RESUME_MAY_CHANGE)
+    batch: int = Field(64, gt=0, description="per rank", json_schema_extra=RESUME_MAY_CHANGE)
+
+
+class EvalConfig(Section):
+    """Evaluation during training."""
+
+    every: int = Field(0, ge=0, description="steps; 0: never", json_schema_extra=RESUME_MAY_CHANGE)
+    retrieval: RetrievalConfig | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    project: str = Field("cosmos-scale", json_schema_extra=RESUME_MAY_CHANGE)
+    mode: Literal["online", "offline"] = Field("online", json_schema_extra=RESUME_MAY_CHANGE)
+
+
+class LogConfig(Section):
+    """What is written down; metrics.jsonl always is."""
+
+    every: int = Field(10, gt=0, description="steps between lines", json_schema_extra=RESUME_MAY_CHANGE)
+    tensorboard: bool = Field(False, json_schema_extra=RESUME_MAY_CHANGE)
+    wandb: WandbConfig | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
+    progress: bool = Field(True, description="progress bar on a terminal", json_schema_extra=RESUME_MAY_CHANGE)
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    name: str = "run"
+    output: Path = Field(Path("runs"), description="the run writes to output/name", json_schema_extra=RESUME_MAY_CHANGE)
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=RESUME_MAY_CHANGE)
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss that is not finite stops the run, or its step is skipped"
+    )
+    resume: str = Field(
+        "auto",
+        description="auto: newest checkpoint of output/name if any; never; or a folder",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    init_from: Path | None = Field(
+        None, description="checkpoint whose weights start a new run", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
