@@ -5,20 +5,14 @@ between a checkpoint and the run that resumes it; every other key belongs to the
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator
 
-RESUME_MAY_CHANGE: dict[str, Any] = {"resume_may_change": True}
+from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, Range, RuleBroken, Section, check_range, refuse
+from cosmos_scale.errors import UserError
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Range = tuple[float, float]
-
-
-class Section(BaseModel):
-    """A block of keys; unknown keys are refused and values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+TOKENIZER_VOCABULARY = 49408  # CLIP's byte-pair vocabulary, start and end tokens included
 
 
 class VisionConfig(Section):
@@ -30,6 +24,12 @@ class VisionConfig(Section):
     layers: int = Field(12, gt=0)
     head_width: int = Field(64, gt=0)
 
+    def _check_rules(self) -> None:
+        if self.width % self.head_width:
+            refuse("width", self.width, f"must be a multiple of head_width ({self.head_width})")
+        if self.image_size % self.patch_size:
+            refuse("image_size", self.image_size, f"must be a multiple of patch_size ({self.patch_size})")
+
 
 class TextConfig(Section):
     """The causal text tower."""
@@ -39,6 +39,10 @@ class TextConfig(Section):
     width: int = Field(512, gt=0)
     layers: int = Field(12, gt=0)
     heads: int = Field(8, gt=0)
+
+    def _check_rules(self) -> None:
+        if self.width % self.heads:
+            refuse("width", self.width, f"must be a multiple of heads ({self.heads})")
 
 
 class ModelConfig(Section):
@@ -51,6 +55,13 @@ class ModelConfig(Section):
     )
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
+
+    def _check_rules(self) -> None:
+        if self.text.width != self.embed_dim:
+            rule = f"must equal model.embed_dim ({self.embed_dim}): the text pooler's queries and keys share one width"
+            refuse("text.width", self.text.width, rule)
+        if self.embed_dim % self.pooler_heads:
+            refuse("embed_dim", self.embed_dim, f"must be a multiple of pooler_heads ({self.pooler_heads})")
 
 
 class JitterConfig(Section):
@@ -71,6 +82,9 @@ class BlurConfig(Section):
     other_globals: Fraction = 0.1
     local: Fraction = 0.5
 
+    def _check_rules(self) -> None:
+        check_range("radius", self.radius, above=0.0)
+
 
 class ViewsConfig(Section):
     """The crops of one image; the side of global crops is model.vision.image_size."""
@@ -88,6 +102,11 @@ class ViewsConfig(Section):
     solarise: Fraction = Field(0.2, description="second global crop only")
     solarise_threshold: int = Field(128, ge=0, le=256)
 
+    def _check_rules(self) -> None:
+        check_range("global_scale", self.global_scale, above=0.0, most=1.0)
+        check_range("local_scale", self.local_scale, above=0.0, most=1.0)
+        check_range("ratio", self.ratio, above=0.0)
+
 
 CaptionSampling = Literal[
     "textcrop", "textcrop_pixelprose", "raw", "random", "short", "long", "raw_pixelprose", "random_pixelprose"
@@ -101,6 +120,10 @@ class CaptionsConfig(Section):
     global_count: int = Field(2, ge=1)
     sampling: CaptionSampling = "textcrop"
     max_sentences: int = Field(5, ge=1, description="most sentences in a global caption")
+
+    def _check_rules(self) -> None:
+        if self.global_count > self.count:
+            refuse("global_count", self.global_count, f"must be at most count ({self.count})")
 
 
 class SourceConfig(Section):
@@ -144,6 +167,12 @@ class DataConfig(Section):
     )
     prefetch: int = Field(4, ge=1, description="batches ready per worker", json_schema_extra=RESUME_MAY_CHANGE)
 
+    def _check_rules(self) -> None:
+        names = [source.name for source in self.sources]
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                refuse(f"sources.{position}.name", name, "must differ from the other sources' names")
+
 
 class OptimizerConfig(Section):
     """AdamW with warm-up and cosine decay."""
@@ -158,6 +187,16 @@ class OptimizerConfig(Section):
         "true",
         description="the gradient of the global loss, or the published 1 / world size of it (not for the scales)",
     )
+
+    @field_validator("gradient_scale", mode="before")
+    @classmethod
+    def _word_true(cls, value: object) -> object:
+        return "true" if value is True else value  # YAML reads a bare `true` as a boolean
+
+    def _check_rules(self) -> None:
+        for position, beta in enumerate(self.betas):
+            if beta >= 1.0:
+                refuse(f"betas.{position}", beta, "must be less than 1")
 
 
 class EmaConfig(Section):
@@ -224,6 +263,10 @@ class EvalConfig(Section):
     every: int = Field(0, ge=0, description="steps; 0: never", json_schema_extra=RESUME_MAY_CHANGE)
     retrieval: RetrievalConfig | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
 
+    def _check_rules(self) -> None:
+        if self.every and self.retrieval is None:
+            refuse("every", self.every, "needs eval.retrieval, the pairs to evaluate on")
+
 
 class WandbConfig(Section):
     """Weights & Biases."""
@@ -269,3 +312,66 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    def _check_rules(self) -> None:
+        views, patch_size = self.data.views, self.model.vision.patch_size
+        if views.local_crops and views.local_size % patch_size:
+            rule = f"must be a multiple of model.vision.patch_size ({patch_size})"
+            refuse("data.views.local_size", views.local_size, rule)
+        if self.data.sources and self.model.text.vocab_size < TOKENIZER_VOCABULARY:
+            rule = f"must be at least {TOKENIZER_VOCABULARY}, the tokenizer's vocabulary"
+            refuse("model.text.vocab_size", self.model.text.vocab_size, rule)
+        if self.train.epoch_steps_multiple > 1 and self.data.last_batch == "drop":
+            rule = f"must be pad where train.epoch_steps_multiple ({self.train.epoch_steps_multiple}) adds steps"
+            refuse("data.last_batch", self.data.last_batch, rule)
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            rule = "must be auto or never beside init_from: a run starts from one checkpoint"
+            refuse("resume", self.resume, rule)
+        if self.train.schedule_steps is not None:
+            self._check_warmup(self.train.schedule_steps)
+        elif self.data.samples is not None:
+            self._check_warmup(self.train.epochs * self._rounded_steps(self.data.samples))
+
+    def _check_warmup(self, total: int) -> None:
+        if self.optimizer.warmup_steps >= total:
+            rule = f"must be less than the schedule's {total} steps"
+            refuse("optimizer.warmup_steps", self.optimizer.warmup_steps, rule)
+
+    def _rounded_steps(self, samples: int) -> int:
+        if self.data.last_batch == "drop":
+            return samples // self.train.global_batch
+        batches, multiple = -(-samples // self.train.global_batch), self.train.epoch_steps_multiple
+        return -(-batches // multiple) * multiple
+
+    def micro_batch(self, world_size: int) -> int:
+        """Return the samples per rank and step; raises UserError where the global batch does not divide evenly."""
+        samples, rest = divmod(self.train.global_batch, world_size)
+        if rest:
+            raise UserError(
+                f"train.global_batch: {self.train.global_batch} must be a multiple of the {world_size} ranks"
+            )
+        return samples
+
+    def steps_per_epoch(self, samples: int) -> int:
+        """Return the steps of one epoch of `samples` samples; raises UserError where there is not even one."""
+        steps = self._rounded_steps(samples)
+        if not steps:
+            raise UserError(
+                f"train.global_batch: {self.train.global_batch} must be at most the epoch's {samples} samples, "
+                "or data.last_batch must be pad"
+            )
+        return steps
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the length of the schedules in steps; raises UserError where the warm-up does not fit in."""
+        total = self.train.schedule_steps or self.train.epochs * steps_per_epoch
+        try:
+            self._check_warmup(total)
+        except RuleBroken as broken:
+            raise UserError(str(broken)) from None
+        return total
+
+    def last_step(self, steps_per_epoch: int) -> int:
+        """Return the number of steps after which the run ends: the schedules' length, or max_steps if that is less."""
+        total = self.total_steps(steps_per_epoch)
+        return total if self.train.max_steps is None else min(total, self.train.max_steps)

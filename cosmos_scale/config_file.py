@@ -1,0 +1,233 @@
+"""Reading a run's YAML into a RunConfig, writing it back, and comparing two of them.
+
+A file may name others under `extends` (a path or a list of paths, relative to the file): their keys come first, its own
+win. Mappings merge key by key, everything else is replaced. Dotted overrides come last: `train.epochs=4`,
+`data.sources.0.shards=/data/cc3m`. Every error is one line that names the file, the dotted key, the value and the rule.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_keys import nearest_key
+from cosmos_scale.config_section import RESUME_MAY_CHANGE, RuleBroken
+from cosmos_scale.errors import UserError
+
+COMMAND_LINE = "command line"
+
+# Which file (or the command line) set a dotted key.
+Origins = dict[str, str]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML with everything it extends, apply `dotted.key=value` overrides, and validate it.
+
+    Raises UserError: a missing or malformed file, an unknown key, a wrong type or value, a broken rule between keys.
+    """
+    tree, origins = _read_with_bases(Path(path), seen=())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; the form is dotted.key=value")
+        _set(tree, key, _parse(text, f"{COMMAND_LINE}: {key}"))
+        _record(origins, key, COMMAND_LINE)
+    try:
+        # Strict, and by way of JSON: YAML's numbers and booleans keep their types (`epochs: true` is no 1), while lists
+        # still become tuples and strings paths.
+        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        _refuse(error.errors(), tree, origins, default=str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the whole config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def changed_on_resume(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return the dotted keys that differ between a checkpoint's config and the resuming run's, and may not."""
+    return list(_changes(old, new, ""))
+
+
+def _changes(old: Any, new: Any, key: str) -> Iterator[str]:
+    if isinstance(old, BaseModel) and isinstance(new, BaseModel):
+        for name, field in type(old).model_fields.items():
+            if field.json_schema_extra == RESUME_MAY_CHANGE:
+                continue
+            yield from _changes(getattr(old, name), getattr(new, name), f"{key}.{name}" if key else name)
+    elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        for position, (old_item, new_item) in enumerate(zip(old, new, strict=True)):
+            if isinstance(old_item, BaseModel):
+                yield from _changes(old_item, new_item, f"{key}.{position}")
+            elif old_item != new_item:
+                yield key
+                return
+    elif old != new:
+        yield key
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: extends: a file extends itself by way of {' -> '.join(map(str, seen))}")
+    if not path.is_file():
+        named_by = f"{seen[-1]}: extends: " if seen else ""
+        raise UserError(f"{named_by}{path}: no such config file")
+    own = _parse(path.read_text(encoding="utf-8"), str(path))
+    if own is None:
+        own = {}
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: holds a {type(own).__name__}; a config is a mapping of keys")
+    bases = own.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: extends: {_short(bases)} must be a path or a list of paths")
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    for base in bases:
+        base_tree, base_origins = _read_with_bases(path.parent / base, (*seen, resolved))
+        _merge(tree, base_tree)
+        origins |= base_origins
+    _merge(tree, own)
+    for key in _dotted_keys(own):
+        _record(origins, key, str(path))
+    return tree, origins
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 5e-4 as a number, dates as plain text, and a key given twice refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}:{line} is not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
+    return _with_text_keys(value, where)
+
+
+def _with_text_keys(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{where}: key {key!r} must be text")
+        return {key: _with_text_keys(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_text_keys(item, where) for item in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise UserError(f"{where}: {_short(value)} must be text, a number, true or false, a list or a mapping")
+
+
+def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        old = into.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value)
+        else:
+            into[key] = value
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    for depth, name in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_list_index(node, name, dotted)]
+        else:
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+        if not isinstance(node, (dict, list)):
+            inner = ".".join(parents[: depth + 1])
+            raise UserError(f"{COMMAND_LINE}: {dotted}: {inner} is {_short(node)} and has no keys below it")
+    if isinstance(node, list):
+        node[_list_index(node, last, dotted)] = value
+    elif isinstance(value, dict) and isinstance(node.get(last), dict):
+        _merge(node[last], value)
+    else:
+        node[last] = value
+
+
+def _list_index(items: list[Any], name: str, dotted: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise UserError(f"{COMMAND_LINE}: {dotted}: {name!r} must be a position in a list of {len(items)}")
+    return int(name)
+
+
+def _dotted_keys(tree: Any, prefix: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return [prefix]
+    return [key for name, value in tree.items() for key in _dotted_keys(value, f"{prefix}.{name}" if prefix else name)]
+
+
+def _record(origins: Origins, key: str, origin: str) -> None:
+    # What lay below a replaced key is gone, and so is where it came from.
+    for older in [older for older in origins if older.startswith(f"{key}.")]:
+        del origins[older]
+    origins[key] = origin
+
+
+def _refuse(errors: list[ErrorDetails], tree: dict[str, Any], origins: Origins, default: str) -> NoReturn:
+    # An unknown key first: it is often the misspelt form of one that is then missed.
+    details = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    location = [str(part) for part in details["loc"]]
+    broken = details.get("ctx", {}).get("error")
+    if isinstance(broken, RuleBroken):
+        key = ".".join([*location, broken.key])
+        text = f"{key}: {_short(broken.value)} {broken.rule}"
+    else:
+        key = ".".join(location)
+        text = f"{key}: {_describe(details, key)}" if key else _describe(details, key)
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    raise UserError(f"{_origin_of(key, tree, origins, default)}: {text}{more}") from None
+
+
+def _describe(details: ErrorDetails, key: str) -> str:
+    if details["type"] == "extra_forbidden":
+        return f"no such key; did you mean {nearest_key(key)}?"
+    if details["type"] == "missing":
+        return "this key is required and missing"
+    return f"{_short(details['input'])} {details['msg'].replace('Input should', 'should')}"
+
+
+def _origin_of(key: str, tree: dict[str, Any], origins: Origins, default: str) -> str:
+    # The key itself, else the closest key around it that a file sets, else any below it.
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        if (origin := origins.get(".".join(parts[:length]))) is not None:
+            return origin
+    below = [origin for older, origin in origins.items() if older.startswith(f"{key}.")]
+    return below[-1] if below else default
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
