@@ -1,0 +1,124 @@
+"""A picture of what the towers see in training: one row a sample, views at their own size, captions beside them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cosmos_scale.data.decode import MEAN, STD, Views
+
+MARGIN, GAP, LINE, LABEL = 20, 8, 18, 18
+CAPTION_WIDTH = 620
+PAPER, RULE, INK, GLOBAL, LOCAL = "#ffffff", "#d9d9de", "#1c1c22", "#9a3412", "#1e5a8a"
+
+Font = ImageFont.FreeTypeFont
+Cell = tuple[str, str, Image.Image]
+
+
+def contact_sheet(samples: Sequence[tuple[Views, list[str]]], path: Path, global_captions: int = 2) -> None:
+    """Write a PNG of all views and captions of some samples; views are shown at their own size, colours undone.
+
+    samples: one (views, captions) a row, as `execute` and `draw_captions` return them. global_captions: how many of the
+    captions are marked as global.
+    """
+    if not samples:
+        raise ValueError("a contact sheet needs at least one sample")
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # DejaVu: more scripts than Pillow's built-in font
+    font = ImageFont.truetype(fonts / "DejaVuSans.ttf", 13)
+    bold = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", 13)
+    rows = [_row(views, captions, global_captions, font, bold) for views, captions in samples]
+
+    width = max(row.width for row in rows) + 2 * MARGIN
+    height = sum(row.height + 2 * MARGIN for row in rows)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for row in rows:
+        sheet.paste(row, (MARGIN, top + MARGIN))
+        top += row.height + 2 * MARGIN
+        draw.line((MARGIN, top, width - MARGIN, top), fill=RULE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG")
+
+
+def to_image(view: Tensor) -> Image.Image:
+    """Undo the normalisation of one view [3, H, W]."""
+    levels = (view.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+    pixels = levels.round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _row(views: Views, captions: list[str], global_captions: int, font: Font, bold: Font) -> Image.Image:
+    global_cells = [(f"global {i}", GLOBAL, to_image(view)) for i, view in enumerate(views.global_crops, start=1)]
+    local_cells = [(f"local {i}", LOCAL, to_image(view)) for i, view in enumerate(views.local_crops, start=1)]
+    blocks = [_grid(global_cells, len(global_cells), font)]
+    if local_cells:
+        # About as many rows of local crops as stand beside one global crop.
+        local_rows = max(1, round(blocks[0].height / (LABEL + local_cells[0][2].height + GAP)))
+        blocks.append(_grid(local_cells, -(-len(local_cells) // local_rows), font))
+    blocks.append(_captions(captions, global_captions, font, bold))
+
+    width = sum(block.width for block in blocks) + 2 * MARGIN * (len(blocks) - 1)
+    row = Image.new("RGB", (width, max(block.height for block in blocks)), PAPER)
+    left = 0
+    for block in blocks:
+        row.paste(block, (left, 0))
+        left += block.width + 2 * MARGIN
+    return row
+
+
+def _grid(cells: list[Cell], columns: int, font: Font) -> Image.Image:
+    """Views in rows of `columns`, each under its label."""
+    view_width, view_height = cells[0][2].size
+    labels = [f"{label} ({view_width} px)" if view_width > 150 else label for label, _, _ in cells]
+    cell_width = max(view_width, *(int(font.getlength(label)) for label in labels)) + GAP
+    cell_height = LABEL + view_height + GAP
+    rows = -(-len(cells) // columns)
+    grid = Image.new("RGB", (columns * cell_width - GAP, rows * cell_height - GAP), PAPER)
+    draw = ImageDraw.Draw(grid)
+    for position, (label, (_, colour, view)) in enumerate(zip(labels, cells, strict=True)):
+        left, top = position % columns * cell_width, position // columns * cell_height
+        draw.text((left, top), label, font=font, fill=colour)
+        grid.paste(view, (left, top + LABEL))
+    return grid
+
+
+def _captions(captions: list[str], global_captions: int, font: Font, bold: Font) -> Image.Image:
+    indent = int(bold.getlength("global 00")) + GAP
+    wrapped = [list(_wrap(caption, font, CAPTION_WIDTH - indent)) or [""] for caption in captions]
+    height = sum(LINE * len(lines) + GAP // 2 for lines in wrapped)
+    block = Image.new("RGB", (CAPTION_WIDTH, max(1, height)), PAPER)
+    draw = ImageDraw.Draw(block)
+    top = 0
+    for position, lines in enumerate(wrapped):
+        if position < global_captions:
+            draw.text((0, top), f"global {position + 1}", font=bold, fill=GLOBAL)
+        else:
+            draw.text((0, top), f"local {position + 1 - global_captions}", font=bold, fill=LOCAL)
+        for line in lines:
+            draw.text((indent, top), line, font=font, fill=INK)
+            top += LINE
+        top += GAP // 2
+    return block
+
+
+def _wrap(text: str, font: Font, width: int) -> Iterator[str]:
+    """Break text into lines of at most `width` pixels, between words where that is possible."""
+    line = ""
+    for word in text.split():
+        joined = f"{line} {word}" if line else word
+        if font.getlength(joined) <= width:
+            line = joined
+            continue
+        if line:
+            yield line
+        while font.getlength(word) > width:
+            cut = next(n for n in range(len(word), 0, -1) if font.getlength(word[:n]) <= width or n == 1)
+            yield word[:cut]
+            word = word[cut:]
+        line = word
+    if line:
+        yield line
