@@ -1,0 +1,85 @@
+"""The loss's collectives: what one rank's rows need of the other ranks, and nothing else.
+
+Five a step, whatever the number of views: one all-gather of the column features, two all-reduces of column statistics,
+one reduce-scatter of the gathered student columns' gradients, one all-reduce of a few scalars. None with one rank.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+class Ranks:
+    """The ranks that share a global batch; rank r holds its samples r*B to (r+1)*B - 1.
+
+    group: None is the default process group, or this process alone where torch.distributed is not initialised.
+    Every method must be called by all ranks, in the same order, with the same shapes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        distributed = group is not None or dist.is_initialized()
+        self.group = group
+        self.rank = dist.get_rank(group) if distributed else 0
+        self.size = dist.get_world_size(group) if distributed else 1
+
+    def gather_columns(self, views: Sequence[Tensor]) -> Tensor:
+        """Gather each view's features of every rank in one all-gather.
+
+        views: T tensors [B, E], in their widest dtype from here on. Returns [T, G, E], samples in rank order.
+        """
+        dtype = views[0].dtype
+        for view in views[1:]:
+            dtype = torch.promote_types(dtype, view.dtype)
+        local_TBE = torch.stack([view.to(dtype) for view in views])
+        if self.size == 1:
+            return local_TBE
+        T, B, E = local_TBE.shape
+        gathered_WTBE = local_TBE.new_empty(self.size, T, B, E)
+        dist.all_gather_single(gathered_WTBE.view(-1), local_TBE.view(-1), group=self.group)
+        return gathered_WTBE.transpose(0, 1).reshape(T, self.size * B, E)
+
+    def combine_columns(self, maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Combine the columns' statistics of all ranks.
+
+        maxima, sums: as many tensors each, of equal shapes: the largest logit and sum(exp(logit - largest)) of every
+        column over this rank's rows. Returns (maximum, sum) pairs over all ranks' rows.
+        """
+        if self.size == 1:
+            return list(zip(maxima, sums, strict=True))
+        shapes = [tensor.shape for tensor in maxima]
+        own_max = _flatten(maxima)
+        all_max = own_max.clone()
+        dist.all_reduce(all_max, dist.ReduceOp.MAX, group=self.group)
+        all_sum = _flatten(sums).mul_(own_max.sub_(all_max).exp_())
+        dist.all_reduce(all_sum, dist.ReduceOp.SUM, group=self.group)
+        return list(zip(_unflatten(all_max, shapes), _unflatten(all_sum, shapes), strict=True))
+
+    def scatter_column_gradients(self, gradients_TGE: Tensor) -> Tensor:
+        """Sum the gradients of gathered columns over ranks and return this rank's own columns' [T, B, E]."""
+        if self.size == 1:
+            return gradients_TGE
+        T, G, E = gradients_TGE.shape
+        B = G // self.size
+        by_rank_WTBE = gradients_TGE.view(T, self.size, B, E).transpose(0, 1).contiguous()
+        own_TBE = gradients_TGE.new_empty(T, B, E)
+        dist.reduce_scatter_single(own_TBE.view(-1), by_rank_WTBE.view(-1), group=self.group)
+        return own_TBE
+
+    def add(self, scalars: Tensor) -> Tensor:
+        """Add a tensor over ranks; the result is the same on all, bit for bit."""
+        if self.size > 1:
+            dist.all_reduce(scalars, dist.ReduceOp.SUM, group=self.group)
+        return scalars
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """One new flat tensor of all elements."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _unflatten(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of a flat tensor in the shapes it was flattened from."""
+    parts = torch.split(flat, [shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
