@@ -1,0 +1,180 @@
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions, shared by all ranks.
+
+Every rank encodes its slice of the gallery, receives the features of all slices, and ranks its own rows. The form of
+the collective is handed in, so that this module knows nothing of process groups.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+RECALL_AT = (1, 5, 10)
+
+EncodeImages = Callable[[Tensor], Tensor]
+"""Images [N, 3, H, W] float32 on the CPU to normalised features [N, E] on any device."""
+EncodeTexts = Callable[[Sequence[str]], Tensor]
+"""Texts to normalised features [N, E] on any device."""
+Gather = Callable[[Tensor], Tensor]
+"""[n, ...] to [W * n, ...] in rank order. Every rank calls it equally often, with tensors of one shape and dtype."""
+
+_ROWS = 1024  # similarities are formed for this many rows at a time: 1024 x 25,000 captions of COCO are 100 MB
+
+
+def one_process(tensor: Tensor) -> Tensor:
+    """The gather of a run without other ranks."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Recall per cut-off as shares of 1: of images that find one of their texts, and of texts that find their image."""
+
+    images: int
+    texts: int
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+
+    @property
+    def chance(self) -> float:
+        """Recall at 1 of a guess, from text to image; from image to text too (an image has texts / images texts)."""
+        return 1 / self.images
+
+    def as_dict(self) -> dict[str, float]:
+        """Flat numbers for JSON: images, texts, chance_R@1, image_to_text_R@1 and so on."""
+        directions = (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
+        recalls = {f"{name}_R@{k}": value for name, recall in directions for k, value in recall.items()}
+        return {"images": self.images, "texts": self.texts, "chance_R@1": self.chance, **recalls}
+
+    def table(self, title: str) -> Table:
+        """A table for people, in percent."""
+        table = Table("", *(f"R@{k}" for k in RECALL_AT), title=title, caption=f"chance R@1: {100 * self.chance:.2f} %")
+        for name, recall in (("image to text", self.image_to_text), ("text to image", self.text_to_image)):
+            table.add_row(name, *(f"{100 * recall[k]:.2f} %" for k in RECALL_AT))
+        return table
+
+
+class GalleryBatch(NamedTuple):
+    """Some images of the gallery with all texts that are correct for each of them.
+
+    images: [N, 3, H, W] float32 on the CPU. texts: N lists. sample_ids: [N] int64, unique in the whole gallery.
+    """
+
+    images: Tensor
+    texts: Sequence[Sequence[str]]
+    sample_ids: Tensor
+
+
+class _Features(NamedTuple):
+    """Features of some images and texts: [N, E] float32, and the sample [N] that each belongs to."""
+
+    image: Tensor
+    image_sample: Tensor
+    text: Tensor
+    text_sample: Tensor
+
+
+@torch.no_grad()
+def evaluate(
+    encode_images: EncodeImages,
+    encode_texts: EncodeTexts,
+    batches: Iterable[GalleryBatch],
+    *,
+    gather: Gather = one_process,
+    device: torch.device | None = None,
+) -> RetrievalResult:
+    """Measure retrieval over a gallery of which `batches` is this rank's slice; every rank returns the same result.
+
+    Slices may differ in length, and some may be empty. The ranking runs on `device` (default: CPU). A wrong candidate
+    that scores the same as the best correct one, or NaN, is ranked before it: a model whose features are all equal, or
+    broken, scores 0.
+    Raises ValueError, on every rank, if the whole gallery has no text.
+    """
+    own = _encode(encode_images, encode_texts, batches, device or torch.device("cpu"))
+    everyone = _gather_features(own, gather)
+    found_2K = torch.stack(
+        [
+            _found(own.image, own.image_sample, everyone.text, everyone.text_sample),
+            _found(own.text, own.text_sample, everyone.image, everyone.image_sample),
+        ]
+    )
+    found_2K = gather(found_2K[None]).sum(0)
+    images, texts = len(everyone.image), len(everyone.text)
+    image_to_text, text_to_image = (found_2K.cpu() / torch.tensor([[images], [texts]])).tolist()
+    return RetrievalResult(
+        images,
+        texts,
+        dict(zip(RECALL_AT, image_to_text, strict=True)),
+        dict(zip(RECALL_AT, text_to_image, strict=True)),
+    )
+
+
+def _encode(
+    encode_images: EncodeImages, encode_texts: EncodeTexts, batches: Iterable[GalleryBatch], device: torch.device
+) -> _Features:
+    """Encode this rank's slice; without any batch the width is 0."""
+    image, image_sample, text, text_sample = [], [], [], []
+    for batch in batches:
+        image.append(encode_images(batch.images))
+        image_sample.append(batch.sample_ids)
+        texts = [text for texts in batch.texts for text in texts]
+        if texts:
+            text.append(encode_texts(texts))
+            text_sample.append(batch.sample_ids.repeat_interleave(torch.tensor([len(texts) for texts in batch.texts])))
+    width = image[0].shape[1] if image else 0
+
+    def joined(parts: list[Tensor], *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.cat(parts).to(device, dtype) if parts else torch.zeros(0, *shape, dtype=dtype, device=device)
+
+    return _Features(
+        joined(image, width, dtype=torch.float32),
+        joined(image_sample, dtype=torch.int64),
+        joined(text, width, dtype=torch.float32),
+        joined(text_sample, dtype=torch.int64),
+    )
+
+
+def _gather_features(own: _Features, gather: Gather) -> _Features:
+    """The features of all ranks. Slices are padded to the longest one, as collectives want equal shapes.
+
+    Raises ValueError, on every rank, if there is no image or no text.
+    """
+    sizes = torch.tensor([[*own.image.shape, len(own.text)]], device=own.image.device)
+    images_W, widths_W, texts_W = gather(sizes).T.tolist()
+    if not any(images_W) or not any(texts_W):
+        raise ValueError("retrieval needs at least one image with a text")
+    width = max(widths_W)
+
+    def from_all(rows: Tensor, lengths_W: list[int]) -> Tensor:
+        padded = rows.new_zeros(max(lengths_W), *((width,) if rows.ndim == 2 else ()))
+        padded[: len(rows)] = rows.reshape(len(rows), *padded.shape[1:])
+        slices = gather(padded).reshape(len(lengths_W), *padded.shape)
+        return torch.cat([piece[:length] for piece, length in zip(slices, lengths_W, strict=True)])
+
+    return _Features(
+        from_all(own.image, images_W),
+        from_all(own.image_sample, images_W),
+        from_all(own.text, texts_W),
+        from_all(own.text_sample, texts_W),
+    )
+
+
+def _found(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sample: Tensor) -> Tensor:
+    """Count the queries whose best correct candidate is among the first k of RECALL_AT: [3] int64.
+
+    query: [Q, E], candidate: [C, E]; a candidate is correct if it belongs to the query's sample. A query without any
+    correct candidate is never found.
+    """
+    found = torch.zeros(len(RECALL_AT), dtype=torch.int64, device=query.device)
+    for first in range(0, len(query), _ROWS):
+        rows = slice(first, first + _ROWS)
+        score_QC = query[rows] @ candidate.T
+        correct_QC = query_sample[rows, None] == candidate_sample
+        best_Q1 = score_QC.masked_fill(~correct_QC, -torch.inf).amax(1, keepdim=True)
+        # "not smaller" instead of "greater or equal": also true of NaN.
+        before_Q = (~(score_QC < best_Q1) & ~correct_QC).sum(1)
+        found += torch.stack([((before_Q < k) & correct_QC.any(1)).sum() for k in RECALL_AT])
+    return found
