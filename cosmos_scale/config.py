@@ -329,19 +329,11 @@ class RunConfig(Section):
             refuse("resume", self.resume, rule)
         if self.train.schedule_steps is not None:
             self._check_warmup(self.train.schedule_steps)
-        elif self.data.samples is not None:
-            self._check_warmup(self.train.epochs * self._rounded_steps(self.data.samples))
 
     def _check_warmup(self, total: int) -> None:
         if self.optimizer.warmup_steps >= total:
             rule = f"must be less than the schedule's {total} steps"
             refuse("optimizer.warmup_steps", self.optimizer.warmup_steps, rule)
-
-    def _rounded_steps(self, samples: int) -> int:
-        if self.data.last_batch == "drop":
-            return samples // self.train.global_batch
-        batches, multiple = -(-samples // self.train.global_batch), self.train.epoch_steps_multiple
-        return -(-batches // multiple) * multiple
 
     def micro_batch(self, world_size: int) -> int:
         """Return the samples per rank and step; raises UserError where the global batch does not divide evenly."""
@@ -351,16 +343,6 @@ class RunConfig(Section):
                 f"train.global_batch: {self.train.global_batch} must be a multiple of the {world_size} ranks"
             )
         return samples
-
-    def steps_per_epoch(self, samples: int) -> int:
-        """Return the steps of one epoch of `samples` samples; raises UserError where there is not even one."""
-        steps = self._rounded_steps(samples)
-        if not steps:
-            raise UserError(
-                f"train.global_batch: {self.train.global_batch} must be at most the epoch's {samples} samples, "
-                "or data.last_batch must be pad"
-            )
-        return steps
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the length of the schedules in steps; raises UserError where the warm-up does not fit in."""
