@@ -1,0 +1,133 @@
+"""The COSMOS model: two towers, and two heads through which each modality's features gather from the other's tokens.
+
+COSMOS: Cross-Modality Self-Distillation for Vision Language Pre-training (CVPR 2025). Student and teacher are the same
+model; the teacher uses its towers only.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cosmos_scale.batch import Batch, Features, TeacherFeatures
+from cosmos_scale.config import ModelConfig
+from cosmos_scale.model.cross_modal import AttentionPooler
+from cosmos_scale.model.text import TextTower, end_of_text
+from cosmos_scale.model.transformer import Linear, empty_parameter
+from cosmos_scale.model.vision import VisionTower
+
+LOG_SCALES = ("logit_scale", "distill_logit_scale")
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+
+
+class CosmosModel(TextTower):
+    """Both towers, the cross-modality heads and the two log-scales; NaN until init_weights or load_state_dict.
+
+    Log-scales are [1] parameters (DeepSpeed cannot hold 0-dim ones) and [] in state dicts, as public files have them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.text, config.embed_dim)
+        self.mask_padding = config.text_padding == "mask"
+        self.visual = VisionTower(config.vision, config.embed_dim, config.pooler_heads)
+        self.image_token_mapping = Linear(config.vision.width, config.embed_dim)
+        self.text_token_mapping = Linear(config.text.width, config.embed_dim)
+        self.text_attn_cross_pool = AttentionPooler(config.embed_dim, config.pooler_heads)
+        self.logit_scale = empty_parameter(1)
+        self.distill_logit_scale = empty_parameter(1)
+        # torch leaves both functions without annotations.
+        self.register_state_dict_post_hook(_scales_to_scalars)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_scales_from_scalars)  # type: ignore[no-untyped-call]
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter: a function of the generator's state alone, on any device and in any dtype."""
+        self.init_text_tower(generator)
+        self.visual.init_weights(generator)
+        for mapping in (self.image_token_mapping, self.text_token_mapping):
+            mapping.init_uniform(mapping.in_features**-0.5, generator)
+        self.text_attn_cross_pool.init_weights(generator)
+        for scale in (self.logit_scale, self.distill_logit_scale):
+            nn.init.constant_(scale, INITIAL_LOG_SCALE)
+
+    def forward(self, batch: Batch) -> Features:
+        """Return the student's features of every view, in the parameters' dtype.
+
+        Image views gather from the first caption's tokens, captions from the first global crop's; the residual adds the
+        raw pooled feature.
+        """
+        samples = batch.captions.shape[1]
+        image_BE, patches_BLD = self.visual(batch.global_crops.flatten(0, 1), tokens_of=samples)
+        if batch.local_crops.shape[0]:
+            local_BE, _ = self.visual(batch.local_crops.flatten(0, 1))
+            image_BE = torch.cat([image_BE, local_BE])
+        text_BE, words_BLD = self.pool_text(batch.captions.flatten(0, 1), tokens_of=samples)
+        image_VBE, text_KBE = image_BE.unflatten(0, (-1, samples)), text_BE.unflatten(0, (-1, samples))
+
+        word_mask = _text_mask(batch.captions[0]) if self.mask_padding else None
+        from_text_VBE = self.text_attn_cross_pool(image_VBE, self.text_token_mapping(words_BLD), word_mask)
+        from_image_KBE = self.visual.attn_cross_pool(text_KBE, self.image_token_mapping(patches_BLD))
+        return Features(
+            image=normalise(image_VBE),
+            text=normalise(text_KBE),
+            image_crossmodal=normalise(image_VBE + from_text_VBE),
+            text_crossmodal=normalise(text_KBE + from_image_KBE),
+            logit_scale=self.logit_scale,
+            distill_logit_scale=self.distill_logit_scale,
+        )
+
+    def teacher_features(self, batch: Batch, n_global: int) -> TeacherFeatures:
+        """Return the teacher's features of the global crops and of the first `n_global` captions; forms no graph."""
+        samples = batch.captions.shape[1]
+        with torch.no_grad():
+            image_BE = self.encode_image(batch.global_crops.flatten(0, 1))
+            text_BE = self.encode_text(batch.captions[:n_global].flatten(0, 1))
+        return TeacherFeatures(image_BE.unflatten(0, (-1, samples)), text_BE.unflatten(0, (-1, samples)))
+
+    def encode_image(self, images_BCHW: Tensor) -> Tensor:
+        """Return the normalised features [B, E] of images [B, 3, H, W] of one size."""
+        pooled_BE, _ = self.visual(images_BCHW)
+        return normalise(pooled_BE)
+
+    def encode_text(self, ids_BL: Tensor) -> Tensor:
+        """Return the normalised features [B, E] of captions, given as token ids [B, L]."""
+        pooled_BE, _ = self.pool_text(ids_BL)
+        return normalise(pooled_BE)
+
+
+def parameter_decays(name: str, parameter: Tensor) -> bool:
+    """Tell whether weight decay applies: to matrices and tables, not to norms, biases, vectors and log-scales."""
+    return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def normalise(features: Tensor) -> Tensor:
+    """Scale the last dimension to length 1, computed in float32 at least: float16 squares would overflow."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return functional.normalize(features.to(dtype), dim=-1).to(features.dtype)
+
+
+def _text_mask(ids_BL: Tensor) -> Tensor:
+    """Return True up to EOT. Ids cannot tell: padding is 0, which is an ordinary token too."""
+    return torch.arange(ids_BL.shape[1], device=ids_BL.device) <= end_of_text(ids_BL)[:, None]
+
+
+def _scales_to_scalars(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    for name in LOG_SCALES:
+        state[prefix + name] = state[prefix + name].reshape(())
+
+
+def _scales_from_scalars(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    for name in LOG_SCALES:
+        scale = state.get(prefix + name)
+        if isinstance(scale, Tensor) and scale.numel() == 1:
+            state[prefix + name] = scale.reshape(1)

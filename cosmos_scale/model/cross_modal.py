@@ -1,0 +1,32 @@
+"""The cross-modality head: features of one modality gather from the tokens of the other."""
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_scale.model.transformer import Attention, LayerNorm
+
+
+class AttentionPooler(nn.Module):
+    """Cross-attention with its own norms: out_proj(MHA(LN_q(queries), LN_k(tokens)))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_q = LayerNorm(width)
+        self.ln_k = LayerNorm(width)
+        self.attn = Attention(width, heads)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Initialise: uniform projections, biases 0."""
+        self.ln_q.init_weights()
+        self.ln_k.init_weights()
+        self.attn.init_uniform(generator)
+
+    def forward(self, queries_VBE: Tensor, tokens_BLE: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Pool a sample's tokens once for each of its views; returns [V, B, E].
+
+        queries: [V, B, E] pooled features, not normalised. tokens: [B, L, E], mapped to the embedding width; their keys
+        and values are projected once for all V queries. mask: [B, L] bool, True where a token may be seen.
+        """
+        queries_BVE = self.ln_q(queries_VBE).transpose(0, 1)
+        pooled_BVE: Tensor = self.attn(queries_BVE, self.ln_k(tokens_BLE), mask=mask_BL)
+        return pooled_BVE.transpose(0, 1)

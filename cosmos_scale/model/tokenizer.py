@@ -1,0 +1,110 @@
+"""OpenCLIP's tokenizer, id for id, with its byte-pair merging in Rust.
+
+Text is cleaned and cut into words by the same Python packages as OpenCLIP's, since a Rust pattern of the same spelling
+follows another Unicode version and cuts thousands of recent letters differently. Words recur, so each is merged once
+and remembered. The vocabulary is the one that the package open-clip-torch brings; nothing of it is imported.
+"""
+
+import gzip
+import html
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import ftfy
+import regex
+import tokenizers
+import torch
+from tokenizers import models, pre_tokenizers
+from torch import Tensor
+
+from cosmos_scale.errors import UserError
+
+START_OF_TEXT, END_OF_TEXT = 49406, 49407
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+# The file holds more merges than the vocabulary takes: 256 bytes, each also at a word's end, the merges, 2 specials.
+MERGES = END_OF_TEXT + 1 - 2 * 256 - 2
+SPECIAL_WORDS = {"<start_of_text>": [START_OF_TEXT], "<end_of_text>": [END_OF_TEXT]}
+WORD = regex.compile(
+    "|".join(SPECIAL_WORDS) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+# Bounds of what a process remembers: about 10 MB of words.
+REMEMBERED_WORDS, REMEMBERED_LENGTH = 65_536, 32
+
+
+class Tokenizer:
+    """Turns captions into rows of ids: start, the text's ids, EOT, zeros.
+
+    Works the same before and after a fork and after pickling (the vocabulary is read again, not sent); uses no threads.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+        self._merge = _word_merger()
+        self._ids = dict(SPECIAL_WORDS)
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int]]:
+        return Tokenizer, (self.context_length,)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return ids [N, L] int32; a longer text keeps its first L - 1 ids, the start included, and EOT."""
+        rows = torch.zeros(len(texts), self.context_length, dtype=torch.int32)
+        for row, text in enumerate(texts):
+            ids = [START_OF_TEXT, *self._encode(text, self.context_length - 2), END_OF_TEXT]
+            rows[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        return rows
+
+    def _encode(self, text: str, most: int) -> list[int]:
+        """Return the first `most` ids of a text."""
+        ids: list[int] = []
+        for match in WORD.finditer(clean(text)):
+            word = match.group()
+            known = self._ids.get(word)
+            if known is None:
+                known = self._merge.encode(word).ids
+                if len(word) <= REMEMBERED_LENGTH:
+                    if len(self._ids) >= REMEMBERED_WORDS:
+                        self._ids = dict(SPECIAL_WORDS)
+                    self._ids[word] = known
+            ids += known
+            if len(ids) >= most:
+                break
+        return ids[:most]
+
+
+def clean(text: str) -> str:
+    """Return text with broken Unicode mended, HTML entities resolved twice, white space collapsed, in lower case."""
+    # Printable ASCII without an entity is what mending and resolving leave alone; they take longer than all the rest.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@lru_cache(maxsize=1)
+def _word_merger() -> tokenizers.Tokenizer:
+    """Build the byte-pair encoder of single words, once a process."""
+    package = find_spec("open_clip")  # finds the folder without running the package, whose import takes seconds
+    if package is None or not package.submodule_search_locations:
+        raise UserError("open-clip-torch: not installed, but its vocabulary is needed: pip install open-clip-torch")
+    path = Path(package.submodule_search_locations[0]) / VOCABULARY_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though the installed open-clip-torch should bring this vocabulary")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a version
+    merges = [(first, second) for first, second in (line.split() for line in lines)]
+    letters = _byte_letters()
+    words = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges)]
+    vocabulary = {word: identity for identity, word in enumerate(words)}
+    merger = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
+    merger.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return merger
+
+
+def _byte_letters() -> list[str]:
+    """Return the letter that stands for each byte, in the order of their ids: GPT-2's byte-level alphabet.
+
+    Visible Latin-1 characters stand for themselves and come first; the other bytes take letters from 256 on.
+    """
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(code) for code in [*visible, *range(256, 512 - len(visible))]]

@@ -1,0 +1,165 @@
+"""The pre-norm transformer that both towers share, and layers that are NaN until their tower initialises them.
+
+NaN makes a forgotten initialisation visible at once, and costs none of the random draws that torch's own layers make.
+Names are OpenCLIP's: they are the names in checkpoints.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cosmos_scale.kernels.attention import attention
+
+
+def empty_parameter(*shape: int) -> nn.Parameter:
+    """Return a parameter of NaN, on the default device."""
+    return nn.Parameter(torch.full(shape, torch.nan))
+
+
+def uniform_(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fill with draws from -bound .. bound.
+
+    They are drawn in float32 on the generator's device, so that one seed gives one model wherever and in whatever
+    dtype the parameter lives.
+    """
+    draws = torch.empty(parameter.shape, device=generator.device).uniform_(-bound, bound, generator=generator)
+    with torch.no_grad():
+        parameter.copy_(draws)
+
+
+def normal_(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with draws from an untruncated normal of mean 0; drawn as in `uniform_`."""
+    draws = torch.empty(parameter.shape, device=generator.device).normal_(0.0, std, generator=generator)
+    with torch.no_grad():
+        parameter.copy_(draws)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without its initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Leave NaN until the owner initialises."""
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, torch.nan)
+
+    def init_uniform(self, bound: float, generator: torch.Generator) -> None:
+        """Draw weight and bias from -bound .. bound."""
+        uniform_(self.weight, bound, generator)
+        uniform_(self.bias, bound, generator)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm (eps 1e-5) without its initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Leave NaN until the owner initialises."""
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, torch.nan)
+
+    def init_weights(self) -> None:
+        """Set weight 1 and bias 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without its initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Leave NaN until the owner initialises."""
+        nn.init.constant_(self.weight, torch.nan)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one stacked [3D, D] projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = empty_parameter(3 * width, width)
+        self.in_proj_bias = empty_parameter(3 * width)
+        self.out_proj = Linear(width, width)
+
+    def init_biases(self) -> None:
+        """Set both biases to 0, as every attention here starts."""
+        nn.init.zeros_(self.in_proj_bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def init_uniform(self, generator: torch.Generator) -> None:
+        """Draw in_proj_weight Xavier-uniform over the stacked matrix, out_proj.weight from +-D^-1/2; biases 0."""
+        width = self.out_proj.in_features
+        uniform_(self.in_proj_weight, (6 / (4 * width)) ** 0.5, generator)
+        uniform_(self.out_proj.weight, width**-0.5, generator)
+        self.init_biases()
+
+    def forward(
+        self, queries_BLD: Tensor, tokens_BSD: Tensor | None = None, *, causal: bool = False, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend from queries to tokens, or to the queries themselves where there are none; returns [B, L, D].
+
+        queries: [B, L, D]. tokens: [B, S, D]. mask: [B, S] bool, True where a token may be seen.
+        """
+        if tokens_BSD is None:
+            qkv = functional.linear(queries_BLD, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = self._split_heads(qkv, 3)
+        else:
+            width = queries_BLD.shape[-1]
+            weight, bias = self.in_proj_weight, self.in_proj_bias
+            (q,) = self._split_heads(functional.linear(queries_BLD, weight[:width], bias[:width]), 1)
+            k, v = self._split_heads(functional.linear(tokens_BSD, weight[width:], bias[width:]), 2)
+        output_BLHD = attention(q, k, v, causal=causal, key_mask_BS=mask)
+        output: Tensor = self.out_proj(output_BLHD.flatten(2))
+        return output
+
+    def _split_heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Cut [B, L, parts D] into `parts` of [B, L, H, D / H]."""
+        return tuple(stacked.unflatten(-1, (parts, self.heads, -1)).unbind(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return [B, L, D]."""
+        output: Tensor = self.c_proj(functional.gelu(self.c_fc(x_BLD)))
+        return output
+
+
+class Block(nn.Module):
+    """A pre-norm residual block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = LayerNorm(width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x_BLD: Tensor, causal: bool) -> Tensor:
+        """Return [B, L, D]."""
+        x_BLD = x_BLD + self.attn(self.ln_1(x_BLD), causal=causal)
+        output: Tensor = x_BLD + self.mlp(self.ln_2(x_BLD))
+        return output
+
+
+class Transformer(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks, typed."""
+        return [block for block in self.resblocks if isinstance(block, Block)]
+
+    def forward(self, x_BLD: Tensor, causal: bool = False) -> Tensor:
+        """Return [B, L, D]."""
+        for block in self.resblocks:
+            x_BLD = block(x_BLD, causal)
+        return x_BLD

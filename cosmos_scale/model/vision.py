@@ -1,0 +1,105 @@
+"""The image tower: a vision transformer that takes crops of any size."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cosmos_scale.config import VisionConfig
+from cosmos_scale.model.cross_modal import AttentionPooler
+from cosmos_scale.model.transformer import LayerNorm, Transformer, empty_parameter, normal_, uniform_
+
+
+class PatchEmbedding(nn.Module):
+    """A bias-free convolution whose stride is its kernel: one matrix product over flattened patches."""
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.weight = empty_parameter(width, 3, patch_size, patch_size)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Return one token per whole patch, row by row: [B, rows x columns, D]; pixels past the last one are unused."""
+        size = self.weight.shape[-1]
+        rows, columns = images_BCHW.shape[2] // size, images_BCHW.shape[3] // size
+        whole = images_BCHW[:, :, : rows * size, : columns * size]
+        patches = whole.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
+        return functional.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1))
+
+
+class VisionTower(nn.Module):
+    """ViT with a class token, learned positions and a norm before and after the blocks."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int, pooler_heads: int) -> None:
+        super().__init__()
+        side = config.image_size // config.patch_size
+        self.conv1 = PatchEmbedding(config.width, config.patch_size)
+        self.class_embedding = empty_parameter(config.width)
+        self.positional_embedding = empty_parameter(1 + side * side, config.width)
+        self.ln_pre = LayerNorm(config.width)
+        self.transformer = Transformer(config.width, config.layers, config.width // config.head_width)
+        self.ln_post = LayerNorm(config.width)
+        self.proj = empty_parameter(config.width, embed_dim)
+        # A state-dict name only: its queries are captions, so CosmosModel calls it.
+        self.attn_cross_pool = AttentionPooler(embed_dim, pooler_heads)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Initialise as OpenCLIP's image tower does."""
+        width = self.class_embedding.shape[0]
+        for parameter in (self.class_embedding, self.positional_embedding, self.proj):
+            normal_(parameter, width**-0.5, generator)
+        uniform_(self.conv1.weight, self.conv1.weight[0].numel() ** -0.5, generator)
+        for block in self.transformer.blocks():
+            block.ln_1.init_weights()
+            block.ln_2.init_weights()
+            block.attn.init_uniform(generator)
+            block.mlp.c_fc.init_uniform(width**-0.5, generator)
+            block.mlp.c_proj.init_uniform((4 * width) ** -0.5, generator)
+        self.ln_pre.init_weights()
+        self.ln_post.init_weights()
+        self.attn_cross_pool.init_weights(generator)
+
+    def forward(self, images_BCHW: Tensor, tokens_of: int = 0) -> tuple[Tensor, Tensor]:
+        """Encode crops of one size.
+
+        images: [B, 3, H, W], normalised; cast to the parameters' dtype. Returns the pooled features [B, E], not
+        normalised, and the patch tokens after ln_post, without the class token, of the first `tokens_of` images:
+        [tokens_of, L, D]. Tokens are normed only where they are asked for.
+        """
+        images_BCHW = images_BCHW.to(self.proj.dtype)
+        patches_BLD = self.conv1(images_BCHW)
+        class_B1D = self.class_embedding.expand(patches_BLD.shape[0], 1, -1)
+        positions_LD = self._positions(images_BCHW.shape[2], images_BCHW.shape[3])
+        x_BLD = self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + positions_LD)
+        x_BLD = self.transformer(x_BLD)
+        pooled_BE = self.ln_post(x_BLD[:, 0]) @ self.proj
+        return pooled_BE, self.ln_post(x_BLD[:tokens_of, 1:])
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Return the position table for crops of height x width pixels: [1 + rows x columns, D]."""
+        table, size = self.positional_embedding, self.conv1.weight.shape[-1]
+        rows, columns = height // size, width // size
+        if height == width and rows * columns == table.shape[0] - 1:
+            return table
+        # Interpolated in float32 at least: a low-precision sum would add noise to every token.
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        matrix = interpolation_matrix(table.shape[0] - 1, rows, columns, dtype, table.device)
+        patches = matrix @ table[1:].to(dtype)
+        return torch.cat([table[:1], patches.to(table.dtype)])
+
+
+@lru_cache(maxsize=64)
+def interpolation_matrix(patches: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the bicubic interpolation of a square position table as a matrix: [rows x columns, patches].
+
+    Bicubic, corners not aligned, no antialias, scale factor (rows + 0.1) / sqrt(patches) as in DINO, whose offset keeps
+    the output size from being rounded down. As a matrix it is computed once, and its gradient is a plain product
+    (torch's bicubic backward is not deterministic on CUDA).
+    """
+    side = round(patches**0.5)
+    # Made outside inference mode, whoever asks first: the cached tensor serves later backward passes.
+    with torch.inference_mode(False), torch.no_grad():
+        impulses = torch.eye(patches, dtype=torch.float64).reshape(1, patches, side, side)
+        scale = ((rows + 0.1) / patches**0.5, (columns + 0.1) / patches**0.5)
+        responses = functional.interpolate(impulses, scale_factor=scale, mode="bicubic", align_corners=False)
+        return responses.flatten(2)[0].T.to(device, dtype).contiguous()
