@@ -1,0 +1,280 @@
+"""The index of shards: how many samples each holds, and where each sample lies.
+
+On disk, in one folder (beside the shards, or elsewhere): `index.json`, one line a shard with its name, samples and
+bytes, which is all that the order needs; and one `.index.npy` a shard, a table of its samples, memory-mapped when a
+sample of that shard is first asked for. So any position of a large data set costs one small file and a page or two.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_scale.config import SourceConfig
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.patterns import list_shards, matcher, on_disk, pattern_root
+from cosmos_scale.data.shards import Entry, Location, Rejected, scan_shard
+from cosmos_scale.errors import UserError
+
+SUMMARY = "index.json"
+REJECTED = "rejected.jsonl"
+FORMAT = "cosmos-scale shard index 1"
+_OPEN_TABLES = 64  # memory-mapped tables kept per process
+
+Table = NDArray[np.void]
+
+
+class IndexReport(NamedTuple):
+    """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off."""
+
+    folder: Path
+    shards: int
+    samples: int
+    rejected: Counter[str]
+    torn: int
+
+    def describe(self) -> str:
+        """Return the report as lines for a terminal."""
+        lines = [f"{self.samples:,} samples in {self.shards:,} shards; index in {self.folder}"]
+        if self.torn:
+            lines.append(f"{self.torn:,} shards break off: samples before the break are kept")
+        lines += [f"{count:,} samples rejected: {reason}" for reason, count in self.rejected.most_common()]
+        if self.torn or self.rejected:
+            lines.append(f"each is named in {self.folder / REJECTED}")
+        return "\n".join(lines)
+
+
+class ShardRow(NamedTuple):
+    """One shard's line of the summary: its name relative to the pattern's root, its samples, its size in bytes."""
+
+    name: str
+    samples: int
+    size: int
+
+
+def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, progress: bool = True) -> IndexReport:
+    """Index the shards of a folder or a glob or brace pattern, without repacking them.
+
+    out: folder of the index; default: the folder of the shards. Shards that it knows already, but not by this pattern,
+    stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
+    Raises: UserError where there is no shard, a shard is compressed or unreadable, or no sample is left.
+    """
+    root = pattern_root(pattern)
+    names = list_shards(pattern)
+    if not names:
+        raise UserError(f"{pattern}: no .tar shards match")
+    folder = root if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [row for row in _other_rows(folder, set(names)) if (root / row.name).exists()]
+    rows: list[ShardRow] = []
+    faults: list[dict[str, str | None]] = []
+    rejected: Counter[str] = Counter()
+    torn = 0
+    results = map_jobs(partial(_index_one, root, folder), names, workers)
+    with progress_bar("indexing shards", len(names), show=progress) as advance:
+        for row, shard_rejected, break_off in results:
+            rows.append(row)
+            rejected.update(_reason_class(fault.reason) for fault in shard_rejected)
+            faults += [{"shard": row.name, "key": fault.key, "reason": fault.reason} for fault in shard_rejected]
+            if break_off is not None:
+                torn += 1
+                faults.append({"shard": row.name, "key": None, "reason": break_off})
+            advance(1)
+    _merge_rejected(folder / REJECTED, set(names), faults)
+    samples = sum(row.samples for row in rows)
+    if samples == 0:
+        raise UserError(f"{pattern}: no usable sample in {len(names)} shards; see {folder / REJECTED}")
+    _write_summary(folder / SUMMARY, sorted([*others, *rows]))
+    return IndexReport(folder, len(rows), samples, rejected, torn)
+
+
+class SourceIndex:
+    """The index of one source: its shards, and the tables of those shards that were asked for."""
+
+    def __init__(self, name: str, root: Path, folder: Path, rows: Sequence[ShardRow]) -> None:
+        self.name = name
+        self.root = root
+        self.folder = folder
+        self.rows = rows
+        self._tables: OrderedDict[int, Table] = OrderedDict()
+
+    def locate(self, shard: int, place: int) -> Location:
+        """Say where the sample at one place of one shard lies.
+
+        Raises: UserError where the shard's table is missing or does not fit the summary.
+        """
+        row = self.rows[shard]
+        key, image_offset, image_size, text_offset, text_size, kind = self._table(shard)[place].item()
+        entry = Entry(key.decode(), image_offset, image_size, text_offset, text_size, kind.decode())
+        return Location(self.name, self.root / row.name, row.size, entry)
+
+    def _table(self, shard: int) -> Table:
+        table = self._tables.get(shard)
+        if table is None:
+            row = self.rows[shard]
+            path = _table_path(self.folder, row.name)
+            try:
+                table = np.load(path, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: index of {row.name} cannot be read; run `cosmos-scale data index`") from error
+            if len(table) != row.samples:
+                raise UserError(
+                    f"{path}: holds {len(table)} samples, but {SUMMARY} says {row.samples}; "
+                    "run `cosmos-scale data index` again"
+                )
+            self._tables[shard] = table
+            if len(self._tables) > _OPEN_TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(shard)
+        return table
+
+
+class MergedIndex:
+    """The samples of all sources, one after the other: sample ids are positions in it.
+
+    shard_samples: [shards] int64, the samples of every shard of every source.
+    """
+
+    def __init__(self, sources: Sequence[SourceIndex]) -> None:
+        self.sources = sources
+        self._shards = [(source, shard) for source in sources for shard in range(len(source.rows))]
+        self.shard_samples = np.array([row.samples for source in sources for row in source.rows], dtype=np.int64)
+        self._ends = np.cumsum(self.shard_samples)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def locate(self, sample: int) -> Location:
+        """Say where a sample lies, by its id.
+
+        Raises: IndexError past the end; UserError where the index of its shard is missing or does not fit.
+        """
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        position = int(np.searchsorted(self._ends, sample, side="right"))
+        source, shard = self._shards[position]
+        return source.locate(shard, sample - int(self._ends[position] - self.shard_samples[position]))
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that the order of the data depends on: the shards' names, sizes and counts."""
+        rows = [[source.name, *row] for source in self.sources for row in source.rows]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def open_index(source: SourceConfig) -> SourceIndex:
+    """Open the index of one source; reads its summary only.
+
+    Raises: UserError where the index is missing or unreadable, has no sample, or lacks shards that the pattern means.
+    """
+    root = pattern_root(source.shards)
+    folder = root if source.index is None else Path(source.index)
+    hint = f"run `cosmos-scale data index '{source.shards}'`" + (f" --out {source.index}`" if source.index else "")
+    names, _ = on_disk(source.shards)
+    if not (folder / SUMMARY).exists():
+        if not names:
+            raise UserError(f"data source {source.name}: no .tar shards match {source.shards}")
+        raise UserError(f"data source {source.name}: no index at {folder / SUMMARY}; {hint}")
+    means = matcher(source.shards, root)
+    rows = [row for row in read_summary(folder / SUMMARY) if means(row.name)]
+    unknown = sorted(set(names) - {row.name for row in rows})
+    if unknown:
+        raise UserError(
+            f"data source {source.name}: {len(unknown)} shards are not in {folder / SUMMARY}, "
+            f"the first is {unknown[0]}; {hint}"
+        )
+    if not any(row.samples for row in rows):
+        raise UserError(f"data source {source.name}: no shard in {folder / SUMMARY} matches {source.shards}")
+    return SourceIndex(source.name, root, folder, rows)
+
+
+def open_merged(sources: Iterable[SourceConfig]) -> MergedIndex:
+    """Open the indexes of all sources as one.
+
+    Raises: UserError where there is no source, and what `open_index` raises.
+    """
+    merged = MergedIndex([open_index(source) for source in sources])
+    if not merged.sources:
+        raise UserError("data.sources is empty; name at least one source of shards")
+    return merged
+
+
+def read_summary(path: Path) -> list[ShardRow]:
+    """Read an index's summary: a row for each shard, in the order that sample ids follow.
+
+    Raises: UserError where it is unreadable or of another format.
+    """
+    try:
+        summary = json.loads(path.read_bytes())
+        if summary["format"] != FORMAT:
+            raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
+        return [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a shard index ({error}); run `cosmos-scale data index` again") from error
+
+
+def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
+    # One line a shard: a million-sample index stays readable, and comparable with diff.
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    _replace(path, f'{{"format": {json.dumps(FORMAT)}, "shards": [\n{lines}\n]}}\n'.encode())
+
+
+def _index_one(root: Path, folder: Path, name: str) -> tuple[ShardRow, list[Rejected], str | None]:
+    """Scan one shard and write its table."""
+    scan = scan_shard(root / name)
+    key_bytes = max((len(entry.key.encode("utf-8", "surrogateescape")) for entry in scan.entries), default=1)
+    columns = [("key", f"S{key_bytes}")]
+    columns += [(field, "<i8") for field in ("image_offset", "image_size", "text_offset", "text_size")]
+    columns += [("text_kind", "S4")]
+    table = np.array(
+        [
+            (entry.key.encode("utf-8", "surrogateescape"), *entry[1:-1], entry.text_kind.encode())
+            for entry in scan.entries
+        ],
+        dtype=columns,
+    )
+    buffer = io.BytesIO()
+    np.save(buffer, table)
+    path = _table_path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, buffer.getvalue())
+    return ShardRow(name, len(table), scan.size), scan.rejected, scan.torn
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial_path = path.with_name(path.name + f".{os.getpid()}.part")
+    partial_path.write_bytes(data)
+    os.replace(partial_path, path)
+
+
+def _table_path(folder: Path, name: str) -> Path:
+    return folder / (name.removesuffix(".tar") + ".index.npy")
+
+
+def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
+    """The rows of an index that stands already, less those about to be made anew."""
+    path = folder / SUMMARY
+    return [row for row in read_summary(path) if row.name not in names] if path.exists() else []
+
+
+def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
+    """Rewrite rejected.jsonl: lines of other shards, and of the pictures that a build refused, stay."""
+    kept = []
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line).get("shard") not in names]
+    lines = kept + [json.dumps(fault) for fault in faults]
+    if lines or path.exists():
+        _replace(path, "".join(line + "\n" for line in lines).encode())
+
+
+def _reason_class(reason: str) -> str:
+    """The part of a reason that samples share: "damaged JPEG: 3 bytes missing" counts as "damaged JPEG"."""
+    return reason.split(": ")[0]

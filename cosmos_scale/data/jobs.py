@@ -1,0 +1,60 @@
+"""Independent pieces of work over worker processes, with a progress bar on a terminal."""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cosmos_scale.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_AHEAD = 4  # jobs in flight per worker: enough that none waits, few enough that results do not pile up
+
+
+def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None) -> Iterator[Result]:
+    """Yield function(job) for each job, in the jobs' order, which is read no further than needed.
+
+    function, jobs and results must be picklable. workers: processes; default the cores; 0 or 1: this process.
+    Raises: what `function` raises; UserError where a worker process is killed.
+    """
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    if workers <= 1:
+        yield from map(function, jobs)
+        return
+    waiting = iter(jobs)
+    with ProcessPoolExecutor(workers) as pool:
+        running: deque[Future[Result]] = deque()
+        try:
+            running.extend(pool.submit(function, job) for job in islice(waiting, _AHEAD * workers))
+            while running:
+                yield running.popleft().result()
+                running.extend(pool.submit(function, job) for job in islice(waiting, 1))
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a worker process was killed (out of memory?); use fewer workers than {workers}"
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+
+
+@contextmanager
+def progress_bar(label: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """Draw a bar on stderr where that is a terminal and `show`; the value given is called with each advance."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    shown = show and sys.stderr.isatty()
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda advance: bar.advance(task, advance)
