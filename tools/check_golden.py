@@ -1,0 +1,237 @@
+"""Compare this model, loss and training with numbers that the published COSMOS implementation computed.
+
+A golden file (safetensors; its form is told in tests/golden/README.md) holds weights, inputs, features, losses and
+gradients; model and batch sizes come from the file. Prints the worst difference of each group; exits with 1 where one
+is past its tolerance, with 2 where a file cannot be used.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cosmos_scale.batch import Batch, Features, TeacherFeatures
+from cosmos_scale.config import ModelConfig, TextConfig, VisionConfig
+from cosmos_scale.errors import UserError
+from cosmos_scale.loss import CosmosLoss, LossOutput
+from cosmos_scale.model.cosmos import CosmosModel
+
+STUDENT_FEATURES = {
+    "image": "image_features",
+    "text": "text_features",
+    "image_crossmodal": "img_crossmodal_features",
+    "text_crossmodal": "txt_crossmodal_features",
+}
+# The published poolers' heads and the image tower's head width are no part of the files: they are always these.
+POOLER_HEADS, VISION_HEAD_WIDTH = 8, 64
+
+
+class Difference(NamedTuple):
+    """How far one tensor of a group is from the file's."""
+
+    name: str
+    value: float
+
+
+class Golden:
+    """A golden file: its sizes and its tensors, read on demand. Raises UserError for what is missing or unreadable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                self._metadata: dict[str, str] = file.metadata() or {}
+                self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a safetensors file: {error}") from error
+
+    def metadata(self, key: str) -> str:
+        """Return one header value."""
+        if key not in self._metadata:
+            raise UserError(f"{self.path}: the header lacks {key!r}: not a golden file")
+        return self._metadata[key]
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor."""
+        if name not in self._tensors:
+            raise UserError(f"{self.path}: tensor {name!r} is missing")
+        return self._tensors[name]
+
+    def state_dict(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with the prefix, under the rest of their names."""
+        return {name[len(prefix) :]: tensor for name, tensor in self._tensors.items() if name.startswith(prefix)}
+
+    def model_config(self) -> ModelConfig:
+        """Return the model's sizes."""
+        try:
+            sizes = json.loads(self.metadata("config"))
+            patch_size = sizes["ps"]
+            return ModelConfig(
+                embed_dim=sizes["ed"],
+                pooler_heads=POOLER_HEADS,
+                vision=VisionConfig(
+                    # A convolution ignores the pixels past the last whole patch.
+                    image_size=int(self.metadata("image_size")) // patch_size * patch_size,
+                    patch_size=patch_size,
+                    width=sizes["vw"],
+                    layers=sizes["vl"],
+                    head_width=VISION_HEAD_WIDTH,
+                ),
+                text=TextConfig(
+                    context_length=self.tensor("student.positional_embedding").shape[0],
+                    vocab_size=sizes["vocab"],
+                    width=sizes["tw"],
+                    layers=sizes["tl"],
+                    heads=sizes["th"],
+                ),
+            )
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"{self.path}: the header's sizes do not make a model: {_one_line(error)}") from error
+
+    def batch(self, step: int) -> Batch:
+        """Return the inputs of a step."""
+        global_crops, captions = self.tensor(f"step{step}.global_crops"), self.tensor(f"step{step}.captions")
+        local_crops = self._tensors.get(f"step{step}.local_crops", global_crops[:0])  # there may be none
+        samples = captions.shape[1]
+        return Batch(global_crops, local_crops, captions, torch.arange(samples), torch.tensor(0))
+
+    def global_captions(self) -> int:
+        """Return how many captions the teacher sees."""
+        return self.tensor("step0.teacher.text_features").shape[0]
+
+    def model(self, prefix: str) -> CosmosModel:
+        """Return a model with the file's weights of that prefix."""
+        model = CosmosModel(self.model_config())
+        try:
+            model.load_state_dict(self.state_dict(prefix), strict=True)
+        except RuntimeError as error:
+            raise UserError(f"{self.path}: {prefix}*: {_one_line(error)}") from error
+        return model
+
+
+def check_features(golden: Golden) -> list[Difference]:
+    """Compare the student's four kinds of features and the teacher's two: largest absolute difference."""
+    features, teacher = _forward(golden.model("student."), golden.model("teacher."), golden)
+    ours = {f"student.{name}": getattr(features, field) for field, name in STUDENT_FEATURES.items()}
+    ours |= {"teacher.image_features": teacher.image, "teacher.text_features": teacher.text}
+    return [_absolute(golden, f"step0.{name}", ours[name], golden.tensor(f"step0.{name}")) for name in ours]
+
+
+def check_losses(golden: Golden) -> list[Difference]:
+    """Compare both losses and their sum: absolute difference."""
+    losses = _losses(*_forward(golden.model("student."), golden.model("teacher."), golden))
+    ours = {"distill_loss": losses.distill, "clip_loss": losses.clip, "total_loss": losses.total}
+    first_step = dict(
+        zip(golden.metadata("trajectory_columns").split(","), golden.tensor("trajectory")[0], strict=True)
+    )
+    missing = ours.keys() - first_step.keys()
+    if missing:
+        raise UserError(f"{golden.path}: trajectory_columns lacks {min(missing)!r}")
+    return [_absolute(golden, name, ours[name].double(), first_step[name]) for name in ours]
+
+
+def check_gradients(golden: Golden) -> list[Difference]:
+    """Compare the gradient of every weight: norm of the difference, relative to the file's norm."""
+    student = golden.model("student.")
+    features, teacher = _forward(student, golden.model("teacher."), golden)
+    torch.autograd.backward(features, _losses(features, teacher).gradients)
+    # Through a state dict, for the shapes that files have; a weight that the loss does not reach has gradient 0.
+    for parameter in student.parameters():
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    ours = student.state_dict()
+    return [_relative(golden, name, ours[name], golden.tensor(f"step0.grad.{name}")) for name in ours]
+
+
+class Group(NamedTuple):
+    """One group of numbers: how to compare it, and the largest difference allowed."""
+
+    check: Callable[[Golden], list[Difference]]
+    tolerance: float
+    measure: str
+
+
+# About 16 times (features, losses) and 30 times (gradients) what repeating the computation in float64 differed by.
+GROUPS = {
+    "features": Group(check_features, 1e-5, "absolute"),
+    "losses": Group(check_losses, 1e-5, "absolute"),
+    "gradients": Group(check_gradients, 1e-4, "relative, norm per tensor"),
+}
+
+
+def check_file(path: Path) -> bool:
+    """Compare every group with one file, print a line for each, and tell whether all are within tolerance."""
+    golden = Golden(path)
+    print(path)
+    within = True
+    for name, group in GROUPS.items():
+        differences = group.check(golden)
+        worst = max(differences, key=lambda difference: difference.value)
+        good = worst.value <= group.tolerance
+        within &= good
+        verdict = "ok" if good else "PAST TOLERANCE"
+        print(f"  {name:10} {worst.value:9.2e} (at most {group.tolerance:.0e}, {group.measure})  {verdict}", end="")
+        print(f"  worst of {len(differences)}: {worst.name}")
+    return within
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check every file named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example:\n  python tools/check_golden.py tests/golden/cosmos_tiny.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a golden file (.safetensors)")
+    files: list[Path] = parser.parse_args(arguments).files
+    try:
+        results = [check_file(file) for file in files]
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if all(results):
+        return 0
+    past = [str(file) for file, within in zip(files, results, strict=True) if not within]
+    print(f"past tolerance: {', '.join(past)}", file=sys.stderr)
+    return 1
+
+
+def _forward(student: CosmosModel, teacher: CosmosModel, golden: Golden) -> tuple[Features, TeacherFeatures]:
+    batch = golden.batch(0)
+    return student(batch), teacher.teacher_features(batch, golden.global_captions())
+
+
+def _losses(features: Features, teacher: TeacherFeatures) -> LossOutput:
+    return CosmosLoss("true", None)(features, teacher)
+
+
+def _absolute(golden: Golden, name: str, ours: Tensor, theirs: Tensor) -> Difference:
+    return Difference(name, _same_shape(golden, name, ours, theirs).abs().max().item())
+
+
+def _relative(golden: Golden, name: str, ours: Tensor, theirs: Tensor) -> Difference:
+    norm = theirs.norm().item()
+    difference = _same_shape(golden, name, ours, theirs).norm().item()
+    return Difference(name, difference / norm if norm else difference)
+
+
+def _same_shape(golden: Golden, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return ours - theirs; NaN counts as infinitely far, so that no comparison lets it pass."""
+    if ours.shape != theirs.shape:
+        raise UserError(f"{golden.path}: {name}: shape {tuple(theirs.shape)} should be {tuple(ours.shape)}")
+    return (ours.detach() - theirs).nan_to_num(nan=torch.inf)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
