@@ -195,7 +195,7 @@ def open_index(source: SourceConfig) -> SourceIndex:
     return SourceIndex(source.name, root, folder, rows)
 
 
-def open_merged(sources: Iterable[SourceConfig]) -> MergedIndex:
+def open_sources(sources: Iterable[SourceConfig]) -> MergedIndex:
     """Open the indexes of all sources as one.
 
     Raises: UserError where there is no source, and what `open_index` raises.

@@ -5,10 +5,10 @@ A sample is one picture (.jpg, .jpeg, .png, .webp) and one text (.json, or .txt,
 members of other extensions (`.mask.png` is one: the extension starts at the first dot) are left alone.
 """
 
-import io
 import json
 import os
 import re
+import sys
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,8 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from PIL import Image
-
+from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.sample import DamagedSample
 from cosmos_scale.errors import UserError
 
@@ -173,11 +172,10 @@ def _picture_fault(file: BinaryIO, member: _Member) -> str | None:
         return "not a JPEG, PNG or WebP picture"
     tail = min(JPEG_TAIL, member.size)
     if kind == "jpeg" and b"\xff\xd9" not in os.pread(descriptor, tail, member.offset + member.size - tail):
-        try:
-            with Image.open(io.BytesIO(os.pread(descriptor, member.size, member.offset))) as picture:
-                picture.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"damaged JPEG: {error}"
+        try:  # no end marker: cut off, or followed by a camera's own data
+            decode_rgbx(os.pread(descriptor, member.size, member.offset), sys.maxsize)
+        except DamagedSample as damage:
+            return f"damaged JPEG: {damage}"
     return None
 
 

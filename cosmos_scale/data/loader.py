@@ -1,0 +1,244 @@
+"""Batches for training: the data order, cut over ranks, read and turned into views and token ids by worker processes.
+
+The global batch of step s is one stretch of the order, and each rank's share a contiguous part of it. So the shares of
+all ranks, one after the other, are the same batch at any world size, and nothing here depends on the number of workers.
+"""
+
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cosmos_scale.batch import Batch
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.captions import draw_captions
+from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.torch_cpu import execute
+from cosmos_scale.data.index import MergedIndex
+from cosmos_scale.data.order import EpochOrder, steps_per_epoch
+from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.data.shards import Location, ShardReader
+from cosmos_scale.errors import UserError
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+MOST_WORKERS = 8  # by default: what lies above is the user's choice
+# A damaged sample's substitute may be damaged too. So many in a row are no accident.
+MOST_SUBSTITUTES = 20
+# The share of damaged samples is taken of at least so many: one damaged picture in the first batch proves nothing.
+FEWEST_JUDGED = 1000
+
+
+class Damage(NamedTuple):
+    """One damaged sample, as it is written to damaged.jsonl."""
+
+    step: int
+    epoch: int
+    sample: int
+    source: str
+    shard: str
+    key: str
+    reason: str
+
+
+class _Loaded(NamedTuple):
+    """What comes out of a worker: a batch, or the text of the UserError that prevented it."""
+
+    batch: Batch | None
+    damages: list[Damage]
+    error: str | None
+
+
+class TrainLoader:
+    """The training batches of one rank.
+
+    tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples are appended to, by all ranks.
+    Raises: UserError where the world size does not divide the batch or an epoch holds no batch.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        index: MergedIndex,
+        tokenizer: Tokenize,
+        rank: int,
+        world_size: int,
+        damaged_log: Path | None = None,
+    ) -> None:
+        self.steps_per_epoch = steps_per_epoch(
+            len(index), config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
+        )
+        self._config = config
+        self._rank = rank
+        self._damaged_log = damaged_log
+        self._workers = default_workers(world_size) if config.data.workers is None else config.data.workers
+        self._dataset = _Steps(config, index, tokenizer, rank, config.micro_batch(world_size), self.steps_per_epoch)
+        self._seen = 0
+        self._damaged = 0
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield this rank's batch of step `start_step` and of every step after it, without end.
+
+        Tensors are on the CPU, pinned where CUDA is available.
+        Raises: UserError where a shard or its index is missing or stale, where more than data.max_damaged of the
+        samples are damaged, or where a worker process dies.
+        """
+        workers = self._workers
+        loader: DataLoader[_Loaded] = DataLoader(
+            self._dataset,
+            sampler=_StepsFrom(start_step),
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=workers,
+            prefetch_factor=self._config.data.prefetch if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            # Forked workers share the index's pages and start at once; they touch neither CUDA nor the process group.
+            multiprocessing_context="fork" if workers else None,
+            generator=torch.Generator(),  # its own: torch's global generator stays as it was
+        )
+        results = iter(loader)
+        while True:
+            try:
+                loaded = next(results)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"rank {self._rank}: a loader process died: {str(error).splitlines()[0]} "
+                    f"If memory ran out, lower data.workers ({workers}) or data.prefetch"
+                ) from error
+            self._note(loaded.damages)
+            if loaded.batch is None:
+                raise UserError(f"rank {self._rank}: {loaded.error}")
+            yield loaded.batch
+
+    def _note(self, damages: list[Damage]) -> None:
+        """Count and log damaged samples; raise UserError where they are too many."""
+        self._seen += self._dataset.micro_batch
+        self._damaged += len(damages)
+        if not damages:
+            return
+        if self._damaged_log is not None:
+            lines = [json.dumps({**damage._asdict(), "rank": self._rank}) + "\n" for damage in damages]
+            self._damaged_log.parent.mkdir(parents=True, exist_ok=True)
+            # One write: ranks that append at the same time do not cut each other's lines.
+            with self._damaged_log.open("ab", buffering=0) as log:
+                log.write("".join(lines).encode())
+        limit = self._config.data.max_damaged
+        if self._damaged > limit * max(self._seen, FEWEST_JUDGED):
+            last = damages[-1]
+            raise UserError(
+                f"rank {self._rank}: {self._damaged} of {self._seen} samples are damaged, more than data.max_damaged "
+                f"{limit:g} allows; the last is {last.key} in {last.shard}: {last.reason}"
+                + (f"; all are in {self._damaged_log}" if self._damaged_log else "")
+            )
+
+
+def default_workers(world_size: int) -> int:
+    """Return the loader processes of each rank where the config leaves them open: this host's cores shared out."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks_here - 1))
+
+
+class _Steps(Dataset[_Loaded]):
+    """Maps a step of the run to this rank's batch of it."""
+
+    def __init__(
+        self, config: RunConfig, index: MergedIndex, tokenizer: Tokenize, rank: int, micro_batch: int, steps: int
+    ) -> None:
+        self.micro_batch = micro_batch
+        self._config = config
+        self._index = index
+        self._tokenizer = tokenizer
+        self._rank = rank
+        self._steps_per_epoch = steps
+        self._order = EpochOrder(index.shard_samples, config.seed, config.data.window)
+        self._reader = ShardReader()
+
+    def __getitem__(self, step: int) -> _Loaded:
+        damages: list[Damage] = []
+        try:
+            return _Loaded(self._batch(step, damages), damages, None)
+        except UserError as error:  # as a value: an exception would reach the training process as a traceback's text
+            return _Loaded(None, damages, str(error))
+
+    def _batch(self, step: int, damages: list[Damage]) -> Batch:
+        config, size = self._config, self.micro_batch
+        views, side = config.data.views, config.model.vision.image_size
+        epoch, epoch_step = divmod(step, self._steps_per_epoch)
+        first = epoch_step * config.train.global_batch + self._rank * size
+        positions = np.arange(first, first + size)
+        samples = self._order.sample_ids(epoch, positions).tolist()
+
+        global_crops = torch.empty(views.global_crops, size, 3, side, side)
+        local_crops = torch.empty(views.local_crops, size, 3, views.local_size, views.local_size)
+        texts: list[list[str]] = []
+        substituted = 0
+        for b, position in enumerate(positions.tolist()):
+            wanted = samples[b]
+            samples[b], made, captions = self._sample(step, epoch, position, wanted, damages)
+            substituted += samples[b] != wanted
+            global_crops[:, b] = made.global_crops
+            local_crops[:, b] = made.local_crops
+            texts.append(captions)
+        # Captions first, samples second: [K, B, L].
+        ids_NL = self._tokenizer([captions[k] for k in range(config.data.captions.count) for captions in texts])
+        return Batch(
+            global_crops,
+            local_crops,
+            ids_NL.view(config.data.captions.count, size, -1),
+            torch.tensor(samples),
+            torch.tensor(substituted),
+        )
+
+    def _sample(
+        self, step: int, epoch: int, position: int, sample: int, damages: list[Damage]
+    ) -> tuple[int, Views, list[str]]:
+        """Make one sample, or where it is damaged its first sound substitute: (its id, views, captions)."""
+        for attempt in range(MOST_SUBSTITUTES + 1):
+            location = self._index.locate(sample)
+            try:
+                return sample, *self._make(SampleKey(self._config.seed, epoch, sample), location)
+            except DamagedSample as damage:
+                place = (location.source, str(location.shard), location.entry.key)
+                damages.append(Damage(step, epoch, sample, *place, str(damage)))
+            sample = self._order.substitute(epoch, position, attempt)
+        last = damages[-1]
+        raise UserError(
+            f"{MOST_SUBSTITUTES + 1} damaged samples in a row; the last is {last.key} in {last.shard}: {last.reason}"
+        )
+
+    def _make(self, key: SampleKey, location: Location) -> tuple[Views, list[str]]:
+        data = self._config.data
+        image_bytes, document = self._reader.read(location)
+        captions = draw_captions(data.captions, document, key)
+        side = self._config.model.vision.image_size
+        return execute(image_bytes, data.views, side, key, data.max_pixels), captions
+
+
+class _StepsFrom(Sampler[int]):
+    """All steps of a run from one on."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self._start)
+
+
+def _as_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
