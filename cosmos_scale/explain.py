@@ -1,0 +1,113 @@
+"""What a run will do, without doing it: `cosmos-scale train --dry-run --world-size N RUN.yaml`."""
+
+from collections.abc import Iterator
+
+import torch
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.index import open_sources
+from cosmos_scale.data.order import steps_per_epoch
+from cosmos_scale.engine.schedule import ema_momentum, learning_rate
+from cosmos_scale.errors import UserError
+from cosmos_scale.model.cosmos import CosmosModel, parameter_decays
+
+
+def explain(config: RunConfig, world_size: int) -> None:
+    """Print the resolved run at a world size: batch, steps, parameters, views, files, and the schedules at a few steps.
+
+    Samples per epoch come from the shards' index, as in training; where the shards are not, from data.samples.
+    Raises UserError: a world size that does not divide the batch, no sample, a warm-up longer than the run.
+    """
+    per_rank = config.micro_batch(world_size)
+    samples, origin = _samples(config)
+    epoch_steps = steps_per_epoch(
+        samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
+    )
+    total, last = config.total_steps(epoch_steps), config.last_step(epoch_steps)
+    print(f"run {config.name}")
+    rows = [
+        ("ranks", f"{world_size:,}; ZeRO stage {config.zero.stage}, {config.precision}, device {config.device}"),
+        ("global batch", f"{config.train.global_batch:,} = {world_size:,} ranks x {per_rank:,}"),
+        ("samples per epoch", f"{samples:,} ({origin})"),
+        ("steps per epoch", f"{epoch_steps:,}"),
+        ("steps of the schedules", f"{total:,}"),
+        ("last step", f"{last:,}" + (" (train.max_steps)" if last < total else "")),
+        *_model_rows(config),
+        *_data_rows(config),
+        *_output_rows(config),
+    ]
+    for name, value in rows:
+        print(f"  {name:<24}{value}")
+    print(f"schedules: momentum {config.ema.schedule}, teacher moves {config.ema.order}")
+    print(f"  {'step':>10}{'learning rate':>16}{'teacher momentum':>19}")
+    for step in _telling_steps(config.optimizer.warmup_steps, total):
+        lr, momentum = learning_rate(step, config.optimizer, total), ema_momentum(step, config.ema, total)
+        print(f"  {step:>10,}{lr:>16.4e}{momentum:>19.6f}")
+
+
+def count_parameters(config: RunConfig) -> dict[bool, tuple[int, int]]:
+    """Return (tensors, parameters) with weight decay (key True) and without (False); no memory is allocated."""
+    with torch.device("meta"):
+        model = CosmosModel(config.model)
+    counts = {True: (0, 0), False: (0, 0)}
+    for name, parameter in model.named_parameters():
+        decays = parameter_decays(name, parameter)
+        tensors, elements = counts[decays]
+        counts[decays] = (tensors + 1, elements + parameter.numel())
+    return counts
+
+
+def _samples(config: RunConfig) -> tuple[int, str]:
+    try:
+        return len(open_sources(config.data.sources)), "index"
+    except UserError as error:
+        if config.data.samples is None:
+            raise
+        return config.data.samples, f"data.samples; {error}"
+
+
+def _model_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    counts = count_parameters(config)
+    tensors, elements = (sum(pair) for pair in zip(*counts.values(), strict=True))
+    yield "parameters", f"{elements:,} in {tensors} tensors, and as many in the teacher"
+    yield (
+        "weight decay",
+        f"{config.optimizer.weight_decay:g} on {_tensors(counts[True])}; none on {_tensors(counts[False])}",
+    )
+    vision, text = config.model.vision, config.model.text
+    yield (
+        "image tower",
+        f"ViT/{vision.patch_size}, {vision.layers} layers, width {vision.width}, {vision.image_size} px",
+    )
+    yield "text tower", f"{text.layers} layers, width {text.width}, {text.context_length} positions"
+
+
+def _data_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for source in config.data.sources:
+        yield f"source {source.name}", source.shards
+    views, captions = config.data.views, config.data.captions
+    image_size = config.model.vision.image_size
+    yield "crops", f"{views.global_crops} x {image_size} px and {views.local_crops} x {views.local_size} px"
+    local = captions.count - captions.global_count
+    yield "captions", f"{captions.global_count} global and {local} local, {captions.sampling}"
+
+
+def _output_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    yield "writes to", str(config.output / config.name)
+    every = f"every {config.checkpoint.every:,} steps and " if config.checkpoint.every else ""
+    yield "checkpoints", f"{every}at the end; the last {config.checkpoint.keep_last} are kept"
+    start = f"weights of {config.init_from}" if config.init_from else "freshly drawn weights"
+    yield "starts from", start if config.resume == "never" else f"resume: {config.resume}, else {start}"
+    if config.eval.retrieval is not None and config.eval.every:
+        yield "evaluates", f"retrieval on {config.eval.retrieval.shards} every {config.eval.every:,} steps"
+    yield "seed", str(config.seed)
+
+
+def _telling_steps(warmup: int, total: int) -> list[int]:
+    """First, end of warm-up, quarters, last."""
+    return sorted({0, max(warmup - 1, 0), warmup, total // 4, total // 2, 3 * total // 4, total - 1})
+
+
+def _tensors(count: tuple[int, int]) -> str:
+    tensors, elements = count
+    return f"{tensors} tensors ({elements:,})"
