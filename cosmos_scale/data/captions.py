@@ -131,7 +131,7 @@ def _choose(pool: list[str], count: int, generator: np.random.Generator) -> list
 
 def _ends_sentence(before: str, mark: str, after: str) -> bool:
     """Whether the mark between `before` and `after` closes a sentence."""
-    if not mark.startswith(".") or not before or not after:
+    if not mark.startswith(".") or not before.strip() or not after.strip():
         return True
     word = before.split()[-1].lstrip(OPENING)
     next_word = after.split()[0].rstrip(",")

@@ -1,12 +1,11 @@
 """Encoded pictures to pixels: 8-bit RGB, EXIF orientation ignored, nothing damaged let through."""
 
 import io
-import warnings
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg  # type: ignore[import-untyped]
-from PIL import Image
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
 from cosmos_scale.data.sample import DamagedSample
 
@@ -48,16 +47,25 @@ def _decode_jpeg(image_bytes: bytes, max_pixels: int) -> Pixels:
 
 
 def _decode_other(image_bytes: bytes, max_pixels: int) -> Pixels:
-    with warnings.catch_warnings():
-        # Our own limit is `max_pixels`; Pillow's warning about large pictures would repeat it in every worker.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image: Image.Image = Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP"))
+    try:
+        image = Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP"))
+    except UnidentifiedImageError:
+        raise DamagedSample("the picture is not a JPEG, PNG or WebP") from None
     _check_size(image.height, image.width, max_pixels)
+    if image.format == "PNG":
+        # Checks every chunk's checksum, which decoding leaves out. It uses the file up: open it again.
+        image.verify()
+        image = Image.open(io.BytesIO(image_bytes))
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion clips it at 255: almost white.
-        values = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(values.astype(np.uint8))
-    return np.asarray(image.convert("RGB").convert("RGBX"))
+        return _rgbx(Image.fromarray((np.asarray(image) // 256).astype(np.uint8)))
+    # A palette goes through RGBA: Pillow warns of its transparency otherwise. Transparent pixels keep their colour.
+    return _rgbx(image.convert("RGBA") if image.mode == "P" else image)
+
+
+def _rgbx(image: Image.Image) -> Pixels:
+    # A copy: Pillow's own memory is read-only, and torch takes no such arrays.
+    return np.array(image.convert("RGB").convert("RGBX"))
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

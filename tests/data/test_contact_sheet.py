@@ -1,0 +1,68 @@
+"""The contact sheet: every view stands in it pixel by pixel, and nothing of a caption is cut off."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosmos_scale.data.contact_sheet import contact_sheet, to_image
+from cosmos_scale.data.decode import MEAN, STD, Views
+
+
+def noise(
+    count: int, side: int, seed: int
+) -> tuple[torch.Tensor, list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]]:
+    """Normalised views of random pixels, and the pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    views = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    return (views - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), list(pixels)
+
+
+def test_normalisation_is_undone_at_every_level() -> None:
+    pixels = np.stack([np.arange(256, dtype=np.uint8).reshape(16, 16)] * 3, axis=-1)
+    normalised = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(
+        STD
+    ).view(3, 1, 1)
+    np.testing.assert_array_equal(np.asarray(to_image(normalised)), pixels)
+
+
+@pytest.mark.parametrize(("global_size", "local_size", "local_crops"), [(224, 96, 6), (64, 24, 5), (40, 40, 0)])
+def test_every_view_is_shown_unscaled(tmp_path: Path, global_size: int, local_size: int, local_crops: int) -> None:
+    samples, all_pixels = [], []
+    for seed in range(3):
+        global_crops, global_pixels = noise(2, global_size, seed)
+        local_crops_tensor, local_pixels = noise(local_crops, local_size, seed + 100)
+        samples.append((Views(global_crops, local_crops_tensor), ["a cat. a dog", "a dog", "a mat"]))
+        all_pixels += global_pixels + local_pixels
+    path = tmp_path / "new folder" / "sheet.png"
+    contact_sheet(samples, path)
+    sheet = np.asarray(Image.open(path))
+    for pixels in all_pixels:
+        side = len(pixels)
+        # Two pixels of noise find the candidates; then the whole view must be there.
+        hits = (sheet[:-1, :-1] == pixels[0, 0]).all(-1) & (sheet[1:, 1:] == pixels[1, 1]).all(-1)
+        places = [sheet[top : top + side, left : left + side] for top, left in np.argwhere(hits)]
+        assert any(np.array_equal(place, pixels) for place in places)
+
+
+def test_captions_are_wrapped_not_cut(tmp_path: Path) -> None:
+    views = Views(noise(2, 32, 0)[0], noise(2, 16, 1)[0])
+    heights, inks = [], []
+    for words in (0, 10, 100):
+        path = tmp_path / f"{words}.png"
+        contact_sheet([(views, ["word " * words, "x" * words, ""])], path)
+        sheet = np.asarray(Image.open(path).convert("L"))
+        captions = sheet[:, 200:]
+        assert (captions[:, -15:] == 255).all(), "text runs over the right margin"
+        heights.append(sheet.shape[0])
+        inks.append(int((255 - captions.astype(np.int64)).sum()))
+    assert heights[0] <= heights[1] < heights[2]
+    # Beyond the labels, ten times the words are ten times the ink; glyphs at other pixel offsets differ by percents.
+    assert inks[2] - inks[0] == pytest.approx(10 * (inks[1] - inks[0]), rel=0.05)
+
+
+def test_no_samples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        contact_sheet([], tmp_path / "sheet.png")

@@ -1,0 +1,264 @@
+"""The CPU decoder against Pillow and torchvision executing the same plan, and what it refuses."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.data.decode import MEAN, STD
+from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
+from cosmos_scale.data.decode.torch_cpu import evaluation_image, execute, execute_view
+from cosmos_scale.data.plan import ViewPlan, plan_views
+from cosmos_scale.data.sample import DamagedSample, SampleKey
+
+MAX_PIXELS = 10_000_000
+# Mean |difference| in grey levels. torch and Pillow round the bicubic's two passes differently (0.02 to 0.05 measured).
+CROP_LEVELS = 0.3
+# Colour is exact, but contrast and hue amplify the crops' difference.
+JITTER_LEVELS = 1.6
+
+PLAIN = ViewsConfig(
+    jitter=JitterConfig(probability=0), grey=0, solarise=0, blur=BlurConfig(first_global=0, other_globals=0, local=0)
+)
+KEYS = [SampleKey(1, 0, sample) for sample in range(12)]
+
+
+def photo(height: int = 200, width: int = 320, seed: int = 0) -> Image.Image:
+    """A coloured picture with a photo's 1/f spectrum, a few hard edges and some sensor noise."""
+    generator = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / max(height, width)
+    spectrum = np.fft.rfft2(generator.normal(size=(3, height, width))) / frequency
+    channels = np.fft.irfft2(spectrum, s=(height, width))
+    channels = channels[0] + 0.6 * channels  # mostly shared brightness, some colour
+    levels = 128 + 60 * channels / channels.std()
+    for _ in range(6):
+        top, left = generator.integers(0, height), generator.integers(0, width)
+        levels[:, top : top + height // 4, left : left + width // 4] = generator.integers(0, 256, (3, 1, 1))
+    levels += generator.normal(scale=2, size=levels.shape)
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+
+def encoded(image: Image.Image, file_format: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+JPEG = encoded(photo(), quality=90)
+
+
+def reference_view(image: Image.Image, plan: ViewPlan, view: int) -> Image.Image:
+    """The plan as torchvision and Pillow execute it on PIL images."""
+    top, left, height, width = plan.boxes[view].tolist()
+    side = int(plan.sides[view])
+    image = TF.resized_crop(image, top, left, height, width, [side, side], InterpolationMode.BICUBIC)
+    if plan.flip[view]:
+        image = TF.hflip(image)
+    operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    if (plan.jitter_factors[view] != (1, 1, 1, 0)).any():
+        for operation in plan.jitter_order[view]:
+            image = operations[operation](image, float(plan.jitter_factors[view, operation]))
+    if plan.grey[view]:
+        image = TF.to_grayscale(image, 3)
+    if plan.blur_radius[view]:
+        image = image.filter(ImageFilter.GaussianBlur(float(plan.blur_radius[view])))
+    if plan.solarise[view] < 256:
+        image = ImageOps.solarize(image, int(plan.solarise[view]))
+    return image
+
+
+def levels(normalised: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Undo the normalisation: [3, H, W] to [H, W, 3] in 0..255, float64."""
+    values = normalised.double().permute(1, 2, 0) * torch.tensor(STD).double() + torch.tensor(MEAN).double()
+    result: np.ndarray[Any, np.dtype[np.float64]] = values.numpy() * 255
+    return result
+
+
+def mean_difference(first: Any, second: Any) -> float:
+    return float(np.abs(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)).mean())
+
+
+@pytest.mark.parametrize("size", [(200, 320), (500, 375), (64, 48)])
+@pytest.mark.parametrize(("views", "limit"), [(PLAIN, CROP_LEVELS), (ViewsConfig(), JITTER_LEVELS)])
+def test_views_equal_torchvisions(views: ViewsConfig, limit: float, size: tuple[int, int]) -> None:
+    jpeg = encoded(photo(*size), quality=92)
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    for key in KEYS:
+        plan = plan_views(views, 224, key, *size)
+        crops = execute(jpeg, views, 224, key, MAX_PIXELS)
+        assert crops.global_crops.shape == (2, 3, 224, 224)
+        assert crops.local_crops.shape == (6, 3, 96, 96)
+        for view, crop in enumerate([*crops.global_crops, *crops.local_crops]):
+            assert mean_difference(levels(crop), reference_view(image, plan, view)) <= limit, (key, view)
+
+
+def test_colour_is_exact() -> None:
+    """Where the resize has nothing to do, every operation in every order equals Pillow's bit for bit."""
+    image = photo(96, 96)
+    picture: Pixels = np.array(image.convert("RGBX"))
+    views = ViewsConfig(global_crops=2, local_crops=2, local_size=96, solarise=1.0)
+    seen = set()
+    for sample in range(60):
+        plan = plan_views(views, 96, SampleKey(0, 0, sample), 96, 96)
+        plan.boxes[:] = (0, 0, 96, 96)
+        for view in range(4):
+            seen.add(tuple(plan.jitter_order[view]))
+            np.testing.assert_array_equal(
+                execute_view(picture, plan, view), np.asarray(reference_view(image, plan, view))
+            )
+    assert len(seen) == 24
+
+
+FACTORS = (0.0, 0.3, 0.6, 0.999, 1.0, 1.001, 1.4, 2.0)
+TURNS = (-0.5, -0.1, -0.003, 0.0, 0.003, 0.1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("operation", "factor"), [(o, f) for o in range(3) for f in FACTORS] + [(3, turn) for turn in TURNS]
+)
+def test_each_jitter_operation_is_exact(operation: int, factor: float) -> None:
+    image = photo(64, 64, seed=3)
+    plan = plan_views(PLAIN, 64, SampleKey(0, 0, 0), 64, 64)
+    plan.boxes[0] = (0, 0, 64, 64)
+    plan.flip[0] = False
+    plan.jitter_factors[0, operation] = factor
+    apply = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)[operation]
+    # A neutral factor is skipped: torchvision leaves a switched-off operation out too, hue's 8-bit HSV included.
+    neutral = factor == (1, 1, 1, 0)[operation]
+    expected = image if neutral else apply(image, factor)
+    np.testing.assert_array_equal(execute_view(np.array(image.convert("RGBX")), plan, 0), np.asarray(expected))
+
+
+def test_same_key_same_bits() -> None:
+    first = execute(JPEG, ViewsConfig(), 224, KEYS[0], MAX_PIXELS)
+    again = execute(JPEG, ViewsConfig(), 224, KEYS[0], MAX_PIXELS)
+    other = execute(JPEG, ViewsConfig(), 224, KEYS[1], MAX_PIXELS)
+    for one, same, different in zip(first, again, other, strict=True):
+        assert one.dtype == torch.float32
+        assert one.is_contiguous()
+        assert torch.equal(one, same)
+        assert not torch.equal(one, different)
+
+
+def test_other_sizes_and_counts() -> None:
+    views = ViewsConfig(global_crops=3, local_crops=0, local_size=32)
+    crops = execute(JPEG, views, 64, KEYS[0], MAX_PIXELS)
+    assert crops.global_crops.shape == (3, 3, 64, 64)
+    assert crops.local_crops.shape == (0, 3, 32, 32)
+    one_pixel = execute(encoded(Image.new("RGB", (1, 1), "#ff8000"), "PNG"), PLAIN, 8, KEYS[0], MAX_PIXELS)
+    # Exact but for the float32 of the normalisation.
+    np.testing.assert_allclose(levels(one_pixel.local_crops[0]), np.broadcast_to([255, 128, 0], (96, 96, 3)), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(200, 320), (333, 224), (224, 224), (100, 57), (1000, 30)])
+def test_evaluation_image_equals_torchvisions(size: tuple[int, int]) -> None:
+    jpeg = encoded(photo(*size), quality=92)
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    expected = CenterCrop(224)(Resize(224, InterpolationMode.BICUBIC)(image))
+    ours = evaluation_image(jpeg, 224, MAX_PIXELS)
+    assert ours.shape == (3, 224, 224)
+    assert mean_difference(levels(ours), expected) <= CROP_LEVELS
+
+
+FORMATS: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: JPEG,
+    "progressive": lambda: encoded(photo(), progressive=True),
+    "jpeg 4:4:4": lambda: encoded(photo(), subsampling=0),
+    "jpeg 4:2:2": lambda: encoded(photo(), subsampling=1),
+    "grey jpeg": lambda: encoded(photo().convert("L")),
+    "cmyk jpeg": lambda: encoded(photo().convert("CMYK")),
+    "png": lambda: encoded(photo(), "PNG"),
+    "palette png": lambda: encoded(photo().convert("P"), "PNG", transparency=0),
+    "grey png": lambda: encoded(photo().convert("L"), "PNG"),
+    "one-bit png": lambda: encoded(photo().convert("1"), "PNG"),
+    "transparent png": lambda: encoded(photo().convert("RGBA"), "PNG"),
+    "grey transparent png": lambda: encoded(photo().convert("LA"), "PNG"),
+    "webp": lambda: encoded(photo(), "WEBP"),
+    "lossless webp": lambda: encoded(photo(), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_decodes_as_pillow_does(name: str) -> None:
+    data = FORMATS[name]()
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA").convert("RGB"))
+    np.testing.assert_array_equal(decode_rgbx(data, MAX_PIXELS)[..., :3], expected)
+
+
+def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = decode_rgbx(encoded(Image.fromarray(values), "PNG"), MAX_PIXELS)
+    np.testing.assert_array_equal(pixels[..., :3], np.stack([values >> 8] * 3, axis=-1))
+
+
+def test_exif_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to view"
+    np.testing.assert_array_equal(
+        decode_rgbx(encoded(photo(), quality=90, exif=exif), MAX_PIXELS), decode_rgbx(JPEG, MAX_PIXELS)
+    )
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.98])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_truncated_picture_is_damaged(name: str, share: float) -> None:
+    data = FORMATS[name]()
+    with pytest.raises(DamagedSample, match="the picture"):
+        execute(data[: int(len(data) * share)], PLAIN, 32, KEYS[0], MAX_PIXELS)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "progressive", "grey jpeg", "cmyk jpeg"])
+def test_a_jpeg_cut_short_and_closed_is_damaged(name: str) -> None:
+    """Pillow decodes these without a word, grey from the cut on."""
+    data = FORMATS[name]()
+    closed = data[: len(data) * 2 // 3] + b"\xff\xd9"
+    Image.open(io.BytesIO(closed)).load()
+    with pytest.raises(DamagedSample, match="does not decode"):
+        decode_rgbx(closed, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("name", ["png", "grey png", "transparent png", "palette png"])
+def test_every_flipped_bit_of_a_png_is_found(name: str) -> None:
+    data = FORMATS[name]()
+    generator = np.random.default_rng(0)
+    for position in generator.integers(8, len(data) - 12, 25):
+        broken = bytearray(data)
+        broken[position] ^= 1 << int(generator.integers(8))
+        with pytest.raises(DamagedSample):
+            decode_rgbx(bytes(broken), MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello, this is no picture", "not a JPEG, PNG or WebP"),
+        (encoded(photo(), "GIF"), "not a JPEG, PNG or WebP"),
+        (b"\xff\xd8\xff\xe0" + bytes(100), "does not decode"),
+        (JPEG[:300] + bytes(200) + JPEG[500:], "does not decode"),
+    ],
+)
+def test_what_is_no_picture_is_damaged(data: bytes, reason: str) -> None:
+    for decode in (
+        lambda: execute(data, ViewsConfig(), 224, KEYS[0], MAX_PIXELS),
+        lambda: evaluation_image(data, 224, MAX_PIXELS),
+    ):
+        with pytest.raises(DamagedSample, match=reason):
+            decode()
+
+
+@pytest.mark.parametrize("name", ["jpeg", "cmyk jpeg", "png", "webp"])
+def test_pictures_with_too_many_pixels_are_damaged(name: str) -> None:
+    data = FORMATS[name]()
+    assert decode_rgbx(data, 200 * 320).shape == (200, 320, 4)
+    # All but WebP (whose size Pillow reads last) are cut off behind the header: they are refused before decoding.
+    start = data if name == "webp" else data[:-1000]
+    with pytest.raises(DamagedSample, match="320 x 200 pixels, more than max_pixels 63999"):
+        decode_rgbx(start, 200 * 320 - 1)
