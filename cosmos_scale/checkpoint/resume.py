@@ -1,0 +1,46 @@
+"""Which checkpoint a run starts from, and whether its configuration may go on from there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmos_scale.checkpoint.state import RunState, find_checkpoint, newest, read_state
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_file import changed_on_resume
+from cosmos_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at `state` of `checkpoint`, or at step 0 where both are None."""
+
+    checkpoint: Path | None
+    state: RunState | None
+
+
+def find_start(config: RunConfig, root: Path, data: str) -> Start:
+    """Decide by `resume` and the checkpoints under root; data is the digest of the run's index.
+
+    Raises UserError where `resume: never` would mix two runs, where no checkpoint is at the place named, or where keys
+    or the data differ that may not.
+    """
+    if config.resume == "never":
+        found = newest(root)
+        if found is not None:
+            raise UserError(f"resume: 'never', but {found} exists; rule: choose another name or output, or remove it")
+        return Start(None, None)
+    folder = newest(root) if config.resume == "auto" else find_checkpoint(Path(config.resume))
+    if folder is None:
+        return Start(None, None)
+    state = read_state(folder)
+    changed = changed_on_resume(RunConfig.model_validate(state.config), config)
+    if changed:
+        raise UserError(
+            f"resume from {folder}: {', '.join(changed)} differ from its run; rule: only paths, workers, logging and "
+            "limits may change (start anew from its weights with init_from)"
+        )
+    if state.data != data:
+        raise UserError(
+            f"resume from {folder}: the shards of data.sources are not those of its run (index digest {state.data}, "
+            f"now {data}); rule: the order of samples must stay (start anew from its weights with init_from)"
+        )
+    return Start(folder, state)

@@ -1,0 +1,125 @@
+"""Start and stop of the process group, and the few collectives of the training loop."""
+
+import contextlib
+import io
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cosmos_scale.engine.comm_build import add_interpreter_folder_to_path
+from cosmos_scale.errors import UserError
+
+Value = TypeVar("Value")
+
+# Newer torch (2.14) warns of the name by which older torch knows it.
+all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. control: a CPU group for small host-side messages."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+
+def start_ranks(device: str) -> Ranks:
+    """Join the process group named by the launcher's environment, or make a group of one.
+
+    device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    # DeepSpeed probes for an accelerator otherwise and warns when it finds none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    # It warns on machines with a CUDA toolkit and no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    add_interpreter_folder_to_path()
+    import deepspeed  # here, since it takes seconds and --help should not
+
+    # It warns that it has not tried our optimizer itself; our tests have.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports on its communication library at every start
+        deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one machine share its cores; torch would give all of them to each.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    control = dist.new_group(backend="gloo")
+    assert isinstance(control, dist.ProcessGroup), "every rank is a member"
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
+        control=control,
+    )
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def raise_together(ranks: Ranks, error: UserError | None) -> None:
+    """Raise the lowest failing rank's error on every rank; returns when no rank has one. Collective."""
+    text = None if error is None else f"{error} (rank {ranks.rank})" if ranks.world_size > 1 else str(error)
+    failed = next((text for text in from_all(text, ranks) if text is not None), None)
+    if failed is not None:
+        raise UserError(failed)
+
+
+class PendingMaxima:
+    """An element-wise maximum over ranks under way: started now, read when the numbers are needed."""
+
+    def __init__(self, ranks: Ranks, values: Sequence[float]) -> None:
+        self._values = torch.tensor(values, dtype=torch.float64)
+        self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=ranks.control, async_op=True)
+
+    def wait(self) -> list[float]:
+        """The maxima, in the order given."""
+        assert self._work is not None
+        self._work.wait()
+        maxima: list[float] = self._values.tolist()
+        return maxima
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """[n, ...] of one shape on all ranks, on the group's device, to [W n, ...] in rank order. Collective."""
+    pieces = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, tensor.contiguous())
+    return torch.cat(pieces)
+
+
+def from_all(value: Value, ranks: Ranks) -> list[Value]:
+    """Every rank's value on every rank, by rank; they are pickled. Collective."""
+    values = [value] * ranks.world_size
+    dist.all_gather_object(values, value, group=ranks.control)
+    return values
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

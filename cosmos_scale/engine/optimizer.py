@@ -1,0 +1,123 @@
+"""The optimizer handed to DeepSpeed: AdamW, the teacher's moving average and the clamp of the scales in one step."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_scale.config import EmaConfig, OptimizerConfig
+from cosmos_scale.kernels import adamw_ema
+from cosmos_scale.model.cosmos import parameter_decays
+
+SCALE_RANGE = (0.0, math.log(100.0))
+
+
+class AdamWEma(torch.optim.Optimizer):
+    """AdamW whose state also holds the fp32 moving average of each parameter (key "ema").
+
+    DeepSpeed replaces the parameters of the groups by the fp32 tensors it owns (at stage 1 one flat shard a group), so
+    the average is sharded as the masters are and its update issues no collective. A group with "clamp" keeps its
+    parameters in that range after each update, on the masters, before DeepSpeed copies them out.
+    `begin_step` says what the next `step` does; DeepSpeed calls `step` once, or once for each group.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        order: Literal["before_step", "after_step"],
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "clamp": None})
+        self.betas = betas
+        self.eps = eps
+        self.order = order
+        self._momentum = 1.0
+        self._skip: Tensor | None = None
+        self._squared_norms: list[Tensor] = []
+
+    def begin_step(self, *, lr: float, momentum: float, skip: Tensor) -> None:
+        """Set the learning rate, the average's momentum and the skip flag ([] float32, 0 or 1) of the next update."""
+        for group in self.param_groups:
+            group["lr"] = lr
+        self._momentum = momentum
+        self._skip = skip
+        self._squared_norms = []
+
+    def initialise(self, parameter: Tensor) -> dict[str, Any]:
+        """Give a parameter its zero moments and an average equal to it; returns its state."""
+        state: dict[str, Any] = self.state[parameter]
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        state["ema"] = parameter.detach().clone()
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the groups in place from their gradients; parameters without one count as having a zero gradient."""
+        assert closure is None, "DeepSpeed calls step without a closure"
+        if self._skip is None:  # at stage 0 DeepSpeed's low-precision wrapper makes a trial step with zero gradients
+            return
+        for group in self.param_groups:
+            parameters = group["params"]
+            gradients = [
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters
+            ]
+            states = [self.state[parameter] for parameter in parameters]
+            self._squared_norms.extend(norm.square() for norm in torch._foreach_norm(gradients))
+            adamw_ema.adamw_ema_(
+                [parameter.detach() for parameter in parameters],
+                gradients,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["ema"] for state in states],
+                [state["step"] for state in states],
+                lr=group["lr"],
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=group["weight_decay"],
+                momentum=self._momentum,
+                average_first=self.order == "before_step",
+                skip=self._skip,
+            )
+            self._clamp(group)
+
+    @torch.no_grad()
+    def advance_without_update(self) -> None:
+        """Move averages and clamp where the loss scaler dropped the update: only the AdamW update is lost."""
+        assert self._skip is not None, "begin_step comes first"
+        for group in self.param_groups:
+            parameters = [parameter.detach() for parameter in group["params"]]
+            averages = [self.state[parameter]["ema"] for parameter in group["params"]]
+            adamw_ema.average_(averages, parameters, self._momentum, self._skip)
+            self._clamp(group)
+
+    def squared_gradient_norm(self) -> Tensor:
+        """[] float32: sum of squares of the gradients that the last update was handed on this rank."""
+        return torch.stack(self._squared_norms).sum()
+
+    def _clamp(self, group: dict[str, Any]) -> None:
+        # The averages stay in range by themselves: they are convex mixtures of clamped values.
+        if group["clamp"] is not None:
+            adamw_ema.clamp_([parameter.detach() for parameter in group["params"]], *group["clamp"])
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerConfig, ema: EmaConfig
+) -> AdamWEma:
+    """Group named parameters into decayed, not decayed and the clamped log-scales, in their order."""
+    named = list(parameters)
+    scales = [parameter for name, parameter in named if name.endswith("logit_scale")]
+    towers = [(name, parameter) for name, parameter in named if not name.endswith("logit_scale")]
+    decayed = [parameter for name, parameter in towers if parameter_decays(name, parameter)]
+    plain = [parameter for name, parameter in towers if not parameter_decays(name, parameter)]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": optimizer.weight_decay},
+        {"params": plain},
+        {"params": scales, "clamp": SCALE_RANGE},
+    ]
+    return AdamWEma(groups, betas=optimizer.betas, eps=optimizer.eps, order=ema.order)

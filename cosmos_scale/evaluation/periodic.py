@@ -1,0 +1,82 @@
+"""Retrieval during training: the gallery opened once, student and teacher measured whenever it is asked for."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cosmos_scale.config import RunConfig, SourceConfig
+from cosmos_scale.data.gallery import gallery_batches
+from cosmos_scale.data.index import open_sources
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.retrieval import GalleryBatch, Gather, RetrievalResult, evaluate
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.tokenizer import Tokenizer
+
+
+class PeriodicRetrieval:
+    """Measures models on the run's held-out pairs, every rank on its slice."""
+
+    def __init__(
+        self, config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        """Open the gallery; raises UserError where it has no index."""
+        assert config.eval.retrieval is not None
+        self.config = config.eval.retrieval
+        self.image_size = config.model.vision.image_size
+        self.tokenizer = tokenizer
+        self.rank, self.world_size, self.device = rank, world_size, device
+        source = SourceConfig(name="eval.retrieval", shards=self.config.shards, index=self.config.index)
+        self.index = open_sources([source])
+
+    def run(
+        self, models: Mapping[str, CosmosModel], gather: Gather
+    ) -> tuple[dict[str, RetrievalResult], UserError | None]:
+        """Results by model, and this rank's error, if any, for the caller to share: others wait in collectives."""
+        results, error = {}, None
+        for name, model in models.items():
+            batches = _Guarded(self._batches())
+            try:
+                results[name] = evaluate(
+                    partial(self._encode_images, model),
+                    partial(self._encode_texts, model),
+                    batches,
+                    gather=gather,
+                    device=self.device,
+                )
+            except ValueError as failure:  # raised on every rank alike
+                error = UserError(f"eval.retrieval: {self.config.shards}: {failure}")
+            error = batches.error or error
+        return results, error
+
+    def _encode_images(self, model: CosmosModel, images: Tensor) -> Tensor:
+        return model.encode_image(images.to(self.device))
+
+    def _encode_texts(self, model: CosmosModel, texts: Sequence[str]) -> Tensor:
+        return model.encode_text(self.tokenizer(texts).to(self.device))
+
+    def _batches(self) -> Iterator[GalleryBatch]:
+        return gallery_batches(
+            self.index,
+            self.config.captions,
+            self.image_size,
+            self.rank,
+            self.world_size,
+            self.config.batch,
+            self.config.max_samples,
+        )
+
+
+class _Guarded(Iterable[GalleryBatch]):
+    """Batches that end at an error and keep it: the collectives behind them must still be reached."""
+
+    def __init__(self, batches: Iterator[GalleryBatch]) -> None:
+        self._batches = batches
+        self.error: UserError | None = None
+
+    def __iter__(self) -> Iterator[GalleryBatch]:
+        try:
+            yield from self._batches
+        except UserError as error:
+            self.error = error

@@ -1,0 +1,135 @@
+"""What a run writes down as it goes: metrics.jsonl, TensorBoard, Weights & Biases, console lines, a progress bar."""
+
+import json
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cosmos_scale.config import LogConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricLog:
+    """Writes records of numbers by step; only the main rank makes one. A context manager."""
+
+    def __init__(
+        self, folder: Path, config: LogConfig, *, name: str, run_config: dict[str, Any], first_step: int, last_step: int
+    ) -> None:
+        """Open everything; on resume (first_step > 0) records of later steps, which will come again, are dropped."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / METRICS_FILE
+        _drop_from(self._path, first_step)
+        self._file = self._path.open("a")
+        self._tensorboard = _tensorboard(folder, first_step) if config.tensorboard else None
+        self._wandb = _wandb(folder, config, name, run_config) if config.wandb else None
+        console = Console()
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (config.progress and console.is_terminal),
+        )
+        self._task = self._progress.add_task("training", total=last_step, completed=first_step, loss="-")
+
+    def __enter__(self) -> "MetricLog":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+    def advance(self, steps_done: int) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=steps_done)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def training(self, record: dict[str, float]) -> None:
+        """Write one training record (keys as in `train.py`) and its console line."""
+        self._progress.update(self._task, loss=f"{record['loss']:.3f}")
+        self._write(record, "train")
+        self.say(console_line(record))
+
+    def evaluation(self, step: int, results: dict[str, dict[str, float]], table: str) -> None:
+        """Write evaluation results ({model: {metric: value}}) and print their table."""
+        flat = {f"{model}/{metric}": value for model, numbers in results.items() for metric, value in numbers.items()}
+        self._write({"step": step, **flat}, "eval")
+        self.say(table)
+
+    def _write(self, record: dict[str, float], prefix: str) -> None:
+        step = int(record["step"])
+        self._file.write(json.dumps({"kind": prefix, **record}) + "\n")
+        self._file.flush()
+        named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
+        if self._tensorboard is not None:
+            for key, value in named.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+
+
+def console_line(record: dict[str, float]) -> str:
+    """One line of what a person watches during training."""
+    return (
+        f"step {int(record['step']):6d}  loss {record['loss']:.4f} (clip {record['clip']:.4f} distill "
+        f"{record['distill']:.4f})  scale {record['scale']:.2f}/{record['distill_scale']:.2f}  lr {record['lr']:.2e}  "
+        f"momentum {record['momentum']:.4f}  grad {record['grad_norm']:.3f}  "
+        f"{record['samples_per_second']:.1f} samples/s  step {record['step_seconds_min']:.3f}-"
+        f"{record['step_seconds_max']:.3f} s  data wait {record['data_wait_min']:.3f}-{record['data_wait_max']:.3f} s"
+    )
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Keep only the records of steps before `step`; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step > 0:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # here: it takes a second and few runs ask for it
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+
+def _wandb(folder: Path, config: LogConfig, name: str, run_config: dict[str, Any]) -> Any:
+    import wandb  # here: it takes a second and few runs ask for it
+
+    assert config.wandb is not None
+    identity = folder / "wandb_id"
+    if not identity.exists():  # a resumed run goes on in the same record
+        identity.write_text(secrets.token_hex(4))
+    return wandb.init(
+        project=config.wandb.project,
+        name=name,
+        id=identity.read_text(),
+        resume="allow",
+        dir=str(folder),
+        mode=config.wandb.mode,
+        config=run_config,
+    )

@@ -1,0 +1,200 @@
+"""What is read of the steps, a step late so that the host never waits for the device: metrics, and a bad loss."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cosmos_scale.batch import Batch
+from cosmos_scale.checkpoint.state import newest
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.collectives import Ranks, from_all
+from cosmos_scale.engine.student import Student
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.retrieval import RetrievalResult
+from cosmos_scale.metrics import MetricLog
+from cosmos_scale.step import StepOutput
+
+
+class _Measured(NamedTuple):
+    """What a record holds beside the step's own output; seconds are means over the steps since the last record."""
+
+    gradient_norm: Tensor
+    lr: float
+    momentum: float
+    step_seconds: float
+    wait_seconds: float
+    substituted: Tensor
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers were not read yet; measured is None where it writes no record."""
+
+    step: int
+    output: StepOutput
+    measured: _Measured | None
+
+
+class Progress:
+    """Follows a run on every rank; the main rank writes. A context manager."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, folder: Path, *, first_step: int, last_step: int) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._folder = folder
+        self._last_step = last_step
+        self._log = None
+        if ranks.is_main:
+            self._log = MetricLog(
+                folder,
+                config.log,
+                name=config.name,
+                run_config=config.model_dump(mode="json"),
+                first_step=first_step,
+                last_step=last_step,
+            )
+        self._stack = ExitStack()
+        self._pending: _Pending | None = None
+        self._skipped = 0
+        self._substituted: list[Tensor] = []
+        self._data_wait = 0.0
+        self._marked_step = first_step
+        self._marked_time = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        if self._log is not None:
+            self._stack.enter_context(self._log)
+        self._marked_time = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        """Print a line, on the main rank."""
+        if self._log is not None:
+            self._log.say(text)
+
+    def after_step(
+        self,
+        step: int,
+        output: StepOutput,
+        batch: Batch,
+        student: Student,
+        *,
+        lr: float,
+        momentum: float,
+        data_wait: float,
+    ) -> None:
+        """Note step number `step` (from 1) and read the one before it; collective. data_wait: seconds."""
+        self.read_pending()
+        self._data_wait += data_wait
+        self._substituted.append(batch.substituted)
+        if step % self._config.log.every and step != self._last_step:
+            self._pending = _Pending(step, output, None)
+            return
+        now = time.perf_counter()
+        steps = step - self._marked_step
+        measured = _Measured(
+            gradient_norm=student.gradient_norm(),
+            lr=lr,
+            momentum=momentum,
+            step_seconds=(now - self._marked_time) / steps,
+            wait_seconds=self._data_wait / steps,
+            substituted=torch.stack(self._substituted).sum(),
+        )
+        self._pending = _Pending(step, output, measured)
+        self._substituted.clear()
+        self._marked_time, self._marked_step, self._data_wait = now, step, 0.0
+
+    def read_pending(self) -> None:
+        """Read the last step noted; collective. Raises UserError on all ranks where its loss was not finite."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if not pending.output.finite.item():
+            self._not_finite(pending)
+        if pending.measured is not None:
+            self._write(pending.step, pending.output, pending.measured)
+        if self._log is not None:
+            self._log.advance(pending.step)
+
+    def evaluation(self, step: int, results: dict[str, RetrievalResult]) -> None:
+        """Write and show retrieval results by model; the time they took does not count as training."""
+        if self._log is not None:
+            numbers = {name: result.as_dict() for name, result in results.items()}
+            tables = "\n".join(_text(result, f"step {step}: {name}") for name, result in results.items())
+            self._log.evaluation(step, numbers, tables)
+
+    def pause(self) -> "_Pause":
+        """A context whose time does not count into samples per second."""
+        return _Pause(self)
+
+    def forget(self, seconds: float) -> None:
+        """Leave a span out of the step times."""
+        self._marked_time += seconds
+
+    def _write(self, step: int, output: StepOutput, measured: _Measured) -> None:
+        numbers = from_all((measured.step_seconds, measured.wait_seconds, int(measured.substituted)), self._ranks)
+        if self._log is None:
+            return
+        step_times, waits, substituted = zip(*numbers, strict=True)
+        self._log.training(
+            {
+                "step": step,
+                "samples": step * self._config.train.global_batch,
+                "loss": output.total.item(),
+                "clip": output.clip.item(),
+                "distill": output.distill.item(),
+                "scale": output.logit_scale.exp().item(),
+                "distill_scale": output.distill_logit_scale.exp().item(),
+                "lr": measured.lr,
+                "momentum": measured.momentum,
+                "grad_norm": measured.gradient_norm.item(),
+                "samples_per_second": self._config.train.global_batch / max(step_times),
+                "step_seconds_min": min(step_times),
+                "step_seconds_max": max(step_times),
+                "data_wait_min": min(waits),
+                "data_wait_max": max(waits),
+                "substituted": sum(substituted),
+                "skipped_steps": self._skipped,
+            }
+        )
+
+    def _not_finite(self, pending: _Pending) -> None:
+        here = from_all(bool(pending.output.finite_here.item()), self._ranks)
+        bad = [rank for rank, finite in enumerate(here) if not finite]
+        whose = f"features are not finite on rank {', '.join(map(str, bad))}" if bad else "all features are finite"
+        values = f"clip {pending.output.clip.item()}, distill {pending.output.distill.item()}"
+        what = f"step {pending.step}: the loss is not finite ({values}; {whose})"
+        if self._config.non_finite == "skip":
+            self._skipped += 1
+            self.say(f"{what}; its update was skipped, {self._skipped} so far")
+            return
+        last = newest(self._folder / "checkpoints")
+        raise UserError(f"{what}; last good checkpoint: {last or 'none'}; rule: non_finite: stop (skip goes on)")
+
+
+class _Pause:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.forget(time.perf_counter() - self._start)
+
+
+def _text(result: RetrievalResult, title: str) -> str:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(result.table(title))
+    return capture.get().rstrip()

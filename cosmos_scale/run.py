@@ -1,0 +1,142 @@
+"""A run's parts before and between its steps: data, start, models, evaluation, checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cosmos_scale.checkpoint.resume import Start, find_start
+from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.index import MergedIndex, open_sources
+from cosmos_scale.data.loader import TrainLoader
+from cosmos_scale.engine.collectives import Ranks, from_all, gather_rows, raise_together
+from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.periodic import PeriodicRetrieval
+from cosmos_scale.evaluation.retrieval import RetrievalResult
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `prepare` found and opened; the same start on every rank."""
+
+    config: RunConfig
+    ranks: Ranks
+    folder: Path
+    index: MergedIndex
+    loader: TrainLoader
+    retrieval: PeriodicRetrieval | None
+    start: Start
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before this launch."""
+        return 0 if self.start.state is None else self.start.state.step
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def describe(self, last_step: int) -> str:
+        """One line on what starts."""
+        origin = "new run"
+        if self.start.checkpoint is not None:
+            origin = f"resumed from {self.start.checkpoint}"
+        elif self.config.init_from is not None:
+            origin = f"new run from the weights of {self.config.init_from}"
+        return (
+            f"{self.folder}: {origin}; {len(self.index)} samples, {self.loader.steps_per_epoch} steps an epoch, steps "
+            f"{self.first_step + 1}-{last_step}, global batch {self.config.train.global_batch} on "
+            f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
+            f"{self.config.zero.stage})"
+        )
+
+    def build_models(self) -> tuple[Student, Teacher]:
+        """Student and teacher at the run's start: initialised, from other weights, or as the checkpoint has them."""
+        model, teacher_model = CosmosModel(self.config.model), CosmosModel(self.config.model)
+        error = None
+        try:
+            if self.config.init_from is not None and self.start.checkpoint is None:
+                origin = find_checkpoint(self.config.init_from)
+                _load(model, origin, load_weights(origin, "student"))
+                _load(teacher_model, origin, load_weights(origin, "teacher"))
+            else:
+                model.init_weights(torch.Generator().manual_seed(self.config.seed))
+                teacher_model.load_state_dict(model.state_dict())
+        except UserError as failure:
+            error = failure
+        raise_together(self.ranks, error)
+        student = Student(model, dict(teacher_model.named_parameters()), self.config, self.ranks)
+        if self.start.checkpoint is not None:
+            self._restore(student, self.start.checkpoint)
+        return student, Teacher(teacher_model, student, self.config)
+
+    def save(self, step: int, student: Student) -> Path:
+        """Write the checkpoint of a number of steps done; collective."""
+        state = RunState(
+            step=step,
+            samples=step * self.config.train.global_batch,
+            updates=student.updates,
+            world_size=self.ranks.world_size,
+            loss_scaler=student.loss_scaler(),
+            data=self.index.fingerprint(),
+            config=self.config.model_dump(mode="json"),
+        )
+        keep_last = self.config.checkpoint.keep_last
+        return save_checkpoint(self.checkpoints, student.fragments, state, self.ranks.control, keep_last)
+
+    def evaluate(self, student: Student, teacher: Teacher) -> dict[str, RetrievalResult]:
+        """Retrieval of student and teacher on the held-out pairs, the work shared by all ranks; collective."""
+        assert self.retrieval is not None
+        models = {"student": student.model, "teacher": teacher.model}
+        results, error = self.retrieval.run(models, gather_rows)
+        raise_together(self.ranks, error)
+        return results
+
+    def _restore(self, student: Student, checkpoint: Path) -> None:
+        error = None
+        try:
+            state = load_checkpoint(checkpoint, student.fragments)
+            student.updates = state.updates
+            student.set_loss_scaler(state.loss_scaler)
+        except UserError as failure:
+            error = failure
+        raise_together(self.ranks, error)
+        student.weights_changed()
+
+
+def prepare(config: RunConfig, ranks: Ranks) -> Run:
+    """Open data and find the start; collective, raises UserError on all ranks alike."""
+    folder = config.output / config.name
+    run, error = None, None
+    try:
+        tokenizer = Tokenizer(config.model.text.context_length)
+        index = open_sources(config.data.sources)
+        start = find_start(config, folder / "checkpoints", index.fingerprint())
+        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, folder / "damaged.jsonl")
+        retrieval = None
+        if config.eval.retrieval is not None and config.eval.every:
+            retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
+        run = Run(config, ranks, folder, index, loader, retrieval, start)
+    except UserError as failure:
+        error = failure
+    raise_together(ranks, error)
+    assert run is not None
+    found = from_all(run.start.checkpoint, ranks)
+    if len(set(found)) > 1:
+        seen = ", ".join(f"rank {rank}: {folder}" for rank, folder in enumerate(found))
+        raise UserError(f"output: ranks see different newest checkpoints ({seen}); rule: all ranks share one folder")
+    return run
+
+
+def _load(model: CosmosModel, origin: Path, weights: dict[str, torch.Tensor]) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as failure:
+        first = str(failure).splitlines()[1].strip()
+        raise UserError(f"init_from: {origin} does not fit the model: {first}") from failure

@@ -1,0 +1,54 @@
+"""One training step of COSMOS: student, teacher, loss, backward, update."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cosmos_scale.batch import Batch, Features
+from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.loss.cosmos_loss import CosmosLoss
+
+
+class StepOutput(NamedTuple):
+    """What a step leaves behind, on the device; reading it on the host waits for the step.
+
+    total, clip, distill: [] float32, over the global batch. finite: [] bool, whether the losses are, on all ranks.
+    finite_here: [] bool, whether this rank's features are. logit_scale, distill_logit_scale: [1], before the update.
+    """
+
+    total: Tensor
+    clip: Tensor
+    distill: Tensor
+    finite: Tensor
+    finite_here: Tensor
+    logit_scale: Tensor
+    distill_logit_scale: Tensor
+
+
+def train_step(
+    student: Student, teacher: Teacher, cosmos_loss: CosmosLoss, batch: Batch, *, lr: float, momentum: float
+) -> StepOutput:
+    """Train on one batch: batch on the device, lr and momentum of this step. Collective; nothing waits for the host."""
+    features = student(batch)
+    teacher_features = teacher(batch)
+    loss = cosmos_loss(features, teacher_features)
+    student.backward(surrogate(features, loss.gradients))
+    student.update(lr=lr, momentum=momentum, finite=loss.finite)
+    teacher.refresh()
+    return StepOutput(
+        total=loss.total,
+        clip=loss.clip,
+        distill=loss.distill,
+        finite=loss.finite,
+        finite_here=torch.stack([value.isfinite().all() for value in (*features, *teacher_features)]).all(),
+        logit_scale=features.logit_scale.detach().clone(),
+        distill_logit_scale=features.distill_logit_scale.detach().clone(),
+    )
+
+
+def surrogate(features: Features, gradients: Features) -> Tensor:
+    """[] float32 whose gradient with respect to the features is `gradients`, for an engine that wants a scalar."""
+    products = [(feature.float() * gradient).sum() for feature, gradient in zip(features, gradients, strict=True)]
+    return torch.stack(products).sum()

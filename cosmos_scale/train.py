@@ -1,0 +1,103 @@
+"""Training: build everything, loop, done. `cosmos-scale train`, or `deepspeed --module cosmos_scale.train`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_file import load_config
+from cosmos_scale.engine.collectives import Ranks, start_ranks, stop_ranks
+from cosmos_scale.engine.lookahead import Lookahead, StopRequest
+from cosmos_scale.engine.schedule import ema_momentum, learning_rate
+from cosmos_scale.errors import UserError
+from cosmos_scale.explain import explain
+from cosmos_scale.loss.cosmos_loss import CosmosLoss
+from cosmos_scale.progress import Progress
+from cosmos_scale.run import prepare
+from cosmos_scale.step import train_step
+
+EXAMPLES = """examples:
+  cosmos-scale train configs/run/demo.yaml train.max_steps=20
+  cosmos-scale train --dry-run --world-size 128 configs/run/merged30m_vitb16.yaml
+  deepspeed --num_accelerators 2 --module cosmos_scale.train configs/run/demo.yaml
+"""
+
+
+def train(config: RunConfig, ranks: Ranks) -> None:
+    """Train until the last step, a signal or the time limit; collective. Raises UserError on all ranks alike."""
+    run = prepare(config, ranks)
+    total_steps = config.total_steps(run.loader.steps_per_epoch)
+    last_step = config.last_step(run.loader.steps_per_epoch)
+    student, teacher = run.build_models()
+    cosmos_loss = CosmosLoss(config.optimizer.gradient_scale)
+    stop = StopRequest(config.train.max_minutes)
+    ahead = Lookahead(run.loader.batches(run.first_step), ranks, stop)
+    step = run.first_step
+
+    with Progress(config, ranks, run.folder, first_step=step, last_step=last_step) as progress:
+        progress.say(run.describe(last_step))
+        if config.checkpoint.at_start and step == 0:
+            run.save(0, student)
+        while step < last_step:
+            batch, stopping = ahead.take()
+            if stopping:
+                progress.say(f"stopping after step {step} of {last_step}: a signal, or train.max_minutes")
+                break
+            lr = learning_rate(step, config.optimizer, total_steps)
+            momentum = ema_momentum(step, config.ema, total_steps)
+            output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)
+            step += 1
+            if step < last_step:
+                ahead.fetch()
+            progress.after_step(step, output, batch, student, lr=lr, momentum=momentum, data_wait=ahead.wait_seconds)
+            if run.retrieval is not None and step % config.eval.every == 0:
+                with progress.pause():
+                    progress.evaluation(step, run.evaluate(student, teacher))
+            if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
+                with progress.pause():
+                    run.save(step, student)
+        progress.read_pending()
+        if step > run.first_step:
+            progress.say(f"checkpoint: {run.save(step, student)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 where the user has something to mend."""
+    arguments = _parser().parse_args(argv)
+    ranks = None
+    try:
+        config = load_config(arguments.run, arguments.overrides)
+        if arguments.dry_run:
+            explain(config, arguments.world_size)
+            return 0
+        ranks = start_ranks(config.device)
+        train(config, ranks)
+    except UserError as error:
+        # All ranks agree on an error once they run together; before that each machine tells its own.
+        if ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"cosmos-scale train: {error}", file=sys.stderr)
+        return 2
+    finally:
+        stop_ranks()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cosmos-scale train",
+        description="Train a COSMOS model in one process, or in many under the deepspeed launcher.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys that replace the file's")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks to plan a dry run for (default: 1)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
