@@ -43,7 +43,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         # still become tuples and strings paths.
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        _refuse(error.errors(), tree, origins, default=str(path))
+        _refuse(error.errors(), origins, default=str(path))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -177,7 +177,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _list_index(items: list[Any], name: str, dotted: str) -> int:
-    if not name.isdigit() or int(name) >= len(items):
+    if not name.isdecimal() or int(name) >= len(items):
         raise UserError(f"{COMMAND_LINE}: {dotted}: {name!r} must be a position in a list of {len(items)}")
     return int(name)
 
@@ -192,10 +192,11 @@ def _record(origins: Origins, key: str, origin: str) -> None:
     # What lay below a replaced key is gone, and so is where it came from.
     for older in [older for older in origins if older.startswith(f"{key}.")]:
         del origins[older]
+    origins.pop(key, None)  # so that the newest stands last
     origins[key] = origin
 
 
-def _refuse(errors: list[ErrorDetails], tree: dict[str, Any], origins: Origins, default: str) -> NoReturn:
+def _refuse(errors: list[ErrorDetails], origins: Origins, default: str) -> NoReturn:
     # An unknown key first: it is often the misspelt form of one that is then missed.
     details = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in details["loc"]]
@@ -207,7 +208,7 @@ def _refuse(errors: list[ErrorDetails], tree: dict[str, Any], origins: Origins, 
         key = ".".join(location)
         text = f"{key}: {_describe(details, key)}" if key else _describe(details, key)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    raise UserError(f"{_origin_of(key, tree, origins, default)}: {text}{more}") from None
+    raise UserError(f"{_origin_of(key, origins, default)}: {text}{more}") from None
 
 
 def _describe(details: ErrorDetails, key: str) -> str:
@@ -218,14 +219,15 @@ def _describe(details: ErrorDetails, key: str) -> str:
     return f"{_short(details['input'])} {details['msg'].replace('Input should', 'should')}"
 
 
-def _origin_of(key: str, tree: dict[str, Any], origins: Origins, default: str) -> str:
-    # The key itself, else the closest key around it that a file sets, else any below it.
+def _origin_of(key: str, origins: Origins, default: str) -> str:
+    """Who set a key, or the section around it; of several keys in a section the one set last is the likely culprit."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
-        if (origin := origins.get(".".join(parts[:length]))) is not None:
-            return origin
-    below = [origin for older, origin in origins.items() if older.startswith(f"{key}.")]
-    return below[-1] if below else default
+        around = ".".join(parts[:length])
+        found = [origin for set_key, origin in origins.items() if set_key == around or set_key.startswith(f"{around}.")]
+        if found:
+            return found[-1]
+    return default
 
 
 def _short(value: Any) -> str:

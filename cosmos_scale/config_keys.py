@@ -20,8 +20,8 @@ def nearest_key(dotted: str) -> str:
     A neighbour in the same section that differs by a slip comes first, then a key of the same last name elsewhere
     (`lr` -> `optimizer.lr`), then whatever reads most alike.
     """
-    numbers = [part for part in dotted.split(".") if part.isdigit()]
-    pattern = ".".join("N" if part.isdigit() else part for part in dotted.split("."))
+    parts = dotted.split(".")
+    pattern = ".".join("N" if part.isdecimal() else part for part in parts)
     section, _, name = pattern.rpartition(".")
     keys = valid_keys()
     neighbours = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
@@ -32,9 +32,12 @@ def nearest_key(dotted: str) -> str:
         nearest = difflib.get_close_matches(pattern, namesakes, n=1, cutoff=0.0)[0]
     else:
         nearest = difflib.get_close_matches(pattern, keys, n=1, cutoff=0.0)[0]
-    for number in numbers:
-        nearest = nearest.replace("N", number, 1) if ".N." in nearest else nearest
-    return nearest
+    # Positions in lists come back where they stood.
+    nearest_parts = nearest.split(".")
+    return ".".join(
+        parts[place] if part == "N" and place < len(parts) and parts[place].isdecimal() else part
+        for place, part in enumerate(nearest_parts)
+    )
 
 
 def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:

@@ -1,0 +1,185 @@
+"""Reading YAML: extends, overrides, and errors that fit on one line and name file, key, value and rule."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_file import changed_on_resume, dump_config, load_config
+from cosmos_scale.config_keys import nearest_key, valid_keys
+from cosmos_scale.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    base = tmp_path / "shared" / "base.yaml"
+    base.parent.mkdir()
+    base.write_text("train: {epochs: 4, global_batch: 64}\noptimizer: {lr: 1e-3}\n")
+    (tmp_path / "shared" / "views.yaml").write_text(
+        "extends: base.yaml\ndata:\n  views: {flip: 0.1}\n  sources:\n"
+        "    - {name: a, shards: x}\n    - {name: b, shards: y}\n"
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text("extends: [shared/base.yaml, shared/views.yaml]\nname: tiny\ntrain: {global_batch: 8}\n")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def refused_text(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    return refusal(path)
+
+
+def test_extends_merges_bases_first_then_own_keys(run: Path) -> None:
+    config = load_config(run)
+    assert (config.name, config.train.epochs, config.train.global_batch) == ("tiny", 4, 8)
+    assert config.optimizer.lr == 1e-3
+    assert config.data.views.flip == 0.1
+    assert [source.name for source in config.data.sources] == ["a", "b"]
+
+
+def test_overrides_win_and_reach_into_lists_and_unset_sections(run: Path) -> None:
+    config = load_config(
+        run,
+        [
+            "train.epochs=5",
+            "data.sources.1.shards=/data/b",
+            "eval.retrieval.shards=held",
+            "data.views={flip: 0.2}",
+            "optimizer.betas=[0.8, 0.9]",
+            "train.max_steps=null",
+            "output=a=b",
+        ],
+    )
+    assert config.train.epochs == 5
+    assert [source.shards for source in config.data.sources] == ["x", "/data/b"]
+    assert config.eval.retrieval is not None
+    assert config.eval.retrieval.shards == "held"
+    assert config.data.views.flip == 0.2
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.output == Path("a=b")
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optimizer: {lr: 5e-4, eps: 1E-8, weight_decay: 1}\ndata: {samples: 2_823_019}\nname: 2024-01-01\n")
+    config = load_config(path)
+    assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.weight_decay) == (5e-4, 1e-8, 1.0)
+    assert config.data.samples == 2823019
+    assert config.name == "2024-01-01"
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "run.yaml") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epoch=3", "train.epoch: no such key; did you mean train.epochs?"),
+        ("lr=3", "lr: no such key; did you mean optimizer.lr?"),
+        ("data.sources.1.shard=q", "data.sources.1.shard: no such key; did you mean data.sources.1.shards?"),
+        ("train.epochs=0", "train.epochs: 0 should be greater than 0"),
+        ("train.epochs=true", "train.epochs: true should be a valid integer"),
+        ("train.epochs=1.5", "train.epochs: 1.5 should be a valid integer"),
+        ("optimizer.lr=.nan", "optimizer.lr: NaN should be a finite number"),
+        ("precision=fp8", "precision: \"fp8\" should be 'bf16', 'fp32' or 'fp16'"),
+        ("train=5", "train: 5 should be an object"),
+        ("data.captions.count=1", "data.captions.global_count: 2 must be at most count (1)"),
+        ("data.sources.2.name=c", "data.sources.2.name: '2' must be a position in a list of 2"),
+        ("train.epochs.x=3", "train.epochs is 4 and has no keys below it"),
+        ("data.sources=[{name: a}]", "data.sources.0.shards: this key is required and missing"),
+        ("train.epochs", "'train.epochs' is not an override; the form is dotted.key=value"),
+        ("output={a", "output: line 1 is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_named(run: Path, override: str, words: str) -> None:
+    assert refusal(run, override).startswith("command line: ")
+    assert words in refusal(run, override)
+
+
+def test_an_error_names_the_file_that_set_the_key(run: Path) -> None:
+    (run.parent / "shared" / "base.yaml").write_text("train: {epochs: -1}\n")
+    assert refusal(run) == f"{run.parent}/shared/base.yaml: train.epochs: -1 should be greater than 0"
+    # The command line mends it, so that the next error is the run's own.
+    run.write_text(run.read_text() + "oputput: x\n")
+    assert refusal(run, "train.epochs=1") == f"{run}: oputput: no such key; did you mean output?"
+
+
+def test_several_errors_are_counted(run: Path) -> None:
+    assert refusal(run, "train.epochs=0", "seed=-1").endswith("(and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n- b\n", "holds a list; a config is a mapping of keys"),
+        ("train: {epochs: 1\n", "line 2 is not valid YAML"),
+        ("seed: 1\nseed: 2\n", "line 1 is not valid YAML: key 'seed' is given twice"),
+        ("extends: 5\n", "extends: 5 must be a path or a list of paths"),
+        ("extends: none.yaml\n", "none.yaml: no such config file"),
+        ("extends: wrong.yaml\n", "extends: a file extends itself"),
+        ("1: 2\n", "key 1 must be text"),
+        ("name: !!python/object:os.system {}\n", "not valid YAML"),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    message = refused_text(tmp_path, text)
+    assert "wrong.yaml" in message
+    assert words in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "absent.yaml") == f"{tmp_path}/absent.yaml: no such config file"
+
+
+def test_dumped_configs_read_back_equal(run: Path, tmp_path: Path) -> None:
+    config = load_config(run, ["eval.retrieval.shards=held", "log.wandb={mode: offline}", "optimizer.eps=1.5e-9"])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+    assert yaml.safe_load(dump_config(config))["optimizer"]["gradient_scale"] == "true"
+
+
+def test_valid_keys_are_their_own_nearest() -> None:
+    keys = valid_keys()
+    assert "data.sources.N.shards" in keys
+    assert "eval.retrieval.captions" in keys
+    assert {nearest_key(key) for key in keys} == set(keys)
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
+def test_any_unknown_key_gets_a_valid_suggestion(key: str) -> None:
+    assert re.sub(r"\.\d+\.", ".N.", nearest_key(key)) in valid_keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        ([], []),
+        (["output=elsewhere", "data.workers=3", "log.every=1", "train.max_steps=7", "device=cpu"], []),
+        (["data.sources.0.shards=moved", "data.sources.1.index=other"], []),
+        (["eval.every=5", "eval.retrieval.shards=held"], []),
+        (["seed=1"], ["seed"]),
+        (["optimizer.lr=1", "train.global_batch=16"], ["train.global_batch", "optimizer.lr"]),
+        (["optimizer.betas=[0.5, 0.5]", "data.views.ratio=[1, 1]"], ["data.views.ratio", "optimizer.betas"]),
+        (["data.sources.1.name=c"], ["data.sources.1.name"]),
+        (["data.sources=[{name: a, shards: x}]"], ["data.sources"]),
+        (["model.vision.layers=3"], ["model.vision.layers"]),
+    ],
+)
+def test_only_marked_keys_may_change_on_resume(run: Path, overrides: list[str], changed: list[str]) -> None:
+    assert changed_on_resume(load_config(run), load_config(run, overrides)) == changed
