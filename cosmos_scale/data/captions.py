@@ -1,6 +1,7 @@
 """Which K texts of a sample's caption document become its caption views.
 
-The document is the sample's json: DreamLIP's seven lists of sentences, or PixelProse's original and generated caption.
+The document is the sample's json: DreamLIP's seven lists of sentences, PixelProse's original and generated caption, or
+a plain `caption`, which stands for a raw caption.
 """
 
 import re
@@ -25,11 +26,13 @@ POOL_KEYS: dict[str, tuple[str, ...]] = {
     "long": LONG_KEYS,
 }
 
-# Left out on purpose: abbreviations that are words too ("co", "mar", "col"). "no" and its like count before a number.
-TITLES = {"mr", "mrs", "ms", "dr", "prof", "st", "rev", "hon", "gen", "capt", "lt", "sgt", "gov", "sen", "rep"}
-ABBREVIATIONS = TITLES | {"mt", "ft", "jr", "sr", "vs", "ca", "cf", "approx", "e.g", "i.e", "inc", "ltd", "corp", "ave"}
-NUMBER_ABBREVIATIONS = {"no", "nos", "vol", "fig", "p", "pp"}
-# After an acronym a full stop ends the sentence only where one of these follows.
+# Abbreviations by what follows them: always more of the sentence; a number; or possibly a new sentence, as after an
+# acronym, if it opens with one of the words below. Those that are words too ("co", "mar", "col") are left out.
+LEADING = {"mr", "mrs", "ms", "dr", "prof", "mt", "rev", "hon", "gen", "capt", "lt", "sgt", "gov", "sen", "rep"} | {
+    *("vs", "ca", "cf", "approx", "e.g", "i.e")
+}
+NUMBERING = {"no", "nos", "vol", "fig", "p", "pp"}
+TRAILING = {"jr", "sr", "inc", "ltd", "corp", "ave", "st", "ft"}
 STARTERS = {"A", "An", "The", "It", "In", "On", "At", "There", "This", "That", "These", "Those"} | {
     *("He", "She", "They", "We", "I", "His", "Her", "Its", "Their")
 }
@@ -80,6 +83,8 @@ def _pool(sampling: str, document: Any) -> list[str]:
         raise DamagedSample(f"caption document is {_kind(document)}, expected an object with caption keys")
     if sampling in POOL_KEYS:
         keys = POOL_KEYS[sampling]
+        if "raw_caption" in keys and _is_plain(document):
+            keys = ("caption",)
         _require_any(keys, document, sampling)
         return [sentence for name in keys for sentence in _sentences(document, name)]
     if sampling == "raw_pixelprose":
@@ -91,13 +96,19 @@ def _pool(sampling: str, document: Any) -> list[str]:
     return _text(document, "original_caption") + [piece.strip() for piece in pieces if piece.strip()]
 
 
+def _is_plain(document: dict[str, Any]) -> bool:
+    """Whether `caption` is all the text there is: nothing of DreamLIP, and not PixelProse's generated caption."""
+    others = (*POOL_KEYS["textcrop"], "original_caption")
+    return document.get("caption") is not None and all(document.get(name) is None for name in others)
+
+
 def _require_any(keys: Sequence[str], document: dict[str, Any], sampling: str) -> None:
     if all(document.get(name) is None for name in keys):
         raise DamagedSample(f"sampling {sampling} needs one of {', '.join(keys)}; the document has {_keys(document)}")
 
 
 def _sentences(document: dict[str, Any], name: str) -> list[str]:
-    """One DreamLIP key: a list of sentences as it is, a plain string split into sentences, nothing where absent."""
+    """One key of the pool: a list of sentences as it is, a plain string split into sentences, nothing where absent."""
     value = document.get(name)
     if value is None:
         return []
@@ -137,13 +148,13 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
     next_word = after.split()[0].rstrip(",")
     if mark.startswith("...") or word.lower() == "etc":
         return next_word[0].isupper()
-    if word.lower() in ABBREVIATIONS:
+    if word.lower() in LEADING:
         return False
-    if word.lower() in NUMBER_ABBREVIATIONS:
+    if word.lower() in NUMBERING:
         return not next_word[0].isdigit()
-    if len(word) == 1:  # an initial, except that "A" and "I" may end a list or a sentence
+    if len(word) == 1:  # an initial, but "plan A" may end a sentence
         return not (word.isalpha() and word.isupper()) or next_word in STARTERS
-    if ACRONYM.fullmatch(word):
+    if word.lower() in TRAILING or ACRONYM.fullmatch(word):
         return next_word in STARTERS
     return True
 

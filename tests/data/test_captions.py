@@ -161,6 +161,16 @@ def test_a_plain_string_is_split_into_sentences() -> None:
     assert seen == {"A cat sleeps", "It is 3.5 years old"}
 
 
+@pytest.mark.parametrize("sampling", ["textcrop", "random", "raw", "short"])
+def test_a_plain_caption_stands_for_the_raw_one(sampling: CaptionSampling) -> None:
+    captions = config(sampling, *(1, 1) if sampling == "raw" else (8, 2))
+    for value in ("A cat sleeps. It is old.", ["one cat", "two cats"]):
+        plain = draws(captions, {"caption": value, "url": "https://example.org", "width": 3}, 20)
+        assert plain == draws(captions, {"raw_caption": value}, 20)
+    both = draws(captions, {"caption": "of the web page", "raw_caption": ["a cat"]}, 20)
+    assert both == draws(captions, {"raw_caption": ["a cat"]}, 20)
+
+
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
@@ -176,6 +186,11 @@ def test_a_plain_string_is_split_into_sentences() -> None:
         ("Shot in Washington, D.C.", ["Shot in Washington, D.C."]),
         ("At 5 p.m. the sun sets.", ["At 5 p.m. the sun sets"]),
         ("Mr. Smith and Dr. J. R. Jones met. They left.", ["Mr. Smith and Dr. J. R. Jones met", "They left"]),
+        (
+            "St. Paul stands on Main St. The shop is 6 ft. away.",
+            ["St. Paul stands on Main St", "The shop is 6 ft. away"],
+        ),
+        ("Plan A. The second. Vitamin C. It helps.", ["Plan A", "The second", "Vitamin C", "It helps"]),
         ("Fruit, e.g. apples, i.e. red ones. Next.", ["Fruit, e.g. apples, i.e. red ones", "Next"]),
         ("Cups, plates etc. on a table. Cups etc. A table.", ["Cups, plates etc. on a table", "Cups etc", "A table"]),
         ("No. 7 runs. The answer is no. A dog.", ["No. 7 runs", "The answer is no", "A dog"]),
@@ -212,7 +227,10 @@ def test_splitting_loses_nothing_but_full_stops_and_space(text: str) -> None:
         ("textcrop", "a string", "caption document is a string"),
         ("textcrop", None, "caption document is null"),
         ("textcrop", {}, "the document has no keys"),
-        ("textcrop", {"caption": "text"}, "needs one of raw_caption, .*; the document has caption"),
+        ("textcrop", {"text": "text"}, "needs one of raw_caption, .*; the document has text"),
+        ("textcrop", PIXELPROSE, "needs one of raw_caption, .*; the document has original_caption, caption"),
+        ("long", {"caption": "text"}, "sampling long needs one of longIB_captions"),
+        ("textcrop", {"caption": 7}, "caption is a number"),
         ("long", {"raw_caption": ["text"]}, "sampling long needs one of longIB_captions"),
         ("textcrop", {"raw_caption": 7}, "raw_caption is a number, expected a list of sentences or a string"),
         ("textcrop", {"raw_caption": {"a": "b"}}, "raw_caption is an object"),
