@@ -144,10 +144,10 @@ def _distill_weights(features: Features, teacher: TeacherFeatures) -> Tensor:
     V, K = features.image_crossmodal.shape[0], features.text_crossmodal.shape[0]
     V_global, K_global = teacher.image.shape[0], teacher.text.shape[0]
     weights = torch.empty(V + K, V_global + K_global, dtype=torch.float64, device=teacher.image.device)
-    weights[:V, :V_global] = 1 / (4 * V * V_global)
-    weights[:V, V_global:] = 1 / (4 * V * K_global)
-    weights[V:, :V_global] = 1 / (4 * K * V_global)
-    weights[V:, V_global:] = 1 / (4 * K * K_global)
+    weights[:V, :V_global].fill_(1 / (4 * V * V_global))
+    weights[:V, V_global:].fill_(1 / (4 * V * K_global))
+    weights[V:, :V_global].fill_(1 / (4 * K * V_global))
+    weights[V:, V_global:].fill_(1 / (4 * K * K_global))
     return weights
 
 

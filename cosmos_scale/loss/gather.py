@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+# Newer torch (2.14) warns of the names by which older torch knows these two.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class Ranks:
     """The ranks that share a global batch; rank r holds its samples r*B to (r+1)*B - 1.
@@ -37,7 +41,7 @@ class Ranks:
             return local_TBE
         T, B, E = local_TBE.shape
         gathered_WTBE = local_TBE.new_empty(self.size, T, B, E)
-        dist.all_gather_single(gathered_WTBE.view(-1), local_TBE.view(-1), group=self.group)
+        _all_gather(gathered_WTBE.view(-1), local_TBE.view(-1), group=self.group)
         return gathered_WTBE.transpose(0, 1).reshape(T, self.size * B, E)
 
     def combine_columns(self, maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -64,7 +68,7 @@ class Ranks:
         B = G // self.size
         by_rank_WTBE = gradients_TGE.view(T, self.size, B, E).transpose(0, 1).contiguous()
         own_TBE = gradients_TGE.new_empty(T, B, E)
-        dist.reduce_scatter_single(own_TBE.view(-1), by_rank_WTBE.view(-1), group=self.group)
+        _reduce_scatter(own_TBE.view(-1), by_rank_WTBE.view(-1), group=self.group)
         return own_TBE
 
     def add(self, scalars: Tensor) -> Tensor:

@@ -1,0 +1,219 @@
+"""The multi-pair InfoNCE kernel against autograd of the plain formula in float64."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cosmos_scale.kernels import contrastive
+
+# Float64 against float64: the same sums in another order.
+FLOAT64_TOLERANCE = 1e-12
+# Float32 against float64, relative per tensor (norm). Logits near 14 carry rounding of 1e-6, so softmaxes do too.
+FLOAT32_TOLERANCE = 3e-6
+
+
+class Problem(NamedTuple):
+    rows: Tensor
+    columns: Tensor
+    log_scale: Tensor
+    weights: Tensor
+
+
+class Answer(NamedTuple):
+    loss: Tensor
+    rows: Tensor
+    columns: Tensor
+    log_scale: Tensor
+
+
+def _problem(V: int, T: int, G: int, E: int, *, scale: float = 1 / 0.07, seed: int = 0) -> Problem:
+    """Random features of which the views of one sample resemble each other, and unequal weights."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(G, E, generator=generator, dtype=torch.float64)
+    rows = F.normalize(samples + torch.randn(V, G, E, generator=generator, dtype=torch.float64), dim=-1)
+    columns = F.normalize(samples + torch.randn(T, G, E, generator=generator, dtype=torch.float64), dim=-1)
+    weights = torch.rand(V, T, generator=generator, dtype=torch.float64) + 0.1
+    return Problem(rows, columns, torch.tensor(scale, dtype=torch.float64).log(), weights)
+
+
+def _oracle(problem: Problem) -> Answer:
+    """The definition, pair by pair, differentiated by autograd in float64."""
+    rows, columns, log_scale = (
+        tensor.detach().double().requires_grad_() for tensor in (problem.rows, problem.columns, problem.log_scale)
+    )
+    labels = torch.arange(rows.shape[1])
+    loss = torch.zeros((), dtype=torch.float64)
+    for v in range(rows.shape[0]):
+        for t in range(columns.shape[0]):
+            logits = log_scale.exp() * rows[v] @ columns[t].T
+            both = F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)
+            loss = loss + problem.weights[v, t].double() * both / 2
+    return Answer(loss.detach(), *torch.autograd.grad(loss, (rows, columns, log_scale)))
+
+
+def _by_kernel(problem: Problem, *, ranks: int = 1, block_elements: int = contrastive.BLOCK_ELEMENTS) -> Answer:
+    """The kernel's answer, with the rows split over ranks and their statistics combined here."""
+    scale = problem.log_scale.exp()
+    B = problem.rows.shape[1] // ranks
+    shares = [(problem.rows[:, first : first + B], first) for first in range(0, ranks * B, B)]
+    partials = [
+        contrastive.forward_partials(rows, problem.columns, scale, first_row=first, block_elements=block_elements)
+        for rows, first in shares
+    ]
+    lse = torch.stack([contrastive.column_lse(part.column_max, part.column_sum) for part in partials]).logsumexp(0)
+    losses = [
+        contrastive.finish(part, lse, problem.weights, first_row=first)
+        for part, (_, first) in zip(partials, shares, strict=True)
+    ]
+    gradients = [
+        contrastive.backward(
+            rows,
+            problem.columns,
+            scale,
+            problem.weights,
+            part.row_lse,
+            lse,
+            first_row=first,
+            column_gradients=True,
+            block_elements=block_elements,
+        )
+        for part, (rows, first) in zip(partials, shares, strict=True)
+    ]
+    return Answer(
+        torch.stack(losses).sum(),
+        torch.cat([gradient.rows for gradient in gradients], dim=1),
+        torch.stack([gradient.columns for gradient in gradients if gradient.columns is not None]).sum(0),
+        torch.stack([gradient.log_scale for gradient in gradients]).sum(),
+    )
+
+
+def _assert_close(answer: Answer, expected: Answer, tolerance: float) -> None:
+    for name, actual, wanted in zip(Answer._fields, answer, expected, strict=True):
+        assert actual.shape == wanted.shape, name
+        difference = (actual.double() - wanted).norm() / wanted.norm().clamp_min(1e-9)
+        assert difference <= tolerance, f"{name}: {difference:.2e}"
+
+
+# Several whole views a block; a block that does not divide the batch; one row a block.
+@pytest.mark.parametrize("block_elements", [contrastive.BLOCK_ELEMENTS, 3 * 3 * 10, 1])
+@pytest.mark.parametrize(
+    ("V", "T", "G", "ranks"), [(5, 3, 10, 1), (5, 3, 10, 2), (1, 1, 7, 1), (2, 4, 1, 1), (3, 2, 4, 4)]
+)
+def test_matches_autograd_in_float64(V: int, T: int, G: int, ranks: int, block_elements: int) -> None:
+    problem = _problem(V, T, G, 16)
+    _assert_close(_by_kernel(problem, ranks=ranks, block_elements=block_elements), _oracle(problem), FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_float32_stays_close_to_float64(ranks: int) -> None:
+    problem = _problem(8, 4, 33, 64)
+    _assert_close(
+        _by_kernel(Problem(*(tensor.float() for tensor in problem)), ranks=ranks, block_elements=1000),
+        _oracle(problem),
+        FLOAT32_TOLERANCE,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_features_keep_float32_logits(dtype: torch.dtype) -> None:
+    problem = _problem(3, 2, 12, 64)
+    rounded = problem._replace(rows=problem.rows.to(dtype), columns=problem.columns.to(dtype))
+    answer = _by_kernel(rounded._replace(log_scale=problem.log_scale.float()), block_elements=100)
+    assert answer.rows.dtype == answer.columns.dtype == torch.float32
+    # The oracle sees the rounded features, so bfloat16 logits (rounding 4e-3) would be far outside.
+    _assert_close(answer, _oracle(rounded), FLOAT32_TOLERANCE)
+
+
+def test_small_loss_at_the_largest_scale_keeps_its_digits() -> None:
+    # Features that share most of their direction: every logit is near 90, and the loss is their small differences.
+    problem = _problem(8, 4, 64, 64, scale=100.0)
+    common = 3 * F.normalize(torch.ones(64, dtype=torch.float64), dim=0)
+    samples = F.normalize(problem.columns[:1], dim=-1) + common
+    rows, columns = (F.normalize(samples + 0.2 * noise, dim=-1) for noise in (problem.rows, problem.columns))
+    problem = problem._replace(rows=rows, columns=columns)
+    expected = _oracle(problem)
+    assert 0.01 < expected.loss < 1.0
+    answer = _by_kernel(Problem(*(tensor.float() for tensor in problem)))
+    # One rounding of a logit near 90 is up to 4e-6; over 64 samples they average to less, times the sum of weights.
+    assert (answer.loss - expected.loss).abs() <= 1e-6 * problem.weights.sum(), (answer.loss, expected.loss)
+
+
+def test_distant_columns_neither_overflow_nor_vanish() -> None:
+    # Column 0 is opposite to all rows: its logits are all near -100, whose plain exponentials are 0 in float32.
+    rows = F.normalize(torch.ones(1, 4, 8, dtype=torch.float64) + 0.01 * _problem(1, 1, 4, 8).rows, dim=-1)
+    columns = rows.clone()
+    columns[:, 0] *= -1
+    problem = Problem(rows, columns, torch.tensor(100.0, dtype=torch.float64).log(), torch.ones(1, 1))
+    answer = _by_kernel(Problem(*(tensor.float() for tensor in problem)), ranks=2)
+    # Logits near -100 round to 4e-6; the column's softmax sees differences of a few hundredths.
+    _assert_close(answer, _oracle(problem), 2e-5)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Record the most elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_no_tensor_outgrows_a_block() -> None:
+    problem = _problem(2, 3, 64, 4)
+    logits_of_a_pair, block = 64 * 64, 512
+    with _LargestTensor() as largest:
+        _by_kernel(problem, block_elements=block)
+    assert block / 2 < largest.elements <= max(block, problem.columns.numel())
+    assert max(block, problem.columns.numel()) < logits_of_a_pair
+
+
+def test_columns_without_gradient_cost_none() -> None:
+    problem = _problem(2, 3, 5, 8)
+    scale = problem.log_scale.exp()
+    part = contrastive.forward_partials(problem.rows, problem.columns, scale, first_row=0)
+    lse = contrastive.column_lse(part.column_max, part.column_sum)
+    gradients = contrastive.backward(
+        problem.rows,
+        problem.columns,
+        scale,
+        problem.weights,
+        part.row_lse,
+        lse,
+        first_row=0,
+        column_gradients=False,
+    )
+    assert gradients.columns is None
+    torch.testing.assert_close(gradients.rows, _oracle(problem).rows, rtol=0, atol=FLOAT64_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "scale", "first_row", "message"),
+    [
+        ([2, 4, 8], [3, 4, 9], [], 0, r"rows \[2, 4, 8\] and columns \[3, 4, 9\]"),
+        ([4, 8], [3, 4, 8], [], 0, r"rows \[4, 8\] and columns"),
+        ([2, 4, 8], [3, 4, 8], [1], 0, r"scale \[1\] must be \[\]"),
+        ([2, 4, 8], [3, 6, 8], [], 3, "rows 3 to 7 must lie within the 6 columns"),
+        ([2, 4, 8], [3, 6, 8], [], -1, "rows -1 to 3"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    rows: list[int], columns: list[int], scale: list[int], first_row: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        contrastive.forward_partials(torch.ones(rows), torch.ones(columns), torch.ones(scale), first_row=first_row)
