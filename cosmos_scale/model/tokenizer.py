@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import ftfy
+import numpy as np
 import regex
 import tokenizers
 import torch
@@ -49,17 +50,16 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return ids [N, L] int32; a longer text keeps its first L - 1 ids, the start included, and EOT."""
-        rows = torch.zeros(len(texts), self.context_length, dtype=torch.int32)
-        for row, text in enumerate(texts):
-            ids = [START_OF_TEXT, *self._encode(text, self.context_length - 2), END_OF_TEXT]
-            rows[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-        return rows
+        rows = np.zeros((len(texts), self.context_length), dtype=np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = self._encode(text)[: self.context_length - 2]
+            row[0], row[1 : 1 + len(ids)], row[1 + len(ids)] = START_OF_TEXT, ids, END_OF_TEXT
+        return torch.from_numpy(rows)
 
-    def _encode(self, text: str, most: int) -> list[int]:
-        """Return the first `most` ids of a text."""
+    def _encode(self, text: str) -> list[int]:
+        """Return all ids of a text, without start and EOT."""
         ids: list[int] = []
-        for match in WORD.finditer(clean(text)):
-            word = match.group()
+        for word in WORD.findall(clean(text)):
             known = self._ids.get(word)
             if known is None:
                 known = self._merge.encode(word).ids
@@ -68,9 +68,7 @@ class Tokenizer:
                         self._ids = dict(SPECIAL_WORDS)
                     self._ids[word] = known
             ids += known
-            if len(ids) >= most:
-                break
-        return ids[:most]
+        return ids
 
 
 def clean(text: str) -> str:

@@ -1,0 +1,141 @@
+"""Token ids against open_clip's own tokenizer, which is slower and runs Python at every merge."""
+
+import multiprocessing
+import pickle
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import open_clip.tokenizer
+import pytest
+import torch
+
+from cosmos_scale.model.tokenizer import Tokenizer, clean
+
+LENGTH = 77
+
+# Look-alike letters are on purpose. Up to three of these are mixed into captions of English words.
+# ruff: noqa: RUF001
+ODDITIES = [
+    "café crème brûlée, à la carte", "naïve façade", "Ærøskøbing", "Straße", "İstanbul ıI", "Cafe\u0301", "ﬁnal ﬂight",
+    "一只黑猫坐在窗台上", "東京タワーの夜景。", "서울의 봄", "ｆｕｌｌ　ｗｉｄｔｈ", "ภาษาไทย", "שלום", "مرحبا ١٢٣",
+    "हिन्दी १२", "Привет, мир!", "Ⅷ ½ ² 42",
+    "😀", "👩‍👩‍👧‍👦 family", "🇩🇪🇫🇷", "❤️‍🔥!!", "👍🏽...", "✈️→🏝",
+    "&amp;", "&amp;amp;lt;b&amp;amp;gt;", "&lt;p&gt;R&amp;D&lt;/p&gt;", "&quot;quoted&quot;", "&#39;s",
+    "&eacute;t&eacute;", "&nbsp;&nbsp;x", "&#x1F600;", "&bogus; & co", "<b>bold &amp; red</b>", "&#31;&#x85;", "&lt",
+    "it's we've you'll I'm they'd don't he're", "IT'S", "it’s “quoted” – dash…", "'ſ 'S", "rock'n'roll", "AT&T",
+    "<start_of_text>", "a<end_of_text>b", "<END_OF_TEXT>", "!!<end_of_text>", "<ſtart_of_text>", "<|endoftext|>",
+    "cafÃ© schÃ¶n", "donâ€™t", "\x1b[31mred\x1b[0m", "\x00nul\x07bell", "tab\tand\nline\r\nend",
+    "a\u2028b\u2029c\x85d", "zero\u200bwidth\ufeff", "soft\u00adhyphen", "under_score #hash @name", "a/b\\c",
+    "https://example.com/x?y=1&z=2", "$1,299.99 (50% off)", "-----", "!?!?!?", "''''", "a" * 43,
+    "x" * 300, "word " * 200, "é" * 120, "漢" * 100, "😀" * 90, "1234567890" * 12,
+    # Letters and digits that Unicode gained in versions 15 to 17: the Rust pattern engine does not know them all.
+    "\U00031350\U0002ebf0 \u0c5c \ua7ce \U00010940", "\U00011de0\U00011de1 5", "", " ", "  \n ", ".",
+]  # fmt: skip
+
+
+def captions(count: int) -> list[str]:
+    """Return captions of 0 to 60 English words in mixed case, each with up to three oddities between them."""
+    draw = random.Random(0)
+    merges = open_clip.tokenizer.SimpleTokenizer().encoder
+    words = [word[:-4] for word in merges if word.endswith("</w>") and len(word) > 6]
+    texts = []
+    for number in range(count):
+        parts = draw.choices(words, k=draw.choice([0, 1, 5, 8, 12, 20, 30, 60]))
+        parts = [draw.choice([str.lower, str.upper, str.title])(part) for part in parts]
+        for _ in range(draw.choice([0, 0, 1, 1, 2, 3])):
+            parts.insert(draw.randrange(len(parts) + 1), draw.choice(ODDITIES))
+        texts.append(
+            draw.choice([" ", "  ", ", ", "-", ""]).join(parts) if number >= len(ODDITIES) else ODDITIES[number]
+        )
+    return texts
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Callable[[list[str]], torch.Tensor]:
+    tokenizer: Callable[[list[str]], torch.Tensor] = open_clip.tokenizer.SimpleTokenizer(context_length=LENGTH)
+    return tokenizer
+
+
+def test_ids_equal_open_clips(theirs: Callable[[list[str]], torch.Tensor]) -> None:
+    texts = captions(10_000)
+    ours, expected = Tokenizer(LENGTH)(texts), theirs(texts)
+    assert ours.shape == (10_000, LENGTH)
+    assert ours.dtype == torch.int32
+    wrong = (ours != expected).any(dim=1).nonzero().flatten().tolist()
+    assert not wrong, f"{len(wrong)} captions differ, the first is {texts[wrong[0]]!r}"
+    lengths = (expected != 0).sum(dim=1)
+    assert (lengths == LENGTH).sum() > 500, "too few over-long captions to mean anything"
+    assert (lengths < LENGTH).sum() > 500
+
+
+def test_letters_from_all_of_unicode_are_cut_as_open_clip_cuts_them(theirs: Callable[[list[str]], torch.Tensor]) -> None:
+    # 24 characters at a time, each between letters, so that the class of each decides where words end.
+    codes = [code for code in range(0x30000) if not 0xD800 <= code < 0xE000][::7]
+    texts = ["".join(f"a{chr(code)}b" for code in codes[start : start + 24]) for start in range(0, len(codes), 24)]
+    assert torch.equal(Tokenizer(LENGTH)(texts).long(), theirs(texts))
+
+
+@pytest.mark.parametrize("length", [3, 16, 200])
+def test_other_context_lengths(length: int) -> None:
+    texts = captions(200)
+    expected = open_clip.tokenizer.SimpleTokenizer(context_length=length)(texts)
+    assert torch.equal(Tokenizer(length)(texts).long(), expected)
+
+
+def test_the_short_way_through_cleaning_changes_nothing() -> None:
+    draw = random.Random(1)
+    printable = [chr(code) for code in range(32, 127)]
+    for _ in range(2000):
+        text = "".join(draw.choices(printable, k=draw.randrange(40)))
+        assert clean(text) == open_clip.tokenizer.get_clean_fn("lower")(text), repr(text)
+
+
+def test_memory_of_words_is_bounded_and_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = captions(300)
+    expected = Tokenizer(LENGTH)(texts)
+    monkeypatch.setattr("cosmos_scale.model.tokenizer.REMEMBERED_WORDS", 50)
+    tokenizer = Tokenizer(LENGTH)
+    assert torch.equal(tokenizer(texts), expected)
+    assert len(tokenizer._ids) <= 50
+
+
+def _ids_in_child(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    return tokenizer(texts).numpy()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_it_works_in_a_worker_after_use_in_the_parent(method: str) -> None:
+    texts = captions(100)
+    tokenizer = Tokenizer(LENGTH)
+    expected = tokenizer(texts).numpy()
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        in_child = pool.apply_async(_ids_in_child, (tokenizer, texts)).get(timeout=120)
+    np.testing.assert_array_equal(in_child, expected)
+
+
+def test_a_pickle_holds_no_vocabulary() -> None:
+    tokenizer = Tokenizer(LENGTH)
+    pickled = pickle.dumps(tokenizer)
+    assert len(pickled) < 200
+    texts = captions(20)
+    assert torch.equal(pickle.loads(pickled)(texts), tokenizer(texts))
+
+
+def test_it_is_faster_than_open_clips(theirs: Callable[[list[str]], torch.Tensor]) -> None:
+    # 3 to 5 times on plain captions of which both have seen the words; processor time, since others may be running.
+    draw = random.Random(2)
+    words = ["a", "the", "small", "red", "dog", "sits", "on", "under", "chair", "grass", "window", "photo", "of", "sky"]
+    texts = [" ".join(draw.choices(words, k=20)).capitalize() + "." for _ in range(1000)]
+
+    def seconds(tokenize: Callable[[list[str]], torch.Tensor]) -> float:
+        tokenize(texts)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            tokenize(texts)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(Tokenizer(LENGTH)) * 1.5 < seconds(theirs)
