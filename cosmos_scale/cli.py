@@ -34,7 +34,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 where the user has something to mend."""
+    """Run one command; returns the exit status: 0, 2 where the user has something to mend, 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         # Parsed by the trainer itself, which also runs without this command, under the launcher.
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"cosmos-scale {parsed.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells number an interrupted command
 
 
 def _data_build(arguments: argparse.Namespace) -> int:
@@ -90,7 +92,9 @@ def _eval_retrieval(arguments: argparse.Namespace) -> int:
 def _setup(arguments: argparse.Namespace) -> int:
     from cosmos_scale.engine.comm_build import build_cpu_communication
 
-    print("DeepSpeed compiles its communication for ranks on CPUs: once per machine, about a minute ...", flush=True)
+    print(
+        "DeepSpeed compiles its communication for ranks on CPUs: once per environment, a minute or two ...", flush=True
+    )
     print(f"ready after {build_cpu_communication():.0f} s")
     return 0
 

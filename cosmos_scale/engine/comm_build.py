@@ -12,9 +12,9 @@ from cosmos_scale.errors import UserError
 def build_cpu_communication() -> float:
     """Compile what DeepSpeed's ranks on CPUs need, unless it lies in torch's extension cache; return the seconds taken.
 
-    It takes about a minute, once per machine and torch version. Left to the first launch, all ranks wait for it without
-    a word, and under some torch versions a launch killed meanwhile leaves a lock that the next one waits for: so it is
-    done here, alone. Raises UserError where there is no C++ compiler.
+    It takes a minute or two, once per environment and torch version. Left to the first launch, all ranks wait for it
+    without a word, and under some torch versions a launch killed meanwhile leaves a lock that the next waits for: so it
+    is done here, alone. Raises UserError where there is no C++ compiler.
     """
     add_interpreter_folder_to_path()
     compiler = os.environ.get("CXX", "g++")

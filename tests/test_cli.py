@@ -1,0 +1,91 @@
+"""The command line as a user meets it: help, refusals on one line, and every command down to its result."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cosmos_scale import cli
+from tests.conftest import REPOSITORY
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("data",), ("data", "build"), ("data", "index"), ("eval", "retrieval"), ("setup",), ("train",)]
+)
+def test_help_explains_every_command(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments, "--help"])
+    assert caught.value.code == 0
+    help_text = capsys.readouterr().out
+    assert " ".join(("cosmos-scale", *arguments)) in help_text
+    assert arguments == ("setup",) or "examples:" in help_text
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from cosmos_scale import cli; cli._parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("data",), ("tain",), ("data", "build"), ("data", "index", "a", "--workers=0")]
+)
+def test_a_wrong_call_shows_the_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: cosmos-scale" in capsys.readouterr().err
+
+
+def test_train_hands_its_arguments_to_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(REPOSITORY / "configs" / "run" / "merged30m_vitb16.yaml")
+    assert cli.main(["train", "--dry-run", "--world-size", "128", run, "train.epochs=2"]) == 0
+    assert re.search(r"steps of the schedules +13,152", capsys.readouterr().out)
+
+
+def test_train_refuses_a_wrong_key_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(REPOSITORY / "configs" / "run" / "cc3m_vitb16.yaml")
+    assert "train.epoch: no such key; did you mean train.epochs?" in failure(capsys, "train", run, "train.epoch=2")
+
+
+def test_data_build_and_index_make_usable_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(5):
+        pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{number}.jpg")
+        rows.append({"image": f"{number}.jpg", "caption": f"Picture {number}. It is noise."})
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    out = tmp_path / "shards"
+    build = ["data", "build", "--images", str(pictures), "--captions", str(captions), "--out", str(out), "--quiet"]
+    assert cli.main([*build, "--samples-per-shard", "3", "--workers", "1"]) == 0
+    assert "5 samples in 2 indexed shards" in capsys.readouterr().out
+    assert cli.main(["data", "index", str(out), "--out", str(tmp_path / "index"), "--quiet", "--workers", "1"]) == 0
+    assert "5 samples in 2 shards" in capsys.readouterr().out
+
+
+def test_data_refusals_fit_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path) in failure(capsys, "data", "index", str(tmp_path), "--quiet")
+    nowhere = str(tmp_path / "nowhere")
+    message = failure(capsys, "data", "build", "--images", nowhere, "--captions", nowhere, "--out", nowhere, "--quiet")
+    assert nowhere in message
+
+
+def test_eval_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = str(tmp_path / "absent")
+    assert absent in failure(capsys, "eval", "retrieval", "--checkpoint", absent, "--data", absent)

@@ -1,0 +1,97 @@
+"""Every shipped config through the dry run, and the published runs' numbers in it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.config_file import load_config
+from cosmos_scale.data.order import steps_per_epoch
+from cosmos_scale.errors import UserError
+from cosmos_scale.explain import count_parameters, explain
+from tests.conftest import REPOSITORY
+
+RUNS = sorted((REPOSITORY / "configs" / "run").glob("*.yaml"))
+
+# The published runs: samples per epoch, steps per epoch, global batch, ranks, momentum, sources.
+PUBLISHED = {
+    "cc3m": (2_823_019, 2_768, 1024, 16, 0.999, ["cc3m"]),
+    "cc12m": (10_010_225, 2_448, 4096, 128, 0.99, ["cc12m"]),
+    "yfcc15m": (14_065_827, 3_440, 4096, 128, 0.99, ["yfcc15m"]),
+    "merged30m": (26_899_071, 6_576, 4096, 128, 0.99, ["cc3m", "cc12m", "yfcc15m"]),
+    "pixelprose": (15_037_386, 3_680, 4096, 128, 0.99, ["pixelprose"]),
+}
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], path: Path, world_size: int, *overrides: str) -> dict[str, str]:
+    explain(load_config(path, overrides), world_size)
+    lines = capsys.readouterr().out.splitlines()
+    return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines if re.search(r"\S\s{2,}\S", line))
+
+
+def test_all_published_runs_are_shipped() -> None:
+    expected = {f"{dataset}_{model}" for dataset in PUBLISHED for model in ("vitb16", "vitb32")}
+    assert expected <= {path.stem for path in RUNS}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_every_shipped_config_passes_the_dry_run(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no shards lie: plans need none
+    rows = dry_run(capsys, path, 2)
+    assert rows["global batch"].endswith(f"= 2 ranks x {load_config(path).micro_batch(2):,}")
+    assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize("model", ["vitb16", "vitb32"])
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_published_runs_have_the_published_numbers(
+    dataset: str, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples, steps, batch, ranks, momentum, sources = PUBLISHED[dataset]
+    path = REPOSITORY / "configs" / "run" / f"{dataset}_{model}.yaml"
+    config = load_config(path)
+    assert [source.name for source in config.data.sources] == sources
+    assert (config.train.epochs, config.train.global_batch, config.ema.momentum) == (32, batch, momentum)
+    assert config.micro_batch(ranks) == {1024: 64, 4096: 32}[batch]
+    assert config.data.captions.sampling == ("textcrop_pixelprose" if dataset == "pixelprose" else "textcrop")
+    rows = dry_run(capsys, path, ranks)
+    assert rows["samples per epoch"].startswith(f"{samples:,} (data.samples; ")
+    assert rows["steps per epoch"] == f"{steps:,}"
+    assert rows["steps of the schedules"] == f"{32 * steps:,}"
+    # Warm-up's last step has the full rate; the momentum is fixed.
+    assert re.split(r"\s+", rows["1,999"]) == ["5.0000e-04", f"{momentum:.6f}"]
+
+
+def test_published_steps_come_from_whole_epochs_and_16_workers() -> None:
+    for samples, steps, batch, *_ in PUBLISHED.values():
+        assert steps_per_epoch(samples, batch, "pad", 16) == steps
+
+
+def test_parameters_of_the_published_model() -> None:
+    counts = count_parameters(load_config(REPOSITORY / "configs" / "run" / "cc3m_vitb16.yaml"))
+    tensors, elements = (sum(pair) for pair in zip(*counts.values(), strict=True))
+    assert (tensors, elements) == (323, 152_382_466)
+    assert counts[True][0] == 108
+
+
+def test_overrides_show_in_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    path = REPOSITORY / "configs" / "run" / "cc3m_vitb32.yaml"
+    rows = dry_run(capsys, path, 4, "train.max_steps=100", "ema.schedule=cosine", "name=other")
+    assert rows["last step"] == "100 (train.max_steps)"
+    assert rows["writes to"] == "runs/other"
+    assert re.split(r"\s+", rows[f"{16 * 2768:,}"])[1] == "0.999500"  # half way: half of the distance to 1
+
+
+def test_a_world_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch: 1024 must be a multiple of the 3 ranks"):
+        explain(load_config(REPOSITORY / "configs" / "run" / "cc3m_vitb16.yaml"), 3)
+
+
+def test_without_shards_and_data_samples_the_missing_shards_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {sources: [{name: mine, shards: nowhere}]}\n")
+    with pytest.raises(UserError, match="mine"):
+        explain(load_config(path), 1)
