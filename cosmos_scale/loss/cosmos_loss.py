@@ -58,74 +58,88 @@ class CosmosLoss:
         features, teacher: float32, bfloat16 or float16, any numbers of views and captions; the first
         teacher.image.shape[0] image views are the global ones. Raises ValueError on shapes that do not fit.
         """
-        B = features.image.shape[1]
-        V_global = teacher.image.shape[0]
-        if features.image.shape[0] < V_global:
-            raise ValueError(f"{features.image.shape[0]} image views, fewer than the teacher's {V_global}")
+        _check(features, teacher)
+        B, V_global = features.image.shape[1], teacher.image.shape[0]
         first_row = self.ranks.rank * B
         gathered_TGE = self.ranks.gather_columns([*features.image[:V_global], *teacher.image, *teacher.text])
 
-        clip_rows, clip_columns = features.text, gathered_TGE[:V_global]
-        clip_scale = _scale(features.logit_scale)
-        clip_weights = _clip_weights(features, teacher)
-        distill_rows = torch.cat([features.image_crossmodal, features.text_crossmodal])
-        distill_columns = gathered_TGE[V_global:]
-        distill_scale = _scale(features.distill_logit_scale)
-        distill_weights = _distill_weights(features, teacher)
-
-        clip = contrastive.forward_partials(clip_rows, clip_columns, clip_scale, first_row=first_row)
-        distill = contrastive.forward_partials(distill_rows, distill_columns, distill_scale, first_row=first_row)
-        statistics = self.ranks.combine_columns(
-            [clip.column_max, distill.column_max], [clip.column_sum, distill.column_sum]
-        )
-        clip_lse, distill_lse = (contrastive.column_lse(*pair) for pair in statistics)
-
-        by_clip = contrastive.backward(
-            clip_rows,
-            clip_columns,
-            clip_scale,
-            clip_weights,
-            clip.row_lse,
-            clip_lse,
-            first_row=first_row,
+        clip = _Problem(
+            rows=features.text,
+            columns=gathered_TGE[:V_global],
+            scale=_scale(features.logit_scale),
+            weights=_clip_weights(features, teacher),
             column_gradients=True,
         )
-        by_distill = contrastive.backward(
-            distill_rows,
-            distill_columns,
-            distill_scale,
-            distill_weights,
-            distill.row_lse,
-            distill_lse,
-            first_row=first_row,
+        distill = _Problem(
+            rows=torch.cat([features.image_crossmodal, features.text_crossmodal]),
+            columns=gathered_TGE[V_global:],
+            scale=_scale(features.distill_logit_scale),
+            weights=_distill_weights(features, teacher),
             column_gradients=False,
         )
-        assert by_clip.columns is not None
-        by_image = torch.zeros_like(features.image, dtype=by_clip.columns.dtype)
-        by_image[:V_global] = self.ranks.scatter_column_gradients(by_clip.columns)
-        shares = (
-            contrastive.finish(clip, clip_lse, clip_weights, first_row=first_row),
-            contrastive.finish(distill, distill_lse, distill_weights, first_row=first_row),
-            by_clip.log_scale,
-            by_distill.log_scale,
-            _count_non_finite(features, teacher),
+        problems = (clip, distill)
+        partials = [contrastive.forward_partials(p.rows, p.columns, p.scale, first_row=first_row) for p in problems]
+        statistics = self.ranks.combine_columns([p.column_max for p in partials], [p.column_sum for p in partials])
+        column_lses = [contrastive.column_lse(maximum, total) for maximum, total in statistics]
+        shares = [
+            contrastive.finish(partial, column_lse, problem.weights, first_row=first_row)
+            for problem, partial, column_lse in zip(problems, partials, column_lses, strict=True)
+        ]
+        by_clip, by_distill = (
+            contrastive.backward(
+                problem.rows,
+                problem.columns,
+                problem.scale,
+                problem.weights,
+                partial.row_lse,
+                column_lse,
+                first_row=first_row,
+                column_gradients=problem.column_gradients,
+            )
+            for problem, partial, column_lse in zip(problems, partials, column_lses, strict=True)
         )
-        sums = self.ranks.add(torch.stack(shares))
+        shares += [by_clip.log_scale, by_distill.log_scale, _count_non_finite(features, teacher)]
+        clip_loss, distill_loss, by_logit_scale, by_distill_scale, non_finite = self.ranks.add(torch.stack(shares))
+
+        assert by_clip.columns is not None
+        by_image = torch.zeros_like(features.image, dtype=by_clip.columns.dtype)  # local crops enter no pair of clip
+        by_image[:V_global] = self.ranks.scatter_column_gradients(by_clip.columns)
         V = features.image_crossmodal.shape[0]
+        scalars = torch.stack([clip_loss, distill_loss, by_logit_scale, by_distill_scale]).float()
         return LossOutput(
-            total=(sums[0] + sums[1]).float(),
-            clip=sums[0].float(),
-            distill=sums[1].float(),
-            finite=sums[:4].float().isfinite().all() & (sums[4] == 0),
+            total=(clip_loss + distill_loss).float(),
+            clip=clip_loss.float(),
+            distill=distill_loss.float(),
+            finite=scalars.isfinite().all() & (non_finite == 0),
             gradients=Features(
                 image=by_image * self.feature_factor,
                 text=by_clip.rows * self.feature_factor,
                 image_crossmodal=by_distill.rows[:V] * self.feature_factor,
                 text_crossmodal=by_distill.rows[V:] * self.feature_factor,
-                logit_scale=sums[2:3].to(by_clip.rows.dtype),
-                distill_logit_scale=sums[3:4].to(by_distill.rows.dtype),
+                logit_scale=by_logit_scale.to(by_clip.rows.dtype).view(1),
+                distill_logit_scale=by_distill_scale.to(by_distill.rows.dtype).view(1),
             ),
         )
+
+
+class _Problem(NamedTuple):
+    """One of the two losses as the kernel sees it: rows of this rank, gathered columns, weighted pairs."""
+
+    rows: Tensor
+    columns: Tensor
+    scale: Tensor
+    weights: Tensor
+    column_gradients: bool
+
+
+def _check(features: Features, teacher: TeacherFeatures) -> None:
+    """Refuse shapes that do not fit one another."""
+    shape = features.image.shape
+    for tensor in (*features[:4], *teacher):
+        if tensor.dim() != 3 or tensor.shape[1:] != shape[1:]:
+            raise ValueError(f"features {list(tensor.shape)} and {list(shape)} differ in samples or width")
+    if shape[0] < teacher.image.shape[0]:
+        raise ValueError(f"{shape[0]} image views, fewer than the teacher's {teacher.image.shape[0]}")
 
 
 def _scale(log_scale: Tensor) -> Tensor:

@@ -98,6 +98,12 @@ def test_fewer_views_than_the_teacher_are_refused() -> None:
         CosmosLoss("true")(features, teacher)
 
 
+def test_features_of_unequal_batches_are_refused() -> None:
+    features, teacher = random_features(COUNTS["uneven"])
+    with pytest.raises(ValueError, match=r"features \[3, 6, 16\] and \[5, 7, 16\] differ in samples or width"):
+        CosmosLoss("true")(features._replace(text=features.text[:, 1:]), teacher)
+
+
 # Operations by which a host waits for its device: values read, a shape that depends on values, and torch.tensor's copy.
 HOST_READS = {
     "aten::_local_scalar_dense",

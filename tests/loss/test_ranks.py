@@ -182,8 +182,8 @@ def test_five_collectives_a_step(reports: list[RankReport]) -> None:
             "_allgather_base_",
             "allreduce_",
             "allreduce_",
-            "_reduce_scatter_base_",
             "allreduce_",
+            "_reduce_scatter_base_",
         ]
 
 
