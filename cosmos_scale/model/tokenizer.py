@@ -23,6 +23,7 @@ from torch import Tensor
 from cosmos_scale.errors import UserError
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
+VOCABULARY_PACKAGE = "open_clip"
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # The file holds more merges than the vocabulary takes: 256 bytes, each also at a word's end, the merges, 2 specials.
 MERGES = END_OF_TEXT + 1 - 2 * 256 - 2
@@ -82,7 +83,7 @@ def clean(text: str) -> str:
 @lru_cache(maxsize=1)
 def _word_merger() -> tokenizers.Tokenizer:
     """Build the byte-pair encoder of single words, once a process."""
-    package = find_spec("open_clip")  # finds the folder without running the package, whose import takes seconds
+    package = find_spec(VOCABULARY_PACKAGE)  # finds the folder without running the package, whose import takes seconds
     if package is None or not package.submodule_search_locations:
         raise UserError("open-clip-torch: not installed, but its vocabulary is needed: pip install open-clip-torch")
     path = Path(package.submodule_search_locations[0]) / VOCABULARY_FILE

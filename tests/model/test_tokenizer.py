@@ -3,6 +3,8 @@
 import multiprocessing
 import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -11,7 +13,9 @@ import open_clip.tokenizer
 import pytest
 import torch
 
-from cosmos_scale.model.tokenizer import Tokenizer, clean
+from cosmos_scale.errors import UserError
+from cosmos_scale.model.tokenizer import Tokenizer, _word_merger, clean
+from tests.model.models import ids_as_array
 
 LENGTH = 77
 
@@ -70,7 +74,9 @@ def test_ids_equal_open_clips(theirs: Callable[[list[str]], torch.Tensor]) -> No
     assert (lengths < LENGTH).sum() > 500
 
 
-def test_letters_from_all_of_unicode_are_cut_as_open_clip_cuts_them(theirs: Callable[[list[str]], torch.Tensor]) -> None:
+def test_letters_from_all_of_unicode_are_cut_as_open_clip_cuts_them(
+    theirs: Callable[[list[str]], torch.Tensor],
+) -> None:
     # 24 characters at a time, each between letters, so that the class of each decides where words end.
     codes = [code for code in range(0x30000) if not 0xD800 <= code < 0xE000][::7]
     texts = ["".join(f"a{chr(code)}b" for code in codes[start : start + 24]) for start in range(0, len(codes), 24)]
@@ -101,17 +107,13 @@ def test_memory_of_words_is_bounded_and_forgetting_changes_nothing(monkeypatch: 
     assert len(tokenizer._ids) <= 50
 
 
-def _ids_in_child(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    return tokenizer(texts).numpy()
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_it_works_in_a_worker_after_use_in_the_parent(method: str) -> None:
     texts = captions(100)
     tokenizer = Tokenizer(LENGTH)
     expected = tokenizer(texts).numpy()
     with multiprocessing.get_context(method).Pool(1) as pool:
-        in_child = pool.apply_async(_ids_in_child, (tokenizer, texts)).get(timeout=120)
+        in_child = pool.apply_async(ids_as_array, (tokenizer, texts)).get(timeout=120)
     np.testing.assert_array_equal(in_child, expected)
 
 
@@ -121,6 +123,23 @@ def test_a_pickle_holds_no_vocabulary() -> None:
     assert len(pickled) < 200
     texts = captions(20)
     assert torch.equal(pickle.loads(pickled)(texts), tokenizer(texts))
+
+
+def test_open_clip_is_read_but_not_imported() -> None:
+    program = "import sys; from cosmos_scale.model.tokenizer import Tokenizer; Tokenizer(77); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    modules = result.stdout.split()
+    assert "tokenizers" in modules
+    assert not {"open_clip", "transformers"} & set(modules)
+
+
+def test_a_missing_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cosmos_scale.model.tokenizer.VOCABULARY_FILE", "absent.txt.gz")
+    with pytest.raises(UserError, match=r"absent\.txt\.gz: missing, though the installed open-clip-torch"):
+        _word_merger.__wrapped__()
+    monkeypatch.setattr("cosmos_scale.model.tokenizer.VOCABULARY_PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="pip install open-clip-torch"):
+        _word_merger.__wrapped__()
 
 
 def test_it_is_faster_than_open_clips(theirs: Callable[[list[str]], torch.Tensor]) -> None:
