@@ -6,6 +6,7 @@ win. Mappings merge key by key, everything else is replaced. Dotted overrides co
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
         origins |= base_origins
     _merge(tree, own)
     for key in _dotted_keys(own):
-        _record(origins, key, str(path))
+        _record(origins, key, os.path.normpath(path))
     return tree, origins
 
 
