@@ -113,7 +113,8 @@ def test_neighbouring_samples_and_decisions_are_uncorrelated(many: list[ViewPlan
     assert np.abs(following).max() < 5 / np.sqrt(DRAWS)
 
 
-@pytest.mark.parametrize(("height", "width"), [(416, 576), (480, 320), (150, 400)])
+# The smallest shows an end of the range that is off by one.
+@pytest.mark.parametrize(("height", "width"), [(416, 576), (480, 320), (150, 400), (12, 16)])
 @pytest.mark.parametrize("kind", ["global", "local"])
 def test_crops_follow_random_resized_crop(kind: str, height: int, width: int) -> None:
     view, scale = (0, VIEWS.global_scale) if kind == "global" else (2, VIEWS.local_scale)
