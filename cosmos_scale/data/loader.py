@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ class TrainLoader:
         self._damaged_log = damaged_log
         self._workers = default_workers(world_size) if config.data.workers is None else config.data.workers
         self._dataset = _Steps(config, index, tokenizer, rank, config.micro_batch(world_size), self.steps_per_epoch)
-        self._seen = 0
+        self._tried = 0
         self._damaged = 0
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -105,39 +106,43 @@ class TrainLoader:
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # its own: torch's global generator stays as it was
         )
-        results = iter(loader)
+        results = _without_child_signals(loader)
         while True:
             try:
                 loaded = next(results)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, EOFError, OSError) as error:
+                # The last two: a batch was ready, but who held its memory is gone.
+                if workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                     raise
+                cause = str(error).partition("\n")[0].strip(" .") or type(error).__name__
                 raise UserError(
-                    f"rank {self._rank}: a loader process died: {str(error).splitlines()[0]} "
-                    f"If memory ran out, lower data.workers ({workers}) or data.prefetch"
+                    f"rank {self._rank}: a loader process died ({cause}); "
+                    f"if memory ran out, lower data.workers ({workers}) or data.prefetch"
                 ) from error
-            self._note(loaded.damages)
+            self._log(loaded.damages)
             if loaded.batch is None:
                 raise UserError(f"rank {self._rank}: {loaded.error}")
+            self._judge(loaded.damages)
             yield loaded.batch
 
-    def _note(self, damages: list[Damage]) -> None:
-        """Count and log damaged samples; raise UserError where they are too many."""
-        self._seen += self._dataset.micro_batch
-        self._damaged += len(damages)
-        if not damages:
+    def _log(self, damages: list[Damage]) -> None:
+        if not damages or self._damaged_log is None:
             return
-        if self._damaged_log is not None:
-            lines = [json.dumps({**damage._asdict(), "rank": self._rank}) + "\n" for damage in damages]
-            self._damaged_log.parent.mkdir(parents=True, exist_ok=True)
-            # One write: ranks that append at the same time do not cut each other's lines.
-            with self._damaged_log.open("ab", buffering=0) as log:
-                log.write("".join(lines).encode())
+        lines = [json.dumps({**damage._asdict(), "rank": self._rank}) + "\n" for damage in damages]
+        self._damaged_log.parent.mkdir(parents=True, exist_ok=True)
+        # One write: ranks that append at the same time do not cut each other's lines.
+        with self._damaged_log.open("ab", buffering=0) as log:
+            log.write("".join(lines).encode())
+
+    def _judge(self, damages: list[Damage]) -> None:
+        """Count samples, substitutes included; raise UserError where too many of them are damaged."""
+        self._tried += self._dataset.micro_batch + len(damages)
+        self._damaged += len(damages)
         limit = self._config.data.max_damaged
-        if self._damaged > limit * max(self._seen, FEWEST_JUDGED):
+        if damages and self._damaged > limit * max(self._tried, FEWEST_JUDGED):
             last = damages[-1]
             raise UserError(
-                f"rank {self._rank}: {self._damaged} of {self._seen} samples are damaged, more than data.max_damaged "
+                f"rank {self._rank}: {self._damaged} of {self._tried} samples are damaged, more than data.max_damaged "
                 f"{limit:g} allows; the last is {last.key} in {last.shard}: {last.reason}"
                 + (f"; all are in {self._damaged_log}" if self._damaged_log else "")
             )
@@ -233,6 +238,20 @@ class _StepsFrom(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self._start)
+
+
+def _without_child_signals(loader: "DataLoader[_Loaded]") -> Iterator[_Loaded]:
+    """Start a loader's workers, and leave SIGCHLD as it was.
+
+    torch's handler raises a dead worker's error wherever the training process happens to be, be it in a collective.
+    Without it the death is noticed, within seconds, where a batch is asked for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    results = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return results
 
 
 def _as_is(loaded: Any) -> Any:

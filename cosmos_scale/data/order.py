@@ -21,6 +21,7 @@ Positions = NDArray[np.int64]
 
 # Second word of the Philox key: draws for the order share no stream with the draws for crops and captions.
 _SHARD_STREAM, _WINDOW_STREAM, _SUBSTITUTE_STREAM = 0x5348415244, 0x57494E444F57, 0x53554253
+_FEWEST_SUBSTITUTES = 1024  # an epoch's last window may hold a single sample
 _KEPT = 4  # shuffles kept: a batch touches at most two windows and two epochs unless it is larger than a window
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -73,13 +74,14 @@ class EpochOrder:
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
         """Return the id of the sample that stands in for a damaged one; attempts count from 0.
 
-        It comes from the window of the sample that it replaces, so from shards that are being read anyway.
+        It is another sample (where there is one) of about the same window, so from shards that are being read anyway.
         """
         position %= self.samples
-        first = position // self.window * self.window
-        length = min(self.window, self.samples - first)
+        reach = min(max(self.window, _FEWEST_SUBSTITUTES), self.samples)
+        first = min(position // self.window * self.window, self.samples - reach)
         draw = int(_draws(self.seed, _SUBSTITUTE_STREAM, (attempt, position, epoch), 1)[0])
-        return int(self._ids(epoch, np.array([first + (draw * length >> 64)]))[0])
+        distance = 1 + (draw * (reach - 1) >> 64)
+        return self.sample(epoch, first + (position - first + distance) % reach)
 
     def _ids(self, epoch: int, places: Positions) -> Positions:
         stream = _recall(self._streams, epoch, lambda: self._shuffle_shards(epoch))

@@ -1,0 +1,197 @@
+"""Indexes on disk: patterns, reports, several sources, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cosmos_scale.config import SourceConfig
+from cosmos_scale.data.index import FORMAT, index_shards, open_index, open_sources
+from cosmos_scale.data.order import EpochOrder
+from cosmos_scale.data.shards import ShardReader, scan_shard
+from cosmos_scale.errors import UserError
+from tests.data.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
+
+
+def source(pattern: str | Path, index: Path | None = None, name: str = "test") -> SourceConfig:
+    return SourceConfig(name=name, shards=str(pattern), index=None if index is None else str(index))
+
+
+def rejected(folder: Path) -> list[dict[str, str | None]]:
+    return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+
+
+def test_every_sample_of_every_source_is_found(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a", [3, 4])
+    write_shards(tmp_path / "b", [2, 5, 1])
+    merged = open_sources([source(tmp_path / "a", name="a"), source(tmp_path / "b", name="b")])
+    assert len(merged) == 15
+    assert merged.shard_samples.tolist() == [3, 4, 2, 5, 1]
+    reader = ShardReader()
+    for number in range(15):
+        location = merged.locate(number)
+        expected = number if number < 7 else number - 7
+        assert location.source == ("a" if number < 7 else "b")
+        assert location.entry.key == f"{expected:06d}"
+        assert reader.read(location)[0] == picture(expected)
+    reader.close()
+    with pytest.raises(IndexError):
+        merged.locate(15)
+
+
+def test_workers_and_a_folder_of_its_own_make_the_same_index(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [3, 1, 4, 2])
+    out = tmp_path / "index" / "deep"
+    report = index_shards(str(folder), out, workers=2, progress=False)
+    assert (report.samples, report.shards, report.torn, report.folder) == (10, 4, 0, out)
+    for path in [*folder.glob("*.npy"), folder / "index.json"]:
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert len(open_index(source(folder, out)).rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("x", []),
+        ("x/a-0.tar", ["a-0.tar"]),
+        ("x/a-{0..1}.tar", ["a-0.tar", "a-1.tar"]),
+        ("x/?-1.tar", ["a-1.tar", "b-1.tar"]),
+        ("x/{a,b}-[01].tar", ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]),
+        ("*/b-*.tar", ["x/b-0.tar", "x/b-1.tar"]),
+    ],
+)
+def test_patterns(tmp_path: Path, pattern: str, names: list[str]) -> None:
+    (tmp_path / "x").mkdir()
+    all_names = [f"{letter}-{number}.tar" for letter in "ab" for number in range(2)]
+    for number, name in enumerate(all_names):
+        write_shard(tmp_path / "x" / name, [sample(number)])
+    out = tmp_path / "index"
+    index_shards(str(tmp_path / pattern), out, workers=1, progress=False)
+    opened = open_index(source(tmp_path / pattern, out))
+    assert [row.name for row in opened.rows] == (names or all_names)
+
+
+def test_indexing_another_pattern_keeps_what_is_known(tmp_path: Path) -> None:
+    for number, name in enumerate(("train-0", "val-0")):
+        write_shard(tmp_path / f"{name}.tar", [sample(number), {"__key__": f"no_text_{name}", "jpg": picture(0)}])
+    index_shards(str(tmp_path / "train-*.tar"), None, workers=1, progress=False)
+    index_shards(str(tmp_path / "val-*.tar"), None, workers=1, progress=False)
+    index_shards(str(tmp_path / "val-*.tar"), None, workers=1, progress=False)
+    assert [row.name for row in open_index(source(tmp_path)).rows] == ["train-0.tar", "val-0.tar"]
+    assert [row.name for row in open_index(source(tmp_path / "val-*.tar")).rows] == ["val-0.tar"]
+    assert [fault["key"] for fault in rejected(tmp_path)] == ["no_text_train-0", "no_text_val-0"]
+
+
+def test_faults_are_counted_and_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [sample(0), {"__key__": "lonely", "jpg": picture(1)}, sample(2)])
+    torn = write_shard(tmp_path / "1.tar", [sample(3), sample(4)])
+    torn.write_bytes(torn.read_bytes()[: scan_shard(torn).entries[1].text_offset])
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert (report.samples, report.torn) == (3, 1)
+    assert dict(report.rejected) == {"no text (.json, .txt)": 2}
+    lines = rejected(tmp_path)
+    assert [(line["shard"], line["key"]) for line in lines] == [
+        ("0.tar", "lonely"),
+        ("1.tar", "000004"),
+        ("1.tar", None),
+    ]
+    assert str(lines[2]["reason"]).startswith("truncated: member 000004.json should end at byte")
+    assert "1 shards break off" in report.describe()
+    assert "2 samples rejected: no text" in report.describe()
+
+
+def test_a_shard_without_samples_is_stepped_over(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [sample(0)])
+    (tmp_path / "1.tar").write_bytes(b"garbage")
+    write_shard(tmp_path / "2.tar", [sample(1)])
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert [open_folder(tmp_path).locate(number).entry.key for number in range(2)] == ["000000", "000001"]
+
+
+def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \.tar shards match"):
+        index_shards(str(tmp_path), None, progress=False)
+    with pytest.raises(UserError, match=r"no \.tar shards match"):
+        index_shards(str(tmp_path / "*.tar"), None, progress=False)
+    write_shard(tmp_path / "0.tar", [sample(0)])
+    with pytest.raises(UserError, match=r"2 of its shards do not exist, the first is .*1\.tar"):
+        index_shards(str(tmp_path / "{0..2}.tar"), None, progress=False)
+    (tmp_path / "0.tar").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"no usable sample in 1 shards; see .*rejected\.jsonl"):
+        index_shards(str(tmp_path), None, workers=1, progress=False)
+    (tmp_path / "1.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1\.tar\.gz: is compressed"):
+        index_shards(str(tmp_path), None, progress=False)
+
+
+def test_an_error_in_a_worker_process_arrives_as_it_is(tmp_path: Path) -> None:
+    for name in ("0.tar", "1.tar"):
+        (tmp_path / name).write_bytes(b"\x1f\x8b" + bytes(100))
+    with pytest.raises(UserError, match=r"0\.tar: is gzip-compressed"):
+        index_shards(str(tmp_path), None, workers=2, progress=False)
+
+
+def test_missing_and_stale_indexes_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.sources is empty"):
+        open_sources([])
+    with pytest.raises(UserError, match=r"data source test: no \.tar shards match"):
+        open_index(source(tmp_path / "nowhere"))
+    write_shard(tmp_path / "0.tar", [sample(0), sample(1)])
+    with pytest.raises(UserError, match=r"no index at .*index\.json; run `cosmos-scale data index "):
+        open_index(source(tmp_path))
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    write_shard(tmp_path / "1.tar", [sample(2)])
+    with pytest.raises(UserError, match=r"1 shards are not in .*index\.json, the first is 1\.tar"):
+        open_index(source(tmp_path))
+    (tmp_path / "1.tar").unlink()
+    with pytest.raises(UserError, match=r"no shard in .* matches"):
+        open_index(source(tmp_path / "x*.tar"))
+    (tmp_path / "0.index.npy").unlink()
+    with pytest.raises(UserError, match=r"0\.index\.npy: index of 0\.tar cannot be read"):
+        open_folder(tmp_path).locate(0)
+    shutil.copy(write_shards(tmp_path / "other", [5]) / "00000.index.npy", tmp_path / "0.index.npy")
+    with pytest.raises(UserError, match=r"holds 5 samples, but index\.json says 2"):
+        open_folder(tmp_path).locate(0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', f'{{"format": "{FORMAT}", "shards": [1]}}'])
+def test_a_broken_summary_is_an_error(tmp_path: Path, content: str) -> None:
+    write_shards(tmp_path, [1])
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index\.json: not a shard index"):
+        open_folder(tmp_path)
+
+
+def test_the_fingerprint_tells_what_the_order_depends_on(tmp_path: Path) -> None:
+    first = open_folder(write_shards(tmp_path / "a", [2, 3])).fingerprint()
+    assert open_folder(write_shards(tmp_path / "b", [2, 3])).fingerprint() == first  # moved, not changed
+    assert open_folder(write_shards(tmp_path / "c", [3, 2])).fingerprint() != first
+
+
+def test_an_index_needs_no_shards_until_a_sample_is_read(tmp_path: Path) -> None:
+    """30 million samples in 6,388 shards: index files of two shards suffice to reach what lies in them."""
+    folder = write_shards(tmp_path, [4])
+    table = np.load(folder / "00000.index.npy")
+    count = 4697
+    rows = [[f"{shard:05d}.tar", count, 1_000_000] for shard in range(6388)]
+    (folder / "index.json").write_text(json.dumps({"format": FORMAT, "shards": rows}))
+    (folder / "00000.tar").unlink()
+    index = open_folder(folder)
+    assert len(index) == 6388 * count
+    sample_id = EpochOrder(index.shard_samples, 0, 65536).sample(1, int(0.9 * len(index)))
+    np.save(folder / f"{sample_id // count:05d}.index.npy", np.resize(table, count))
+    location = index.locate(sample_id)
+    assert location.shard == folder / f"{sample_id // count:05d}.tar"
+    assert location.entry.key == f"{sample_id % count % 4:06d}"
+    with pytest.raises(UserError, match="cannot be opened"):
+        ShardReader().read(location)
+
+
+def test_damage_inside_a_picture_is_left_to_the_decoder(tmp_path: Path) -> None:
+    """The index reads headers and texts: a flipped bit between a JPEG's ends must not slow or stop it."""
+    path = write_shard(tmp_path / "0.tar", [sample(0)])
+    entry = scan_shard(path).entries[0]
+    flip_bytes(path, entry.image_offset + entry.image_size // 2, 8)
+    assert scan_shard(path).entries == [entry]

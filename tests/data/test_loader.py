@@ -1,0 +1,257 @@
+"""Training batches: the same at any number of workers and ranks and after a restart; damage costs one sample."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cosmos_scale.batch import Batch
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.captions import draw_captions
+from cosmos_scale.data.decode.torch_cpu import execute
+from cosmos_scale.data.index import index_shards
+from cosmos_scale.data.loader import TrainLoader, default_workers
+from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.shards import scan_shard
+from cosmos_scale.errors import UserError
+from cosmos_scale.model.tokenizer import Tokenizer
+from tests.data.shard_files import flip_bytes, open_folder, picture, sample, tiny_config, write_shard, write_shards
+
+
+def make(folder: Path, config: RunConfig, rank: int = 0, world_size: int = 1, log: Path | None = None) -> TrainLoader:
+    tokenizer = Tokenizer(config.model.text.context_length)
+    return TrainLoader(config, open_folder(folder), tokenizer, rank, world_size, log)
+
+
+def take(loader: TrainLoader, start: int, count: int) -> list[Batch]:
+    with closing(loader.batches(start)) as batches:  # type: ignore[type-var]
+        return list(islice(batches, count))
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    for name, left, right in zip(Batch._fields, a, b, strict=True):
+        assert torch.equal(left, right), name
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), [5, 7, 3, 6])  # 21 samples: five batches of 4, one over
+
+
+def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
+    config = tiny_config(shards)
+    index, tokenizer = open_folder(shards), Tokenizer(16)
+    for epoch in range(2):
+        seen = []
+        for batch in take(make(shards, config), 5 * epoch, 5):
+            assert [tuple(tensor.shape) for tensor in batch] == [
+                (2, 4, 3, 16, 16), (1, 4, 3, 8, 8), (3, 4, 16), (4,), (),
+            ]  # fmt: skip
+            assert [tensor.dtype for tensor in batch] == [
+                torch.float32, torch.float32, torch.int32, torch.int64, torch.int64,
+            ]  # fmt: skip
+            assert batch.substituted.item() == 0
+            for b, number in enumerate(batch.sample_ids.tolist()):
+                key = SampleKey(config.seed, epoch, number)
+                views = execute(picture(number), config.data.views, 16, key, config.data.max_pixels)
+                texts = draw_captions(config.data.captions, json.loads(sample(number)["json"]), key)
+                assert torch.equal(batch.global_crops[:, b], views.global_crops)
+                assert torch.equal(batch.local_crops[:, b], views.local_crops)
+                assert torch.equal(batch.captions[:, b], tokenizer(texts))
+                assert index.locate(number).entry.key == f"{number:06d}"
+                seen.append(number)
+        assert len(set(seen)) == 20
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_restarts_leave_no_trace(shards: Path, workers: int) -> None:
+    config = tiny_config(shards)
+    whole = take(make(shards, config), 0, 12)  # two epochs and a bit
+    with_workers = tiny_config(shards, workers=workers, prefetch=2)
+    for start in (0, 3, 7):  # 7: in the middle of the second epoch
+        for left, right in zip(take(make(shards, with_workers), start, 12 - start), whole[start:], strict=True):
+            assert_equal(left, right)
+
+
+@pytest.mark.parametrize("last_batch", ["drop", "pad"])
+def test_the_global_batch_is_the_same_at_every_world_size(shards: Path, last_batch: str) -> None:
+    config = tiny_config(shards, last_batch=last_batch)
+    alone = make(shards, config)
+    assert alone.steps_per_epoch == (5 if last_batch == "drop" else 6)
+    whole = take(alone, 2, 6)
+    for world_size in (2, 4):
+        ranks = [take(make(shards, config, rank, world_size), 2, 6) for rank in range(world_size)]
+        for step, expected in enumerate(whole):
+            parts = [rank[step] for rank in ranks]
+            assert torch.equal(torch.cat([part.sample_ids for part in parts]), expected.sample_ids)
+            for field, dim in (("global_crops", 1), ("local_crops", 1), ("captions", 1)):
+                joined = torch.cat([getattr(part, field) for part in parts], dim)
+                assert torch.equal(joined, getattr(expected, field)), field
+
+
+def test_a_padded_epoch_visits_every_sample_and_then_its_first_ones(shards: Path) -> None:
+    batches = take(make(shards, tiny_config(shards, last_batch="pad")), 0, 6)
+    ids = torch.cat([batch.sample_ids for batch in batches]).tolist()
+    assert sorted(ids[:21]) == list(range(21))
+    assert ids[21:] == ids[:3]
+
+
+def test_loading_leaves_the_global_random_numbers_alone(shards: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    take(make(shards, tiny_config(shards, workers=1)), 0, 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def damage(folder: Path, numbers: set[int]) -> None:
+    """Flip the first bytes of some pictures, in place: the index is made, its sizes still fit."""
+    for path in sorted(folder.glob("*.tar")):
+        for entry in scan_shard(path).entries:
+            if int(entry.key) in numbers:
+                flip_bytes(path, entry.image_offset, 30)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_costs_one_sample(tmp_path: Path, workers: int) -> None:
+    sound = take(make(write_shards(tmp_path / "sound", [9, 8]), tiny_config(tmp_path / "sound")), 0, 8)
+    folder = write_shards(tmp_path / "shards", [9, 8])
+    broken = {2, 5, 11}
+    damage(folder, broken)
+    log = tmp_path / "run" / "damaged.jsonl"
+    config = tiny_config(folder, workers=workers)
+    batches = take(make(folder, config, log=log), 0, 8)
+    expected_log = []
+    for step, (batch, original) in enumerate(zip(batches, sound, strict=True)):
+        hit = torch.tensor([number in broken for number in original.sample_ids.tolist()])
+        assert batch.substituted.item() == hit.sum().item()
+        assert torch.equal(batch.sample_ids[~hit], original.sample_ids[~hit])
+        assert torch.equal(batch.global_crops[:, ~hit], original.global_crops[:, ~hit])
+        assert not broken & set(batch.sample_ids.tolist())
+        expected_log += [(step, number) for number in original.sample_ids[hit].tolist()]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    # A substitute may be damaged itself, and is then logged too.
+    assert set(expected_log) <= {(line["step"], line["sample"]) for line in lines}
+    for line in lines:
+        assert line["sample"] in broken
+        assert (line["key"], line["rank"], line["source"]) == (f"{line['sample']:06d}", 0, "test")
+        assert line["shard"] == str(folder / ("00000.tar" if line["sample"] < 9 else "00001.tar"))
+        assert line["reason"] == "the picture is not a JPEG, PNG or WebP"
+    again = take(make(folder, config, 1, 2), 3, 5)  # another world size, after a restart: the same substitutes
+    for left, right in zip(again, batches[3:], strict=True):
+        assert torch.equal(left.sample_ids, right.sample_ids[2:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_much_damage_stops_with_one_line(tmp_path: Path, workers: int) -> None:
+    folder = write_shards(tmp_path, [12])
+    damage(folder, {3})
+    log = tmp_path / "damaged.jsonl"
+    loader = make(folder, tiny_config(folder, workers=workers, max_damaged=0.0), log=log)
+    with pytest.raises(
+        UserError, match=r"^rank 0: 1 of \d+ samples are damaged, more than data\.max_damaged 0"
+    ) as error:
+        take(loader, 0, 3)
+    assert "000003 in " in str(error.value)
+    assert str(log) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_a_few_damaged_samples_at_the_start_are_no_verdict(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [12])
+    damage(folder, {3})
+    loader = make(folder, tiny_config(folder, max_damaged=0.002))  # 2 in the first 1,000
+    with pytest.raises(UserError, match=r"^rank 0: 3 of 3\d samples"):
+        take(loader, 0, 20)
+
+
+@pytest.mark.parametrize(
+    ("document", "sampling", "reason"),
+    [
+        ([1, 2], "textcrop", "list"),
+        ({"raw_caption": 7}, "textcrop", "raw_caption"),
+        ({"raw_caption": []}, "textcrop", "no caption text"),
+        ({"url": "x"}, "textcrop", "raw_caption"),
+        ({"url": "x"}, "raw_pixelprose", "original_caption"),
+    ],
+)
+def test_captions_of_the_wrong_shape_stop_with_one_line(
+    tmp_path: Path, document: Any, sampling: str, reason: str
+) -> None:
+    members = [sample(number) for number in range(4)]
+    write_shard(tmp_path / "0.tar", members)
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    data = json.dumps(document).encode()
+    padded = data + b" " * (len(members[0]["json"]) - len(data))  # the same offsets: damage behind the index's back
+    write_shard(tmp_path / "0.tar", [{**member, "json": padded} for member in members])
+    loader = make(tmp_path, tiny_config(tmp_path, captions={"count": 3, "sampling": sampling}))
+    with pytest.raises(UserError, match=r"21 damaged samples in a row; the last is \d+ in .*0\.tar: ") as error:
+        take(loader, 0, 1)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path: Path, workers: int) -> None:
+    folder = write_shards(tmp_path, [6, 6])
+    loader = make(folder, tiny_config(folder, workers=workers))
+    write_shard(folder / "00001.tar", [sample(0)])
+    with pytest.raises(UserError, match=r"^rank 0: .*00001\.tar: has \d+ bytes, but its index was made when") as error:
+        take(loader, 0, 3)
+    assert "\n" not in str(error.value)
+    (folder / "00001.tar").unlink()
+    with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened"):
+        take(loader, 0, 3)
+
+
+def children() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
+    before = set(children())
+    with closing(make(shards, tiny_config(shards, workers=1)).batches(0)) as batches:  # type: ignore[type-var]
+        next(batches)
+        (worker,) = set(children()) - before
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"rank 0: a loader process died .*lower data\.workers \(1\)"):
+            list(islice(batches, 50))  # what was ready is still handed out
+
+
+@contextmanager
+def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+            patch.delenv(name, raising=False)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+def test_default_workers_share_the_hosts_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    with environment(monkeypatch):
+        assert [default_workers(ranks) for ranks in (1, 4, 8, 32, 64)] == [8, 7, 3, 0, 0]
+    with environment(monkeypatch, LOCAL_SIZE="8"):  # of 128 ranks, 8 run here
+        assert default_workers(128) == 3
+
+
+def test_a_world_size_that_does_not_divide_the_batch_is_refused(shards: Path) -> None:
+    with pytest.raises(UserError, match="global_batch"):
+        make(shards, tiny_config(shards), 0, 3)
+
+
+def test_more_batch_than_data_is_refused(shards: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch is 32, but the data has 21 samples"):
+        make(shards, tiny_config(shards, global_batch=32))
+    batch = take(make(shards, tiny_config(shards, global_batch=32, last_batch="pad")), 0, 1)[0]
+    assert np.bincount(batch.sample_ids).tolist().count(2) == 32 - 21

@@ -1,0 +1,188 @@
+"""Which members make a sample, what breaks a shard, and reading by offset."""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.shards import Location, ShardReader, ShardScan, scan_shard
+from cosmos_scale.errors import UserError
+from tests.data.shard_files import flip_bytes, picture, sample, write_shard
+
+JSON = b'{"raw_caption": ["a"]}'
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def keys(scan: ShardScan) -> list[str]:
+    return [entry.key for entry in scan.entries]
+
+
+def location(path: Path, scan: ShardScan, place: int) -> Location:
+    return Location("test", path, scan.size, scan.entries[place])
+
+
+def test_samples_are_read_back_byte_for_byte(tmp_path: Path) -> None:
+    samples = [sample(number) for number in range(5)]
+    path = write_shard(tmp_path / "a.tar", samples)
+    scan = scan_shard(path)
+    assert keys(scan) == [members["__key__"] for members in samples]
+    assert (scan.rejected, scan.torn) == ([], None)
+    reader = ShardReader()
+    for place in (3, 0, 4, 1, 2):
+        image, document = reader.read(location(path, scan, place))
+        assert image == samples[place]["jpg"]
+        assert document == json.loads(samples[place]["json"])
+    reader.close()
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_grouped_by_webdatasets_rule(tmp_path: Path, tar_format: int) -> None:
+    long_name = "folder/" + "n" * 90  # with its extension past 100 bytes: a header of its own in GNU and pax format
+    webp, png = picture(1, "WEBP"), picture(2, "PNG")
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("x/1.JPEG", picture(0)),
+            ("x/1.json", JSON),
+            ("y/1.webp", webp),  # the folder belongs to the key
+            ("y/1.txt", " ein Täxt \n".encode()),
+            ("2.mask.png", b"left alone: its extension is mask.png"),
+            ("2.png", png),
+            ("2.txt", b"preferred is json"),
+            ("2.json", JSON),
+            (f"{long_name}.jpg", picture(3)),
+            (f"{long_name}.json", JSON),
+        ],
+        tar_format,
+    )
+    scan = scan_shard(path)
+    assert keys(scan) == ["x/1", "y/1", "2", long_name]
+    assert scan.rejected == []
+    reader = ShardReader()
+    assert reader.read(location(path, scan, 1)) == (webp, {"caption": "ein Täxt"})
+    assert reader.read(location(path, scan, 2)) == (png, json.loads(JSON))
+    assert reader.read(location(path, scan, 3))[0] == picture(3)
+    reader.close()
+
+
+def test_unusable_samples_are_named(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("good.jpg", picture(0)),
+            ("good.json", JSON),
+            ("no_text.jpg", picture(0)),
+            ("no_picture.json", JSON),
+            ("gif.jpg", b"GIF89a" + bytes(50)),
+            ("gif.json", JSON),
+            ("empty.jpg", b""),
+            ("empty.json", JSON),
+            ("cut.jpg", picture(0)[:-200]),
+            ("cut.json", JSON),
+            ("broken.jpg", picture(0)),
+            ("broken.json", b"{"),
+            ("list.jpg", picture(0)),
+            ("list.json", b"[1]"),
+            ("trailer.jpg", picture(0) + bytes(10_000)),  # cameras append data of their own
+            ("trailer.json", JSON),
+        ],
+    )
+    scan = scan_shard(path)
+    assert keys(scan) == ["good", "trailer"]
+    assert {fault.key: fault.reason.split(":")[0] for fault in scan.rejected} == {
+        "no_text": "no text (.json, .txt)",
+        "no_picture": "no picture (.jpg, .jpeg, .png, .webp)",
+        "gif": "not a JPEG, PNG or WebP picture",
+        "empty": "not a JPEG, PNG or WebP picture",
+        "cut": "damaged JPEG",
+        "broken": "unreadable json",
+        "list": "json is a list, not an object",
+    }
+
+
+def test_every_cut_keeps_the_whole_samples_before_it(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(3)])
+    whole = path.read_bytes()
+    entries = scan_shard(path).entries
+    end = (entries[-1].text_offset + entries[-1].text_size + 511) // 512 * 512
+    cut_path = tmp_path / "cut.tar"
+    for size in range(256, len(whole) - 512, 256):
+        cut_path.write_bytes(whole[:size])
+        scan = scan_shard(cut_path)
+        kept = [e for e in entries if max(e.image_offset + e.image_size, e.text_offset + e.text_size) <= size]
+        assert scan.entries == kept
+        assert (scan.torn is None) == (size >= end + 512)  # one block of zeros ends an archive
+
+
+def test_a_damaged_header_is_told_from_the_end(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(3)])
+    second = scan_shard(path).entries[1]
+    flip_bytes(path, second.image_offset - 512, 300)
+    scan = scan_shard(path)
+    assert keys(scan) == ["000000"]
+    assert scan.torn == f"damaged: no tar header at byte {second.image_offset - 512}; the rest cannot be reached"
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
+def test_a_file_that_is_no_tar_is_torn_from_the_start(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    scan = scan_shard(path)
+    assert scan.entries == []
+    assert scan.torn is not None
+    assert scan.torn.startswith("not a tar file")
+
+
+def test_a_compressed_shard_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    plain = write_shard(tmp_path / "plain.tar", [sample(0)])
+    path = tmp_path / "a.tar"
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    with pytest.raises(UserError, match=r"a\.tar: is gzip-compressed"):
+        scan_shard(path)
+
+
+def test_a_stale_or_missing_shard_is_noticed(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
+    scan = scan_shard(path)
+    write_shard(path, [sample(number) for number in range(9)])
+    with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, but its index was made when it had \d+"):
+        ShardReader().read(location(path, scan, 0))
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.tar: shard of source test cannot be opened: No such file"):
+        ShardReader().read(location(path, scan, 0))
+
+
+def test_a_changed_shard_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
+    scan = scan_shard(path)
+    members = [{**sample(number), "jpg": picture(number)[:-1]} for number in range(2)]
+    write_shard(path, members)
+    assert path.stat().st_size == scan.size
+    reader = ShardReader()
+    with pytest.raises(DamagedSample, match="the shard has changed or is damaged"):
+        reader.read(location(path, scan, 0))
+    reader.close()
+
+
+def test_few_shards_stay_open(tmp_path: Path) -> None:
+    paths = [write_shard(tmp_path / f"{number}.tar", [sample(number)]) for number in range(6)]
+    reader = ShardReader(open_shards=2)
+    for _ in range(2):
+        for number, path in enumerate(paths):
+            image, _ = reader.read(location(path, scan_shard(path), 0))
+            assert image == picture(number)
+    held = [link for link in Path("/proc/self/fd").iterdir() if link.exists() and link.resolve() in paths]
+    assert len(held) == 2
+    reader.close()
