@@ -1,0 +1,266 @@
+"""The demo, `python -m cosmos_scale.demo`: from nothing to a trained COSMOS model and its retrieval numbers.
+
+It paints scenes, trains on them under the deepspeed launcher as any user would, evaluates the checkpoints from before
+and after, and leaves `loss_curve.png`, `views.png` and `summary.json` behind. It needs no network.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cosmos_scale.checkpoint import newest
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_file import load_config
+from cosmos_scale.data.captions import draw_captions
+from cosmos_scale.data.contact_sheet import contact_sheet
+from cosmos_scale.data.decode.torch_cpu import execute
+from cosmos_scale.data.index import open_sources
+from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.scene_shards import build_scenes
+from cosmos_scale.data.shards import ShardReader
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.command import evaluate_checkpoint
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
+SAMPLES_SHOWN = 4
+DIRECTIONS = {"image_to_text_R@1": "image to text", "text_to_image_R@1": "text to image"}
+MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+
+# What the student must reach in both directions, in multiples of chance. A model that knows nothing but the background
+# and the number of objects reaches 12; one trained on permuted captions stays below 3.
+REQUIRED = 20.0
+REQUIRED_QUICK = 3.0
+
+Recalls = dict[str, dict[str, float]]
+"""Recall at 1 by model ("student", "teacher") and direction."""
+
+
+class _Training(NamedTuple):
+    """What a run's metrics.jsonl says: records of training and evaluation, in the order of steps."""
+
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps, data wait included; start-up, evaluation and checkpoints are not."""
+        # A record holds the mean over the steps since the record before it.
+        counts = (after - before for before, after in pairwise([0, *(record["step"] for record in self.steps)]))
+        times = [count * record["step_seconds_max"] for count, record in zip(counts, self.steps, strict=True)]
+        return float(sum(times))
+
+
+def run_demo(out: Path, quick: bool) -> bool:
+    """Build, train, evaluate and report under `out`; returns whether the student learned what it must.
+
+    Raises UserError where the training fails.
+    """
+    console = Console()
+    file = CONFIGS / ("demo_quick.yaml" if quick else "demo.yaml")
+    overrides = [
+        f"output={out / 'runs'}",
+        f"data.sources.0.shards={out / 'data' / 'train'}",
+        f"eval.retrieval.shards={out / 'data' / 'gallery'}",
+    ]
+    config = load_config(file, overrides)
+    gallery = config.eval.retrieval
+    assert gallery is not None  # both of the demo's configs say so
+    assert gallery.max_samples is not None
+    assert config.data.samples is not None
+    run_folder = config.output / config.name
+    shutil.rmtree(run_folder, ignore_errors=True)  # an earlier demo's
+
+    console.print(
+        f"\n[bold]1. Data.[/] Painting {config.data.samples:,} scenes with captions to train on, and "
+        f"{gallery.max_samples} held-out ones: JPEG files in webdataset shards under {out / 'data'}."
+    )
+    build_scenes(out / "data", train=config.data.samples, gallery=gallery.max_samples, seed=config.seed, progress=True)
+    draw_views(config, out / "views.png")
+    console.print(f"   What the model will see of {SAMPLES_SHOWN} of them: {out / 'views.png'}")
+
+    ranks, device = _ranks_and_device()
+    console.print(
+        f"\n[bold]2. Training.[/] Student and teacher for {config.train.schedule_steps} steps of "
+        f"{config.train.global_batch} samples, on {ranks} {device} rank{'s' if ranks > 1 else ''} with DeepSpeed "
+        f"ZeRO-{config.zero.stage}. The ranks take some seconds to start."
+    )
+    _launch(file, overrides, ranks, console)
+
+    console.print(
+        f"\n[bold]3. Retrieval.[/] Of {gallery.max_samples} held-out pairs, which caption belongs to a picture, and "
+        "which picture to a caption? Asking the models from before and after the training."
+    )
+    before = _recalls(run_folder / "checkpoints" / "step-00000000", gallery.shards, gallery.captions)
+    last = newest(run_folder / "checkpoints")
+    assert last is not None
+    after = _recalls(last, gallery.shards, gallery.captions)
+
+    training = _read_metrics(run_folder / "metrics.jsonl")
+    samples = training.steps[-1]["step"] * config.train.global_batch
+    summary = {
+        "gallery": gallery.max_samples,
+        "chance_R@1": 1 / gallery.max_samples,
+        "train_seconds": round(training.seconds, 1),
+        "samples_per_second": round(samples / training.seconds, 2),
+        "before": before,
+        "after": after,
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    draw_curves(training, summary, out / "loss_curve.png")
+    console.print()
+    console.print(_table(summary))
+    console.print(
+        f"{samples:,} samples in {training.seconds:.0f} s: {samples / training.seconds:.1f} samples/s\n"
+        f"checkpoint   {last}\nloss curve   {out / 'loss_curve.png'}\nviews        {out / 'views.png'}\n"
+        f"numbers      {out / 'summary.json'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return _learned(summary, REQUIRED_QUICK if quick else REQUIRED, console)
+
+
+def draw_views(config: RunConfig, path: Path) -> None:
+    """Draw the views and captions that the first samples of the data have in the first epoch."""
+    index, reader = open_sources(config.data.sources), ShardReader()
+    rows = []
+    for sample in range(SAMPLES_SHOWN):
+        key = SampleKey(config.seed, 0, sample)
+        image_bytes, document = reader.read(index.locate(sample))
+        views = execute(image_bytes, config.data.views, config.model.vision.image_size, key, config.data.max_pixels)
+        rows.append((views, draw_captions(config.data.captions, document, key)))
+    reader.close()
+    contact_sheet(rows, path, config.data.captions.global_count, zoom=3)  # 64 pixels are small on a screen
+
+
+def draw_curves(training: _Training, summary: dict[str, Any], path: Path) -> None:
+    """Draw both losses, and the recall of student and teacher as a multiple of chance, over the steps."""
+    import matplotlib as mpl  # here: it takes a second, and the demo's user waits for the first words
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (losses, recall) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    steps = [record["step"] for record in training.steps]
+    for key, label in (("clip", "CLIP loss"), ("distill", "distillation loss")):
+        losses.plot(steps, [record[key] for record in training.steps], label=label)
+    losses.set(title="Losses", xlabel="step", ylabel="loss", ylim=(0, None))
+
+    last_step = steps[-1]
+    evaluations = [record for record in training.evaluations if record["step"] < last_step]
+    for model, line in zip(MODELS, ("-", "--"), strict=True):
+        for (key, label), colour in zip(DIRECTIONS.items(), ("tab:green", "tab:red"), strict=True):
+            points = [(0, summary["before"][model][key])]
+            points += [(record["step"], record[f"{model}/{key}"]) for record in evaluations]
+            points += [(last_step, summary["after"][model][key])]
+            times_chance = [value / summary["chance_R@1"] for _, value in points]
+            recall.plot(
+                [step for step, _ in points], times_chance, line, color=colour, marker=".", label=f"{model}, {label}"
+            )
+    recall.axhline(1, color="grey", linewidth=1, linestyle=":", label="chance")
+    recall.set(
+        title=f"Retrieval among {summary['gallery']} held-out pairs",
+        xlabel="step",
+        ylabel="R@1 as a multiple of chance",
+        ylim=(0, None),
+    )
+    for axes in (losses, recall):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(0, last_step)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _ranks_and_device() -> tuple[int, str]:
+    """Two ranks; one where the machine has a single GPU, which two ranks cannot share."""
+    if torch.cuda.is_available():
+        return min(2, torch.cuda.device_count()), "GPU"
+    return 2, "CPU"
+
+
+def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -> None:
+    """Train under the deepspeed launcher; its output goes to this terminal."""
+    environment = dict(os.environ)
+    # The launcher and its ranks look for ninja beside this interpreter, whether its environment is activated or not.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    arguments = ["--num_accelerators", str(ranks), "--master_port", str(port), "--module", "cosmos_scale.train"]
+    command = ["deepspeed", *arguments, str(run), *overrides]
+    console.print("   $ " + " ".join(command), style="dim", highlight=False, soft_wrap=True)
+    # Through -m: the `deepspeed` script need not be on PATH.
+    status = subprocess.run(
+        [sys.executable, "-m", "deepspeed.launcher.runner", *command[1:]], env=environment, check=False
+    ).returncode
+    if status:
+        raise UserError(f"training ended with exit status {status}; its output above says why")
+
+
+def _recalls(checkpoint: Path, shards: str, captions_key: str) -> Recalls:
+    recalls: Recalls = {}
+    for model in MODELS:
+        result = evaluate_checkpoint(checkpoint, shards, which=model, captions_key=captions_key, batch=64)
+        recalls[model] = {key: result.as_dict()[key] for key in DIRECTIONS}
+    return recalls
+
+
+def _read_metrics(path: Path) -> _Training:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return _Training(*([record for record in records if record["kind"] == kind] for kind in ("train", "eval")))
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    chance = summary["chance_R@1"]
+    table = Table("", "", "before", "after", "after / chance", title=f"R@1 among {summary['gallery']} held-out pairs")
+    for model in MODELS:
+        for key, direction in DIRECTIONS.items():
+            before, after = summary["before"][model][key], summary["after"][model][key]
+            table.add_row(model, direction, f"{before:.1%}", f"{after:.1%}", f"{after / chance:.0f} x")
+        table.add_section()
+    table.caption = f"chance: {chance:.1%}"
+    return table
+
+
+def _learned(summary: dict[str, Any], required: float, console: Console) -> bool:
+    reached = float(min(summary["after"]["student"].values()) / summary["chance_R@1"])
+    learned = reached >= required
+    verdict = "[green]It learned[/]" if learned else "[red]It did not learn enough[/]"
+    console.print(
+        f"\n{verdict}: the student is at {reached:.0f} times chance or more; {required:.0f} times were asked."
+    )
+    return learned
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 where the student did not learn, 2 where the run failed."""
+    parser = argparse.ArgumentParser(prog="python -m cosmos_scale.demo", description="Train a small COSMOS model.")
+    parser.add_argument("--quick", action="store_true", help="a shortened run of about a minute")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: demo_out")
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        return 0 if run_demo(arguments.out, arguments.quick) else 1
+    except UserError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""`cosmos-scale eval retrieval` on a checkpoint of a real run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos_scale.checkpoint import load_weights
+from cosmos_scale.data.scene_shards import SceneShards, build_scenes
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.command import evaluate_checkpoint, find_checkpoint, run
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
+SMALL = [
+    "name=small",
+    "model.vision.layers=1",
+    "model.text.layers=1",
+    "data.views.local_crops=1",
+    "data.captions.count=3",
+    "optimizer.warmup_steps=1",
+    "train.global_batch=8",
+    "train.schedule_steps=2",
+    "ema.momentum=0.5",
+    "data.workers=0",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> SceneShards:
+    return build_scenes(tmp_path_factory.mktemp("scenes"), train=16, gallery=40, workers=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, shards: SceneShards) -> Path:
+    """The folder of the checkpoints of steps 0 and 2, by a run that evaluates at step 2."""
+    folder = tmp_path_factory.mktemp("run")
+    places = [f"output={folder}", f"data.sources.0.shards={shards.train}", f"eval.retrieval.shards={shards.gallery}"]
+    command = [sys.executable, "-m", "cosmos_scale.train", str(DEMO), *SMALL, *places, "eval.every=2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "small" / "checkpoints"
+
+
+def test_json_says_what_the_run_itself_measured(
+    checkpoints: Path, shards: SceneShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
+    measured = next(record for record in records if record["kind"] == "eval")
+    for which in ("student", "teacher"):
+        run(
+            checkpoints,
+            str(shards.gallery),
+            which=which,
+            captions_key="raw_caption",
+            batch=64,
+            device="cpu",
+            as_json=True,
+        )
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["checkpoint"] == str(checkpoints / "step-00000002")
+        assert printed["images"] == printed["texts"] == 40
+        for key in ("image_to_text_R@1", "image_to_text_R@10", "text_to_image_R@1", "text_to_image_R@10"):
+            # The same weights on the same machine; one pair of 40 is the least that could differ.
+            assert printed[key] == pytest.approx(measured[f"{which}/{key}"], abs=1e-6)
+
+
+def test_table_names_checkpoint_and_chance(
+    checkpoints: Path, shards: SceneShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        checkpoints / "step-00000000",
+        str(shards.gallery),
+        which="teacher",
+        captions_key="longIB_captions",
+        batch=7,
+        device="cpu",
+        as_json=False,
+    )
+    printed = capsys.readouterr().out
+    assert "image to text" in printed
+    assert "2.50 %" in printed
+
+
+def test_student_and_teacher_differ_after_training_only(checkpoints: Path) -> None:
+    def equal(step: str) -> bool:
+        student, teacher = (load_weights(checkpoints / step, which) for which in ("student", "teacher"))
+        assert student.keys() == teacher.keys()
+        return all(torch.equal(student[name], teacher[name]) for name in student)
+
+    assert equal("step-00000000")
+    assert not equal("step-00000002")
+
+
+def test_several_correct_texts_and_batches_do_not_matter(checkpoints: Path, shards: SceneShards) -> None:
+    results = [
+        evaluate_checkpoint(
+            checkpoints / "step-00000002",
+            str(shards.gallery),
+            which="student",
+            captions_key="longIB_captions",
+            batch=batch,
+            device="cpu",
+        )
+        for batch in (7, 64)
+    ]
+    assert results[0].texts > results[0].images == 40
+    # Batches of other sizes round differently, which may swap two near neighbours.
+    assert results[0].image_to_text[10] == pytest.approx(results[1].image_to_text[10], abs=1 / 40 + 1e-6)
+
+
+def test_user_errors_name_what_is_wrong(checkpoints: Path, shards: SceneShards, tmp_path: Path) -> None:
+    def evaluate_with(folder: Path, data: str, captions_key: str = "raw_caption") -> None:
+        evaluate_checkpoint(folder, data, which="student", captions_key=captions_key, batch=8, device="cpu")
+
+    last = find_checkpoint(checkpoints.parent)
+    assert last == checkpoints / "step-00000002"
+    with pytest.raises(UserError, match="no such folder"):
+        find_checkpoint(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        evaluate_with(find_checkpoint(tmp_path), str(shards.gallery))
+    with pytest.raises(UserError, match="no_such_key"):
+        evaluate_with(last, str(shards.gallery), captions_key="no_such_key")
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_with(last, str(tmp_path / "nowhere"))
