@@ -18,18 +18,20 @@ Font = ImageFont.FreeTypeFont
 Cell = tuple[str, str, Image.Image]
 
 
-def contact_sheet(samples: Sequence[tuple[Views, list[str]]], path: Path, global_captions: int = 2) -> None:
-    """Write a PNG of all views and captions of some samples; views are shown at their own size, colours undone.
+def contact_sheet(
+    samples: Sequence[tuple[Views, list[str]]], path: Path, global_captions: int = 2, zoom: int = 1
+) -> None:
+    """Write a PNG of all views and captions of some samples; views are shown pixel by pixel, colours undone.
 
     samples: one (views, captions) a row, as `execute` and `draw_captions` return them. global_captions: how many of the
-    captions are marked as global.
+    captions are marked as global. zoom: side of the square, in pixels of the PNG, that shows one pixel of a view.
     """
     if not samples:
         raise ValueError("a contact sheet needs at least one sample")
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # DejaVu: more scripts than Pillow's built-in font
     font = ImageFont.truetype(fonts / "DejaVuSans.ttf", 13)
     bold = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", 13)
-    rows = [_row(views, captions, global_captions, font, bold) for views, captions in samples]
+    rows = [_row(views, captions, global_captions, zoom, font, bold) for views, captions in samples]
 
     width = max(row.width for row in rows) + 2 * MARGIN
     height = sum(row.height + 2 * MARGIN for row in rows)
@@ -51,14 +53,16 @@ def to_image(view: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def _row(views: Views, captions: list[str], global_captions: int, font: Font, bold: Font) -> Image.Image:
-    global_cells = [(f"global {i}", GLOBAL, to_image(view)) for i, view in enumerate(views.global_crops, start=1)]
-    local_cells = [(f"local {i}", LOCAL, to_image(view)) for i, view in enumerate(views.local_crops, start=1)]
-    blocks = [_grid(global_cells, len(global_cells), font)]
+def _row(views: Views, captions: list[str], global_captions: int, zoom: int, font: Font, bold: Font) -> Image.Image:
+    def cells(kind: str, colour: str, crops: Tensor) -> list[Cell]:
+        return [(f"{kind} {i}", colour, _enlarge(to_image(view), zoom)) for i, view in enumerate(crops, start=1)]
+
+    global_cells, local_cells = cells("global", GLOBAL, views.global_crops), cells("local", LOCAL, views.local_crops)
+    blocks = [_grid(global_cells, len(global_cells), zoom, font)]
     if local_cells:
         # About as many rows of local crops as stand beside one global crop.
         local_rows = max(1, round(blocks[0].height / (LABEL + local_cells[0][2].height + GAP)))
-        blocks.append(_grid(local_cells, -(-len(local_cells) // local_rows), font))
+        blocks.append(_grid(local_cells, -(-len(local_cells) // local_rows), zoom, font))
     blocks.append(_captions(captions, global_captions, font, bold))
 
     width = sum(block.width for block in blocks) + 2 * MARGIN * (len(blocks) - 1)
@@ -70,10 +74,14 @@ def _row(views: Views, captions: list[str], global_captions: int, font: Font, bo
     return row
 
 
-def _grid(cells: list[Cell], columns: int, font: Font) -> Image.Image:
+def _enlarge(view: Image.Image, zoom: int) -> Image.Image:
+    return view.resize((view.width * zoom, view.height * zoom), Image.Resampling.NEAREST)
+
+
+def _grid(cells: list[Cell], columns: int, zoom: int, font: Font) -> Image.Image:
     """Views in rows of `columns`, each under its label."""
     view_width, view_height = cells[0][2].size
-    labels = [f"{label} ({view_width} px)" if view_width > 150 else label for label, _, _ in cells]
+    labels = [f"{label} ({view_width // zoom} px)" if view_width > 150 else label for label, _, _ in cells]
     cell_width = max(view_width, *(int(font.getlength(label)) for label in labels)) + GAP
     cell_height = LABEL + view_height + GAP
     rows = -(-len(cells) // columns)

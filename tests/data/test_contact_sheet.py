@@ -47,6 +47,19 @@ def test_every_view_is_shown_unscaled(tmp_path: Path, global_size: int, local_si
         assert any(np.array_equal(place, pixels) for place in places)
 
 
+def test_zoom_shows_every_pixel_as_a_square(tmp_path: Path) -> None:
+    crops, pixels = noise(1, 32, 0)
+    samples = [(Views(crops, crops[:0]), ["a cat"])]
+    sheets = []
+    for zoom in (1, 3):
+        contact_sheet(samples, tmp_path / "sheet.png", zoom=zoom)
+        sheets.append(np.asarray(Image.open(tmp_path / "sheet.png")))
+    plain, zoomed = sheets
+    rows, columns = np.argwhere((plain[:-1, :-1] == pixels[0][0, 0]).all(-1)).T
+    places = [zoomed[top : top + 96, left : left + 96] for top, left in zip(rows, columns, strict=True)]
+    assert any(np.array_equal(place, pixels[0].repeat(3, 0).repeat(3, 1)) for place in places)
+
+
 def test_captions_are_wrapped_not_cut(tmp_path: Path) -> None:
     views = Views(noise(2, 32, 0)[0], noise(2, 16, 1)[0])
     heights, inks = [], []
