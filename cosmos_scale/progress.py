@@ -127,14 +127,15 @@ class Progress:
             self._log.advance(pending.step)
 
     def evaluation(self, step: int, results: dict[str, RetrievalResult]) -> None:
-        """Write and show retrieval results by model; the time they took does not count as training."""
+        """Write and show retrieval results by model."""
         if self._log is not None:
             numbers = {name: result.as_dict() for name, result in results.items()}
             tables = "\n".join(_text(result, f"step {step}: {name}") for name, result in results.items())
             self._log.evaluation(step, numbers, tables)
 
     def pause(self) -> "_Pause":
-        """A context whose time does not count into samples per second."""
+        """Read all steps, so that a bad loss stops the run here; then a context whose time is not a step's."""
+        self.read_pending()
         return _Pause(self)
 
     def forget(self, seconds: float) -> None:

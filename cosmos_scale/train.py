@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.engine.collectives import Ranks, start_ranks, stop_ranks
+from cosmos_scale.engine.collectives import Ranks, start_ranks
 from cosmos_scale.engine.lookahead import Lookahead, StopRequest
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
@@ -40,6 +40,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         progress.say(run.describe(last_step))
         if config.checkpoint.at_start and step == 0:
             run.save(0, student)
+        if step < last_step:
+            ahead.fetch()
         while step < last_step:
             batch, stopping = ahead.take()
             if stopping:
@@ -79,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"cosmos-scale train: {error}", file=sys.stderr)
         return 2
-    finally:
-        stop_ranks()
     return 0
 
 

@@ -31,7 +31,7 @@ from cosmos_scale.config import (
     VisionConfig,
     ZeroConfig,
 )
-from cosmos_scale.engine.collectives import start_ranks, stop_ranks
+from cosmos_scale.engine.collectives import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
@@ -116,32 +116,44 @@ class Golden:
 
     def run_config(self, zero_stage: int) -> RunConfig:
         """Return a run with the file's model, batch, optimizer and average."""
-        if self.metadata("ema_order").find("BEFORE") < 0:
-            raise UserError(f"{self.path}: ema_order {self.metadata('ema_order')!r}; rule: the published order, BEFORE")
-        beta1, beta2 = self.metadata("betas").split(",")
         model = self.model_config()
-        return RunConfig(
-            precision="fp32",
-            model=model,
-            data=DataConfig(
-                captions=CaptionsConfig(
-                    count=self.tensor("step0.captions").shape[0], global_count=self.global_captions()
+        captions = CaptionsConfig(count=self.tensor("step0.captions").shape[0], global_count=self.global_captions())
+        # No crop is made, since the file holds them: any size that fits the patches will do.
+        data = DataConfig(captions=captions, views=ViewsConfig(local_size=model.vision.patch_size))
+        before_step = "before" in self.metadata("ema_order").lower()
+        try:
+            beta1, beta2 = self.metadata("betas").split(",")
+            batch, total_steps = int(self.metadata("batch")), int(self.metadata("total_steps"))
+            return RunConfig(
+                precision="fp32",
+                model=model,
+                data=data,
+                train=TrainConfig(global_batch=batch, schedule_steps=total_steps),
+                optimizer=OptimizerConfig(
+                    lr=float(self.metadata("lr")),
+                    betas=(float(beta1), float(beta2)),
+                    eps=float(self.metadata("eps")),
+                    weight_decay=float(self.metadata("weight_decay")),
+                    warmup_steps=int(self.metadata("warmup")),
                 ),
-                views=ViewsConfig(local_size=model.vision.patch_size),  # no crop is made: the file holds them
-            ),
-            train=TrainConfig(
-                global_batch=int(self.metadata("batch")), schedule_steps=int(self.metadata("total_steps"))
-            ),
-            optimizer=OptimizerConfig(
-                lr=float(self.metadata("lr")),
-                betas=(float(beta1), float(beta2)),
-                eps=float(self.metadata("eps")),
-                weight_decay=float(self.metadata("weight_decay")),
-                warmup_steps=int(self.metadata("warmup")),
-            ),
-            ema=EmaConfig(momentum=float(self.metadata("ema_momentum"))),
-            zero=ZeroConfig(stage=1 if zero_stage else 0),
-        )
+                ema=EmaConfig(
+                    momentum=float(self.metadata("ema_momentum")), order="before_step" if before_step else "after_step"
+                ),
+                zero=ZeroConfig(stage=1 if zero_stage else 0),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{self.path}: the header's hyper-parameters do not make a run: {_one_line(error)}"
+            ) from error
+
+    def trajectory(self) -> dict[str, Tensor]:
+        """Return both losses, their sum and the learning rate, each at every step: [steps] float64."""
+        columns = [column.strip() for column in self.metadata("trajectory_columns").split(",")]
+        trajectory = dict(zip(columns, self.tensor("trajectory").unbind(1), strict=False))
+        missing = {"distill_loss", "clip_loss", "total_loss", "lr"} - trajectory.keys()
+        if missing:
+            raise UserError(f"{self.path}: trajectory_columns lacks {min(missing)!r}")
+        return trajectory
 
     def batch(self, step: int) -> Batch:
         """Return the inputs of a step."""
@@ -181,13 +193,8 @@ def check_losses(golden: Golden, zero_stage: int) -> list[Difference]:
     """Compare both losses and their sum: absolute difference."""
     losses = _losses(*_forward(golden.model("student."), golden.model("teacher."), golden))
     ours = {"distill_loss": losses.distill, "clip_loss": losses.clip, "total_loss": losses.total}
-    first_step = dict(
-        zip(golden.metadata("trajectory_columns").split(","), golden.tensor("trajectory")[0], strict=True)
-    )
-    missing = ours.keys() - first_step.keys()
-    if missing:
-        raise UserError(f"{golden.path}: trajectory_columns lacks {min(missing)!r}")
-    return [_absolute(golden, name, ours[name].double(), first_step[name]) for name in ours]
+    theirs = golden.trajectory()
+    return [_absolute(golden, name, ours[name].double(), theirs[name][0]) for name in ours]
 
 
 def check_gradients(golden: Golden, zero_stage: int) -> list[Difference]:
@@ -203,9 +210,9 @@ def check_gradients(golden: Golden, zero_stage: int) -> list[Difference]:
 
 
 class Trained(NamedTuple):
-    """What training the file's steps gave: [steps, 4] float64 losses and learning rate, and both models' weights."""
+    """What training the file's steps gave: the columns of the trajectory [steps] float64, and both models' weights."""
 
-    trajectory: Tensor
+    trajectory: dict[str, Tensor]
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
 
@@ -224,16 +231,15 @@ def train(golden: Golden, zero_stage: int) -> Trained:
         lr, momentum = learning_rate(step, config.optimizer, total_steps), ema_momentum(step, config.ema, total_steps)
         output = train_step(student, teacher, CosmosLoss("true"), golden.batch(step), lr=lr, momentum=momentum)
         rows.append([output.distill.item(), output.clip.item(), output.total.item(), lr])
-    return Trained(torch.tensor(rows, dtype=torch.float64), student_model.state_dict(), teacher_model.state_dict())
+    columns = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    trajectory = dict(zip(("distill_loss", "clip_loss", "total_loss", "lr"), columns, strict=True))
+    return Trained(trajectory, student_model.state_dict(), teacher_model.state_dict())
 
 
 def check_trajectory(golden: Golden, zero_stage: int) -> list[Difference]:
-    """Compare losses and learning rate of every step: absolute difference."""
-    ours, theirs = train(golden, zero_stage).trajectory, golden.tensor("trajectory")
-    return [
-        _absolute(golden, f"{name}, worst step", ours[:, column], theirs[:, column])
-        for column, name in enumerate(golden.metadata("trajectory_columns").split(","))
-    ]
+    """Compare losses and learning rate of every step: largest absolute difference."""
+    ours, theirs = train(golden, zero_stage).trajectory, golden.trajectory()
+    return [_absolute(golden, f"{name}, worst step", ours[name], theirs[name]) for name in ours]
 
 
 def check_final_student(golden: Golden, zero_stage: int) -> list[Difference]:
@@ -298,8 +304,6 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    finally:
-        stop_ranks()
     if all(results):
         return 0
     past = [str(file) for file, within in zip(files, results, strict=True) if not within]

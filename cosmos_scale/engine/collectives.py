@@ -1,10 +1,12 @@
-"""Start and stop of the process group, and the few collectives of the training loop."""
+"""Start of the process group, and the few collectives of the training loop."""
 
+import atexit
 import contextlib
+import functools
 import io
 import logging
 import os
-import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -37,8 +39,11 @@ class Ranks:
         return self.rank == 0
 
 
+@functools.cache
 def start_ranks(device: str) -> Ranks:
     """Join the process group named by the launcher's environment, or make a group of one.
+
+    It lasts as long as the process, since DeepSpeed keeps the first group it sees; a second call returns the same.
 
     device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent.
     """
@@ -47,11 +52,10 @@ def start_ranks(device: str) -> Ranks:
     use_cuda = device != "cpu" and torch.cuda.is_available()
     # DeepSpeed probes for an accelerator otherwise and warns when it finds none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
     # It warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # DeepSpeed still calls it by its old name.
+    warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
     add_interpreter_folder_to_path()
     import deepspeed  # here, since it takes seconds and --help should not
 
@@ -60,11 +64,16 @@ def start_ranks(device: str) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
         torch.cuda.set_device(local_rank)
+    backend = "nccl" if use_cuda else "gloo"
+    if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: a group of one, without a port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     with contextlib.redirect_stdout(io.StringIO()):  # it reports on its communication library at every start
-        deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores; torch would give all of them to each.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    atexit.register(_leave)
     control = dist.new_group(backend="gloo")
     assert isinstance(control, dist.ProcessGroup), "every rank is a member"
     return Ranks(
@@ -73,12 +82,6 @@ def start_ranks(device: str) -> Ranks:
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         control=control,
     )
-
-
-def stop_ranks() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def raise_together(ranks: Ranks, error: UserError | None) -> None:
@@ -118,8 +121,6 @@ def from_all(value: Value, ranks: Ranks) -> list[Value]:
     return values
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_scale.engine.collectives import stop_ranks
 from cosmos_scale.errors import UserError
 from tools.check_golden import GROUPS, Golden, main
 
@@ -20,14 +18,13 @@ FILE = Path(__file__).parents[1] / "golden" / "cosmos_tiny.safetensors"
 
 
 @pytest.fixture(scope="module")
-def golden() -> Iterator[Golden]:
-    yield Golden(FILE)
-    stop_ranks()
+def golden() -> Golden:
+    return Golden(FILE)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 @pytest.mark.parametrize("group", GROUPS)
-def test_group_matches_the_published_numbers(golden: Golden, group: str, zero_stage: int) -> None:
+def test_group_matches_the_published_numbers(group: str, zero_stage: int, golden: Golden) -> None:
     differences = GROUPS[group].check(golden, zero_stage)
     worst = max(differences, key=lambda difference: difference.value)
     assert worst.value <= GROUPS[group].tolerance, worst
@@ -82,6 +79,16 @@ def test_tool_notices_a_changed_number(
     assert output.err == f"past tolerance: {path}\n"
 
 
+@pytest.mark.parametrize(("third", "noticed"), [(0, True), (1, False), (2, True)])
+def test_only_the_key_third_of_attention_biases_is_left_out(
+    third: int, noticed: bool, golden: Golden, tmp_path: Path
+) -> None:
+    name = "final.student.transformer.resblocks.0.attn.in_proj_bias"
+    changed = golden.tensor(name).clone()
+    changed.chunk(3)[third].add_(1e-2)
+    assert main([str(changed_file(tmp_path / "changed.safetensors", {name: changed}))]) == int(noticed)
+
+
 def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """Return files that cannot be used, and what the error must name."""
     text = folder / "text.safetensors"
@@ -98,6 +105,8 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "no key": (changed_file(folder / "4", {}, {"config": "{}"}), "sizes do not make a model"),
         "bad size": (changed_file(folder / "5", {}, {"config": json.dumps(config | {"vw": 65})}), "width"),
         "other size": (changed_file(folder / "6", {}, {"config": json.dumps(config | {"vl": 3})}), "resblocks.2"),
+        "bad number": (changed_file(folder / "10", {}, {"warmup": "two"}), "hyper-parameters do not make a run"),
+        "bad rule": (changed_file(folder / "11", {}, {"warmup": "10"}), "warmup_steps"),
         "no column": (changed_file(folder / "7", {}, {"trajectory_columns": "a,b,c,d"}), "clip_loss"),
         "big id": (changed_file(folder / "9", {"step0.captions": torch.full((8, 3, 77), 64)}), "step0.captions"),
         "batches differ": (changed_file(folder / "8", {"step0.global_crops": half}), "step0"),
