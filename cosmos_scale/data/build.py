@@ -1,0 +1,153 @@
+"""A folder of pictures and a file of captions to indexed webdataset shards."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from cosmos_scale.config import DataConfig
+from cosmos_scale.data.captions_file import Row, count_lines, read_rows
+from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.index import REJECTED, index_shards
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.shards import IMAGE_EXTENSIONS, picture_format
+from cosmos_scale.errors import UserError
+
+JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: next to no loss
+MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
+
+
+class BuildReport(NamedTuple):
+    """What `build_shards` made; `rejected` counts rows by reason."""
+
+    folder: Path
+    shards: int
+    samples: int
+    rejected: Counter[str]
+
+    def describe(self) -> str:
+        """Return the report as lines for a terminal."""
+        lines = [f"{self.samples:,} samples in {self.shards:,} indexed shards in {self.folder}"]
+        lines += [f"{count:,} rows rejected: {reason}" for reason, count in self.rejected.most_common()]
+        if self.rejected:
+            lines.append(f"each is named in {self.folder / REJECTED}")
+        return "\n".join(lines)
+
+
+class _Reject(NamedTuple):
+    row: int
+    image: str | None
+    reason: str
+
+
+class _Job(NamedTuple):
+    shard: Path
+    rows: list[Row]
+
+
+class _Written(NamedTuple):
+    rows: int
+    samples: int
+    rejected: list[_Reject]
+
+
+def build_shards(
+    images: Path,
+    captions: Path,
+    out: Path,
+    *,
+    samples_per_shard: int,
+    workers: int | None = None,
+    progress: bool = True,
+) -> BuildReport:
+    """Pack pictures and their captions into shards, and index them.
+
+    JPEGs are kept byte for byte; PNG and WebP become JPEG. Each stretch of `samples_per_shard` rows becomes one shard,
+    less the rows whose picture is missing or damaged or that have no caption: those are named in `rejected.jsonl`.
+    The shards' bytes do not depend on `workers`; a sample's key is its row's number.
+    Raises: UserError where an input is missing or unusable, `out` holds shards already, or no row is left.
+    """
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder of pictures")
+    lines = count_lines(captions)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("*.tar")):
+        raise UserError(f"{out}: holds shards already; name an empty folder")
+    rejected: Counter[str] = Counter()
+    samples = 0
+    results = map_jobs(partial(_write_shard, images), _jobs(captions, out, samples_per_shard), workers)
+    with (out / REJECTED).open("w") as log, progress_bar("building shards", lines, show=progress) as advance:
+        for written in results:
+            samples += written.samples
+            for reject in written.rejected:
+                rejected[reject.reason.split(": ")[0]] += 1
+                log.write(json.dumps(reject._asdict()) + "\n")
+            advance(written.rows)
+    if samples == 0:
+        raise UserError(f"{captions}: none of its {sum(rejected.values())} rows can be used; see {out / REJECTED}")
+    index = index_shards(str(out), None, workers=workers, progress=progress)
+    return BuildReport(out, index.shards, index.samples, rejected)
+
+
+def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
+    rows = read_rows(captions)
+    number = 0
+    while stretch := list(islice(rows, samples_per_shard)):
+        yield _Job(out / f"{number:06d}.tar", stretch)
+        number += 1
+
+
+def _write_shard(images: Path, job: _Job) -> _Written:
+    """Write one shard under another name, and rename it when it is whole; none where no row can be used."""
+    part = job.shard.with_suffix(".part")
+    rejected = []
+    # A fixed time: the same input gives the same bytes.
+    with TarWriter(str(part), encoder=False, mtime=0) as shard:
+        for row in job.rows:
+            try:
+                jpeg = _jpeg(images, row)
+            except DamagedSample as damage:
+                rejected.append(_Reject(row.number, row.image, str(damage)))
+                continue
+            text = json.dumps(row.document, ensure_ascii=False).encode("utf-8", "replace")
+            shard.write({"__key__": f"{row.number:09d}", "jpg": jpeg, "json": text})
+    samples = len(job.rows) - len(rejected)
+    if samples:
+        part.replace(job.shard)
+    else:
+        part.unlink()
+    return _Written(len(job.rows), samples, rejected)
+
+
+def _jpeg(images: Path, row: Row) -> bytes:
+    """Read a row's picture as JPEG bytes, decoded once to be sure that it can be; raises DamagedSample."""
+    if row.fault is not None:
+        raise DamagedSample(row.fault)
+    data = _find(images, str(row.image))
+    pixels = decode_rgbx(data, MAX_PIXELS)
+    if picture_format(data[:12]) == "jpeg":
+        return data
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels[..., :3])).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def _find(images: Path, name: str) -> bytes:
+    """Read the picture that a row names by its path in the folder, with or without its extension."""
+    for candidate in (name, *(f"{name}.{extension}" for extension in IMAGE_EXTENSIONS)):
+        path = images / candidate
+        try:
+            if path.is_file():
+                return path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise DamagedSample(f"picture cannot be read: {error}") from error
+    raise DamagedSample("picture not found")

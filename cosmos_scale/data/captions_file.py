@@ -1,0 +1,127 @@
+"""Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
+
+import ast
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cosmos_scale.data.captions import POOL_KEYS
+from cosmos_scale.errors import UserError
+
+# Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
+IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
+# Columns that are kept, and the json keys that they become.
+CAPTION_COLUMNS = {name.lower(): name for name in POOL_KEYS["textcrop"]} | {
+    "original_caption": "original_caption",
+    "vlm_caption": "caption",  # PixelProse's name for the generated caption in its parquet files
+    "caption": "caption",
+}
+
+
+class Row(NamedTuple):
+    """One row: its number (from 1, header left out), the picture it names, its captions; or what is wrong with it."""
+
+    number: int
+    image: str | None
+    document: dict[str, str | list[str]]
+    fault: str | None
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a .jsonl or .csv file in order; rows that cannot be used come with their fault.
+
+    Raises: UserError where the file cannot be read, is of another kind, or its header lacks a needed column.
+    """
+    readers = {".jsonl": _read_json_lines, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: captions come as .jsonl or .csv")
+    try:
+        yield from readers[path.suffix.lower()](path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def count_lines(path: Path) -> int:
+    """Count a file's lines: its rows, or a few more where cells hold line breaks."""
+    try:
+        with path.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            except (ValueError, RecursionError) as error:
+                yield Row(number, None, {}, f"not json: {error}")
+                continue
+            if isinstance(values, dict):
+                yield _row(number, values)
+            else:
+                yield Row(number, None, {}, f"not an object: json is a {type(values).__name__}")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # long captions of many sentences pass the default of 128 KiB
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        columns = {_plain(name) for name in header}
+        for needed, known in (("picture", IMAGE_COLUMNS), ("caption", tuple(CAPTION_COLUMNS))):
+            if columns.isdisjoint(known):
+                raise UserError(
+                    f"{path}: no {needed} column among {', '.join(header) or 'none'}; "
+                    f"one of these is needed: {', '.join(known)}"
+                )
+        for number, cells in enumerate(reader, start=1):
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield Row(number, None, {}, f"wrong number of cells: {len(cells)}, the header has {len(header)}")
+            else:
+                yield _row(number, {name: _listed(cell) for name, cell in zip(header, cells, strict=True)})
+
+
+def _row(number: int, values: dict[str, Any]) -> Row:
+    plain = {_plain(name): value for name, value in values.items()}
+    image = next((plain[name] for name in IMAGE_COLUMNS if plain.get(name) not in (None, "")), None)
+    if image is None:
+        return Row(number, None, {}, f"no picture named: expected one of {', '.join(IMAGE_COLUMNS)}")
+    document: dict[str, str | list[str]] = {}
+    for column, key in CAPTION_COLUMNS.items():
+        value = plain.get(column)
+        if isinstance(value, str):
+            if value.strip():
+                document[key] = value
+        elif isinstance(value, list) and all(isinstance(sentence, str) for sentence in value):
+            if any(sentence.strip() for sentence in value):
+                document[key] = value
+        elif value is not None:
+            return Row(number, str(image), {}, f"wrong type: {column} is neither a string nor a list of strings")
+    return Row(number, str(image), document, None if document else "no caption")
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_")
+
+
+def _listed(cell: str) -> str | list[str]:
+    """A cell that spells a list of strings, in json or as Python prints it, becomes that list."""
+    if not (cell.startswith("[") and cell.endswith("]")):
+        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+    return cell

@@ -1,0 +1,163 @@
+"""Pictures and captions to shards: what is kept, converted, rejected, and refused."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cosmos_scale.data.build import BuildReport, build_shards
+from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.shards import ShardReader
+from cosmos_scale.errors import UserError
+from tests.data.shard_files import open_folder, picture
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+    (folder / "deep" / "p.png").write_bytes(picture(10, "PNG"))
+    (folder / "deep" / "w.webp").write_bytes(picture(11, "WEBP"))
+    (folder / "cut.jpg").write_bytes(picture(12)[:-300])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
+def build(images: Path, rows: Rows, *, workers: int = 1, per_shard: int = 3, out: str = "out") -> BuildReport:
+    path = images.parent / "captions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build_shards(images, path, images.parent / out, samples_per_shard=per_shard, workers=workers, progress=False)
+
+
+def read_all(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    index, reader = open_folder(folder), ShardReader()
+    locations = [index.locate(number) for number in range(len(index))]
+    samples = {location.entry.key: reader.read(location) for location in locations}
+    reader.close()
+    return samples
+
+
+def rejected(folder: Path) -> dict[int, str]:
+    lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    return {line["row"]: line["reason"].split(":")[0] for line in lines}
+
+
+def test_jpegs_stay_byte_for_byte_and_others_become_jpeg(images: Path) -> None:
+    rows = [{"image": name, "caption": name} for name in ("0.jpg", "deep/p.png", "deep/w", "3")]
+    report = build(images, rows)
+    assert (report.samples, report.shards, dict(report.rejected)) == (4, 2, {})
+    samples = read_all(report.folder)
+    assert samples["000000001"] == (picture(0), {"caption": "0.jpg"})
+    assert samples["000000004"] == (picture(3), {"caption": "3"})
+    for key, number, kind in (("000000002", 10, "PNG"), ("000000003", 11, "WEBP")):
+        converted = samples[key][0]
+        assert converted.startswith(b"\xff\xd8\xff")
+        before, after = (decode_rgbx(data, 10**6)[..., :3].astype(int) for data in (picture(number, kind), converted))
+        # Noise is the hardest picture for JPEG: 3.3 levels here; with halved colour resolution it is above 20.
+        assert np.abs(before - after).mean() < 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_rows_and_pictures_are_counted_and_named(images: Path, workers: int) -> None:
+    rows: Rows = [
+        {"image": "0.jpg", "raw_caption": ["a", "b"], "url": "left out"},
+        {"image": "missing.jpg", "caption": "x"},
+        {"image": "cut.jpg", "caption": "x"},
+        {"image": "text.jpg", "caption": "x"},
+        {"image": "1.jpg", "caption": " "},
+        {"caption": "x"},
+        {"image": "2.jpg", "caption": 7},
+        {"image": "1.jpg", "longIB_captions": "A. B.", "caption": None},
+    ]
+    report = build(images, rows, workers=workers, per_shard=2, out=f"out{workers}")
+    assert (report.samples, report.shards) == (2, 2)
+    assert rejected(report.folder) == {
+        2: "picture not found",
+        3: "the picture does not decode",
+        4: "the picture is not a JPEG, PNG or WebP",
+        5: "no caption",
+        6: "no picture named",
+        7: "wrong type",
+    }
+    assert sum(report.rejected.values()) == 6
+    assert read_all(report.folder) == {
+        "000000001": (picture(0), {"raw_caption": ["a", "b"]}),
+        "000000008": (picture(1), {"longIB_captions": "A. B."}),
+    }
+    assert "1 rows rejected: picture not found" in report.describe()
+
+
+def test_workers_make_the_same_bytes(images: Path) -> None:
+    rows = [{"image": f"{number % 4}.jpg", "caption": str(number)} for number in range(11)]
+    one, two = build(images, rows, out="one"), build(images, rows, workers=2, out="two")
+    names = sorted(path.name for path in one.folder.iterdir())
+    assert len(names) == 10  # four shards, four tables, the summary, no rejects but their file
+    for name in names:
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+
+
+def test_lines_that_are_no_rows_are_rejected(images: Path) -> None:
+    path = images.parent / "captions.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"image": "0.jpg", "caption": "\xc3\xa4"}\n\n{"image"\n[1]\n\xff\xfe\n')
+    out = images.parent / "out"
+    report = build_shards(images, path, out, samples_per_shard=10, workers=1, progress=False)
+    assert read_all(out) == {"000000001": (picture(0), {"caption": "ä"})}
+    assert rejected(out) == {3: "not json", 4: "not an object", 5: "not json"}
+    assert report.samples == 1
+
+
+def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
+    path = images.parent / "captions.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Image Path", "raw_caption", "shortIB_captions", "longLLA_captions", "vlm_caption"])
+        writer.writerow(["0.jpg", "a cat", '["One.", "Two"]', "['It\\'s one', 'two']", ""])
+        writer.writerow(["1.jpg", "[not a list]", "line\nbreak", "", "generated"])
+        writer.writerow(["2.jpg", "too few"])
+    out = images.parent / "out"
+    build_shards(images, path, out, samples_per_shard=10, workers=1, progress=False)
+    assert {key: document for key, (_, document) in read_all(out).items()} == {
+        "000000001": {
+            "raw_caption": "a cat",
+            "shortIB_captions": ["One.", "Two"],
+            "longLLA_captions": ["It's one", "two"],
+        },
+        "000000002": {"raw_caption": "[not a list]", "shortIB_captions": "line\nbreak", "caption": "generated"},
+    }
+    assert rejected(out) == {3: "wrong number of cells"}
+
+
+def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
+    captions = images.parent / "captions.csv"
+    captions.write_text("image,colour\n0.jpg,red\n")
+
+    def attempt(images: Path, captions: Path) -> None:
+        build_shards(images, captions, images.parent / "out", samples_per_shard=10, workers=1, progress=False)
+
+    with pytest.raises(
+        UserError, match=r"no caption column among image, colour; one of these is needed: .*raw_caption"
+    ):
+        attempt(images, captions)
+    captions.write_text("caption\nred\n")
+    with pytest.raises(UserError, match="no picture column among caption"):
+        attempt(images, captions)
+    with pytest.raises(UserError, match="no such folder of pictures"):
+        attempt(images / "nowhere", captions)
+    with pytest.raises(UserError, match=r"missing\.csv: cannot be read: No such file"):
+        attempt(images, images.parent / "missing.csv")
+    (images.parent / "captions.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"captions\.parquet: captions come as \.jsonl or \.csv"):
+        attempt(images, images.parent / "captions.parquet")
+    with pytest.raises(UserError, match=r"none of its 1 rows can be used; see .*rejected\.jsonl"):
+        build(images, [{"image": "missing.jpg", "caption": "x"}])
+    build(images, [{"image": "0.jpg", "caption": "x"}])
+    with pytest.raises(UserError, match=r"out: holds shards already"):
+        build(images, [{"image": "0.jpg", "caption": "x"}])

@@ -1,0 +1,54 @@
+"""The gallery for retrieval: slices of ranks, texts of every shape, damage left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos_scale.data.decode.torch_cpu import evaluation_image
+from cosmos_scale.data.gallery import gallery_batches
+from cosmos_scale.data.index import index_shards
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.retrieval import GalleryBatch
+from tests.data.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
+
+
+def gallery(
+    folder: Path, rank: int, world_size: int, key: str = "raw_caption", most: int | None = None
+) -> list[GalleryBatch]:
+    return list(gallery_batches(open_folder(folder), key, 16, rank, world_size, 3, most))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 12])
+def test_ranks_cover_each_sample_once_in_order(tmp_path: Path, world_size: int) -> None:
+    folder = write_shards(tmp_path, [4, 5, 2])
+    for most in (None, 7, 100):
+        batches = [batch for rank in range(world_size) for batch in gallery(folder, rank, world_size, most=most)]
+        ids = [number for batch in batches for number in batch.sample_ids.tolist()]
+        assert ids == list(range(min(11, most or 11)))
+        for batch in batches:
+            assert len(batch.images) == len(batch.texts) == len(batch.sample_ids) <= 3
+            for image, texts, number in zip(batch.images, batch.texts, batch.sample_ids.tolist(), strict=True):
+                assert torch.equal(image, evaluation_image(picture(number), 16, 10**6))
+                assert list(texts) == json.loads(sample(number)["json"])["raw_caption"]
+
+
+def test_damaged_samples_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = [{"t": "one text"}, {"t": ["x", " "]}, {"t": []}, {"t": 5}, {"other": 1}, {"t": [1]}, {"t": ["y"]}]
+    members = [{**sample(number), "json": json.dumps(document).encode()} for number, document in enumerate(documents)]
+    path = write_shard(tmp_path / "0.tar", members)
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    flip_bytes(path, open_folder(tmp_path).locate(6).entry.image_offset, 20)
+    (batch,) = gallery(tmp_path, 0, 1, "t")
+    assert batch.sample_ids.tolist() == [0, 1]
+    assert [list(texts) for texts in batch.texts] == [["one text"], ["x"]]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1].split(" ")[1] for line in lines] == [f"{number:06d}" for number in (2, 3, 4, 5, 6)]
+
+
+def test_a_wrong_key_is_an_error_on_every_rank_even_without_work(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [2])
+    for rank in range(4):
+        with pytest.raises(UserError, match=r"sample 000000 has no captions under 'caption'; its keys are raw_caption"):
+            gallery(folder, rank, 4, "caption")

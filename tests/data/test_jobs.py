@@ -1,0 +1,49 @@
+"""Work over processes: results in order, jobs read no further than needed, a killed worker is one line."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.errors import UserError
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("workers", [None, 1, 2])
+def test_results_come_in_order(workers: int | None) -> None:
+    assert list(map_jobs(square, range(50), workers)) == [number * number for number in range(50)]
+
+
+def test_jobs_are_read_as_they_are_needed() -> None:
+    read: list[int] = []
+
+    def jobs() -> Iterator[int]:
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    results = map_jobs(square, jobs(), 2)
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    assert len(read) < 20
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    with pytest.raises(UserError, match="a worker process was killed"):
+        list(map_jobs(die, range(4), 2))
+
+
+def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("counting", 3, show=True) as advance:
+        advance(3)
+    assert capsys.readouterr() == ("", "")
