@@ -47,7 +47,7 @@ Recalls = dict[str, dict[str, float]]
 """Recall at 1 by model ("student", "teacher") and direction."""
 
 
-class _Training(NamedTuple):
+class Training(NamedTuple):
     """What a run's metrics.jsonl says: records of training and evaluation, in the order of steps."""
 
     steps: list[dict[str, Any]]
@@ -107,7 +107,7 @@ def run_demo(out: Path, quick: bool) -> bool:
     assert last is not None
     after = _recalls(last, gallery.shards, gallery.captions)
 
-    training = _read_metrics(run_folder / "metrics.jsonl")
+    training = read_metrics(run_folder / "metrics.jsonl")
     samples = training.steps[-1]["step"] * config.train.global_batch
     summary = {
         "gallery": gallery.max_samples,
@@ -128,7 +128,7 @@ def run_demo(out: Path, quick: bool) -> bool:
         highlight=False,
         soft_wrap=True,
     )
-    return _learned(summary, REQUIRED_QUICK if quick else REQUIRED, console)
+    return learned(summary, REQUIRED_QUICK if quick else REQUIRED, console)
 
 
 def draw_views(config: RunConfig, path: Path) -> None:
@@ -144,7 +144,7 @@ def draw_views(config: RunConfig, path: Path) -> None:
     contact_sheet(rows, path, config.data.captions.global_count, zoom=3)  # 64 pixels are small on a screen
 
 
-def draw_curves(training: _Training, summary: dict[str, Any], path: Path) -> None:
+def draw_curves(training: Training, summary: dict[str, Any], path: Path) -> None:
     """Draw both losses, and the recall of student and teacher as a multiple of chance, over the steps."""
     import matplotlib as mpl  # here: it takes a second, and the demo's user waits for the first words
 
@@ -202,7 +202,15 @@ def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    arguments = ["--num_accelerators", str(ranks), "--master_port", str(port), "--module", "cosmos_scale.train"]
+    arguments = [
+        "--quiet",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(port),
+        "--module",
+        "cosmos_scale.train",
+    ]
     command = ["deepspeed", *arguments, str(run), *overrides]
     console.print("   $ " + " ".join(command), style="dim", highlight=False, soft_wrap=True)
     # Through -m: the `deepspeed` script need not be on PATH.
@@ -221,9 +229,10 @@ def _recalls(checkpoint: Path, shards: str, captions_key: str) -> Recalls:
     return recalls
 
 
-def _read_metrics(path: Path) -> _Training:
+def read_metrics(path: Path) -> Training:
+    """Read a run's metrics.jsonl."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return _Training(*([record for record in records if record["kind"] == kind] for kind in ("train", "eval")))
+    return Training(*([record for record in records if record["kind"] == kind] for kind in ("train", "eval")))
 
 
 def _table(summary: dict[str, Any]) -> Table:
@@ -238,14 +247,15 @@ def _table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _learned(summary: dict[str, Any], required: float, console: Console) -> bool:
+def learned(summary: dict[str, Any], required: float, console: Console) -> bool:
+    """Say, and return, whether the student's R@1 is `required` times chance or more in both directions."""
     reached = float(min(summary["after"]["student"].values()) / summary["chance_R@1"])
-    learned = reached >= required
-    verdict = "[green]It learned[/]" if learned else "[red]It did not learn enough[/]"
+    enough = reached >= required
+    verdict = "[green]It learned[/]" if enough else "[red]It did not learn enough[/]"
     console.print(
         f"\n{verdict}: the student is at {reached:.0f} times chance or more; {required:.0f} times were asked."
     )
-    return learned
+    return enough
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,72 @@
+"""What the demo makes of a run's records; the whole demo runs as `make demo-quick`."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from cosmos_scale import demo
+from cosmos_scale.config_file import load_config
+
+
+def summary(student: tuple[float, float]) -> dict[str, object]:
+    def recalls(image_to_text: float, text_to_image: float) -> dict[str, float]:
+        return {"image_to_text_R@1": image_to_text, "text_to_image_R@1": text_to_image}
+
+    return {
+        "gallery": 512,
+        "chance_R@1": 1 / 512,
+        "before": {"student": recalls(0.002, 0.004), "teacher": recalls(0.002, 0.004)},
+        "after": {"student": recalls(*student), "teacher": recalls(0.06, 0.07)},
+    }
+
+
+def metrics(folder: Path) -> Path:
+    records = [
+        {"kind": "train", "step": 4, "clip": 3.0, "distill": 2.0, "step_seconds_max": 2.0},
+        {"kind": "eval", "step": 4, **{f"{m}/{key}": 0.01 for m in demo.MODELS for key in demo.DIRECTIONS}},
+        {"kind": "train", "step": 8, "clip": 2.0, "distill": 1.0, "step_seconds_max": 1.0},
+        {"kind": "train", "step": 9, "clip": 1.5, "distill": 0.5, "step_seconds_max": 0.5},
+    ]
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_training_time_weighs_each_record_by_its_steps(tmp_path: Path) -> None:
+    training = demo.read_metrics(metrics(tmp_path))
+    assert training.seconds == 4 * 2.0 + 4 * 1.0 + 1 * 0.5
+    assert [record["step"] for record in training.evaluations] == [4]
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "curve.png"
+    demo.draw_curves(demo.read_metrics(metrics(tmp_path)), summary((0.1, 0.2)), path)
+    pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.int64)
+    assert pixels.shape[1] > 1000
+    # Matplotlib's green and red of the recalls, its blue of a loss: each line covers hundreds of pixels.
+    for colour in ((44, 160, 44), (214, 39, 40), (31, 119, 180)):
+        assert (np.abs(pixels - colour).max(-1) < 10).sum() > 300
+
+
+@pytest.mark.parametrize(("student", "learned"), [((0.05, 0.04), True), ((0.05, 0.038), False), ((0.01, 0.5), False)])
+def test_both_directions_must_reach_twenty_times_chance(student: tuple[float, float], learned: bool) -> None:
+    output = io.StringIO()
+    assert demo.learned(summary(student), demo.REQUIRED, Console(file=output)) is learned
+    assert ("did not learn enough" in output.getvalue()) is not learned
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_quick"])
+def test_configs_keep_captions_true(name: str) -> None:
+    """Captions name colours and sides: nothing may turn them around."""
+    config = load_config(demo.CONFIGS / f"{name}.yaml")
+    views = config.data.views
+    assert (views.flip, views.grey, views.solarise, views.jitter.hue) == (0.0, 0.0, 0.0, 0.0)
+    assert config.eval.retrieval is not None
+    assert config.eval.retrieval.max_samples == 512
+    assert config.checkpoint.at_start
+    assert config.zero.stage == 1
