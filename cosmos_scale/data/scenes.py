@@ -205,7 +205,8 @@ def _coverage(shape: str, x: float, y: float, radius: float) -> npt.NDArray[np.f
     """How much of each pixel the shape covers, 0..1: [SIDE, SIDE]."""
     image = Image.new("L", (SIDE * _SUPERSAMPLING, SIDE * _SUPERSAMPLING))
     _DRAWERS[shape](ImageDraw.Draw(image), x * _SUPERSAMPLING, y * _SUPERSAMPLING, radius * _SUPERSAMPLING)
-    return np.asarray(image.reduce(_SUPERSAMPLING), dtype=np.float32) / np.float32(255)
+    coverage: npt.NDArray[np.float32] = np.asarray(image.reduce(_SUPERSAMPLING), dtype=np.float32) / np.float32(255)
+    return coverage
 
 
 def _png(mask_HW: npt.NDArray[np.bool_]) -> bytes:
