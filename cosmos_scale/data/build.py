@@ -16,7 +16,7 @@ from webdataset.writer import TarWriter
 from cosmos_scale.config import DataConfig
 from cosmos_scale.data.captions_file import Row, count_lines, read_rows
 from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.index import REJECTED, index_shards
+from cosmos_scale.data.index import REJECTED, index_shards, make_folder
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.sample import DamagedSample
 from cosmos_scale.data.shards import IMAGE_EXTENSIONS, picture_format
@@ -79,7 +79,7 @@ def build_shards(
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of pictures")
     lines = count_lines(captions)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if any(out.glob("*.tar")):
         raise UserError(f"{out}: holds shards already; name an empty folder")
     rejected: Counter[str] = Counter()
@@ -109,23 +109,31 @@ def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
 def _write_shard(images: Path, job: _Job) -> _Written:
     """Write one shard under another name, and rename it when it is whole; none where no row can be used."""
     part = job.shard.with_suffix(".part")
-    rejected = []
-    # A fixed time: the same input gives the same bytes.
-    with TarWriter(str(part), encoder=False, mtime=0) as shard:
-        for row in job.rows:
-            try:
-                jpeg = _jpeg(images, row)
-            except DamagedSample as damage:
-                rejected.append(_Reject(row.number, row.image, str(damage)))
-                continue
-            text = json.dumps(row.document, ensure_ascii=False).encode("utf-8", "replace")
-            shard.write({"__key__": f"{row.number:09d}", "jpg": jpeg, "json": text})
-    samples = len(job.rows) - len(rejected)
-    if samples:
-        part.replace(job.shard)
-    else:
-        part.unlink()
+    try:
+        # A fixed time: the same input gives the same bytes.
+        with TarWriter(str(part), encoder=False, mtime=0) as shard:
+            rejected = _write_rows(images, job.rows, shard)
+        samples = len(job.rows) - len(rejected)
+        if samples:
+            part.replace(job.shard)
+        else:
+            part.unlink()
+    except OSError as error:
+        raise UserError(f"{part}: cannot be written: {error.strerror or error}") from error
     return _Written(len(job.rows), samples, rejected)
+
+
+def _write_rows(images: Path, rows: list[Row], shard: TarWriter) -> list[_Reject]:
+    rejected = []
+    for row in rows:
+        try:
+            jpeg = _jpeg(images, row)
+        except DamagedSample as damage:
+            rejected.append(_Reject(row.number, row.image, str(damage)))
+            continue
+        text = json.dumps(row.document, ensure_ascii=False).encode("utf-8", "replace")
+        shard.write({"__key__": f"{row.number:09d}", "jpg": jpeg, "json": text})
+    return rejected
 
 
 def _jpeg(images: Path, row: Row) -> bytes:

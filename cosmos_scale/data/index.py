@@ -72,7 +72,7 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     if not names:
         raise UserError(f"{pattern}: no .tar shards match")
     folder = root if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     others = [row for row in _other_rows(folder, set(names)) if (root / row.name).exists()]
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
@@ -243,16 +243,29 @@ def _index_one(root: Path, folder: Path, name: str) -> tuple[ShardRow, list[Reje
     buffer = io.BytesIO()
     np.save(buffer, table)
     path = _table_path(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _replace(path, buffer.getvalue())
     return ShardRow(name, len(table), scan.size), scan.rejected, scan.torn
 
 
 def _replace(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    partial_path = path.with_name(path.name + f".{os.getpid()}.part")
-    partial_path.write_bytes(data)
-    os.replace(partial_path, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for output; raises UserError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made: {error.strerror or error}; name another folder with --out"
+        ) from error
 
 
 def _table_path(folder: Path, name: str) -> Path:

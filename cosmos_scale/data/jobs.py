@@ -55,6 +55,19 @@ def progress_bar(label: str, total: int, *, show: bool) -> Iterator[Callable[[in
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     shown = show and sys.stderr.isatty()
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not shown) as bar:
+    # Drawn at each advance, not by a thread: workers are forked while the bar stands, and a lock held then stays shut.
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shown,
+        auto_refresh=False,
+    ) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda advance: bar.advance(task, advance)
+
+        def advance(steps: int) -> None:
+            bar.advance(task, steps)
+            bar.refresh()
+
+        yield advance

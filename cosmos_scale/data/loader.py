@@ -250,7 +250,7 @@ def _without_child_signals(loader: "DataLoader[_Loaded]") -> Iterator[_Loaded]:
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
     results = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
     return results
 
 

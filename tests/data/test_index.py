@@ -126,6 +126,16 @@ def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
         index_shards(str(tmp_path), None, progress=False)
 
 
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [1])
+    with pytest.raises(UserError, match=r"deep: cannot be made: Not a directory; name another folder with --out"):
+        index_shards(str(folder), folder / "00000.tar" / "deep", workers=1, progress=False)
+    (folder / "index.json").unlink()
+    (folder / "index.json").mkdir()
+    with pytest.raises(UserError, match=r"index\.json: (not a shard index|cannot be written)"):
+        index_shards(str(folder), None, workers=1, progress=False)
+
+
 def test_an_error_in_a_worker_process_arrives_as_it_is(tmp_path: Path) -> None:
     for name in ("0.tar", "1.tar"):
         (tmp_path / name).write_bytes(b"\x1f\x8b" + bytes(100))

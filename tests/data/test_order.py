@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -11,6 +11,7 @@ from cosmos_scale.errors import UserError
 
 shard_counts = st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any)
 seeds = st.integers(0, 2**63)
+UNTIMED = settings(deadline=None)  # tests share cores: how long one example takes says nothing
 
 
 def ids_of(counts: list[int], seed: int, window: int, epoch: int) -> list[int]:
@@ -19,11 +20,13 @@ def ids_of(counts: list[int], seed: int, window: int, epoch: int) -> list[int]:
     return ids
 
 
+@UNTIMED
 @given(shard_counts, seeds, st.integers(1, 200), st.integers(0, 40))
 def test_an_epoch_visits_every_sample_exactly_once(counts: list[int], seed: int, window: int, epoch: int) -> None:
     assert sorted(ids_of(counts, seed, window, epoch)) == list(range(sum(counts)))
 
 
+@UNTIMED
 @given(shard_counts, seeds, st.integers(1, 50), st.integers(0, 5), st.data())
 def test_a_position_depends_on_nothing_that_was_asked_before(
     counts: list[int], seed: int, window: int, epoch: int, data: st.DataObject
@@ -35,6 +38,7 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
         assert order.sample(epoch, place) == whole[place]
 
 
+@UNTIMED
 @given(shard_counts, st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.sampled_from(["drop", "pad"]))
 def test_ranks_in_a_row_are_the_same_batch_at_every_world_size(
     counts: list[int], window: int, world_size: int, micro_batch: int, last_batch: str
@@ -59,6 +63,7 @@ def test_ranks_in_a_row_are_the_same_batch_at_every_world_size(
         assert len(seen) - samples < global_batch
 
 
+@UNTIMED
 @given(shard_counts, st.integers(1, 40), st.integers(0, 3))
 def test_windows_read_few_shards_each_shard_once(counts: list[int], window: int, epoch: int) -> None:
     shard_of = np.repeat(np.arange(len(counts)), counts)
@@ -90,6 +95,7 @@ def test_the_order_never_changes() -> None:
     assert ids_of([4, 3, 5], 1, 6, 2) == [0, 8, 2, 1, 3, 7, 5, 10, 6, 9, 4, 11]
 
 
+@UNTIMED
 @given(shard_counts, st.integers(1, 40), st.integers(0, 3), st.data())
 def test_a_substitute_is_another_sample_and_a_pure_function(
     counts: list[int], window: int, epoch: int, data: st.DataObject
