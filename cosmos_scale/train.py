@@ -67,7 +67,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 where the user has something to mend."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     ranks = None
     try:
         config = load_config(arguments.run, arguments.overrides)

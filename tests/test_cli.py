@@ -51,8 +51,12 @@ def test_a_wrong_call_shows_the_usage(arguments: tuple[str, ...], capsys: pytest
 
 def test_train_hands_its_arguments_to_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
     run = str(REPOSITORY / "configs" / "run" / "merged30m_vitb16.yaml")
-    assert cli.main(["train", "--dry-run", "--world-size", "128", run, "train.epochs=2"]) == 0
-    assert re.search(r"steps of the schedules +13,152", capsys.readouterr().out)
+    for arguments in (
+        ["--dry-run", "--world-size", "128", run, "train.epochs=2"],
+        [run, "--world-size", "128", "train.epochs=2", "--dry-run"],
+    ):
+        assert cli.main(["train", *arguments]) == 0
+        assert re.search(r"steps of the schedules +13,152", capsys.readouterr().out)
 
 
 def test_train_refuses_a_wrong_key_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
