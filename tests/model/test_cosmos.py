@@ -79,6 +79,11 @@ def test_weight_decay_spares_exactly_norms_biases_the_class_token_and_scales() -
         assert parameter_decays(name, parameter) == name.endswith(tables + matrices), name
 
 
+@pytest.mark.parametrize("name", ["bn1.weight", "ln_post.weight", "attn.in_proj_bias", "logit_scale"])
+def test_weight_decay_goes_by_name_too(name: str) -> None:
+    assert not parameter_decays(name, torch.zeros(2, 2))
+
+
 def test_scales_are_vectors_inside_and_scalars_in_state_dicts() -> None:
     model = initialised(SMALL)
     assert [model.logit_scale.shape, model.distill_logit_scale.shape] == [(1,), (1,)]
