@@ -31,6 +31,8 @@ def list_shards(pattern: str) -> list[str]:
     Raises: UserError where the folder holds compressed tars, or a shard named in full does not exist.
     """
     names, missing = on_disk(pattern)
+    if missing == [pattern]:
+        raise UserError(f"{pattern}: no such shard or folder of shards")
     if missing:
         raise UserError(f"{pattern}: {len(missing)} of its shards do not exist, the first is {missing[0]}")
     return names

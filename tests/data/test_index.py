@@ -116,6 +116,8 @@ def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.tar shards match"):
         index_shards(str(tmp_path / "*.tar"), None, progress=False)
     write_shard(tmp_path / "0.tar", [sample(0)])
+    with pytest.raises(UserError, match=r"nowhere: no such shard or folder of shards"):
+        index_shards(str(tmp_path / "nowhere"), None, progress=False)
     with pytest.raises(UserError, match=r"2 of its shards do not exist, the first is .*1\.tar"):
         index_shards(str(tmp_path / "{0..2}.tar"), None, progress=False)
     (tmp_path / "0.tar").write_bytes(b"garbage")
@@ -158,6 +160,8 @@ def test_missing_and_stale_indexes_are_errors(tmp_path: Path) -> None:
     (tmp_path / "1.tar").unlink()
     with pytest.raises(UserError, match=r"no shard in .* matches"):
         open_index(source(tmp_path / "x*.tar"))
+    with pytest.raises(UserError, match=r"2 shards are not in .*index\.json, the first is 3\.tar"):
+        open_index(source(tmp_path / "{0,3,4}.tar"))
     (tmp_path / "0.index.npy").unlink()
     with pytest.raises(UserError, match=r"0\.index\.npy: index of 0\.tar cannot be read"):
         open_folder(tmp_path).locate(0)
