@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_scale.checkpoint.state import RunState, find_checkpoint, newest, read_state
+from cosmos_scale.checkpoint.state import RunState, find_checkpoint, newest, read_run_config, read_state
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import changed_on_resume
 from cosmos_scale.errors import UserError
@@ -32,7 +32,7 @@ def find_start(config: RunConfig, root: Path, data: str) -> Start:
     if folder is None:
         return Start(None, None)
     state = read_state(folder)
-    changed = changed_on_resume(RunConfig.model_validate(state.config), config)
+    changed = changed_on_resume(read_run_config(folder), config)
     if changed:
         raise UserError(
             f"resume from {folder}: {', '.join(changed)} differ from its run; rule: only paths, workers, logging and "

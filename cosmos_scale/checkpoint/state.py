@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def find_checkpoint(folder: Path) -> Path:
 def save_checkpoint(
     root: Path, fragments: Sequence[Fragment], state: RunState, group: dist.ProcessGroup, keep_last: int
 ) -> Path:
-    """Write a checkpoint under root and delete all but the newest keep_last; collective over the CPU group.
+    """Write a checkpoint under root and delete all but it and the newest keep_last; collective over the CPU group.
 
     Raises UserError on every rank where one of them cannot write.
     """
@@ -97,8 +98,8 @@ def save_checkpoint(
     try:
         if owned:
             _write_fragments(temporary / file, owned)
-    except OSError as failure:
-        error = f"checkpoint {temporary / file}: {failure.strerror} (rank {rank})"
+    except (OSError, SafetensorError) as failure:
+        error = f"checkpoint {temporary / file}: {failure} (rank {rank})"
     _raise_together(error, group)
     pieces: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(
@@ -111,7 +112,8 @@ def save_checkpoint(
             temporary.rename(final)
             _sync_folder(root)
             for old in checkpoints(root)[:-keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+                if old != final:  # a run that went back to an older checkpoint saves below the newest
+                    shutil.rmtree(old, ignore_errors=True)
         except OSError as failure:
             error = f"checkpoint {final}: {failure.strerror}"
     _raise_together(error, group)
@@ -139,8 +141,15 @@ def read_state(folder: Path) -> RunState:
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """The configuration of the run that wrote a checkpoint."""
-    return RunConfig.model_validate(read_state(folder).config)
+    """The configuration of the run that wrote a checkpoint; raises UserError where this version cannot read it."""
+    try:
+        return RunConfig.model_validate(read_state(folder).config)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"checkpoint {folder}: its run's configuration is not of this version: {key}: {first['msg']}"
+        ) from failure
 
 
 def load_weights(folder: Path, which: Literal["student", "teacher"]) -> dict[str, Tensor]:
@@ -184,22 +193,24 @@ class _Pieces:
         for file, piece_start, count in self.parameters[name]["pieces"]:
             low, high = max(start, piece_start), min(end, piece_start + count)
             if low < high:
-                stored = self._open(file).get_slice(f"{name}|{kind}")
-                out[low - start : high - start] = stored[low - piece_start : high - piece_start]
+                out[low - start : high - start] = self._stored(file, f"{name}|{kind}", low - piece_start, high - low)
                 filled += high - low
         if filled != out.numel():
             raise UserError(
                 f"checkpoint {self.folder}: {name} has {filled} of {out.numel()} elements; rule: none may lack"
             )
 
-    def _open(self, file: str) -> Any:
-        if file not in self.files:
-            path = self.folder / file
-            try:
+    def _stored(self, file: str, key: str, start: int, count: int) -> Tensor:
+        """[count] elements of a stored tensor."""
+        path = self.folder / file
+        try:
+            if file not in self.files:
                 self.files[file] = safe_open(path, framework="pt")
-            except Exception as failure:  # safetensors raises its own kinds, and OSError
-                raise UserError(f"checkpoint file {path}: {failure}; rule: it must be whole") from failure
-        return self.files[file]
+            stored: Tensor = self.files[file].get_slice(key)[start : start + count]
+        except (OSError, SafetensorError) as failure:
+            reason = str(failure).splitlines()[0]
+            raise UserError(f"checkpoint file {path}: {reason}; rule: it must be whole") from failure
+        return stored
 
 
 def _write_fragments(path: Path, fragments: Sequence[Fragment]) -> None:
@@ -236,6 +247,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
         version = manifest["format"]
+        if version == FORMAT:  # what lacks here would be missed further on
+            _ = RunState(**manifest["state"]), manifest["parameters"]
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
             f"checkpoint {folder}: no readable {MANIFEST}; rule: name a step-* folder of a run"
