@@ -41,6 +41,7 @@ class Student:
         self._deepspeed_has_norm = deepspeed_has_norm(config)
         self._norm_before_clipping = config.zero.stage == 0 and config.optimizer.clip_norm is not None
         self._norm: Tensor | None = None
+        self._backward_scale = 1.0
         self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
         # DeepSpeed makes its masters from the low-precision copy; the float32 weights are put back below.
         initial = {} if config.precision == "fp32" else _copies(model)
@@ -68,7 +69,10 @@ class Student:
 
     def backward(self, surrogate: Tensor) -> None:
         """Backpropagate a [] float32 scalar through the engine, which scales it in fp16 and averages over ranks."""
-        self.engine.backward(surrogate)
+        # At stage 0 DeepSpeed (0.19) divides fp16 gradients by a scale that it did not multiply the loss with.
+        scaler = self._scaler() if self.stage == 0 else None
+        self._backward_scale = 1.0 if scaler is None else float(scaler.cur_scale)
+        self.engine.backward(surrogate * self._backward_scale)
 
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> None:
         """AdamW, moving average and clamp; nothing changes where `finite` ([] bool, equal on all ranks) is False."""
@@ -84,7 +88,8 @@ class Student:
     def gradient_norm(self) -> Tensor:
         """[] float32 on the device: L2 norm of the last update's gradient before clipping; collective at stage 1."""
         if self._deepspeed_has_norm:
-            return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+            scale = self._backward_scale if self.stage == 0 else 1.0  # where DeepSpeed tells the scaled one
+            return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32) / scale
         if self._norm is not None:
             return self._norm
         squared = self.optimizer.squared_gradient_norm()

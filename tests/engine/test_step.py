@@ -1,0 +1,194 @@
+"""A training step in one process: the average, the scales' bound, clipping, skipped steps, host waits."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.optimizer import SCALE_RANGE
+from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config, whole
+
+STAGES_AND_PRECISIONS = [(0, "fp32"), (1, "fp32"), (0, "bf16"), (1, "bf16")]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return start_ranks("cpu")
+
+
+@contextmanager
+def running(ranks: Ranks, stage: int, precision: str = "fp32", teacher_seed: int = 0, **changes: Any) -> Iterator[Tiny]:
+    config = tiny_config(zero={"stage": stage}, precision=precision, **changes)
+    tiny = build_tiny(config, ranks, teacher_seed=teacher_seed)
+    yield tiny
+    tiny.student.engine.destroy()
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations that Python or the backward calls; not of those inside an operation's CPU code."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def flat(tiny: Tiny, kind: str) -> dict[str, Tensor]:
+    return whole([tiny.fragments()], kind)
+
+
+@pytest.mark.parametrize("order", ["before_step", "after_step"])
+@pytest.mark.parametrize(("stage", "precision"), STAGES_AND_PRECISIONS)
+def test_teacher_is_the_average_of_the_students_masters(ranks: Ranks, stage: int, precision: str, order: str) -> None:
+    with running(ranks, stage, precision, teacher_seed=1, ema={"order": order}) as tiny:
+        expected = {name: tensor.double() for name, tensor in flat(tiny, "ema").items()}
+        start = {name: tensor.clone() for name, tensor in expected.items()}
+        for step in range(4):
+            before = flat(tiny, "weight")
+            tiny.step(step, momentum=0.9)
+            source = before if order == "before_step" else flat(tiny, "weight")
+            expected = {name: 0.9 * tensor + 0.1 * source[name].double() for name, tensor in expected.items()}
+        moved = max((expected[name] - start[name]).abs().max().item() for name in expected)
+        assert moved > 0.01
+        for name, average in flat(tiny, "ema").items():
+            # Four fp32 interpolations of values around 1 against float64.
+            torch.testing.assert_close(average.double(), expected[name], atol=1e-6, rtol=1e-6)
+        teacher = dict(tiny.teacher.model.named_parameters())
+        for name, average in flat(tiny, "ema").items():
+            assert torch.equal(teacher[name].flatten(), average.to(teacher[name].dtype)), name
+
+
+def test_first_step_moves_no_teacher_in_the_published_order(ranks: Ranks) -> None:
+    with running(ranks, 1) as tiny:
+        before = flat(tiny, "ema")
+        tiny.step(0)
+        # a + 0.1 (w - a) with a equal to w is a itself.
+        assert all(torch.equal(average, before[name]) for name, average in flat(tiny, "ema").items())
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES_AND_PRECISIONS)
+def test_low_precision_keeps_full_masters(ranks: Ranks, stage: int, precision: str) -> None:
+    with running(ranks, stage) as reference, running(ranks, stage, precision) as tiny:
+        # DeepSpeed makes its masters from the low-precision copy; ours start from the float32 weights.
+        expected = flat(reference, "weight")
+        assert all(torch.equal(weight, expected[name]) for name, weight in flat(tiny, "weight").items())
+        tiny.step(0)
+        for placement in tiny.student.placements:
+            master = placement.master.detach().view(-1)[placement.master_start :][: placement.count]
+            copy = placement.parameter.detach().view(-1)[placement.start :][: placement.count]
+            assert torch.equal(copy, master.to(copy.dtype)), placement.name
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES_AND_PRECISIONS)
+def test_scales_stay_at_their_bound(ranks: Ranks, stage: int, precision: str) -> None:
+    with running(ranks, stage, precision) as tiny:
+        tiny.step(0)
+        scales = [fragment for fragment in tiny.student.fragments if fragment.name.endswith("logit_scale")]
+        assert len(scales) == 2
+        bounds = {}
+        for fragment in scales:  # to the bound that its first gradient pushes against
+            bounds[fragment.name] = SCALE_RANGE[1] if fragment.exp_avg.item() < 0 else SCALE_RANGE[0]
+            fragment.weight.fill_(bounds[fragment.name])
+        tiny.student.weights_changed()
+        for step in range(1, 4):
+            tiny.step(step, lr=0.05)
+            for fragment in scales:
+                assert fragment.weight.item() == pytest.approx(bounds[fragment.name], abs=1e-7)
+                assert SCALE_RANGE[0] <= fragment.ema.item() <= math.log(100) + 1e-6
+        parameters = dict(tiny.student.model.named_parameters())
+        for name, bound in bounds.items():
+            assert parameters[name].item() == torch.tensor(bound).to(parameters[name].dtype).item()
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES_AND_PRECISIONS)
+def test_clipping_scales_the_gradient_and_reports_its_norm(ranks: Ranks, stage: int, precision: str) -> None:
+    with running(ranks, stage, precision, optimizer={"warmup_steps": 0}) as tiny:
+        tiny.step(0)
+        norm, gradient = tiny.student.gradient_norm().item(), flat(tiny, "exp_avg")
+    clip = norm / 10
+    with running(ranks, stage, precision, optimizer={"warmup_steps": 0, "clip_norm": clip}) as tiny:
+        tiny.step(0)
+        # DeepSpeed adds 1e-6 to the norm before it divides.
+        assert tiny.student.gradient_norm().item() == pytest.approx(norm, rel=1e-4)
+        for name, clipped in flat(tiny, "exp_avg").items():
+            torch.testing.assert_close(clipped * 10, gradient[name], rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])
+def test_nothing_in_a_step_waits_for_the_host(ranks: Ranks, stage: int, precision: str) -> None:
+    with running(ranks, stage, precision) as tiny:
+        tiny.step(0)  # DeepSpeed sets up some of its buffers here
+        batch = tiny_batch(1)
+        with Operations() as operations:
+            tiny.step(1, batch=batch)
+        assert {"aten::addmm", "aten::_fused_adamw_"} <= operations.names
+        waiting = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+        assert not waiting & operations.names
+
+
+def test_a_waiting_host_would_be_noticed() -> None:
+    with Operations() as operations:
+        float(torch.ones(2).sum())
+    assert "aten::_local_scalar_dense" in operations.names
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_fp16_skips_on_overflow_but_moves_the_teacher(
+    ranks: Ranks, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    # torch computes in fp16 on any CPU, slowly; DeepSpeed only wants those that are fast at it.
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    with running(ranks, stage, "fp16", teacher_seed=1) as tiny:
+        overflowing = {"cur_scale": 2.0**40}
+        tiny.student.set_loss_scaler(overflowing)
+        before, average = flat(tiny, "weight"), flat(tiny, "ema")
+        output = tiny.step(0, momentum=0.9)
+        assert bool(output.finite)
+        assert tiny.student.updates == 0
+        assert tiny.student.loss_scaler()["cur_scale"] <= 2.0**40
+        for name, weight in flat(tiny, "weight").items():
+            assert torch.equal(weight, before[name]), name
+            moved = 0.9 * average[name].double() + 0.1 * before[name].double()
+            torch.testing.assert_close(flat(tiny, "ema")[name].double(), moved, atol=1e-6, rtol=1e-6)
+        tiny.student.set_loss_scaler({"cur_scale": 1024.0})
+        losses = [tiny.step(0).total.item() for _ in range(5)]
+        assert tiny.student.updates == 5
+        assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_same_steps_give_the_same_bits(ranks: Ranks, stage: int) -> None:
+    states = []
+    for _ in range(2):
+        with running(ranks, stage) as tiny:
+            for step in range(3):
+                tiny.step(step)
+            states.append(tiny.fragments())
+    for key, tensors in states[0].items():
+        for kind, tensor in tensors.items():
+            assert torch.equal(tensor, states[1][key][kind]), (key, kind)
+
+
+def test_bf16_follows_fp32(ranks: Ranks) -> None:
+    with running(ranks, 1) as exact, running(ranks, 1, "bf16") as low:
+        for step in range(6):
+            reference, output = exact.step(step), low.step(step)
+            # bf16 has 8 bits: features differ by up to 2^-8, logits by the scale 14 times that.
+            assert output.total.item() == pytest.approx(reference.total.item(), abs=0.03)
+
+
+def test_learning_lowers_the_loss(ranks: Ranks) -> None:
+    with running(ranks, 1) as tiny:
+        losses = [tiny.step(0, batch=tiny_batch(0)).total.item() for _ in range(8)]
+        assert losses[-1] < losses[0] - 0.5

@@ -1,0 +1,118 @@
+"""A tiny run: its config, its batches, and student and teacher built from a seed."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cosmos_scale.batch import Batch
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.collectives import Ranks
+from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.loss.cosmos_loss import CosmosLoss
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.step import StepOutput, train_step
+
+GLOBAL_BATCH = 8
+
+
+def tiny_config(**changes: Any) -> RunConfig:
+    """A run of a model with 83 tensors; `changes` replace top-level sections."""
+    sections: dict[str, Any] = {
+        "precision": "fp32",
+        "model": {
+            "embed_dim": 32,
+            "vision": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2},
+            "text": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
+        },
+        "data": {"views": {"local_size": 16}},
+        "train": {"global_batch": GLOBAL_BATCH, "schedule_steps": 100},
+        "optimizer": {"warmup_steps": 10},
+    }
+    return RunConfig.model_validate(sections | changes)
+
+
+def tiny_batch(step: int) -> Batch:
+    """The global batch of a step: 2 + 6 crops, 8 captions of various lengths."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    captions = torch.randint(1, 63, (8, GLOBAL_BATCH, 16), generator=generator, dtype=torch.int32)
+    ends = torch.randint(3, 16, (8, GLOBAL_BATCH), generator=generator)
+    positions = torch.arange(16)
+    captions[positions == ends[..., None]] = 63
+    captions[positions > ends[..., None]] = 0
+    return Batch(
+        torch.randn(2, GLOBAL_BATCH, 3, 32, 32, generator=generator),
+        torch.randn(6, GLOBAL_BATCH, 3, 16, 16, generator=generator),
+        captions,
+        torch.arange(GLOBAL_BATCH),
+        torch.tensor(0),
+    )
+
+
+def rank_share(batch: Batch, rank: int, world_size: int) -> Batch:
+    """A rank's contiguous slice of a global batch."""
+    return Batch(
+        batch.global_crops.chunk(world_size, dim=1)[rank],
+        batch.local_crops.chunk(world_size, dim=1)[rank],
+        batch.captions.chunk(world_size, dim=1)[rank],
+        batch.sample_ids.chunk(world_size)[rank],
+        batch.substituted,
+    )
+
+
+class Tiny(NamedTuple):
+    """What a step needs."""
+
+    student: Student
+    teacher: Teacher
+    loss: CosmosLoss
+
+    def step(self, step: int, *, lr: float = 1e-3, momentum: float = 0.9, batch: Batch | None = None) -> StepOutput:
+        """Train on this rank's share of a step's batch."""
+        ranks = self.student.ranks
+        share = rank_share(tiny_batch(step) if batch is None else batch, ranks.rank, ranks.world_size)
+        return train_step(self.student, self.teacher, self.loss, share, lr=lr, momentum=momentum)
+
+    def fragments(self) -> dict[tuple[str, int], dict[str, Tensor]]:
+        """Copies of all that this rank owns, by parameter and first element."""
+        return {
+            (fragment.name, fragment.start): {kind: tensor.clone() for kind, tensor in fragment.tensors().items()}
+            for fragment in self.student.fragments
+        }
+
+
+def build_tiny(config: RunConfig, ranks: Ranks, *, teacher_seed: int = 0) -> Tiny:
+    """Student from seed 0; the teacher differs from it where it has another seed."""
+    model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
+    model.init_weights(torch.Generator().manual_seed(0))
+    teacher_model.init_weights(torch.Generator().manual_seed(teacher_seed))
+    student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
+    teacher = Teacher(teacher_model, student, config)
+    return Tiny(student, teacher, CosmosLoss(config.optimizer.gradient_scale))
+
+
+def whole(parts: list[dict[tuple[str, int], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:
+    """Put the ranks' fragments of one kind together into flat parameters by name."""
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for rank_parts in parts:
+        for (name, start), tensors in rank_parts.items():
+            pieces.setdefault(name, {})[start] = tensors[kind]
+    return {name: torch.cat([by_start[start] for start in sorted(by_start)]) for name, by_start in pieces.items()}
+
+
+def worst_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest norm of a difference relative to the norm of `theirs`, over tensors.
+
+    The key third of attention biases is left out: its true gradient is zero, so Adam amplifies rounding there.
+    """
+    assert ours.keys() == theirs.keys()
+    worst = (0.0, "")
+    for name, tensor in ours.items():
+        pair = [tensor.double(), theirs[name].double()]
+        if name.endswith("in_proj_bias"):
+            pair = [torch.cat([flat.chunk(3)[0], flat.chunk(3)[2]]) for flat in pair]
+        norm = pair[1].norm().item()
+        difference = (pair[0] - pair[1]).norm().item()
+        worst = max(worst, (difference / norm if norm else difference, name))
+    return worst
