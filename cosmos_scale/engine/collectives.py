@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_scale.engine.comm_build import add_interpreter_folder_to_path
+from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.errors import UserError
 
 Value = TypeVar("Value")
@@ -56,7 +56,7 @@ def start_ranks(device: str) -> Ranks:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # DeepSpeed still calls it by its old name.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
-    add_interpreter_folder_to_path()
+    use_own_environment()
     import deepspeed  # here, since it takes seconds and --help should not
 
     # It warns that it has not tried our optimizer itself; our tests have.

@@ -16,7 +16,7 @@ def build_cpu_communication() -> float:
     without a word, and under some torch versions a launch killed meanwhile leaves a lock that the next waits for: so it
     is done here, alone. Raises UserError where there is no C++ compiler.
     """
-    add_interpreter_folder_to_path()
+    use_own_environment()
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(f"{compiler}: not found on PATH; DeepSpeed builds its CPU communication with a C++ compiler")
@@ -30,9 +30,15 @@ def build_cpu_communication() -> float:
     return time.perf_counter() - started
 
 
-def add_interpreter_folder_to_path() -> None:
-    """Let subprocesses find ninja and deepspeed beside this interpreter, its environment activated or not."""
+def use_own_environment() -> None:
+    """Let builds and subprocesses use this interpreter's environment, activated or not.
+
+    Its programs (ninja, deepspeed) come first on PATH, and extensions are built into it: DeepSpeed's build depends on
+    the place of its sources, so environments that share torch's usual cache rebuild it in turn.
+    """
     folder = str(Path(sys.executable).parent)
     folders = os.environ.get("PATH", "").split(os.pathsep)
     if folder not in folders:
         os.environ["PATH"] = os.pathsep.join([folder, *folders])
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
