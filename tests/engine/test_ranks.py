@@ -116,3 +116,31 @@ def test_shards_are_disjoint_and_complete() -> None:
         assert sum(shares) == sum(sizes.values())
         # DeepSpeed pads each of the three groups to equal shares.
         assert max(shares) <= sum(sizes.values()) / world_size + 3 * 64
+
+
+def run_precisions(rank: int, world_size: int) -> dict[tuple[int, str], list[float]]:
+    """Losses of three steps at every stage and precision."""
+    from deepspeed.accelerator import get_accelerator
+
+    ranks = start_ranks("cpu")
+    # torch computes in fp16 on any CPU, slowly; DeepSpeed only wants those that are fast at it.
+    get_accelerator().is_fp16_supported = lambda: True
+    losses = {}
+    for stage in (0, 1):
+        for precision in ("fp32", "bf16", "fp16"):
+            tiny = build_tiny(tiny_config(zero={"stage": stage}, precision=precision), ranks)
+            tiny.student.set_loss_scaler({"cur_scale": 1024.0})  # does not overflow
+            losses[stage, precision] = [tiny.step(step).total.item() for step in range(3)]
+            assert tiny.student.updates == 3
+            tiny.student.engine.destroy()
+    return losses
+
+
+def test_low_precisions_follow_fp32_on_two_ranks() -> None:
+    results = run_ranks(run_precisions, 2, timeout=240)
+    assert results[0] == results[1]
+    exact = results[0][0, "fp32"]
+    assert exact[2] < exact[0] - 0.5
+    for losses in results[0].values():
+        # bf16 has 8 bits: features differ by up to 2^-8, logits by the scale 14 times that.
+        assert losses == pytest.approx(exact, abs=0.03)
