@@ -1,5 +1,6 @@
 """A run's parts before and between its steps: data, start, models, evaluation, checkpoints."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkp
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.index import MergedIndex, open_sources
 from cosmos_scale.data.loader import TrainLoader
-from cosmos_scale.engine.collectives import Ranks, from_all, gather_rows, raise_together
+from cosmos_scale.engine.collectives import Ranks, check_precision, from_all, gather_rows, raise_together
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.errors import UserError
@@ -115,6 +116,7 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     folder = config.output / config.name
     run, error = None, None
     try:
+        check_precision(config.precision)
         tokenizer = Tokenizer(config.model.text.context_length)
         index = open_sources(config.data.sources)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
@@ -122,6 +124,8 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         retrieval = None
         if config.eval.retrieval is not None and config.eval.every:
             retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
+        if ranks.is_main:
+            _make_writable(folder)
         run = Run(config, ranks, folder, index, loader, retrieval, start)
     except UserError as failure:
         error = failure
@@ -132,6 +136,15 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         seen = ", ".join(f"rank {rank}: {folder}" for rank, folder in enumerate(found))
         raise UserError(f"output: ranks see different newest checkpoints ({seen}); rule: all ranks share one folder")
     return run
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise UserError(f"output: {folder} cannot be made: {failure.strerror}") from failure
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"output: {folder} cannot be written to")
 
 
 def _load(model: CosmosModel, origin: Path, weights: dict[str, torch.Tensor]) -> None:

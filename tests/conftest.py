@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosmos_scale.data.scene_shards import SceneShards, build_scenes
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Set before any test starts ranks or loaders, which inherit them. One thread: tests run beside each other, and sums in
@@ -13,6 +15,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for others otherwise and warns of each it lacks
 torch.set_num_threads(1)
 
 
@@ -27,3 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneShards:
+    """80 training pairs and 24 held-out ones, indexed; not to be written to."""
+    return build_scenes(tmp_path_factory.mktemp("scenes"), train=80, gallery=24, workers=1)

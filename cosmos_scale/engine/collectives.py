@@ -84,6 +84,17 @@ def start_ranks(device: str) -> Ranks:
     )
 
 
+def check_precision(precision: str) -> None:
+    """Raise UserError where this rank's device does not compute in a precision (fp32, bf16, fp16)."""
+    from deepspeed.accelerator import get_accelerator  # here, since it takes seconds and --help should not
+
+    device = get_accelerator()
+    supported = {"fp32": True, "bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
+    if not supported[precision]:
+        others = " or ".join(name for name, here in supported.items() if here)
+        raise UserError(f"precision: {precision!r}, but this {device.device_name()} lacks it; rule: use {others} here")
+
+
 def raise_together(ranks: Ranks, error: UserError | None) -> None:
     """Raise the lowest failing rank's error on every rank; returns when no rank has one. Collective."""
     text = None if error is None else f"{error} (rank {ranks.rank})" if ranks.world_size > 1 else str(error)

@@ -1,0 +1,114 @@
+"""Where a run starts: which checkpoint counts, and which keys may differ from the run that wrote it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from cosmos_scale.checkpoint.resume import Start, find_start
+from cosmos_scale.checkpoint.state import RunState, save_checkpoint
+from cosmos_scale.config import RunConfig, SourceConfig
+from cosmos_scale.errors import UserError
+from tests.distributed import run_ranks
+
+DATA = "digest of the index"
+SOURCES = (SourceConfig(name="scenes", shards="data/train"),)
+CONFIG = RunConfig.model_validate({"data": {"sources": [source.model_dump() for source in SOURCES]}})
+
+
+def changed(**sections: Any) -> RunConfig:
+    """CONFIG with some keys of its sections replaced."""
+    tree = CONFIG.model_dump(mode="json")
+    for section, value in sections.items():
+        tree[section] = {**tree[section], **value} if isinstance(value, dict) else value
+    return RunConfig.model_validate(tree)
+
+
+def save(rank: int, world_size: int, root: Path, steps: list[int]) -> None:
+    for step in steps:
+        state = RunState(step, 8 * step, step, world_size, {}, DATA, CONFIG.model_dump(mode="json"))
+        save_checkpoint(root, [], state, dist.group.WORLD, 9)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    run_ranks(save, 1, folder, [3, 6])
+    return folder
+
+
+def test_auto_takes_the_newest_and_a_folder_itself(root: Path, tmp_path: Path) -> None:
+    start = find_start(CONFIG, root, DATA)
+    assert start.checkpoint == root / "step-00000006"
+    assert start.state is not None
+    assert start.state.step == 6
+    older = find_start(changed(resume=str(root / "step-00000003")), root, DATA)
+    assert older.checkpoint == root / "step-00000003"
+    assert find_start(CONFIG, tmp_path / "new", DATA) == Start(None, None)
+
+
+def test_never_is_refused_beside_checkpoints(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"resume: 'never', but .*step-00000006 exists"):
+        find_start(changed(resume="never"), root, DATA)
+    assert find_start(changed(resume="never"), tmp_path / "new", DATA) == Start(None, None)
+
+
+def test_named_folder_without_a_checkpoint_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: none there"):
+        find_start(changed(resume=str(tmp_path / "nowhere")), root, DATA)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"output": "elsewhere"},
+        {"device": "cpu"},
+        {"data": {"sources": [{"name": "scenes", "shards": "moved/train", "index": "moved/index"}]}},
+        {"data": {"workers": 3, "prefetch": 1, "max_damaged": 0.5}},
+        {"train": {"max_steps": 9, "max_minutes": 1.0}},
+        {"checkpoint": {"every": 1, "keep_last": 1, "at_start": True}},
+        {"eval": {"every": 2, "retrieval": {"shards": "data/gallery"}}},
+        {"log": {"every": 1, "tensorboard": True, "wandb": {"mode": "offline"}, "progress": False}},
+    ],
+    ids=str,
+)
+def test_paths_workers_logging_and_limits_may_change(root: Path, sections: dict[str, Any]) -> None:
+    assert find_start(changed(**sections), root, DATA).checkpoint == root / "step-00000006"
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"seed": 1}, ["seed"]),
+        ({"name": "other"}, ["name"]),
+        ({"precision": "fp32"}, ["precision"]),
+        ({"optimizer": {"lr": 0.1, "betas": [0.9, 0.99]}}, ["optimizer.lr", "optimizer.betas"]),
+        ({"train": {"global_batch": 8, "schedule_steps": 9999}}, ["train.global_batch", "train.schedule_steps"]),
+        ({"zero": {"stage": 0}}, ["zero.stage"]),
+        ({"ema": {"momentum": 0.5}, "data": {"window": 7}}, ["ema.momentum", "data.window"]),
+        ({"data": {"sources": [{"name": "others", "shards": "data/train"}]}}, ["data.sources.0.name"]),
+    ],
+    ids=str,
+)
+def test_other_keys_may_not_and_are_named(root: Path, sections: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(UserError) as refusal:
+        find_start(changed(**sections), root, DATA)
+    text = str(refusal.value)
+    between = text.removeprefix(f"resume from {root / 'step-00000006'}: ").split(" differ from its run")[0]
+    assert sorted(between.split(", ")) == sorted(named)
+
+
+def test_other_shards_are_refused(root: Path) -> None:
+    with pytest.raises(UserError, match=r"shards of data\.sources are not those of its run.*now other"):
+        find_start(CONFIG, root, "other")
+
+
+def test_configuration_of_another_version_is_refused(root: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "checkpoints"
+    shutil.copytree(root / "step-00000006", moved / "step-00000006")
+    manifest = moved / "step-00000006" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"max_minutes"', '"max_hours"'))
+    with pytest.raises(UserError, match=r"not of this version: train\.max_hours"):
+        find_start(CONFIG, moved, DATA)
