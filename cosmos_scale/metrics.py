@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from cosmos_scale.config import LogConfig
 
@@ -68,11 +69,11 @@ class MetricLog:
         self._write(record, "train")
         self.say(console_line(record))
 
-    def evaluation(self, step: int, results: dict[str, dict[str, float]], table: str) -> None:
+    def evaluation(self, step: int, results: dict[str, dict[str, float]], table: Table) -> None:
         """Write evaluation results ({model: {metric: value}}) and print their table."""
         flat = {f"{model}/{metric}": value for model, numbers in results.items() for metric, value in numbers.items()}
         self._write({"step": step, **flat}, "eval")
-        self.say(table)
+        self._progress.console.print(table)
 
     def _write(self, record: dict[str, float], prefix: str) -> None:
         step = int(record["step"])

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from cosmos_scale.batch import Batch
@@ -16,7 +15,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.collectives import Ranks, from_all
 from cosmos_scale.engine.student import Student
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.retrieval import RetrievalResult
+from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table
 from cosmos_scale.metrics import MetricLog
 from cosmos_scale.step import StepOutput
 
@@ -130,8 +129,7 @@ class Progress:
         """Write and show retrieval results by model."""
         if self._log is not None:
             numbers = {name: result.as_dict() for name, result in results.items()}
-            tables = "\n".join(_text(result, f"step {step}: {name}") for name, result in results.items())
-            self._log.evaluation(step, numbers, tables)
+            self._log.evaluation(step, numbers, results_table(results, f"step {step}: retrieval"))
 
     def pause(self) -> "_Pause":
         """Read all steps, so that a bad loss stops the run here; then a context whose time is not a step's."""
@@ -192,10 +190,3 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self._progress.forget(time.perf_counter() - self._start)
-
-
-def _text(result: RetrievalResult, title: str) -> str:
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(result.table(title))
-    return capture.get().rstrip()

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "loss": {"kernels"} | FOUNDATION,
     "engine": {"kernels", "model", "loss"} | FOUNDATION,
     "step": {"kernels", "model", "loss", "engine"} | FOUNDATION,
-    "data": {"evaluation"} | FOUNDATION,
+    "data": FOUNDATION,
     "checkpoint": {"model"} | FOUNDATION,
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
     "profiling": {"checkpoint", "data", "evaluation", "model"} | FOUNDATION,

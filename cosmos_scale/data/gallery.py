@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.index import MergedIndex
 from cosmos_scale.data.sample import DamagedSample
 from cosmos_scale.data.shards import ShardReader
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.retrieval import GalleryBatch
 
 MAX_PIXELS = 178_956_970  # as data.max_pixels by default
 

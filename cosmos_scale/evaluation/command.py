@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cosmos_scale.checkpoint import load_weights, newest, read_run_config
+from cosmos_scale.checkpoint import find_checkpoint, load_weights, read_run_config
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.retrieval import RetrievalResult, evaluate
+from cosmos_scale.evaluation.retrieval import RetrievalResult, evaluate, results_table
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 
@@ -36,19 +36,7 @@ def run(
         named = {"checkpoint": str(folder), "weights": which, "data": data, "captions": captions_key}
         print(json.dumps({**named, **result.as_dict()}))
     else:
-        Console().print(result.table(f"{which} of {folder}"))
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """The folder itself if it is a checkpoint, else the newest checkpoint in it or in its `checkpoints` folder.
-
-    Raises UserError where there is none.
-    """
-    if not folder.is_dir():
-        raise UserError(f"checkpoint {folder}: no such folder")
-    found = newest(folder) or newest(folder / "checkpoints")
-    # A folder without checkpoints in it is taken for one: reading it will tell what is wrong, if it is none.
-    return found or folder
+        Console().print(results_table({which: result}, str(folder)))
 
 
 def evaluate_checkpoint(

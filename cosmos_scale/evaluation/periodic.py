@@ -6,11 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.config import RunConfig, SourceConfig
 from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.retrieval import GalleryBatch, Gather, RetrievalResult, evaluate
+from cosmos_scale.evaluation.retrieval import Gather, RetrievalResult, evaluate
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 

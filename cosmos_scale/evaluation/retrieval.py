@@ -4,13 +4,15 @@ Every rank encodes its slice of the gallery, receives the features of all slices
 the collective is handed in, so that this module knows nothing of process groups.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
+
+from cosmos_scale.batch import GalleryBatch
 
 RECALL_AT = (1, 5, 10)
 
@@ -49,23 +51,15 @@ class RetrievalResult:
         recalls = {f"{name}_R@{k}": value for name, recall in directions for k, value in recall.items()}
         return {"images": self.images, "texts": self.texts, "chance_R@1": self.chance, **recalls}
 
-    def table(self, title: str) -> Table:
-        """A table for people, in percent."""
-        table = Table("", *(f"R@{k}" for k in RECALL_AT), title=title, caption=f"chance R@1: {100 * self.chance:.2f} %")
-        for name, recall in (("image to text", self.image_to_text), ("text to image", self.text_to_image)):
-            table.add_row(name, *(f"{100 * recall[k]:.2f} %" for k in RECALL_AT))
-        return table
 
-
-class GalleryBatch(NamedTuple):
-    """Some images of the gallery with all texts that are correct for each of them.
-
-    images: [N, 3, H, W] float32 on the CPU. texts: N lists. sample_ids: [N] int64, unique in the whole gallery.
-    """
-
-    images: Tensor
-    texts: Sequence[Sequence[str]]
-    sample_ids: Tensor
+def results_table(results: Mapping[str, RetrievalResult], title: str) -> Table:
+    """A table for people, in percent: two rows a model, one for each direction. Raises StopIteration for no result."""
+    chance = next(iter(results.values())).chance
+    table = Table("", "", *(f"R@{k}" for k in RECALL_AT), title=title, caption=f"chance R@1: {100 * chance:.2f} %")
+    for model, result in results.items():
+        for direction, recall in (("image to text", result.image_to_text), ("text to image", result.text_to_image)):
+            table.add_row(model, direction, *(f"{100 * recall[k]:.2f} %" for k in RECALL_AT))
+    return table
 
 
 class _Features(NamedTuple):

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.index import index_shards
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.retrieval import GalleryBatch
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
 

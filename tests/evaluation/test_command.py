@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosmos_scale.checkpoint import load_weights
+from cosmos_scale.checkpoint import find_checkpoint, load_weights
 from cosmos_scale.data.scene_shards import SceneShards, build_scenes
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.command import evaluate_checkpoint, find_checkpoint, run
+from cosmos_scale.evaluation.command import evaluate_checkpoint, run
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
 SMALL = [
@@ -118,10 +118,10 @@ def test_user_errors_name_what_is_wrong(checkpoints: Path, shards: SceneShards, 
 
     last = find_checkpoint(checkpoints.parent)
     assert last == checkpoints / "step-00000002"
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="none there"):
         find_checkpoint(tmp_path / "missing")
     with pytest.raises(UserError, match=r"manifest\.json"):
-        evaluate_with(find_checkpoint(tmp_path), str(shards.gallery))
+        evaluate_with(tmp_path, str(shards.gallery))
     with pytest.raises(UserError, match="no_such_key"):
         evaluate_with(last, str(shards.gallery), captions_key="no_such_key")
     with pytest.raises(UserError, match="nowhere"):

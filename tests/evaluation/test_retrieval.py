@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_scale.evaluation.retrieval import RECALL_AT, GalleryBatch, Gather, RetrievalResult, evaluate
+from cosmos_scale.batch import GalleryBatch
+from cosmos_scale.evaluation.retrieval import RECALL_AT, Gather, RetrievalResult, evaluate
 
 WIDTH = 8
 
