@@ -50,9 +50,12 @@ class Run:
             origin = f"resumed from {self.start.checkpoint}"
         elif self.config.init_from is not None:
             origin = f"new run from the weights of {self.config.init_from}"
+        steps = f"steps {self.first_step + 1}-{last_step}"
+        if self.first_step >= last_step:
+            steps = f"nothing left to do at step {self.first_step} of {last_step}"
         return (
-            f"{self.folder}: {origin}; {len(self.index)} samples, {self.loader.steps_per_epoch} steps an epoch, steps "
-            f"{self.first_step + 1}-{last_step}, global batch {self.config.train.global_batch} on "
+            f"{self.folder}: {origin}; {len(self.index)} samples, {self.loader.steps_per_epoch} steps an epoch, "
+            f"{steps}, global batch {self.config.train.global_batch} on "
             f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
             f"{self.config.zero.stage})"
         )

@@ -104,6 +104,15 @@ class Run:
             pytest.fail(f"still running after {timeout:.0f} s\n{finished.output}\n{finished.errors}")
         return finished
 
+    def wait_until_gone(self, timeout: float = SECONDS) -> None:
+        """Wait until no process of the groups is left, launched ones of the launched ones included."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            assert process.pid is not None
+            while _group_lives(process.pid):
+                assert time.monotonic() < deadline, f"process group {process.pid} lives on"
+                time.sleep(0.05)
+
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = SECONDS) -> None:
         """Wait for a condition while the run goes on; fail where the run ends before it."""
         deadline = time.monotonic() + timeout
@@ -209,6 +218,14 @@ def last_checkpoint(run: Path, name: str = "tiny") -> Path:
     found = newest(run.parent / name / "checkpoints")
     assert found is not None
     return found
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def free_port() -> int:

@@ -259,5 +259,13 @@ def _as_is(loaded: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides what becomes of it.
+    # Ctrl-C, schedulers and launchers signal all processes; the training process decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

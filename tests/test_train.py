@@ -1,0 +1,189 @@
+"""Whole runs: killed and resumed, stopped, evaluated, on one rank and on two, beside their uninterrupted selves."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.evaluation.command import evaluate_checkpoint
+from tests.runs import Run, checkpoint_tensors, last_checkpoint, launch, records, start, train, wait_for_step, write_run
+
+# All that a step computes, compared exactly: a resumed run does the same operations in the same order.
+COMPUTED = ("step", "samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm")
+STEPS = 16
+# Ten steps an epoch: kills come in the middle of the first, and runs end in the second.
+INTERRUPTED = {"train": {"schedule_steps": STEPS}, "checkpoint": {"every": 3}}
+
+Start = Callable[..., Run]
+
+
+def computed(run: Path, name: str = "tiny") -> list[dict[str, float]]:
+    return [{key: record[key] for key in COMPUTED} for record in records(run, name)]
+
+
+def assert_same_checkpoints(first: Path, second: Path) -> None:
+    ours, theirs = checkpoint_tensors(first), checkpoint_tensors(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_resumes_bit_for_bit(run: Path, begin: Start, ranks: int) -> None:
+    """Kill a run of loader processes mid-epoch, resume it without, and compare it with one that was left alone."""
+    with begin(run, "name=killed", "data.workers=1", ranks=ranks) as killed:
+        wait_for_step(killed, run, 5, "killed")
+        killed.kill()
+    assert records(run, "killed")[-1]["step"] < STEPS, "killed too late to prove anything"
+    with begin(run, "name=killed", ranks=ranks) as resumed:
+        assert "resumed from" in resumed.wait().require(0).output
+    with begin(run, ranks=ranks) as uninterrupted:
+        uninterrupted.wait().require(0)
+    assert [record["step"] for record in records(run)] == list(range(1, STEPS + 1))
+    assert computed(run, "killed") == computed(run)
+    assert_same_checkpoints(last_checkpoint(run, "killed"), last_checkpoint(run))
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 1), (1, 2)])
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(
+    tmp_path: Path, scenes: SceneShards, stage: int, ranks: int
+) -> None:
+    assert_resumes_bit_for_bit(write_run(tmp_path, scenes, zero={"stage": stage}, **INTERRUPTED), start, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_killed_and_resumed_under_the_launcher(tmp_path: Path, scenes: SceneShards, stage: int) -> None:
+    assert_resumes_bit_for_bit(write_run(tmp_path, scenes, zero={"stage": stage}, **INTERRUPTED), launch, 2)
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
+    """A finished run of two ranks at stage 1 that saved and evaluated at steps 4 and 8."""
+    run = write_run(
+        tmp_path_factory.mktemp("two"),
+        scenes,
+        zero={"stage": 1},
+        checkpoint={"every": 4},
+        eval={"every": 4, "retrieval": {"shards": str(scenes.gallery), "batch": 5}},
+    )
+    train(run, ranks=2).require(0)
+    return run
+
+
+def test_one_rank_goes_on_from_the_checkpoint_of_two(of_two_ranks: Path, tmp_path: Path) -> None:
+    checkpoint = of_two_ranks.parent / "tiny" / "checkpoints" / "step-00000004"
+    train(of_two_ranks, f"output={tmp_path}", f"resume={checkpoint}", "eval.every=0").require(0)
+    of_one = records(tmp_path / "run.yaml")
+    assert [record["step"] for record in of_one] == [5, 6, 7, 8]
+    for one, two in zip(of_one, records(of_two_ranks)[4:], strict=True):
+        # float32 sums over 8 samples in another order: some 1e-7 a step, which the steps after carry on.
+        for key in ("loss", "clip", "distill"):
+            assert one[key] == pytest.approx(two[key], rel=1e-5)
+
+
+def test_ranks_share_the_evaluation(of_two_ranks: Path, scenes: SceneShards) -> None:
+    evaluations = records(of_two_ranks, kind="eval")
+    assert [record["step"] for record in evaluations] == [4, 8]
+    for record in evaluations:
+        checkpoint = of_two_ranks.parent / "tiny" / "checkpoints" / f"step-{record['step']:08d}"
+        for which in ("student", "teacher"):
+            alone = evaluate_checkpoint(
+                checkpoint, str(scenes.gallery), which=which, captions_key="raw_caption", batch=64, device="cpu"
+            )
+            assert {key: record[f"{which}/{key}"] for key in alone.as_dict()} == pytest.approx(alone.as_dict())
+            assert record[f"{which}/images"] == 24
+
+
+def test_damaged_gallery_ends_all_ranks(of_two_ranks: Path, scenes: SceneShards, tmp_path: Path) -> None:
+    gallery = tmp_path / "gallery"
+    shutil.copytree(scenes.gallery, gallery)
+    with next(gallery.glob("*.tar")).open("r+b") as shard:
+        shard.truncate(30_000)
+    changed = [f"output={tmp_path}", f"eval.retrieval.shards={gallery}", "eval.every=2"]
+    finished = train(of_two_ranks, *changed, ranks=2).require(2)
+    assert finished.errors.count("\n") == 1
+    assert f"{gallery}/gallery-00000.tar: has 30000 bytes" in finished.errors
+
+
+def test_max_steps_extends_a_run_and_only_the_newest_checkpoints_stay(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes, checkpoint={"every": 1, "keep_last": 2, "at_start": True})
+    folder = tmp_path / "tiny" / "checkpoints"
+    train(run, "train.max_steps=3").require(0)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    shutil.copytree(folder / "step-00000003", folder / "step-00000007.tmp")  # a save that was killed
+    moved = ["log.every=2", "data.workers=1", f"data.sources.0.index={tmp_path}/index"]
+    shutil.copytree(scenes.train, tmp_path / "index")
+    resumed = train(run, "train.max_steps=5", *moved).require(0)
+    assert f"resumed from {folder}/step-00000003" in resumed.output
+    assert sorted(path.name for path in folder.glob("*[0-9]")) == ["step-00000004", "step-00000005"]
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
+    again = train(run, "train.max_steps=5").require(0)
+    assert "nothing left to do" in again.output
+    assert_refused = train(run, "optimizer.lr=0.5", "seed=3").require(2).errors
+    assert "seed, optimizer.lr differ" in assert_refused
+
+
+def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes, checkpoint={"at_start": True, "every": 0})
+    train(run, "name=old", "train.max_steps=4").require(0)
+    train(run, "name=new", f"init_from={tmp_path}/old", "train.max_steps=2", "optimizer.lr=0.01").require(0)
+    assert [(record["step"], record["lr"]) for record in records(run, "new")] == [(1, 0.005), (2, 0.01)]
+    manifest = json.loads((tmp_path / "new" / "checkpoints" / "step-00000000" / "manifest.json").read_text())
+    assert (manifest["state"]["step"], manifest["state"]["updates"]) == (0, 0)
+    old = checkpoint_tensors(last_checkpoint(run, "old"))
+    new = checkpoint_tensors(tmp_path / "new" / "checkpoints" / "step-00000000")
+    for name, tensor in new.items():
+        expected = torch.zeros_like(tensor) if "exp_avg" in name else old[name]
+        assert torch.equal(tensor, expected), name
+    assert any(not torch.equal(old[f"{name}|weight"], old[f"{name}|ema"]) for name in manifest["parameters"])
+
+
+def test_resume_never_stands_back_from_existing_checkpoints(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes, resume="never")
+    train(run, "train.max_steps=1").require(0)
+    assert "resume: 'never', but" in train(run, "train.max_steps=2").require(2).errors
+
+
+def test_other_shards_are_refused_on_resume(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes)
+    train(run, "train.max_steps=1").require(0)
+    assert "the shards of data.sources are not those" in (
+        train(run, f"data.sources.0.shards={scenes.gallery}").require(2).errors
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_stops_at_a_step_with_a_checkpoint(tmp_path: Path, scenes: SceneShards, ranks: int) -> None:
+    """The signal reaches the last rank and its loader processes, as a scheduler or the launcher sends it."""
+    run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000}, zero={"stage": 1})
+    with start(run, "data.workers=1", ranks=ranks) as process:
+        wait_for_step(process, run, 3)
+        process.signal(ranks - 1, signal.SIGTERM, whole_group=True)
+        finished = process.wait().require(0)
+    checkpoint = last_checkpoint(run)
+    assert f"checkpoint: {checkpoint}" in finished.output
+    assert "stopping after step" in finished.output
+    assert records(run)[-1]["step"] == int(checkpoint.name.removeprefix("step-"))
+    assert finished.errors == ""
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000}, zero={"stage": 1})
+    with launch(run, "data.workers=1", ranks=2) as process:
+        wait_for_step(process, run, 3)
+        process.signal(0, signal.SIGTERM, whole_group=True)
+        process.wait()  # its status is the launcher's own
+        process.wait_until_gone()
+    assert records(run)[-1]["step"] <= int(last_checkpoint(run).name.removeprefix("step-"))
+
+
+def test_max_minutes_stops_with_a_checkpoint(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000, "max_minutes": 0.02})
+    finished = train(run, ranks=2).require(0)
+    assert "train.max_minutes" in finished.output
+    assert f"checkpoint: {last_checkpoint(run)}" in finished.output
