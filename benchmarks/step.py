@@ -1,0 +1,311 @@
+"""A whole training step in one process: samples per second, and which part of the step takes how much of the time.
+
+It calls the trainer's own `train_step` on batches of its own loader, which reads generated pictures from shards.
+Student, teacher and loss are the trainer's too; after each of their calls a stopwatch cuts the step's time.
+"""
+
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/step.py`
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.report import Figure, argument_parser, report
+from cosmos_scale.batch import Batch, Features, TeacherFeatures
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_file import load_config
+from cosmos_scale.data.build import build_shards
+from cosmos_scale.data.index import open_sources
+from cosmos_scale.data.jobs import progress_bar
+from cosmos_scale.data.loader import TrainLoader, default_workers
+from cosmos_scale.data.scene_shards import build_scenes
+from cosmos_scale.data.scenes import captions, draw_scene, render
+from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.loss import CosmosLoss, LossOutput
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.step import train_step
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
+
+PARTS = {
+    "data": "wait for the loader, copy to the device",
+    "student": "student forward",
+    "teacher": "teacher forward",
+    "loss": "both losses and their gradients to the features",
+    "backward": "student backward from those gradients",
+    "update": "AdamW, moving average, teacher refresh, flags",
+}
+"""The parts of a step, in the trainer's order but for `data`, which it fetches last, for the step to come."""
+
+
+class Case(NamedTuple):
+    """A run to take steps of. steps: measured by default. write_shards: makes its shards, returns their folder."""
+
+    title: str
+    file: str
+    overrides: tuple[str, ...]
+    steps: int
+    pictures: str
+    write_shards: Callable[[Path], Path]
+
+
+def demo_shards(folder: Path) -> Path:
+    return build_scenes(folder, train=256, gallery=1).train
+
+
+LARGE_SIDE = 512
+LARGE_NOISE = 5.0  # grey levels: a smooth picture would decode faster than a photograph
+
+
+def large_shards(folder: Path) -> Path:
+    """Pictures of a photograph's size, which the demo's are not: the demo's scenes enlarged, noise added."""
+    (folder / "pictures").mkdir()
+    lines = []
+    for number in range(64):
+        generator = np.random.default_rng(number)
+        scene = draw_scene(generator)
+        with Image.open(io.BytesIO(render(scene, generator).jpeg)) as small:
+            pixels_HWC = np.asarray(small.resize((LARGE_SIDE, LARGE_SIDE), Image.Resampling.BICUBIC), np.float32)
+        noisy_HWC = pixels_HWC + generator.normal(0.0, LARGE_NOISE, pixels_HWC.shape)
+        name = f"{number}.jpg"
+        Image.fromarray(noisy_HWC.clip(0, 255).astype(np.uint8)).save(folder / "pictures" / name, quality=90)
+        lines.append(json.dumps({"image": name, **captions(scene, generator)}) + "\n")
+    captions_file = folder / "captions.jsonl"
+    captions_file.write_text("".join(lines))
+    return build_shards(
+        folder / "pictures", captions_file, folder / "shards", samples_per_shard=len(lines), progress=False
+    ).folder
+
+
+CASES = {
+    "demo": Case("the demo", "demo.yaml", (), 10, "pictures of 128 x 128", demo_shards),
+    "vitb32": Case(
+        "ViT-B/32, batch 8",
+        "cc3m_vitb32.yaml",
+        ("train.global_batch=8",),
+        3,
+        f"pictures of {LARGE_SIDE} x {LARGE_SIDE}",
+        large_shards,
+    ),
+}
+
+
+class Stopwatch:
+    """Cuts a step's time into parts: what passed since the cut before belongs to the part that a cut names.
+
+    Where `cutting` is off only the whole step is timed: on a GPU each cut waits for the device, which a step does not.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cutting = True
+        self._began = self._last = 0.0
+        self.parts: dict[str, float] = {}
+
+    def start(self, *, cutting: bool) -> None:
+        """Begin a step."""
+        self._cutting = cutting
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        self._began = self._last = self._now()
+
+    def cut(self, part: str) -> None:
+        """End a piece of `part`."""
+        if self._cutting:
+            now = self._now()
+            self.parts[part] += now - self._last
+            self._last = now
+
+    def stop(self) -> float:
+        """Return the seconds since the start."""
+        return self._now() - self._began
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class TimedStudent(Student):
+    """The student, each of whose calls ends a part."""
+
+    def __init__(
+        self, watch: Stopwatch, model: CosmosModel, teacher: Mapping[str, Tensor], config: RunConfig, ranks: Ranks
+    ) -> None:
+        super().__init__(model, teacher, config, ranks)
+        self._watch = watch
+
+    def __call__(self, batch: Batch) -> Features:
+        """Student's, then a cut."""
+        features = super().__call__(batch)
+        self._watch.cut("student")
+        return features
+
+    def backward(self, surrogate: Tensor) -> None:
+        """Student's, then a cut."""
+        super().backward(surrogate)
+        self._watch.cut("backward")
+
+    def update(self, *, lr: float, momentum: float, finite: Tensor) -> None:
+        """Student's, then a cut."""
+        super().update(lr=lr, momentum=momentum, finite=finite)
+        self._watch.cut("update")
+
+
+class TimedTeacher(Teacher):
+    """The teacher, whose forward ends a part; its refresh belongs to the update, which the step's end ends."""
+
+    def __init__(self, watch: Stopwatch, model: CosmosModel, student: Student, config: RunConfig) -> None:
+        super().__init__(model, student, config)
+        self._watch = watch
+
+    def __call__(self, batch: Batch) -> TeacherFeatures:
+        """Teacher's, then a cut."""
+        features = super().__call__(batch)
+        self._watch.cut("teacher")
+        return features
+
+
+class TimedLoss(CosmosLoss):
+    """The loss, whose call ends a part."""
+
+    def __init__(self, watch: Stopwatch, gradient_scale: Literal["true", "published"]) -> None:
+        super().__init__(gradient_scale)
+        self._watch = watch
+
+    def __call__(self, features: Features, teacher: TeacherFeatures) -> LossOutput:
+        """CosmosLoss's, then a cut."""
+        output = super().__call__(features, teacher)
+        self._watch.cut("loss")
+        return output
+
+
+class Trainer:
+    """What takes a training step, the watch running."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.watch = Stopwatch(ranks.device)
+        self.config = config
+        model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+        teacher_model.load_state_dict(model.state_dict())
+        self.student = TimedStudent(self.watch, model, dict(teacher_model.named_parameters()), config, ranks)
+        self.teacher = TimedTeacher(self.watch, teacher_model, self.student, config)
+        self.loss = TimedLoss(self.watch, config.optimizer.gradient_scale)
+
+    def step(self, batch: Batch) -> Tensor:
+        """Train on a batch; returns the total loss, [] float32."""
+        # Constants: what the learning rate and the momentum are makes no step slower.
+        lr, momentum = self.config.optimizer.lr, self.config.ema.momentum
+        output = train_step(self.student, self.teacher, self.loss, batch, lr=lr, momentum=momentum)
+        self.watch.cut("update")
+        return output.total
+
+
+class Measured(NamedTuple):
+    """Seconds of whole steps, and of each part in each step that was cut."""
+
+    steps: list[float]
+    parts: dict[str, list[float]]
+
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the time, from the medians of the parts: so the shares sum to 1."""
+        medians = {part: statistics.median(seconds) for part, seconds in self.parts.items()}
+        return {part: median / sum(medians.values()) for part, median in medians.items()}
+
+
+def measure(config: RunConfig, ranks: Ranks, *, warmup: int, steps: int, label: str) -> Measured:
+    """Time `steps` steps after `warmup` others."""
+    loader = TrainLoader(
+        config, open_sources(config.data.sources), Tokenizer(config.model.text.context_length), 0, ranks.world_size
+    )
+    trainer = Trainer(config, ranks)
+    watch = trainer.watch
+    on_gpu = ranks.device.type == "cuda"
+    batches = loader.batches(0)
+    batch = next(batches).to(ranks.device)
+    measured = Measured([], {part: [] for part in PARTS})
+
+    with progress_bar(label, warmup + steps, show=True) as advance:
+        for number in range(warmup + steps):
+            # On a GPU whole steps and cut ones take turns. A CPU's steps are cut at no cost: one serves for both.
+            for cutting in (False, True) if on_gpu else (True,):
+                watch.start(cutting=cutting)
+                total = trainer.step(batch)
+                batch = next(batches).to(ranks.device)
+                watch.cut("data")
+                seconds = watch.stop()
+                assert total.isfinite(), "a step whose loss is not finite changes nothing, and its time means nothing"
+                if number < warmup:
+                    continue
+                if not (cutting and on_gpu):
+                    measured.steps.append(seconds)
+                if cutting:
+                    for part in PARTS:
+                        measured.parts[part].append(watch.parts[part])
+            advance(1)
+    trainer.student.engine.destroy()
+    return measured
+
+
+def figures(name: str, steps: int | None, ranks: Ranks) -> list[Figure]:
+    """Measure one of the CASES."""
+    case = CASES[name]
+    workers = default_workers(ranks.world_size)
+    # A deep queue, filled before the first measured step, would hide a loader that is slower than the step.
+    overrides = [*case.overrides, f"data.workers={workers}", "data.prefetch=1"]
+    if ranks.device.type == "cpu":
+        overrides.append("precision=fp32")  # bf16 is far slower on most CPUs
+    with tempfile.TemporaryDirectory() as folder:
+        shards = case.write_shards(Path(folder))
+        config = load_config(CONFIGS / case.file, [*overrides, f"data.sources.0.shards={shards}"])
+        warmup = max(1, workers)  # until the queue is as full as it stays
+        measured = measure(config, ranks, warmup=warmup, steps=steps or case.steps, label=case.title)
+
+    setting = (
+        f"{config.train.global_batch} samples a step, {case.pictures}, {config.precision}, ZeRO-{config.zero.stage}, "
+        f"one process ({ranks.device.type}), loader processes: {workers}; median of {len(measured.steps)} steps "
+        f"({min(measured.steps):.3g} to {max(measured.steps):.3g} s), warm-up steps: {warmup}"
+    )
+    rate = config.train.global_batch / statistics.median(measured.steps)
+    speed = Figure(f"step_{name}_samples_per_second", rate, "samples/s", f"{case.title}: {setting}")
+    shares = [
+        Figure(f"step_{name}_share_{part}", share, "of the step", f"{case.title}: {PARTS[part]}")
+        for part, share in measured.shares().items()
+    ]
+    return [speed, *shares]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    defaults = ", ".join(f"{case.steps} for {name}" for name, case in CASES.items())
+    parser = argument_parser(
+        "step", (__doc__ or "").partition("\n")[0], ("", "--model demo --steps 20 --json step.json")
+    )
+    parser.add_argument("--model", choices=[*CASES, "all"], default="all", help="default: all")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"measured steps; default: {defaults}")
+    arguments = parser.parse_args(argv)
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps: {arguments.steps} must be at least 1")
+    ranks = start_ranks("auto")
+    names = list(CASES) if arguments.model == "all" else [arguments.model]
+    results = [figure for name in names for figure in figures(name, arguments.steps, ranks)]
+    report("A training step", results, arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
