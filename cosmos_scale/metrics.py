@@ -1,6 +1,7 @@
 """What a run writes down as it goes: metrics.jsonl, TensorBoard, Weights & Biases, console lines, a progress bar."""
 
 import json
+import math
 import secrets
 from pathlib import Path
 from types import TracebackType
@@ -77,7 +78,9 @@ class MetricLog:
 
     def _write(self, record: dict[str, float], prefix: str) -> None:
         step = int(record["step"])
-        self._file.write(json.dumps({"kind": prefix, **record}) + "\n")
+        # JSON knows no nan: a skipped step's loss is null.
+        written = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._file.write(json.dumps({"kind": prefix, **written}) + "\n")
         self._file.flush()
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         if self._tensorboard is not None:
@@ -99,7 +102,7 @@ def console_line(record: dict[str, float]) -> str:
 
 
 def _drop_from(path: Path, step: int) -> None:
-    """Keep only the records of steps before `step`; a torn last line goes too."""
+    """Keep only the records up to `step`, none where it is 0; a torn last line goes too."""
     if not path.exists():
         return
     kept = []
@@ -115,7 +118,7 @@ def _drop_from(path: Path, step: int) -> None:
 def _tensorboard(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # here: it takes a second and few runs ask for it
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
 
 def _wandb(folder: Path, config: LogConfig, name: str, run_config: dict[str, Any]) -> Any:

@@ -34,6 +34,8 @@ def train_step(
     features = student(batch)
     teacher_features = teacher(batch)
     loss = cosmos_loss(features, teacher_features)
+    # Copies: in fp32 these are the parameters themselves, which the update changes in place.
+    scales = [scale.detach().clone() for scale in (features.logit_scale, features.distill_logit_scale)]
     student.backward(surrogate(features, loss.gradients))
     student.update(lr=lr, momentum=momentum, finite=loss.finite)
     teacher.refresh()
@@ -43,8 +45,8 @@ def train_step(
         distill=loss.distill,
         finite=loss.finite,
         finite_here=torch.stack([value.isfinite().all() for value in (*features, *teacher_features)]).all(),
-        logit_scale=features.logit_scale.detach().clone(),
-        distill_logit_scale=features.distill_logit_scale.detach().clone(),
+        logit_scale=scales[0],
+        distill_logit_scale=scales[1],
     )
 
 

@@ -1,0 +1,122 @@
+"""What a run writes down: metrics.jsonl, TensorBoard's events and Weights & Biases' offline folder, read back."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cosmos_scale.config import LogConfig, WandbConfig
+from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.metrics import MetricLog
+from tests.runs import records, train, write_run
+
+NUMBERS = [
+    *("samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm"),
+    *("samples_per_second", "step_seconds_min", "step_seconds_max", "data_wait_min", "data_wait_max"),
+    *("substituted", "skipped_steps"),
+]
+QUIET = LogConfig(progress=False)
+
+
+def record(step: int, loss: float = 1.5) -> dict[str, float]:
+    return {"step": step, **dict.fromkeys(NUMBERS, 0.25), "loss": loss}
+
+
+def opened(folder: Path, config: LogConfig = QUIET, *, first_step: int = 0) -> MetricLog:
+    return MetricLog(folder, config, name="run", run_config={"seed": 0}, first_step=first_step, last_step=9)
+
+
+def steps(folder: Path) -> list[tuple[str, int]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(entry["kind"], entry["step"]) for entry in map(json.loads, lines)]
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard would show: {tag: {step: value}}."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with opened(tmp_path) as log:
+        log.training(record(1))
+        assert steps(tmp_path) == [("train", 1)]
+        log.evaluation(1, {"student": {"R@1": 0.5}, "teacher": {"R@1": 0.25}}, Table("a table"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"kind": "train", **record(1)}
+    assert lines[1] == {"kind": "eval", "step": 1, "student/R@1": 0.5, "teacher/R@1": 0.25}
+    assert "a table" in capsys.readouterr().out
+
+
+def test_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        for step in (1, 2, 3, 4):
+            log.training(record(step))
+        log.evaluation(2, {}, Table())
+        log.evaluation(4, {}, Table())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 5, "lo')  # killed while it wrote
+    with opened(tmp_path, first_step=2) as log:
+        log.training(record(3, loss=7.0))
+    assert steps(tmp_path) == [("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == 7.0
+
+
+def test_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    with opened(tmp_path) as log:
+        log.training(record(1))
+    assert steps(tmp_path) == [("train", 1)]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with opened(tmp_path, LogConfig(progress=False, tensorboard=True)) as log:
+        log.training(record(1, loss=math.nan) | {"clip": math.inf})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    entry = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (entry["loss"], entry["clip"], entry["distill"]) == (None, None, 0.25)
+    assert math.isnan(scalars(tmp_path)["train/loss"][1])
+    assert "loss nan (clip inf" in capsys.readouterr().out
+
+
+def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
+    config = LogConfig(progress=False, tensorboard=True)
+    with opened(tmp_path, config) as log:
+        for step in (1, 2, 3):
+            log.training(record(step))
+    with opened(tmp_path, config, first_step=1) as log:
+        log.training(record(2, loss=7.0))
+    assert scalars(tmp_path)["train/loss"] == {1: 1.5, 2: 7.0}
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path: Path, scenes: SceneShards) -> None:
+    evaluation = {"every": 2, "retrieval": {"shards": str(scenes.gallery)}}
+    run = write_run(tmp_path, scenes, eval=evaluation, log={"tensorboard": True})
+    train(run, "train.max_steps=4").require(0)
+    shown = scalars(tmp_path / "tiny")
+    for kind, count in (("train", 4), ("eval", 2)):
+        written = records(run, kind=kind)
+        assert len(written) == count
+        for entry in written:
+            for key in entry.keys() - {"kind", "step"}:
+                # Events hold float32.
+                assert shown[f"{kind}/{key}"][entry["step"]] == pytest.approx(entry[key], rel=1e-6), key
+    assert set(NUMBERS) == records(run)[0].keys() - {"kind", "step"}
+    assert {tag for tag in shown if tag.startswith("train/")} == {f"train/{key}" for key in NUMBERS}
+
+
+def test_wandb_works_offline_and_goes_on_in_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="offline"))
+    for first_step in (0, 1):
+        with opened(tmp_path, config, first_step=first_step) as log:
+            log.training(record(first_step + 1))
+    identity = (tmp_path / "wandb_id").read_text()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    assert files
+    assert all(file.stat().st_size > 0 for file in files)
+    assert steps(tmp_path) == [("train", 1), ("train", 2)]

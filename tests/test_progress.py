@@ -1,0 +1,96 @@
+"""What is read of the steps: a bad loss stops the run or is skipped, and records say what the steps did."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cosmos_scale.data.scene_shards import SceneShards
+from tests.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
+
+POISONED = "visual.conv1.weight"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
+    """A run of two ranks whose checkpoint of step 2 has a copy, `poisoned`, with a student that overflows."""
+    path = write_run(tmp_path_factory.mktemp("good"), scenes, zero={"stage": 1}, train={"max_steps": 2})
+    train(path, ranks=2).require(0)
+    poisoned = path.parent / "poisoned"
+    shutil.copytree(last_checkpoint(path), poisoned)
+    manifest = json.loads((poisoned / "manifest.json").read_text())
+    file, *_ = manifest["parameters"][POISONED]["pieces"][0]
+    tensors = load_file(poisoned / file)
+    tensors[f"{POISONED}|weight"][:192] = torch.finfo(torch.float32).max  # one filter of 3 x 8 x 8
+    save_file(tensors, poisoned / file)
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_loss_stops_and_says_where_and_what_is_left(run: Path, ranks: int) -> None:
+    name = f"stopped{ranks}"
+    start = [f"name={name}", f"init_from={run.parent}/poisoned", "checkpoint.at_start=true", "checkpoint.every=1"]
+    finished = train(run, *start, "train.max_steps=8", ranks=ranks).require(2)
+    assert len(finished.errors.splitlines()) == 1
+    named = ", ".join(map(str, range(ranks)))
+    assert f"step 1: the loss is not finite (clip nan, distill nan; features are not finite on rank {named})" in (
+        finished.errors
+    )
+    # A checkpoint was due after each step: none may be written after the bad one.
+    good = run.parent / name / "checkpoints" / "step-00000000"
+    assert f"last good checkpoint: {good};" in finished.errors
+    assert [folder.name for folder in good.parent.iterdir()] == [good.name]
+    assert records(run, name) == []
+
+
+def test_bad_loss_before_any_checkpoint_says_so(run: Path) -> None:
+    finished = train(run, "name=none", f"init_from={run.parent}/poisoned").require(2)
+    assert "last good checkpoint: none" in finished.errors
+
+
+def test_skipped_steps_change_nothing_and_are_counted(run: Path) -> None:
+    start = ["name=skipping", f"init_from={run.parent}/poisoned", "checkpoint.at_start=true", "non_finite=skip"]
+    finished = train(run, *start, "train.max_steps=3", ranks=2).require(0)
+    for step in (1, 2, 3):
+        assert f"step {step}: the loss is not finite" in finished.output
+    folder = last_checkpoint(run, "skipping")
+    assert folder.name == "step-00000003"
+    before, after = checkpoint_tensors(folder.parent / "step-00000000"), checkpoint_tensors(folder)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    state = json.loads((folder / "manifest.json").read_text())["state"]
+    assert (state["step"], state["updates"]) == (3, 0)
+    lines = (run.parent / "skipping" / "metrics.jsonl").read_text().splitlines()
+    for step, line in enumerate(lines, start=1):
+        record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert (record["step"], record["loss"], record["skipped_steps"]) == (step, None, step)
+
+
+def test_records_hold_what_the_steps_did(run: Path) -> None:
+    first, second = records(run)
+    for record in (first, second):
+        assert record["samples"] == 8 * record["step"]
+        assert record["loss"] == pytest.approx(record["clip"] + record["distill"], rel=1e-6)  # float32 sum of two
+        assert record["samples_per_second"] == pytest.approx(8 / record["step_seconds_max"])
+        assert 0 < record["step_seconds_min"] <= record["step_seconds_max"]
+        assert 0 <= record["data_wait_min"] <= record["data_wait_max"] < record["step_seconds_max"]
+        assert record["grad_norm"] > 0
+        assert (record["substituted"], record["skipped_steps"]) == (0, 0)
+    # Both start at 1 / 0.07, and the first step reads them before its update.
+    assert first["scale"] == first["distill_scale"] == pytest.approx(1 / 0.07, rel=1e-6)
+    assert second["scale"] != first["scale"]
+    assert (first["lr"], second["lr"]) == (5e-4, 1e-3)
+    # No model can tell the pairs of a first batch: about ln 8 for the mean of all clip pairs.
+    assert first["clip"] == pytest.approx(math.log(8), rel=0.5)
+
+
+def test_steps_between_records_count_into_the_next(run: Path) -> None:
+    finished = train(run, "name=rare", "log.every=3", "train.max_steps=5").require(0)
+    assert [record["step"] for record in records(run, "rare")] == [3, 5]  # the last one always
+    lines = [line for line in finished.output.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2
+    for part in ("loss", "clip", "distill", "scale", "lr", "momentum", "grad", "samples/s", "data wait"):
+        assert part in lines[0]
