@@ -93,10 +93,12 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
     assert scalars(tmp_path)["train/loss"] == {1: 1.5, 2: 7.0}
 
 
-def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path: Path, scenes: SceneShards) -> None:
+def test_a_run_writes_all_three(tmp_path: Path, scenes: SceneShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
     evaluation = {"every": 2, "retrieval": {"shards": str(scenes.gallery)}}
-    run = write_run(tmp_path, scenes, eval=evaluation, log={"tensorboard": True})
+    run = write_run(tmp_path, scenes, eval=evaluation, log={"tensorboard": True, "wandb": {"mode": "offline"}})
     train(run, "train.max_steps=4").require(0)
+    assert list((tmp_path / "tiny" / "wandb").glob("offline-run-*/run-*.wandb"))
     shown = scalars(tmp_path / "tiny")
     for kind, count in (("train", 4), ("eval", 2)):
         written = records(run, kind=kind)
