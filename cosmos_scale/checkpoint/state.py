@@ -88,7 +88,8 @@ def save_checkpoint(
     error = None
     if rank == 0:
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for abandoned in root.glob("step-*.tmp"):  # of runs that were killed while they saved
+                shutil.rmtree(abandoned, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as failure:
             error = f"checkpoint {temporary}: {failure.strerror}"
