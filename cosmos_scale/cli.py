@@ -173,10 +173,9 @@ def _with_examples(parser: argparse.ArgumentParser, examples: str) -> argparse.A
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
             step += 1
             if step < last_step:
                 ahead.fetch()
-            progress.after_step(step, output, batch, student, lr=lr, momentum=momentum, data_wait=ahead.wait_seconds)
+            progress.after_step(step, output, batch, student, lr=lr, momentum=momentum, data_wait=ahead.waited())
             if run.retrieval is not None and step % config.eval.every == 0:
                 with progress.pause():
                     progress.evaluation(step, run.evaluate(student, teacher))
@@ -91,12 +91,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys that replace the file's")
+    parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the run's YAML file")
+    # With a default of its own, or argparse calls it required.
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks to plan a dry run for (default: 1)")
+    parser.add_argument(
+        "--world-size", type=_positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":
