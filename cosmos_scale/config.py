@@ -35,7 +35,7 @@ class TextConfig(Section):
     """The causal text tower."""
 
     context_length: int = Field(77, gt=2)
-    vocab_size: int = Field(49408, gt=2)
+    vocab_size: int = Field(TOKENIZER_VOCABULARY, gt=2)
     width: int = Field(512, gt=0)
     layers: int = Field(12, gt=0)
     heads: int = Field(8, gt=0)
@@ -141,7 +141,10 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = ()
     samples: int | None = Field(
-        None, gt=0, description="samples per epoch, to plan a run where the shards are not; else read from the index"
+        None,
+        gt=0,
+        description="samples per epoch, to plan a run where the shards are not; else read from the index",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     views: ViewsConfig = ViewsConfig()
     captions: CaptionsConfig = CaptionsConfig()
@@ -289,11 +292,13 @@ class RunConfig(Section):
 
     name: str = "run"
     output: Path = Field(Path("runs"), description="the run writes to output/name", json_schema_extra=RESUME_MAY_CHANGE)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything that is drawn; fits torch's generators")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=RESUME_MAY_CHANGE)
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     non_finite: Literal["stop", "skip"] = Field(
-        "stop", description="a loss that is not finite stops the run, or its step is skipped"
+        "stop",
+        description="a loss that is not finite stops the run, or its step is skipped",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     resume: str = Field(
         "auto",
