@@ -196,7 +196,20 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path: Path, scenes: Sce
 
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path: Path, scenes: SceneShards) -> None:
-    run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000, "max_minutes": 0.02})
-    finished = train(run, ranks=2).require(0)
+    run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000, "max_minutes": 0.12})
+    finished = train(run).require(0)
     assert "train.max_minutes" in finished.output
     assert f"checkpoint: {last_checkpoint(run)}" in finished.output
+
+
+def test_killed_rank_ends_the_others_in_one_line(tmp_path: Path, scenes: SceneShards) -> None:
+    endless = {"schedule_steps": 100_000}
+    run = write_run(tmp_path, scenes, train=endless, zero={"stage": 1}, checkpoint={"at_start": True, "every": 0})
+    with start(run, ranks=2) as process:
+        wait_for_step(process, run, 2)
+        process.signal(1, signal.SIGKILL)
+        finished = process.wait()
+    assert finished.statuses == [1, -signal.SIGKILL]
+    assert len(finished.errors.splitlines()) == 1, finished.errors
+    assert "rank 0 lost contact with another rank" in finished.errors
+    assert "step-00000000" in finished.errors
