@@ -17,7 +17,7 @@ from cosmos_scale.data.scene_shards import SceneShards
 from tests.runs import TINY, Finished, launch, records, start, train, write_run
 
 Edit = Callable[[str, bytes], bytes]
-WRONG_SHAPE = json.dumps({"raw_caption": [1, 2]}).encode()
+WRONG_SHAPE = json.dumps({"raw_caption": [1, 2], "url": "https://example.org/1.jpg"}).encode()
 NO_CAPTIONS = json.dumps({"url": "https://example.org/1.jpg"}).encode()
 
 

@@ -35,8 +35,9 @@ def test_ranks_cover_each_sample_once_in_order(tmp_path: Path, world_size: int) 
 
 
 def test_damaged_samples_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    documents = [{"t": "one text"}, {"t": ["x", " "]}, {"t": []}, {"t": 5}, {"other": 1}, {"t": [1]}, {"t": ["y"]}]
-    members = [{**sample(number), "json": json.dumps(document).encode()} for number, document in enumerate(documents)]
+    texts = [{"t": "one text"}, {"t": ["x", " "]}, {"t": []}, {"t": 5}, {"other": 1}, {"t": [1]}, {"t": ["y"]}]
+    documents = [json.dumps({**text, "url": "u"}).encode() for text in texts]  # without any text they are not indexed
+    members = [{**sample(number), "json": document} for number, document in enumerate(documents)]
     path = write_shard(tmp_path / "0.tar", members)
     index_shards(str(tmp_path), None, workers=1, progress=False)
     flip_bytes(path, open_folder(tmp_path).locate(6).entry.image_offset, 20)
