@@ -102,7 +102,7 @@ class Progress:
         now = time.perf_counter()
         steps = step - self._marked_step
         measured = _Measured(
-            gradient_norm=student.gradient_norm(),
+            gradient_norm=student.gradient_norm,
             lr=lr,
             momentum=momentum,
             step_seconds=(now - self._marked_time) / steps,
@@ -172,7 +172,8 @@ class Progress:
         bad = [rank for rank, finite in enumerate(here) if not finite]
         whose = f"features are not finite on rank {', '.join(map(str, bad))}" if bad else "all features are finite"
         values = f"clip {pending.output.clip.item()}, distill {pending.output.distill.item()}"
-        what = f"step {pending.step}: the loss is not finite ({values}; {whose})"
+        part = "gradient" if pending.output.total.isfinite().item() else "loss"
+        what = f"step {pending.step}: the {part} is not finite ({values}; {whose})"
         if self._config.non_finite == "skip":
             self._skipped += 1
             self.say(f"{what}; its update was skipped, {self._skipped} so far")

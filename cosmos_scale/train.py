@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.collectives import Ranks, lost_contact, start_ranks
 from cosmos_scale.engine.lookahead import Lookahead, StopRequest
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
@@ -25,14 +26,13 @@ EXAMPLES = """examples:
 """
 
 
-def train(config: RunConfig, ranks: Ranks) -> None:
-    """Train until the last step, a signal or the time limit; collective. Raises UserError on all ranks alike."""
+def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
+    """Train until the last step or a stop; collective. Raises UserError on all ranks alike."""
     run = prepare(config, ranks)
     total_steps = config.total_steps(run.loader.steps_per_epoch)
     last_step = config.last_step(run.loader.steps_per_epoch)
     student, teacher = run.build_models()
     cosmos_loss = CosmosLoss(config.optimizer.gradient_scale)
-    stop = StopRequest(config.train.max_minutes)
     ahead = Lookahead(run.loader.batches(run.first_step), ranks, stop)
     step = run.first_step
 
@@ -75,12 +75,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             explain(config, arguments.world_size)
             return 0
         ranks = start_ranks(config.device)
-        train(config, ranks)
+        with StopRequest(config.train.max_minutes) as stop:
+            train(config, ranks, stop)
     except UserError as error:
         # All ranks agree on an error once they run together; before that each machine tells its own.
         if ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"cosmos-scale train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cosmos-scale train: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if ranks is None or not lost_contact(error):
+            raise
+        newest_checkpoint = newest(config.output / config.name / "checkpoints")
+        print(
+            f"cosmos-scale train: rank {ranks.rank} lost contact with another rank, which ended or cannot be reached "
+            f"({str(error).splitlines()[0]}); newest checkpoint: {newest_checkpoint or 'none'}",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
