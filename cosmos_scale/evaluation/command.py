@@ -56,7 +56,11 @@ def evaluate_checkpoint(
     """
     config = read_run_config(folder)
     model = CosmosModel(config.model)
-    model.load_state_dict(load_weights(folder, which))
+    try:
+        model.load_state_dict(load_weights(folder, which))
+    except RuntimeError as failure:
+        first = str(failure).splitlines()[1].strip()
+        raise UserError(f"checkpoint {folder}: does not fit the model of its own configuration: {first}") from failure
     place = _device(device)
     model = model.to(place).eval()
     tokenizer = Tokenizer(config.model.text.context_length)
@@ -65,7 +69,8 @@ def evaluate_checkpoint(
         return model.encode_text(tokenizer(texts).to(place))
 
     index = open_sources([SourceConfig(name="retrieval", shards=data)])
-    batches = gallery_batches(index, captions_key, config.model.vision.image_size, 0, 1, batch, max_samples)
+    image_size, max_pixels = config.model.vision.image_size, config.data.max_pixels
+    batches = gallery_batches(index, captions_key, image_size, 0, 1, batch, max_samples, max_pixels)
     try:
         return evaluate(lambda images: model.encode_image(images.to(place)), encode_texts, batches, device=place)
     except ValueError as error:
