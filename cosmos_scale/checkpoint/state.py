@@ -249,7 +249,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         version = manifest["format"]
         if version == FORMAT:  # what lacks here would be missed further on
-            _ = RunState(**manifest["state"]), manifest["parameters"]
+            _ = RunState(**manifest["state"])
+            _check_parameters(manifest["parameters"])
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
             f"checkpoint {folder}: no readable {MANIFEST}; rule: name a step-* folder of a run"
@@ -257,6 +258,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise UserError(f"checkpoint {folder}: format {version}; rule: this version reads format {FORMAT}")
     return manifest
+
+
+def _check_parameters(parameters: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError where a manifest's parameters are not of the form that is written."""
+    if not isinstance(parameters, dict):
+        raise TypeError("parameters are no object")
+    for name, entry in parameters.items():
+        numbers = [*entry["shape"], *(number for _, *numbers in entry["pieces"] for number in numbers)]
+        files = [file for file, _, _ in entry["pieces"]]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"{name}: shape, starts and counts are numbers from 0")
+        if not all(isinstance(file, str) for file in files):
+            raise ValueError(f"{name}: files are named by strings")
 
 
 def _sync_folder(folder: Path) -> None:
