@@ -164,7 +164,9 @@ def test_dying_loader_process_is_named(tmp_path: Path, scenes: SceneShards) -> N
         pid = process.processes[1].pid
         children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True).stdout.split()
         subprocess.run(["kill", "-KILL", *children], check=True)
-        assert_one_line(process.wait(), "rank 1", "loader process died")
+        ended = process.wait()
+        assert_one_line(ended, "rank 1", "loader process died")
+        assert ended.errors.count("rank 1") == 1
 
 
 def test_under_the_launcher(tmp_path: Path, scenes: SceneShards) -> None:
