@@ -12,7 +12,7 @@ from torch import Tensor
 from cosmos_scale.batch import Batch
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.collectives import Ranks, from_all
+from cosmos_scale.engine.collectives import Ranks, from_all, raise_together
 from cosmos_scale.engine.student import Student
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table
@@ -47,16 +47,20 @@ class Progress:
         self._ranks = ranks
         self._folder = folder
         self._last_step = last_step
-        self._log = None
+        self._log, error = None, None
         if ranks.is_main:
-            self._log = MetricLog(
-                folder,
-                config.log,
-                name=config.name,
-                run_config=config.model_dump(mode="json"),
-                first_step=first_step,
-                last_step=last_step,
-            )
+            try:
+                self._log = MetricLog(
+                    folder,
+                    config.log,
+                    name=config.name,
+                    run_config=config.model_dump(mode="json"),
+                    first_step=first_step,
+                    last_step=last_step,
+                )
+            except UserError as failure:
+                error = failure
+        raise_together(ranks, error)
         self._stack = ExitStack()
         self._pending: _Pending | None = None
         self._skipped = 0

@@ -151,7 +151,7 @@ def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, sc
     assert any(not torch.equal(old[f"{name}|weight"], old[f"{name}|ema"]) for name in manifest["parameters"])
     # Started again by the same command line, it goes on.
     again = train(run, "name=new", f"init_from={tmp_path}/old", "train.max_steps=3", "optimizer.lr=0.01").require(0)
-    assert "new/checkpoints/step-00000002; " in again.output
+    assert "new/checkpoints/step-00000002 (written at world size 1); " in again.output
     assert records(run, "new")[-1]["step"] == 3
 
 
