@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import dump_config
 from cosmos_scale.data.index import MergedIndex, open_sources
@@ -68,13 +68,13 @@ class Run:
         try:
             if self.config.init_from is not None and self.start.checkpoint is None:
                 origin = find_checkpoint(self.config.init_from)
-                _load(model, origin, load_weights(origin, "student"))
-                _load(teacher_model, origin, load_weights(origin, "teacher"))
+                load_model(model, origin, "student")
+                load_model(teacher_model, origin, "teacher")
             else:
                 model.init_weights(torch.Generator().manual_seed(self.config.seed))
                 teacher_model.load_state_dict(model.state_dict())
         except UserError as failure:
-            error = failure
+            error = UserError(f"init_from: {failure}")
         raise_together(self.ranks, error)
         student = Student(model, dict(teacher_model.named_parameters()), self.config, self.ranks)
         if self.start.checkpoint is not None:
@@ -149,11 +149,3 @@ def _write_config(config: RunConfig, folder: Path) -> None:
         (folder / "config.yaml").write_text(dump_config(config))
     except OSError as failure:
         raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure
-
-
-def _load(model: CosmosModel, origin: Path, weights: dict[str, torch.Tensor]) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as failure:
-        first = str(failure).splitlines()[1].strip()
-        raise UserError(f"init_from: {origin} does not fit the model: {first}") from failure

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_scale import __version__
 from cosmos_scale.config import RunConfig
@@ -163,6 +163,16 @@ def load_weights(folder: Path, which: Literal["student", "teacher"]) -> dict[str
             pieces.read(name, SAVED_AS[which], 0, flat)
             weights[name] = flat.view([] if name.endswith("logit_scale") else entry["shape"])
     return weights
+
+
+def load_model(model: nn.Module, folder: Path, which: Literal["student", "teacher"]) -> None:
+    """Fill a model with the weights of one; raises UserError where they are not those of such a model."""
+    try:
+        model.load_state_dict(load_weights(folder, which))
+    except RuntimeError as failure:
+        # torch lists every key and shape, a line each kind; the first one says enough.
+        first = str(failure).splitlines()[1].strip()
+        raise UserError(f"checkpoint {folder}: does not fit the model: {first[:200]}") from failure
 
 
 class _Pieces:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cosmos_scale.checkpoint import find_checkpoint, load_weights, read_run_config
+from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.index import open_sources
@@ -56,11 +56,7 @@ def evaluate_checkpoint(
     """
     config = read_run_config(folder)
     model = CosmosModel(config.model)
-    try:
-        model.load_state_dict(load_weights(folder, which))
-    except RuntimeError as failure:
-        first = str(failure).splitlines()[1].strip()
-        raise UserError(f"checkpoint {folder}: does not fit the model of its own configuration: {first}") from failure
+    load_model(model, folder, which)
     place = _device(device)
     model = model.to(place).eval()
     tokenizer = Tokenizer(config.model.text.context_length)
