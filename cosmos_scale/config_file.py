@@ -82,7 +82,11 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
         named_by = f"{seen[-1]}: extends: " if seen else ""
         wrong = "is a folder; a config is a YAML file" if path.is_dir() else "no such config file"
         raise UserError(f"{named_by}{path}: {wrong}")
-    own = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    own = _parse(text, str(path))
     if own is None:
         own = {}
     if not isinstance(own, dict):

@@ -246,3 +246,11 @@ def test_any_unknown_key_gets_a_valid_suggestion(key: str) -> None:
 )
 def test_only_marked_keys_may_change_on_resume(run: Path, overrides: list[str], changed: list[str]) -> None:
     assert changed_on_resume(load_config(run), load_config(run, overrides)) == changed
+
+
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("name: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"run\.yaml: cannot be read: 'utf-8' codec") as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
