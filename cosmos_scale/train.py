@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosmos_scale.arguments import positive
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
@@ -112,16 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
     parser.add_argument(
-        "--world-size", type=_positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
+        "--world-size", type=positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":
