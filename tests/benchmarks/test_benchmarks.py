@@ -1,6 +1,7 @@
 """The benchmarks run as promised and write what they promise; how fast anything is, no test says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,13 @@ def test_help_shows_an_example(name: str) -> None:
 
 def test_make_bench_runs_every_benchmark() -> None:
     finished = subprocess.run(
-        ["make", "--dry-run", "bench", "VENV=nowhere"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "bench", "VENV=nowhere"],
+        cwd=REPOSITORY,
+        # A make that runs the tests would make this one speak of folders too.
+        env={name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     recipe = finished.stdout[finished.stdout.index("mkdir -p bench_out") :]
     listed = subprocess.run(
