@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos_scale.batch import Batch, Features, TeacherFeatures
+from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
 from cosmos_scale.config import (
     CaptionsConfig,
     DataConfig,
@@ -165,7 +165,8 @@ class Golden:
         vocabulary = self.tensor("student.token_embedding.weight").shape[0]
         if not 0 <= captions.min() <= captions.max() < vocabulary:
             raise UserError(f"{self.path}: step{step}.captions: ids must be from 0 to {vocabulary - 1}")
-        return Batch(global_crops, local_crops, captions, torch.arange(samples), torch.tensor(0))
+        lengths = caption_lengths(captions)
+        return Batch(global_crops, local_crops, captions, lengths, torch.arange(samples), torch.tensor(0))
 
     def global_captions(self) -> int:
         """Return how many captions the teacher sees."""
