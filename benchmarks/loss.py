@@ -27,7 +27,7 @@ from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.kernels import contrastive
 
 V, T, B, E = 8, 4, 512, 512
-ROUNDS = 9
+ROUNDS = 15
 
 
 class Problem(NamedTuple):
