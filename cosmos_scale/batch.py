@@ -28,8 +28,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, caption lengths apart; asynchronous where the tensors are pinned."""
-        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-        return moved._replace(caption_lengths=self.caption_lengths)
+        fields = self._asdict()
+        lengths = fields.pop("caption_lengths")
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
+        return Batch(caption_lengths=lengths, **moved)
 
 
 class Features(NamedTuple):

@@ -257,7 +257,8 @@ def xformers_mask(segments: Segments, causal: bool, device: torch.device) -> Any
     """Return xformers' block-diagonal mask of the segments; cached, since every block of a tower asks for it."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    mask = BlockDiagonalMask.from_seqlens(list(segments.queries), list(segments.keys), device=device)
+    with torch.inference_mode(False):  # it is kept, and serves later backward passes
+        mask = BlockDiagonalMask.from_seqlens(list(segments.queries), list(segments.keys), device=device)
     return mask.make_causal() if causal else mask
 
 

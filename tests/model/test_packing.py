@@ -125,3 +125,26 @@ def test_position_tables_are_interpolated_once_per_resolution(monkeypatch: pytes
     monkeypatch.setattr(model.visual, "_positions", note)
     model(random_batch(3))
     assert sizes == [(24, 24), (16, 16)]
+
+
+def test_caption_lengths_stay_on_the_host_when_a_batch_moves() -> None:
+    batch = random_batch(3)
+    moved = batch.to(torch.device("meta"))
+    devices = {name: tensor.device.type for name, tensor in moved._asdict().items()}
+    assert devices.pop("caption_lengths") == "cpu"
+    assert set(devices.values()) == {"meta"}
+    assert torch.equal(moved.caption_lengths, batch.caption_lengths)
+
+
+def test_lengths_on_a_device_are_refused_for_reading_them_would_wait() -> None:
+    with pytest.raises((TypeError, RuntimeError, NotImplementedError)):
+        pack_captions(torch.ones(3, dtype=torch.int64, device="meta"), CONTEXT, CPU)
+
+
+def test_layouts_first_made_in_inference_mode_serve_training() -> None:
+    pack_crops.cache_clear()
+    model, batch = initialised(SMALL), random_batch(3)
+    with torch.inference_mode():
+        model(batch)
+    sum(feature.sum() for feature in model(batch)[:4]).backward()
+    assert model.visual.conv1.weight.grad is not None
