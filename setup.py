@@ -7,5 +7,4 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["cosmos_scale", "cosmos_scale.*"]),
     package_dir={"cosmos_scale": "cosmos_scale", "cosmos_scale.kernels": "kernels"},
-    package_data={"cosmos_scale.kernels": ["csrc/*"]},
 )

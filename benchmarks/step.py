@@ -159,10 +159,11 @@ class TimedStudent(Student):
         super().backward(surrogate)
         self._watch.cut("backward")
 
-    def update(self, *, lr: float, momentum: float, finite: Tensor) -> None:
+    def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:
         """Student's, then a cut."""
-        super().update(lr=lr, momentum=momentum, finite=finite)
+        finite = super().update(lr=lr, momentum=momentum, finite=finite)
         self._watch.cut("update")
+        return finite
 
 
 class TimedTeacher(Teacher):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cosmos_scale import __version__
+from cosmos_scale.arguments import positive
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -135,7 +136,7 @@ def _add_data_commands(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures")
     build.add_argument("--captions", type=Path, required=True, metavar="FILE", help=".jsonl or .csv")
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    build.add_argument("--samples-per-shard", type=_positive, default=5000, metavar="N", help="default: 5000")
+    build.add_argument("--samples-per-shard", type=positive, default=5000, metavar="N", help="default: 5000")
     build.set_defaults(command="data build")
 
     index = _with_examples(commands.add_parser("index", help="index shards without repacking them"), DATA_EXAMPLES)
@@ -144,7 +145,7 @@ def _add_data_commands(parser: argparse.ArgumentParser) -> None:
     index.set_defaults(command="data index")
 
     for command in (build, index):
-        command.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one per core")
+        command.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -160,7 +161,7 @@ def _add_eval_commands(parser: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
     command.add_argument("--captions", default="raw_caption", metavar="KEY", help="json key; default: raw_caption")
-    command.add_argument("--batch", type=_positive, default=64, metavar="N", help="default: 64")
+    command.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     command.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     command.set_defaults(command="eval retrieval")
@@ -170,13 +171,6 @@ def _with_examples(parser: argparse.ArgumentParser, examples: str) -> argparse.A
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = examples
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 between a checkpoint and the run that resumes it; every other key belongs to the run's identity.
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -26,23 +27,25 @@ class VisionConfig(Section):
 
     def _check_rules(self) -> None:
         if self.width % self.head_width:
-            refuse("width", self.width, f"must be a multiple of head_width ({self.head_width})")
+            refuse("width", self.width, f"must be a multiple of head_width ({self.head_width})", ["head_width"])
         if self.image_size % self.patch_size:
-            refuse("image_size", self.image_size, f"must be a multiple of patch_size ({self.patch_size})")
+            refuse(
+                "image_size", self.image_size, f"must be a multiple of patch_size ({self.patch_size})", ["patch_size"]
+            )
 
 
 class TextConfig(Section):
     """The causal text tower."""
 
     context_length: int = Field(77, gt=2)
-    vocab_size: int = Field(49408, gt=2)
+    vocab_size: int = Field(TOKENIZER_VOCABULARY, gt=2)
     width: int = Field(512, gt=0)
     layers: int = Field(12, gt=0)
     heads: int = Field(8, gt=0)
 
     def _check_rules(self) -> None:
         if self.width % self.heads:
-            refuse("width", self.width, f"must be a multiple of heads ({self.heads})")
+            refuse("width", self.width, f"must be a multiple of heads ({self.heads})", ["heads"])
 
 
 class ModelConfig(Section):
@@ -59,9 +62,10 @@ class ModelConfig(Section):
     def _check_rules(self) -> None:
         if self.text.width != self.embed_dim:
             rule = f"must equal model.embed_dim ({self.embed_dim}): the text pooler's queries and keys share one width"
-            refuse("text.width", self.text.width, rule)
+            refuse("text.width", self.text.width, rule, ["embed_dim"])
         if self.embed_dim % self.pooler_heads:
-            refuse("embed_dim", self.embed_dim, f"must be a multiple of pooler_heads ({self.pooler_heads})")
+            rule = f"must be a multiple of pooler_heads ({self.pooler_heads})"
+            refuse("embed_dim", self.embed_dim, rule, ["pooler_heads"])
 
 
 class JitterConfig(Section):
@@ -123,7 +127,7 @@ class CaptionsConfig(Section):
 
     def _check_rules(self) -> None:
         if self.global_count > self.count:
-            refuse("global_count", self.global_count, f"must be at most count ({self.count})")
+            refuse("global_count", self.global_count, f"must be at most count ({self.count})", ["count"])
 
 
 class SourceConfig(Section):
@@ -141,7 +145,10 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = ()
     samples: int | None = Field(
-        None, gt=0, description="samples per epoch, to plan a run where the shards are not; else read from the index"
+        None,
+        gt=0,
+        description="samples per epoch, to plan a run where the shards are not; else read from the index",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     views: ViewsConfig = ViewsConfig()
     captions: CaptionsConfig = CaptionsConfig()
@@ -171,7 +178,7 @@ class DataConfig(Section):
         names = [source.name for source in self.sources]
         for position, name in enumerate(names):
             if name in names[:position]:
-                refuse(f"sources.{position}.name", name, "must differ from the other sources' names")
+                refuse(f"sources.{position}.name", name, "must differ from the other sources' names", ["sources"])
 
 
 class OptimizerConfig(Section):
@@ -265,7 +272,7 @@ class EvalConfig(Section):
 
     def _check_rules(self) -> None:
         if self.every and self.retrieval is None:
-            refuse("every", self.every, "needs eval.retrieval, the pairs to evaluate on")
+            refuse("every", self.every, "needs eval.retrieval, the pairs to evaluate on", ["retrieval"])
 
 
 class WandbConfig(Section):
@@ -287,13 +294,15 @@ class LogConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
-    name: str = "run"
+    name: str = Field("run", description="one path component; see output")
     output: Path = Field(Path("runs"), description="the run writes to output/name", json_schema_extra=RESUME_MAY_CHANGE)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything that is drawn; fits torch's generators")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=RESUME_MAY_CHANGE)
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     non_finite: Literal["stop", "skip"] = Field(
-        "stop", description="a loss that is not finite stops the run, or its step is skipped"
+        "stop",
+        description="a loss that is not finite stops the run, or its step is skipped",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     resume: str = Field(
         "auto",
@@ -314,26 +323,30 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
     def _check_rules(self) -> None:
+        if not re.fullmatch(r"[\w-][\w.-]*", self.name):
+            refuse("name", self.name, "must be a folder's plain name: letters, digits, . _ - and no leading dot")
         views, patch_size = self.data.views, self.model.vision.patch_size
         if views.local_crops and views.local_size % patch_size:
             rule = f"must be a multiple of model.vision.patch_size ({patch_size})"
-            refuse("data.views.local_size", views.local_size, rule)
+            refuse(
+                "data.views.local_size", views.local_size, rule, ["model.vision.patch_size", "data.views.local_crops"]
+            )
         if self.data.sources and self.model.text.vocab_size < TOKENIZER_VOCABULARY:
             rule = f"must be at least {TOKENIZER_VOCABULARY}, the tokenizer's vocabulary"
-            refuse("model.text.vocab_size", self.model.text.vocab_size, rule)
+            refuse("model.text.vocab_size", self.model.text.vocab_size, rule, ["data.sources"])
         if self.train.epoch_steps_multiple > 1 and self.data.last_batch == "drop":
             rule = f"must be pad where train.epoch_steps_multiple ({self.train.epoch_steps_multiple}) adds steps"
-            refuse("data.last_batch", self.data.last_batch, rule)
+            refuse("data.last_batch", self.data.last_batch, rule, ["train.epoch_steps_multiple"])
         if self.init_from is not None and self.resume not in ("auto", "never"):
             rule = "must be auto or never beside init_from: a run starts from one checkpoint"
-            refuse("resume", self.resume, rule)
+            refuse("resume", self.resume, rule, ["init_from"])
         if self.train.schedule_steps is not None:
             self._check_warmup(self.train.schedule_steps)
 
     def _check_warmup(self, total: int) -> None:
         if self.optimizer.warmup_steps >= total:
             rule = f"must be less than the schedule's {total} steps"
-            refuse("optimizer.warmup_steps", self.optimizer.warmup_steps, rule)
+            refuse("optimizer.warmup_steps", self.optimizer.warmup_steps, rule, ["train.schedule_steps"])
 
     def micro_batch(self, world_size: int) -> int:
         """Return the samples per rank and step; raises UserError where the global batch does not divide evenly."""

@@ -80,8 +80,13 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
         raise UserError(f"{path}: extends: a file extends itself by way of {' -> '.join(map(str, seen))}")
     if not path.is_file():
         named_by = f"{seen[-1]}: extends: " if seen else ""
-        raise UserError(f"{named_by}{path}: no such config file")
-    own = _parse(path.read_text(encoding="utf-8"), str(path))
+        wrong = "is a folder; a config is a YAML file" if path.is_dir() else "no such config file"
+        raise UserError(f"{named_by}{path}: {wrong}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    own = _parse(text, str(path))
     if own is None:
         own = {}
     if not isinstance(own, dict):
@@ -95,7 +100,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     for base in bases:
         base_tree, base_origins = _read_with_bases(path.parent / base, (*seen, resolved))
         _merge(tree, base_tree)
-        origins |= base_origins
+        for key, origin in base_origins.items():
+            _record(origins, key, origin)
     _merge(tree, own)
     for key in _dotted_keys(own):
         _record(origins, key, os.path.normpath(path))
@@ -203,13 +209,13 @@ def _refuse(errors: list[ErrorDetails], origins: Origins, default: str) -> NoRet
     location = [str(part) for part in details["loc"]]
     broken = details.get("ctx", {}).get("error")
     if isinstance(broken, RuleBroken):
-        key = ".".join([*location, broken.key])
+        key, *others = (".".join([*location, name]) for name in (broken.key, *broken.others))
         text = f"{key}: {_short(broken.value)} {broken.rule}"
     else:
-        key = ".".join(location)
+        key, others = ".".join(location), []
         text = f"{key}: {_describe(details, key)}" if key else _describe(details, key)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    raise UserError(f"{_origin_of(key, origins, default)}: {text}{more}") from None
+    raise UserError(f"{_origin_of(key, others, origins, default)}: {text}{more}") from None
 
 
 def _describe(details: ErrorDetails, key: str) -> str:
@@ -220,15 +226,22 @@ def _describe(details: ErrorDetails, key: str) -> str:
     return f"{_short(details['input'])} {details['msg'].replace('Input should', 'should')}"
 
 
-def _origin_of(key: str, origins: Origins, default: str) -> str:
-    """Who set a key, or the section around it; of several keys in a section the one set last is the likely culprit."""
+def _origin_of(key: str, others: Sequence[str], origins: Origins, default: str) -> str:
+    """Who set a key, or another of its rule, or the section around it; the one set last is the likely culprit."""
+    setters = [origin for set_key, origin in origins.items() if any(_overlap(set_key, one) for one in (key, *others))]
+    if setters:
+        return setters[-1]
     parts = key.split(".")
-    for length in range(len(parts), 0, -1):
+    for length in range(len(parts) - 1, 0, -1):
         around = ".".join(parts[:length])
-        found = [origin for set_key, origin in origins.items() if set_key == around or set_key.startswith(f"{around}.")]
-        if found:
+        if found := [origin for set_key, origin in origins.items() if _overlap(set_key, around)]:
             return found[-1]
     return default
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Tell whether one dotted key is the other, or lies in it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _short(value: Any) -> str:

@@ -1,5 +1,6 @@
 """What every section of the config is built from: strict keys, value types, and rules between keys."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,11 +13,11 @@ Range = tuple[float, float]
 
 
 class RuleBroken(ValueError):
-    """Keys that do not go together: the dotted key below the section that found it, its value, and the rule."""
+    """A broken rule: the dotted key below the section that found it, its value, the rule, and the rule's other keys."""
 
-    def __init__(self, key: str, value: object, rule: str) -> None:
+    def __init__(self, key: str, value: object, rule: str, others: Sequence[str]) -> None:
         super().__init__(f"{key}: {value} {rule}")
-        self.key, self.value, self.rule = key, value, rule
+        self.key, self.value, self.rule, self.others = key, value, rule, tuple(others)
 
 
 class Section(BaseModel):
@@ -33,9 +34,9 @@ class Section(BaseModel):
         return self
 
 
-def refuse(key: str, value: object, rule: str) -> NoReturn:
-    """Raise RuleBroken."""
-    raise RuleBroken(key, value, rule)
+def refuse(key: str, value: object, rule: str, others: Sequence[str] = ()) -> NoReturn:
+    """Raise RuleBroken; `others` are the keys beside `key` that the rule compares, any of which may be the culprit."""
+    raise RuleBroken(key, value, rule, others)
 
 
 def check_range(key: str, value: Range, above: float, most: float = float("inf")) -> None:

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from cosmos_scale.data.index import open_sources
 from cosmos_scale.data.sample import SampleKey
 from cosmos_scale.data.scene_shards import build_scenes
 from cosmos_scale.data.shards import ShardReader
+from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.command import evaluate_checkpoint
 
@@ -94,8 +96,9 @@ def run_demo(out: Path, quick: bool) -> bool:
     console.print(
         f"\n[bold]2. Training.[/] Student and teacher for {config.train.schedule_steps} steps of "
         f"{config.train.global_batch} samples, on {ranks} {device} rank{'s' if ranks > 1 else ''} with DeepSpeed "
-        f"ZeRO-{config.zero.stage}. The ranks take some seconds to start."
+        f"ZeRO-{config.zero.stage}."
     )
+    prepare_launch(device, console)
     _launch(file, overrides, ranks, console)
 
     console.print(
@@ -184,6 +187,17 @@ def draw_curves(training: Training, summary: dict[str, Any], path: Path) -> None
     plt.close(figure)
 
 
+def prepare_launch(device: str, console: Console) -> None:
+    """Let the launcher find this environment's programs, and compile what DeepSpeed's ranks on CPUs need, if not done.
+
+    Raises UserError where there is no C++ compiler.
+    """
+    use_own_environment()
+    if device == "CPU":
+        console.print("   First DeepSpeed's communication for CPUs: compiled once per environment, in a minute or two.")
+        console.print(f"   Ready after {build_cpu_communication():.0f} s.")
+
+
 def _ranks_and_device() -> tuple[int, str]:
     """Two ranks; one where the machine has a single GPU, which two ranks cannot share."""
     if torch.cuda.is_available():
@@ -194,8 +208,6 @@ def _ranks_and_device() -> tuple[int, str]:
 def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -> None:
     """Train under the deepspeed launcher; its output goes to this terminal."""
     environment = dict(os.environ)
-    # The launcher and its ranks look for ninja beside this interpreter, whether its environment is activated or not.
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -212,13 +224,27 @@ def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -
         "cosmos_scale.train",
     ]
     command = ["deepspeed", *arguments, str(run), *overrides]
+    console.print("   The ranks take some seconds to start.")
     console.print("   $ " + " ".join(command), style="dim", highlight=False, soft_wrap=True)
     # Through -m: the `deepspeed` script need not be on PATH.
-    status = subprocess.run(
-        [sys.executable, "-m", "deepspeed.launcher.runner", *command[1:]], env=environment, check=False
-    ).returncode
+    status = run_in_session([sys.executable, "-m", "deepspeed.launcher.runner", *command[1:]], environment)
     if status:
         raise UserError(f"training ended with exit status {status}; its output above says why")
+
+
+def run_in_session(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a program with all that it starts, and end all of them where this process is interrupted."""
+    # The launcher's first process knows no better than to die of an interrupt, with a traceback and ahead of its ranks.
+    # It inherits that interrupts are ignored; the second one, and the ranks, set what they do themselves.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        signal.signal(signal.SIGINT, handler)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait()
+            raise
 
 
 def _recalls(checkpoint: Path, shards: str, captions_key: str) -> Recalls:
@@ -259,7 +285,10 @@ def learned(summary: dict[str, Any], required: float, console: Console) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 where the student did not learn, 2 where the run failed."""
+    """Run the command line.
+
+    Returns the exit status: 0, 1 where the student did not learn, 2 where the run failed, 130 where it was interrupted.
+    """
     parser = argparse.ArgumentParser(prog="python -m cosmos_scale.demo", description="Train a small COSMOS model.")
     parser.add_argument("--quick", action="store_true", help="a shortened run of about a minute")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: demo_out")
@@ -270,6 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130  # as shells number it
 
 
 if __name__ == "__main__":

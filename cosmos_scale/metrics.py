@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cosmos_scale.config import LogConfig
+from cosmos_scale.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -128,12 +129,16 @@ def _wandb(folder: Path, config: LogConfig, name: str, run_config: dict[str, Any
     identity = folder / "wandb_id"
     if not identity.exists():  # a resumed run goes on in the same record
         identity.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=config.wandb.project,
-        name=name,
-        id=identity.read_text(),
-        resume="allow",
-        dir=str(folder),
-        mode=config.wandb.mode,
-        config=run_config,
-    )
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            name=name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(folder),
+            mode=config.wandb.mode,
+            config=run_config,
+        )
+    except wandb.errors.Error as failure:
+        said = " ".join(str(failure).split())
+        raise UserError(f"log.wandb: {said}; rule: log in, or set log.wandb.mode to offline") from failure

@@ -12,7 +12,7 @@ from torch import Tensor
 from cosmos_scale.batch import Batch
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.collectives import Ranks, from_all
+from cosmos_scale.engine.collectives import Ranks, from_all, raise_together
 from cosmos_scale.engine.student import Student
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table
@@ -47,16 +47,20 @@ class Progress:
         self._ranks = ranks
         self._folder = folder
         self._last_step = last_step
-        self._log = None
+        self._log, error = None, None
         if ranks.is_main:
-            self._log = MetricLog(
-                folder,
-                config.log,
-                name=config.name,
-                run_config=config.model_dump(mode="json"),
-                first_step=first_step,
-                last_step=last_step,
-            )
+            try:
+                self._log = MetricLog(
+                    folder,
+                    config.log,
+                    name=config.name,
+                    run_config=config.model_dump(mode="json"),
+                    first_step=first_step,
+                    last_step=last_step,
+                )
+            except UserError as failure:
+                error = failure
+        raise_together(ranks, error)
         self._stack = ExitStack()
         self._pending: _Pending | None = None
         self._skipped = 0
@@ -102,7 +106,7 @@ class Progress:
         now = time.perf_counter()
         steps = step - self._marked_step
         measured = _Measured(
-            gradient_norm=student.gradient_norm(),
+            gradient_norm=student.gradient_norm,
             lr=lr,
             momentum=momentum,
             step_seconds=(now - self._marked_time) / steps,
@@ -172,7 +176,8 @@ class Progress:
         bad = [rank for rank, finite in enumerate(here) if not finite]
         whose = f"features are not finite on rank {', '.join(map(str, bad))}" if bad else "all features are finite"
         values = f"clip {pending.output.clip.item()}, distill {pending.output.distill.item()}"
-        what = f"step {pending.step}: the loss is not finite ({values}; {whose})"
+        part = "gradient" if pending.output.total.isfinite().item() else "loss"
+        what = f"step {pending.step}: the {part} is not finite ({values}; {whose})"
         if self._config.non_finite == "skip":
             self._skipped += 1
             self.say(f"{what}; its update was skipped, {self._skipped} so far")

@@ -1,14 +1,14 @@
 """A run's parts before and between its steps: data, start, models, evaluation, checkpoints."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from cosmos_scale.config import RunConfig
+from cosmos_scale.config_file import dump_config
 from cosmos_scale.data.index import MergedIndex, open_sources
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.engine.collectives import Ranks, check_precision, from_all, gather_rows, raise_together
@@ -47,7 +47,8 @@ class Run:
         """One line on what starts."""
         origin = "new run"
         if self.start.checkpoint is not None:
-            origin = f"resumed from {self.start.checkpoint}"
+            assert self.start.state is not None
+            origin = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
         elif self.config.init_from is not None:
             origin = f"new run from the weights of {self.config.init_from}"
         steps = f"steps {self.first_step + 1}-{last_step}"
@@ -67,13 +68,13 @@ class Run:
         try:
             if self.config.init_from is not None and self.start.checkpoint is None:
                 origin = find_checkpoint(self.config.init_from)
-                _load(model, origin, load_weights(origin, "student"))
-                _load(teacher_model, origin, load_weights(origin, "teacher"))
+                load_model(model, origin, "student")
+                load_model(teacher_model, origin, "teacher")
             else:
                 model.init_weights(torch.Generator().manual_seed(self.config.seed))
                 teacher_model.load_state_dict(model.state_dict())
         except UserError as failure:
-            error = failure
+            error = UserError(f"init_from: {failure}")
         raise_together(self.ranks, error)
         student = Student(model, dict(teacher_model.named_parameters()), self.config, self.ranks)
         if self.start.checkpoint is not None:
@@ -128,7 +129,7 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         if config.eval.retrieval is not None and config.eval.every:
             retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
         if ranks.is_main:
-            _make_writable(folder)
+            _write_config(config, folder)
         run = Run(config, ranks, folder, index, loader, retrieval, start)
     except UserError as failure:
         error = failure
@@ -141,18 +142,10 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     return run
 
 
-def _make_writable(folder: Path) -> None:
+def _write_config(config: RunConfig, folder: Path) -> None:
+    """Leave the resolved configuration beside what the run writes; shows at once whether it can write there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config))
     except OSError as failure:
-        raise UserError(f"output: {folder} cannot be made: {failure.strerror}") from failure
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"output: {folder} cannot be written to")
-
-
-def _load(model: CosmosModel, origin: Path, weights: dict[str, torch.Tensor]) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as failure:
-        first = str(failure).splitlines()[1].strip()
-        raise UserError(f"init_from: {origin} does not fit the model: {first}") from failure
+        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure

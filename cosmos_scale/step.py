@@ -14,7 +14,8 @@ from cosmos_scale.loss.cosmos_loss import CosmosLoss
 class StepOutput(NamedTuple):
     """What a step leaves behind, on the device; reading it on the host waits for the step.
 
-    total, clip, distill: [] float32, over the global batch. finite: [] bool, whether the losses are, on all ranks.
+    total, clip, distill: [] float32, over the global batch. finite: [] bool, whether loss and gradient are, on all
+    ranks; where they are not, the step changed nothing.
     finite_here: [] bool, whether this rank's features are. logit_scale, distill_logit_scale: [1], before the update.
     """
 
@@ -33,17 +34,18 @@ def train_step(
     """Train on one batch: batch on the device, lr and momentum of this step. Collective; nothing waits for the host."""
     features = student(batch)
     teacher_features = teacher(batch)
-    loss = cosmos_loss(features, teacher_features)
-    # Copies: in fp32 these are the parameters themselves, which the update changes in place.
-    scales = [scale.detach().clone() for scale in (features.logit_scale, features.distill_logit_scale)]
+    exact = student.with_full_scales(features)
+    loss = cosmos_loss(exact, teacher_features)
+    # Copies: at stage 0 these are the masters themselves, which the update changes in place.
+    scales = [scale.clone() for scale in (exact.logit_scale, exact.distill_logit_scale)]
     student.backward(surrogate(features, loss.gradients))
-    student.update(lr=lr, momentum=momentum, finite=loss.finite)
+    finite = student.update(lr=lr, momentum=momentum, finite=loss.finite)
     teacher.refresh()
     return StepOutput(
         total=loss.total,
         clip=loss.clip,
         distill=loss.distill,
-        finite=loss.finite,
+        finite=finite,
         finite_here=torch.stack([value.isfinite().all() for value in (*features, *teacher_features)]).all(),
         logit_scale=scales[0],
         distill_logit_scale=scales[1],

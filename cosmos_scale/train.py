@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cosmos_scale.arguments import positive
+from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.collectives import Ranks, lost_contact, start_ranks
 from cosmos_scale.engine.lookahead import Lookahead, StopRequest
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
@@ -25,14 +27,13 @@ EXAMPLES = """examples:
 """
 
 
-def train(config: RunConfig, ranks: Ranks) -> None:
-    """Train until the last step, a signal or the time limit; collective. Raises UserError on all ranks alike."""
+def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
+    """Train until the last step or a stop; collective. Raises UserError on all ranks alike."""
     run = prepare(config, ranks)
     total_steps = config.total_steps(run.loader.steps_per_epoch)
     last_step = config.last_step(run.loader.steps_per_epoch)
     student, teacher = run.build_models()
     cosmos_loss = CosmosLoss(config.optimizer.gradient_scale)
-    stop = StopRequest(config.train.max_minutes)
     ahead = Lookahead(run.loader.batches(run.first_step), ranks, stop)
     step = run.first_step
 
@@ -53,7 +54,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
             step += 1
             if step < last_step:
                 ahead.fetch()
-            progress.after_step(step, output, batch, student, lr=lr, momentum=momentum, data_wait=ahead.wait_seconds)
+            progress.after_step(step, output, batch, student, lr=lr, momentum=momentum, data_wait=ahead.waited())
             if run.retrieval is not None and step % config.eval.every == 0:
                 with progress.pause():
                     progress.evaluation(step, run.evaluate(student, teacher))
@@ -75,12 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             explain(config, arguments.world_size)
             return 0
         ranks = start_ranks(config.device)
-        train(config, ranks)
+        with StopRequest(config.train.max_minutes) as stop:
+            train(config, ranks, stop)
     except UserError as error:
         # All ranks agree on an error once they run together; before that each machine tells its own.
         if ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"cosmos-scale train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("cosmos-scale train: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if ranks is None or not lost_contact(error):
+            raise
+        newest_checkpoint = newest(config.output / config.name / "checkpoints")
+        print(
+            f"cosmos-scale train: rank {ranks.rank} lost contact with another rank, which ended or cannot be reached "
+            f"({str(error).splitlines()[0]}); newest checkpoint: {newest_checkpoint or 'none'}",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -91,10 +106,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys that replace the file's")
+    parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the run's YAML file")
+    # With a default of its own, or argparse calls it required.
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks to plan a dry run for (default: 1)")
+    parser.add_argument(
+        "--world-size", type=positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
 

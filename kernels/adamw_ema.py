@@ -28,7 +28,8 @@ def adamw_ema_(
     weights, gradients, first_moments, second_moments, averages: lists of equal length; the tensors of one index share
     their shape, float32, one device. steps: [] float32, updates done so far, raised by one.
     average_first: the average takes the weights before (True) or after (False) the AdamW update.
-    skip: [] float32 on the same device; 1 leaves everything as it was, 0 updates. It is never read by the host.
+    skip: [] float32 on the same device; 1 leaves everything as it was whatever the gradients, 0 updates; weights are
+    finite. It is never read by the host.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2.
     """
     if average_first:

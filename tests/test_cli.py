@@ -64,6 +64,24 @@ def test_train_refuses_a_wrong_key_on_one_line(capsys: pytest.CaptureFixture[str
     assert "train.epoch: no such key; did you mean train.epochs?" in failure(capsys, "train", run, "train.epoch=2")
 
 
+@pytest.mark.parametrize("ranks", ["0", "-2", "two"])
+def test_train_refuses_a_number_of_ranks_that_cannot_be(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(REPOSITORY / "configs" / "run" / "cc3m_vitb16.yaml")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--dry-run", f"--world-size={ranks}", run])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith(f"argument --world-size: {ranks} must be a whole number of at least 1\n")
+
+
+def test_train_without_arguments_asks_for_the_file_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: RUN.yaml\n")
+
+
 def test_data_build_and_index_make_usable_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -1,5 +1,6 @@
 """Reading YAML: extends, overrides, and errors that fit on one line and name file, key, value and rule."""
 
+import json
 import re
 from pathlib import Path
 
@@ -95,6 +96,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("train.epochs=0", "train.epochs: 0 should be greater than 0"),
         ("train.epochs=true", "train.epochs: true should be a valid integer"),
         ("train.epochs=1.5", "train.epochs: 1.5 should be a valid integer"),
+        ("seed=9223372036854775808", "seed: 9223372036854775808 should be less than 9223372036854775808"),
+        ("seed=99999999999999999999999999", "seed: 99999999999999999999999999 should be less than 9223372036854775808"),
         ("optimizer.lr=.nan", "optimizer.lr: NaN should be a finite number"),
         ("precision=fp8", "precision: \"fp8\" should be 'bf16', 'fp32' or 'fp16'"),
         ("train=5", "train: 5 should be an object"),
@@ -119,6 +122,60 @@ def test_an_error_names_the_file_that_set_the_key(run: Path) -> None:
     assert refusal(run, "train.epochs=1") == f"{run}: oputput: no such key; did you mean output?"
 
 
+@pytest.mark.parametrize(
+    ("keys", "mended", "override", "key"),
+    [
+        # What the file says; what makes it break a rule, by way of another key than the one that the error names.
+        ("data: {captions: {global_count: 2}}", "data.captions.count=2", "data.captions.count=1", "global_count"),
+        ("model: {vision: {width: 768}}", "model.vision.head_width=32", "model.vision.head_width=65", "width"),
+        (
+            "model: {vision: {image_size: 224}}",
+            "model.vision.patch_size=32",
+            "model.vision.patch_size=65",
+            "image_size",
+        ),
+        ("model: {text: {width: 512}}", "model.text.heads=4", "model.text.heads=7", "width"),
+        ("model: {text: {width: 512}}", "model.embed_dim=512", "model.embed_dim=256", "width"),
+        ("model: {embed_dim: 512}", "model.pooler_heads=4", "model.pooler_heads=7", "embed_dim"),
+        ("data: {views: {local_size: 90}}", "data.views.local_crops=0", "data.views.local_crops=1", "local_size"),
+        ("data: {views: {local_size: 96}}", "model.vision.patch_size=32", "model.vision.patch_size=28", "local_size"),
+        ("model: {text: {vocab_size: 99}}", "data.sources=[]", "data.sources=[{name: a, shards: x}]", "vocab_size"),
+        ("data: {last_batch: drop}", "train.epoch_steps_multiple=1", "train.epoch_steps_multiple=2", "last_batch"),
+        ("resume: b", "init_from=null", "init_from=a", "resume"),
+        ("optimizer: {warmup_steps: 9}", "train.schedule_steps=10", "train.schedule_steps=9", "warmup_steps"),
+        ("eval: {every: 5, retrieval: {shards: x}}", "eval.every=6", "eval.retrieval=null", "every"),
+    ],
+)
+def test_a_broken_rule_names_who_set_the_last_of_its_keys(
+    keys: str, mended: str, override: str, key: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{keys}\n")
+    load_config(path, [mended])
+    assert re.match(rf"command line: [a-z_.]*{key}: ", refusal(path, override))
+
+
+def test_of_two_bases_the_later_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text("data: {captions: {global_count: 1, count: 1}}\n")
+    (tmp_path / "large.yaml").write_text("data: {captions: {global_count: 2}}\n")
+    path = tmp_path / "run.yaml"
+    path.write_text("extends: [small.yaml, large.yaml]\n")
+    assert refusal(path).startswith(f"{tmp_path}/large.yaml: data.captions.global_count: 2 ")
+    path.write_text("extends: [large.yaml, small.yaml]\ndata: {captions: {global_count: 3}}\n")
+    assert refusal(path).startswith(f"{path}: data.captions.global_count: 3 ")
+
+
+@pytest.mark.parametrize("name", ["../../esc", "a/b", "/abs", "..", ".hidden", "", "a b", "a\nb", "a\n"])
+def test_a_run_s_name_cannot_leave_the_output_folder(name: str, run: Path) -> None:
+    message = refusal(run, f"name={json.dumps(name)}")
+    assert message.startswith(f"command line: name: {json.dumps(name)} must be a folder's plain name")
+
+
+def test_plain_names_pass(run: Path) -> None:
+    for name in ("cc3m_vitb16", "2024-01-01", "v1.2", "größe"):
+        assert load_config(run, [f"name={name}"]).name == name
+
+
 def test_several_errors_are_counted(run: Path) -> None:
     assert refusal(run, "train.epochs=0", "seed=-1").endswith("(and 1 more)")
 
@@ -131,6 +188,7 @@ def test_several_errors_are_counted(run: Path) -> None:
         ("seed: 1\nseed: 2\n", "line 1 is not valid YAML: key 'seed' is given twice"),
         ("extends: 5\n", "extends: 5 must be a path or a list of paths"),
         ("extends: none.yaml\n", "none.yaml: no such config file"),
+        ("extends: .\n", ": is a folder; a config is a YAML file"),
         ("extends: wrong.yaml\n", "extends: a file extends itself"),
         ("1: 2\n", "key 1 must be text"),
         ("name: !!python/object:os.system {}\n", "not valid YAML"),
@@ -144,6 +202,10 @@ def test_a_malformed_file_is_named(tmp_path: Path, text: str, words: str) -> Non
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent.yaml") == f"{tmp_path}/absent.yaml: no such config file"
+
+
+def test_a_folder_is_called_a_folder(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"{tmp_path}: is a folder; a config is a YAML file"
 
 
 def test_dumped_configs_read_back_equal(run: Path, tmp_path: Path) -> None:
@@ -173,6 +235,7 @@ def test_any_unknown_key_gets_a_valid_suggestion(key: str) -> None:
         (["output=elsewhere", "data.workers=3", "log.every=1", "train.max_steps=7", "device=cpu"], []),
         (["data.sources.0.shards=moved", "data.sources.1.index=other"], []),
         (["eval.every=5", "eval.retrieval.shards=held"], []),
+        (["non_finite=skip", "data.samples=640"], []),
         (["seed=1"], ["seed"]),
         (["optimizer.lr=1", "train.global_batch=16"], ["train.global_batch", "optimizer.lr"]),
         (["optimizer.betas=[0.5, 0.5]", "data.views.ratio=[1, 1]"], ["data.views.ratio", "optimizer.betas"]),
@@ -183,3 +246,11 @@ def test_any_unknown_key_gets_a_valid_suggestion(key: str) -> None:
 )
 def test_only_marked_keys_may_change_on_resume(run: Path, overrides: list[str], changed: list[str]) -> None:
     assert changed_on_resume(load_config(run), load_config(run, overrides)) == changed
+
+
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("name: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"run\.yaml: cannot be read: 'utf-8' codec") as error:
+        load_config(path)
+    assert "\n" not in str(error.value)

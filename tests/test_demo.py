@@ -2,7 +2,13 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ from rich.console import Console
 
 from cosmos_scale import demo
 from cosmos_scale.config_file import load_config
+from tests.conftest import REPOSITORY
 
 
 def summary(student: tuple[float, float]) -> dict[str, object]:
@@ -70,3 +77,63 @@ def test_configs_keep_captions_true(name: str) -> None:
     assert config.eval.retrieval.max_samples == 512
     assert config.checkpoint.at_start
     assert config.zero.stage == 1
+
+
+def test_launches_find_this_environment_and_need_no_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.defpath)  # as where no environment is activated
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"))
+    output = io.StringIO()
+    demo.prepare_launch("CPU", Console(file=output, width=200))
+    assert os.environ["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert "compiled once per environment" in output.getvalue()
+    assert list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/deepspeed_shm_comm.so"))
+
+
+RANK = """
+import signal, sys, time
+try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    open(sys.argv[1], "w").write("started")
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    open(sys.argv[1], "w").write("ended")
+"""
+LAUNCHER = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', *sys.argv[1:]]).returncode)"
+
+
+def test_an_interrupt_waits_for_the_ranks_to_end(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+
+    def interrupt_once_started() -> None:
+        while not (state.exists() and state.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        Thread(target=interrupt_once_started, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_in_session([sys.executable, "-c", LAUNCHER, RANK, str(state)], dict(os.environ))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert state.read_text() == "ended"
+
+
+def test_an_interrupted_demo_says_so_in_one_line(tmp_path: Path) -> None:
+    # A shell may start tests with interrupts ignored, which processes inherit.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from cosmos_scale import demo; sys.exit(demo.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-u", "-c", code, "--quick", "--out", str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert any("Painting" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "demo: interrupted\n")

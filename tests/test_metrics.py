@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.errors import UserError
 from cosmos_scale.metrics import MetricLog
 from tests.runs import records, train, write_run
 
@@ -122,3 +123,13 @@ def test_wandb_works_offline_and_goes_on_in_the_same_record(tmp_path: Path, monk
     assert files
     assert all(file.stat().st_size > 0 for file in files)
     assert steps(tmp_path) == [("train", 1), ("train", 2)]
+
+
+def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="online"))
+    with pytest.raises(UserError, match=r"^log\.wandb: [^\n]*log\.wandb\.mode to offline$"):
+        MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2)

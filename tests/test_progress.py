@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cosmos_scale.config_file import load_config
+from cosmos_scale.data.index import open_sources
+from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.model.tokenizer import Tokenizer
 from tests.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
-
-POISONED = "visual.conv1.weight"
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +22,24 @@ def run(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
     """A run of two ranks whose checkpoint of step 2 has a copy, `poisoned`, with a student that overflows."""
     path = write_run(tmp_path_factory.mktemp("good"), scenes, zero={"stage": 1}, train={"max_steps": 2})
     train(path, ranks=2).require(0)
-    poisoned = path.parent / "poisoned"
-    shutil.copytree(last_checkpoint(path), poisoned)
-    manifest = json.loads((poisoned / "manifest.json").read_text())
-    file, *_ = manifest["parameters"][POISONED]["pieces"][0]
-    tensors = load_file(poisoned / file)
-    tensors[f"{POISONED}|weight"][:192] = torch.finfo(torch.float32).max  # one filter of 3 x 8 x 8
-    save_file(tensors, poisoned / file)
+    filter_size = 3 * 8 * 8
+    poison(last_checkpoint(path), path.parent / "poisoned", "visual.conv1.weight", range(filter_size))
     return path
+
+
+def poison(checkpoint: Path, copy: Path, name: str, elements: range) -> None:
+    """Copy a checkpoint and set some elements of one student weight to the largest float32."""
+    shutil.copytree(checkpoint, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    poisoned = 0
+    for file, start, count in manifest["parameters"][name]["pieces"]:
+        inside = [element - start for element in elements if start <= element < start + count]
+        if inside:
+            tensors = load_file(copy / file)
+            tensors[f"{name}|weight"][inside] = torch.finfo(torch.float32).max
+            save_file(tensors, copy / file)
+            poisoned += len(inside)
+    assert poisoned == len(elements)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -45,6 +57,22 @@ def test_bad_loss_stops_and_says_where_and_what_is_left(run: Path, ranks: int) -
     assert f"last good checkpoint: {good};" in finished.errors
     assert [folder.name for folder in good.parent.iterdir()] == [good.name]
     assert records(run, name) == []
+
+
+def test_bad_loss_names_the_rank_that_it_comes_from(run: Path) -> None:
+    """A word that only rank 1 reads in the first step has an embedding that overflows."""
+    config = load_config(run)
+    tokenizer, index = Tokenizer(config.model.text.context_length), open_sources(config.data.sources)
+    words = [
+        set(next(TrainLoader(config, index, tokenizer, rank, 2).batches(0)).captions.flatten().tolist())
+        for rank in (0, 1)
+    ]
+    word, width = min(words[1] - words[0]), config.model.text.width
+    row = range(word * width, (word + 1) * width)
+    poison(last_checkpoint(run), run.parent / "word", "token_embedding.weight", row)
+    finished = train(run, "name=word", f"init_from={run.parent}/word", ranks=2).require(2)
+    assert "step 1: the loss is not finite" in finished.errors
+    assert "features are not finite on rank 1)" in finished.errors
 
 
 def test_bad_loss_before_any_checkpoint_says_so(run: Path) -> None:

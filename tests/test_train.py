@@ -47,11 +47,21 @@ def assert_resumes_bit_for_bit(run: Path, begin: Start, ranks: int) -> None:
     assert_same_checkpoints(last_checkpoint(run, "killed"), last_checkpoint(run))
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks"),
+    [
+        (0, "fp32", 1),
+        (1, "fp32", 2),
+        pytest.param(1, "fp32", 1, marks=pytest.mark.slow),
+        pytest.param(0, "bf16", 1, marks=pytest.mark.slow),
+        pytest.param(1, "bf16", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(
-    tmp_path: Path, scenes: SceneShards, stage: int, ranks: int
+    tmp_path: Path, scenes: SceneShards, stage: int, precision: str, ranks: int
 ) -> None:
-    assert_resumes_bit_for_bit(write_run(tmp_path, scenes, zero={"stage": stage}, **INTERRUPTED), start, ranks)
+    run = write_run(tmp_path, scenes, zero={"stage": stage}, precision=precision, **INTERRUPTED)
+    assert_resumes_bit_for_bit(run, start, ranks)
 
 
 @pytest.mark.slow
@@ -119,12 +129,11 @@ def test_max_steps_extends_a_run_and_only_the_newest_checkpoints_stay(tmp_path: 
     shutil.copytree(scenes.train, tmp_path / "index")
     resumed = train(run, "train.max_steps=5", *moved).require(0)
     assert f"resumed from {folder}/step-00000003" in resumed.output
-    assert sorted(path.name for path in folder.glob("*[0-9]")) == ["step-00000004", "step-00000005"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000005"]
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
     again = train(run, "train.max_steps=5").require(0)
     assert "nothing left to do" in again.output
-    assert_refused = train(run, "optimizer.lr=0.5", "seed=3").require(2).errors
-    assert "seed, optimizer.lr differ" in assert_refused
+    assert "seed, optimizer.lr differ" in train(run, "optimizer.lr=0.5", "seed=3").require(2).errors
 
 
 def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, scenes: SceneShards) -> None:
@@ -140,6 +149,10 @@ def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, sc
         expected = torch.zeros_like(tensor) if "exp_avg" in name else old[name]
         assert torch.equal(tensor, expected), name
     assert any(not torch.equal(old[f"{name}|weight"], old[f"{name}|ema"]) for name in manifest["parameters"])
+    # Started again by the same command line, it goes on.
+    again = train(run, "name=new", f"init_from={tmp_path}/old", "train.max_steps=3", "optimizer.lr=0.01").require(0)
+    assert "new/checkpoints/step-00000002 (written at world size 1); " in again.output
+    assert records(run, "new")[-1]["step"] == 3
 
 
 def test_resume_never_stands_back_from_existing_checkpoints(tmp_path: Path, scenes: SceneShards) -> None:
@@ -183,7 +196,20 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path: Path, scenes: Sce
 
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path: Path, scenes: SceneShards) -> None:
-    run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000, "max_minutes": 0.02})
-    finished = train(run, ranks=2).require(0)
+    run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000, "max_minutes": 0.12})
+    finished = train(run).require(0)
     assert "train.max_minutes" in finished.output
     assert f"checkpoint: {last_checkpoint(run)}" in finished.output
+
+
+def test_killed_rank_ends_the_others_in_one_line(tmp_path: Path, scenes: SceneShards) -> None:
+    endless = {"schedule_steps": 100_000}
+    run = write_run(tmp_path, scenes, train=endless, zero={"stage": 1}, checkpoint={"at_start": True, "every": 0})
+    with start(run, ranks=2) as process:
+        wait_for_step(process, run, 2)
+        process.signal(1, signal.SIGKILL)
+        finished = process.wait()
+    assert finished.statuses == [1, -signal.SIGKILL]
+    assert len(finished.errors.splitlines()) == 1, finished.errors
+    assert "rank 0 lost contact with another rank" in finished.errors
+    assert "step-00000000" in finished.errors

@@ -28,9 +28,13 @@ def find_start(config: RunConfig, root: Path, data: str) -> Start:
         if found is not None:
             raise UserError(f"resume: 'never', but {found} exists; rule: choose another name or output, or remove it")
         return Start(None, None)
-    folder = newest(root) if config.resume == "auto" else find_checkpoint(Path(config.resume))
+    last = newest(root)
+    folder = last if config.resume == "auto" else find_checkpoint(Path(config.resume))
     if folder is None:
         return Start(None, None)
+    if last is not None and folder.resolve() != last.resolve() and folder.parent.resolve() == last.parent.resolve():
+        # A later resume: auto would take the newer one and so leave what this run adds.
+        raise UserError(f"resume: {folder}, but {last} is newer; rule: move newer ones away, or choose another output")
     state = read_state(folder)
     changed = changed_on_resume(read_run_config(folder), config)
     if changed:

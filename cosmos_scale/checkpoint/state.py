@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_scale import __version__
 from cosmos_scale.config import RunConfig
@@ -88,7 +88,8 @@ def save_checkpoint(
     error = None
     if rank == 0:
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for abandoned in root.glob("step-*.tmp"):  # of runs that were killed while they saved
+                shutil.rmtree(abandoned, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as failure:
             error = f"checkpoint {temporary}: {failure.strerror}"
@@ -162,6 +163,16 @@ def load_weights(folder: Path, which: Literal["student", "teacher"]) -> dict[str
             pieces.read(name, SAVED_AS[which], 0, flat)
             weights[name] = flat.view([] if name.endswith("logit_scale") else entry["shape"])
     return weights
+
+
+def load_model(model: nn.Module, folder: Path, which: Literal["student", "teacher"]) -> None:
+    """Fill a model with the weights of one; raises UserError where they are not those of such a model."""
+    try:
+        model.load_state_dict(load_weights(folder, which))
+    except RuntimeError as failure:
+        # torch lists every key and shape, a line each kind; the first one says enough.
+        first = str(failure).splitlines()[1].strip()
+        raise UserError(f"checkpoint {folder}: does not fit the model: {first[:200]}") from failure
 
 
 class _Pieces:
@@ -248,7 +259,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         version = manifest["format"]
         if version == FORMAT:  # what lacks here would be missed further on
-            _ = RunState(**manifest["state"]), manifest["parameters"]
+            _ = RunState(**manifest["state"])
+            _check_parameters(manifest["parameters"])
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise UserError(
             f"checkpoint {folder}: no readable {MANIFEST}; rule: name a step-* folder of a run"
@@ -256,6 +268,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise UserError(f"checkpoint {folder}: format {version}; rule: this version reads format {FORMAT}")
     return manifest
+
+
+def _check_parameters(parameters: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError where a manifest's parameters are not of the form that is written."""
+    if not isinstance(parameters, dict):
+        raise TypeError("parameters are no object")
+    for name, entry in parameters.items():
+        numbers = [*entry["shape"], *(number for _, *numbers in entry["pieces"] for number in numbers)]
+        files = [file for file, _, _ in entry["pieces"]]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"{name}: shape, starts and counts are numbers from 0")
+        if not all(isinstance(file, str) for file in files):
+            raise ValueError(f"{name}: files are named by strings")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -150,9 +151,17 @@ def _jpeg(images: Path, row: Row) -> bytes:
 
 
 def _find(images: Path, name: str) -> bytes:
-    """Read the picture that a row names by its path in the folder, with or without its extension."""
-    for candidate in (name, *(f"{name}.{extension}" for extension in IMAGE_EXTENSIONS)):
-        path = images / candidate
+    """Read the picture that a row names by its path in the folder, with or without its extension.
+
+    Links in the folder are followed; a path that leads out of it is refused, since a file of captions from elsewhere
+    must not pull in any picture of this machine.
+    """
+    extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
+    root = os.path.abspath(images)
+    for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):
+        path = Path(os.path.abspath(images / candidate))
+        if not path.is_relative_to(root):
+            raise DamagedSample(f"picture outside the folder: {images} does not hold it")
         try:
             if path.is_file():
                 return path.read_bytes()

@@ -71,7 +71,8 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # long captions of many sentences pass the default of 128 KiB
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    # Bytes that are not UTF-8 come through as lone surrogates, so that only the rows that hold some are lost.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         columns = {_plain(name) for name in header}
@@ -84,7 +85,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
         for number, cells in enumerate(reader, start=1):
             if not cells:
                 continue
-            if len(cells) != len(header):
+            if fault := next(filter(None, map(_undecoded, cells)), None):
+                yield Row(number, _named(dict(zip(map(_plain, header), cells, strict=False))), {}, fault)
+            elif len(cells) != len(header):
                 yield Row(number, None, {}, f"wrong number of cells: {len(cells)}, the header has {len(header)}")
             else:
                 yield _row(number, {name: _listed(cell) for name, cell in zip(header, cells, strict=True)})
@@ -92,7 +95,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _row(number: int, values: dict[str, Any]) -> Row:
     plain = {_plain(name): value for name, value in values.items()}
-    image = next((plain[name] for name in IMAGE_COLUMNS if plain.get(name) not in (None, "")), None)
+    image = _named(plain)
     if image is None:
         return Row(number, None, {}, f"no picture named: expected one of {', '.join(IMAGE_COLUMNS)}")
     document: dict[str, str | list[str]] = {}
@@ -105,8 +108,22 @@ def _row(number: int, values: dict[str, Any]) -> Row:
             if any(sentence.strip() for sentence in value):
                 document[key] = value
         elif value is not None:
-            return Row(number, str(image), {}, f"wrong type: {column} is neither a string nor a list of strings")
-    return Row(number, str(image), document, None if document else "no caption")
+            return Row(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
+    return Row(number, image, document, None if document else "no caption")
+
+
+def _named(plain: dict[str, Any]) -> str | None:
+    """The picture that a row names, by its plain columns."""
+    return next((str(plain[name]) for name in IMAGE_COLUMNS if plain.get(name) not in (None, "")), None)
+
+
+def _undecoded(cell: str) -> str | None:
+    """What is wrong with a cell of which some bytes are not UTF-8."""
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        return f"not UTF-8: byte 0x{ord(cell[error.start]) - 0xDC00:02x} in a cell; save the file as UTF-8"
+    return None
 
 
 def _plain(name: str) -> str:

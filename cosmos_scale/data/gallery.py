@@ -14,8 +14,6 @@ from cosmos_scale.data.sample import DamagedSample
 from cosmos_scale.data.shards import ShardReader
 from cosmos_scale.errors import UserError
 
-MAX_PIXELS = 178_956_970  # as data.max_pixels by default
-
 
 def gallery_batches(
     index: MergedIndex,
@@ -25,26 +23,16 @@ def gallery_batches(
     world_size: int,
     batch: int,
     max_samples: int | None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int,
 ) -> Iterator[GalleryBatch]:
     """Yield one rank's contiguous slice of the first `max_samples` samples, in the index's order, `batch` at a time.
 
     captions_key: json key of the correct texts, a string or a list of them. Ranks together cover each sample once; a
-    slice may be empty. A damaged sample is left out and named on stderr.
-    Raises: UserError, on every rank, where the first sample has no such key; where a shard is missing or stale.
+    slice may be empty. A damaged sample, or one of more than max_pixels, is left out and named on stderr.
+    Raises: UserError where a shard is missing or stale, and what `check_captions` raises, on every rank.
     """
+    check_captions(index, captions_key)
     reader = ShardReader()
-    try:
-        _, document = reader.read(index.locate(0))
-    except DamagedSample:
-        pass  # left out below, by the rank whose slice it is in
-    else:
-        if captions_key not in document:
-            location = index.locate(0)
-            raise UserError(
-                f"{location.shard}: sample {location.entry.key} has no captions under {captions_key!r}; "
-                f"its keys are {', '.join(document)}"
-            )
     samples = len(index) if max_samples is None else min(len(index), max_samples)
     images: list[Tensor] = []
     texts: list[list[str]] = []
@@ -66,6 +54,26 @@ def gallery_batches(
     if images:
         yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
     reader.close()
+
+
+def check_captions(index: MergedIndex, captions_key: str) -> None:
+    """Look for a key in the first sample's document.
+
+    Raises: UserError where it is not there, or the shard is missing or stale.
+    """
+    location = index.locate(0)
+    reader = ShardReader()
+    try:
+        _, document = reader.read(location)
+    except DamagedSample:
+        return  # left out of the batches, by the rank whose slice it is in
+    finally:
+        reader.close()
+    if captions_key not in document:
+        raise UserError(
+            f"{location.shard}: sample {location.entry.key} has no captions under {captions_key!r}; "
+            f"its keys are {', '.join(document)}"
+        )
 
 
 def _correct_texts(document: dict[str, Any], captions_key: str) -> list[str]:

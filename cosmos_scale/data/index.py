@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ SUMMARY = "index.json"
 REJECTED = "rejected.jsonl"
 FORMAT = "cosmos-scale shard index 1"
 _OPEN_TABLES = 64  # memory-mapped tables kept per process
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken summary raises
 
 Table = NDArray[np.void]
 
@@ -214,12 +216,16 @@ def read_summary(path: Path) -> list[ShardRow]:
     Raises: UserError where it is unreadable or of another format.
     """
     try:
-        summary = json.loads(path.read_bytes())
-        if summary["format"] != FORMAT:
-            raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
-        return [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _parse_summary(path)
+    except _UNREADABLE as error:
         raise UserError(f"{path}: not a shard index ({error}); run `cosmos-scale data index` again") from error
+
+
+def _parse_summary(path: Path) -> list[ShardRow]:
+    summary = json.loads(path.read_bytes())
+    if summary["format"] != FORMAT:
+        raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
+    return [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
 
 
 def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
@@ -275,16 +281,33 @@ def _table_path(folder: Path, name: str) -> Path:
 
 
 def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
-    """The rows of an index that stands already, less those about to be made anew."""
+    """The rows of an index that stands already, less those about to be made anew; none where it is unreadable."""
     path = folder / SUMMARY
-    return [row for row in read_summary(path) if row.name not in names] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return [row for row in _parse_summary(path) if row.name not in names]
+    except _UNREADABLE as error:  # what mends it is to index again, which is what is being done
+        print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
+        return []
 
 
 def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
     """Rewrite rejected.jsonl: lines of other shards, and of the pictures that a build refused, stay."""
-    kept = []
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line).get("shard") not in names]
+    kept, unreadable = [], 0
+    try:
+        old_lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for line in old_lines:
+        try:
+            fault = json.loads(line)
+            if fault.get("shard") not in names:
+                kept.append(json.dumps(fault))
+        except (ValueError, AttributeError, TypeError):
+            unreadable += 1
+    if unreadable:
+        print(f"{path}: {unreadable} unreadable lines are dropped", file=sys.stderr)
     lines = kept + [json.dumps(fault) for fault in faults]
     if lines or path.exists():
         _replace(path, "".join(line + "\n" for line in lines).encode())

@@ -61,7 +61,8 @@ class _Loaded(NamedTuple):
 class TrainLoader:
     """The training batches of one rank.
 
-    tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples are appended to, by all ranks.
+    tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples are appended to, by all ranks; what
+    it holds already, as after a resume, is not appended again.
     Raises: UserError where the world size does not divide the batch or an epoch holds no batch.
     """
 
@@ -90,9 +91,10 @@ class TrainLoader:
 
         Tensors are on the CPU, pinned where CUDA is available.
         Raises: UserError where a shard or its index is missing or stale, where more than data.max_damaged of the
-        samples are damaged, or where a worker process dies.
+        samples are damaged, or where a worker process dies; the caller adds which rank it is.
         """
         workers = self._workers
+        listed = set() if self._damaged_log is None else _listed(self._damaged_log, start_step)
         loader: DataLoader[_Loaded] = DataLoader(
             self._dataset,
             sampler=_StepsFrom(start_step),
@@ -116,12 +118,12 @@ class TrainLoader:
                     raise
                 cause = str(error).partition("\n")[0].strip(" .") or type(error).__name__
                 raise UserError(
-                    f"rank {self._rank}: a loader process died ({cause}); "
-                    f"if memory ran out, lower data.workers ({workers}) or data.prefetch"
+                    f"a loader process died ({cause}); if memory ran out, "
+                    f"lower data.workers ({workers}) or data.prefetch"
                 ) from error
-            self._log(loaded.damages)
+            self._log([damage for damage in loaded.damages if damage not in listed])
             if loaded.batch is None:
-                raise UserError(f"rank {self._rank}: {loaded.error}")
+                raise UserError(loaded.error)
             self._judge(loaded.damages)
             yield loaded.batch
 
@@ -142,10 +144,28 @@ class TrainLoader:
         if damages and self._damaged > limit * max(self._tried, FEWEST_JUDGED):
             last = damages[-1]
             raise UserError(
-                f"rank {self._rank}: {self._damaged} of {self._tried} samples are damaged, more than data.max_damaged "
+                f"{self._damaged} of {self._tried} samples are damaged, more than data.max_damaged "
                 f"{limit:g} allows; the last is {last.key} in {last.shard}: {last.reason}"
                 + (f"; all are in {self._damaged_log}" if self._damaged_log else "")
             )
+
+
+def _listed(log: Path, start_step: int) -> set[Damage]:
+    """The damage from a step on that a log names already: a resumed run comes upon it again.
+
+    Left out when it comes again, rather than deleted now: other ranks may be appending by now.
+    """
+    listed: set[Damage] = set()
+    if log.exists():
+        for line in log.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+                damage = Damage(*(record[field] for field in Damage._fields))
+                if damage.step >= start_step:
+                    listed.add(damage)
+            except (ValueError, KeyError, TypeError):
+                continue  # a torn line
+    return listed
 
 
 def default_workers(world_size: int) -> int:

@@ -41,10 +41,10 @@ def list_shards(pattern: str) -> list[str]:
 def on_disk(pattern: str) -> tuple[list[str], list[str]]:
     """List the shards that a pattern means, and the paths that it names in full but that do not exist.
 
-    Raises: UserError where a folder holds compressed tars.
+    Raises: UserError where a folder holds compressed tars, or the pattern is or expands to an empty path.
     """
     root = pattern_root(pattern)
-    if Path(pattern).is_dir():
+    if os.path.isdir(pattern):  # pathlib would take an empty path for the current folder
         files = sorted(os.listdir(pattern))
         compressed = [name for name in files if name.lower().endswith(COMPRESSED_ENDINGS)]
         if compressed:
@@ -80,9 +80,12 @@ def matcher(pattern: str, root: Path) -> Callable[[str], bool]:
 
 def _expand(pattern: str) -> list[str]:
     try:
-        return list(braceexpand(pattern))
+        paths = list(braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"{pattern}: not a valid pattern: {error}") from error
+    if "" in paths:
+        raise UserError(f"'{pattern}': means an empty path; name a folder of shards or a pattern of .tar files")
+    return paths
 
 
 def _has_wildcard(path: str) -> bool:

@@ -3,6 +3,7 @@
 Members belong together by webdataset's rule: the same path up to the first dot of the file name, one after the other.
 A sample is one picture (.jpg, .jpeg, .png, .webp) and one text (.json, or .txt, which becomes {"caption": text});
 members of other extensions (`.mask.png` is one: the extension starts at the first dot) are left alone.
+Where an extension comes a second time under one key, a second sample begins, which is rejected: keys name samples.
 """
 
 import json
@@ -118,18 +119,17 @@ def _scan(file: BinaryIO) -> ShardScan:
         except (tarfile.TarError, ValueError) as error:
             return ShardScan(size, [], [], f"not a tar file: {error}")
         for key, group in groupby(_members(archive, size, torn), key=lambda member: member.key):
-            members = list(group)
+            members, repeats = _split_repeats(list(group))
             image = _first(members, IMAGE_EXTENSIONS)
             text = _first(members, TEXT_EXTENSIONS)
             if image is None or text is None:
                 missing = "no picture (.jpg, .jpeg, .png, .webp)" if image is None else "no text (.json, .txt)"
                 rejected.append(Rejected(key, missing))
-                continue
-            fault = _picture_fault(file, image) or _text_fault(file, text)
-            if fault:
+            elif fault := _picture_fault(file, image) or _text_fault(file, text):
                 rejected.append(Rejected(key, fault))
             else:
                 entries.append(Entry(key, image.offset, image.size, text.offset, text.size, text.extension))
+            rejected += [Rejected(key, f"duplicate key: again at byte {repeat.offset - BLOCK}") for repeat in repeats]
     return ShardScan(size, entries, rejected, torn[0] if torn else None)
 
 
@@ -159,6 +159,22 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[_
         torn.append(f"damaged: no tar header at byte {archive.offset}; the rest cannot be reached")
 
 
+def _split_repeats(members: list[_Member]) -> tuple[list[_Member], list[_Member]]:
+    """Cut members of one key where an extension of samples comes again: (first sample, first member of the others)."""
+    first: list[_Member] = []
+    repeats: list[_Member] = []
+    seen: set[str] = set()
+    for member in members:
+        if member.extension in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS):
+            if member.extension in seen:
+                repeats.append(member)
+                seen.clear()
+            seen.add(member.extension)
+        if not repeats:
+            first.append(member)
+    return first, repeats
+
+
 def _first(members: list[_Member], extensions: tuple[str, ...]) -> _Member | None:
     """The first member with one of these extensions, which are in order of preference."""
     return next((member for extension in extensions for member in members if member.extension == extension), None)
@@ -181,10 +197,22 @@ def _picture_fault(file: BinaryIO, member: _Member) -> str | None:
 
 def _text_fault(file: BinaryIO, member: _Member) -> str | None:
     try:
-        parse_text(os.pread(file.fileno(), member.size, member.offset), member.extension)
+        document = parse_text(os.pread(file.fileno(), member.size, member.offset), member.extension)
     except DamagedSample as damage:
         return str(damage)
-    return None
+    # Which keys hold captions depends on the run's sampling; without any string no sampling finds one.
+    return None if _holds_text(document) else f"empty text: no string in its {member.extension}"
+
+
+def _holds_text(document: dict[str, Any]) -> bool:
+    values: list[Any] = [document]
+    while values:  # no recursion: json may be nested deeper than Python's stack
+        value = values.pop()
+        if isinstance(value, str) and value.strip():
+            return True
+        if isinstance(value, (dict, list)):
+            values.extend(value.values() if isinstance(value, dict) else value)
+    return False
 
 
 def parse_text(data: bytes, kind: str) -> dict[str, Any]:

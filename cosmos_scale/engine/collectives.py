@@ -103,6 +103,14 @@ def raise_together(ranks: Ranks, error: UserError | None) -> None:
         raise UserError(failed)
 
 
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error out of a collective means that another rank has ended or cannot be reached."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo raises plain RuntimeErrors.
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "onnection", "NCCL"))
+
+
 class PendingMaxima:
     """An element-wise maximum over ranks under way: started now, read when the numbers are needed."""
 

@@ -5,17 +5,6 @@ from typing import Any
 from cosmos_scale.config import RunConfig
 
 
-def deepspeed_has_norm(config: RunConfig) -> bool:
-    """Whether DeepSpeed computes the gradient norm and can tell it.
-
-    At stage 0 in fp32 it keeps none. At stage 1 in fp32 the host reads its norm every step, so it is left out unless
-    clipping needs it.
-    """
-    if config.precision == "fp32":
-        return config.zero.stage > 0 and config.optimizer.clip_norm is not None
-    return True
-
-
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; raises UserError where world_size does not divide the batch."""
     return {
@@ -26,7 +15,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.zero.stage,
-            "compute_grad_norm": config.zero.stage == 0 or deepspeed_has_norm(config),
+            # Ours is read by the device alone; DeepSpeed's, which clipping needs, is read by the host in fp32.
+            "compute_grad_norm": config.zero.stage == 0 or config.optimizer.clip_norm is not None,
         },
         # Our device-side gate replaces DeepSpeed's overflow check, which the host waits for.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.collectives import PendingMaxima, Ranks, raise_together
@@ -11,14 +12,24 @@ from cosmos_scale.errors import UserError
 
 
 class StopRequest:
-    """Why this process wants the run to stop at the next step boundary: a signal or the time limit."""
+    """Why this process wants the run to stop at the next step boundary: a signal or the time limit.
+
+    A context: inside it SIGTERM and SIGINT only ask to stop; a second SIGINT interrupts at once.
+    """
 
     def __init__(self, max_minutes: float | None) -> None:
-        """Take over SIGTERM and SIGINT; a second SIGINT interrupts at once."""
         self._deadline = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self._signalled = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signalled and number == signal.SIGINT:
@@ -45,18 +56,23 @@ class Lookahead:
         self._batch: Batch | None = None
         self._error: UserError | None = None
         self._agreement: PendingMaxima | None = None
-        self.wait_seconds = 0.0
+        self._wait_seconds = 0.0
 
     def fetch(self) -> None:
-        """Get this rank's next batch and start telling the others; sets wait_seconds."""
+        """Get this rank's next batch and start telling the others."""
         start = time.perf_counter()
         self._batch, self._error = None, None
         try:
             self._batch = next(self._batches).to(self._ranks.device)
         except UserError as error:
             self._error = error
-        self.wait_seconds = time.perf_counter() - start
+        self._wait_seconds += time.perf_counter() - start
         self._agreement = PendingMaxima(self._ranks, [self._error is not None, self._stop.wanted])
+
+    def waited(self) -> float:
+        """Seconds spent on waiting for batches since this was last asked."""
+        seconds, self._wait_seconds = self._wait_seconds, 0.0
+        return seconds
 
     def take(self) -> tuple[Batch, bool]:
         """The batch fetched last, and whether any rank wants to stop before using it.

@@ -12,6 +12,7 @@ from cosmos_scale.kernels import adamw_ema
 from cosmos_scale.model.cosmos import parameter_decays
 
 SCALE_RANGE = (0.0, math.log(100.0))
+SCALES_GROUP = 2  # of the optimizer's groups
 
 
 class AdamWEma(torch.optim.Optimizer):
@@ -37,7 +38,6 @@ class AdamWEma(torch.optim.Optimizer):
         self.order = order
         self._momentum = 1.0
         self._skip: Tensor | None = None
-        self._squared_norms: list[Tensor] = []
 
     def begin_step(self, *, lr: float, momentum: float, skip: Tensor) -> None:
         """Set the learning rate, the average's momentum and the skip flag ([] float32, 0 or 1) of the next update."""
@@ -45,7 +45,6 @@ class AdamWEma(torch.optim.Optimizer):
             group["lr"] = lr
         self._momentum = momentum
         self._skip = skip
-        self._squared_norms = []
 
     def initialise(self, parameter: Tensor) -> dict[str, Any]:
         """Give a parameter its zero moments and an average equal to it; returns its state."""
@@ -68,7 +67,6 @@ class AdamWEma(torch.optim.Optimizer):
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters
             ]
             states = [self.state[parameter] for parameter in parameters]
-            self._squared_norms.extend(norm.square() for norm in torch._foreach_norm(gradients))
             adamw_ema.adamw_ema_(
                 [parameter.detach() for parameter in parameters],
                 gradients,
@@ -95,10 +93,6 @@ class AdamWEma(torch.optim.Optimizer):
             averages = [self.state[parameter]["ema"] for parameter in group["params"]]
             adamw_ema.average_(averages, parameters, self._momentum, self._skip)
             self._clamp(group)
-
-    def squared_gradient_norm(self) -> Tensor:
-        """[] float32: sum of squares of the gradients that the last update was handed on this rank."""
-        return torch.stack(self._squared_norms).sum()
 
     def _clamp(self, group: dict[str, Any]) -> None:
         # The averages stay in range by themselves: they are convex mixtures of clamped values.

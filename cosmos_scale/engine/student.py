@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.collectives import Ranks
-from cosmos_scale.engine.deepspeed_config import deepspeed_config, deepspeed_has_norm
-from cosmos_scale.engine.optimizer import build_optimizer
+from cosmos_scale.engine.collectives import Ranks, all_gather_flat
+from cosmos_scale.engine.deepspeed_config import deepspeed_config
+from cosmos_scale.engine.optimizer import SCALES_GROUP, build_optimizer
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.model.cosmos import CosmosModel
 
@@ -38,10 +38,7 @@ class Student:
 
         self.ranks = ranks
         self.stage = config.zero.stage
-        self._deepspeed_has_norm = deepspeed_has_norm(config)
-        self._norm_before_clipping = config.zero.stage == 0 and config.optimizer.clip_norm is not None
-        self._norm: Tensor | None = None
-        self._backward_scale = 1.0
+        self._loss_scale = 1.0
         self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
         # DeepSpeed makes its masters from the low-precision copy; the float32 weights are put back below.
         initial = {} if config.precision == "fp32" else _copies(model)
@@ -61,41 +58,42 @@ class Student:
                 if initial:
                     fragment.weight.copy_(_slice(initial[fragment.name], fragment))
                 fragment.ema.copy_(_slice(teacher[fragment.name], fragment))
+        # [] float32 on the device: L2 norm of the last gradient over all parameters, before clipping.
+        self.gradient_norm = torch.zeros((), device=ranks.device)
+        self._refresh_scales()
 
     def __call__(self, batch: Batch) -> Features:
         """Normalised features of every view of this rank's batch, with a graph."""
         features: Features = self.engine(batch)
         return features
 
+    def with_full_scales(self, features: Features) -> Features:
+        """The same features with the fp32 log-scales, which bf16 would round by up to a percent."""
+        return features._replace(logit_scale=self._scales[0], distill_logit_scale=self._scales[1])
+
     def backward(self, surrogate: Tensor) -> None:
         """Backpropagate a [] float32 scalar through the engine, which scales it in fp16 and averages over ranks."""
+        scaler = self._scaler()
+        self._loss_scale = 1.0 if scaler is None else float(scaler.cur_scale)
         # At stage 0 DeepSpeed (0.19) divides fp16 gradients by a scale that it did not multiply the loss with.
-        scaler = self._scaler() if self.stage == 0 else None
-        self._backward_scale = 1.0 if scaler is None else float(scaler.cur_scale)
-        self.engine.backward(surrogate * self._backward_scale)
+        self.engine.backward(surrogate * self._loss_scale if self.stage == 0 else surrogate)
 
-    def update(self, *, lr: float, momentum: float, finite: Tensor) -> None:
-        """AdamW, moving average and clamp; nothing changes where `finite` ([] bool, equal on all ranks) is False."""
-        if self._norm_before_clipping and not self._deepspeed_has_norm:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._norm = nn.utils.get_total_norm(gradients)
+    def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:
+        """AdamW, moving average and clamp; nothing changes where loss or gradient are not finite. Collective.
+
+        finite: [] bool, equal on all ranks: whether the loss is. Returns the same and whether the gradient is; in fp16,
+        where the loss scaler drops updates whose scaled gradient is not finite, only the former.
+        """
+        self.gradient_norm = self._measure_norm()
+        if self._scaler() is None:
+            finite = finite & self.gradient_norm.isfinite()
         self.optimizer.begin_step(lr=lr, momentum=momentum, skip=1.0 - finite.float())
         self.engine.step()
         # Only fp16's loss scaler drops steps; the published run moves the teacher all the same.
         if not self.engine.was_step_applied():
             self.optimizer.advance_without_update()
-
-    def gradient_norm(self) -> Tensor:
-        """[] float32 on the device: L2 norm of the last update's gradient before clipping; collective at stage 1."""
-        if self._deepspeed_has_norm:
-            scale = self._backward_scale if self.stage == 0 else 1.0  # where DeepSpeed tells the scaled one
-            return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32) / scale
-        if self._norm is not None:
-            return self._norm
-        squared = self.optimizer.squared_gradient_norm()
-        if self.stage > 0:
-            dist.all_reduce(squared)
-        return squared.sqrt()
+        self._refresh_scales()
+        return finite
 
     @property
     def updates(self) -> int:
@@ -122,11 +120,35 @@ class Student:
         """Copy the masters, written from outside, into the weights that the forward uses. Collective at stage 1."""
         if self.stage > 0:
             self.engine.optimizer.update_lp_params()
+        else:
+            with torch.no_grad():
+                for placement in self.placements:
+                    if placement.master is not placement.parameter:
+                        placement.parameter.copy_(placement.master)
+        self._refresh_scales()
+
+    def _measure_norm(self) -> Tensor:
+        wrapper = self.engine.optimizer
+        if self.stage > 0:  # this rank's share of the averaged gradients
+            gradients = [gradient for group in wrapper.averaged_gradients.values() for gradient in group]
+        else:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        squared = torch.stack(norms).square().sum()
+        if self.stage > 0:
+            dist.all_reduce(squared)
+        return squared.sqrt() / self._loss_scale
+
+    @torch.no_grad()
+    def _refresh_scales(self) -> None:
+        """Bring the fp32 log-scales, [1] each, to every rank: at stage 1 the first rank holds them."""
+        group = self.optimizer.param_groups[SCALES_GROUP]["params"]
+        if self.stage == 0:
+            self._scales = [scale.detach() for scale in group]
             return
-        with torch.no_grad():
-            for placement in self.placements:
-                if placement.master is not placement.parameter:
-                    placement.parameter.copy_(placement.master)
+        flat = group[0].new_empty(group[0].numel() * self.ranks.world_size)
+        all_gather_flat(flat, group[0].detach())
+        self._scales = list(flat[:2].split(1))
 
     def _scaler(self) -> Any:
         if not self.engine.fp16_enabled():

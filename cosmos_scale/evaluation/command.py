@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cosmos_scale.checkpoint import find_checkpoint, load_weights, read_run_config
+from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.index import open_sources
@@ -56,7 +56,7 @@ def evaluate_checkpoint(
     """
     config = read_run_config(folder)
     model = CosmosModel(config.model)
-    model.load_state_dict(load_weights(folder, which))
+    load_model(model, folder, which)
     place = _device(device)
     model = model.to(place).eval()
     tokenizer = Tokenizer(config.model.text.context_length)
@@ -65,7 +65,8 @@ def evaluate_checkpoint(
         return model.encode_text(tokenizer(texts).to(place))
 
     index = open_sources([SourceConfig(name="retrieval", shards=data)])
-    batches = gallery_batches(index, captions_key, config.model.vision.image_size, 0, 1, batch, max_samples)
+    image_size, max_pixels = config.model.vision.image_size, config.data.max_pixels
+    batches = gallery_batches(index, captions_key, image_size, 0, 1, batch, max_samples, max_pixels)
     try:
         return evaluate(lambda images: model.encode_image(images.to(place)), encode_texts, batches, device=place)
     except ValueError as error:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.config import RunConfig, SourceConfig
-from cosmos_scale.data.gallery import gallery_batches
+from cosmos_scale.data.gallery import check_captions, gallery_batches
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import Gather, RetrievalResult, evaluate
@@ -22,14 +22,18 @@ class PeriodicRetrieval:
     def __init__(
         self, config: RunConfig, tokenizer: Tokenizer, rank: int, world_size: int, device: torch.device
     ) -> None:
-        """Open the gallery; raises UserError where it has no index."""
+        """Open the gallery; raises UserError where it has no index, or its first sample cannot be used as asked for."""
         assert config.eval.retrieval is not None
         self.config = config.eval.retrieval
-        self.image_size = config.model.vision.image_size
+        self.image_size, self.max_pixels = config.model.vision.image_size, config.data.max_pixels
         self.tokenizer = tokenizer
         self.rank, self.world_size, self.device = rank, world_size, device
         source = SourceConfig(name="eval.retrieval", shards=self.config.shards, index=self.config.index)
         self.index = open_sources([source])
+        try:  # now, not hours later, at the first evaluation
+            check_captions(self.index, self.config.captions)
+        except UserError as error:
+            raise UserError(f"eval.retrieval: {error}") from error
 
     def run(
         self, models: Mapping[str, CosmosModel], gather: Gather
@@ -66,6 +70,7 @@ class PeriodicRetrieval:
             self.world_size,
             self.config.batch,
             self.config.max_samples,
+            self.max_pixels,
         )
 
 

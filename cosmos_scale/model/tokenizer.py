@@ -20,13 +20,14 @@ import torch
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
 
+from cosmos_scale.config import TOKENIZER_VOCABULARY
 from cosmos_scale.errors import UserError
 
-START_OF_TEXT, END_OF_TEXT = 49406, 49407
+START_OF_TEXT, END_OF_TEXT = TOKENIZER_VOCABULARY - 2, TOKENIZER_VOCABULARY - 1
 VOCABULARY_PACKAGE = "open_clip"
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 # The file holds more merges than the vocabulary takes: 256 bytes, each also at a word's end, the merges, 2 specials.
-MERGES = END_OF_TEXT + 1 - 2 * 256 - 2
+MERGES = TOKENIZER_VOCABULARY - 2 * 256 - 2
 SPECIAL_WORDS = {"<start_of_text>": [START_OF_TEXT], "<end_of_text>": [END_OF_TEXT]}
 WORD = regex.compile(
     "|".join(SPECIAL_WORDS) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE

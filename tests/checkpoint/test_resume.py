@@ -44,8 +44,10 @@ def test_auto_takes_the_newest_and_a_folder_itself(root: Path, tmp_path: Path) -
     assert start.checkpoint == root / "step-00000006"
     assert start.state is not None
     assert start.state.step == 6
-    older = find_start(changed(resume=str(root / "step-00000003")), root, DATA)
+    older = find_start(changed(resume=str(root / "step-00000003")), tmp_path / "new", DATA)
     assert older.checkpoint == root / "step-00000003"
+    with pytest.raises(UserError, match=r"step-00000003, but .*step-00000006 is newer"):
+        find_start(changed(resume=str(root / "step-00000003")), root, DATA)
     assert find_start(CONFIG, tmp_path / "new", DATA) == Start(None, None)
 
 

@@ -138,6 +138,38 @@ def test_weights_of_both_models(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        3,
+        "x",
+        [],
+        {},
+        {"shape": [1]},
+        {"shape": 1, "pieces": []},
+        {"shape": ["1"], "pieces": []},
+        {"shape": [-1], "pieces": []},
+        {"shape": [1], "pieces": [3]},
+        {"shape": [1], "pieces": [["fragments-00000.safetensors", 0]]},
+        {"shape": [1], "pieces": [["fragments-00000.safetensors", 0, "1"]]},
+        {"shape": [1], "pieces": [["fragments-00000.safetensors", 0, 0.5]]},
+        {"shape": [1], "pieces": [[7, 0, 1]]},
+        None,
+    ],
+)
+def test_a_manifest_of_another_form_is_refused_in_one_line(saved: Path, tmp_path: Path, entry: Any) -> None:
+    folder = tmp_path / "step-00000009"
+    shutil.copytree(saved / "step-00000009", folder)
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    manifest["parameters"]["logit_scale"] = entry
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"no readable manifest\.json") as refusal:
+        load_weights(folder, "student")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match=r"no readable manifest\.json"):
+        load_checkpoint(folder, fragments(0, 1, filled=False))
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         ("no manifest", r"no readable manifest\.json"),

@@ -135,6 +135,49 @@ def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
     assert rejected(out) == {3: "wrong number of cells"}
 
 
+def test_rows_that_are_not_utf8_are_rejected(images: Path) -> None:
+    """A Latin-1 file must lose the rows that say so, not quietly the letters in them."""
+    path = images.parent / "captions.csv"
+    rows = ["image,caption,note", "0.jpg,a café,", "1.jpg,a dog,", "2.jpg,a cat,père", "é.jpg,a cow,", "é,a,b,c"]
+    path.write_bytes("\n".join(rows).encode("latin-1"))
+    out = images.parent / "out"
+    report = build_shards(images, path, out, samples_per_shard=10, workers=1, progress=False)
+    assert read_all(out) == {"000000002": (picture(1), {"caption": "a dog"})}
+    assert rejected(out) == dict.fromkeys((1, 3, 4, 5), "not UTF-8")
+    assert dict(report.rejected) == {"not UTF-8": 4}
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == ["0.jpg", "2.jpg", "\udce9.jpg", "\udce9"]
+    assert "byte 0xe9" in lines[0]["reason"]
+
+
+def test_pictures_outside_the_folder_are_rejected(images: Path) -> None:
+    outside = images.parent / "images_too"
+    outside.mkdir()
+    (outside / "secret.jpg").write_bytes(picture(20))
+    (images / "link").symlink_to(outside)
+    names = [
+        "../images_too/secret.jpg",
+        str(outside / "secret.jpg"),
+        "deep/../../images_too/secret",
+        "link/secret.jpg",
+        "deep/../0.jpg",
+        str(images / "1.jpg"),
+        "..",
+    ]
+    report = build(images, [{"image": name, "caption": "x"} for name in names], per_shard=10)
+    assert rejected(report.folder) == dict.fromkeys((1, 2, 3, 7), "picture outside the folder")
+    assert dict(report.rejected) == {"picture outside the folder": 4}
+    assert [data for data, _ in read_all(report.folder).values()] == [picture(20), picture(0), picture(1)]
+
+
+def test_extensions_left_out_may_be_upper_case(images: Path) -> None:
+    (images / "CAMERA.JPG").write_bytes(picture(21))
+    (images / "scan.PNG").write_bytes(picture(22, "PNG"))
+    report = build(images, [{"image": name, "caption": "x"} for name in ("CAMERA", "scan")])
+    assert (report.samples, dict(report.rejected)) == (2, {})
+    assert read_all(report.folder)["000000001"][0] == picture(21)
+
+
 def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
     captions = images.parent / "captions.csv"
     captions.write_text("image,colour\n0.jpg,red\n")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,14 @@ from tests.data.shard_files import flip_bytes, open_folder, picture, sample, wri
 
 
 def gallery(
-    folder: Path, rank: int, world_size: int, key: str = "raw_caption", most: int | None = None
+    folder: Path,
+    rank: int,
+    world_size: int,
+    key: str = "raw_caption",
+    most: int | None = None,
+    max_pixels: int = 10**6,
 ) -> list[GalleryBatch]:
-    return list(gallery_batches(open_folder(folder), key, 16, rank, world_size, 3, most))
+    return list(gallery_batches(open_folder(folder), key, 16, rank, world_size, 3, most, max_pixels))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 12])
@@ -35,8 +41,10 @@ def test_ranks_cover_each_sample_once_in_order(tmp_path: Path, world_size: int) 
 
 
 def test_damaged_samples_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    documents = [{"t": "one text"}, {"t": ["x", " "]}, {"t": []}, {"t": 5}, {"other": 1}, {"t": [1]}, {"t": ["y"]}]
-    members = [{**sample(number), "json": json.dumps(document).encode()} for number, document in enumerate(documents)]
+    values: list[Any] = ["one text", ["x", " "], [], 5, None, [1], ["y"]]
+    # Without the url, documents that hold no text at all would not be indexed.
+    documents = [json.dumps({"t": value, "url": "u"}).encode() for value in values]
+    members = [{**sample(number), "json": document} for number, document in enumerate(documents)]
     path = write_shard(tmp_path / "0.tar", members)
     index_shards(str(tmp_path), None, workers=1, progress=False)
     flip_bytes(path, open_folder(tmp_path).locate(6).entry.image_offset, 20)

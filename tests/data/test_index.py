@@ -138,6 +138,25 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         index_shards(str(folder), None, workers=1, progress=False)
 
 
+@pytest.mark.parametrize("pattern", ["", "{,}", "{a.tar,}"])
+def test_an_empty_path_is_an_error(pattern: str) -> None:
+    with pytest.raises(UserError, match=r"^'.*': means an empty path; name a folder") as error:
+        index_shards(pattern, None, workers=1, progress=False)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="means an empty path"):
+        open_index(source(pattern))
+
+
+def test_damaged_lines_of_rejects_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path / "0.tar", [sample(0), {"__key__": "lonely", "jpg": picture(1)}])
+    other = {"shard": "1.tar", "key": "k", "reason": "r"}
+    damaged = [b'{"shard": "1.t', b"[1]", b"\xff\xfe", b'{"shard": ["0.tar"]}']
+    (tmp_path / "rejected.jsonl").write_bytes(b"\n".join([json.dumps(other).encode(), *damaged]))
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert rejected(tmp_path) == [other, {"shard": "0.tar", "key": "lonely", "reason": "no text (.json, .txt)"}]
+    assert capsys.readouterr().err == f"{tmp_path / 'rejected.jsonl'}: 4 unreadable lines are dropped\n"
+
+
 def test_an_error_in_a_worker_process_arrives_as_it_is(tmp_path: Path) -> None:
     for name in ("0.tar", "1.tar"):
         (tmp_path / name).write_bytes(b"\x1f\x8b" + bytes(100))
@@ -176,6 +195,16 @@ def test_a_broken_summary_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json: not a shard index"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', f'{{"format": "{FORMAT}", "shards": [1]}}'])
+def test_a_broken_summary_is_made_anew(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path, [2, 1])
+    (tmp_path / "index.json").write_text(content)
+    assert index_shards(str(tmp_path), None, workers=1, progress=False).samples == 3
+    assert len(open_folder(tmp_path)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'index.json'}: not a shard index (")
 
 
 def test_the_fingerprint_tells_what_the_order_depends_on(tmp_path: Path) -> None:

@@ -95,12 +95,20 @@ def test_unusable_samples_are_named(tmp_path: Path) -> None:
             ("broken.json", b"{"),
             ("list.jpg", picture(0)),
             ("list.json", b"[1]"),
+            ("blank.jpg", picture(0)),
+            ("blank.txt", b" \n"),
+            ("null.jpg", picture(0)),
+            ("null.json", b'{"caption": null, "raw_caption": ["", {"x": []}], "label": 3}'),
+            ("deep.jpg", picture(0)),
+            ("deep.json", b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}"),
+            ("class.jpg", picture(0)),
+            ("class.json", b'{"caption": null, "classes": [{"name": "cat"}]}'),
             ("trailer.jpg", picture(0) + bytes(10_000)),  # cameras append data of their own
             ("trailer.json", JSON),
         ],
     )
     scan = scan_shard(path)
-    assert keys(scan) == ["good", "trailer"]
+    assert keys(scan) == ["good", "class", "trailer"]
     assert {fault.key: fault.reason.split(":")[0] for fault in scan.rejected} == {
         "no_text": "no text (.json, .txt)",
         "no_picture": "no picture (.jpg, .jpeg, .png, .webp)",
@@ -109,7 +117,33 @@ def test_unusable_samples_are_named(tmp_path: Path) -> None:
         "cut": "damaged JPEG",
         "broken": "unreadable json",
         "list": "json is a list, not an object",
+        "blank": "empty text",
+        "null": "empty text",
+        "deep": "empty text",
     }
+
+
+def test_samples_that_repeat_a_key_are_named(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("a.jpg", picture(0)),
+            ("a.txt", b"first"),
+            ("a.jpg", picture(1)),
+            ("a.json", b'{"caption": "second"}'),
+            ("a.JPG", picture(2)),
+            ("b.cls", b"left alone"),
+            ("b.cls", b"left alone"),
+            ("b.jpg", picture(3)),
+            ("b.json", JSON),
+        ],
+    )
+    scan = scan_shard(path)
+    assert keys(scan) == ["a", "b"]
+    assert [(fault.key, fault.reason.split(":")[0]) for fault in scan.rejected] == [("a", "duplicate key")] * 2
+    reader = ShardReader()
+    assert reader.read(location(path, scan, 0)) == (picture(0), {"caption": "first"})
+    reader.close()
 
 
 def test_every_cut_keeps_the_whole_samples_before_it(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
         )
         tiny = build_tiny(config, ranks, teacher_seed=1)
         output = tiny.step(0)
-        norm = tiny.student.gradient_norm().item()
+        norm = tiny.student.gradient_norm.item()
         after = tiny.fragments()
         bad = tiny_batch(1)
         bad.local_crops[0, -1] = torch.inf
@@ -118,29 +118,34 @@ def test_shards_are_disjoint_and_complete() -> None:
         assert max(shares) <= sum(sizes.values()) / world_size + 3 * 64
 
 
-def run_precisions(rank: int, world_size: int) -> dict[tuple[int, str], list[float]]:
-    """Losses of three steps at every stage and precision."""
+def run_precisions(rank: int, world_size: int) -> tuple[dict[Case, list[float]], dict[Case, list[float]]]:
+    """Losses of three steps and the scales they used, at every stage and precision."""
     from deepspeed.accelerator import get_accelerator
 
     ranks = start_ranks("cpu")
     # torch computes in fp16 on any CPU, slowly; DeepSpeed only wants those that are fast at it.
     get_accelerator().is_fp16_supported = lambda: True
-    losses = {}
+    losses, scales = {}, {}
     for stage in (0, 1):
         for precision in ("fp32", "bf16", "fp16"):
             tiny = build_tiny(tiny_config(zero={"stage": stage}, precision=precision), ranks)
             tiny.student.set_loss_scaler({"cur_scale": 1024.0})  # does not overflow
-            losses[stage, precision] = [tiny.step(step).total.item() for step in range(3)]
+            outputs = [tiny.step(step) for step in range(3)]
+            losses[stage, precision] = [output.total.item() for output in outputs]
+            scales[stage, precision] = [output.distill_logit_scale.item() for output in outputs]
             assert tiny.student.updates == 3
             tiny.student.engine.destroy()
-    return losses
+    return losses, scales
 
 
 def test_low_precisions_follow_fp32_on_two_ranks() -> None:
     results = run_ranks(run_precisions, 2, timeout=240)
     assert results[0] == results[1]
-    exact = results[0][0, "fp32"]
+    exact = results[0][0][0, "fp32"]
     assert exact[2] < exact[0] - 0.5
-    for losses in results[0].values():
+    for losses in results[0][0].values():
         # bf16 has 8 bits: features differ by up to 2^-8, logits by the scale 14 times that.
         assert losses == pytest.approx(exact, abs=0.03)
+    for scales in results[0][1].values():
+        # fp32 masters in every precision: bf16 would round them by up to 2^-7. Adam moves them by lr or so a step.
+        assert scales == pytest.approx(results[0][1][0, "fp32"], abs=5e-4)

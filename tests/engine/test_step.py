@@ -113,14 +113,48 @@ def test_scales_stay_at_their_bound(ranks: Ranks, stage: int, precision: str) ->
 def test_clipping_scales_the_gradient_and_reports_its_norm(ranks: Ranks, stage: int, precision: str) -> None:
     with running(ranks, stage, precision, optimizer={"warmup_steps": 0}) as tiny:
         tiny.step(0)
-        norm, gradient = tiny.student.gradient_norm().item(), flat(tiny, "exp_avg")
+        norm, gradient = tiny.student.gradient_norm.item(), flat(tiny, "exp_avg")
     clip = norm / 10
     with running(ranks, stage, precision, optimizer={"warmup_steps": 0, "clip_norm": clip}) as tiny:
         tiny.step(0)
         # DeepSpeed adds 1e-6 to the norm before it divides.
-        assert tiny.student.gradient_norm().item() == pytest.approx(norm, rel=1e-4)
+        assert tiny.student.gradient_norm.item() == pytest.approx(norm, rel=1e-4)
         for name, clipped in flat(tiny, "exp_avg").items():
             torch.testing.assert_close(clipped * 10, gradient[name], rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize(("stage", "precision"), STAGES_AND_PRECISIONS)
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    ranks: Ranks, stage: int, precision: str, clip_norm: float | None
+) -> None:
+    with running(ranks, stage, precision, optimizer={"warmup_steps": 0, "clip_norm": clip_norm}) as tiny:
+        tiny.step(0)
+        before = tiny.fragments()
+        weight = tiny.student.model.visual.proj
+        hook = weight.register_hook(lambda gradient: gradient + torch.inf)
+        output = tiny.step(1)
+        hook.remove()
+        assert bool(output.total.isfinite())
+        assert not bool(output.finite)
+        assert tiny.student.updates == 1
+        for key, tensors in tiny.fragments().items():
+            for kind, tensor in tensors.items():
+                assert torch.equal(tensor, before[key][kind]), (key, kind)
+        assert bool(tiny.step(2).finite)
+        assert tiny.student.updates == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_loss_reads_the_scales_in_full_precision(ranks: Ranks, stage: int) -> None:
+    with running(ranks, stage, "bf16") as tiny:
+        for step in range(3):
+            scales = [fragment for fragment in tiny.student.fragments if fragment.name.endswith("logit_scale")]
+            masters = {fragment.name: fragment.weight.item() for fragment in scales}
+            output = tiny.step(step, lr=1e-4)  # moves the scale by less than bf16's spacing of 2^-6
+            assert output.logit_scale.item() == masters["logit_scale"]
+            assert output.distill_logit_scale.item() == masters["distill_logit_scale"]
+        assert masters["logit_scale"] != torch.tensor(masters["logit_scale"]).bfloat16().item()
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])

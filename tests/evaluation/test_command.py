@@ -1,6 +1,7 @@
 """`cosmos-scale eval retrieval` on a checkpoint of a real run."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,26 @@ def test_user_errors_name_what_is_wrong(checkpoints: Path, shards: SceneShards, 
         evaluate_with(last, str(shards.gallery), captions_key="no_such_key")
     with pytest.raises(UserError, match="nowhere"):
         evaluate_with(last, str(tmp_path / "nowhere"))
+    broken = tmp_path / "broken"
+    shutil.copytree(last, broken)
+    manifest = json.loads((broken / "manifest.json").read_text())
+    del manifest["parameters"]["logit_scale"]
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"broken: does not fit the model: Missing key.*logit_scale") as error:
+        evaluate_with(broken, str(shards.gallery))
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_past_the_runs_max_pixels_are_left_out(
+    checkpoints: Path, shards: SceneShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tmp_path / "step-00000002"
+    shutil.copytree(checkpoints / "step-00000002", few)
+    manifest = json.loads((few / "manifest.json").read_text())
+    manifest["state"]["config"]["data"]["max_pixels"] = 100
+    (few / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError):
+        evaluate_checkpoint(
+            few, str(shards.gallery), which="student", captions_key="raw_caption", batch=64, device="cpu"
+        )
+    assert capsys.readouterr().err.count("more than max_pixels 100") == 40

@@ -59,7 +59,8 @@ def times_chance(checkpoint: Path, shards: SceneShards) -> tuple[float, float]:
         return model.encode_text(tokenizer(texts))
 
     index = open_sources([SourceConfig(name="gallery", shards=str(shards.gallery))])
-    batches = gallery_batches(index, "raw_caption", config.model.vision.image_size, 0, 1, GROUP, None)
+    image_size, max_pixels = config.model.vision.image_size, config.data.max_pixels
+    batches = gallery_batches(index, "raw_caption", image_size, 0, 1, GROUP, None, max_pixels)
     results = [evaluate(model.encode_image, encode_texts, [batch]) for batch in batches]
     assert [result.images for result in results] == [GROUP] * 8
     images = sum(result.image_to_text[1] for result in results) / len(results)
