@@ -32,8 +32,9 @@ BLOCK_ELEMENTS = 2**22
 SCRATCH_BLOCKS = 3
 # Logits of a pair from which `whole_batch` takes pairs one by one: with less, launching the operations is the cost.
 PAIR_ELEMENTS = 2**14
-# Elements of a pair that are multiplied by their factors at a time.
-FACTOR_ELEMENTS = 2**16
+# Elements of a pair that are multiplied by their factors at a time: the most that torch leaves to one CPU thread, as
+# waiting for the other threads after each small operation takes longer where the cores are shared.
+FACTOR_ELEMENTS = 2**15
 
 
 class Partials(NamedTuple):
