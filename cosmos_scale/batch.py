@@ -13,6 +13,8 @@ class Batch(NamedTuple):
     global_crops: [V_global, B, 3, H, W] float32, normalised.
     local_crops: [V_local, B, 3, h, w] float32, normalised; V_local may be 0.
     captions: [K, B, L] int32 token ids, 0 is padding, the largest id of a row is EOT; global captions first.
+    caption_lengths: [K, B] int64, the tokens of each up to and including EOT; on the CPU wherever the batch is, so that
+    the towers can cut captions without waiting for the device.
     sample_ids: [B] int64, the position of each sample in the merged index of all sources.
     substituted: [] int64, how many samples of this share replace a damaged one.
     """
@@ -20,12 +22,16 @@ class Batch(NamedTuple):
     global_crops: Tensor
     local_crops: Tensor
     captions: Tensor
+    caption_lengths: Tensor
     sample_ids: Tensor
     substituted: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to a device; asynchronous where the tensors are pinned."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """Copy to a device, caption lengths apart; asynchronous where the tensors are pinned."""
+        fields = self._asdict()
+        lengths = fields.pop("caption_lengths")
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
+        return Batch(caption_lengths=lengths, **moved)
 
 
 class Features(NamedTuple):
@@ -59,3 +65,8 @@ class GalleryBatch(NamedTuple):
     images: Tensor
     texts: Sequence[Sequence[str]]
     sample_ids: Tensor
+
+
+def caption_lengths(ids: Tensor) -> Tensor:
+    """Return the tokens up to and including EOT, the largest id, of every row: [..., L] to [...] int64."""
+    return ids.argmax(dim=-1) + 1

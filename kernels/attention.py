@@ -1,35 +1,323 @@
-"""Attention over segments of tokens: one function for both towers and both poolers."""
+"""Attention over segments of packed tokens: one function for both towers and both poolers, and its back ends.
 
+A segment is one view: its queries attend to its own keys only. Lengths live on the host, so that no back end waits for
+the device to learn them.
+"""
+
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "torch_varlen", "xformers", "sdpa"]
+# SDPA's buckets may hold so much padding per token. A call costs some 0.1 ms on a CPU, padded attention far less.
+MOST_PADDING = 0.25
+
+
+class Group(NamedTuple):
+    """Neighbouring segments that SDPA takes as one batch, padded to the longest: `size` segments from `first` on."""
+
+    first: int
+    size: int
+    queries: int
+    keys: int
+    even_queries: bool
+    even_keys: bool
+
+
+class Segments:
+    """The lengths of the segments in packed queries and keys, and what back ends derive from them, made once.
+
+    queries, keys: tokens of each segment, in packed order; keys None where they are the queries' own (self-attention).
+    A segment may be empty; one with queries needs keys. Raises ValueError for other lengths.
+    """
+
+    def __init__(self, queries: Sequence[int], keys: Sequence[int] | None = None) -> None:
+        self.queries = tuple(queries)
+        self.keys = self.queries if keys is None else tuple(keys)
+        if len(self.queries) != len(self.keys):
+            raise ValueError(f"segments: {len(self.queries)} of queries, but {len(self.keys)} of keys")
+        for number, (query_count, key_count) in enumerate(zip(self.queries, self.keys, strict=True)):
+            if query_count < 0 or key_count < 0:
+                raise ValueError(f"segment {number}: lengths {query_count} and {key_count} must not be negative")
+            if query_count and not key_count:
+                raise ValueError(f"segment {number}: {query_count} queries have no key to attend to")
+        self.query_tokens, self.key_tokens = sum(self.queries), sum(self.keys)
+        self._cu_seqlens: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._padding: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def longest_queries(self) -> int:
+        """The most queries of a segment."""
+        return max(self.queries, default=0)
+
+    @cached_property
+    def longest_keys(self) -> int:
+        """The most keys of a segment."""
+        return max(self.keys, default=0)
+
+    def cu_seqlens(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return where segments of queries and of keys begin and the last ends: [segments + 1] int32 each."""
+        if device not in self._cu_seqlens:
+            queries = keys = to_device(_ends(self.queries), device)
+            if self.keys != self.queries:
+                keys = to_device(_ends(self.keys), device)
+            self._cu_seqlens[device] = queries, keys
+        return self._cu_seqlens[device]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """SDPA's batches, in packed order: runs of equal lengths, neighbouring runs together where padding is little.
+
+        Sorted segments of any lengths so come to few groups. Segments without queries are never padded: a padded query
+        must find a key.
+        """
+        lengths = list(zip(self.queries, self.keys, strict=True))
+        runs = [(pair, sum(1 for _ in run)) for pair, run in itertools.groupby(lengths)]
+        groups: list[Group] = []
+        tokens = 0  # of the last group, queries and keys, without padding
+        for (queries, keys), count in runs:
+            first = groups[-1].first + groups[-1].size if groups else 0
+            own_tokens = count * (queries + keys)
+            if groups and queries and groups[-1].queries:
+                last = groups[-1]
+                merged = Group(
+                    last.first,
+                    last.size + count,
+                    max(last.queries, queries),
+                    max(last.keys, keys),
+                    last.even_queries and last.queries == queries,
+                    last.even_keys and last.keys == keys,
+                )
+                if merged.size * (merged.queries + merged.keys) <= (1 + MOST_PADDING) * (tokens + own_tokens):
+                    groups[-1] = merged
+                    tokens += own_tokens
+                    continue
+            groups.append(Group(first, count, queries, keys, True, True))
+            tokens = own_tokens
+        return groups
+
+    def padding(self, lengths: tuple[int, ...], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return where tokens of segments padded to `longest` lie: their rows [T] int64, a mask [segments, longest]."""
+        key = (lengths, longest, device)
+        if key not in self._padding:
+            mask = np.arange(longest) < np.array(lengths)[:, None]
+            self._padding[key] = to_device(mask.ravel().nonzero()[0], device), to_device(mask, device)
+        return self._padding[key]
+
 
 def attention(
-    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, *, causal: bool = False, key_mask_BS: Tensor | None = None
+    q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool = False, backend: Backend = "auto"
 ) -> Tensor:
-    """Attend from L queries to S keys in every head; returns [B, L, H, D].
+    """Attend inside each segment, in every head; returns [T, H, D].
 
-    q: [B, L, H, D]; k, v: [B, S, H, D], D the width of one head; any floating dtype, one for all three.
-    causal: position i sees keys 0..i; needs L = S. key_mask: [B, S] bool, True where a key may be seen; a row whose
-    keys are all False has no defined result. Logits are scaled by D^-1/2.
-    Raises ValueError for shapes that do not go together.
+    q: [T, H, D]; k, v: [S, H, D], the packed tokens of all segments, D the width of one head; one floating dtype.
+    causal: query i of a segment sees its keys 0..i; needs as many queries as keys. Logits are scaled by D^-1/2.
+    backend: `auto` takes the first that runs with the tensors' device, dtype and D, and logs it once.
+    Raises ValueError for shapes that do not go together, and for a back end that cannot run here.
     """
-    queries, keys = q_BLHD.shape[1], k_BSHD.shape[1]
-    if causal and queries != keys:
-        raise ValueError(f"causal attention needs as many queries as keys, not {queries} and {keys}")
-    if key_mask_BS is not None and key_mask_BS.shape != k_BSHD.shape[:2]:
-        raise ValueError(f"key_mask: shape {tuple(key_mask_BS.shape)} must be {tuple(k_BSHD.shape[:2])}")
-    mask = None
-    if key_mask_BS is not None:
-        mask = key_mask_BS[:, None, None, :]
-        if causal:
-            mask = mask & torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
-    output_BHLD = functional.scaled_dot_product_attention(
-        q_BLHD.transpose(1, 2),
-        k_BSHD.transpose(1, 2),
-        v_BSHD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal and mask is None,  # without a mask the back ends skip the upper triangle's work
+    if q_THD.shape[0] != segments.query_tokens or not k_SHD.shape[0] == v_SHD.shape[0] == segments.key_tokens:
+        raise ValueError(
+            f"attention: {q_THD.shape[0]} queries, {k_SHD.shape[0]} keys and {v_SHD.shape[0]} values, but the segments "
+            f"hold {segments.query_tokens} and {segments.key_tokens} tokens"
+        )
+    if causal and segments.queries != segments.keys:
+        raise ValueError("attention: causal segments need as many queries as keys")
+    if not segments.query_tokens:
+        return torch.empty_like(q_THD)
+    name = choose_backend(backend, q_THD.device, q_THD.dtype, q_THD.shape[-1])
+    return BACKENDS[name](q_THD, k_SHD, v_SHD, segments, causal)
+
+
+@lru_cache(maxsize=64)
+def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Return the back end to run: the named one, or for `auto` the first that can; raises ValueError if it cannot."""
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"attention: no back end {backend!r}; there are auto, {', '.join(BACKENDS)}")
+        reason = obstacle(backend, device, dtype, head_size)
+        if reason:
+            raise ValueError(f"attention: back end {backend!r} cannot run: {reason}")
+        return backend
+    reasons = {name: obstacle(name, device, dtype, head_size) for name in BACKENDS}
+    chosen = next(name for name, reason in reasons.items() if not reason)
+    others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    logger.info(
+        "attention on %s in %s, heads of %d: %s%s", device, dtype, head_size, chosen, f" ({others})" if others else ""
     )
-    return output_BHLD.transpose(1, 2)
+    return chosen
+
+
+def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Say why a back end cannot run here, or None where it can."""
+    if backend == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if backend == "flash_attn_4" and capability[0] not in (9, 10, 11):
+        return f"it needs compute capability 9 to 11, not {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, not {capability[0]}.{capability[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, not {dtype}"
+    most = 128 if backend == "flash_attn_4" else 256
+    if head_size % 8 or head_size > most:
+        return f"it needs heads of a multiple of 8 up to {most}, not {head_size}"
+    return None if find_function(backend) else "its function cannot be imported"
+
+
+@lru_cache(maxsize=8)
+def find_function(backend: str) -> Callable[..., Any] | None:
+    """Return the function behind a back end, or None where it is not installed or does not load.
+
+    Packages may be there without it: flash-attn 4 alone leaves `flash_attn` an empty namespace.
+    """
+    try:
+        if backend == "flash_attn_4":
+            from flash_attn.cute import flash_attn_varlen_func as function
+        elif backend == "flash_attn_2":
+            from flash_attn import flash_attn_varlen_func as function
+        elif backend == "torch_varlen":
+            from torch.nn.attention.varlen import varlen_attn as function
+        else:
+            from xformers.ops import memory_efficient_attention as function
+    except (ImportError, OSError, AttributeError):  # the second: a library built for another torch or CUDA
+        return None
+    return function if callable(function) else None
+
+
+def _flash_attn(backend: str, q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    function = find_function(backend)
+    assert function is not None
+    cu_queries, cu_keys = segments.cu_seqlens(q_THD.device)
+    output = function(
+        q_THD,
+        k_SHD,
+        v_SHD,
+        cu_seqlens_q=cu_queries,
+        cu_seqlens_k=cu_keys,
+        max_seqlen_q=segments.longest_queries,
+        max_seqlen_k=segments.longest_keys,
+        causal=causal,
+    )
+    # flash-attn 4 returns the log-sum-exp too.
+    attended: Tensor = output[0] if isinstance(output, tuple) else output
+    return attended
+
+
+def _flash_attn_4(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    return _flash_attn("flash_attn_4", q_THD, k_SHD, v_SHD, segments, causal)
+
+
+def _flash_attn_2(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    return _flash_attn("flash_attn_2", q_THD, k_SHD, v_SHD, segments, causal)
+
+
+def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    function = find_function("torch_varlen")
+    assert function is not None
+    # torch 2.10 called it is_causal, later ones a window that ends at the query.
+    if "window_size" in inspect.signature(function).parameters:
+        keyword: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    else:
+        keyword = {"is_causal": causal}
+    output: Tensor = function(
+        q_THD,
+        k_SHD,
+        v_SHD,
+        *segments.cu_seqlens(q_THD.device),
+        segments.longest_queries,
+        segments.longest_keys,
+        **keyword,
+    )
+    return output
+
+
+def _xformers(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    function = find_function("xformers")
+    assert function is not None
+    mask = xformers_mask(segments, causal, q_THD.device)
+    output: Tensor = function(q_THD[None], k_SHD[None], v_SHD[None], attn_bias=mask)
+    return output[0]
+
+
+@lru_cache(maxsize=16)
+def xformers_mask(segments: Segments, causal: bool, device: torch.device) -> Any:
+    """Return xformers' block-diagonal mask of the segments; cached, since every block of a tower asks for it."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    with torch.inference_mode(False):  # it is kept, and serves later backward passes
+        mask = BlockDiagonalMask.from_seqlens(list(segments.queries), list(segments.keys), device=device)
+    return mask.make_causal() if causal else mask
+
+
+def _sdpa(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """Run each group as one batch: as a view where its segments are equally long, else padded."""
+    lengths = [
+        (segments.queries[group.first : group.first + group.size], segments.keys[group.first :][: group.size])
+        for group in segments.groups
+    ]
+    query_tokens, key_tokens = [sum(pair[0]) for pair in lengths], [sum(pair[1]) for pair in lengths]
+    parts = zip(q_THD.split(query_tokens), k_SHD.split(key_tokens), v_SHD.split(key_tokens), strict=True)
+    outputs = []
+    for group, (queries, keys), (q, k, v) in zip(segments.groups, lengths, parts, strict=True):
+        if not group.queries:
+            continue
+        query_rows = mask = None
+        if group.even_queries:
+            q = q.unflatten(0, (group.size, group.queries))
+        else:
+            query_rows, _ = segments.padding(queries, group.queries, q.device)
+            q = _pad(q, query_rows, group.size, group.queries)
+        if group.even_keys:
+            k, v = k.unflatten(0, (group.size, group.keys)), v.unflatten(0, (group.size, group.keys))
+        else:
+            key_rows, visible = segments.padding(keys, group.keys, k.device)
+            k, v = _pad(k, key_rows, group.size, group.keys), _pad(v, key_rows, group.size, group.keys)
+            # Causal queries do not see behind themselves, so not behind their segment either.
+            mask = None if causal else visible[:, None, None, :]
+        output_BHLD = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal
+        )
+        output_THD = output_BHLD.transpose(1, 2).flatten(0, 1)
+        outputs.append(output_THD if query_rows is None else output_THD.index_select(0, query_rows))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+# In the order of preference.
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments, bool], Tensor]] = {
+    "flash_attn_4": _flash_attn_4,
+    "flash_attn_2": _flash_attn_2,
+    "torch_varlen": _torch_varlen,
+    "xformers": _xformers,
+    "sdpa": _sdpa,
+}
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device; pinned where that lets the host go on."""
+    # Outside inference mode, whoever asks first: what is kept serves later backward passes.
+    with torch.inference_mode(False):
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _pad(x_THD: Tensor, rows_T: Tensor, count: int, length: int) -> Tensor:
+    """Spread packed tokens to [count, length, H, D], zeros between: what nobody may see must still be finite."""
+    padded = x_THD.new_zeros(count * length, *x_THD.shape[1:]).index_copy(0, rows_T, x_THD)
+    return padded.view(count, length, *x_THD.shape[1:])
+
+
+def _ends(lengths: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    return np.array([0, *itertools.accumulate(lengths)], dtype=np.int32)

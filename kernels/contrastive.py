@@ -1,17 +1,23 @@
-"""InfoNCE of many pairs of views at once, without a batch x batch matrix: torch reference.
+"""InfoNCE of many pairs of views at once, without keeping a batch x batch matrix: torch reference.
 
 A rank holds B rows of each of V row views, and all G columns of each of T column views. A pair (v, t) has the logits
 scale * rows[v] @ columns[t].T; row i's positive is column `first_row + i`. The loss is
 
     sum over pairs of weights[v, t] * mean over samples of (row cross-entropy + column cross-entropy) / 2.
 
-Three calls: `forward_partials` reduces this rank's logits to one number a row and two a column; the caller combines
-the columns' numbers of all ranks (`column_lse`); then `finish` gives the loss and `backward` the gradients, computing
-the logits again. Logits live one block at a time (Gao et al., "Scaling Deep Contrastive Learning Batch Size under
-Memory Limited Setup", section 3, is the same idea on one rank).
+Where this process holds all rows, `whole_batch` gives the loss and its gradients at once: a pair's gradient is formed
+in the place of its logits, so each pair costs two matrix products (three with column gradients).
+
+Otherwise three calls: `forward_partials` reduces this rank's logits to one number a row and two a column; the caller
+combines the columns' numbers of all ranks (`column_lse`); then `finish` gives the loss and `backward` the gradients,
+computing the logits again (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
+section 3, is the same idea on one rank).
+
+Scratch memory, beside statistics and results: at most SCRATCH_BLOCKS * BLOCK_ELEMENTS elements, whatever the batch.
 
 All arithmetic runs in float32 (float64 for float64 features): low-precision features are widened before the matmul,
-which is their exact product with float32 accumulation.
+which is their exact product with float32 accumulation. No exponential is taken less one maximum of a whole pair: at
+scale 100 its logits lie up to 200 apart, and a whole row or column would be 0 in float32, as exp(-104) is.
 """
 
 from collections.abc import Iterator
@@ -20,8 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Logits alive at a time: 16 MiB in float32, small beside activations and large enough to keep a GPU's matmul busy.
+# Elements of a block of logits: 16 MiB in float32, small beside activations and large enough for a GPU's matmul.
 BLOCK_ELEMENTS = 2**22
+# Blocks alive at a time: the softmax of rows and of columns, and then the next block's logits.
+SCRATCH_BLOCKS = 3
+# Logits of a pair from which `whole_batch` takes pairs one by one: with less, launching the operations is the cost.
+PAIR_ELEMENTS = 2**14
+# Elements of a pair that are multiplied by their factors at a time: the most that torch leaves to one CPU thread, as
+# waiting for the other threads after each small operation takes longer where the cores are shared.
+FACTOR_ELEMENTS = 2**15
 
 
 class Partials(NamedTuple):
@@ -60,7 +73,7 @@ def forward_partials(
     Raises ValueError on shapes that do not fit.
     """
     V, B, T, G = _check(rows, columns, scale, first_row)
-    dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
+    dtype = _arithmetic_dtype(rows, columns)
     columns_NE = columns.reshape(T * G, -1).to(dtype)
     row_lse = columns_NE.new_empty(V, T, B)
     positive = columns_NE.new_empty(V, T, B)
@@ -68,8 +81,8 @@ def forward_partials(
     column_sum = columns_NE.new_zeros(V, T, G)
     for views, samples in _blocks(V, B, T * G, block_elements):
         logits = _logits(rows[views, samples].to(dtype) * scale, columns_NE, T)
-        row_lse[views, :, samples] = logits.logsumexp(dim=3).transpose(1, 2)
         positive[views, :, samples] = _positives(logits, first_row + samples.start)
+        row_lse[views, :, samples] = logits.logsumexp(dim=3).transpose(1, 2)
         largest = torch.maximum(column_max[views], logits.amax(dim=1))
         rescaled = column_sum[views] * (column_max[views] - largest).exp_()
         column_sum[views] = rescaled.add_(logits.sub_(largest.unsqueeze(1)).exp_().sum(dim=1))
@@ -90,11 +103,9 @@ def finish(partials: Partials, column_lse_VTG: Tensor, weights: Tensor, *, first
 
     column_lse_VTG: [V, T, G] over all ranks' rows; weights: [V, T]. Returns [] float64.
     """
-    B, G = partials.row_lse.shape[2], column_lse_VTG.shape[2]
+    B = partials.row_lse.shape[2]
     own_columns_VTB = column_lse_VTG[:, :, first_row : first_row + B]
-    # Differences first: at scale 100 the terms are near 100 and the loss may be near 0.
-    terms_VTB = (partials.row_lse - partials.positive) + (own_columns_VTB - partials.positive)
-    return (terms_VTB.sum(dim=2, dtype=torch.float64) * weights).sum() * (0.5 / G)
+    return _loss(partials.row_lse, partials.positive, own_columns_VTB, weights) * (B / column_lse_VTG.shape[2])
 
 
 def backward(
@@ -130,10 +141,122 @@ def backward(
         by_rows[views, samples] = (slope_NN @ columns_NE).view_as(scaled_rows) * scale
         if by_columns_NE is not None:
             by_columns_NE.addmm_(slope_NN.T, scaled_rows.flatten(0, 1))
-    # Rows enter the loss only as scale * rows, so no further pass is needed: dL/dlog(scale) = <rows, dL/drows>.
-    by_log_scale = (rows.to(row_lse.dtype) * by_rows).sum(dtype=torch.float64)
     by_columns = None if by_columns_NE is None else by_columns_NE.view(T, G, -1)
-    return Gradients(by_rows, by_columns, by_log_scale)
+    return Gradients(by_rows, by_columns, _by_log_scale(rows, by_rows))
+
+
+def whole_batch(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    weights: Tensor,
+    *,
+    column_gradients: bool,
+    block_elements: int = BLOCK_ELEMENTS,
+    pair_elements: int = PAIR_ELEMENTS,
+) -> tuple[Tensor, Gradients]:
+    """Loss [] float64 and gradients where this process holds all rows.
+
+    rows: [V, B, E]; columns: [T, B, E]; scale, weights, column_gradients: as for `backward`. Pairs of pair_elements to
+    block_elements logits are taken one by one; smaller and larger ones by `forward_partials` and `backward`.
+    Raises ValueError on shapes that do not fit.
+    """
+    _, B, _, G = _check(rows, columns, scale, 0)
+    if B != G:
+        raise ValueError(f"rows {list(rows.shape)} must be all rows: as many as columns {list(columns.shape)}")
+    if pair_elements <= B**2 <= block_elements:
+        return _pair_by_pair(rows, columns, scale, weights, column_gradients)
+    partials = forward_partials(rows, columns, scale, first_row=0, block_elements=block_elements)
+    column_lse_VTG = column_lse(partials.column_max, partials.column_sum)
+    gradients = backward(
+        rows,
+        columns,
+        scale,
+        weights,
+        partials.row_lse,
+        column_lse_VTG,
+        first_row=0,
+        column_gradients=column_gradients,
+        block_elements=block_elements,
+    )
+    return finish(partials, column_lse_VTG, weights, first_row=0), gradients
+
+
+def _pair_by_pair(
+    rows: Tensor, columns: Tensor, scale: Tensor, weights: Tensor, column_gradients: bool
+) -> tuple[Tensor, Gradients]:
+    """`whole_batch` with every pair's gradient formed while its logits live, in their place."""
+    (V, B, _), T = rows.shape, columns.shape[0]
+    columns_TBE = columns.to(_arithmetic_dtype(rows, columns))
+    weights_VT = (weights * (0.5 / B)).to(columns_TBE.dtype)
+    row_lse, column_lse_VTG, positive = (columns_TBE.new_empty(V, T, B) for _ in range(3))
+    by_rows = columns_TBE.new_zeros(rows.shape)
+    by_columns = torch.zeros_like(columns_TBE) if column_gradients else None
+    # Two buffers for all pairs: on a CPU, fresh memory costs as much time as the exponentials.
+    block = columns_TBE.new_empty(B, B)
+    factors = columns_TBE.new_empty(max(1, FACTOR_ELEMENTS // B), B)
+    for v in range(V):
+        rows_BE = rows[v].to(columns_TBE.dtype)
+        for t in range(T):
+            torch.mm(rows_BE, columns_TBE[t].T, out=block)
+            positive[v, t] = block.diagonal() * scale
+            row_lse[v, t], column_lse_VTG[v, t] = _cosines_to_slope(block, scale, weights_VT[v, t], factors)
+            by_rows[v].addmm_(block, columns_TBE[t])
+            if by_columns is not None:
+                by_columns[t].addmm_(block.T, rows_BE)
+    del block, factors  # not needed at the last moment, where a view's products stand beside everything else
+    by_rows *= scale
+    if by_columns is not None:
+        by_columns *= scale
+    loss = _loss(row_lse, positive, column_lse_VTG, weights)
+    return loss, Gradients(by_rows, by_columns, _by_log_scale(rows, by_rows))
+
+
+def _cosines_to_slope(block: Tensor, scale: Tensor, weight: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn a pair's logits / scale [B, B] into weight * (softmax of rows + softmax of columns - 2 at the positives).
+
+    Returns the logsumexp of rows [B] and of columns [B]. factors: scratch [any, B].
+
+    Each logit is exponentiated once, less half its row's and half its column's maximum; less the row's alone, a whole
+    column could come out as 0 where logits lie 200 apart. Where |logit| <= scale, as with normalised features, the
+    exponents lie in scale * [-0.6, 0.4] at each row's and each column's maximum, nowhere above, and those of the two
+    factors in scale * [-0.7, 0.3]. Float32 holds exp(-87) to exp(88): at scale 100, the largest, a term that is
+    exp(-27) of its sum still counts.
+    """
+    margin = 0.2 * scale
+    row_shift, column_shift = (block.amax(dim=dim) * (0.5 * scale) - margin for dim in (1, 0))
+    row_factor, column_factor = row_shift.exp(), column_shift.exp()
+    block.mul_(scale).sub_(row_shift.unsqueeze(1)).sub_(column_shift).exp_()
+    row_sum, column_sum = block @ column_factor, row_factor @ block
+    over_row_sum, over_column_sum = weight / row_sum, weight / column_sum
+    for start in range(0, len(block), len(factors)):
+        part = slice(start, start + len(factors))
+        scratch = factors[: len(block) - start]
+        torch.mul(over_row_sum[part].unsqueeze(1), column_factor, out=scratch)
+        block[part].mul_(scratch.addcmul_(row_factor[part].unsqueeze(1), over_column_sum))
+    block.diagonal().sub_(2 * weight)
+    return row_shift + row_sum.log(), column_shift + column_sum.log()
+
+
+def _loss(row_lse_VTB: Tensor, positive_VTB: Tensor, column_lse_VTB: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean [] float64 over the samples of these rows and columns."""
+    # Differences first: at scale 100 the terms are near 100 and the loss may be near 0.
+    terms_VTB = (row_lse_VTB - positive_VTB) + (column_lse_VTB - positive_VTB)
+    return (terms_VTB.sum(dim=2, dtype=torch.float64) * weights).sum() * (0.5 / terms_VTB.shape[2])
+
+
+def _by_log_scale(rows: Tensor, by_rows: Tensor) -> Tensor:
+    """dL/dlog(scale) [] float64.
+
+    Rows enter the loss only as scale * rows, so it is <rows, dL/drows>; view by view, to hold no copy of all.
+    """
+    dots_VB = [torch.linalg.vecdot(row.to(slope.dtype), slope) for row, slope in zip(rows, by_rows, strict=True)]
+    return torch.stack(dots_VB).sum(dtype=torch.float64)
+
+
+def _arithmetic_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
+    """The features' widest dtype, float32 at least."""
+    return torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
 
 
 def _check(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> tuple[int, int, int, int]:

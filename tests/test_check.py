@@ -13,7 +13,7 @@ PLANTED = '''"""A planted error."""
 
 from cosmos_scale.kernels.attention import attention
 
-attention("queries", 1.0, None)
+attention("queries", 1.0, None, [7])
 '''
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos_scale.batch import Batch, Features, TeacherFeatures
+from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
 from cosmos_scale.config import (
     CaptionsConfig,
     DataConfig,
@@ -183,7 +183,8 @@ class Golden:
         vocabulary = self.model_config().text.vocab_size
         if captions.is_floating_point() or not 0 <= captions.min() <= captions.max() < vocabulary:
             raise UserError(f"{self.path}: step{step}.captions: ids must be integers from 0 to {vocabulary - 1}")
-        return Batch(global_crops, local_crops, captions, torch.arange(samples), torch.tensor(0))
+        lengths = caption_lengths(captions)
+        return Batch(global_crops, local_crops, captions, lengths, torch.arange(samples), torch.tensor(0))
 
     def global_captions(self) -> int:
         """Return how many captions the teacher sees."""

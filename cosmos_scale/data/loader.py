@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cosmos_scale.batch import Batch
+from cosmos_scale.batch import Batch, caption_lengths
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.decode import Views
@@ -217,10 +217,12 @@ class _Steps(Dataset[_Loaded]):
             texts.append(captions)
         # Captions first, samples second: [K, B, L].
         ids_NL = self._tokenizer([captions[k] for k in range(config.data.captions.count) for captions in texts])
+        ids_KBL = ids_NL.view(config.data.captions.count, size, -1)
         return Batch(
             global_crops,
             local_crops,
-            ids_NL.view(config.data.captions.count, size, -1),
+            ids_KBL,
+            caption_lengths(ids_KBL),
             torch.tensor(samples),
             torch.tensor(substituted),
         )

@@ -11,6 +11,7 @@ Both are two-sided over the GLOBAL batch. Rows stay on the rank that made them: 
 for distill. Columns are gathered: the global image views for clip, teacher features (without gradient) for distill.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +36,16 @@ class LossOutput(NamedTuple):
     distill: Tensor
     finite: Tensor
     gradients: Features
+
+
+class _Problem(NamedTuple):
+    """One of the two losses as the kernel sees it: rows of this rank, gathered columns, weighted pairs."""
+
+    rows: Tensor
+    columns: Tensor
+    scale: Tensor
+    weights: Tensor
+    column_gradients: bool
 
 
 class CosmosLoss:
@@ -78,15 +89,43 @@ class CosmosLoss:
             column_gradients=False,
         )
         problems = (clip, distill)
+        (clip_share, by_clip), (distill_share, by_distill) = (
+            self._across_ranks(problems, first_row) if self.ranks.size > 1 else [_alone(p) for p in problems]
+        )
+        non_finite = _count_non_finite(features, teacher)
+        shares = [clip_share, distill_share, by_clip.log_scale, by_distill.log_scale, non_finite]
+        clip_loss, distill_loss, by_logit_scale, by_distill_scale, non_finite = self.ranks.add(torch.stack(shares))
+
+        assert by_clip.columns is not None
+        by_image = torch.zeros_like(features.image, dtype=by_clip.columns.dtype)  # local crops enter no pair of clip
+        by_image[:V_global] = self.ranks.scatter_column_gradients(by_clip.columns)
+        for by_features in (by_image, by_clip.rows, by_distill.rows):
+            by_features *= self.feature_factor
+        V = features.image_crossmodal.shape[0]
+        scalars = torch.stack([clip_loss, distill_loss, by_logit_scale, by_distill_scale]).float()
+        return LossOutput(
+            total=(clip_loss + distill_loss).float(),
+            clip=clip_loss.float(),
+            distill=distill_loss.float(),
+            finite=scalars.isfinite().all() & (non_finite == 0),
+            gradients=Features(
+                image=by_image,
+                text=by_clip.rows,
+                image_crossmodal=by_distill.rows[:V],
+                text_crossmodal=by_distill.rows[V:],
+                logit_scale=by_logit_scale.to(by_clip.rows.dtype).view(1),
+                distill_logit_scale=by_distill_scale.to(by_distill.rows.dtype).view(1),
+            ),
+        )
+
+    def _across_ranks(self, problems: Sequence[_Problem], first_row: int) -> list[tuple[Tensor, contrastive.Gradients]]:
+        """This rank's share of each loss and of its gradients, by the columns' statistics of all ranks."""
         partials = [contrastive.forward_partials(p.rows, p.columns, p.scale, first_row=first_row) for p in problems]
         statistics = self.ranks.combine_columns([p.column_max for p in partials], [p.column_sum for p in partials])
-        column_lses = [contrastive.column_lse(maximum, total) for maximum, total in statistics]
-        shares = [
-            contrastive.finish(partial, column_lse, problem.weights, first_row=first_row)
-            for problem, partial, column_lse in zip(problems, partials, column_lses, strict=True)
-        ]
-        by_clip, by_distill = (
-            contrastive.backward(
+        results = []
+        for problem, partial, (column_max, column_sum) in zip(problems, partials, statistics, strict=True):
+            column_lse = contrastive.column_lse(column_max, column_sum)
+            gradients = contrastive.backward(
                 problem.rows,
                 problem.columns,
                 problem.scale,
@@ -96,40 +135,15 @@ class CosmosLoss:
                 first_row=first_row,
                 column_gradients=problem.column_gradients,
             )
-            for problem, partial, column_lse in zip(problems, partials, column_lses, strict=True)
-        )
-        shares += [by_clip.log_scale, by_distill.log_scale, _count_non_finite(features, teacher)]
-        clip_loss, distill_loss, by_logit_scale, by_distill_scale, non_finite = self.ranks.add(torch.stack(shares))
-
-        assert by_clip.columns is not None
-        by_image = torch.zeros_like(features.image, dtype=by_clip.columns.dtype)  # local crops enter no pair of clip
-        by_image[:V_global] = self.ranks.scatter_column_gradients(by_clip.columns)
-        V = features.image_crossmodal.shape[0]
-        scalars = torch.stack([clip_loss, distill_loss, by_logit_scale, by_distill_scale]).float()
-        return LossOutput(
-            total=(clip_loss + distill_loss).float(),
-            clip=clip_loss.float(),
-            distill=distill_loss.float(),
-            finite=scalars.isfinite().all() & (non_finite == 0),
-            gradients=Features(
-                image=by_image * self.feature_factor,
-                text=by_clip.rows * self.feature_factor,
-                image_crossmodal=by_distill.rows[:V] * self.feature_factor,
-                text_crossmodal=by_distill.rows[V:] * self.feature_factor,
-                logit_scale=by_logit_scale.to(by_clip.rows.dtype).view(1),
-                distill_logit_scale=by_distill_scale.to(by_distill.rows.dtype).view(1),
-            ),
-        )
+            results.append((contrastive.finish(partial, column_lse, problem.weights, first_row=first_row), gradients))
+        return results
 
 
-class _Problem(NamedTuple):
-    """One of the two losses as the kernel sees it: rows of this rank, gathered columns, weighted pairs."""
-
-    rows: Tensor
-    columns: Tensor
-    scale: Tensor
-    weights: Tensor
-    column_gradients: bool
+def _alone(problem: _Problem) -> tuple[Tensor, contrastive.Gradients]:
+    """A loss and its gradients where no other rank has a part in it."""
+    return contrastive.whole_batch(
+        problem.rows, problem.columns, problem.scale, problem.weights, column_gradients=problem.column_gradients
+    )
 
 
 def _check(features: Features, teacher: TeacherFeatures) -> None:

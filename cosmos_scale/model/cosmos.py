@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cosmos_scale.batch import Batch, Features, TeacherFeatures
+from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
 from cosmos_scale.config import ModelConfig
 from cosmos_scale.model.cross_modal import AttentionPooler
-from cosmos_scale.model.text import TextTower, end_of_text
+from cosmos_scale.model.text import TextTower
 from cosmos_scale.model.transformer import Linear, empty_parameter
 from cosmos_scale.model.vision import VisionTower
 
@@ -30,7 +30,7 @@ class CosmosModel(TextTower):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.text, config.embed_dim)
-        self.mask_padding = config.text_padding == "mask"
+        self.attend_to_padding = config.text_padding == "attend"
         self.visual = VisionTower(config.vision, config.embed_dim, config.pooler_heads)
         self.image_token_mapping = Linear(config.vision.width, config.embed_dim)
         self.text_token_mapping = Linear(config.text.width, config.embed_dim)
@@ -58,16 +58,18 @@ class CosmosModel(TextTower):
         raw pooled feature.
         """
         samples = batch.captions.shape[1]
-        image_BE, patches_BLD = self.visual(batch.global_crops.flatten(0, 1), tokens_of=samples)
-        if batch.local_crops.shape[0]:
-            local_BE, _ = self.visual(batch.local_crops.flatten(0, 1))
-            image_BE = torch.cat([image_BE, local_BE])
-        text_BE, words_BLD = self.pool_text(batch.captions.flatten(0, 1), tokens_of=samples)
+        image_BE, patches_TD = self.visual(_by_resolution(batch.global_crops, batch.local_crops), tokens_of=samples)
+        text_BE, words_TD, word_counts = self.pool_text(
+            batch.captions.flatten(0, 1),
+            batch.caption_lengths.flatten(),
+            tokens_of=samples,
+            keep_padding=self.attend_to_padding,
+        )
         image_VBE, text_KBE = image_BE.unflatten(0, (-1, samples)), text_BE.unflatten(0, (-1, samples))
 
-        word_mask = _text_mask(batch.captions[0]) if self.mask_padding else None
-        from_text_VBE = self.text_attn_cross_pool(image_VBE, self.text_token_mapping(words_BLD), word_mask)
-        from_image_KBE = self.visual.attn_cross_pool(text_KBE, self.image_token_mapping(patches_BLD))
+        patch_counts = [patches_TD.shape[0] // samples] * samples
+        from_text_VBE = self.text_attn_cross_pool(image_VBE, self.text_token_mapping(words_TD), word_counts)
+        from_image_KBE = self.visual.attn_cross_pool(text_KBE, self.image_token_mapping(patches_TD), patch_counts)
         return Features(
             image=normalise(image_VBE),
             text=normalise(text_KBE),
@@ -82,17 +84,23 @@ class CosmosModel(TextTower):
         samples = batch.captions.shape[1]
         with torch.no_grad():
             image_BE = self.encode_image(batch.global_crops.flatten(0, 1))
-            text_BE = self.encode_text(batch.captions[:n_global].flatten(0, 1))
+            captions_BL, lengths_B = batch.captions[:n_global].flatten(0, 1), batch.caption_lengths[:n_global].flatten()
+            text_BE = self.encode_text(captions_BL, lengths_B)
         return TeacherFeatures(image_BE.unflatten(0, (-1, samples)), text_BE.unflatten(0, (-1, samples)))
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
         """Return the normalised features [B, E] of images [B, 3, H, W] of one size."""
-        pooled_BE, _ = self.visual(images_BCHW)
+        pooled_BE, _ = self.visual([images_BCHW])
         return normalise(pooled_BE)
 
-    def encode_text(self, ids_BL: Tensor) -> Tensor:
-        """Return the normalised features [B, E] of captions, given as token ids [B, L]."""
-        pooled_BE, _ = self.pool_text(ids_BL)
+    def encode_text(self, ids_BL: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Return the normalised features [B, E] of captions, given as token ids [B, L].
+
+        lengths: [B] int64 on the CPU, see `caption_lengths`; where None they are found, which waits for the device.
+        """
+        if lengths_B is None:
+            lengths_B = caption_lengths(ids_BL).cpu()
+        pooled_BE, _, _ = self.pool_text(ids_BL, lengths_B)
         return normalise(pooled_BE)
 
 
@@ -107,9 +115,9 @@ def normalise(features: Tensor) -> Tensor:
     return functional.normalize(features.to(dtype), dim=-1).to(features.dtype)
 
 
-def _text_mask(ids_BL: Tensor) -> Tensor:
-    """Return True up to EOT. Ids cannot tell: padding is 0, which is an ordinary token too."""
-    return torch.arange(ids_BL.shape[1], device=ids_BL.device) <= end_of_text(ids_BL)[:, None]
+def _by_resolution(global_crops: Tensor, local_crops: Tensor) -> list[Tensor]:
+    """Flatten views and samples into one batch a resolution; there may be no local crops."""
+    return [crops.flatten(0, 1) for crops in (global_crops, local_crops) if crops.shape[0]]
 
 
 def _scales_to_scalars(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """The cross-modality head: features of one modality gather from the tokens of the other."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from cosmos_scale.kernels.attention import Segments
 from cosmos_scale.model.transformer import Attention, LayerNorm
 
 
@@ -21,12 +24,14 @@ class AttentionPooler(nn.Module):
         self.ln_k.init_weights()
         self.attn.init_uniform(generator)
 
-    def forward(self, queries_VBE: Tensor, tokens_BLE: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+    def forward(self, queries_VBE: Tensor, tokens_TE: Tensor, lengths: Sequence[int]) -> Tensor:
         """Pool a sample's tokens once for each of its views; returns [V, B, E].
 
-        queries: [V, B, E] pooled features, not normalised. tokens: [B, L, E], mapped to the embedding width; their keys
-        and values are projected once for all V queries. mask: [B, L] bool, True where a token may be seen.
+        queries: [V, B, E] pooled features, not normalised. tokens: [T, E], all samples' one after the other, mapped to
+        the embedding width; their keys and values are projected once for all V queries. lengths: each sample's tokens.
         """
+        views, samples = queries_VBE.shape[:2]
         queries_BVE = self.ln_q(queries_VBE).transpose(0, 1)
-        pooled_BVE: Tensor = self.attn(queries_BVE, self.ln_k(tokens_BLE), mask=mask_BL)
-        return pooled_BVE.transpose(0, 1)
+        segments = Segments([views] * samples, lengths)
+        pooled_TE: Tensor = self.attn(queries_BVE.flatten(0, 1), segments, self.ln_k(tokens_TE))
+        return pooled_TE.view(samples, views, -1).transpose(0, 1)

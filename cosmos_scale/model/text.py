@@ -2,14 +2,11 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cosmos_scale.config import TextConfig
+from cosmos_scale.model.packing import pack_captions
 from cosmos_scale.model.transformer import Embedding, LayerNorm, Transformer, empty_parameter, normal_, uniform_
-
-
-def end_of_text(ids_BL: Tensor) -> Tensor:
-    """Return the position of EOT, the largest id, in every row: [B] int64."""
-    return ids_BL.argmax(dim=-1)
 
 
 class TextTower(nn.Module):
@@ -46,15 +43,19 @@ class TextTower(nn.Module):
         self.ln_final.init_weights()
         normal_(self.text_projection, width**-0.5, generator)
 
-    def pool_text(self, ids_BL: Tensor, tokens_of: int = 0) -> tuple[Tensor, Tensor]:
-        """Encode captions.
+    def pool_text(
+        self, ids_BL: Tensor, lengths_B: Tensor, tokens_of: int = 0, keep_padding: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Encode captions, cut at their EOT: the causal mask keeps what lies behind from everything before it.
 
-        ids: [B, L] integers; L at most the context length; padding is an ordinary token, and the causal mask keeps it
-        from everything before it. Returns the pooled features [B, E], not normalised, and the tokens after ln_final of
-        the first `tokens_of` captions, padding included: [tokens_of, L, D]. Tokens are normed only where asked for.
+        ids: [B, L] integers; L at most the context length. lengths: [B] int64 on the CPU, see `caption_lengths`.
+        Returns the pooled features [B, E], not normalised; the tokens after ln_final of the first `tokens_of` captions,
+        one after the other, [T, D]; and how many tokens each of these has: L where `keep_padding`, else its length.
         """
-        x_BLD = self.token_embedding(ids_BL) + self.positional_embedding[: ids_BL.shape[1]]
-        x_BLD = self.transformer(x_BLD, causal=True)
-        rows = torch.arange(x_BLD.shape[0], device=x_BLD.device)
-        pooled_BE = self.ln_final(x_BLD[rows, end_of_text(ids_BL)]) @ self.text_projection
-        return pooled_BE, self.ln_final(x_BLD[:tokens_of])
+        samples, context = ids_BL.shape
+        layout = pack_captions(lengths_B, context, ids_BL.device, tokens_of, keep_padding)
+        ids_T = ids_BL.flatten().index_select(0, layout.ids)
+        x_TD = self.token_embedding(ids_T) + functional.embedding(layout.places, self.positional_embedding)
+        x_RD = self.ln_final(self.transformer(x_TD, layout.segments, layout.read, causal=True))
+        ends_BD, tokens_TD = x_RD.split([samples, x_RD.shape[0] - samples])
+        return ends_BD @ self.text_projection, tokens_TD, layout.read_lengths

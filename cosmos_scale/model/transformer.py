@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cosmos_scale.kernels.attention import attention
+from cosmos_scale.kernels.attention import Segments, attention
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -93,27 +93,34 @@ class Attention(nn.Module):
         self.init_biases()
 
     def forward(
-        self, queries_BLD: Tensor, tokens_BSD: Tensor | None = None, *, causal: bool = False, mask: Tensor | None = None
+        self,
+        queries_TD: Tensor,
+        segments: Segments,
+        tokens_SD: Tensor | None = None,
+        *,
+        causal: bool = False,
+        read: Tensor | None = None,
     ) -> Tensor:
-        """Attend from queries to tokens, or to the queries themselves where there are none; returns [B, L, D].
+        """Attend from queries to tokens of the same segment, or to the queries themselves where there are none.
 
-        queries: [B, L, D]. tokens: [B, S, D]. mask: [B, S] bool, True where a token may be seen.
+        queries: [T, D]. tokens: [S, D]. read: [R] int64, the queries whose result is wanted; all, where None.
+        Returns [R, D].
         """
-        if tokens_BSD is None:
-            qkv = functional.linear(queries_BLD, self.in_proj_weight, self.in_proj_bias)
+        if tokens_SD is None:
+            qkv = functional.linear(queries_TD, self.in_proj_weight, self.in_proj_bias)
             q, k, v = self._split_heads(qkv, 3)
         else:
-            width = queries_BLD.shape[-1]
+            width = queries_TD.shape[-1]
             weight, bias = self.in_proj_weight, self.in_proj_bias
-            (q,) = self._split_heads(functional.linear(queries_BLD, weight[:width], bias[:width]), 1)
-            k, v = self._split_heads(functional.linear(tokens_BSD, weight[width:], bias[width:]), 2)
-        output_BLHD = attention(q, k, v, causal=causal, key_mask_BS=mask)
-        output: Tensor = self.out_proj(output_BLHD.flatten(2))
+            (q,) = self._split_heads(functional.linear(queries_TD, weight[:width], bias[:width]), 1)
+            k, v = self._split_heads(functional.linear(tokens_SD, weight[width:], bias[width:]), 2)
+        attended_TD = attention(q, k, v, segments, causal).flatten(1)
+        output: Tensor = self.out_proj(_rows(attended_TD, read))
         return output
 
     def _split_heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """Cut [B, L, parts D] into `parts` of [B, L, H, D / H]."""
-        return tuple(stacked.unflatten(-1, (parts, self.heads, -1)).unbind(2))
+        """Cut [T, parts D] into `parts` of [T, H, D / H]."""
+        return tuple(stacked.unflatten(-1, (parts, self.heads, -1)).unbind(1))
 
 
 class Mlp(nn.Module):
@@ -124,9 +131,9 @@ class Mlp(nn.Module):
         self.c_fc = Linear(width, 4 * width)
         self.c_proj = Linear(4 * width, width)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return [B, L, D]."""
-        output: Tensor = self.c_proj(functional.gelu(self.c_fc(x_BLD)))
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return [T, D]."""
+        output: Tensor = self.c_proj(functional.gelu(self.c_fc(x_TD)))
         return output
 
 
@@ -140,10 +147,10 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(width)
         self.mlp = Mlp(width)
 
-    def forward(self, x_BLD: Tensor, causal: bool) -> Tensor:
-        """Return [B, L, D]."""
-        x_BLD = x_BLD + self.attn(self.ln_1(x_BLD), causal=causal)
-        output: Tensor = x_BLD + self.mlp(self.ln_2(x_BLD))
+    def forward(self, x_TD: Tensor, segments: Segments, causal: bool, read: Tensor | None = None) -> Tensor:
+        """Return the tokens `read` ([R] int64; None: all of them): [R, D]."""
+        x_RD = _rows(x_TD, read) + self.attn(self.ln_1(x_TD), segments, causal=causal, read=read)
+        output: Tensor = x_RD + self.mlp(self.ln_2(x_RD))
         return output
 
 
@@ -158,8 +165,17 @@ class Transformer(nn.Module):
         """Return the blocks, typed."""
         return [block for block in self.resblocks if isinstance(block, Block)]
 
-    def forward(self, x_BLD: Tensor, causal: bool = False) -> Tensor:
-        """Return [B, L, D]."""
-        for block in self.resblocks:
-            x_BLD = block(x_BLD, causal)
-        return x_BLD
+    def forward(self, x_TD: Tensor, segments: Segments, read: Tensor, causal: bool = False) -> Tensor:
+        """Run all views' tokens [T, D] through each block once; returns the tokens `read`: [R, D].
+
+        Tokens that nobody reads only serve as keys and values in the last block, which leaves out the rest of them.
+        """
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x_TD = block(x_TD, segments, causal)
+        output: Tensor = last(x_TD, segments, causal, read)
+        return output
+
+
+def _rows(x_TD: Tensor, read: Tensor | None) -> Tensor:
+    return x_TD if read is None else x_TD.index_select(0, read)

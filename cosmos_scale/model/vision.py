@@ -1,5 +1,6 @@
 """The image tower: a vision transformer that takes crops of any size."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional
 
 from cosmos_scale.config import VisionConfig
 from cosmos_scale.model.cross_modal import AttentionPooler
+from cosmos_scale.model.packing import pack_crops
 from cosmos_scale.model.transformer import LayerNorm, Transformer, empty_parameter, normal_, uniform_
 
 
@@ -18,13 +20,23 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.weight = empty_parameter(width, 3, patch_size, patch_size)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return one token per whole patch, row by row: [B, rows x columns, D]; pixels past the last one are unused."""
+    def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
+        """Embed crops, one tensor [B, 3, H, W] a resolution, as one token per whole patch, row by row.
+
+        Returns [B, rows x columns, D] for each resolution; pixels past the last whole patch are unused.
+        """
+        patches = [self._cut(images_BCHW) for images_BCHW in crops]
+        tokens_TD = functional.linear(torch.cat([cut.flatten(0, 1) for cut in patches]), self.weight.flatten(1))
+        split = tokens_TD.split([cut.shape[0] * cut.shape[1] for cut in patches])
+        return [tokens.unflatten(0, cut.shape[:2]) for tokens, cut in zip(split, patches, strict=True)]
+
+    def _cut(self, images_BCHW: Tensor) -> Tensor:
+        """Return the pixels of each whole patch: [B, rows x columns, 3 size size]."""
         size = self.weight.shape[-1]
         rows, columns = images_BCHW.shape[2] // size, images_BCHW.shape[3] // size
         whole = images_BCHW[:, :, : rows * size, : columns * size]
-        patches = whole.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
-        return functional.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1))
+        patches: Tensor = whole.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
+        return patches.flatten(3).flatten(1, 2)
 
 
 class VisionTower(nn.Module):
@@ -59,21 +71,25 @@ class VisionTower(nn.Module):
         self.ln_post.init_weights()
         self.attn_cross_pool.init_weights(generator)
 
-    def forward(self, images_BCHW: Tensor, tokens_of: int = 0) -> tuple[Tensor, Tensor]:
-        """Encode crops of one size.
+    def forward(self, crops: Sequence[Tensor], tokens_of: int = 0) -> tuple[Tensor, Tensor]:
+        """Encode crops of one or several resolutions, all of them in one pass.
 
-        images: [B, 3, H, W], normalised; cast to the parameters' dtype. Returns the pooled features [B, E], not
-        normalised, and the patch tokens after ln_post, without the class token, of the first `tokens_of` images:
-        [tokens_of, L, D]. Tokens are normed only where they are asked for.
+        crops: one tensor [B, 3, H, W], normalised, a resolution; cast to the parameters' dtype. Returns the pooled
+        features [sum of B, E], not normalised, and the patch tokens after ln_post, without the class token, of the
+        first `tokens_of` crops, one after the other: [tokens_of x patches, D].
         """
-        images_BCHW = images_BCHW.to(self.proj.dtype)
-        patches_BLD = self.conv1(images_BCHW)
-        class_B1D = self.class_embedding.expand(patches_BLD.shape[0], 1, -1)
-        positions_LD = self._positions(images_BCHW.shape[2], images_BCHW.shape[3])
-        x_BLD = self.ln_pre(torch.cat([class_B1D, patches_BLD], dim=1) + positions_LD)
-        x_BLD = self.transformer(x_BLD)
-        pooled_BE = self.ln_post(x_BLD[:, 0]) @ self.proj
-        return pooled_BE, self.ln_post(x_BLD[:tokens_of, 1:])
+        embedded = self.conv1([images_BCHW.to(self.proj.dtype) for images_BCHW in crops])
+        views = []
+        for images_BCHW, patches_BLD in zip(crops, embedded, strict=True):
+            class_B1D = self.class_embedding.expand(patches_BLD.shape[0], 1, -1)
+            positions_LD = self._positions(images_BCHW.shape[2], images_BCHW.shape[3])
+            views.append(torch.cat([class_B1D, patches_BLD], dim=1) + positions_LD)
+        x_TD = self.ln_pre(torch.cat([view_BLD.flatten(0, 1) for view_BLD in views]))
+        layout = pack_crops(tuple((view.shape[0], view.shape[1]) for view in views), tokens_of, x_TD.device)
+        x_RD = self.ln_post(self.transformer(x_TD, layout.segments, layout.read))
+        count = len(layout.segments.queries)
+        class_BD, patches_TD = x_RD.split([count, x_RD.shape[0] - count])
+        return class_BD @ self.proj, patches_TD
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Return the position table for crops of height x width pixels: [1 + rows x columns, D]."""

@@ -23,7 +23,7 @@ from cosmos_scale.data.loader import TrainLoader, default_workers
 from cosmos_scale.data.sample import SampleKey
 from cosmos_scale.data.shards import scan_shard
 from cosmos_scale.errors import UserError
-from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, tiny_config, write_shard, write_shards
 
 
@@ -54,10 +54,10 @@ def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
         seen = []
         for batch in take(make(shards, config), 5 * epoch, 5):
             assert [tuple(tensor.shape) for tensor in batch] == [
-                (2, 4, 3, 16, 16), (1, 4, 3, 8, 8), (3, 4, 16), (4,), (),
+                (2, 4, 3, 16, 16), (1, 4, 3, 8, 8), (3, 4, 16), (3, 4), (4,), (),
             ]  # fmt: skip
             assert [tensor.dtype for tensor in batch] == [
-                torch.float32, torch.float32, torch.int32, torch.int64, torch.int64,
+                torch.float32, torch.float32, torch.int32, torch.int64, torch.int64, torch.int64,
             ]  # fmt: skip
             assert batch.substituted.item() == 0
             for b, number in enumerate(batch.sample_ids.tolist()):
@@ -67,6 +67,8 @@ def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
                 assert torch.equal(batch.global_crops[:, b], views.global_crops)
                 assert torch.equal(batch.local_crops[:, b], views.local_crops)
                 assert torch.equal(batch.captions[:, b], tokenizer(texts))
+                ends = [ids.index(END_OF_TEXT) + 1 for ids in tokenizer(texts).tolist()]
+                assert batch.caption_lengths[:, b].tolist() == ends
                 assert index.locate(number).entry.key == f"{number:06d}"
                 seen.append(number)
         assert len(set(seen)) == 20
@@ -93,7 +95,7 @@ def test_the_global_batch_is_the_same_at_every_world_size(shards: Path, last_bat
         for step, expected in enumerate(whole):
             parts = [rank[step] for rank in ranks]
             assert torch.equal(torch.cat([part.sample_ids for part in parts]), expected.sample_ids)
-            for field, dim in (("global_crops", 1), ("local_crops", 1), ("captions", 1)):
+            for field, dim in (("global_crops", 1), ("local_crops", 1), ("captions", 1), ("caption_lengths", 1)):
                 joined = torch.cat([getattr(part, field) for part in parts], dim)
                 assert torch.equal(joined, getattr(expected, field)), field
 

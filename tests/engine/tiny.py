@@ -45,6 +45,7 @@ def tiny_batch(step: int) -> Batch:
         torch.randn(2, GLOBAL_BATCH, 3, 32, 32, generator=generator),
         torch.randn(6, GLOBAL_BATCH, 3, 16, 16, generator=generator),
         captions,
+        ends + 1,
         torch.arange(GLOBAL_BATCH),
         torch.tensor(0),
     )
@@ -56,6 +57,7 @@ def rank_share(batch: Batch, rank: int, world_size: int) -> Batch:
         batch.global_crops.chunk(world_size, dim=1)[rank],
         batch.local_crops.chunk(world_size, dim=1)[rank],
         batch.captions.chunk(world_size, dim=1)[rank],
+        batch.caption_lengths.chunk(world_size, dim=1)[rank],
         batch.sample_ids.chunk(world_size)[rank],
         batch.substituted,
     )

@@ -1,4 +1,7 @@
-"""The multi-pair InfoNCE kernel against autograd of the plain formula in float64."""
+"""The multi-pair InfoNCE kernel against autograd of the plain formula in float64.
+
+Two ways lead to every answer: statistics, then gradients, as several ranks need; and all at once, as one rank can.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.allocation import peak_bytes
 from cosmos_scale.kernels import contrastive
 
 # Float64 against float64: the same sums in another order.
@@ -92,6 +96,29 @@ def _by_kernel(problem: Problem, *, ranks: int = 1, block_elements: int = contra
     )
 
 
+def _at_once(problem: Problem, *, block_elements: int = contrastive.BLOCK_ELEMENTS, pair_elements: int = 1) -> Answer:
+    """The kernel's answer where one rank holds all rows; pair by pair, however small a pair is."""
+    loss, gradients = contrastive.whole_batch(
+        problem.rows,
+        problem.columns,
+        problem.log_scale.exp(),
+        problem.weights,
+        column_gradients=True,
+        block_elements=block_elements,
+        pair_elements=pair_elements,
+    )
+    assert gradients.columns is not None
+    return Answer(loss, gradients.rows, gradients.columns, gradients.log_scale)
+
+
+WAYS: dict[str, Callable[[Problem], Answer]] = {"statistics first": _by_kernel, "at once": _at_once}
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+
+
+def _float32(problem: Problem) -> Problem:
+    return Problem(*(tensor.float() for tensor in problem))
+
+
 def _assert_close(answer: Answer, expected: Answer, tolerance: float) -> None:
     for name, actual, wanted in zip(Answer._fields, answer, expected, strict=True):
         assert actual.shape == wanted.shape, name
@@ -109,6 +136,35 @@ def test_matches_autograd_in_float64(V: int, T: int, G: int, ranks: int, block_e
     _assert_close(_by_kernel(problem, ranks=ranks, block_elements=block_elements), _oracle(problem), FLOAT64_TOLERANCE)
 
 
+# One pair at a time; factors that do not divide the batch; pairs too small or too large to be taken one by one.
+@pytest.mark.parametrize("factor_elements", [contrastive.FACTOR_ELEMENTS, 3 * 10, 1])
+@pytest.mark.parametrize(("block_elements", "pair_elements"), [(10**6, 1), (10**6, 10**6), (30, 1)])
+@pytest.mark.parametrize(("V", "T", "G"), [(5, 3, 10), (1, 1, 7), (3, 2, 4)])
+def test_all_at_once_matches_autograd_in_float64(
+    V: int,
+    T: int,
+    G: int,
+    block_elements: int,
+    pair_elements: int,
+    factor_elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(contrastive, "FACTOR_ELEMENTS", factor_elements)
+    problem = _problem(V, T, G, 16)
+    answer = _at_once(problem, block_elements=block_elements, pair_elements=pair_elements)
+    _assert_close(answer, _oracle(problem), FLOAT64_TOLERANCE)
+
+
+def test_a_single_sample_has_neither_loss_nor_gradient() -> None:
+    # Softmaxes over one logit are 1 up to rounding, 2e-16; then come factors below 20.
+    assert all(part.abs().max() <= 1e-14 for part in _at_once(_problem(2, 4, 1, 16)))
+
+
+def test_float32_all_at_once_stays_close_to_float64() -> None:
+    problem = _problem(8, 4, 33, 64)
+    _assert_close(_at_once(_float32(problem)), _oracle(problem), FLOAT32_TOLERANCE)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_float32_stays_close_to_float64(ranks: int) -> None:
     problem = _problem(8, 4, 33, 64)
@@ -119,17 +175,19 @@ def test_float32_stays_close_to_float64(ranks: int) -> None:
     )
 
 
+@each_way
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_features_keep_float32_logits(dtype: torch.dtype) -> None:
+def test_low_precision_features_keep_float32_logits(dtype: torch.dtype, way: Callable[[Problem], Answer]) -> None:
     problem = _problem(3, 2, 12, 64)
     rounded = problem._replace(rows=problem.rows.to(dtype), columns=problem.columns.to(dtype))
-    answer = _by_kernel(rounded._replace(log_scale=problem.log_scale.float()), block_elements=100)
+    answer = way(rounded._replace(log_scale=problem.log_scale.float()))
     assert answer.rows.dtype == answer.columns.dtype == torch.float32
     # The oracle sees the rounded features, so bfloat16 logits (rounding 4e-3) would be far outside.
     _assert_close(answer, _oracle(rounded), FLOAT32_TOLERANCE)
 
 
-def test_small_loss_at_the_largest_scale_keeps_its_digits() -> None:
+@each_way
+def test_small_loss_at_the_largest_scale_keeps_its_digits(way: Callable[[Problem], Answer]) -> None:
     # Features that share most of their direction: every logit is near 90, and the loss is their small differences.
     problem = _problem(8, 4, 64, 64, scale=100.0)
     common = 3 * F.normalize(torch.ones(64, dtype=torch.float64), dim=0)
@@ -138,20 +196,53 @@ def test_small_loss_at_the_largest_scale_keeps_its_digits() -> None:
     problem = problem._replace(rows=rows, columns=columns)
     expected = _oracle(problem)
     assert 0.01 < expected.loss < 1.0
-    answer = _by_kernel(Problem(*(tensor.float() for tensor in problem)))
+    answer = way(_float32(problem))
     # One rounding of a logit near 90 is up to 4e-6; over 64 samples they average to less, times the sum of weights.
     assert (answer.loss - expected.loss).abs() <= 1e-6 * problem.weights.sum(), (answer.loss, expected.loss)
 
 
-def test_distant_columns_neither_overflow_nor_vanish() -> None:
-    # Column 0 is opposite to all rows: its logits are all near -100, whose plain exponentials are 0 in float32.
+# Logits near 100 round to 4e-6, and so do the softmaxes. With three and three, near samples alone decide: features that
+# differ by a tenth, so that gradients are as small beside the terms they are sums of.
+@each_way
+@pytest.mark.parametrize(("distant_rows", "distant_columns", "tolerance"), [(0, 1, 2e-5), (1, 0, 2e-5), (3, 3, 2e-4)])
+def test_distant_samples_neither_overflow_nor_vanish(
+    distant_rows: int, distant_columns: int, tolerance: float, way: Callable[[Problem], Answer]
+) -> None:
+    # All point one way but the distant ones, which point the opposite way: all of their logits, or all with the others,
+    # are near -100, so that their exponentials are 0 in float32 less the others' maximum.
+    noise = _problem(1, 1, 6, 8)
+    rows, columns = (
+        F.normalize(torch.ones(1, 6, 8, dtype=torch.float64) + 0.1 * part, dim=-1)
+        for part in (noise.rows, noise.columns)
+    )
+    rows[:, :distant_rows] *= -1
+    columns[:, :distant_columns] *= -1
+    problem = Problem(rows, columns, torch.tensor(100.0, dtype=torch.float64).log(), torch.ones(1, 1))
+    _assert_close(way(_float32(problem)), _oracle(problem), tolerance)
+
+
+def test_distant_columns_survive_the_exchange_between_ranks() -> None:
     rows = F.normalize(torch.ones(1, 4, 8, dtype=torch.float64) + 0.01 * _problem(1, 1, 4, 8).rows, dim=-1)
     columns = rows.clone()
     columns[:, 0] *= -1
     problem = Problem(rows, columns, torch.tensor(100.0, dtype=torch.float64).log(), torch.ones(1, 1))
-    answer = _by_kernel(Problem(*(tensor.float() for tensor in problem)), ranks=2)
     # Logits near -100 round to 4e-6; the column's softmax sees differences of a few hundredths.
-    _assert_close(answer, _oracle(problem), 2e-5)
+    _assert_close(_by_kernel(_float32(problem), ranks=2), _oracle(problem), 2e-5)
+
+
+def test_random_features_at_the_largest_scale_match_float64_both_ways() -> None:
+    # In 8 dimensions 64 random directions lie from nearly equal to nearly opposite: logits from -100 to 100.
+    generator = torch.Generator().manual_seed(1)
+    rows, columns = (
+        F.normalize(torch.randn(n, 64, 8, generator=generator, dtype=torch.float64), dim=-1) for n in (3, 2)
+    )
+    problem = Problem(rows, columns, torch.tensor(100.0, dtype=torch.float64).log(), torch.ones(3, 2))
+    expected = _oracle(problem)
+    for name, way in WAYS.items():
+        answer = way(_float32(problem))
+        assert answer.rows.isfinite().all(), name
+        # A logit near 100 rounds to 4e-6, and so does a softmax.
+        _assert_close(answer, expected, 1e-5)
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -183,9 +274,31 @@ def test_no_tensor_outgrows_a_block() -> None:
     assert max(block, problem.columns.numel()) < logits_of_a_pair
 
 
+# Pair by pair (two buffers); in blocks. A whole pair of the largest would be 1 GiB.
+@pytest.mark.parametrize("samples", [512, 2048, 4096, pytest.param(16_384, marks=pytest.mark.slow)])
+def test_memory_is_linear_in_the_batch(samples: int) -> None:
+    V, T, E = 2, 1, 8
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (F.normalize(torch.randn(n, samples, E, generator=generator), dim=-1) for n in (V, T))
+    peak = peak_bytes(
+        lambda: contrastive.whole_batch(rows, columns, torch.tensor(14.0), torch.ones(V, T), column_gradients=True)
+    )
+    scratch = contrastive.SCRATCH_BLOCKS * min(contrastive.BLOCK_ELEMENTS, samples**2)
+    # Results are as large as the features, a block's scaled rows and their slopes at most; statistics are 8 numbers at
+    # most a sample and pair, in float32 or half as many in float64.
+    linear = samples * (2 * (V + T) * E + 8 * V * T)
+    assert samples**2 * 4 < peak or samples > 2048, "the peak has missed the logits"
+    assert peak <= (scratch + linear) * 4
+
+
 def test_columns_without_gradient_cost_none() -> None:
     problem = _problem(2, 3, 5, 8)
     scale = problem.log_scale.exp()
+    _, at_once = contrastive.whole_batch(
+        problem.rows, problem.columns, scale, problem.weights, column_gradients=False, pair_elements=1
+    )
+    assert at_once.columns is None
+    torch.testing.assert_close(at_once.rows, _oracle(problem).rows, rtol=0, atol=FLOAT64_TOLERANCE)
     part = contrastive.forward_partials(problem.rows, problem.columns, scale, first_row=0)
     lse = contrastive.column_lse(part.column_max, part.column_sum)
     gradients = contrastive.backward(
@@ -217,3 +330,10 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         contrastive.forward_partials(torch.ones(rows), torch.ones(columns), torch.ones(scale), first_row=first_row)
+
+
+def test_a_share_of_the_rows_is_no_whole_batch() -> None:
+    with pytest.raises(ValueError, match=r"rows \[2, 4, 8\] must be all rows: as many as columns \[3, 6, 8\]"):
+        contrastive.whole_batch(
+            torch.ones(2, 4, 8), torch.ones(3, 6, 8), torch.tensor(1.0), torch.ones(2, 3), column_gradients=False
+        )

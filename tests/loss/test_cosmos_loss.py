@@ -15,6 +15,7 @@ COUNTS = {
     "published": Counts(V=8, K=8, V_global=2, K_global=2, E=32, G=6),
     "uneven": Counts(V=5, K=3, V_global=3, K_global=1, E=16, G=7),
     "one of each": Counts(V=1, K=1, V_global=1, K_global=1, E=8, G=5),
+    "pairs large enough to be taken one by one": Counts(V=3, K=2, V_global=2, K_global=1, E=32, G=130),
     "captions as many as global": Counts(V=2, K=2, V_global=1, K_global=2, E=8, G=9),
 }
 

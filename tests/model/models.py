@@ -44,6 +44,7 @@ def random_batch(samples: int, *, views: tuple[int, int] = (2, 3), captions: int
         torch.randn(views[0], samples, 3, 24, 24, generator=generator),
         torch.randn(views[1], samples, 3, 16, 16, generator=generator),
         ids,
+        ends[..., 0] + 1,
         torch.arange(samples),
         torch.tensor(0),
     )

@@ -6,14 +6,19 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cosmos_scale.batch import Batch
 from cosmos_scale.config import ModelConfig, VisionConfig
 from cosmos_scale.model.cosmos import CosmosModel, normalise, parameter_decays
 from tests.model.models import SMALL, initialised, random_batch
 
 # float64 throughout; only the order of summation differs.
 TOLERANCE = 1e-12
+
+
+def with_captions(batch: Batch, captions: Tensor) -> Batch:
+    return batch._replace(captions=captions, caption_lengths=captions.argmax(-1) + 1)
 
 
 def meta_model(patch_size: int) -> CosmosModel:
@@ -154,7 +159,10 @@ def test_samples_do_not_see_each_other() -> None:
     model, batch = initialised(SMALL).double(), random_batch(3)
     together = model(batch)
     one = batch._replace(
-        global_crops=batch.global_crops[:, 1:2], local_crops=batch.local_crops[:, 1:2], captions=batch.captions[:, 1:2]
+        global_crops=batch.global_crops[:, 1:2],
+        local_crops=batch.local_crops[:, 1:2],
+        captions=batch.captions[:, 1:2],
+        caption_lengths=batch.caption_lengths[:, 1:2],
     )
     for ours, alone in zip(together[:4], model(one)[:4], strict=True):
         torch.testing.assert_close(ours[:, 1:2], alone, rtol=0, atol=TOLERANCE)
@@ -174,9 +182,9 @@ def test_teacher_features_are_the_towers_of_the_global_views() -> None:
 def test_poolers_read_the_first_global_crop_and_the_first_caption_only() -> None:
     model, batch = initialised(SMALL).double(), random_batch(2)
     before = model(batch)
-    later_text = model(batch._replace(captions=torch.cat([batch.captions[:1], batch.captions[1:].flip(1)])))
+    later_text = model(with_captions(batch, torch.cat([batch.captions[:1], batch.captions[1:].flip(1)])))
     torch.testing.assert_close(later_text.image_crossmodal, before.image_crossmodal, rtol=0, atol=TOLERANCE)
-    first_text = model(batch._replace(captions=torch.cat([batch.captions[:1].flip(1), batch.captions[1:]])))
+    first_text = model(with_captions(batch, torch.cat([batch.captions[:1].flip(1), batch.captions[1:]])))
     assert (first_text.image_crossmodal - before.image_crossmodal).abs().amax(-1).min() > 1e-6
     later_image = model(batch._replace(global_crops=torch.stack([batch.global_crops[0], -batch.global_crops[1]])))
     torch.testing.assert_close(later_image.text_crossmodal, before.text_crossmodal, rtol=0, atol=TOLERANCE)
@@ -196,6 +204,7 @@ def test_masked_padding_equals_each_sample_cut_at_its_own_end() -> None:
             global_crops=batch.global_crops[:, sample : sample + 1],
             local_crops=batch.local_crops[:, sample : sample + 1],
             captions=batch.captions[:1, sample : sample + 1, : end + 1],
+            caption_lengths=batch.caption_lengths[:1, sample : sample + 1],
         )
         expected = attending(cut).image_crossmodal[:, 0]
         torch.testing.assert_close(features.image_crossmodal[:, sample], expected, rtol=0, atol=TOLERANCE)

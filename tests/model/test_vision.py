@@ -44,9 +44,9 @@ def small_tower(image_size: int, patch_size: int = 4) -> VisionTower:
 def positions(tower: VisionTower, height: int, width: int) -> Tensor:
     """Read the positions off the input of ln_pre, for black images and a class token of 0."""
     seen: list[Tensor] = []
-    handle = tower.ln_pre.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+    handle = tower.ln_pre.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     torch.nn.init.zeros_(tower.class_embedding)
-    tower(torch.zeros(1, 3, height, width))
+    tower([torch.zeros(1, 3, height, width)])
     handle.remove()
     return seen[0]
 
@@ -93,8 +93,8 @@ def test_a_matrix_first_asked_for_in_inference_mode_serves_training() -> None:
     interpolation_matrix.cache_clear()
     tower = small_tower(16)
     with torch.inference_mode():
-        tower(torch.zeros(1, 3, 8, 8))
-    pooled, _ = tower(torch.zeros(1, 3, 8, 8))
+        tower([torch.zeros(1, 3, 8, 8)])
+    pooled, _ = tower([torch.zeros(1, 3, 8, 8)])
     pooled.sum().backward()
     assert tower.positional_embedding.grad is not None
 
@@ -106,14 +106,26 @@ def test_patches_equal_the_convolution(height: int, width: int) -> None:
     torch.nn.init.normal_(embedding.weight, generator=generator)
     images = torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64)
     expected = functional.conv2d(images, embedding.weight, stride=7).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(embedding(images), expected, rtol=0, atol=TOLERANCE)
+    smaller, ours = embedding([images[..., :7, :7], images])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(smaller, expected[:, :1], rtol=0, atol=TOLERANCE)
 
 
 def test_tokens_are_those_of_the_first_images_without_the_class_token() -> None:
     tower = small_tower(16)
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    pooled, tokens = tower(images, tokens_of=2)
-    alone, all_tokens = tower(images[1:2], tokens_of=1)
-    assert (pooled.shape, tokens.shape) == ((3, 8), (2, 16, 16))
+    pooled, tokens = tower([images], tokens_of=2)
+    alone, all_tokens = tower([images[1:2]], tokens_of=1)
+    assert (pooled.shape, tokens.shape) == ((3, 8), (2 * 16, 16))
     torch.testing.assert_close(pooled[1:2], alone, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(tokens[1:2], all_tokens, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(tokens[16:], all_tokens, rtol=0, atol=TOLERANCE)
+
+
+def test_crops_of_several_sizes_in_one_pass_equal_each_size_alone() -> None:
+    tower = small_tower(16)
+    generator = torch.Generator().manual_seed(0)
+    crops = [torch.randn(count, 3, side, side, generator=generator) for count, side in ((2, 16), (3, 8), (1, 12))]
+    pooled, tokens = tower(crops, tokens_of=2)
+    assert tokens.shape == (2 * 16, 16)
+    alone = torch.cat([tower([images])[0] for images in crops])
+    torch.testing.assert_close(pooled, alone, rtol=0, atol=TOLERANCE)

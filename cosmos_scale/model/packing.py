@@ -1,0 +1,88 @@
+"""Packed layouts: how the tokens of all views of a tower lie behind one another, and which of them are read.
+
+The tower's blocks see one [T, D] matrix. Layouts are made on the host, by numpy, from lengths that it knows: nothing
+waits for the device.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cosmos_scale.kernels.attention import Segments, to_device
+
+Integers = npt.NDArray[np.int64]
+
+
+class CropLayout(NamedTuple):
+    """Packed crops: each its class token and then its patches, resolution by resolution.
+
+    read: [R] int64, the tokens that somebody reads: the class tokens of all crops, then the patches of the first ones.
+    """
+
+    segments: Segments
+    read: Tensor
+
+
+class CaptionLayout(NamedTuple):
+    """Packed captions, the longest first, so that neighbours are about equally long.
+
+    ids: [T] int64, each packed token's place among the flattened [B, L] ids; places: [T] int64, its place in its
+    caption. read: [R] int64, the tokens that somebody reads: the EOT of each caption, in the captions' own order, then
+    all tokens kept of the first ones, whose lengths are `read_lengths`.
+    """
+
+    segments: Segments
+    ids: Tensor
+    places: Tensor
+    read: Tensor
+    read_lengths: tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def pack_crops(crops: tuple[tuple[int, int], ...], tokens_of: int, device: torch.device) -> CropLayout:
+    """Lay out crops given as (how many, tokens of each) per resolution; patches are read of the first `tokens_of`."""
+    lengths = np.repeat([length for _, length in crops], [count for count, _ in crops])
+    starts = lengths.cumsum() - lengths
+    patches = starts[:tokens_of, None] + np.arange(1, crops[0][1])
+    return CropLayout(Segments(lengths.tolist()), to_device(np.concatenate([starts, patches.ravel()]), device))
+
+
+def pack_captions(
+    lengths_B: Tensor, context: int, device: torch.device, tokens_of: int = 0, keep_padding: bool = False
+) -> CaptionLayout:
+    """Lay out captions cut at their EOT.
+
+    lengths: [B] int64 on the CPU, tokens up to and including EOT. context: L of the ids. Tokens are read of the first
+    `tokens_of` captions, which keep their padding where `keep_padding`. Raises ValueError for lengths that ids of
+    L tokens cannot have, which would read another caption's tokens.
+    """
+    lengths = lengths_B.numpy()  # refuses a tensor on a device, where reading would wait
+    if lengths.min() < 1 or lengths.max() > context:
+        raise ValueError(f"caption lengths must be from 1 to {context}, not {lengths.tolist()}")
+    kept = lengths.copy()
+    if keep_padding:
+        kept[:tokens_of] = context
+    order = np.argsort(-kept, kind="stable")
+    sizes = kept[order]
+    starts = sizes.cumsum() - sizes
+    places = _ranges(np.zeros_like(sizes), sizes)
+    starts_B = np.empty_like(starts)
+    starts_B[order] = starts
+    tokens = _ranges(starts_B[:tokens_of], kept[:tokens_of])
+    return CaptionLayout(
+        segments=Segments(sizes.tolist()),
+        ids=to_device(_ranges(order * context, sizes), device),
+        places=to_device(places, device),
+        read=to_device(np.concatenate([starts_B + lengths - 1, tokens]), device),
+        read_lengths=tuple(kept[:tokens_of].tolist()),
+    )
+
+
+def _ranges(starts: Integers, sizes: Integers) -> Integers:
+    """Join start, start + 1, ... of each size into one array."""
+    ends = sizes.cumsum()
+    return np.arange(sizes.sum()) + np.repeat(starts - (ends - sizes), sizes)
