@@ -52,8 +52,6 @@ def start_ranks(device: str) -> Ranks:
     use_cuda = device != "cpu" and torch.cuda.is_available()
     # DeepSpeed probes for an accelerator otherwise and warns when it finds none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
-    # It warns on machines with a CUDA toolkit and no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # DeepSpeed still calls it by its old name.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
     use_own_environment()

@@ -1,5 +1,6 @@
 """DeepSpeed's one-time build of its shared-memory communication for ranks on CPUs."""
 
+import logging
 import os
 import shutil
 import sys
@@ -36,6 +37,8 @@ def use_own_environment() -> None:
     Its programs (ninja, deepspeed) come first on PATH, and extensions are built into it: DeepSpeed's build depends on
     the place of its sources, so environments that share torch's usual cache rebuild it in turn.
     """
+    # It warns on machines with a CUDA toolkit and no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     folder = str(Path(sys.executable).parent)
     folders = os.environ.get("PATH", "").split(os.pathsep)
     if folder not in folders:
