@@ -1,6 +1,7 @@
 """Training: build everything, loop, done. `cosmos-scale train`, or `deepspeed --module cosmos_scale.train`."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             explain(config, arguments.world_size)
             return 0
         ranks = start_ranks(config.device)
+        if ranks.is_main:  # what the package tells of its choices, attention's back end for one
+            logging.basicConfig(stream=sys.stdout, format="%(message)s")
+            logging.getLogger("cosmos_scale").setLevel(logging.INFO)
         with StopRequest(config.train.max_minutes) as stop:
             train(config, ranks, stop)
     except UserError as error:

@@ -151,7 +151,9 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, h
         return backend
     reasons = {name: obstacle(name, device, dtype, head_size) for name in BACKENDS}
     chosen = next(name for name, reason in reasons.items() if not reason)
-    others = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    # Off CUDA the others' obstacle goes without saying.
+    passed_over = reasons.items() if device.type == "cuda" else ()
+    others = "; ".join(f"{name}: {reason}" for name, reason in passed_over if reason)
     logger.info(
         "attention on %s in %s, heads of %d: %s%s", device, dtype, head_size, chosen, f" ({others})" if others else ""
     )

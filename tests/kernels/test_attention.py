@@ -3,7 +3,7 @@
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,6 +153,16 @@ def test_lengths_and_shapes_that_do_not_fit_are_refused() -> None:
         attention(q, k, k, Segments([2]))
 
 
+@pytest.fixture(autouse=True)
+def no_stand_in_stays() -> Iterator[None]:
+    """Leave imported packages as they were: a stand-in for flash-attn would break the import of xformers."""
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "flash_attn"}
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
 def test_auto_takes_sdpa_on_a_cpu_and_logs_it_once(caplog: pytest.LogCaptureFixture) -> None:
     choose_backend.cache_clear()
     q = torch.zeros(2, 1, 8)
@@ -160,7 +170,7 @@ def test_auto_takes_sdpa_on_a_cpu_and_logs_it_once(caplog: pytest.LogCaptureFixt
         for _ in range(3):
             attention(q, q, q, Segments([2]))
     assert len(caplog.messages) == 1
-    assert "heads of 8: sdpa (flash_attn_4: it needs a CUDA device, not cpu" in caplog.messages[0]
+    assert caplog.messages[0].endswith("heads of 8: sdpa")
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
