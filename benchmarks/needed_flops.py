@@ -14,13 +14,13 @@ Not counted: recomputation, padding, norms, softmaxes, GELUs, biases, embeddings
 update, which are no products or are not needed as such.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import ModelConfig, RunConfig
 
-FORWARD, WITH_BACKWARD, ONE_FACTOR_DATA = 1, 3, 2
+WITH_BACKWARD, ONE_FACTOR_DATA = 3, 2
 
 
 class Tokens(NamedTuple):
@@ -32,25 +32,31 @@ class Tokens(NamedTuple):
 
 def step_flops(batch: Batch, config: RunConfig) -> int:
     """Return the operations of one step of student, teacher and loss on one rank."""
+    return student_flops(batch, config) + teacher_flops(batch, config) + loss_flops(batch, config)
+
+
+def student_flops(batch: Batch, config: RunConfig) -> int:
+    """Return the operations of the student's forward and backward."""
     model = config.model
     crops, captions = student_tokens(batch, config)
-    samples = batch.captions.shape[1]
-    student = tower(crops, model.vision.width, model.vision.layers, causal=False)
-    student += tower(captions, model.text.width, model.text.layers, causal=True)
-    student += heads(crops, captions, samples, model)
-    student += projections(len(crops), len(captions), model)
+    forward = towers(crops, captions, model) + heads(crops, captions, batch.captions.shape[1], model)
+    return WITH_BACKWARD * forward + ONE_FACTOR_DATA * pixels(crops, model)
 
-    teacher_crops, teacher_captions = teacher_tokens(batch, config)
-    teacher = tower(teacher_crops, model.vision.width, model.vision.layers, causal=False)
-    teacher += tower(teacher_captions, model.text.width, model.text.layers, causal=True)
-    teacher += projections(len(teacher_crops), len(teacher_captions), model) + pixels(teacher_crops, model)
 
-    product = 2 * samples * samples * model.embed_dim
-    student_views = (len(crops) + len(captions)) // samples
-    teacher_views = (len(teacher_crops) + len(teacher_captions)) // samples
-    clip = WITH_BACKWARD * batch.global_crops.shape[0] * batch.captions.shape[0] * product
-    distill = ONE_FACTOR_DATA * student_views * teacher_views * product
-    return WITH_BACKWARD * student + ONE_FACTOR_DATA * pixels(crops, model) + FORWARD * teacher + clip + distill
+def teacher_flops(batch: Batch, config: RunConfig) -> int:
+    """Return the operations of the teacher's forward."""
+    crops, captions = teacher_tokens(batch, config)
+    return towers(crops, captions, config.model) + pixels(crops, config.model)
+
+
+def loss_flops(batch: Batch, config: RunConfig) -> int:
+    """Return the operations of both losses and their gradients."""
+    text_views, samples = batch.captions.shape[:2]
+    global_views = batch.global_crops.shape[0]
+    student_views = global_views + batch.local_crops.shape[0] + text_views
+    teacher_views = global_views + config.data.captions.global_count
+    clip, distill = global_views * text_views, student_views * teacher_views
+    return (WITH_BACKWARD * clip + ONE_FACTOR_DATA * distill) * 2 * samples * samples * config.model.embed_dim
 
 
 def student_tokens(batch: Batch, config: RunConfig) -> tuple[list[Tokens], list[Tokens]]:
@@ -78,19 +84,27 @@ def teacher_tokens(batch: Batch, config: RunConfig) -> tuple[list[Tokens], list[
     return [Tokens(crop.length, 1) for crop in crops[:views]], [Tokens(length, 1) for length in lengths]
 
 
-def tower(segments: Iterable[Tokens], width: int, layers: int, *, causal: bool) -> int:
-    """Return the operations of the blocks' forward: 12 D^2 weights for a token, and two products of attention."""
+def towers(crops: Sequence[Tokens], captions: Sequence[Tokens], model: ModelConfig) -> int:
+    """Return the operations of both towers' forward, from embedded tokens to pooled features."""
+    vision, text = model.vision, model.text
+    blocks_flops = blocks(crops, vision.width, vision.layers, causal=False)
+    blocks_flops += blocks(captions, text.width, text.layers, causal=True)
+    return blocks_flops + 2 * model.embed_dim * (len(crops) * vision.width + len(captions) * text.width)
+
+
+def blocks(segments: Sequence[Tokens], width: int, layers: int, *, causal: bool) -> int:
+    """Return the operations of a tower's blocks: 12 D^2 weights a token and block, and two products of attention."""
     total = 0
     for length, read in segments:
         pairs = length * (length + 1) // 2 if causal else length * length
-        # Of a caption whose EOT alone is read, the query sees all tokens that are kept.
+        # A token that alone is read is the last one under the causal mask: it sees all.
         last_pairs = pairs if read == length else read * length
         weights = (layers - 1) * 12 * length + 2 * length + 10 * read
         total += 2 * width * width * weights + 4 * width * ((layers - 1) * pairs + last_pairs)
     return total
 
 
-def heads(crops: list[Tokens], captions: list[Tokens], samples: int, model: ModelConfig) -> int:
+def heads(crops: Sequence[Tokens], captions: Sequence[Tokens], samples: int, model: ModelConfig) -> int:
     """Return the operations of token mappings' and poolers' forward."""
     width, total = model.embed_dim, 0
     towers = (
@@ -105,12 +119,7 @@ def heads(crops: list[Tokens], captions: list[Tokens], samples: int, model: Mode
     return total
 
 
-def projections(crops: int, captions: int, model: ModelConfig) -> int:
-    """Return the operations of projecting pooled features to the embedding."""
-    return 2 * model.embed_dim * (crops * model.vision.width + captions * model.text.width)
-
-
-def pixels(crops: Iterable[Tokens], model: ModelConfig) -> int:
+def pixels(crops: Sequence[Tokens], model: ModelConfig) -> int:
     """Return the operations of embedding patches."""
     patches = sum(crop.length - 1 for crop in crops)
     return 2 * patches * 3 * model.vision.patch_size**2 * model.vision.width

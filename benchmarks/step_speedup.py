@@ -71,9 +71,13 @@ CASES = {
 MEASURED = ("vitb32", "vitb16")  # what runs where no model is named
 
 
-def case_config(case: Case) -> RunConfig:
-    """Return the run of a case, with a schedule of any length: shards, which would tell it, are not read."""
-    return load_config(CONFIGS / case.file, [*case.overrides, "precision=fp32", "train.schedule_steps=100000"])
+def case_config(case: Case, zero_stage: int = 0) -> RunConfig:
+    """Return the run of a case, with a schedule of any length: shards, which would tell it, are not read.
+
+    zero_stage: stage 1 in one process shards nothing, and holds a second copy of the weights for it.
+    """
+    changes = ("precision=fp32", "train.schedule_steps=100000", f"zero.stage={zero_stage}")
+    return load_config(CONFIGS / case.file, [*case.overrides, *changes])
 
 
 def random_batch(config: RunConfig, seed: int) -> Batch:
@@ -123,6 +127,10 @@ class TrainerStep:
         """Train on a batch and return its losses."""
         output = train_step(self.student, self.teacher, self.loss, batch, lr=lr, momentum=momentum)
         return Losses(output.total.item(), output.clip.item(), output.distill.item())
+
+    def close(self) -> None:
+        """Free the engine, which otherwise keeps itself alive."""
+        self.student.engine.destroy()
 
 
 def initial_weights(config: RunConfig) -> dict[str, Tensor]:
@@ -217,31 +225,31 @@ def peak_memory(config: RunConfig, build: Callable[[], Side]) -> int:
     In the first step the optimizer makes its moments, so only the second has all there is.
     """
 
-    def run() -> Side:
+    def run() -> None:
         side = build()
         for inputs in step_inputs(config, 2):
             side(*inputs)
-        return side
+        if isinstance(side, TrainerStep):
+            side.close()
 
     peak = peak_bytes(run)
-    gc.collect()  # DeepSpeed's engine refers to itself
+    gc.collect()
     return peak
 
 
-def figures(name: str, steps: int | None, ranks: Ranks) -> list[Figure]:
+def figures(name: str, steps: int | None, zero_stage: int, ranks: Ranks) -> list[Figure]:
     """Measure one of the CASES."""
     case = CASES[name]
-    config = case_config(case)
+    config = case_config(case, zero_stage)
     weights = initial_weights(config)
     peaks = [
         peak_memory(config, lambda: TrainerStep(config, weights, ranks)),
         peak_memory(config, lambda: restated_step(config, weights)),
     ]
-    sides: dict[str, Side] = {
-        "trainer": TrainerStep(config, weights, ranks),
-        "restatement": restated_step(config, weights),
-    }
+    trainer = TrainerStep(config, weights, ranks)
+    sides: dict[str, Side] = {"trainer": trainer, "restatement": restated_step(config, weights)}
     result = race(config, sides, steps or case.steps, case.title)
+    trainer.close()
 
     setting = f"{case.title}, float32, ZeRO-{config.zero.stage}, one process"
     gigabytes = " over ".join(f"{peak / 2**30:.2f}" for peak in peaks)
@@ -286,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=[*CASES, "all"], default="all", help=f"default: all ({' '.join(MEASURED)})")
     parser.add_argument("--steps", type=int, metavar="N", help=f"measured steps; default: {defaults}")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch; default: all cores, or OMP_NUM_THREADS")
+    parser.add_argument("--zero-stage", type=int, choices=(0, 1), default=0, help="of the trainer; default: 0")
     arguments = parser.parse_args(argv)
     for option in ("steps", "threads"):
         value = getattr(arguments, option)
@@ -296,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     names = list(MEASURED) if arguments.model == "all" else [arguments.model]
     try:
-        results = [figure for name in names for figure in figures(name, arguments.steps, ranks)]
+        results = [figure for name in names for figure in figures(name, arguments.steps, arguments.zero_stage, ranks)]
     except LossesDifferError as error:
         print(error, file=sys.stderr)
         return 1

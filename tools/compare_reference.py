@@ -192,12 +192,14 @@ def compare(reference: Reference, name: str, samples: int | None, steps: int | N
         case = case._replace(title=title, overrides=(*case.overrides, f"train.global_batch={samples}"))
     config = case_config(case)
     weights = initial_weights(config)
+    trainer = TrainerStep(config, weights, start_ranks("cpu"))
     sides: dict[str, Side] = {
         "public": ReferenceStep(reference, config, weights),
         "restatement": restated_step(config, weights),
-        "trainer": TrainerStep(config, weights, start_ranks("cpu")),
+        "trainer": trainer,
     }
     result = race(config, sides, steps or case.steps, case.title)
+    trainer.close()
     setting = f"{case.title}, float32; {spread(result, 'public')} of the public step"
     return [
         Figure(
