@@ -15,6 +15,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.zero.stage,
+            # Elements; the buffer that gradients are copied into is so large. The default, 5e8, takes 2 GB in fp32.
+            "reduce_bucket_size": 50_000_000,
             # Ours is read by the device alone; DeepSpeed's, which clipping needs, is read by the host in fp32.
             "compute_grad_norm": config.zero.stage == 0 or config.optimizer.clip_norm is not None,
         },
