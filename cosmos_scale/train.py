@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"cosmos-scale train: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output (head, a pager) has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 141
     except KeyboardInterrupt:
         print("cosmos-scale train: interrupted", file=sys.stderr)
         return 130

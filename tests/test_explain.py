@@ -1,6 +1,8 @@
 """Every shipped config through the dry run, and the published runs' numbers in it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,10 @@ def test_without_shards_and_data_samples_the_missing_shards_are_named(tmp_path: 
     path.write_text("data: {sources: [{name: mine, shards: nowhere}]}\n")
     with pytest.raises(UserError, match="mine"):
         explain(load_config(path), 1)
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(repository: Path) -> None:
+    command = f"{sys.executable} -m cosmos_scale.train --dry-run configs/run/cc3m_vitb16.yaml | head -c 1"
+    finished = subprocess.run(["sh", "-c", command], cwd=repository, capture_output=True, text=True, timeout=120)
+    assert len(finished.stdout) == 1
+    assert finished.stderr == ""
