@@ -14,12 +14,12 @@ from cosmos_scale.errors import UserError
 class StopRequest:
     """Why this process wants the run to stop at the next step boundary: a signal or the time limit.
 
-    A context: inside it SIGTERM and SIGINT only ask to stop; a second SIGINT interrupts at once.
+    A context: inside it SIGTERM and SIGINT only ask to stop; another SIGINT, over a second later, interrupts at once.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
         self._deadline = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
-        self._signalled = False
+        self._signalled: float | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -32,14 +32,17 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+        # Programs that wrap this one pass on the Ctrl-C that a terminal sends to all: two at once are one wish.
+        elif number == signal.SIGINT and now - self._signalled > 1.0:
             raise KeyboardInterrupt
-        self._signalled = True
 
     @property
     def wanted(self) -> bool:
         """Whether this process wants to stop."""
-        return self._signalled or (self._deadline is not None and time.monotonic() > self._deadline)
+        return self._signalled is not None or (self._deadline is not None and time.monotonic() > self._deadline)
 
 
 class Lookahead:

@@ -98,7 +98,8 @@ class Student:
     @property
     def updates(self) -> int:
         """How many AdamW updates were done, for the bias correction; reading waits for the last one."""
-        return int(self.optimizer.state[self.placements[0].master]["step"])
+        # Any master's: a rank's own may be all padding.
+        return int(self.optimizer.state[self.optimizer.param_groups[0]["params"][0]]["step"])
 
     @updates.setter
     def updates(self, count: int) -> None:

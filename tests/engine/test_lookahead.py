@@ -1,5 +1,6 @@
 """Batches fetched ahead: the time waited for them, and ranks that hear of each other's failures."""
 
+import signal
 import time
 from collections.abc import Iterator
 
@@ -65,6 +66,19 @@ def stops_on_one_rank(rank: int, world_size: int) -> list[bool]:
 
 def test_all_ranks_stop_where_one_wants_to() -> None:
     assert run_ranks(stops_on_one_rank, 2) == [[True], [True]]
+
+
+def test_two_interrupts_at_once_stop_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with StopRequest(None) as stop:
+        before = stop.wanted
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert (before, stop.wanted) == (False, True)
+        clock[0] = 2.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def peer_leaves(rank: int, world_size: int) -> bool:
