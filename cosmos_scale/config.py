@@ -219,7 +219,16 @@ class EmaConfig(Section):
 class ZeroConfig(Section):
     """How DeepSpeed shards the student's and the teacher's states."""
 
-    stage: Literal[0, 1] = 1
+    stage: Literal[0, 1, 2, 3] = Field(
+        1, description="shards the fp32 states from 1 on, gradients from 2 on, weights at 3"
+    )
+    offload: bool = Field(
+        False, description="keep masters, moments and average in the host's memory and update them there"
+    )
+
+    def _check_rules(self) -> None:
+        if self.offload and self.stage == 0:
+            refuse("offload", self.offload, "needs stage 1, 2 or 3: DeepSpeed offloads shards", ["stage"])
 
 
 class TrainConfig(Section):

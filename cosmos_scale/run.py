@@ -98,9 +98,13 @@ class Run:
     def evaluate(self, student: Student, teacher: Teacher) -> dict[str, RetrievalResult]:
         """Retrieval of student and teacher on the held-out pairs, the work shared by all ranks; collective."""
         assert self.retrieval is not None
-        models = {"student": student.model, "teacher": teacher.model}
-        results, error = self.retrieval.run(models, gather_rows)
-        raise_together(self.ranks, error)
+        results: dict[str, RetrievalResult] = {}
+        for name, measured in (("student", student), ("teacher", teacher)):
+            with measured.whole_model() as model:
+                result, error = self.retrieval.run(model, gather_rows)
+            raise_together(self.ranks, error)
+            assert result is not None
+            results[name] = result
         return results
 
     def _restore(self, student: Student, checkpoint: Path) -> None:

@@ -18,10 +18,11 @@ SCALES_GROUP = 2  # of the optimizer's groups
 class AdamWEma(torch.optim.Optimizer):
     """AdamW whose state also holds the fp32 moving average of each parameter (key "ema").
 
-    DeepSpeed replaces the parameters of the groups by the fp32 tensors it owns (at stage 1 one flat shard a group), so
-    the average is sharded as the masters are and its update issues no collective. A group with "clamp" keeps its
+    DeepSpeed replaces the parameters of the groups by the fp32 tensors it owns (from stage 1 on flat shards), so the
+    average is sharded as the masters are and its update issues no collective. A group with "clamp" keeps its
     parameters in that range after each update, on the masters, before DeepSpeed copies them out.
-    `begin_step` says what the next `step` does; DeepSpeed calls `step` once, or once for each group.
+    `adopt` takes over those tensors. `begin_step` says what the next `step` does; DeepSpeed calls `step` once, or at
+    stage 3, where groups are empty at other times, once for each shard.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class AdamWEma(torch.optim.Optimizer):
         self.betas = betas
         self.eps = eps
         self.order = order
+        self.shards: list[list[Tensor]] = []
         self._momentum = 1.0
         self._skip: Tensor | None = None
 
@@ -44,16 +46,25 @@ class AdamWEma(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = lr
         self._momentum = momentum
-        self._skip = skip
+        # Offloaded states lie on the CPU: then the host waits for the flag, as it does for the gradients.
+        self._skip = skip.to(self.shards[0][0].device)
 
-    def initialise(self, parameter: Tensor) -> dict[str, Any]:
-        """Give a parameter its zero moments and an average equal to it; returns its state."""
-        state: dict[str, Any] = self.state[parameter]
-        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-        state["ema"] = parameter.detach().clone()
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        return state
+    def adopt(self, shards: list[list[Tensor]]) -> None:
+        """Take over the fp32 tensors of each group, with zero moments and averages equal to the tensors."""
+        self.shards = shards
+        for shard in (shard for group in shards for shard in group):
+            state = self.state[shard]
+            state["exp_avg"] = torch.zeros_like(shard, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(shard, requires_grad=False)
+            state["ema"] = shard.detach().clone()
+            state["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
+
+    @property
+    def updates(self) -> Tensor:
+        """[] float32 on the states' device: the AdamW updates done."""
+        # Any shard's: a rank's own may be all padding.
+        done: Tensor = self.state[self.shards[0][0]]["step"]
+        return done
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -63,6 +74,8 @@ class AdamWEma(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             parameters = group["params"]
+            if not parameters:  # at stage 3 its turn comes in another call
+                continue
             gradients = [
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters
             ]
@@ -82,22 +95,21 @@ class AdamWEma(torch.optim.Optimizer):
                 average_first=self.order == "before_step",
                 skip=self._skip,
             )
-            self._clamp(group)
+            self._clamp(group, parameters)
 
     @torch.no_grad()
     def advance_without_update(self) -> None:
         """Move averages and clamp where the loss scaler dropped the update: only the AdamW update is lost."""
         assert self._skip is not None, "begin_step comes first"
-        for group in self.param_groups:
-            parameters = [parameter.detach() for parameter in group["params"]]
-            averages = [self.state[parameter]["ema"] for parameter in group["params"]]
-            adamw_ema.average_(averages, parameters, self._momentum, self._skip)
-            self._clamp(group)
+        for group, shards in zip(self.param_groups, self.shards, strict=True):
+            averages = [self.state[shard]["ema"] for shard in shards]
+            adamw_ema.average_(averages, [shard.detach() for shard in shards], self._momentum, self._skip)
+            self._clamp(group, shards)
 
-    def _clamp(self, group: dict[str, Any]) -> None:
+    def _clamp(self, group: dict[str, Any], shards: list[Tensor]) -> None:
         # The averages stay in range by themselves: they are convex mixtures of clamped values.
         if group["clamp"] is not None:
-            adamw_ema.clamp_([parameter.detach() for parameter in group["params"]], *group["clamp"])
+            adamw_ema.clamp_([shard.detach() for shard in shards], *group["clamp"])
 
 
 def build_optimizer(

@@ -1,32 +1,21 @@
 """The student inside its DeepSpeed engine: forward, backward, update, and what each rank owns of it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.collectives import Ranks, all_gather_flat
 from cosmos_scale.engine.deepspeed_config import deepspeed_config
 from cosmos_scale.engine.optimizer import SCALES_GROUP, build_optimizer
+from cosmos_scale.engine.placement import Names, Placement, masters, placements, whole
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.model.cosmos import CosmosModel
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where `count` elements of a parameter, from element `start` on, lie in the fp32 master tensor `master`."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    count: int
-    master: Tensor
-    master_start: int
 
 
 class Student:
@@ -38,20 +27,21 @@ class Student:
 
         self.ranks = ranks
         self.stage = config.zero.stage
+        self.offload = config.zero.offload
         self._loss_scale = 1.0
         self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
         # DeepSpeed makes its masters from the low-precision copy; the float32 weights are put back below.
         initial = {} if config.precision == "fp32" else _copies(model)
+        names = Names(model)
         self.engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
             optimizer=self.optimizer,
             config=deepspeed_config(config, ranks.world_size),
         )
         self.model = model
-        self.placements = list(self._placements())
-        for group in self.optimizer.param_groups:
-            for master in group["params"]:
-                self.optimizer.initialise(master)
+        shards = masters(self.engine, self.stage, self.optimizer.param_groups)
+        self.optimizer.adopt(shards)
+        self.placements = list(placements(self.engine, self.stage, ranks.rank, shards, names))
         self.fragments = [self._fragment(placement) for placement in self.placements]
         with torch.no_grad():
             for fragment in self.fragments:
@@ -98,8 +88,7 @@ class Student:
     @property
     def updates(self) -> int:
         """How many AdamW updates were done, for the bias correction; reading waits for the last one."""
-        # Any master's: a rank's own may be all padding.
-        return int(self.optimizer.state[self.optimizer.param_groups[0]["params"][0]]["step"])
+        return int(self.optimizer.updates)
 
     @updates.setter
     def updates(self, count: int) -> None:
@@ -117,38 +106,57 @@ class Student:
         if scaler is not None:
             vars(scaler).update(numbers)
 
+    @torch.no_grad()
     def weights_changed(self) -> None:
-        """Copy the masters, written from outside, into the weights that the forward uses. Collective at stage 1."""
-        if self.stage > 0:
-            self.engine.optimizer.update_lp_params()
+        """Copy the masters, written from outside, into the weights that the forward uses. Collective from stage 1 on."""
+        wrapper = self.engine.optimizer
+        if self.stage == 0:
+            for placement in self.placements:
+                if placement.master is not placement.parameter:
+                    placement.parameter.copy_(placement.master)
+        elif self.stage < 3:
+            wrapper.update_lp_params()
         else:
-            with torch.no_grad():
-                for placement in self.placements:
-                    if placement.master is not placement.parameter:
-                        placement.parameter.copy_(placement.master)
+            wrapper.parameter_offload.partition_all_parameters()
+            for weights, shard in zip(
+                wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True
+            ):
+                weights.copy_(shard)
+            if wrapper.persistent_parameters:  # small ones, which stay gathered
+                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
         self._refresh_scales()
+
+    @contextmanager
+    def whole_model(self) -> Iterator[CosmosModel]:
+        """The model with whole weights, to be called by each rank as often as it likes. Collective at stage 3."""
+        with whole(self.engine if self.stage == 3 else None):
+            yield self.model
 
     def _measure_norm(self) -> Tensor:
         wrapper = self.engine.optimizer
-        if self.stage > 0:  # this rank's share of the averaged gradients
+        if self.offload:  # on the CPU, in the masters' gradients
+            shards = [shard for group in self.optimizer.shards for shard in group]
+            gradients = [shard.grad for shard in shards if shard.grad is not None]
+        elif self.stage > 0:  # this rank's share of the averaged gradients
             gradients = [gradient for group in wrapper.averaged_gradients.values() for gradient in group]
         else:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        squared = torch.stack(norms).square().sum()
+        squared = torch.stack(norms).square().sum().to(self.ranks.device)
         if self.stage > 0:
             dist.all_reduce(squared)
         return squared.sqrt() / self._loss_scale
 
     @torch.no_grad()
     def _refresh_scales(self) -> None:
-        """Bring the fp32 log-scales, [1] each, to every rank: at stage 1 the first rank holds them."""
-        group = self.optimizer.param_groups[SCALES_GROUP]["params"]
+        """Bring the fp32 log-scales, [1] each, to every rank: from stage 1 on the first rank holds them."""
+        shards = self.optimizer.shards[SCALES_GROUP]
         if self.stage == 0:
-            self._scales = [scale.detach() for scale in group]
+            self._scales = [scale.detach() for scale in shards]
             return
-        flat = group[0].new_empty(group[0].numel() * self.ranks.world_size)
-        all_gather_flat(flat, group[0].detach())
+        (shard,) = shards
+        flat = torch.empty(shard.numel() * self.ranks.world_size, device=self.ranks.device)
+        all_gather_flat(flat, shard.detach().to(self.ranks.device))
         self._scales = list(flat[:2].split(1))
 
     def _scaler(self) -> Any:
@@ -156,24 +164,6 @@ class Student:
             return None
         wrapper = self.engine.optimizer
         return wrapper.loss_scaler if self.stage > 0 else wrapper.loss_scale_config
-
-    def _placements(self) -> Iterator[Placement]:
-        """Where DeepSpeed keeps this rank's fp32 elements of each parameter, stage by stage."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        wrapper = self.engine.optimizer
-        if self.stage == 0:
-            low = [p for group in getattr(wrapper, "fp16_groups", []) for p in group]
-            masters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for parameter, master in zip(low or masters, masters, strict=True):
-                yield Placement(names[id(parameter)], parameter, 0, parameter.numel(), master, 0)
-            return
-        for parameters, master in zip(wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True):
-            for parameter in parameters:
-                mapping = parameter._hp_mapping
-                if mapping is None:  # another rank's
-                    continue
-                whole, shard = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Placement(names[id(parameter)], parameter, whole.start, whole.numel, master, shard.start)
 
     def _fragment(self, placement: Placement) -> Fragment:
         state = self.optimizer.state[placement.master]
@@ -183,7 +173,7 @@ class Student:
 
         return Fragment(
             name=placement.name,
-            shape=placement.parameter.shape,
+            shape=placement.shape,
             start=placement.start,
             owned=self.stage > 0 or self.ranks.is_main,
             weight=view(placement.master),
@@ -193,7 +183,7 @@ class Student:
         )
 
 
-def _copies(model: nn.Module) -> dict[str, Tensor]:
+def _copies(model: CosmosModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 

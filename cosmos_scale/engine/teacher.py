@@ -1,11 +1,17 @@
 """The teacher: a copy in compute precision, refreshed from the sharded fp32 average in the student's optimizer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_scale.batch import Batch, TeacherFeatures
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.collectives import all_gather_flat
+from cosmos_scale.engine.deepspeed_config import teacher_deepspeed_config
+from cosmos_scale.engine.placement import whole
 from cosmos_scale.engine.student import Student
 from cosmos_scale.model.cosmos import CosmosModel
 
@@ -13,37 +19,64 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
-    """The EMA teacher; it never has a gradient."""
+    """The EMA teacher; it never has a gradient. Its weights are whole at stages 0 to 2, sharded as the student's at 3."""
 
     def __init__(self, model: CosmosModel, student: Student, config: RunConfig) -> None:
         """Take over a model whose weights are replaced by the student's average."""
         dtype = DTYPES[config.precision]
         self.model = model.to(student.ranks.device, dtype).requires_grad_(False).eval()
         self.student = student
-        self.global_captions = config.data.captions.global_count
-        if student.stage > 0:
+        self._gathering: list[Any] = []
+        self._forward = _GlobalViews(self.model, config.data.captions.global_count)
+        if student.stage == 3:
+            import deepspeed  # here, since it takes seconds and --help should not
+
+            # Without an optimizer: DeepSpeed only shards the weights, and gathers them module by module in the forward.
+            self._engine, *_ = deepspeed.initialize(
+                model=self._forward, config=teacher_deepspeed_config(config, student.ranks.world_size)
+            )
+        elif student.stage > 0:
             self._flat_groups = self._flatten(dtype)
         self.refresh()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherFeatures:
-        """Normalised features of the global crops and captions of this rank's batch."""
-        return self.model.teacher_features(batch, self.global_captions)
+        """Normalised features of the global crops and captions of this rank's batch. Collective at stage 3."""
+        self._finish_refresh()
+        features: TeacherFeatures = (self._engine if self.student.stage == 3 else self._forward)(batch)
+        return features
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the average into the teacher's weights: at stage 1 one all-gather a group, at stage 0 local."""
-        optimizer = self.student.optimizer
-        if self.student.stage > 0:
-            for flat, group in zip(self._flat_groups, optimizer.param_groups, strict=True):
-                shard = optimizer.state[group["params"][0]]["ema"]
-                all_gather_flat(flat, shard.to(flat.dtype))
+        """Copy the average into the teacher's weights: at stages 1 and 2 one all-gather a group, else local.
+
+        The all-gathers run beside what comes next, up to the teacher's next use.
+        """
+        self._finish_refresh()
+        optimizer, fragments = self.student.optimizer, self.student.fragments
+        if self.student.stage in (1, 2):
+            for flat, (shard,) in zip(self._flat_groups, optimizer.shards, strict=True):
+                average = optimizer.state[shard]["ema"].to(flat)
+                self._gathering.append((all_gather_flat(flat, average, async_op=True), average))
             return
         own = dict(self.model.named_parameters())
-        torch._foreach_copy_(
-            [own[fragment.name].view(-1) for fragment in self.student.fragments],
-            [fragment.ema for fragment in self.student.fragments],
-        )
+        if self.student.stage == 3:  # written where DeepSpeed keeps this rank's part: the next gathering brings it
+            weights = [own[fragment.name].ds_tensor.narrow(0, 0, fragment.ema.numel()) for fragment in fragments]
+        else:
+            weights = [own[fragment.name].view(-1) for fragment in fragments]
+        torch._foreach_copy_(weights, [fragment.ema for fragment in fragments])
+
+    def _finish_refresh(self) -> None:
+        for work, _ in self._gathering:  # the tensors beside them are being read until now
+            work.wait()
+        self._gathering.clear()
+
+    @contextmanager
+    def whole_model(self) -> Iterator[CosmosModel]:
+        """The model with whole weights, to be called by each rank as often as it likes. Collective at stage 3."""
+        self._finish_refresh()
+        with whole(self._engine if self.student.stage == 3 else None):
+            yield self.model
 
     def _flatten(self, dtype: torch.dtype) -> list[Tensor]:
         """Lay the weights into one flat buffer a group, as DeepSpeed laid the student's, so that shards line up."""
@@ -60,3 +93,16 @@ class Teacher:
                 own[names[id(parameter)]].data = view
             buffers.append(flat)
         return buffers
+
+
+class _GlobalViews(nn.Module):
+    """The teacher's work as a module's forward: there, and only there, DeepSpeed gathers sharded weights."""
+
+    def __init__(self, model: CosmosModel, global_captions: int) -> None:
+        super().__init__()
+        self.model = model
+        self.global_captions = global_captions
+
+    def forward(self, batch: Batch) -> TeacherFeatures:
+        """Features of the global crops and captions of a batch."""
+        return self.model.teacher_features(batch, self.global_captions)

@@ -1,6 +1,6 @@
 """Retrieval during training: the gallery opened once, student and teacher measured whenever it is asked for."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -35,25 +35,21 @@ class PeriodicRetrieval:
         except UserError as error:
             raise UserError(f"eval.retrieval: {error}") from error
 
-    def run(
-        self, models: Mapping[str, CosmosModel], gather: Gather
-    ) -> tuple[dict[str, RetrievalResult], UserError | None]:
-        """Results by model, and this rank's error, if any, for the caller to share: others wait in collectives."""
-        results, error = {}, None
-        for name, model in models.items():
-            batches = _Guarded(self._batches())
-            try:
-                results[name] = evaluate(
-                    partial(self._encode_images, model),
-                    partial(self._encode_texts, model),
-                    batches,
-                    gather=gather,
-                    device=self.device,
-                )
-            except ValueError as failure:  # raised on every rank alike
-                error = UserError(f"eval.retrieval: {self.config.shards}: {failure}")
-            error = batches.error or error
-        return results, error
+    def run(self, model: CosmosModel, gather: Gather) -> tuple[RetrievalResult | None, UserError | None]:
+        """The result, and this rank's error, if any, for the caller to share: others wait in collectives."""
+        result, error = None, None
+        batches = _Guarded(self._batches())
+        try:
+            result = evaluate(
+                partial(self._encode_images, model),
+                partial(self._encode_texts, model),
+                batches,
+                gather=gather,
+                device=self.device,
+            )
+        except ValueError as failure:  # raised on every rank alike
+            error = UserError(f"eval.retrieval: {self.config.shards}: {failure}")
+        return result, batches.error or error
 
     def _encode_images(self, model: CosmosModel, images: Tensor) -> Tensor:
         return model.encode_image(images.to(self.device))

@@ -18,6 +18,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.weight = empty_parameter(width, 3, patch_size, patch_size)
 
     def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
@@ -32,7 +33,7 @@ class PatchEmbedding(nn.Module):
 
     def _cut(self, images_BCHW: Tensor) -> Tensor:
         """Return the pixels of each whole patch: [B, rows x columns, 3 size size]."""
-        size = self.weight.shape[-1]
+        size = self.patch_size
         rows, columns = images_BCHW.shape[2] // size, images_BCHW.shape[3] // size
         whole = images_BCHW[:, :, : rows * size, : columns * size]
         patches: Tensor = whole.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
@@ -93,7 +94,7 @@ class VisionTower(nn.Module):
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Return the position table for crops of height x width pixels: [1 + rows x columns, D]."""
-        table, size = self.positional_embedding, self.conv1.weight.shape[-1]
+        table, size = self.positional_embedding, self.conv1.patch_size
         rows, columns = height // size, width // size
         if height == width and rows * columns == table.shape[0] - 1:
             return table

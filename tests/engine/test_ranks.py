@@ -1,4 +1,4 @@
-"""The same step on 1, 2 and 4 ranks, at stages 0 and 1."""
+"""The same step on 1, 2 and 4 ranks, at every stage of ZeRO."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ TOLERANCE = 1e-5
 BETA1 = 0.9
 
 Case = tuple[int, str]  # stage, gradient_scale
-CASES: list[Case] = [(0, "true"), (1, "true"), (0, "published"), (1, "published")]
+CASES: list[Case] = [(stage, scale) for scale in ("true", "published") for stage in (0, 1, 2, 3)]
 
 
 def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
@@ -41,8 +41,11 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
             "after_bad": tiny.fragments(),
             "bad_finite": (bool(bad_output.finite), bool(bad_output.finite_here)),
             "updates": tiny.student.updates,
-            "teacher": {name: tensor.flatten().clone() for name, tensor in tiny.teacher.model.named_parameters()},
         }
+        with tiny.teacher.whole_model() as model:
+            results[stage, scale]["teacher"] = {
+                name: tensor.flatten().clone() for name, tensor in model.named_parameters()
+            }
         tiny.student.engine.destroy()
     return results
 
@@ -98,7 +101,7 @@ class TestAgainstOneProcess:
                     assert torch.equal(result[case]["after_bad"][key][kind], tensor), (key, kind)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_published_gradients_are_exactly_one_over_the_world_size(world_size: int, stage: int) -> None:
     true, published = (state_of(world_size, (stage, scale), "exp_avg") for scale in ("true", "published"))
@@ -107,15 +110,17 @@ def test_published_gradients_are_exactly_one_over_the_world_size(world_size: int
         assert torch.equal(published[name] * factor, gradient), name
 
 
-def test_shards_are_disjoint_and_complete() -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shards_are_disjoint_and_complete(stage: int) -> None:
     for world_size in (2, 4):
-        parts = [result[1, "true"]["fragments"] for result in results_of(world_size)]
+        parts = [result[stage, "true"]["fragments"] for result in results_of(world_size)]
         sizes = {name: tensor.numel() for name, tensor in state_of(1, (0, "true"), "weight").items()}
         assert {name: tensor.numel() for name, tensor in whole(parts, "weight").items()} == sizes
         shares = [sum(tensors["ema"].numel() for tensors in part.values()) for part in parts]
         assert sum(shares) == sum(sizes.values())
-        # DeepSpeed pads each of the three groups to equal shares.
-        assert max(shares) <= sum(sizes.values()) / world_size + 3 * 64
+        # DeepSpeed pads each of the three groups to equal shares; at stage 3 each parameter.
+        padding = world_size * (3 * 64 if stage < 3 else len(sizes))
+        assert max(shares) <= (sum(sizes.values()) + padding) / world_size
 
 
 def run_precisions(rank: int, world_size: int) -> tuple[dict[Case, list[float]], dict[Case, list[float]]]:
@@ -126,7 +131,7 @@ def run_precisions(rank: int, world_size: int) -> tuple[dict[Case, list[float]],
     # torch computes in fp16 on any CPU, slowly; DeepSpeed only wants those that are fast at it.
     get_accelerator().is_fp16_supported = lambda: True
     losses, scales = {}, {}
-    for stage in (0, 1):
+    for stage in (0, 1, 2, 3):
         for precision in ("fp32", "bf16", "fp16"):
             tiny = build_tiny(tiny_config(zero={"stage": stage}, precision=precision), ranks)
             tiny.student.set_loss_scaler({"cur_scale": 1024.0})  # does not overflow

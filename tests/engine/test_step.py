@@ -14,7 +14,8 @@ from cosmos_scale.engine.collectives import Ranks, start_ranks
 from cosmos_scale.engine.optimizer import SCALE_RANGE
 from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config, whole
 
-STAGES_AND_PRECISIONS = [(0, "fp32"), (1, "fp32"), (0, "bf16"), (1, "bf16")]
+STAGES = [0, 1, 2, 3]
+STAGES_AND_PRECISIONS = [(stage, precision) for precision in ("fp32", "bf16") for stage in STAGES]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,10 @@ def test_teacher_is_the_average_of_the_students_masters(ranks: Ranks, stage: int
         for name, average in flat(tiny, "ema").items():
             # Four fp32 interpolations of values around 1 against float64.
             torch.testing.assert_close(average.double(), expected[name], atol=1e-6, rtol=1e-6)
-        teacher = dict(tiny.teacher.model.named_parameters())
-        for name, average in flat(tiny, "ema").items():
-            assert torch.equal(teacher[name].flatten(), average.to(teacher[name].dtype)), name
+        with tiny.teacher.whole_model() as model:
+            teacher = dict(model.named_parameters())
+            for name, average in flat(tiny, "ema").items():
+                assert torch.equal(teacher[name].flatten(), average.to(teacher[name].dtype)), name
 
 
 def test_first_step_moves_no_teacher_in_the_published_order(ranks: Ranks) -> None:
@@ -82,10 +84,10 @@ def test_low_precision_keeps_full_masters(ranks: Ranks, stage: int, precision: s
         expected = flat(reference, "weight")
         assert all(torch.equal(weight, expected[name]) for name, weight in flat(tiny, "weight").items())
         tiny.step(0)
-        for placement in tiny.student.placements:
-            master = placement.master.detach().view(-1)[placement.master_start :][: placement.count]
-            copy = placement.parameter.detach().view(-1)[placement.start :][: placement.count]
-            assert torch.equal(copy, master.to(copy.dtype)), placement.name
+        masters = flat(tiny, "weight")
+        with tiny.student.whole_model() as model:
+            for name, copy in model.named_parameters():
+                assert torch.equal(copy.flatten(), masters[name].to(copy.dtype)), name
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES_AND_PRECISIONS)
@@ -104,9 +106,10 @@ def test_scales_stay_at_their_bound(ranks: Ranks, stage: int, precision: str) ->
             for fragment in scales:
                 assert fragment.weight.item() == pytest.approx(bounds[fragment.name], abs=1e-7)
                 assert SCALE_RANGE[0] <= fragment.ema.item() <= math.log(100) + 1e-6
-        parameters = dict(tiny.student.model.named_parameters())
-        for name, bound in bounds.items():
-            assert parameters[name].item() == torch.tensor(bound).to(parameters[name].dtype).item()
+        with tiny.student.whole_model() as model:
+            parameters = dict(model.named_parameters())
+            for name, bound in bounds.items():
+                assert parameters[name].item() == torch.tensor(bound).to(parameters[name].dtype).item()
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES_AND_PRECISIONS)
@@ -145,7 +148,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
         assert tiny.student.updates == 2
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
 def test_loss_reads_the_scales_in_full_precision(ranks: Ranks, stage: int) -> None:
     with running(ranks, stage, "bf16") as tiny:
         for step in range(3):
@@ -175,7 +178,7 @@ def test_a_waiting_host_would_be_noticed() -> None:
     assert "aten::_local_scalar_dense" in operations.names
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
 def test_fp16_skips_on_overflow_but_moves_the_teacher(
     ranks: Ranks, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +204,7 @@ def test_fp16_skips_on_overflow_but_moves_the_teacher(
         assert losses[-1] < losses[0] - 0.05
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_same_steps_give_the_same_bits(ranks: Ranks, stage: int) -> None:
     states = []
     for _ in range(2):

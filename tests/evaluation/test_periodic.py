@@ -40,7 +40,7 @@ def test_pictures_past_the_runs_max_pixels_are_left_out(tmp_path: Path, capsys: 
     run = config(write_shards(tmp_path, [3]), max_pixels=100)
     model = CosmosModel(run.model)
     model.init_weights(torch.Generator().manual_seed(0))
-    results, error = PeriodicRetrieval(run, Tokenizer(16), 0, 1, CPU).run({"student": model}, lambda tensor: tensor)
-    assert not results
+    result, error = PeriodicRetrieval(run, Tokenizer(16), 0, 1, CPU).run(model, lambda tensor: tensor)
+    assert result is None
     assert error is not None
     assert capsys.readouterr().err.count("more than max_pixels 100") == 3
