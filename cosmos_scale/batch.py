@@ -33,6 +33,12 @@ class Batch(NamedTuple):
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
         return Batch(caption_lengths=lengths, **moved)
 
+    def split(self, parts: int) -> "list[Batch]":
+        """Cut into batches of equally many samples, views of this one; each says how many of all are substituted."""
+        views = [tensor.chunk(parts, dim=1) for tensor in self[:4]]
+        samples = self.sample_ids.chunk(parts)
+        return [Batch(*(view[part] for view in views), samples[part], self.substituted) for part in range(parts)]
+
 
 class Features(NamedTuple):
     """What the student hands to the loss: normalised features of every view and the two log-scales.

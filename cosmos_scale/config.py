@@ -235,6 +235,18 @@ class TrainConfig(Section):
     """Length and batch of the run."""
 
     global_batch: int = Field(1024, gt=0, description="samples per step over all ranks")
+    micro_batches: int = Field(
+        1,
+        gt=0,
+        description="parts that each rank cuts its share of a batch into, to save memory; the loss stays the batch's",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    recompute: int = Field(
+        0,
+        ge=0,
+        description="every n-th block of the towers is computed again in the backward, to save memory; 1: all; 0: none",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     epochs: int = Field(32, gt=0)
     epoch_steps_multiple: int = Field(
         1, gt=0, description="an epoch's steps are rounded up to this multiple (published runs: 16, their worker count)"
@@ -363,6 +375,10 @@ class RunConfig(Section):
         if rest:
             raise UserError(
                 f"train.global_batch: {self.train.global_batch} must be a multiple of the {world_size} ranks"
+            )
+        if samples % self.train.micro_batches:
+            raise UserError(
+                f"train.micro_batches: {self.train.micro_batches} must divide the {samples} samples of a rank"
             )
         return samples
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_scale.batch import Batch, Features
+from cosmos_scale.batch import Batch
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
@@ -38,7 +38,7 @@ def train_step(
     loss = cosmos_loss(exact, teacher_features)
     # Copies: at stage 0 these are the masters themselves, which the update changes in place.
     scales = [scale.clone() for scale in (exact.logit_scale, exact.distill_logit_scale)]
-    student.backward(surrogate(features, loss.gradients))
+    student.backward(batch, features, loss.gradients)
     finite = student.update(lr=lr, momentum=momentum, finite=loss.finite)
     teacher.refresh()
     return StepOutput(
@@ -50,9 +50,3 @@ def train_step(
         logit_scale=scales[0],
         distill_logit_scale=scales[1],
     )
-
-
-def surrogate(features: Features, gradients: Features) -> Tensor:
-    """[] float32 whose gradient with respect to the features is `gradients`, for an engine that wants a scalar."""
-    products = [(feature.float() * gradient).sum() for feature, gradient in zip(features, gradients, strict=True)]
-    return torch.stack(products).sum()

@@ -34,8 +34,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": config.micro_batch(world_size),
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": config.micro_batch(world_size) // config.train.micro_batches,
+        "gradient_accumulation_steps": config.train.micro_batches,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         # Ours steps on the host as well as DeepSpeed's own, which would be compiled at the first launch.
@@ -54,7 +54,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 def teacher_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for the teacher's engine at stage 3, which has no optimizer."""
     student = deepspeed_config(config, world_size)
-    kept = ("train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "fp16", "steps_per_print", "timers")
+    kept = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "bf16", "fp16", "steps_per_print", "timers")
     zero = {
         "stage": 3,
         **STAGE_3,

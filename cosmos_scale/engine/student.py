@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.accumulate import cut, join, surrogate
 from cosmos_scale.engine.collectives import Ranks, all_gather_flat
 from cosmos_scale.engine.deepspeed_config import deepspeed_config
 from cosmos_scale.engine.optimizer import SCALES_GROUP, build_optimizer
@@ -28,8 +29,10 @@ class Student:
         self.ranks = ranks
         self.stage = config.zero.stage
         self.offload = config.zero.offload
+        self.micro_batches = config.train.micro_batches
         self._loss_scale = 1.0
         self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
+        model.recompute_blocks(config.train.recompute)
         # DeepSpeed makes its masters from the low-precision copy; the float32 weights are put back below.
         initial = {} if config.precision == "fp32" else _copies(model)
         names = Names(model)
@@ -53,7 +56,10 @@ class Student:
         self._refresh_scales()
 
     def __call__(self, batch: Batch) -> Features:
-        """Normalised features of every view of this rank's batch, with a graph."""
+        """Normalised features of every view of this rank's batch; with a graph, unless there are micro-batches."""
+        if self.micro_batches > 1:
+            with torch.no_grad():
+                return join([self.engine(part) for part in batch.split(self.micro_batches)])
         features: Features = self.engine(batch)
         return features
 
@@ -61,12 +67,24 @@ class Student:
         """The same features with the fp32 log-scales, which bf16 would round by up to a percent."""
         return features._replace(logit_scale=self._scales[0], distill_logit_scale=self._scales[1])
 
-    def backward(self, surrogate: Tensor) -> None:
-        """Backpropagate a [] float32 scalar through the engine, which scales it in fp16 and averages over ranks."""
+    def backward(self, batch: Batch, features: Features, gradients: Features) -> None:
+        """Backpropagate the loss's gradients with respect to the features that this returned for this batch."""
+        if self.micro_batches == 1:
+            self._backward(surrogate(features, gradients))
+            return
+        parts = zip(batch.split(self.micro_batches), cut(gradients, self.micro_batches), strict=True)
+        for number, (part, part_gradients) in enumerate(parts, start=1):
+            self._backward(surrogate(self.engine(part), part_gradients))
+            if number < self.micro_batches:
+                self.engine.step()  # updates nothing yet: it counts the micro-batches
+
+    def _backward(self, scalar: Tensor) -> None:
+        """Backpropagate through the engine, which scales the scalar in fp16 and averages gradients over ranks."""
         scaler = self._scaler()
         self._loss_scale = 1.0 if scaler is None else float(scaler.cur_scale)
         # At stage 0 DeepSpeed (0.19) divides fp16 gradients by a scale that it did not multiply the loss with.
-        self.engine.backward(surrogate * self._loss_scale if self.stage == 0 else surrogate)
+        # Gradients of micro-batches add up: the loss was that of the whole batch.
+        self.engine.backward(scalar * self._loss_scale if self.stage == 0 else scalar, scale_wrt_gas=False)
 
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:
         """AdamW, moving average and clamp; nothing changes where loss or gradient are not finite. Collective.
@@ -108,7 +126,7 @@ class Student:
 
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """Copy the masters, written from outside, into the weights that the forward uses. Collective from stage 1 on."""
+        """Copy the masters, written from outside, into the weights that the forward uses; collective from stage 1."""
         wrapper = self.engine.optimizer
         if self.stage == 0:
             for placement in self.placements:

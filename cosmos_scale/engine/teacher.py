@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cosmos_scale.batch import Batch, TeacherFeatures
 from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.accumulate import join
 from cosmos_scale.engine.collectives import all_gather_flat
 from cosmos_scale.engine.deepspeed_config import teacher_deepspeed_config
 from cosmos_scale.engine.placement import whole
@@ -19,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
-    """The EMA teacher; it never has a gradient. Its weights are whole at stages 0 to 2, sharded as the student's at 3."""
+    """The EMA teacher, without gradients; its weights are whole at stages 0 to 2 and sharded as the student's at 3."""
 
     def __init__(self, model: CosmosModel, student: Student, config: RunConfig) -> None:
         """Take over a model whose weights are replaced by the student's average."""
@@ -43,8 +44,8 @@ class Teacher:
     def __call__(self, batch: Batch) -> TeacherFeatures:
         """Normalised features of the global crops and captions of this rank's batch. Collective at stage 3."""
         self._finish_refresh()
-        features: TeacherFeatures = (self._engine if self.student.stage == 3 else self._forward)(batch)
-        return features
+        forward = self._engine if self.student.stage == 3 else self._forward
+        return join([forward(part) for part in batch.split(self.student.micro_batches)])
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -61,7 +62,8 @@ class Teacher:
             return
         own = dict(self.model.named_parameters())
         if self.student.stage == 3:  # written where DeepSpeed keeps this rank's part: the next gathering brings it
-            weights = [own[fragment.name].ds_tensor.narrow(0, 0, fragment.ema.numel()) for fragment in fragments]
+            parts: dict[str, Any] = dict(own)  # DeepSpeed adds the attribute
+            weights = [parts[fragment.name].ds_tensor.narrow(0, 0, fragment.ema.numel()) for fragment in fragments]
         else:
             weights = [own[fragment.name].view(-1) for fragment in fragments]
         torch._foreach_copy_(weights, [fragment.ema for fragment in fragments])

@@ -51,6 +51,10 @@ class CosmosModel(TextTower):
         for scale in (self.logit_scale, self.distill_logit_scale):
             nn.init.constant_(scale, INITIAL_LOG_SCALE)
 
+    def recompute_blocks(self, every: int) -> None:
+        """Let every n-th block of both towers be computed again in the backward instead of kept; 0: none."""
+        self.transformer.recompute = self.visual.transformer.recompute = every
+
     def forward(self, batch: Batch) -> Features:
         """Return the student's features of every view, in the parameters' dtype.
 

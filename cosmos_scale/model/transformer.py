@@ -7,6 +7,7 @@ Names are OpenCLIP's: they are the names in checkpoints.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from cosmos_scale.kernels.attention import Segments, attention
 
@@ -160,6 +161,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.recompute = 0  # every n-th block keeps only its input for the backward
 
     def blocks(self) -> list[Block]:
         """Return the blocks, typed."""
@@ -170,11 +172,15 @@ class Transformer(nn.Module):
 
         Tokens that nobody reads only serve as keys and values in the last block, which leaves out the rest of them.
         """
-        *blocks, last = self.resblocks
-        for block in blocks:
-            x_TD = block(x_TD, segments, causal)
-        output: Tensor = last(x_TD, segments, causal, read)
-        return output
+        last = len(self.resblocks) - 1
+        for number, block in enumerate(self.resblocks):
+            arguments = (x_TD, segments, causal, read if number == last else None)
+            if self.recompute and number % self.recompute == 0 and torch.is_grad_enabled():
+                # The reentrant form: the other one compares shapes of weights, which ZeRO's stage 3 takes away between.
+                x_TD = checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
+            else:
+                x_TD = block(*arguments)
+        return x_TD
 
 
 def _rows(x_TD: Tensor, read: Tensor | None) -> Tensor:

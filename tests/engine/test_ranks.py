@@ -22,7 +22,7 @@ CASES: list[Case] = [(stage, scale) for scale in ("true", "published") for stage
 def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
     """One step of every case, then one with a value that is not finite on the last rank."""
     ranks = start_ranks("cpu")
-    results = {}
+    results: dict[Case, dict[str, Any]] = {}
     for stage, scale in CASES:
         config = tiny_config(
             zero={"stage": stage}, optimizer={"warmup_steps": 0, "gradient_scale": scale}, ema={"momentum": 0.9}
