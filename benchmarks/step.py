@@ -154,9 +154,9 @@ class TimedStudent(Student):
         self._watch.cut("student")
         return features
 
-    def backward(self, surrogate: Tensor) -> None:
+    def backward(self, batch: Batch, features: Features, gradients: Features) -> None:
         """Student's, then a cut."""
-        super().backward(surrogate)
+        super().backward(batch, features, gradients)
         self._watch.cut("backward")
 
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:

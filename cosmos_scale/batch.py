@@ -35,9 +35,15 @@ class Batch(NamedTuple):
 
     def split(self, parts: int) -> "list[Batch]":
         """Cut into batches of equally many samples, views of this one; each says how many of all are substituted."""
-        views = [tensor.chunk(parts, dim=1) for tensor in self[:4]]
-        samples = self.sample_ids.chunk(parts)
-        return [Batch(*(view[part] for view in views), samples[part], self.substituted) for part in range(parts)]
+        cut = zip(
+            self.global_crops.chunk(parts, dim=1),
+            self.local_crops.chunk(parts, dim=1),
+            self.captions.chunk(parts, dim=1),
+            self.caption_lengths.chunk(parts, dim=1),
+            self.sample_ids.chunk(parts),
+            strict=True,
+        )
+        return [Batch(*tensors, self.substituted) for tensors in cut]
 
 
 class Features(NamedTuple):

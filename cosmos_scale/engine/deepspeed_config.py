@@ -58,7 +58,11 @@ def teacher_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, An
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
-        "bf16", "fp16", "steps_per_print", "timers")
+        "bf16",
+        "fp16",
+        "steps_per_print",
+        "timers",
+    )
     zero = {
         "stage": 3,
         **STAGE_3,

@@ -59,7 +59,8 @@ class Student:
         """Normalised features of every view of this rank's batch; with a graph, unless there are micro-batches."""
         if self.micro_batches > 1:
             with torch.no_grad():
-                return join([self.engine(part) for part in batch.split(self.micro_batches)])
+                parts: list[Features] = [self.engine(part) for part in batch.split(self.micro_batches)]
+            return join(parts)
         features: Features = self.engine(batch)
         return features
 

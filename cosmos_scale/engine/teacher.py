@@ -1,6 +1,6 @@
 """The teacher: a copy in compute precision, refreshed from the sharded fp32 average in the student's optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +25,10 @@ class Teacher:
     def __init__(self, model: CosmosModel, student: Student, config: RunConfig) -> None:
         """Take over a model whose weights are replaced by the student's average."""
         dtype = DTYPES[config.precision]
-        self.model = model.to(student.ranks.device, dtype).requires_grad_(False).eval()
+        self._model = model.to(student.ranks.device, dtype).requires_grad_(False).eval()
         self.student = student
         self._gathering: list[Any] = []
-        self._forward = _GlobalViews(self.model, config.data.captions.global_count)
+        self._forward = _GlobalViews(self._model, config.data.captions.global_count)
         if student.stage == 3:
             import deepspeed  # here, since it takes seconds and --help should not
 
@@ -44,7 +44,7 @@ class Teacher:
     def __call__(self, batch: Batch) -> TeacherFeatures:
         """Normalised features of the global crops and captions of this rank's batch. Collective at stage 3."""
         self._finish_refresh()
-        forward = self._engine if self.student.stage == 3 else self._forward
+        forward: Callable[[Batch], TeacherFeatures] = self._engine if self.student.stage == 3 else self._forward
         return join([forward(part) for part in batch.split(self.student.micro_batches)])
 
     @torch.no_grad()
@@ -60,13 +60,19 @@ class Teacher:
                 average = optimizer.state[shard]["ema"].to(flat)
                 self._gathering.append((all_gather_flat(flat, average, async_op=True), average))
             return
-        own = dict(self.model.named_parameters())
+        own = dict(self._model.named_parameters())
         if self.student.stage == 3:  # written where DeepSpeed keeps this rank's part: the next gathering brings it
             parts: dict[str, Any] = dict(own)  # DeepSpeed adds the attribute
             weights = [parts[fragment.name].ds_tensor.narrow(0, 0, fragment.ema.numel()) for fragment in fragments]
         else:
             weights = [own[fragment.name].view(-1) for fragment in fragments]
         torch._foreach_copy_(weights, [fragment.ema for fragment in fragments])
+
+    @property
+    def model(self) -> CosmosModel:
+        """The teacher's model; waits for a refresh under way. At stage 3 its weights are cut up: see `whole_model`."""
+        self._finish_refresh()
+        return self._model
 
     def _finish_refresh(self) -> None:
         for work, _ in self._gathering:  # the tensors beside them are being read until now
@@ -76,15 +82,15 @@ class Teacher:
     @contextmanager
     def whole_model(self) -> Iterator[CosmosModel]:
         """The model with whole weights, to be called by each rank as often as it likes. Collective at stage 3."""
-        self._finish_refresh()
+        model = self.model
         with whole(self._engine if self.student.stage == 3 else None):
-            yield self.model
+            yield model
 
     def _flatten(self, dtype: torch.dtype) -> list[Tensor]:
         """Lay the weights into one flat buffer a group, as DeepSpeed laid the student's, so that shards line up."""
         wrapper = self.student.engine.optimizer
         names = {id(parameter): name for name, parameter in self.student.model.named_parameters()}
-        own = dict(self.model.named_parameters())
+        own = dict(self._model.named_parameters())
         buffers = []
         for student_flat, parameters in zip(wrapper.bit16_groups_flat, wrapper.bit16_groups, strict=True):
             flat = torch.zeros_like(student_flat, dtype=dtype)

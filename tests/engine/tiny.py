@@ -51,18 +51,6 @@ def tiny_batch(step: int) -> Batch:
     )
 
 
-def rank_share(batch: Batch, rank: int, world_size: int) -> Batch:
-    """A rank's contiguous slice of a global batch."""
-    return Batch(
-        batch.global_crops.chunk(world_size, dim=1)[rank],
-        batch.local_crops.chunk(world_size, dim=1)[rank],
-        batch.captions.chunk(world_size, dim=1)[rank],
-        batch.caption_lengths.chunk(world_size, dim=1)[rank],
-        batch.sample_ids.chunk(world_size)[rank],
-        batch.substituted,
-    )
-
-
 class Tiny(NamedTuple):
     """What a step needs."""
 
@@ -73,7 +61,7 @@ class Tiny(NamedTuple):
     def step(self, step: int, *, lr: float = 1e-3, momentum: float = 0.9, batch: Batch | None = None) -> StepOutput:
         """Train on this rank's share of a step's batch."""
         ranks = self.student.ranks
-        share = rank_share(tiny_batch(step) if batch is None else batch, ranks.rank, ranks.world_size)
+        share = (tiny_batch(step) if batch is None else batch).split(ranks.world_size)[ranks.rank]
         return train_step(self.student, self.teacher, self.loss, share, lr=lr, momentum=momentum)
 
     def fragments(self) -> dict[tuple[str, int], dict[str, Tensor]]:
