@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmos_scale.config import CaptionsConfig
+from cosmos_scale.config_data import CaptionsConfig
 from cosmos_scale.data.plan import CAPTION_STREAM, sample_generator
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 

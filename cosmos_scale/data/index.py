@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_scale.config import SourceConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.patterns import list_shards, matcher, on_disk, pattern_root
 from cosmos_scale.data.shards import Entry, Location, Rejected, scan_shard

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.sample import SampleKey
 
 VIEW_STREAM = 0

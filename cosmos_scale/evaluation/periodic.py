@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.batch import GalleryBatch
-from cosmos_scale.config import RunConfig, SourceConfig
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.gallery import check_captions, gallery_batches
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies
 from scipy import stats
 
-from cosmos_scale.config import CaptionSampling, CaptionsConfig
+from cosmos_scale.config_data import CaptionSampling, CaptionsConfig
 from cosmos_scale.data.captions import draw_captions, split_sentences
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cosmos_scale.config import SourceConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.index import FORMAT, index_shards, open_index, open_sources
 from cosmos_scale.data.order import EpochOrder
 from cosmos_scale.data.shards import ShardReader, scan_shard

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from cosmos_scale.config import ViewsConfig
+from cosmos_scale.config_data import ViewsConfig
 from cosmos_scale.data.decode import MEAN, STD, Views
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION, ViewPlan, plan_views
