@@ -13,6 +13,7 @@ MOST_LINES = 400
 # What everything may build on: plain data, configuration, errors.
 FOUNDATION = {
     "__version__",
+    "arguments",
     "batch",
     "config",
     "config_data",
