@@ -4,14 +4,16 @@ from typing import NamedTuple
 
 
 class SampleKey(NamedTuple):
-    """All randomness of a sample is a function of these three integers.
+    """All randomness of a sample is a function of these four integers.
 
     seed: the run's seed. epoch: from 0. sample: position in the merged index of all sources.
+    repeat: which of the sample's visits in the epoch, from 0; above 0 only in a source with a weight above 1.
     """
 
     seed: int
     epoch: int
     sample: int
+    repeat: int = 0
 
 
 class DamagedSample(Exception):
