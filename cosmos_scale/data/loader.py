@@ -22,9 +22,11 @@ from cosmos_scale.batch import Batch, caption_lengths
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.index import MergedIndex
 from cosmos_scale.data.order import EpochOrder, steps_per_epoch
+from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards import Location, ShardReader
 from cosmos_scale.errors import UserError
@@ -249,7 +251,10 @@ class _Steps(Dataset[_Loaded]):
         image_bytes, document = self._reader.read(location)
         captions = draw_captions(data.captions, document, key)
         side = self._config.model.vision.image_size
-        return execute(image_bytes, data.views, side, key, data.max_pixels), captions
+        picture = decode_rgbx(image_bytes, data.max_pixels)
+        views = Views.empty(data.views, side)
+        execute(picture, plan_views(data.views, side, key, *picture.shape[:2]), *views)
+        return views, captions
 
 
 class _StepsFrom(Sampler[int]):

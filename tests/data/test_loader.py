@@ -17,9 +17,12 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.captions import draw_captions
+from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.index import index_shards
 from cosmos_scale.data.loader import TrainLoader, default_workers
+from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import SampleKey
 from cosmos_scale.data.shards import scan_shard
 from cosmos_scale.errors import UserError
@@ -62,7 +65,9 @@ def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
             assert batch.substituted.item() == 0
             for b, number in enumerate(batch.sample_ids.tolist()):
                 key = SampleKey(config.seed, epoch, number)
-                views = execute(picture(number), config.data.views, 16, key, config.data.max_pixels)
+                pixels = decode_rgbx(picture(number), config.data.max_pixels)
+                views = Views.empty(config.data.views, 16)
+                execute(pixels, plan_views(config.data.views, 16, key, *pixels.shape[:2]), *views)
                 texts = draw_captions(config.data.captions, json.loads(sample(number)["json"]), key)
                 assert torch.equal(batch.global_crops[:, b], views.global_crops)
                 assert torch.equal(batch.local_crops[:, b], views.local_crops)
