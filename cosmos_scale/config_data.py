@@ -1,5 +1,6 @@
 """The typed configuration of a run's data: sources, views, captions, and how they are loaded."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -73,20 +74,64 @@ class SourceConfig(Section):
     """Shards of one dataset, indexed by `cosmos-scale data index` or `data build`."""
 
     name: str
-    shards: str = Field(description="folder or glob / brace pattern of .tar files", json_schema_extra=RESUME_MAY_CHANGE)
+    shards: str = Field(
+        description="folder or glob / brace pattern of .tar files, here or at a URL; or pipe:COMMAND, with braces",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     index: str | None = Field(
         None, description="folder of the index files; default: beside the shards", json_schema_extra=RESUME_MAY_CHANGE
     )
+    weight: float = Field(
+        1.0,
+        gt=0.0,
+        description="an epoch visits weight x the source's samples, rounded: at 2.5 each twice and half of them a "
+        "third time, at 0.1 a tenth of them; which ones is drawn anew each epoch",
+    )
+
+
+class RemoteConfig(Section):
+    """How shards that lie elsewhere are read: http(s), what fsspec knows (s3://, gs://, ...), pipe:COMMAND."""
+
+    fetch: Literal["parts", "shards"] = Field(
+        "parts",
+        description="parts: of a shard, sample by sample, where its server can; shards: whole, through the cache",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    cache: Path | None = Field(
+        None,
+        description="local folder for whole shards, shared by a host's processes; null: none",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    cache_gb: float = Field(
+        100.0,
+        gt=0.0,
+        description="most that the cache holds, in 10^9 bytes; what was used least recently goes first",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    retries: int = Field(
+        5, ge=0, description="tries after the first, of local shards too", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    backoff_s: float = Field(
+        0.5, ge=0.0, description="wait before the first retry; doubles each time", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    timeout_s: float = Field(
+        60.0, gt=0.0, description="most seconds without a byte (http, pipe:)", json_schema_extra=RESUME_MAY_CHANGE
+    )
+
+    def _check_rules(self) -> None:
+        if self.fetch == "shards" and self.cache is None:
+            refuse("fetch", self.fetch, "needs data.remote.cache, the folder they are kept in", ["cache"])
 
 
 class DataConfig(Section):
     """Where samples come from and how they become views and captions."""
 
     sources: tuple[SourceConfig, ...] = ()
+    remote: RemoteConfig = RemoteConfig()
     samples: int | None = Field(
         None,
         gt=0,
-        description="samples per epoch, to plan a run where the shards are not; else read from the index",
+        description="samples per epoch, weights included, to plan a run where the shards are not; else from the index",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     views: ViewsConfig = ViewsConfig()

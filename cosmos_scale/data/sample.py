@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from cosmos_scale.errors import UserError
+
 
 class SampleKey(NamedTuple):
     """All randomness of a sample is a function of these four integers.
@@ -18,3 +20,17 @@ class SampleKey(NamedTuple):
 
 class DamagedSample(Exception):
     """This sample cannot be used; the text says why. The loader counts it, logs shard and key, and substitutes."""
+
+
+class LostShard(UserError):
+    """This shard cannot be reached any more, after all retries: none of its samples can be used.
+
+    shard: its path or URL, secrets left out. Where nobody goes on without the shard, it is the user's error.
+    """
+
+    def __init__(self, source: str, shard: str, reason: str) -> None:
+        super().__init__(source, shard, reason)
+        self.source, self.shard, self.reason = source, shard, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}: shard of source {self.source} is lost: {self.reason}"
