@@ -48,7 +48,7 @@ def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleK
 
     Raises DamagedSample where the document has the wrong shape or holds no text for this sampling mode.
     """
-    pool = _pool(config.sampling, document)
+    pool = caption_pool(config.sampling, document)
     if not any(sentence.strip() for sentence in pool):
         raise DamagedSample(f"no caption text for sampling {config.sampling} in keys {_keys(document)}")
     generator = sample_generator(key, CAPTION_STREAM)
@@ -78,7 +78,8 @@ def split_sentences(text: str) -> list[str]:
     return [bare for bare in map(_without_full_stop, sentences) if bare]
 
 
-def _pool(sampling: str, document: Any) -> list[str]:
+def caption_pool(sampling: str, document: Any) -> list[str]:
+    """Return the sentences that a sampling mode chooses from; they may be blank. Raises DamagedSample."""
     if not isinstance(document, dict):
         raise DamagedSample(f"caption document is {_kind(document)}, expected an object with caption keys")
     if sampling in POOL_KEYS:
