@@ -43,12 +43,18 @@ class Entry(NamedTuple):
     text_size: int
     text_kind: str
 
+    @property
+    def start(self) -> int:
+        """The byte where the header of the first of both members starts."""
+        return min(self.image_offset, self.text_offset) - BLOCK
+
 
 class Rejected(NamedTuple):
-    """A sample, or with `key` None a stretch of a shard, that cannot be used."""
+    """A sample that cannot be used; the header of its first member, picture or text if it has any, starts at `byte`."""
 
-    key: str | None
+    key: str
     reason: str
+    byte: int
 
 
 class ShardScan(NamedTuple):
@@ -122,14 +128,17 @@ def _scan(file: BinaryIO) -> ShardScan:
             members, repeats = _split_repeats(list(group))
             image = _first(members, IMAGE_EXTENSIONS)
             text = _first(members, TEXT_EXTENSIONS)
+            start = min(member.offset for member in (image, text) if member) if image or text else members[0].offset
             if image is None or text is None:
                 missing = "no picture (.jpg, .jpeg, .png, .webp)" if image is None else "no text (.json, .txt)"
-                rejected.append(Rejected(key, missing))
+                rejected.append(Rejected(key, missing, start - BLOCK))
             elif fault := _picture_fault(file, image) or _text_fault(file, text):
-                rejected.append(Rejected(key, fault))
+                rejected.append(Rejected(key, fault, start - BLOCK))
             else:
                 entries.append(Entry(key, image.offset, image.size, text.offset, text.size, text.extension))
-            rejected += [Rejected(key, f"duplicate key: again at byte {repeat.offset - BLOCK}") for repeat in repeats]
+            for repeat in repeats:
+                byte = repeat.offset - BLOCK
+                rejected.append(Rejected(key, f"duplicate key: again at byte {byte}", byte))
     return ShardScan(size, entries, rejected, torn[0] if torn else None)
 
 
