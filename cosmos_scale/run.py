@@ -55,7 +55,7 @@ class Run:
         if self.first_step >= last_step:
             steps = f"nothing left to do at step {self.first_step} of {last_step}"
         return (
-            f"{self.folder}: {origin}; {len(self.index)} samples, {self.loader.steps_per_epoch} steps an epoch, "
+            f"{self.folder}: {origin}; {self.index.epoch_samples} samples, {self.loader.steps_per_epoch} steps an epoch, "
             f"{steps}, global batch {self.config.train.global_batch} on "
             f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
             f"{self.config.zero.stage})"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.order import EpochOrder, SourceShards
 from cosmos_scale.data.patterns import list_shards, matcher, on_disk, pattern_root
 from cosmos_scale.data.shards import Entry, Location, Rejected, scan_shard
 from cosmos_scale.errors import UserError
@@ -101,11 +102,12 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
 class SourceIndex:
     """The index of one source: its shards, and the tables of those shards that were asked for."""
 
-    def __init__(self, name: str, root: Path, folder: Path, rows: Sequence[ShardRow]) -> None:
+    def __init__(self, name: str, root: Path, folder: Path, rows: Sequence[ShardRow], weight: float = 1.0) -> None:
         self.name = name
         self.root = root
         self.folder = folder
         self.rows = rows
+        self.weight = weight  # see EpochOrder
         self._tables: OrderedDict[int, Table] = OrderedDict()
 
     def locate(self, shard: int, place: int) -> Location:
@@ -154,6 +156,21 @@ class MergedIndex:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    @property
+    def epoch_samples(self) -> int:
+        """Visits in an epoch: as many as there are samples, unless a source has a weight."""
+        return sum(part.visits for part in self._parts())
+
+    def order(self, seed: int, window: int) -> EpochOrder:
+        """Return the order of every epoch over these shards."""
+        return EpochOrder(self._parts(), seed, window)
+
+    def _parts(self) -> list[SourceShards]:
+        return [
+            SourceShards(np.array([row.samples for row in source.rows], dtype=np.int64), source.weight)
+            for source in self.sources
+        ]
+
     def locate(self, sample: int) -> Location:
         """Say where a sample lies, by its id.
 
@@ -196,7 +213,7 @@ def open_index(source: SourceConfig) -> SourceIndex:
         )
     if not any(row.samples for row in rows):
         raise UserError(f"data source {source.name}: no shard in {folder / SUMMARY} matches {source.shards}")
-    return SourceIndex(source.name, root, folder, rows)
+    return SourceIndex(source.name, root, folder, rows, source.weight)
 
 
 def open_sources(sources: Iterable[SourceConfig]) -> MergedIndex:

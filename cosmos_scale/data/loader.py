@@ -25,7 +25,7 @@ from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.index import MergedIndex
-from cosmos_scale.data.order import EpochOrder, steps_per_epoch
+from cosmos_scale.data.order import steps_per_epoch
 from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards import Location, ShardReader
@@ -78,7 +78,7 @@ class TrainLoader:
         damaged_log: Path | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(
-            len(index), config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
+            index.epoch_samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
         )
         self._config = config
         self._rank = rank
@@ -188,7 +188,7 @@ class _Steps(Dataset[_Loaded]):
         self._tokenizer = tokenizer
         self._rank = rank
         self._steps_per_epoch = steps
-        self._order = EpochOrder(index.shard_samples, config.seed, config.data.window)
+        self._order = index.order(config.seed, config.data.window)
         self._reader = ShardReader()
 
     def __getitem__(self, step: int) -> _Loaded:
@@ -204,7 +204,8 @@ class _Steps(Dataset[_Loaded]):
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
         first = epoch_step * config.train.global_batch + self._rank * size
         positions = np.arange(first, first + size)
-        samples = self._order.sample_ids(epoch, positions).tolist()
+        visits = self._order.visits(epoch, positions)
+        samples = visits.samples.tolist()
 
         global_crops = torch.empty(views.global_crops, size, 3, side, side)
         local_crops = torch.empty(views.local_crops, size, 3, views.local_size, views.local_size)
@@ -212,7 +213,8 @@ class _Steps(Dataset[_Loaded]):
         substituted = 0
         for b, position in enumerate(positions.tolist()):
             wanted = samples[b]
-            samples[b], made, captions = self._sample(step, epoch, position, wanted, damages)
+            key = SampleKey(config.seed, epoch, wanted, int(visits.repeats[b]))
+            samples[b], made, captions = self._sample(step, position, key, damages)
             substituted += samples[b] != wanted
             global_crops[:, b] = made.global_crops
             local_crops[:, b] = made.local_crops
@@ -229,18 +231,16 @@ class _Steps(Dataset[_Loaded]):
             torch.tensor(substituted),
         )
 
-    def _sample(
-        self, step: int, epoch: int, position: int, sample: int, damages: list[Damage]
-    ) -> tuple[int, Views, list[str]]:
+    def _sample(self, step: int, position: int, key: SampleKey, damages: list[Damage]) -> tuple[int, Views, list[str]]:
         """Make one sample, or where it is damaged its first sound substitute: (its id, views, captions)."""
         for attempt in range(MOST_SUBSTITUTES + 1):
-            location = self._index.locate(sample)
+            location = self._index.locate(key.sample)
             try:
-                return sample, *self._make(SampleKey(self._config.seed, epoch, sample), location)
+                return key.sample, *self._make(key, location)
             except DamagedSample as damage:
                 place = (location.source, str(location.shard), location.entry.key)
-                damages.append(Damage(step, epoch, sample, *place, str(damage)))
-            sample = self._order.substitute(epoch, position, attempt)
+                damages.append(Damage(step, key.epoch, key.sample, *place, str(damage)))
+            key = key._replace(sample=self._order.substitute(key.epoch, position, attempt))
         last = damages[-1]
         raise UserError(
             f"{MOST_SUBSTITUTES + 1} damaged samples in a row; the last is {last.key} in {last.shard}: {last.reason}"

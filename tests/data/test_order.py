@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cosmos_scale.data.order import EpochOrder, steps_per_epoch
+from cosmos_scale.data.order import EpochOrder, SourceShards, steps_per_epoch
 from cosmos_scale.errors import UserError
 
 shard_counts = st.lists(st.integers(0, 30), min_size=1, max_size=20).filter(any)
@@ -15,7 +15,7 @@ UNTIMED = settings(deadline=None)  # tests share cores: how long one example tak
 
 
 def ids_of(counts: list[int], seed: int, window: int, epoch: int) -> list[int]:
-    order = EpochOrder(np.array(counts), seed, window)
+    order = EpochOrder([SourceShards(np.array(counts))], seed, window)
     ids: list[int] = order.sample_ids(epoch, np.arange(sum(counts))).tolist()
     return ids
 
@@ -32,7 +32,7 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
     counts: list[int], seed: int, window: int, epoch: int, data: st.DataObject
 ) -> None:
     whole = ids_of(counts, seed, window, epoch)
-    order = EpochOrder(np.array(counts), seed, window)
+    order = EpochOrder([SourceShards(np.array(counts))], seed, window)
     for place in data.draw(st.lists(st.integers(0, sum(counts) - 1), max_size=20)):
         order.sample(data.draw(st.integers(0, 9)), place)  # other epochs and places in between
         assert order.sample(epoch, place) == whole[place]
@@ -52,7 +52,7 @@ def test_ranks_in_a_row_are_the_same_batch_at_every_world_size(
     for step in range(steps):
         for rank in range(world_size):  # every rank with an order of its own, as after a restart
             first = step * global_batch + rank * micro_batch
-            order = EpochOrder(np.array(counts), 3, window)
+            order = EpochOrder([SourceShards(np.array(counts))], 3, window)
             seen += order.sample_ids(1, np.arange(first, first + micro_batch)).tolist()
     assert len(seen) == steps * global_batch
     if last_batch == "drop":
@@ -84,7 +84,7 @@ def test_seeds_and_epochs_differ() -> None:
 
 def test_every_place_of_a_window_is_equally_likely() -> None:
     """Chi-square over 3,000 epochs of 6 samples: the sample at each position is uniform (limit: p < 1e-4 fails)."""
-    order = EpochOrder(np.array([2, 3, 1]), 7, 6)
+    order = EpochOrder([SourceShards(np.array([2, 3, 1]))], 7, 6)
     ids = np.array([order.sample_ids(epoch, np.arange(6)) for epoch in range(3000)])
     for position in range(6):
         assert stats.chisquare(np.bincount(ids[:, position], minlength=6)).pvalue > 1e-4
@@ -102,8 +102,8 @@ def test_a_substitute_is_another_sample_and_a_pure_function(
 ) -> None:
     position = data.draw(st.integers(0, sum(counts) - 1))
     attempt = data.draw(st.integers(0, 20))
-    substitute = EpochOrder(np.array(counts), 1, window).substitute(epoch, position, attempt)
-    used = EpochOrder(np.array(counts), 1, window)
+    substitute = EpochOrder([SourceShards(np.array(counts))], 1, window).substitute(epoch, position, attempt)
+    used = EpochOrder([SourceShards(np.array(counts))], 1, window)
     used.substitute(epoch + 1, position, attempt + 1)
     assert used.substitute(epoch, position, attempt) == substitute
     assert 0 <= substitute < sum(counts)
@@ -111,21 +111,21 @@ def test_a_substitute_is_another_sample_and_a_pure_function(
 
 
 def test_a_substitute_comes_from_shards_that_are_being_read() -> None:
-    order = EpochOrder(np.full(40, 500), 1, 2000)
+    order = EpochOrder([SourceShards(np.full(40, 500))], 1, 2000)
     for position in (0, 1999, 2000, 9_999, 19_999):
         window = order.sample_ids(0, np.arange(position // 2000 * 2000, position // 2000 * 2000 + 2000))
         assert {order.substitute(0, position, attempt) for attempt in range(20)} <= set(window.tolist())
 
 
 def test_substitutes_differ_between_attempts() -> None:
-    order = EpochOrder(np.array([1000]), 1, 1000)
+    order = EpochOrder([SourceShards(np.array([1000]))], 1, 1000)
     assert len({order.substitute(0, 3, attempt) for attempt in range(20)}) > 15
 
 
 def test_seeking_in_thirty_million_samples_reads_no_samples() -> None:
     """90 % into an epoch of 6,388 shards: milliseconds, where a pass over samples would take minutes."""
     counts = np.full(6388, 30_000_000 // 6388 + 1)
-    order = EpochOrder(counts, 0, 65536)
+    order = EpochOrder([SourceShards(counts)], 0, 65536)
     position = int(0.9 * counts.sum())
     ids = order.sample_ids(3, np.arange(position, position + 4096))
     assert len(set(ids.tolist())) == 4096
