@@ -24,7 +24,7 @@ from cosmos_scale.data.index import index_shards
 from cosmos_scale.data.loader import TrainLoader, default_workers
 from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import SampleKey
-from cosmos_scale.data.shards import scan_shard
+from cosmos_scale.data.scan import scan_shard
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, tiny_config, write_shard, write_shards
@@ -36,7 +36,7 @@ def make(folder: Path, config: RunConfig, rank: int = 0, world_size: int = 1, lo
 
 
 def take(loader: TrainLoader, start: int, count: int) -> list[Batch]:
-    with closing(loader.batches(start)) as batches:  # type: ignore[type-var]
+    with closing(loader.batches(start)) as batches:
         return list(islice(batches, count))
 
 
@@ -241,7 +241,7 @@ def children() -> list[int]:
 
 def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
     before = set(children())
-    with closing(make(shards, tiny_config(shards, workers=1)).batches(0)) as batches:  # type: ignore[type-var]
+    with closing(make(shards, tiny_config(shards, workers=1)).batches(0)) as batches:
         next(batches)
         (worker,) = set(children()) - before
         os.kill(worker, signal.SIGKILL)
