@@ -16,8 +16,8 @@ class LostShards:
 
     def __init__(self, index: MergedIndex, steps: Mapping[str, int]) -> None:
         self.steps = dict(steps)
-        self._names = [f"{source.name}/{row.name}" for source in index.sources for row in source.rows]
-        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self.names = [f"{source.name}/{row.name}" for source in index.sources for row in source.rows]
+        self._numbers = {name: number for number, name in enumerate(self.names)}
         self._samples = index.shard_samples
         self._ends = np.cumsum(index.shard_samples)
 
@@ -28,7 +28,7 @@ class LostShards:
 
     def shard_of(self, sample: int) -> str:
         """The name of the shard that a sample lies in."""
-        return self._names[int(np.searchsorted(self._ends, sample, side="right"))]
+        return self.names[int(np.searchsorted(self._ends, sample, side="right"))]
 
     def holds(self, sample: int, step: int) -> bool:
         """Whether a sample lies in a shard that is lost at a step."""

@@ -33,4 +33,4 @@ class LostShard(UserError):
         self.source, self.shard, self.reason = source, shard, reason
 
     def __str__(self) -> str:
-        return f"{self.shard}: shard of source {self.source} is lost: {self.reason}"
+        return f"{self.shard}: shard of source {self.source} cannot be opened any more: {self.reason}"

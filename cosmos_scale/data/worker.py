@@ -78,7 +78,12 @@ class StepBatches(Dataset[Loaded]):
         self._steps_per_epoch = steps_per_epoch
         self._shared = shared
         self._order = index.order(config.seed, config.data.window)
-        self._reader = ShardReader()
+        self._reader = ShardReader(config.data.remote)
+
+    def check_shards(self) -> None:
+        """Raise UserError where a shard is missing that was not given up."""
+        files = zip(self._lost.names, self._index.shard_files(), strict=True)
+        self._reader.check(file for name, file in files if name not in self._lost.steps)
 
     def fields(self) -> tuple[Field, ...]:
         """The tensors of a batch, as Batch has them."""

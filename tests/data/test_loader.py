@@ -25,7 +25,7 @@ from cosmos_scale.data.loader import TrainLoader, default_workers
 from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import SampleKey
 from cosmos_scale.data.scan import scan_shard
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, tiny_config, write_shard, write_shards
 
@@ -225,14 +225,17 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, [6, 6])
-    loader = make(folder, tiny_config(folder, workers=workers))
+    loader = make(folder, tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}))
     write_shard(folder / "00001.tar", [sample(0)])
     with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when") as error:
         take(loader, 0, 3)
     assert "\n" not in str(error.value)
     (folder / "00001.tar").unlink()
-    with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened"):
+    with pytest.raises(ShardsLost) as loss:  # between the ranks: it was there when the run began
         take(loader, 0, 3)
+    assert loss.value.shards == {"test/00001.tar": "No such file or directory"}
+    with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
+        make(folder, tiny_config(folder, workers=workers))
 
 
 def children() -> list[int]:
