@@ -123,6 +123,33 @@ class RemoteConfig(Section):
             refuse("fetch", self.fetch, "needs data.remote.cache, the folder they are kept in", ["cache"])
 
 
+class DaliConfig(Section):
+    """NVIDIA DALI, where it decodes."""
+
+    threads: int = Field(4, ge=1, le=256, description="CPU threads per rank", json_schema_extra=RESUME_MAY_CHANGE)
+    prefetch: int = Field(
+        1, ge=0, le=16, description="batches decoded ahead of the one in use", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    hw_decoder_load: Fraction = Field(
+        0.65,
+        description="share of the pictures for the GPU's JPEG hardware, where it has any",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    preallocate_width: int = Field(
+        0,
+        ge=0,
+        le=65500,
+        description="of the largest pictures expected, so that a GPU's memory is asked for once; 0: as they come",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    preallocate_height: int = Field(0, ge=0, le=65500, json_schema_extra=RESUME_MAY_CHANGE)
+
+    def _check_rules(self) -> None:
+        if (self.preallocate_width == 0) != (self.preallocate_height == 0):
+            rule = f"must be 0 or not together with preallocate_height ({self.preallocate_height})"
+            refuse("preallocate_width", self.preallocate_width, rule, ["preallocate_height"])
+
+
 class DataConfig(Section):
     """Where samples come from and how they become views and captions."""
 
@@ -157,6 +184,7 @@ class DataConfig(Section):
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     prefetch: int = Field(4, ge=1, description="batches ready per worker", json_schema_extra=RESUME_MAY_CHANGE)
+    dali: DaliConfig = DaliConfig()
 
     def _check_rules(self) -> None:
         names = [source.name for source in self.sources]
