@@ -128,6 +128,8 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         lost = {} if start.state is None else start.state.lost_shards
         damaged = folder / "damaged.jsonl"
         loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost)
+        if start.state is None:
+            loader.check_shards()
         retrieval = None
         if config.eval.retrieval is not None and config.eval.every:
             retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)

@@ -70,6 +70,10 @@ class TrainLoader:
         self._unlogged: list[Damage] = []
         self._count = DamageCount(config.data.max_damaged, damaged_log)
 
+    def check_shards(self) -> None:
+        """Raise UserError where a shard is missing: before a run begins it was never there, later it is lost."""
+        self._dataset.check_shards()
+
     @property
     def lost_shards(self) -> dict[str, int]:
         """The shards given up so far, each with the step from which on its samples are replaced."""

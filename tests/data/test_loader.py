@@ -225,7 +225,9 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, [6, 6])
-    loader = make(folder, tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}))
+    loader = make(
+        folder, tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
+    )
     write_shard(folder / "00001.tar", [sample(0)])
     with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when") as error:
         take(loader, 0, 3)
@@ -235,7 +237,9 @@ def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path
         take(loader, 0, 3)
     assert loss.value.shards == {"test/00001.tar": "No such file or directory"}
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
-        make(folder, tiny_config(folder, workers=workers))
+        make(folder, tiny_config(folder, workers=workers)).check_shards()
+    loader.lose([loss.value.shards], 0)
+    loader.check_shards()  # known to be lost
 
 
 def children() -> list[int]:
