@@ -4,6 +4,9 @@ from typing import Any
 
 from cosmos_scale.config import RunConfig
 
+GRADIENT_BUCKET = 50_000_000
+"""Elements that gradients are reduced in at a time, through a buffer of that size; DeepSpeed's own 5e8 take 2 GB."""
+
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; raises UserError where world_size does not divide the batch."""
@@ -15,8 +18,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.zero.stage,
-            # Elements; the buffer that gradients are copied into is so large. The default, 5e8, takes 2 GB in fp32.
-            "reduce_bucket_size": 50_000_000,
+            "reduce_bucket_size": GRADIENT_BUCKET,
             # Ours is read by the device alone; DeepSpeed's, which clipping needs, is read by the host in fp32.
             "compute_grad_norm": config.zero.stage == 0 or config.optimizer.clip_norm is not None,
         },

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.collectives import Ranks, all_gather_flat
-from cosmos_scale.engine.deepspeed_config import deepspeed_config
+from cosmos_scale.engine.deepspeed_config import GRADIENT_BUCKET, deepspeed_config
 from cosmos_scale.engine.optimizer import SCALES_GROUP, build_optimizer
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.model.cosmos import CosmosModel
@@ -47,7 +47,11 @@ class Student:
             optimizer=self.optimizer,
             config=deepspeed_config(config, ranks.world_size),
         )
+        # At stage 0 `backward` reduces the gradients itself.
+        self.engine.enable_backward_allreduce = self.stage > 0
         self.model = model
+        if self.stage > 0 and config.precision == "fp32":
+            self._share_masters()
         self.placements = list(self._placements())
         for group in self.optimizer.param_groups:
             for master in group["params"]:
@@ -77,6 +81,9 @@ class Student:
         self._loss_scale = 1.0 if scaler is None else float(scaler.cur_scale)
         # At stage 0 DeepSpeed (0.19) divides fp16 gradients by a scale that it did not multiply the loss with.
         self.engine.backward(surrogate * self._loss_scale if self.stage == 0 else surrogate)
+        # Left to itself, DeepSpeed reduces them through a second copy of them all, one process too.
+        if self.stage == 0 and self.ranks.world_size > 1:
+            self.engine.allreduce_gradients(bucket_size=GRADIENT_BUCKET)
 
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:
         """AdamW, moving average and clamp; nothing changes where loss or gradient are not finite. Collective.
@@ -127,6 +134,15 @@ class Student:
                     if placement.master is not placement.parameter:
                         placement.parameter.copy_(placement.master)
         self._refresh_scales()
+
+    def _share_masters(self) -> None:
+        """Let fp32 masters be this rank's part of the weights, which are fp32 too: DeepSpeed makes a copy of them."""
+        wrapper = self.engine.optimizer
+        for parts, master in zip(
+            wrapper.parallel_partitioned_bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True
+        ):
+            master.data = parts[self.ranks.rank].detach()
+        wrapper._link_all_hp_params()  # to the new memory; it would keep the old
 
     def _measure_norm(self) -> Tensor:
         wrapper = self.engine.optimizer

@@ -21,8 +21,14 @@ class Teacher:
         self.model = model.to(student.ranks.device, dtype).requires_grad_(False).eval()
         self.student = student
         self.global_captions = config.data.captions.global_count
+        # A rank that holds the whole average in the teacher's precision needs no second copy of it.
+        self._is_average = dtype == torch.float32 and (student.stage == 0 or student.ranks.world_size == 1)
         if student.stage > 0:
             self._flat_groups = self._flatten(dtype)
+        elif self._is_average:
+            own = dict(self.model.named_parameters())
+            for fragment in student.fragments:
+                own[fragment.name].data = fragment.ema.view(fragment.shape)
         self.refresh()
 
     @torch.no_grad()
@@ -33,6 +39,8 @@ class Teacher:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the average into the teacher's weights: at stage 1 one all-gather a group, at stage 0 local."""
+        if self._is_average:
+            return
         optimizer = self.student.optimizer
         if self.student.stage > 0:
             for flat, group in zip(self._flat_groups, optimizer.param_groups, strict=True):
@@ -47,12 +55,16 @@ class Teacher:
 
     def _flatten(self, dtype: torch.dtype) -> list[Tensor]:
         """Lay the weights into one flat buffer a group, as DeepSpeed laid the student's, so that shards line up."""
-        wrapper = self.student.engine.optimizer
+        wrapper, optimizer = self.student.engine.optimizer, self.student.optimizer
         names = {id(parameter): name for name, parameter in self.student.model.named_parameters()}
         own = dict(self.model.named_parameters())
         buffers = []
-        for student_flat, parameters in zip(wrapper.bit16_groups_flat, wrapper.bit16_groups, strict=True):
-            flat = torch.zeros_like(student_flat, dtype=dtype)
+        groups = zip(wrapper.bit16_groups_flat, wrapper.bit16_groups, optimizer.param_groups, strict=True)
+        for student_flat, parameters, group in groups:
+            if self._is_average:
+                flat = optimizer.state[group["params"][0]]["ema"]
+            else:
+                flat = torch.zeros_like(student_flat, dtype=dtype)
             for parameter in parameters:
                 # The student's parameter is a view into its flat buffer: the same place serves the teacher.
                 offset = (parameter.data_ptr() - student_flat.data_ptr()) // parameter.element_size()
