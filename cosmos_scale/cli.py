@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos_scale import __version__
-from cosmos_scale.arguments import positive
+from cosmos_scale import __version__, data_cli
+from cosmos_scale.arguments import positive, with_examples
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -20,12 +20,6 @@ examples:
   cosmos-scale train configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m train.max_steps=100
   deepspeed --num_accelerators 8 --module cosmos_scale.train configs/run/cc3m_vitb16.yaml
   cosmos-scale eval retrieval --checkpoint runs/cc3m_vitb16/checkpoints --data /data/coco_val --json
-"""
-DATA_EXAMPLES = """\
-examples:
-  cosmos-scale data build --images photos --captions captions.csv --out shards --samples-per-shard 5000
-  cosmos-scale data index /data/cc3m
-  cosmos-scale data index '/data/cc3m/{000000..000331}.tar' --out /index/cc3m
 """
 EVAL_EXAMPLES = """\
 examples:
@@ -44,35 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train.main(arguments[1:])
     parsed = _parser().parse_args(arguments)
     try:
-        return _COMMANDS[parsed.command](parsed)
+        status: int = parsed.run(parsed)
+        return status
     except UserError as error:
         print(f"cosmos-scale {parsed.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as shells number an interrupted command
-
-
-def _data_build(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.data.build import build_shards
-
-    report = build_shards(
-        arguments.images,
-        arguments.captions,
-        arguments.out,
-        samples_per_shard=arguments.samples_per_shard,
-        workers=arguments.workers,
-        progress=not arguments.quiet,
-    )
-    print(report.describe())
-    return 0
-
-
-def _data_index(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.data.index import index_shards
-
-    report = index_shards(arguments.pattern, arguments.out, workers=arguments.workers, progress=not arguments.quiet)
-    print(report.describe())
-    return 0
 
 
 def _eval_retrieval(arguments: argparse.Namespace) -> int:
@@ -100,59 +72,32 @@ def _setup(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {
-    "data build": _data_build,
-    "data index": _data_index,
-    "eval retrieval": _eval_retrieval,
-    "setup": _setup,
-}
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _with_examples(argparse.ArgumentParser(prog="cosmos-scale", description=_DESCRIPTION), EXAMPLES)
+    parser = with_examples(argparse.ArgumentParser(prog="cosmos-scale", description=_DESCRIPTION), EXAMPLES)
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     # For the list of commands only: `main` hands its arguments to the trainer.
     commands.add_parser("train", help="train a run in this process (many ranks: deepspeed --module cosmos_scale.train)")
 
     data = commands.add_parser("data", help="build or index webdataset shards")
-    _add_data_commands(_with_examples(data, DATA_EXAMPLES))
+    with_examples(data, data_cli.EXAMPLES)
+    data_cli.add_parsers(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint")
-    _add_eval_commands(_with_examples(evaluate, EVAL_EXAMPLES))
+    _add_eval_commands(with_examples(evaluate, EVAL_EXAMPLES))
 
     setup = commands.add_parser("setup", help="compile what DeepSpeed needs on CPUs, once, before the first launch")
-    setup.set_defaults(command="setup")
+    setup.set_defaults(command="setup", run=_setup)
     return parser
 
 
 _DESCRIPTION = "Pre-training of COSMOS vision-language models on DeepSpeed."
 
 
-def _add_data_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    build = _with_examples(commands.add_parser("build", help="pictures and a captions file to shards"), DATA_EXAMPLES)
-    build.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures")
-    build.add_argument("--captions", type=Path, required=True, metavar="FILE", help=".jsonl or .csv")
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    build.add_argument("--samples-per-shard", type=positive, default=5000, metavar="N", help="default: 5000")
-    build.set_defaults(command="data build")
-
-    index = _with_examples(commands.add_parser("index", help="index shards without repacking them"), DATA_EXAMPLES)
-    index.add_argument("pattern", metavar="PATTERN", help="folder, or glob or brace pattern of .tar files (in quotes)")
-    index.add_argument("--out", type=Path, metavar="DIR", help="folder of the index; default: beside the shards")
-    index.set_defaults(command="data index")
-
-    for command in (build, index):
-        command.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
-        command.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
 def _add_eval_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = commands.add_parser("retrieval", help="recall at 1, 5, 10 between images and texts")
-    _with_examples(command, EVAL_EXAMPLES)
+    with_examples(command, EVAL_EXAMPLES)
     command.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a step-N folder, or their parent"
     )
@@ -164,13 +109,7 @@ def _add_eval_commands(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     command.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
-    command.set_defaults(command="eval retrieval")
-
-
-def _with_examples(parser: argparse.ArgumentParser, examples: str) -> argparse.ArgumentParser:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = examples
-    return parser
+    command.set_defaults(command="eval retrieval", run=_eval_retrieval)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
 from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.contact_sheet import contact_sheet
+from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.index import open_sources
+from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import SampleKey
 from cosmos_scale.data.scene_shards import build_scenes
 from cosmos_scale.data.shards import ShardReader
@@ -141,7 +144,10 @@ def draw_views(config: RunConfig, path: Path) -> None:
     for sample in range(SAMPLES_SHOWN):
         key = SampleKey(config.seed, 0, sample)
         image_bytes, document = reader.read(index.locate(sample))
-        views = execute(image_bytes, config.data.views, config.model.vision.image_size, key, config.data.max_pixels)
+        picture = decode_rgbx(image_bytes, config.data.max_pixels)
+        views = Views.empty(config.data.views, config.model.vision.image_size)
+        plan = plan_views(config.data.views, config.model.vision.image_size, key, *picture.shape[:2])
+        execute(picture, plan, *views)
         rows.append((views, draw_captions(config.data.captions, document, key)))
     reader.close()
     contact_sheet(rows, path, config.data.captions.global_count, zoom=3)  # 64 pixels are small on a screen

@@ -59,7 +59,7 @@ def count_parameters(config: RunConfig) -> dict[bool, tuple[int, int]]:
 
 def _samples(config: RunConfig) -> tuple[int, str]:
     try:
-        return len(open_sources(config.data.sources)), "index"
+        return open_sources(config.data.sources).epoch_samples, "index"
     except UserError as error:
         if config.data.samples is None:
             raise
@@ -84,7 +84,7 @@ def _model_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _data_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     for source in config.data.sources:
-        yield f"source {source.name}", source.shards
+        yield f"source {source.name}", source.shards + (f", weight {source.weight:g}" if source.weight != 1 else "")
     views, captions = config.data.views, config.data.captions
     image_size = config.model.vision.image_size
     yield "crops", f"{views.global_crops} x {image_size} px and {views.local_crops} x {views.local_size} px"

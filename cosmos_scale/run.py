@@ -55,8 +55,8 @@ class Run:
         if self.first_step >= last_step:
             steps = f"nothing left to do at step {self.first_step} of {last_step}"
         return (
-            f"{self.folder}: {origin}; {len(self.index)} samples, {self.loader.steps_per_epoch} steps an epoch, "
-            f"{steps}, global batch {self.config.train.global_batch} on "
+            f"{self.folder}: {origin}; {self.index.epoch_samples} samples and {self.loader.steps_per_epoch} steps an "
+            f"epoch, {steps}, global batch {self.config.train.global_batch} on "
             f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
             f"{self.config.zero.stage})"
         )
@@ -91,6 +91,7 @@ class Run:
             loss_scaler=student.loss_scaler(),
             data=self.index.fingerprint(),
             config=self.config.model_dump(mode="json"),
+            lost_shards=self.loader.lost_shards,
         )
         keep_last = self.config.checkpoint.keep_last
         return save_checkpoint(self.checkpoints, student.fragments, state, self.ranks.control, keep_last)
@@ -128,7 +129,11 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         tokenizer = Tokenizer(config.model.text.context_length)
         index = open_sources(config.data.sources)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
-        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, folder / "damaged.jsonl")
+        lost = {} if start.state is None else start.state.lost_shards
+        damaged = folder / "damaged.jsonl"
+        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost)
+        if start.state is None:
+            loader.check_shards()
         retrieval = None
         if config.eval.retrieval is not None and config.eval.every:
             retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)

@@ -35,18 +35,18 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     last_step = config.last_step(run.loader.steps_per_epoch)
     student, teacher = run.build_models()
     cosmos_loss = CosmosLoss(config.optimizer.gradient_scale)
-    ahead = Lookahead(run.loader.batches(run.first_step), ranks, stop)
     step = run.first_step
 
     with Progress(config, ranks, run.folder, first_step=step, last_step=last_step) as progress:
         progress.say(run.describe(last_step))
+        ahead = Lookahead(run.loader, step, ranks, stop, progress.say)
         if config.checkpoint.at_start and step == 0:
             run.save(0, student)
         if step < last_step:
             ahead.fetch()
         while step < last_step:
-            batch, stopping = ahead.take()
-            if stopping:
+            batch = ahead.take()
+            if batch is None:
                 progress.say(f"stopping after step {step} of {last_step}: a signal, or train.max_minutes")
                 break
             lr = learning_rate(step, config.optimizer, total_steps)

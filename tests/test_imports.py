@@ -11,7 +11,18 @@ from tests.conftest import REPOSITORY
 MOST_LINES = 400
 
 # What everything may build on: plain data, configuration, errors.
-FOUNDATION = {"__version__", "batch", "config", "config_file", "config_keys", "config_section", "errors", "fragments"}
+FOUNDATION = {
+    "__version__",
+    "arguments",
+    "batch",
+    "config",
+    "config_data",
+    "config_file",
+    "config_keys",
+    "config_section",
+    "errors",
+    "fragments",
+}
 
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 MAY_IMPORT = {

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ class RunState:
 
     step: steps done. samples: samples consumed over all ranks. updates: AdamW updates done. world_size: of the run that
     saved. loss_scaler: numbers of fp16's scaler. data: digest of the index that gives the samples' order.
-    config: the run's configuration as plain data.
+    config: the run's configuration as plain data. lost_shards: the shards given up, each with the step from which on
+    its samples are replaced.
     """
 
     step: int
@@ -44,6 +45,7 @@ class RunState:
     loss_scaler: dict[str, Any]
     data: str
     config: dict[str, Any]
+    lost_shards: dict[str, int] = field(default_factory=dict)
 
 
 def checkpoint_name(step: int) -> str:

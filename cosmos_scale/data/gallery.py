@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.batch import GalleryBatch
+from cosmos_scale.config_data import RemoteConfig
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.index import MergedIndex
 from cosmos_scale.data.sample import DamagedSample
-from cosmos_scale.data.shards import ShardReader
+from cosmos_scale.data.shards import DEFAULT_REMOTE, ShardReader
 from cosmos_scale.errors import UserError
 
 
@@ -24,6 +25,7 @@ def gallery_batches(
     batch: int,
     max_samples: int | None,
     max_pixels: int,
+    remote: RemoteConfig = DEFAULT_REMOTE,
 ) -> Iterator[GalleryBatch]:
     """Yield one rank's contiguous slice of the first `max_samples` samples, in the index's order, `batch` at a time.
 
@@ -31,8 +33,8 @@ def gallery_batches(
     slice may be empty. A damaged sample, or one of more than max_pixels, is left out and named on stderr.
     Raises: UserError where a shard is missing or stale, and what `check_captions` raises, on every rank.
     """
-    check_captions(index, captions_key)
-    reader = ShardReader()
+    check_captions(index, captions_key, remote)
+    reader = ShardReader(remote)
     samples = len(index) if max_samples is None else min(len(index), max_samples)
     images: list[Tensor] = []
     texts: list[list[str]] = []
@@ -56,14 +58,15 @@ def gallery_batches(
     reader.close()
 
 
-def check_captions(index: MergedIndex, captions_key: str) -> None:
-    """Look for a key in the first sample's document.
+def check_captions(index: MergedIndex, captions_key: str, remote: RemoteConfig = DEFAULT_REMOTE) -> None:
+    """Look for the shards, and for a key in the first sample's document.
 
-    Raises: UserError where it is not there, or the shard is missing or stale.
+    Raises: UserError where it is not there, or a shard is missing or stale.
     """
     location = index.locate(0)
-    reader = ShardReader()
+    reader = ShardReader(remote)
     try:
+        reader.check(index.shard_files())
         _, document = reader.read(location)
     except DamagedSample:
         return  # left out of the batches, by the rank whose slice it is in

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +19,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_scale.config import SourceConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.patterns import list_shards, matcher, on_disk, pattern_root
-from cosmos_scale.data.shards import Entry, Location, Rejected, scan_shard
+from cosmos_scale.data.order import EpochOrder, SourceShards
+from cosmos_scale.data.patterns import ShardPattern, parse_pattern
+from cosmos_scale.data.scan import Rejected, scan_shard
+from cosmos_scale.data.shards import DEFAULT_REMOTE, Entry, Location, ShardFile
+from cosmos_scale.data.store import Transient, fetch_into, is_remote, join, redact
 from cosmos_scale.errors import UserError
 
 SUMMARY = "index.json"
@@ -65,22 +68,26 @@ class ShardRow(NamedTuple):
 def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, progress: bool = True) -> IndexReport:
     """Index the shards of a folder or a glob or brace pattern, without repacking them.
 
+    Shards at a URL or from a command are read once, each through a temporary file.
     out: folder of the index; default: the folder of the shards. Shards that it knows already, but not by this pattern,
     stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
-    Raises: UserError where there is no shard, a shard is compressed or unreadable, or no sample is left.
+    Raises: UserError where there is no shard, a shard is compressed or unreadable, or no sample is left; where the
+    shards are not on this machine and `out` is not given.
     """
-    root = pattern_root(pattern)
-    names = list_shards(pattern)
+    shards = parse_pattern(pattern)
+    if out is None and is_remote(pattern):
+        raise UserError(f"--out: must name a folder of this machine for the index, since {shards.shown} is none")
+    names = shards.list_names()
     if not names:
-        raise UserError(f"{pattern}: no .tar shards match")
-    folder = root if out is None else out
+        raise UserError(f"{shards.shown}: no .tar shards match")
+    folder = Path(str(shards.folder)) if out is None else out
     make_folder(folder)
-    others = [row for row in _other_rows(folder, set(names)) if (root / row.name).exists()]
+    others = [row for row in _other_rows(folder, set(names)) if _may_exist(shards.address(row.name))]
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
     torn = 0
-    results = map_jobs(partial(_index_one, root, folder), names, workers)
+    results = map_jobs(partial(_index_one, shards, folder), names, workers)
     with progress_bar("indexing shards", len(names), show=progress) as advance:
         for row, shard_rejected, break_off in results:
             rows.append(row)
@@ -93,19 +100,25 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     _merge_rejected(folder / REJECTED, set(names), faults)
     samples = sum(row.samples for row in rows)
     if samples == 0:
-        raise UserError(f"{pattern}: no usable sample in {len(names)} shards; see {folder / REJECTED}")
+        raise UserError(f"{shards.shown}: no usable sample in {len(names)} shards; see {folder / REJECTED}")
     _write_summary(folder / SUMMARY, sorted([*others, *rows]))
     return IndexReport(folder, len(rows), samples, rejected, torn)
 
 
 class SourceIndex:
-    """The index of one source: its shards, and the tables of those shards that were asked for."""
+    """The index of one source: its shards, and the tables of those shards that were asked for.
 
-    def __init__(self, name: str, root: Path, folder: Path, rows: Sequence[ShardRow]) -> None:
+    folder: where the tables lie, a path or URL.
+    """
+
+    def __init__(
+        self, name: str, shards: ShardPattern, folder: str, rows: Sequence[ShardRow], weight: float = 1.0
+    ) -> None:
         self.name = name
-        self.root = root
+        self.shards = shards
         self.folder = folder
         self.rows = rows
+        self.weight = weight  # see EpochOrder
         self._tables: OrderedDict[int, Table] = OrderedDict()
 
     def locate(self, shard: int, place: int) -> Location:
@@ -113,23 +126,29 @@ class SourceIndex:
 
         Raises: UserError where the shard's table is missing or does not fit the summary.
         """
-        row = self.rows[shard]
         key, image_offset, image_size, text_offset, text_size, kind = self._table(shard)[place].item()
         entry = Entry(key.decode(), image_offset, image_size, text_offset, text_size, kind.decode())
-        return Location(self.name, self.root / row.name, row.size, entry)
+        return Location(self.shard_file(shard), entry)
+
+    def shard_file(self, shard: int) -> ShardFile:
+        """Say where a shard lies."""
+        row = self.rows[shard]
+        return ShardFile(self.name, self.shards.show(row.name), row.size, self.shards.address(row.name))
 
     def _table(self, shard: int) -> Table:
         table = self._tables.get(shard)
         if table is None:
             row = self.rows[shard]
-            path = _table_path(self.folder, row.name)
+            path = _place(self.folder, _table_name(row.name))
             try:
-                table = np.load(path, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: index of {row.name} cannot be read; run `cosmos-scale data index`") from error
+                table = np.load(io.BytesIO(_fetch(path))) if is_remote(path) else np.load(path, mmap_mode="r")
+            except (OSError, ValueError, Transient) as error:
+                raise UserError(
+                    f"{redact(path)}: index of {row.name} cannot be read; run `cosmos-scale data index`"
+                ) from error
             if len(table) != row.samples:
                 raise UserError(
-                    f"{path}: holds {len(table)} samples, but {SUMMARY} says {row.samples}; "
+                    f"{redact(path)}: holds {len(table)} samples, but {SUMMARY} says {row.samples}; "
                     "run `cosmos-scale data index` again"
                 )
             self._tables[shard] = table
@@ -154,6 +173,25 @@ class MergedIndex:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def shard_files(self) -> Iterator[ShardFile]:
+        """Yield where every shard lies, in the order of `shard_samples`."""
+        return (source.shard_file(shard) for source, shard in self._shards)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Visits in an epoch: as many as there are samples, unless a source has a weight."""
+        return sum(part.visits for part in self._parts())
+
+    def order(self, seed: int, window: int) -> EpochOrder:
+        """Return the order of every epoch over these shards."""
+        return EpochOrder(self._parts(), seed, window)
+
+    def _parts(self) -> list[SourceShards]:
+        return [
+            SourceShards(np.array([row.samples for row in source.rows], dtype=np.int64), source.weight)
+            for source in self.sources
+        ]
+
     def locate(self, sample: int) -> Location:
         """Say where a sample lies, by its id.
 
@@ -176,27 +214,30 @@ def open_index(source: SourceConfig) -> SourceIndex:
 
     Raises: UserError where the index is missing or unreadable, has no sample, or lacks shards that the pattern means.
     """
-    root = pattern_root(source.shards)
-    folder = root if source.index is None else Path(source.index)
-    hint = f"run `cosmos-scale data index '{source.shards}'`" + (f" --out {source.index}`" if source.index else "")
-    names, missing = on_disk(source.shards)
-    if not (folder / SUMMARY).exists():
-        if not names:
+    shards = parse_pattern(source.shards)
+    folder = shards.folder if source.index is None else source.index
+    out = f" --out {'DIR' if source.index is None else redact(source.index)}"
+    hint = f"run `cosmos-scale data index '{shards.shown}'{out if source.index or is_remote(source.shards) else ''}`"
+    if folder is None:
+        raise UserError(f"data source {source.name}: {shards.shown}: needs index, the folder of its index; {hint}")
+    names, missing = shards.known_names()
+    summary = _place(folder, SUMMARY)
+    if not is_remote(folder) and not Path(summary).exists():
+        if not names and not is_remote(source.shards):
             raise UserError(f"data source {source.name}: no .tar shards match {source.shards}")
-        raise UserError(f"data source {source.name}: no index at {folder / SUMMARY}; {hint}")
-    means = matcher(source.shards, root)
-    rows = [row for row in read_summary(folder / SUMMARY) if means(row.name)]
+        raise UserError(f"data source {source.name}: no index at {summary}; {hint}")
+    means = shards.means()
+    rows = [row for row in read_summary(summary) if means(row.name)]
     # A shard that is named in full and known may be out of reach for now; reading it would say so.
-    named = {*names, *(os.path.relpath(path, root) for path in missing)}
-    unknown = sorted(named - {row.name for row in rows})
+    unknown = sorted({*names, *missing} - {row.name for row in rows})
     if unknown:
         raise UserError(
-            f"data source {source.name}: {len(unknown)} shards are not in {folder / SUMMARY}, "
+            f"data source {source.name}: {len(unknown)} shards are not in {redact(summary)}, "
             f"the first is {unknown[0]}; {hint}"
         )
     if not any(row.samples for row in rows):
-        raise UserError(f"data source {source.name}: no shard in {folder / SUMMARY} matches {source.shards}")
-    return SourceIndex(source.name, root, folder, rows)
+        raise UserError(f"data source {source.name}: no shard in {redact(summary)} matches {shards.shown}")
+    return SourceIndex(source.name, shards, folder, rows, source.weight)
 
 
 def open_sources(sources: Iterable[SourceConfig]) -> MergedIndex:
@@ -210,19 +251,21 @@ def open_sources(sources: Iterable[SourceConfig]) -> MergedIndex:
     return merged
 
 
-def read_summary(path: Path) -> list[ShardRow]:
-    """Read an index's summary: a row for each shard, in the order that sample ids follow.
+def read_summary(path: str) -> list[ShardRow]:
+    """Read an index's summary: a row for each shard, in the order that sample ids follow. path: may be a URL.
 
     Raises: UserError where it is unreadable or of another format.
     """
     try:
-        return _parse_summary(path)
+        return _parse_summary(_fetch(path) if is_remote(path) else Path(path).read_bytes())
+    except Transient as failure:
+        raise UserError(f"{redact(path)}: index cannot be read: {failure}") from failure
     except _UNREADABLE as error:
-        raise UserError(f"{path}: not a shard index ({error}); run `cosmos-scale data index` again") from error
+        raise UserError(f"{redact(path)}: not a shard index ({error}); run `cosmos-scale data index` again") from error
 
 
-def _parse_summary(path: Path) -> list[ShardRow]:
-    summary = json.loads(path.read_bytes())
+def _parse_summary(data: bytes) -> list[ShardRow]:
+    summary = json.loads(data)
     if summary["format"] != FORMAT:
         raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
     return [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
@@ -234,9 +277,9 @@ def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
     _replace(path, f'{{"format": {json.dumps(FORMAT)}, "shards": [\n{lines}\n]}}\n'.encode())
 
 
-def _index_one(root: Path, folder: Path, name: str) -> tuple[ShardRow, list[Rejected], str | None]:
+def _index_one(shards: ShardPattern, folder: Path, name: str) -> tuple[ShardRow, list[Rejected], str | None]:
     """Scan one shard and write its table."""
-    scan = scan_shard(root / name)
+    scan = scan_shard(shards.address(name), shards.show(name))
     key_bytes = max((len(entry.key.encode("utf-8", "surrogateescape")) for entry in scan.entries), default=1)
     columns = [("key", f"S{key_bytes}")]
     columns += [(field, "<i8") for field in ("image_offset", "image_size", "text_offset", "text_size")]
@@ -250,7 +293,7 @@ def _index_one(root: Path, folder: Path, name: str) -> tuple[ShardRow, list[Reje
     )
     buffer = io.BytesIO()
     np.save(buffer, table)
-    path = _table_path(folder, name)
+    path = folder / _table_name(name)
     make_folder(path.parent)
     _replace(path, buffer.getvalue())
     return ShardRow(name, len(table), scan.size), scan.rejected, scan.torn
@@ -276,8 +319,22 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def _table_path(folder: Path, name: str) -> Path:
-    return folder / (name.removesuffix(".tar") + ".index.npy")
+def _table_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".index.npy"
+
+
+def _place(folder: str, name: str) -> str:
+    return join(folder, name) if is_remote(folder) else str(Path(folder) / name)
+
+
+def _fetch(address: str) -> bytes:
+    buffer = io.BytesIO()
+    fetch_into(buffer, address, DEFAULT_REMOTE)
+    return buffer.getvalue()
+
+
+def _may_exist(address: str) -> bool:
+    return is_remote(address) or os.path.exists(address)
 
 
 def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
@@ -286,7 +343,7 @@ def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
     if not path.exists():
         return []
     try:
-        return [row for row in _parse_summary(path) if row.name not in names]
+        return [row for row in _parse_summary(path.read_bytes()) if row.name not in names]
     except _UNREADABLE as error:  # what mends it is to index again, which is what is being done
         print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
         return []

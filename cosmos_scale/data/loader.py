@@ -5,64 +5,35 @@ all ranks, one after the other, are the same batch at any world size, and nothin
 """
 
 import itertools
-import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from cosmos_scale.batch import Batch, caption_lengths
+from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.captions import draw_captions
-from cosmos_scale.data.decode import Views
-from cosmos_scale.data.decode.torch_cpu import execute
+from cosmos_scale.data.blocks import block_bytes
+from cosmos_scale.data.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.index import MergedIndex
-from cosmos_scale.data.order import EpochOrder, steps_per_epoch
-from cosmos_scale.data.sample import DamagedSample, SampleKey
-from cosmos_scale.data.shards import Location, ShardReader
-from cosmos_scale.errors import UserError
-
-Tokenize = Callable[[Sequence[str]], Tensor]
+from cosmos_scale.data.lost import LostShards
+from cosmos_scale.data.order import steps_per_epoch
+from cosmos_scale.data.worker import Loaded, StepBatches, Tokenize, start_worker
+from cosmos_scale.errors import ShardsLost, UserError
 
 MOST_WORKERS = 8  # by default: what lies above is the user's choice
-# A damaged sample's substitute may be damaged too. So many in a row are no accident.
-MOST_SUBSTITUTES = 20
-# The share of damaged samples is taken of at least so many: one damaged picture in the first batch proves nothing.
-FEWEST_JUDGED = 1000
-
-
-class Damage(NamedTuple):
-    """One damaged sample, as it is written to damaged.jsonl."""
-
-    step: int
-    epoch: int
-    sample: int
-    source: str
-    shard: str
-    key: str
-    reason: str
-
-
-class _Loaded(NamedTuple):
-    """What comes out of a worker: a batch, or the text of the UserError that prevented it."""
-
-    batch: Batch | None
-    damages: list[Damage]
-    error: str | None
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class TrainLoader:
     """The training batches of one rank.
 
-    tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples are appended to, by all ranks; what
-    it holds already, as after a resume, is not appended again.
+    tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples and lost shards are appended to, by all
+    ranks. lost_shards: the shards that the run has given up so far, by the step from which on they are replaced.
     Raises: UserError where the world size does not divide the batch or an epoch holds no batch.
     """
 
@@ -74,182 +45,149 @@ class TrainLoader:
         rank: int,
         world_size: int,
         damaged_log: Path | None = None,
+        lost_shards: Mapping[str, int] | None = None,
     ) -> None:
         self.steps_per_epoch = steps_per_epoch(
-            len(index), config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
+            index.epoch_samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
         )
         self._config = config
         self._rank = rank
-        self._damaged_log = damaged_log
+        self._ranks_here = ranks_of_this_host(world_size)
         self._workers = default_workers(world_size) if config.data.workers is None else config.data.workers
-        self._dataset = _Steps(config, index, tokenizer, rank, config.micro_batch(world_size), self.steps_per_epoch)
-        self._tried = 0
-        self._damaged = 0
+        self._micro_batch = config.micro_batch(world_size)
+        self._lost = LostShards(index, lost_shards or {})
+        self._dataset = StepBatches(
+            config,
+            index,
+            tokenizer,
+            self._lost,
+            rank=rank,
+            micro_batch=self._micro_batch,
+            steps_per_epoch=self.steps_per_epoch,
+            shared=self._workers > 0,
+        )
+        self._log = None if damaged_log is None else DamageLog(damaged_log, rank)
+        self._unlogged: list[Damage] = []
+        self._count = DamageCount(config.data.max_damaged, damaged_log)
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def check_shards(self) -> None:
+        """Raise UserError where a shard is missing: before a run begins it was never there, later it is lost."""
+        self._dataset.check_shards()
+
+    @property
+    def lost_shards(self) -> dict[str, int]:
+        """The shards given up so far, each with the step from which on its samples are replaced."""
+        return dict(self._lost.steps)
+
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Yield this rank's batch of step `start_step` and of every step after it, without end.
 
         Tensors are on the CPU, pinned where CUDA is available.
-        Raises: UserError where a shard or its index is missing or stale, where more than data.max_damaged of the
-        samples are damaged, or where a worker process dies; the caller adds which rank it is.
+        Raises: ShardsLost instead of the batch of a step that needs a shard which cannot be read any more: `lose` it on
+        all ranks, and begin again at this step. UserError where an index is missing or stale, where more than
+        data.max_damaged of the samples are damaged, or where a worker process dies; the caller adds which rank it is.
         """
-        workers = self._workers
-        listed = set() if self._damaged_log is None else _listed(self._damaged_log, start_step)
-        loader: DataLoader[_Loaded] = DataLoader(
+        if self._log is not None:
+            self._log.start(start_step)
+            self._log.append(self._unlogged)
+        self._unlogged.clear()
+        results = self._start_workers(start_step)
+        while True:
+            loaded = self._next(results)
+            if self._log is not None:
+                self._log.append(loaded.damages)
+            if loaded.lost:
+                raise ShardsLost(loaded.lost)
+            if loaded.block is None:
+                raise UserError(loaded.error)
+            self._count.add(self._micro_batch, loaded.damages, self._lost.share())
+            yield Batch(*loaded.block.tensors())
+
+    def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
+        """Give up shards from a step on, those that each rank found lost: reasons by name, by rank. A line for each.
+
+        Call it with the same on all ranks. Raises UserError, on all of them alike, where more is lost than
+        data.max_damaged allows.
+        """
+        reasons: dict[str, str] = {}
+        for rank, shards in enumerate(found):
+            for name, reason in shards.items():
+                reasons.setdefault(name, f"{reason} (rank {rank})" if len(found) > 1 else reason)
+        self._lost.add(reasons, step)
+        share, limit = self._lost.share(), self._config.data.max_damaged
+        if share > limit:
+            name = next(iter(reasons))
+            raise UserError(
+                f"shard {name} is lost: {reasons[name]}; {len(self._lost.steps)} lost shards hold {share:.2%} of all "
+                f"samples, more than data.max_damaged {limit:g} allows"
+            )
+        if self._rank == 0:
+            epoch = step // self.steps_per_epoch
+            for name, reason in reasons.items():
+                source, _, shard = name.partition("/")
+                self._unlogged.append(Damage(step, epoch, None, source, shard, None, f"lost: {reason}"))
+        return [
+            f"shard {name} is lost: {reason}; from step {step + 1} on others take the place of its "
+            f"{self._lost.samples([name])} samples ({share:.2%} of all are lost)"
+            for name, reason in reasons.items()
+        ]
+
+    def _start_workers(self, start_step: int) -> Iterator[Loaded]:
+        workers, prefetch = self._workers, self._config.data.prefetch
+        if workers:
+            self._check_shared_memory()
+        loader: DataLoader[Loaded] = DataLoader(
             self._dataset,
             sampler=_StepsFrom(start_step),
             batch_size=None,
             collate_fn=_as_is,
             num_workers=workers,
-            prefetch_factor=self._config.data.prefetch if workers else None,
+            prefetch_factor=prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             # Forked workers share the index's pages and start at once; they touch neither CUDA nor the process group.
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # its own: torch's global generator stays as it was
         )
-        results = _without_child_signals(loader)
-        while True:
-            try:
-                loaded = next(results)
-            except (RuntimeError, EOFError, OSError) as error:
-                # The last two: a batch was ready, but who held its memory is gone.
-                if workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
-                    raise
-                cause = str(error).partition("\n")[0].strip(" .") or type(error).__name__
-                raise UserError(
-                    f"a loader process died ({cause}); if memory ran out, "
-                    f"lower data.workers ({workers}) or data.prefetch"
-                ) from error
-            self._log([damage for damage in loaded.damages if damage not in listed])
-            if loaded.batch is None:
-                raise UserError(loaded.error)
-            self._judge(loaded.damages)
-            yield loaded.batch
+        return _without_child_signals(loader)
 
-    def _log(self, damages: list[Damage]) -> None:
-        if not damages or self._damaged_log is None:
-            return
-        lines = [json.dumps({**damage._asdict(), "rank": self._rank}) + "\n" for damage in damages]
-        self._damaged_log.parent.mkdir(parents=True, exist_ok=True)
-        # One write: ranks that append at the same time do not cut each other's lines.
-        with self._damaged_log.open("ab", buffering=0) as log:
-            log.write("".join(lines).encode())
-
-    def _judge(self, damages: list[Damage]) -> None:
-        """Count samples, substitutes included; raise UserError where too many of them are damaged."""
-        self._tried += self._dataset.micro_batch + len(damages)
-        self._damaged += len(damages)
-        limit = self._config.data.max_damaged
-        if damages and self._damaged > limit * max(self._tried, FEWEST_JUDGED):
-            last = damages[-1]
+    def _next(self, results: Iterator[Loaded]) -> Loaded:
+        try:
+            return next(results)
+        except (RuntimeError, EOFError, OSError) as error:
+            # The last two: a batch was ready, but who held its memory is gone.
+            workers = self._workers
+            if workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+                raise
+            cause = str(error).partition("\n")[0].strip(" .") or type(error).__name__
             raise UserError(
-                f"{self._damaged} of {self._tried} samples are damaged, more than data.max_damaged "
-                f"{limit:g} allows; the last is {last.key} in {last.shard}: {last.reason}"
-                + (f"; all are in {self._damaged_log}" if self._damaged_log else "")
+                f"a loader process died ({cause}); if memory ran out, lower data.workers ({workers}) or data.prefetch"
+            ) from error
+
+    def _check_shared_memory(self) -> None:
+        """Raise UserError where the batches that may be ready do not fit: a worker would die of it at any time."""
+        if not SHARED_MEMORY.is_dir():
+            return
+        system = os.statvfs(SHARED_MEMORY)
+        workers, prefetch = self._workers, self._config.data.prefetch
+        needed = self._ranks_here * workers * prefetch * block_bytes(self._dataset.fields())
+        if needed > system.f_blocks * system.f_frsize:
+            raise UserError(
+                f"data.prefetch: {prefetch} batches ready in each of {workers} workers of each of {self._ranks_here} "
+                f"ranks take {needed / 2**30:.1f} GiB, but {SHARED_MEMORY} has "
+                f"{system.f_blocks * system.f_frsize / 2**30:.1f}; rule: lower data.prefetch or data.workers, or "
+                "enlarge it (docker run --shm-size)"
             )
 
 
-def _listed(log: Path, start_step: int) -> set[Damage]:
-    """The damage from a step on that a log names already: a resumed run comes upon it again.
-
-    Left out when it comes again, rather than deleted now: other ranks may be appending by now.
-    """
-    listed: set[Damage] = set()
-    if log.exists():
-        for line in log.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-                damage = Damage(*(record[field] for field in Damage._fields))
-                if damage.step >= start_step:
-                    listed.add(damage)
-            except (ValueError, KeyError, TypeError):
-                continue  # a torn line
-    return listed
+def ranks_of_this_host(world_size: int) -> int:
+    """Return how many of the ranks run on this host, as the launcher says; without one, all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
 
 
 def default_workers(world_size: int) -> int:
     """Return the loader processes of each rank where the config leaves them open: this host's cores shared out."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks_here - 1))
-
-
-class _Steps(Dataset[_Loaded]):
-    """Maps a step of the run to this rank's batch of it."""
-
-    def __init__(
-        self, config: RunConfig, index: MergedIndex, tokenizer: Tokenize, rank: int, micro_batch: int, steps: int
-    ) -> None:
-        self.micro_batch = micro_batch
-        self._config = config
-        self._index = index
-        self._tokenizer = tokenizer
-        self._rank = rank
-        self._steps_per_epoch = steps
-        self._order = EpochOrder(index.shard_samples, config.seed, config.data.window)
-        self._reader = ShardReader()
-
-    def __getitem__(self, step: int) -> _Loaded:
-        damages: list[Damage] = []
-        try:
-            return _Loaded(self._batch(step, damages), damages, None)
-        except UserError as error:  # as a value: an exception would reach the training process as a traceback's text
-            return _Loaded(None, damages, str(error))
-
-    def _batch(self, step: int, damages: list[Damage]) -> Batch:
-        config, size = self._config, self.micro_batch
-        views, side = config.data.views, config.model.vision.image_size
-        epoch, epoch_step = divmod(step, self._steps_per_epoch)
-        first = epoch_step * config.train.global_batch + self._rank * size
-        positions = np.arange(first, first + size)
-        samples = self._order.sample_ids(epoch, positions).tolist()
-
-        global_crops = torch.empty(views.global_crops, size, 3, side, side)
-        local_crops = torch.empty(views.local_crops, size, 3, views.local_size, views.local_size)
-        texts: list[list[str]] = []
-        substituted = 0
-        for b, position in enumerate(positions.tolist()):
-            wanted = samples[b]
-            samples[b], made, captions = self._sample(step, epoch, position, wanted, damages)
-            substituted += samples[b] != wanted
-            global_crops[:, b] = made.global_crops
-            local_crops[:, b] = made.local_crops
-            texts.append(captions)
-        # Captions first, samples second: [K, B, L].
-        ids_NL = self._tokenizer([captions[k] for k in range(config.data.captions.count) for captions in texts])
-        ids_KBL = ids_NL.view(config.data.captions.count, size, -1)
-        return Batch(
-            global_crops,
-            local_crops,
-            ids_KBL,
-            caption_lengths(ids_KBL),
-            torch.tensor(samples),
-            torch.tensor(substituted),
-        )
-
-    def _sample(
-        self, step: int, epoch: int, position: int, sample: int, damages: list[Damage]
-    ) -> tuple[int, Views, list[str]]:
-        """Make one sample, or where it is damaged its first sound substitute: (its id, views, captions)."""
-        for attempt in range(MOST_SUBSTITUTES + 1):
-            location = self._index.locate(sample)
-            try:
-                return sample, *self._make(SampleKey(self._config.seed, epoch, sample), location)
-            except DamagedSample as damage:
-                place = (location.source, str(location.shard), location.entry.key)
-                damages.append(Damage(step, epoch, sample, *place, str(damage)))
-            sample = self._order.substitute(epoch, position, attempt)
-        last = damages[-1]
-        raise UserError(
-            f"{MOST_SUBSTITUTES + 1} damaged samples in a row; the last is {last.key} in {last.shard}: {last.reason}"
-        )
-
-    def _make(self, key: SampleKey, location: Location) -> tuple[Views, list[str]]:
-        data = self._config.data
-        image_bytes, document = self._reader.read(location)
-        captions = draw_captions(data.captions, document, key)
-        side = self._config.model.vision.image_size
-        return execute(image_bytes, data.views, side, key, data.max_pixels), captions
+    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks_of_this_host(world_size) - 1))
 
 
 class _StepsFrom(Sampler[int]):
@@ -262,7 +200,7 @@ class _StepsFrom(Sampler[int]):
         return itertools.count(self._start)
 
 
-def _without_child_signals(loader: "DataLoader[_Loaded]") -> Iterator[_Loaded]:
+def _without_child_signals(loader: "DataLoader[Loaded]") -> Iterator[Loaded]:
     """Start a loader's workers, and leave SIGCHLD as it was.
 
     torch's handler raises a dead worker's error wherever the training process happens to be, be it in a collective.
@@ -278,16 +216,3 @@ def _without_child_signals(loader: "DataLoader[_Loaded]") -> Iterator[_Loaded]:
 
 def _as_is(loaded: Any) -> Any:
     return loaded
-
-
-def _start_worker(worker: int) -> None:
-    # Ctrl-C, schedulers and launchers signal all processes; the training process decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_parent_says, daemon=True).start()
-
-
-def _end_when_parent_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -1,15 +1,18 @@
-"""The order of the data: the k-th sample of epoch e as a pure function of (seed, e, k).
+"""The order of the data: the k-th visit of epoch e as a pure function of (seed, e, k).
 
-World size, workers and restarts have no part in it. Per epoch the shards are shuffled and laid end to end; this stream
-is cut into windows of a fixed number of samples, and each window is shuffled in itself. So a window reads few shards,
-each of them once, and any position is reached by arithmetic: no pass over samples, nothing read but the shards' counts.
+World size, workers and restarts have no part in it. Per epoch each source is a stream of its own: its shards, shuffled
+and laid end to end, pass after pass where its weight asks for several. The epoch is cut into windows of a fixed number
+of samples; every window takes from each stream, where the window before stopped, the source's share of the epoch, and
+is shuffled in itself. So each window holds the sources in their proportions, to a sample or two; it reads few shards,
+each of them once a pass; and any position is reached by arithmetic: no pass over samples, nothing read but the shards'
+counts.
 
 Shuffles are the order of raw 64-bit draws of the counter-based generator Philox. Its draws are the same in every numpy
 version (those of `Generator.permutation` need not be), so a run can be resumed after an upgrade.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,55 +24,91 @@ Positions = NDArray[np.int64]
 
 # Second word of the Philox key: draws for the order share no stream with the draws for crops and captions.
 _SHARD_STREAM, _WINDOW_STREAM, _SUBSTITUTE_STREAM = 0x5348415244, 0x57494E444F57, 0x53554253
+_PART_STREAM, _ROUNDING_STREAM = 0x50415254, 0x524F554E44
 _FEWEST_SUBSTITUTES = 1024  # an epoch's last window may hold a single sample
-_KEPT = 4  # shuffles kept: a batch touches at most two windows and two epochs unless it is larger than a window
+_KEPT = 4  # windows and epochs kept: a batch touches at most two of each unless it is larger than a window
 
 _Key = TypeVar("_Key", bound=Hashable)
-_Shuffle = TypeVar("_Shuffle")
+_Made = TypeVar("_Made")
+
+
+class SourceShards(NamedTuple):
+    """What the order needs of a source: the samples in each of its shards, [shards] int64, and its weight."""
+
+    samples: Positions
+    weight: float = 1.0
+
+    @property
+    def visits(self) -> int:
+        """Visits to this source in an epoch: weight x samples, rounded, and one at least."""
+        return max(1, round(self.weight * int(self.samples.sum())))
+
+
+class Visits(NamedTuple):
+    """Visits in their order. samples: ids in the merged index; repeats: which of the sample's visits, from 0."""
+
+    samples: Positions
+    repeats: Positions
 
 
 class _Stream(NamedTuple):
-    """One epoch's shards end to end: where in the stream each starts and ends, and the id of its first sample."""
+    """One source's epoch as stretches end to end: of which shard, in which pass, and where in the stream."""
 
+    shards: Positions
+    passes: Positions
     starts: Positions
     ends: Positions
-    first_ids: Positions
 
 
 class EpochOrder:
-    """The order of every epoch over shards of given sample counts.
+    """The order of every epoch over sources of given shards.
 
-    shard_samples: samples in each shard, in the index's order; sample ids count through them.
-    window: samples shuffled together. Larger mixes better and reads more shards at a time; costs 8 bytes a sample.
+    A source of weight w is visited `SourceShards.visits` times an epoch: in whole passes, in each of which every
+    sample comes once, and where w is no whole number in one more of a part of the samples. Of this part every shard
+    gives its share, rounded up or down; which samples it is, is drawn anew each epoch, each as likely as any other.
+
+    sources: sample ids count through their shards in this order.
+    window: samples shuffled together. Larger mixes better and reads more shards at a time; costs 24 bytes a sample.
     """
 
-    def __init__(self, shard_samples: Positions, seed: int, window: int) -> None:
-        self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
-        self.samples = int(self.shard_samples.sum())
-        if self.samples < 1 or window < 1:
-            raise ValueError(f"{self.samples} samples in windows of {window}: both must be at least 1")
+    def __init__(self, sources: Sequence[SourceShards], seed: int, window: int) -> None:
+        self._counts = [np.asarray(source.samples, dtype=np.int64) for source in sources]
+        sizes = [int(counts.sum()) for counts in self._counts]
+        if not sizes or min(sizes) < 1 or window < 1:
+            raise ValueError(f"sources of {sizes} samples in windows of {window}: each must be at least 1")
+        firsts = np.cumsum([0, *sizes])
+        self._first_ids = [
+            first + np.cumsum(counts) - counts for first, counts in zip(firsts, self._counts, strict=False)
+        ]
+        self._visits = [source.visits for source in sources]
+        self.samples = sum(self._visits)
         self.seed = seed
         self.window = window
-        self._streams: OrderedDict[int, _Stream] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], Positions] = OrderedDict()
+        self._streams: OrderedDict[int, list[_Stream]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], Visits] = OrderedDict()
 
     def sample(self, epoch: int, position: int) -> int:
         """Return the id of the sample at one position of an epoch."""
         return int(self.sample_ids(epoch, np.array([position]))[0])
 
     def sample_ids(self, epoch: int, positions: Positions) -> Positions:
-        """Return the ids of the samples at some positions of an epoch.
+        """Return the ids of the samples at some positions of an epoch, as `visits` does."""
+        return self.visits(epoch, positions).samples
+
+    def visits(self, epoch: int, positions: Positions) -> Visits:
+        """Return which samples come at some positions of an epoch.
 
         Positions past the epoch's end stand for its first samples again: so an incomplete last batch is padded.
         """
         positions = np.asarray(positions, dtype=np.int64) % self.samples
         windows = positions // self.window
-        places = np.empty_like(positions)
+        found = Visits(np.empty_like(positions), np.empty_like(positions))
         for window in np.unique(windows).tolist():
             here = windows == window
-            first = window * self.window
-            places[here] = first + self._window(epoch, window)[positions[here] - first]
-        return self._ids(epoch, places)
+            places = positions[here] - window * self.window
+            for field, whole in zip(found, self._window(epoch, window), strict=True):
+                field[here] = whole[places]
+        return found
 
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
         """Return the id of the sample that stands in for a damaged one; attempts count from 0.
@@ -79,33 +118,76 @@ class EpochOrder:
         position %= self.samples
         reach = min(max(self.window, _FEWEST_SUBSTITUTES), self.samples)
         first = min(position // self.window * self.window, self.samples - reach)
-        draw = int(_draws(self.seed, _SUBSTITUTE_STREAM, (attempt, position, epoch), 1)[0])
-        distance = 1 + (draw * (reach - 1) >> 64)
-        return self.sample(epoch, first + (position - first + distance) % reach)
+        distance = 1 + _below(reach - 1, self.seed, _SUBSTITUTE_STREAM, (attempt, position, epoch))
+        wanted = self.sample(epoch, position)
+        for step in range(reach):  # more than one only where the place drawn holds a repeat of the sample itself
+            other = self.sample(epoch, first + (position - first + distance + step) % reach)
+            if other != wanted:
+                return other
+        return wanted
 
-    def _ids(self, epoch: int, places: Positions) -> Positions:
-        stream = _recall(self._streams, epoch, lambda: self._shuffle_shards(epoch))
-        shards = np.searchsorted(stream.ends, places, side="right")  # "right" steps over shards without samples
-        return np.asarray(stream.first_ids[shards] + places - stream.starts[shards])
+    def _window(self, epoch: int, window: int) -> Visits:
+        return _recall(self._windows, (epoch, window), lambda: self._fill_window(epoch, window))
 
-    def _shuffle_shards(self, epoch: int) -> _Stream:
-        order = _permutation(self.seed, _SHARD_STREAM, (0, 0, epoch), len(self.shard_samples))
-        lengths = self.shard_samples[order]
-        ends = np.cumsum(lengths)
-        first_ids = (np.cumsum(self.shard_samples) - self.shard_samples)[order]
-        return _Stream(ends - lengths, ends, first_ids)
+    def _fill_window(self, epoch: int, window: int) -> Visits:
+        first = window * self.window
+        end = min(first + self.window, self.samples)
+        stretches = [
+            self._stretch(epoch, source, start, stop)
+            for source, (start, stop) in enumerate(zip(self._shares(first), self._shares(end), strict=True))
+        ]
+        order = _permutation(self.seed, _WINDOW_STREAM, (0, window, epoch), end - first)
+        return Visits(*(np.concatenate(fields)[order] for fields in zip(*stretches, strict=True)))
 
-    def _window(self, epoch: int, window: int) -> Positions:
-        length = min(self.window, self.samples - window * self.window)
-        return _recall(
-            self._windows,
-            (epoch, window),
-            lambda: _permutation(self.seed, _WINDOW_STREAM, (0, window, epoch), length),
-        )
+    def _shares(self, position: int) -> Iterator[int]:
+        """Say how many of an epoch's first `position` visits are each source's, in proportion to its visits.
+
+        Each source takes its share, rounded down, of what those before it left. So no share ever shrinks as the
+        position grows, all end at their visits, and each is off by less than the number of sources.
+        """
+        left, total = position, self.samples
+        for visits in self._visits:
+            share = left * visits // total
+            yield share
+            left, total = left - share, total - visits
+
+    def _stretch(self, epoch: int, source: int, start: int, stop: int) -> Visits:
+        """Visits `start` to `stop` of one source's stream."""
+        stream = _recall(self._streams, epoch, lambda: self._lay_out(epoch))[source]
+        places = np.arange(start, stop)
+        rows = np.searchsorted(stream.ends, places, side="right")  # "right" steps over shards without samples
+        shards, passes = stream.shards[rows], stream.passes[rows]
+        places -= stream.starts[rows]
+        in_part = passes == self._visits[source] // int(self._counts[source].sum())
+        for row in np.unique(rows[in_part]).tolist():
+            shard = int(stream.shards[row])
+            shuffled = _permutation(self.seed, _PART_STREAM, (shard, source, epoch), int(self._counts[source][shard]))
+            chosen = np.sort(shuffled[: stream.ends[row] - stream.starts[row]])  # sorted: read front to back
+            here = rows == row
+            places[here] = chosen[places[here]]
+        return Visits(self._first_ids[source][shards] + places, passes)
+
+    def _lay_out(self, epoch: int) -> list[_Stream]:
+        return [self._lay_out_source(epoch, source) for source in range(len(self._counts))]
+
+    def _lay_out_source(self, epoch: int, source: int) -> _Stream:
+        counts = self._counts[source]
+        whole, part = divmod(self._visits[source], int(counts.sum()))
+        orders = [
+            _permutation(self.seed, _SHARD_STREAM, (turn, source, epoch), len(counts))
+            for turn in range(whole + (part > 0))
+        ]
+        lengths = [counts[order] for order in orders[:whole]]
+        if part:
+            offset = _below(int(counts.sum()), self.seed, _ROUNDING_STREAM, (0, source, epoch))
+            lengths.append(_split(part, counts, offset)[orders[-1]])
+        ends = np.cumsum(np.concatenate(lengths))
+        passes = np.repeat(np.arange(len(orders)), len(counts))
+        return _Stream(np.concatenate(orders), passes, ends - np.concatenate(lengths), ends)
 
 
 def steps_per_epoch(samples: int, global_batch: int, last_batch: str, multiple: int) -> int:
-    """Return the steps of an epoch of `samples` samples.
+    """Return the steps of an epoch of `samples` samples, repeats counted.
 
     last_batch: "drop" leaves an incomplete last batch out, "pad" fills it. multiple: the steps are rounded up to a
     multiple of it; positions past the epoch's end then stand for its first samples again.
@@ -120,6 +202,17 @@ def steps_per_epoch(samples: int, global_batch: int, last_batch: str, multiple: 
     return -(-steps // multiple) * multiple
 
 
+def _split(part: int, counts: Positions, offset: int) -> Positions:
+    """Split `part` samples over shards in proportion to their counts, each share rounded up or down.
+
+    offset: 0 .. samples - 1 decides which way; over all offsets each share averages to the exact proportion.
+    """
+    total = int(counts.sum())
+    shares, remainders = np.divmod(counts * part, total)
+    carried = (np.cumsum(remainders) + offset) // total
+    return np.asarray(shares + np.diff(carried, prepend=0))
+
+
 def _draws(seed: int, stream: int, place: tuple[int, int, int], count: int) -> NDArray[np.uint64]:
     """Draw 64-bit numbers as a function of (seed, stream, place); the first counter word counts them."""
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
@@ -127,11 +220,16 @@ def _draws(seed: int, stream: int, place: tuple[int, int, int], count: int) -> N
     return np.asarray(np.random.Philox(key=key, counter=counter).random_raw(count))
 
 
+def _below(limit: int, seed: int, stream: int, place: tuple[int, int, int]) -> int:
+    """Draw an integer from 0 to limit - 1; 0 where there is no such."""
+    return int(_draws(seed, stream, place, 1)[0]) * limit >> 64
+
+
 def _permutation(seed: int, stream: int, place: tuple[int, int, int], length: int) -> Positions:
     return np.argsort(_draws(seed, stream, place, length), kind="stable")
 
 
-def _recall(kept: "OrderedDict[_Key, _Shuffle]", key: _Key, make: Callable[[], _Shuffle]) -> _Shuffle:
+def _recall(kept: "OrderedDict[_Key, _Made]", key: _Key, make: Callable[[], _Made]) -> _Made:
     """Return kept[key], made where it is missing; the least recently used of more than a few is let go."""
     if key not in kept:
         kept[key] = make()

@@ -1,19 +1,224 @@
-"""Which shards a user means: a folder, one path, or a glob or brace pattern such as `cc3m/{00000..00331}.tar`."""
+"""Which shards a user means: a folder, one path, or a glob or brace pattern such as `cc3m/{00000..00331}.tar`.
+
+The same at a URL: folders and wildcards where fsspec can list (s3://bucket/cc3m), braces everywhere. A web server has
+no list of its files, so its shards are named in full. `pipe:COMMAND` means one shard for each command that its braces
+make, named after the last .tar in the command; the command's output is the shard.
+"""
 
 import glob
 import os
-from collections.abc import Callable
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
+from cosmos_scale.data.store import PIPE, is_remote, is_web, join, list_filesystem, redact
 from cosmos_scale.errors import UserError
 
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
+_TAR_WORD = re.compile(r"[^\s'\"|<>;&]*\.tar\b[^\s'\"|<>;&]*")
 
-def pattern_root(pattern: str) -> Path:
-    """Return the folder that shard names are relative to: the deepest one before any wildcard or brace."""
+
+class ShardPattern(ABC):
+    """The shards that a pattern means; `shown` is the pattern for messages, without secrets."""
+
+    shown: str
+    folder: str | None  # where the index lies unless the user names a place: beside the shards, a path or URL
+
+    @abstractmethod
+    def known_names(self) -> tuple[list[str], list[str]]:
+        """List the shards that can be told without asking a server: (names, sorted; paths named in full but not there).
+
+        Names are relative to the deepest folder before any wildcard or brace.
+        Raises: UserError where a folder holds compressed tars, or the pattern is not one.
+        """
+
+    @abstractmethod
+    def list_names(self) -> list[str]:
+        """List all shards, sorted; raises UserError, too, where one named in full is known not to exist."""
+
+    @abstractmethod
+    def means(self) -> Callable[[str], bool]:
+        """Return a test of whether the pattern means a shard's name; it does not look for the shard."""
+
+    @abstractmethod
+    def address(self, name: str) -> str:
+        """Return the path, URL or command by which a shard is read."""
+
+    @abstractmethod
+    def show(self, name: str) -> str:
+        """Return a shard's path or URL for messages, without secrets."""
+
+
+def parse_pattern(pattern: str) -> ShardPattern:
+    """Tell what kind of place a pattern means; raises UserError where it is not a valid one."""
+    if pattern.startswith(PIPE):
+        return _Commands(*_named_commands(pattern))
+    if is_remote(pattern):
+        return _url_pattern(pattern)
+    return _Paths(pattern, pattern, str(_root(pattern)))
+
+
+@dataclass(frozen=True)
+class _Paths(ShardPattern):
+    """Files of this machine."""
+
+    pattern: str
+    shown: str
+    folder: str
+
+    def known_names(self) -> tuple[list[str], list[str]]:
+        root = Path(self.folder)
+        if os.path.isdir(self.pattern):  # pathlib would take an empty path for the current folder
+            files = sorted(os.listdir(self.pattern))
+            compressed = [name for name in files if name.lower().endswith(COMPRESSED_ENDINGS)]
+            if compressed:
+                raise UserError(
+                    f"{root / compressed[0]}: is compressed; samples are read by offset, so unpack it to .tar"
+                )
+            return [name for name in files if name.endswith(".tar")], []
+        names: set[str] = set()
+        missing = []
+        for path in _expand(self.pattern):
+            if _has_wildcard(path):
+                names.update(os.path.relpath(match, root) for match in glob.glob(path))
+            elif os.path.isfile(path):
+                names.add(os.path.relpath(path, root))
+            else:
+                missing.append(os.path.relpath(path, root))
+        return sorted(names), missing
+
+    def list_names(self) -> list[str]:
+        names, missing = self.known_names()
+        if missing and not names and _expand(self.pattern) == [self.pattern]:
+            raise UserError(f"{self.pattern}: no such shard or folder of shards")
+        if missing:
+            first = self.show(missing[0])
+            raise UserError(f"{self.pattern}: {len(missing)} of its shards do not exist, the first is {first}")
+        return names
+
+    def means(self) -> Callable[[str], bool]:
+        if Path(self.pattern).is_dir():
+            return lambda name: "/" not in name
+        return _name_test([os.path.relpath(path, self.folder) for path in _expand(self.pattern)])
+
+    def address(self, name: str) -> str:
+        return str(Path(self.folder) / name)
+
+    def show(self, name: str) -> str:
+        return self.address(name)
+
+
+@dataclass(frozen=True)
+class _Urls(ShardPattern):
+    """Files below a URL; `below` is the pattern of their names, and the folder's query ends the URL of each."""
+
+    shown: str
+    folder: str
+    below: str
+
+    def known_names(self) -> tuple[list[str], list[str]]:
+        return sorted({name for name in _expand(self.below) if not _has_wildcard(name)}), []
+
+    def list_names(self) -> list[str]:
+        names = set(self.known_names()[0])
+        for pattern in _expand(self.below):
+            if _has_wildcard(pattern):
+                names.update(list_filesystem(self.folder, pattern))
+        _refuse_parents(self.shown, names)
+        return sorted(names)
+
+    def means(self) -> Callable[[str], bool]:
+        return _name_test(_expand(self.below))
+
+    def address(self, name: str) -> str:
+        return join(self.folder, name)
+
+    def show(self, name: str) -> str:
+        return redact(self.address(name))
+
+
+@dataclass(frozen=True)
+class _Commands(ShardPattern):
+    """Outputs of commands, by the shards' names; nothing lies beside them, so their index needs a place of its own."""
+
+    shown: str
+    commands: dict[str, str]
+    folder: None = None
+
+    def known_names(self) -> tuple[list[str], list[str]]:
+        return sorted(self.commands), []
+
+    def list_names(self) -> list[str]:
+        return sorted(self.commands)
+
+    def means(self) -> Callable[[str], bool]:
+        return self.commands.__contains__
+
+    def address(self, name: str) -> str:
+        return self.commands[name]
+
+    def show(self, name: str) -> str:
+        return _show_command(self.commands[name])
+
+
+def _url_pattern(pattern: str) -> _Urls:
+    base, mark, query = pattern.partition("?") if is_web(pattern) else (pattern, "", "")
+    scheme, _, path = base.partition("://")
+    *folders, last = path.rstrip("/").split("/")
+    plain = folders[:1]  # the server's name, which may have brackets
+    for part in folders[1:]:
+        if _has_wildcard(part) or "{" in part:
+            break
+        plain.append(part)
+    below = "/".join([*folders[len(plain) :], last])
+    shown = redact(pattern)
+    if not (last.endswith(".tar") or "{" in last or _has_wildcard(last)):  # a folder
+        plain, below = [*folders, last], "*.tar"
+    if is_web(pattern) and any(map(_has_wildcard, _expand(below))):
+        raise UserError(
+            f"{shown}: a web server has no list of its files; name the shards, as in URL/{{00000..00331}}.tar"
+        )
+    if "{" in "".join(plain[:1]):
+        raise UserError(f"{shown}: braces may stand in the path, not in the server's name")
+    return _Urls(shown, f"{scheme}://{'/'.join(plain)}{mark}{query}", below)
+
+
+def _named_commands(pattern: str) -> tuple[str, dict[str, str]]:
+    """Expand a command's braces, and name each command after its .tar: (pattern for messages, commands by name)."""
+    commands = _expand(pattern)
+    paths: list[list[str]] = []
+    for command in commands:
+        words = _TAR_WORD.findall(command[len(PIPE) :])
+        if not words:
+            raise UserError(f"{PIPE} the command must name a .tar file, by which shards are told apart")
+        paths.append(redact(words[-1]).partition("?")[0].split("/"))
+    shared = 0  # folders at their beginning
+    while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    names = ["/".join(path[shared:]) for path in paths]
+    _refuse_parents(_show_command(pattern), names)
+    if len(set(names)) < len(names):
+        raise UserError(f"{_show_command(pattern)}: {len(names)} commands, but {len(set(names))} names of .tar files")
+    return _show_command(pattern), dict(zip(names, commands, strict=True))
+
+
+def _refuse_parents(shown: str, names: Iterable[str]) -> None:
+    """Index files are called after shards: names that others chose must not lead out of the index's folder."""
+    if any(".." in name.split("/") for name in names):
+        raise UserError(f"{shown}: a shard's path must not lead through ..")
+
+
+def _show_command(command: str) -> str:
+    words = _TAR_WORD.findall(command[len(PIPE) :])
+    return f"{PIPE} ... {redact(words[-1])}"
+
+
+def _root(pattern: str) -> Path:
     path = Path(pattern)
     if path.is_dir():
         return path
@@ -25,50 +230,9 @@ def pattern_root(pattern: str) -> Path:
     return Path(*plain)
 
 
-def list_shards(pattern: str) -> list[str]:
-    """List the shards on disk that a folder or a glob or brace pattern means, sorted, relative to its root.
-
-    Raises: UserError where the folder holds compressed tars, or a shard named in full does not exist.
-    """
-    names, missing = on_disk(pattern)
-    if missing == [pattern]:
-        raise UserError(f"{pattern}: no such shard or folder of shards")
-    if missing:
-        raise UserError(f"{pattern}: {len(missing)} of its shards do not exist, the first is {missing[0]}")
-    return names
-
-
-def on_disk(pattern: str) -> tuple[list[str], list[str]]:
-    """List the shards that a pattern means, and the paths that it names in full but that do not exist.
-
-    Raises: UserError where a folder holds compressed tars, or the pattern is or expands to an empty path.
-    """
-    root = pattern_root(pattern)
-    if os.path.isdir(pattern):  # pathlib would take an empty path for the current folder
-        files = sorted(os.listdir(pattern))
-        compressed = [name for name in files if name.lower().endswith(COMPRESSED_ENDINGS)]
-        if compressed:
-            raise UserError(f"{root / compressed[0]}: is compressed; samples are read by offset, so unpack it to .tar")
-        return [name for name in files if name.endswith(".tar")], []
-    names: set[str] = set()
-    missing = []
-    for path in _expand(pattern):
-        if _has_wildcard(path):
-            names.update(os.path.relpath(match, root) for match in glob.glob(path))
-        elif os.path.isfile(path):
-            names.add(os.path.relpath(path, root))
-        else:
-            missing.append(path)
-    return sorted(names), missing
-
-
-def matcher(pattern: str, root: Path) -> Callable[[str], bool]:
-    """Return a test of whether a pattern means a shard's name; it does not look for the shard on the disk."""
-    if Path(pattern).is_dir():
-        return lambda name: "/" not in name
-    paths = [os.path.relpath(path, root) for path in _expand(pattern)]
-    named = {path for path in paths if not _has_wildcard(path)}
-    wild = [PurePosixPath(path) for path in paths if _has_wildcard(path)]
+def _name_test(patterns: list[str]) -> Callable[[str], bool]:
+    named = {pattern for pattern in patterns if not _has_wildcard(pattern)}
+    wild = [PurePosixPath(pattern) for pattern in patterns if _has_wildcard(pattern)]
 
     def means(name: str) -> bool:
         # `match` compares from the right: equal depths make it compare the whole name
@@ -82,7 +246,7 @@ def _expand(pattern: str) -> list[str]:
     try:
         paths = list(braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"{pattern}: not a valid pattern: {error}") from error
+        raise UserError(f"{redact(pattern)}: not a valid pattern: {error}") from error
     if "" in paths:
         raise UserError(f"'{pattern}': means an empty path; name a folder of shards or a pattern of .tar files")
     return paths

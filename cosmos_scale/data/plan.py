@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.sample import SampleKey
 
 VIEW_STREAM = 0
@@ -66,13 +66,13 @@ class ViewPlan:
 def sample_generator(key: SampleKey, stream: int) -> np.random.Generator:
     """Open one random stream of one sample; call only its `.random()`.
 
-    Philox-4x64 takes (seed, epoch) as its key; (sample, stream) are the high words of its counter, so streams never
-    overlap (they lie 2^128 blocks apart). Form every other distribution from uniform doubles by plain arithmetic: NumPy
-    does not promise that its own distributions stay the same from version to version.
+    Philox-4x64 takes (seed, epoch) as its key; (repeat, sample, stream) are the high words of its counter, so streams
+    never overlap (they lie 2^64 blocks apart). Form every other distribution from uniform doubles by plain arithmetic:
+    NumPy does not promise that its own distributions stay the same from version to version.
     """
     # Arrays, not lists: NumPy reads a list that mixes integers below and above 2^63 as floats.
     key_words = np.array([key.seed, key.epoch], dtype=np.uint64)
-    counter = np.array([0, 0, key.sample, stream], dtype=np.uint64)
+    counter = np.array([0, key.repeat, key.sample, stream], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key_words, counter=counter))
 
 

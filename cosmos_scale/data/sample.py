@@ -2,17 +2,35 @@
 
 from typing import NamedTuple
 
+from cosmos_scale.errors import UserError
+
 
 class SampleKey(NamedTuple):
-    """All randomness of a sample is a function of these three integers.
+    """All randomness of a sample is a function of these four integers.
 
     seed: the run's seed. epoch: from 0. sample: position in the merged index of all sources.
+    repeat: which of the sample's visits in the epoch, from 0; above 0 only in a source with a weight above 1.
     """
 
     seed: int
     epoch: int
     sample: int
+    repeat: int = 0
 
 
 class DamagedSample(Exception):
     """This sample cannot be used; the text says why. The loader counts it, logs shard and key, and substitutes."""
+
+
+class LostShard(UserError):
+    """This shard cannot be reached any more, after all retries: none of its samples can be used.
+
+    shard: its path or URL, secrets left out. Where nobody goes on without the shard, it is the user's error.
+    """
+
+    def __init__(self, source: str, shard: str, reason: str) -> None:
+        super().__init__(source, shard, reason)
+        self.source, self.shard, self.reason = source, shard, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}: shard of source {self.source} cannot be opened any more: {self.reason}"

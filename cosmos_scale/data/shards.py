@@ -1,25 +1,27 @@
-"""Shards: tar files of samples. Which members make a sample, where they lie, and reading them by offset.
+"""Shards: tar files of samples, read by offset, wherever they lie."""
 
-Members belong together by webdataset's rule: the same path up to the first dot of the file name, one after the other.
-A sample is one picture (.jpg, .jpeg, .png, .webp) and one text (.json, or .txt, which becomes {"caption": text});
-members of other extensions (`.mask.png` is one: the extension starts at the first dot) are left alone.
-Where an extension comes a second time under one key, a second sample begins, which is rejected: keys name samples.
-"""
-
+import errno
 import json
 import os
-import re
 import sys
-import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import groupby
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.data.cache import ShardCache
+from cosmos_scale.data.sample import DamagedSample, LostShard
+from cosmos_scale.data.store import (
+    PIPE,
+    NoParts,
+    Stores,
+    Transient,
+    WrongSize,
+    is_remote,
+    redact,
+    retried,
+)
 from cosmos_scale.errors import UserError
 
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
@@ -27,10 +29,19 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes both, and the json says more
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 OPEN_SHARDS = 64  # files kept open per process: a window of the order spans a few dozen shards
-# Most trailing junk after a JPEG's end marker is shorter; past it the picture is decoded to find out.
-JPEG_TAIL = 4096
-
-_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+CLOSE = 64 * 1024  # bytes between a sample's members that are read along, rather than asked for twice
+DEFAULT_REMOTE = RemoteConfig()
+# What a file on a network mount may say while its server is away; of the mount itself, that nothing is there.
+MAY_PASS = (
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.EIO,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EREMOTEIO,
+)
 
 
 class Entry(NamedTuple):
@@ -43,53 +54,42 @@ class Entry(NamedTuple):
     text_size: int
     text_kind: str
 
-
-class Rejected(NamedTuple):
-    """A sample, or with `key` None a stretch of a shard, that cannot be used."""
-
-    key: str | None
-    reason: str
+    @property
+    def start(self) -> int:
+        """The byte where the header of the first of both members starts."""
+        return min(self.image_offset, self.text_offset) - BLOCK
 
 
-class ShardScan(NamedTuple):
-    """What one shard holds; `torn` says where and how it breaks off, if it does."""
+class ShardFile(NamedTuple):
+    """One shard of a source. size: bytes that it had when it was indexed. address: its path or URL, or pipe:COMMAND.
 
+    shown: the address for messages and records, without secrets.
+    """
+
+    source: str
+    shown: str
     size: int
-    entries: list[Entry]
-    rejected: list[Rejected]
-    torn: str | None
+    address: str
 
 
 class Location(NamedTuple):
-    """Where one sample of the merged index lies; `shard_size` (bytes) is what the shard had when it was indexed."""
+    """Where one sample of the merged index lies."""
 
-    source: str
-    shard: Path
-    shard_size: int
+    file: ShardFile
     entry: Entry
 
+    @property
+    def source(self) -> str:
+        """The source's name."""
+        return self.file.source
 
-class _Member(NamedTuple):
-    key: str
-    extension: str
-    offset: int
-    size: int
-
-
-def scan_shard(path: Path) -> ShardScan:
-    """Read a shard's headers and texts, not its pixels, and list its samples in order.
-
-    Raises: UserError where the shard is missing, compressed or cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            refuse_compressed(path, file.read(6))
-            return _scan(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    @property
+    def shard(self) -> str:
+        """The shard's path or URL for messages and records."""
+        return self.file.shown
 
 
-def refuse_compressed(path: Path, head: bytes) -> None:
+def refuse_compressed(path: Path | str, head: bytes) -> None:
     """Raise UserError where a file's first bytes (six or more) are those of a compressed archive."""
     for magic, kind in COMPRESSED.items():
         if head.startswith(magic):
@@ -105,114 +105,6 @@ def picture_format(head: bytes) -> Literal["jpeg", "png", "webp"] | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
     return None
-
-
-def _scan(file: BinaryIO) -> ShardScan:
-    size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    entries: list[Entry] = []
-    rejected: list[Rejected] = []
-    torn: list[str] = []
-    with ExitStack() as stack:
-        try:
-            archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
-        except (tarfile.TarError, ValueError) as error:
-            return ShardScan(size, [], [], f"not a tar file: {error}")
-        for key, group in groupby(_members(archive, size, torn), key=lambda member: member.key):
-            members, repeats = _split_repeats(list(group))
-            image = _first(members, IMAGE_EXTENSIONS)
-            text = _first(members, TEXT_EXTENSIONS)
-            if image is None or text is None:
-                missing = "no picture (.jpg, .jpeg, .png, .webp)" if image is None else "no text (.json, .txt)"
-                rejected.append(Rejected(key, missing))
-            elif fault := _picture_fault(file, image) or _text_fault(file, text):
-                rejected.append(Rejected(key, fault))
-            else:
-                entries.append(Entry(key, image.offset, image.size, text.offset, text.size, text.extension))
-            rejected += [Rejected(key, f"duplicate key: again at byte {repeat.offset - BLOCK}") for repeat in repeats]
-    return ShardScan(size, entries, rejected, torn[0] if torn else None)
-
-
-def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[_Member]:
-    """Yield the whole members of an archive; say in `torn` where it breaks off."""
-    try:
-        for info in archive:
-            if not info.isfile() or info.issparse():
-                continue
-            if info.offset_data + info.size > size:
-                torn.append(
-                    f"truncated: member {info.name} should end at byte {info.offset_data + info.size}, not {size}"
-                )
-                return
-            match = _KEY.fullmatch(info.name)
-            if match:
-                yield _Member(match[1], match[2].lower(), info.offset_data, info.size)
-    except (tarfile.TarError, ValueError):
-        pass  # the end marker is missing too, which the check below reports with its place
-    # tarfile takes any broken header but the first for the end of the archive: only a block of zeros is one.
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    block = archive.fileobj.read(BLOCK)
-    if len(block) < BLOCK:
-        torn.append(f"truncated: ends at byte {size} without an end-of-archive block")
-    elif block.count(0) != BLOCK:
-        torn.append(f"damaged: no tar header at byte {archive.offset}; the rest cannot be reached")
-
-
-def _split_repeats(members: list[_Member]) -> tuple[list[_Member], list[_Member]]:
-    """Cut members of one key where an extension of samples comes again: (first sample, first member of the others)."""
-    first: list[_Member] = []
-    repeats: list[_Member] = []
-    seen: set[str] = set()
-    for member in members:
-        if member.extension in (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS):
-            if member.extension in seen:
-                repeats.append(member)
-                seen.clear()
-            seen.add(member.extension)
-        if not repeats:
-            first.append(member)
-    return first, repeats
-
-
-def _first(members: list[_Member], extensions: tuple[str, ...]) -> _Member | None:
-    """The first member with one of these extensions, which are in order of preference."""
-    return next((member for extension in extensions for member in members if member.extension == extension), None)
-
-
-def _picture_fault(file: BinaryIO, member: _Member) -> str | None:
-    """What is wrong with a picture as far as its ends tell: damage inside shows when it is decoded."""
-    descriptor = file.fileno()
-    kind = picture_format(os.pread(descriptor, min(12, member.size), member.offset))
-    if kind is None:
-        return "not a JPEG, PNG or WebP picture"
-    tail = min(JPEG_TAIL, member.size)
-    if kind == "jpeg" and b"\xff\xd9" not in os.pread(descriptor, tail, member.offset + member.size - tail):
-        try:  # no end marker: cut off, or followed by a camera's own data
-            decode_rgbx(os.pread(descriptor, member.size, member.offset), sys.maxsize)
-        except DamagedSample as damage:
-            return f"damaged JPEG: {damage}"
-    return None
-
-
-def _text_fault(file: BinaryIO, member: _Member) -> str | None:
-    try:
-        document = parse_text(os.pread(file.fileno(), member.size, member.offset), member.extension)
-    except DamagedSample as damage:
-        return str(damage)
-    # Which keys hold captions depends on the run's sampling; without any string no sampling finds one.
-    return None if _holds_text(document) else f"empty text: no string in its {member.extension}"
-
-
-def _holds_text(document: dict[str, Any]) -> bool:
-    values: list[Any] = [document]
-    while values:  # no recursion: json may be nested deeper than Python's stack
-        value = values.pop()
-        if isinstance(value, str) and value.strip():
-            return True
-        if isinstance(value, (dict, list)):
-            values.extend(value.values() if isinstance(value, dict) else value)
-    return False
 
 
 def parse_text(data: bytes, kind: str) -> dict[str, Any]:
@@ -232,61 +124,164 @@ def parse_text(data: bytes, kind: str) -> dict[str, Any]:
 
 
 class ShardReader:
-    """Reads samples by offset, with one system call a member; keeps the most recently used shards open.
+    """Reads samples by offset, and knows which shards can no longer be reached.
 
-    Belongs to one process: make one in each worker.
+    A shard of this machine is a file kept open, as long as it is among those used most recently. Of one elsewhere, a
+    sample's bytes come by themselves where its store has ranges (picture and text in one request where they lie side
+    by side); else, or with data.remote.fetch: shards, the whole shard comes into data.remote.cache and is read there.
+    What may pass (see `Transient`; of files, also that they are not there) is tried again after waits that double.
+
+    Belongs to one process: make one in each worker, or hand one over by forking.
     """
 
-    def __init__(self, open_shards: int = OPEN_SHARDS) -> None:
+    def __init__(self, remote: RemoteConfig = DEFAULT_REMOTE, open_shards: int = OPEN_SHARDS) -> None:
+        self._remote = remote
         self._open_shards = open_shards
-        self._files: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._stores = Stores(remote.timeout_s)
+        self._cache = None if remote.cache is None else ShardCache(remote.cache, int(remote.cache_gb * 1e9))
+        self._without_parts: set[str] = set()
+        self._lost: dict[str, str] = {}
+
+    def check(self, shards: Iterable[ShardFile]) -> None:
+        """Look for shards before a run: one that is not there now was never there, and is the user's error.
+
+        Of shards that go missing later, `read` says that they are lost. Looked for are all files of this machine (by
+        listing their folders), and of shards elsewhere the first of each source: asking for thousands takes minutes.
+        Raises: UserError where a shard is missing, or has another size, or needs a cache where there is none.
+        """
+        names: dict[str, set[str]] = {}
+        asked: set[str] = set()
+        for shard in shards:
+            if is_remote(shard.address):
+                if shard.source not in asked:
+                    self._probe(shard)
+                asked.add(shard.source)
+                continue
+            folder, name = os.path.split(shard.address)
+            try:
+                if folder not in names:
+                    names[folder] = set(os.listdir(folder or "."))
+                if name not in names[folder]:
+                    os.stat(shard.address)  # most likely says why not
+            except OSError as error:
+                raise _no_access(shard, error.strerror or str(error)) from error
+        self._stores.close()
 
     def read(self, location: Location) -> tuple[bytes, dict[str, Any]]:
         """Return a sample's picture, undecoded, and its document.
 
-        Raises: UserError where the shard is missing or has another size than its index says; DamagedSample where the
-        members cannot be read or do not lie where the index says.
+        Raises: LostShard where the shard cannot be reached, after all retries; UserError where it has another size
+        than its index says or must not be read; DamagedSample where the members do not lie where the index says.
         """
         entry = location.entry
-        image = self._member(location, entry.image_offset, entry.image_size)
-        text = self._member(location, entry.text_offset, entry.text_size)
-        return image, parse_text(text, entry.text_kind)
+        # The header before the data comes along: it tells whether the index still fits.
+        image = entry.image_offset - BLOCK, BLOCK + entry.image_size
+        text = entry.text_offset - BLOCK, BLOCK + entry.text_size
+        start, end = min(image[0], text[0]), max(sum(image), sum(text))
+        if end - start <= image[1] + text[1] + CLOSE:
+            data = self._bytes(location.file, start, end - start)
+            image_data, text_data = (data[offset - start : offset - start + size] for offset, size in (image, text))
+        else:
+            image_data, text_data = (self._bytes(location.file, *span) for span in (image, text))
+        document = parse_text(_member(text_data, entry.text_offset, entry.text_size), entry.text_kind)
+        return _member(image_data, entry.image_offset, entry.image_size), document
 
     def close(self) -> None:
-        """Close every open shard."""
+        """Close every open shard and connection."""
         while self._files:
             self._files.popitem()[1].close()
+        self._stores.close()
 
-    def _member(self, location: Location, offset: int, size: int) -> bytes:
-        descriptor = self._file(location).fileno()
-        try:  # the header before the data comes along: it tells whether the index still fits
-            data = os.pread(descriptor, BLOCK + size, offset - BLOCK)
-        except OSError as error:
-            raise DamagedSample(f"read error at byte {offset}: {error.strerror}") from error
-        # Bytes 124 to 135 of a header hold the member's size in octal digits (POSIX ustar).
-        if len(data) != BLOCK + size or data[124:135] != b"%011o" % size:
-            raise DamagedSample(f"no member of {size} bytes at byte {offset}: the shard has changed or is damaged")
-        return data[BLOCK:]
-
-    def _file(self, location: Location) -> BinaryIO:
-        file = self._files.get(location.shard)
-        if file is not None:
-            self._files.move_to_end(location.shard)
-            return file
+    def _bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
+        if shard.address in self._lost:
+            raise LostShard(shard.source, shard.shown, self._lost[shard.address])
+        read = self._remote_bytes if is_remote(shard.address) else self._local_bytes
         try:
-            file = location.shard.open("rb", buffering=0)
+            return retried(lambda: read(shard, offset, size), self._remote, await_missing=True)
+        except WrongSize as wrong:
+            raise _stale(shard, wrong.found) from wrong
+        except Transient as failure:
+            self._lost[shard.address] = str(failure)  # the next sample of it need not try again
+            raise LostShard(shard.source, shard.shown, str(failure)) from failure
+
+    def _remote_bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
+        store = self._stores.of(shard.address)
+        if self._remote.fetch == "parts" and _server(shard.address) not in self._without_parts:
+            try:
+                return store.read(shard.address, offset, size, shard.size)
+            except NoParts:
+                self._note_without_parts(shard)
+        assert self._cache is not None  # by the rule between the keys, or else by the note
+        return self._cache.read(
+            shard.address, shard.size, offset, size, lambda: store.pieces(shard.address, shard.size)
+        )
+
+    def _probe(self, shard: ShardFile) -> None:
+        try:
+            retried(lambda: self._stores.of(shard.address).read(shard.address, 0, BLOCK, shard.size), self._remote)
+        except NoParts:
+            self._note_without_parts(shard)
+        except WrongSize as wrong:
+            raise _stale(shard, wrong.found) from wrong
+        except Transient as failure:
+            raise _no_access(shard, str(failure)) from failure
+
+    def _note_without_parts(self, shard: ShardFile) -> None:
+        """Remember that a server sends whole shards only, and say so once where parts were hoped for."""
+        if self._cache is None:
+            raise UserError(f"data.remote.cache: null; must name a folder: {shard.shown} comes whole only")
+        server = _server(shard.address)
+        if server not in self._without_parts and server != PIPE and self._remote.fetch == "parts":
+            note = f"serves no byte ranges, so that whole shards are kept in data.remote.cache, {self._cache.folder}"
+            print(f"{redact(server)}: {note}", file=sys.stderr)
+        self._without_parts.add(server)
+
+    def _local_bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._file(shard).fileno(), size, offset)
         except OSError as error:
-            raise UserError(
-                f"{location.shard}: shard of source {location.source} cannot be opened: {error.strerror}"
-            ) from error
+            if shard.address in self._files:
+                self._files.pop(shard.address).close()
+            reason = error.strerror or str(error)
+            if error.errno in MAY_PASS:
+                raise Transient(reason) from error
+            raise _no_access(shard, reason) from error
+
+    def _file(self, shard: ShardFile) -> BinaryIO:
+        file = self._files.get(shard.address)
+        if file is not None:
+            self._files.move_to_end(shard.address)
+            return file
+        file = open(shard.address, "rb", buffering=0)  # noqa: SIM115 - stays open
         size = os.fstat(file.fileno()).st_size
-        if size != location.shard_size:
+        if size != shard.size:
             file.close()
-            raise UserError(
-                f"{location.shard}: has {size} bytes, but its index was made when it had {location.shard_size}; "
-                "run `cosmos-scale data index` again"
-            )
-        self._files[location.shard] = file
+            raise _stale(shard, str(size))
+        self._files[shard.address] = file
         if len(self._files) > self._open_shards:
             self._files.popitem(last=False)[1].close()
         return file
+
+
+def _member(data: bytes, offset: int, size: int) -> bytes:
+    """Return a member's data from a stretch that starts with its header; raises DamagedSample where it does not."""
+    # Bytes 124 to 135 of a header hold the member's size in octal digits (POSIX ustar).
+    if len(data) != BLOCK + size or data[124:135] != b"%011o" % size:
+        raise DamagedSample(f"no member of {size} bytes at byte {offset}: the shard has changed or is damaged")
+    return data[BLOCK:]
+
+
+def _server(address: str) -> str:
+    return PIPE if address.startswith(PIPE) else "/".join(address.split("/", 3)[:3])
+
+
+def _no_access(shard: ShardFile, reason: str) -> UserError:
+    return UserError(f"{shard.shown}: shard of source {shard.source} cannot be opened: {reason}")
+
+
+def _stale(shard: ShardFile, found: str) -> UserError:
+    return UserError(
+        f"{shard.shown}: has {found} bytes, but its index was made when it had {shard.size}; "
+        "run `cosmos-scale data index` again"
+    )

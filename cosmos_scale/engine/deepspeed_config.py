@@ -6,6 +6,9 @@ import torch
 
 from cosmos_scale.config import RunConfig
 
+GRADIENT_BUCKET = 50_000_000
+"""Elements that gradients are reduced in at a time, through a buffer of that size; DeepSpeed's own 5e8 take 2 GB."""
+
 STAGE_3 = {
     # It would replace torch.nn.functional.linear in the whole process.
     "memory_efficient_linear": False,
@@ -20,8 +23,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; raises UserError where world_size does not divide the batch."""
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
-        # Elements; the buffer that gradients are copied into is so large. The default, 5e8, takes 2 GB in fp32.
-        "reduce_bucket_size": 50_000_000,
+        "reduce_bucket_size": GRADIENT_BUCKET,
     }
     if config.zero.stage < 3:
         # Ours is read by the device alone; DeepSpeed's, which clipping and offloading need, is read by the host.

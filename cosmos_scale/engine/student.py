@@ -12,7 +12,7 @@ from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import cut, join, surrogate
 from cosmos_scale.engine.collectives import Ranks, all_gather_flat
-from cosmos_scale.engine.deepspeed_config import deepspeed_config
+from cosmos_scale.engine.deepspeed_config import GRADIENT_BUCKET, deepspeed_config
 from cosmos_scale.engine.optimizer import SCALES_GROUP, build_optimizer
 from cosmos_scale.engine.placement import Names, Placement, masters, placements, whole
 from cosmos_scale.fragments import Fragment
@@ -41,7 +41,11 @@ class Student:
             optimizer=self.optimizer,
             config=deepspeed_config(config, ranks.world_size),
         )
+        # At stage 0 `backward` reduces the gradients itself.
+        self.engine.enable_backward_allreduce = self.stage > 0
         self.model = model
+        if self.stage in (1, 2) and config.precision == "fp32" and not self.offload:
+            self._share_masters()
         shards = masters(self.engine, self.stage, self.optimizer.param_groups)
         self.optimizer.adopt(shards)
         self.placements = list(placements(self.engine, self.stage, ranks.rank, shards, names))
@@ -86,6 +90,9 @@ class Student:
         # At stage 0 DeepSpeed (0.19) divides fp16 gradients by a scale that it did not multiply the loss with.
         # Gradients of micro-batches add up: the loss was that of the whole batch.
         self.engine.backward(scalar * self._loss_scale if self.stage == 0 else scalar, scale_wrt_gas=False)
+        # Left to itself, DeepSpeed reduces them through a second copy of them all, one process too.
+        if self.stage == 0 and self.ranks.world_size > 1 and self.engine.is_gradient_accumulation_boundary():
+            self.engine.allreduce_gradients(bucket_size=GRADIENT_BUCKET)
 
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:
         """AdamW, moving average and clamp; nothing changes where loss or gradient are not finite. Collective.
@@ -150,6 +157,15 @@ class Student:
         """The model with whole weights, to be called by each rank as often as it likes. Collective at stage 3."""
         with whole(self.engine if self.stage == 3 else None):
             yield self.model
+
+    def _share_masters(self) -> None:
+        """Let fp32 masters be this rank's part of the weights, which are fp32 too: DeepSpeed makes a copy of them."""
+        wrapper = self.engine.optimizer
+        for parts, master in zip(
+            wrapper.parallel_partitioned_bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True
+        ):
+            master.data = parts[self.ranks.rank].detach()
+        wrapper._link_all_hp_params()  # to the new memory; it would keep the old
 
     def _measure_norm(self) -> Tensor:
         wrapper = self.engine.optimizer

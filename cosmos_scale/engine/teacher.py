@@ -27,6 +27,9 @@ class Teacher:
         dtype = DTYPES[config.precision]
         self._model = model.to(student.ranks.device, dtype).requires_grad_(False).eval()
         self.student = student
+        # A rank that holds the whole average in the teacher's precision and place needs no second copy of it.
+        whole_average = student.stage == 0 or (student.stage < 3 and student.ranks.world_size == 1)
+        self._is_average = dtype == torch.float32 and whole_average and not student.offload
         self._gathering: list[Any] = []
         self._forward = _GlobalViews(self._model, config.data.captions.global_count)
         if student.stage == 3:
@@ -38,6 +41,10 @@ class Teacher:
             )
         elif student.stage > 0:
             self._flat_groups = self._flatten(dtype)
+        elif self._is_average:
+            own = dict(self.model.named_parameters())
+            for fragment in student.fragments:
+                own[fragment.name].data = fragment.ema.view(fragment.shape)
         self.refresh()
 
     @torch.no_grad()
@@ -53,6 +60,8 @@ class Teacher:
 
         The all-gathers run beside what comes next, up to the teacher's next use.
         """
+        if self._is_average:
+            return
         self._finish_refresh()
         optimizer, fragments = self.student.optimizer, self.student.fragments
         if self.student.stage in (1, 2):
@@ -88,12 +97,13 @@ class Teacher:
 
     def _flatten(self, dtype: torch.dtype) -> list[Tensor]:
         """Lay the weights into one flat buffer a group, as DeepSpeed laid the student's, so that shards line up."""
-        wrapper = self.student.engine.optimizer
+        wrapper, optimizer = self.student.engine.optimizer, self.student.optimizer
         names = {id(parameter): name for name, parameter in self.student.model.named_parameters()}
         own = dict(self._model.named_parameters())
         buffers = []
-        for student_flat, parameters in zip(wrapper.bit16_groups_flat, wrapper.bit16_groups, strict=True):
-            flat = torch.zeros_like(student_flat, dtype=dtype)
+        groups = zip(wrapper.bit16_groups_flat, wrapper.bit16_groups, optimizer.shards, strict=True)
+        for student_flat, parameters, (shard,) in groups:
+            flat = optimizer.state[shard]["ema"] if self._is_average else torch.zeros_like(student_flat, dtype=dtype)
             for parameter in parameters:
                 # The student's parameter is a view into its flat buffer: the same place serves the teacher.
                 offset = (parameter.data_ptr() - student_flat.data_ptr()) // parameter.element_size()

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
-from cosmos_scale.config import SourceConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.errors import UserError

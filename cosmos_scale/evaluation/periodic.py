@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.batch import GalleryBatch
-from cosmos_scale.config import RunConfig, SourceConfig
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.gallery import check_captions, gallery_batches
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.errors import UserError
@@ -26,12 +27,13 @@ class PeriodicRetrieval:
         assert config.eval.retrieval is not None
         self.config = config.eval.retrieval
         self.image_size, self.max_pixels = config.model.vision.image_size, config.data.max_pixels
+        self.remote = config.data.remote
         self.tokenizer = tokenizer
         self.rank, self.world_size, self.device = rank, world_size, device
         source = SourceConfig(name="eval.retrieval", shards=self.config.shards, index=self.config.index)
         self.index = open_sources([source])
         try:  # now, not hours later, at the first evaluation
-            check_captions(self.index, self.config.captions)
+            check_captions(self.index, self.config.captions, self.remote)
         except UserError as error:
             raise UserError(f"eval.retrieval: {error}") from error
 
@@ -67,6 +69,7 @@ class PeriodicRetrieval:
             self.config.batch,
             self.config.max_samples,
             self.max_pixels,
+            self.remote,
         )
 
 

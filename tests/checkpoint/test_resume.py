@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from cosmos_scale.checkpoint.resume import Start, find_start
 from cosmos_scale.checkpoint.state import RunState, save_checkpoint
-from cosmos_scale.config import RunConfig, SourceConfig
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.errors import UserError
 from tests.distributed import run_ranks
 

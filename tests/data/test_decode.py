@@ -11,8 +11,8 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
-from cosmos_scale.data.decode import MEAN, STD
+from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.data.decode import MEAN, STD, Views
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import evaluation_image, execute, execute_view
 from cosmos_scale.data.plan import ViewPlan, plan_views
@@ -81,6 +81,13 @@ def levels(normalised: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     return result
 
 
+def make_views(image_bytes: bytes, views: ViewsConfig, image_size: int, key: SampleKey) -> Views:
+    picture = decode_rgbx(image_bytes, MAX_PIXELS)
+    result = Views.empty(views, image_size)
+    execute(picture, plan_views(views, image_size, key, *picture.shape[:2]), *result)
+    return result
+
+
 def mean_difference(first: Any, second: Any) -> float:
     return float(np.abs(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)).mean())
 
@@ -92,7 +99,7 @@ def test_views_equal_torchvisions(views: ViewsConfig, limit: float, size: tuple[
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     for key in KEYS:
         plan = plan_views(views, 224, key, *size)
-        crops = execute(jpeg, views, 224, key, MAX_PIXELS)
+        crops = make_views(jpeg, views, 224, key)
         assert crops.global_crops.shape == (2, 3, 224, 224)
         assert crops.local_crops.shape == (6, 3, 96, 96)
         for view, crop in enumerate([*crops.global_crops, *crops.local_crops]):
@@ -137,9 +144,9 @@ def test_each_jitter_operation_is_exact(operation: int, factor: float) -> None:
 
 
 def test_same_key_same_bits() -> None:
-    first = execute(JPEG, ViewsConfig(), 224, KEYS[0], MAX_PIXELS)
-    again = execute(JPEG, ViewsConfig(), 224, KEYS[0], MAX_PIXELS)
-    other = execute(JPEG, ViewsConfig(), 224, KEYS[1], MAX_PIXELS)
+    first = make_views(JPEG, ViewsConfig(), 224, KEYS[0])
+    again = make_views(JPEG, ViewsConfig(), 224, KEYS[0])
+    other = make_views(JPEG, ViewsConfig(), 224, KEYS[1])
     for one, same, different in zip(first, again, other, strict=True):
         assert one.dtype == torch.float32
         assert one.is_contiguous()
@@ -149,10 +156,10 @@ def test_same_key_same_bits() -> None:
 
 def test_other_sizes_and_counts() -> None:
     views = ViewsConfig(global_crops=3, local_crops=0, local_size=32)
-    crops = execute(JPEG, views, 64, KEYS[0], MAX_PIXELS)
+    crops = make_views(JPEG, views, 64, KEYS[0])
     assert crops.global_crops.shape == (3, 3, 64, 64)
     assert crops.local_crops.shape == (0, 3, 32, 32)
-    one_pixel = execute(encoded(Image.new("RGB", (1, 1), "#ff8000"), "PNG"), PLAIN, 8, KEYS[0], MAX_PIXELS)
+    one_pixel = make_views(encoded(Image.new("RGB", (1, 1), "#ff8000"), "PNG"), PLAIN, 8, KEYS[0])
     # Exact but for the float32 of the normalisation.
     np.testing.assert_allclose(levels(one_pixel.local_crops[0]), np.broadcast_to([255, 128, 0], (96, 96, 3)), atol=1e-4)
 
@@ -211,7 +218,7 @@ def test_exif_orientation_is_ignored() -> None:
 def test_a_truncated_picture_is_damaged(name: str, share: float) -> None:
     data = FORMATS[name]()
     with pytest.raises(DamagedSample, match="the picture"):
-        execute(data[: int(len(data) * share)], PLAIN, 32, KEYS[0], MAX_PIXELS)
+        make_views(data[: int(len(data) * share)], PLAIN, 32, KEYS[0])
 
 
 @pytest.mark.parametrize("name", ["jpeg", "progressive", "grey jpeg", "cmyk jpeg"])
@@ -248,7 +255,7 @@ def test_every_flipped_bit_of_a_png_is_found(mode: str) -> None:
 )
 def test_what_is_no_picture_is_damaged(data: bytes, reason: str) -> None:
     for decode in (
-        lambda: execute(data, ViewsConfig(), 224, KEYS[0], MAX_PIXELS),
+        lambda: make_views(data, ViewsConfig(), 224, KEYS[0]),
         lambda: evaluation_image(data, 224, MAX_PIXELS),
     ):
         with pytest.raises(DamagedSample, match=reason):

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cosmos_scale.config import SourceConfig
+from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.index import FORMAT, index_shards, open_index, open_sources
-from cosmos_scale.data.order import EpochOrder
-from cosmos_scale.data.shards import ShardReader, scan_shard
+from cosmos_scale.data.scan import scan_shard
+from cosmos_scale.data.shards import ShardReader
 from cosmos_scale.errors import UserError
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
@@ -223,13 +223,13 @@ def test_an_index_needs_no_shards_until_a_sample_is_read(tmp_path: Path) -> None
     (folder / "00000.tar").unlink()
     index = open_folder(folder)
     assert len(index) == 6388 * count
-    sample_id = EpochOrder(index.shard_samples, 0, 65536).sample(1, int(0.9 * len(index)))
+    sample_id = index.order(0, 65536).sample(1, int(0.9 * len(index)))
     np.save(folder / f"{sample_id // count:05d}.index.npy", np.resize(table, count))
     location = index.locate(sample_id)
-    assert location.shard == folder / f"{sample_id // count:05d}.tar"
+    assert location.shard == str(folder / f"{sample_id // count:05d}.tar")
     assert location.entry.key == f"{sample_id % count % 4:06d}"
     with pytest.raises(UserError, match="cannot be opened"):
-        ShardReader().read(location)
+        ShardReader().check([location.file])
 
 
 def test_damage_inside_a_picture_is_left_to_the_decoder(tmp_path: Path) -> None:

@@ -17,12 +17,15 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.captions import draw_captions
+from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.index import index_shards
 from cosmos_scale.data.loader import TrainLoader, default_workers
+from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import SampleKey
-from cosmos_scale.data.shards import scan_shard
-from cosmos_scale.errors import UserError
+from cosmos_scale.data.scan import scan_shard
+from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, tiny_config, write_shard, write_shards
 
@@ -33,7 +36,7 @@ def make(folder: Path, config: RunConfig, rank: int = 0, world_size: int = 1, lo
 
 
 def take(loader: TrainLoader, start: int, count: int) -> list[Batch]:
-    with closing(loader.batches(start)) as batches:  # type: ignore[type-var]
+    with closing(loader.batches(start)) as batches:
         return list(islice(batches, count))
 
 
@@ -62,7 +65,9 @@ def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
             assert batch.substituted.item() == 0
             for b, number in enumerate(batch.sample_ids.tolist()):
                 key = SampleKey(config.seed, epoch, number)
-                views = execute(picture(number), config.data.views, 16, key, config.data.max_pixels)
+                pixels = decode_rgbx(picture(number), config.data.max_pixels)
+                views = Views.empty(config.data.views, 16)
+                execute(pixels, plan_views(config.data.views, 16, key, *pixels.shape[:2]), *views)
                 texts = draw_captions(config.data.captions, json.loads(sample(number)["json"]), key)
                 assert torch.equal(batch.global_crops[:, b], views.global_crops)
                 assert torch.equal(batch.local_crops[:, b], views.local_crops)
@@ -220,14 +225,21 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, [6, 6])
-    loader = make(folder, tiny_config(folder, workers=workers))
+    loader = make(
+        folder, tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
+    )
     write_shard(folder / "00001.tar", [sample(0)])
     with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when") as error:
         take(loader, 0, 3)
     assert "\n" not in str(error.value)
     (folder / "00001.tar").unlink()
-    with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened"):
+    with pytest.raises(ShardsLost) as loss:  # between the ranks: it was there when the run began
         take(loader, 0, 3)
+    assert loss.value.shards == {"test/00001.tar": "No such file or directory"}
+    with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
+        make(folder, tiny_config(folder, workers=workers)).check_shards()
+    loader.lose([loss.value.shards], 0)
+    loader.check_shards()  # known to be lost
 
 
 def children() -> list[int]:
@@ -236,7 +248,7 @@ def children() -> list[int]:
 
 def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
     before = set(children())
-    with closing(make(shards, tiny_config(shards, workers=1)).batches(0)) as batches:  # type: ignore[type-var]
+    with closing(make(shards, tiny_config(shards, workers=1)).batches(0)) as batches:
         next(batches)
         (worker,) = set(children()) - before
         os.kill(worker, signal.SIGKILL)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.plan import (
     CAPTION_STREAM,
     NO_JITTER,
@@ -61,12 +61,12 @@ def philox4x64(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list
     return [c0, c1, c2, c3]
 
 
-@pytest.mark.parametrize("key", [(0, 0, 0), (7, 3, 123_456_789), (2**64 - 1, 2**40, 2**63)])
+@pytest.mark.parametrize("key", [(0, 0, 0, 0), (7, 3, 123_456_789, 2), (2**64 - 1, 2**40, 2**63, 2**32)])
 @pytest.mark.parametrize("stream", [VIEW_STREAM, CAPTION_STREAM])
-def test_stream_is_philox_of_key_and_counter(key: tuple[int, int, int], stream: int) -> None:
-    seed, epoch, sample = key
+def test_stream_is_philox_of_key_and_counter(key: tuple[int, int, int, int], stream: int) -> None:
+    seed, epoch, sample, repeat = key
     # NumPy advances the counter before it draws, hence 1 and 2.
-    words = [w for block in (1, 2) for w in philox4x64((seed, epoch), (block, 0, sample, stream))]
+    words = [w for block in (1, 2) for w in philox4x64((seed, epoch), (block, repeat, sample, stream))]
     expected = [(word >> 11) * 2.0**-53 for word in words]
     assert sample_generator(SampleKey(*key), stream).random(8).tolist() == expected
 
@@ -74,7 +74,7 @@ def test_stream_is_philox_of_key_and_counter(key: tuple[int, int, int], stream: 
 def test_plan_is_a_function_of_its_key() -> None:
     key = SampleKey(5, 2, 77)
     assert_same(plan_views(VIEWS, 224, key, 300, 400), plan_views(VIEWS, 224, key, 300, 400))
-    for other in (SampleKey(6, 2, 77), SampleKey(5, 3, 77), SampleKey(5, 2, 78)):
+    for other in (SampleKey(6, 2, 77), SampleKey(5, 3, 77), SampleKey(5, 2, 78), SampleKey(5, 2, 77, 1)):
         changed = plan_views(VIEWS, 224, other, 300, 400)
         assert not np.array_equal(changed.jitter_factors, plan_views(VIEWS, 224, key, 300, 400).jitter_factors)
 

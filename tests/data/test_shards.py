@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.data.sample import DamagedSample
-from cosmos_scale.data.shards import Location, ShardReader, ShardScan, scan_shard
+from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.data.sample import DamagedSample, LostShard
+from cosmos_scale.data.scan import ShardScan, scan_shard
+from cosmos_scale.data.shards import Location, ShardFile, ShardReader
 from cosmos_scale.errors import UserError
 from tests.data.shard_files import flip_bytes, picture, sample, write_shard
 
@@ -30,7 +32,7 @@ def keys(scan: ShardScan) -> list[str]:
 
 
 def location(path: Path, scan: ShardScan, place: int) -> Location:
-    return Location("test", path, scan.size, scan.entries[place])
+    return Location(ShardFile("test", str(path), scan.size, str(path)), scan.entries[place])
 
 
 def test_samples_are_read_back_byte_for_byte(tmp_path: Path) -> None:
@@ -194,8 +196,11 @@ def test_a_stale_or_missing_shard_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, but its index was made when it had \d+"):
         ShardReader().read(location(path, scan, 0))
     path.unlink()
+    place = location(path, scan, 0)
     with pytest.raises(UserError, match=r"a\.tar: shard of source test cannot be opened: No such file"):
-        ShardReader().read(location(path, scan, 0))
+        ShardReader().check([place.file])
+    with pytest.raises(LostShard, match=r"a\.tar: shard of source test cannot be opened any more: No such file"):
+        ShardReader(RemoteConfig(retries=0)).read(place)
 
 
 def test_a_changed_shard_of_the_same_size_is_noticed(tmp_path: Path) -> None:

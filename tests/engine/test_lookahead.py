@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import pytest
 import torch
@@ -11,21 +11,47 @@ from torch import distributed as dist
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.collectives import lost_contact, start_ranks
 from cosmos_scale.engine.lookahead import Lookahead, StopRequest
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import ShardsLost, UserError
 from tests.distributed import run_ranks
 from tests.engine.tiny import tiny_batch
+
+
+class Batches:
+    """A loader whose batches a function makes of (step, the shards given up)."""
+
+    def __init__(self, make: Callable[[int, Mapping[str, int]], Batch]) -> None:
+        self.make = make
+        self.lost: dict[str, int] = {}
+        self.starts: list[int] = []
+
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
+        self.starts.append(start_step)
+        step = start_step
+        while True:
+            yield self.make(step, self.lost)
+            step += 1
+
+    def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
+        names = [name for shards in found for name in shards]
+        self.lost |= dict.fromkeys(names, step)
+        if len(self.lost) > 2:
+            raise UserError("too many lost shards")
+        return [f"lost {name}" for name in names]
+
+
+def look_ahead(make: Callable[[int, Mapping[str, int]], Batch], stop: StopRequest, first_step: int = 0) -> Lookahead:
+    return Lookahead(Batches(make), first_step, start_ranks("cpu"), stop, print)
 
 
 def test_waits_are_counted_once_where_they_occur(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
-    def batches() -> Iterator[Batch]:
-        for seconds in (3.0, 5.0):
-            clock[0] += seconds
-            yield tiny_batch(0)
+    def make(step: int, lost: Mapping[str, int]) -> Batch:
+        clock[0] += (3.0, 5.0)[step]
+        return tiny_batch(0)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    ahead = Lookahead(batches(), start_ranks("cpu"), StopRequest(None))
+    ahead = look_ahead(make, StopRequest(None))
     ahead.fetch()
     ahead.take()
     ahead.fetch()
@@ -34,14 +60,7 @@ def test_waits_are_counted_once_where_they_occur(monkeypatch: pytest.MonkeyPatch
     assert ahead.waited() == 0.0
 
 
-def second_batch_fails(rank: int, world_size: int) -> tuple[int, str]:
-    def batches() -> Iterator[Batch]:
-        yield tiny_batch(0)
-        if rank == 1:
-            raise UserError("shard x: is gone; rule: it must stay")
-        yield tiny_batch(1)
-
-    ahead = Lookahead(batches(), start_ranks("cpu"), StopRequest(None))
+def take_until_error(ahead: Lookahead) -> tuple[int, str]:
     taken = 0
     try:
         while True:
@@ -52,20 +71,61 @@ def second_batch_fails(rank: int, world_size: int) -> tuple[int, str]:
         return taken, str(error)
 
 
+def second_batch_fails(rank: int, world_size: int) -> tuple[int, str]:
+    def make(step: int, lost: Mapping[str, int]) -> Batch:
+        if (rank, step) == (1, 1):
+            raise UserError("shard x: is gone; rule: it must stay")
+        return tiny_batch(step)
+
+    return take_until_error(look_ahead(make, StopRequest(None)))
+
+
 def test_every_rank_hears_of_a_failure_before_the_step() -> None:
     assert run_ranks(second_batch_fails, 2) == [(1, "shard x: is gone; rule: it must stay (rank 1)")] * 2
 
 
+def each_rank_loses_shards(rank: int, world_size: int) -> tuple[list[int], list[str], dict[str, int], tuple[int, str]]:
+    """At step 6 rank 1 loses a shard and then rank 0 another, at step 8 both the same one."""
+
+    def make(step: int, lost: Mapping[str, int]) -> Batch:
+        needs = [(6, 1, "a"), (6, 0, "b"), (8, 0, "c"), (8, 1, "c")]
+        for at, who, shard in needs:
+            if (step, rank) == (at, who) and shard not in lost and not (shard == "b" and "a" not in lost):
+                raise ShardsLost({shard: "gone"})
+        return tiny_batch(step)
+
+    said: list[str] = []
+    loader = Batches(make)
+    ahead = Lookahead(loader, 5, start_ranks("cpu"), StopRequest(None), said.append)
+    end = take_until_error(ahead)
+    return loader.starts, said, loader.lost, end
+
+
+def test_what_one_rank_loses_all_give_up_from_the_same_step() -> None:
+    expected = ([5, 6, 6], ["lost a", "lost b"], {"a": 6, "b": 6, "c": 8}, (3, "too many lost shards"))
+    assert run_ranks(each_rank_loses_shards, 2) == [expected] * 2
+
+
 def stops_on_one_rank(rank: int, world_size: int) -> list[bool]:
-    stop = StopRequest(max_minutes=1e-9 if rank == 1 else None)
-    time.sleep(1e-3)
-    ahead = Lookahead(iter([tiny_batch(0)]), start_ranks("cpu"), stop)
-    ahead.fetch()
-    return [ahead.take()[1]]
+    """Rank 1 wants to stop; the second time rank 0 lacks a shard besides, which nobody needs any more."""
+
+    def make(step: int, lost: Mapping[str, int]) -> Batch:
+        if (rank, step) == (0, 1):
+            raise ShardsLost({"a": "gone"})
+        return tiny_batch(0)
+
+    stopped = []
+    for first_step in (0, 1):
+        stop = StopRequest(max_minutes=1e-9 if rank == 1 else None)
+        time.sleep(1e-3)
+        ahead = look_ahead(make, stop, first_step)
+        ahead.fetch()
+        stopped.append(ahead.take() is None)
+    return stopped
 
 
 def test_all_ranks_stop_where_one_wants_to() -> None:
-    assert run_ranks(stops_on_one_rank, 2) == [[True], [True]]
+    assert run_ranks(stops_on_one_rank, 2) == [[True, True]] * 2
 
 
 def test_two_interrupts_at_once_stop_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A training step in one process: the average, the scales' bound, clipping, skipped steps, host waits."""
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cosmos_scale.batch import Features
 from cosmos_scale.engine.collectives import Ranks, start_ranks
 from cosmos_scale.engine.optimizer import SCALE_RANGE
 from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config, whole
@@ -67,6 +69,40 @@ def test_teacher_is_the_average_of_the_students_masters(ranks: Ranks, stage: int
             teacher = dict(model.named_parameters())
             for name, average in flat(tiny, "ema").items():
                 assert torch.equal(teacher[name].flatten(), average.to(teacher[name].dtype)), name
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_fp32_numbers_are_held_once(ranks: Ranks, stage: int) -> None:
+    """Weights, both moments and the average; masters and teacher are no copies, and the gradient is gone."""
+    gc.collect()
+    others = _storages()
+    with running(ranks, stage) as tiny:
+        tiny.step(0)
+        gc.collect()
+        held = sum(nbytes for place, nbytes in _storages().items() if place not in others)
+        weights = sum(parameter.nbytes for parameter in tiny.student.model.parameters())
+        # A tenth of a copy for tensors of another kind: padding of shards, the caches of layouts.
+        assert 4 * weights <= held <= 4.1 * weights
+
+
+def _storages() -> dict[int, int]:
+    """The bytes of each piece of memory that some tensor lies in, by address."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def test_one_process_reduces_no_gradients(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At stage 0 DeepSpeed would copy all of them into a buffer and back."""
+    with running(ranks, 0) as tiny:
+        tiny.step(0)
+        batch = tiny_batch(1)
+        features = tiny.student(batch)
+        gradients = Features(*(torch.ones_like(feature) for feature in features))
+        with Operations() as operations:
+            tiny.student.backward(batch, features, gradients)
+        assert "aten::native_layer_norm_backward" in operations.names
+        assert not {"c10d::allreduce_", "aten::copy_"} & operations.names
 
 
 def test_first_step_moves_no_teacher_in_the_published_order(ranks: Ranks) -> None:

@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from cosmos_scale.config_data import ViewsConfig
 
 # CLIP's statistics of RGB values in 0..1 (Radford et al. 2021, released code).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -17,3 +20,11 @@ class Views(NamedTuple):
 
     global_crops: Tensor
     local_crops: Tensor
+
+    @classmethod
+    def empty(cls, views: ViewsConfig, image_size: int) -> "Views":
+        """Allocate the views of one picture, without values; image_size is the side of the global crops."""
+        return cls(
+            torch.empty(views.global_crops, 3, image_size, image_size),
+            torch.empty(views.local_crops, 3, views.local_size, views.local_size),
+        )

@@ -9,29 +9,23 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from cosmos_scale.config import ViewsConfig
-from cosmos_scale.data.decode import MEAN, STD, Views
+from cosmos_scale.data.decode import MEAN, STD
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
-from cosmos_scale.data.plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION, ViewPlan, plan_views
-from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION, ViewPlan
 
 LEVELS = np.arange(256, dtype=np.float32)
 SCALE = torch.tensor([1.0 / (255.0 * std) for std in STD]).view(3, 1, 1)
 SHIFT = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)]).view(3, 1, 1)
 
 
-def execute(image_bytes: bytes, views: ViewsConfig, image_size: int, key: SampleKey, max_pixels: int) -> Views:
-    """Decode a JPEG, PNG or WebP once, plan its views from `key` and make them.
+def execute(picture: Pixels, plan: ViewPlan, global_crops: Tensor, local_crops: Tensor) -> None:
+    """Make all planned views of a decoded [H, W, 4] picture.
 
-    image_size: side of the global crops. Raises DamagedSample.
+    global_crops: [V_global, 3, H, W], local_crops: [V_local, 3, h, w], float32; they are overwritten, normalised. They
+    may be slices of a batch.
     """
-    picture = decode_rgbx(image_bytes, max_pixels)
-    plan = plan_views(views, image_size, key, *picture.shape[:2])
-    global_crops = torch.empty(views.global_crops, 3, image_size, image_size)
-    local_crops = torch.empty(views.local_crops, 3, views.local_size, views.local_size)
     for view, out in enumerate([*global_crops, *local_crops]):
         _normalise(execute_view(picture, plan, view), out)
-    return Views(global_crops, local_crops)
 
 
 def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int) -> Tensor:

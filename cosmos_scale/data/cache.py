@@ -1,0 +1,190 @@
+"""A folder of whole remote shards, shared by all processes of a host and kept below a limit of bytes.
+
+While a shard is downloaded its file is called `.part`, has its full size at once (so that the limit counts it), and is
+locked: whoever else wants the shard waits for the lock, and nobody downloads it twice. A part without a lock was left
+by a process that died, and is never taken for a shard. Whole shards are not locked and not kept open between reads, so
+the least recently used can go at any time: who reads it at that moment still holds the file itself.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from cosmos_scale.data.store import Transient, WrongSize
+from cosmos_scale.errors import UserError
+
+WHOLE, PART = ".shard", ".part"  # only files with these endings are counted and deleted
+_FAILED = b"failed"  # what a part holds after its download failed, for those who wait for it
+_WAIT = 0.05  # seconds between looks for room that other downloads hold
+
+Pieces = Callable[[], Generator[bytes, None, None]]
+
+
+class ShardCache:
+    """Reads shards through a folder; `limit` is the most bytes in it, downloads in flight included."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self._limit = limit
+
+    def read(self, address: str, total: int, offset: int, size: int, pieces: Pieces) -> bytes:
+        """Read a part of a shard of `total` bytes, after downloading it (`pieces` yields it) where it is not here.
+
+        Raises: UserError where the folder cannot be written or the shard is larger than the limit; Transient,
+        WrongSize, and what `pieces` raises, where the download fails.
+        """
+        path = self.folder / _name(address, total)
+        try:
+            file = _open_whole(path, total)
+            while file is None:
+                file = self._download(path, total, pieces) or _open_whole(path, total)
+            with file:
+                os.utime(file.fileno())  # used just now
+                return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise UserError(f"data.remote.cache: {self.folder}: {error.strerror or error}") from error
+
+    def _download(self, path: Path, total: int, pieces: Pieces) -> BinaryIO | None:
+        """Return the shard's file, downloaded here or by who had begun; None where one has to look again."""
+        if total > self._limit:
+            raise UserError(
+                f"data.remote.cache_gb: {self._limit / 1e9:g} is less than one shard, which has {total / 1e9:g}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(PART)
+        file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is(file, part):
+                return self._of_another(file, total)
+            if path.exists():  # it came between our look for it and the new part
+                part.unlink()
+            else:
+                self._fill(file, part, total, pieces)
+                with self._locked():  # a rename during a look at the folder could hide the file from it
+                    part.rename(path)
+                fcntl.flock(file, fcntl.LOCK_UN)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        return None
+
+    def _of_another(self, file: BinaryIO, total: int) -> BinaryIO | None:
+        """What became of the part that another process had locked."""
+        size = os.fstat(file.fileno()).st_size
+        if size == total:  # whole; perhaps gone from the folder by now, but this is it
+            fcntl.flock(file, fcntl.LOCK_UN)
+            return file
+        file.close()
+        if size:
+            raise Transient("another process failed to download it")
+        return None  # cleared away
+
+    def _fill(self, file: BinaryIO, part: Path, total: int, pieces: Pieces) -> None:
+        """Download into the locked part; where that fails, leave nothing but a word for those who wait."""
+        try:
+            file.truncate(0)
+            self._reserve(file, total)
+            came = 0
+            with closing(pieces()) as stream:
+                for piece in stream:
+                    came += len(piece)
+                    if came > total:
+                        raise WrongSize(f"more than {total}", final=True)
+                    view = memoryview(piece)
+                    while view:
+                        view = view[file.write(view) :]
+            if came != total:
+                raise WrongSize(str(came), final=False)
+            os.fdatasync(file.fileno())  # the name must not outlive the bytes in a crash of the machine
+        except BaseException:
+            file.truncate(0)
+            os.pwrite(file.fileno(), _FAILED, 0)
+            part.unlink(missing_ok=True)
+            raise
+
+    def _reserve(self, file: BinaryIO, total: int) -> None:
+        """Give the part its full size, once there is room: whole shards go, other downloads are waited for."""
+        while True:
+            with self._locked():
+                used, whole = self._contents()
+                for _, path, size in sorted(whole):
+                    if used + total <= self._limit:
+                        break
+                    path.unlink(missing_ok=True)
+                    used -= size
+                if used + total <= self._limit:
+                    file.truncate(total)
+                    return
+            time.sleep(_WAIT)
+
+    def _contents(self) -> tuple[int, list[tuple[int, Path, int]]]:
+        """Return the bytes in the folder, less those of dead parts, which go; and whole shards: (used, path, bytes)."""
+        used, whole = 0, []
+        for entry in os.scandir(self.folder):
+            try:
+                if entry.name.endswith(PART) and _clear_dead(Path(entry.path)):
+                    continue
+                if entry.name.endswith((WHOLE, PART)):
+                    status = entry.stat()
+                    used += status.st_size
+                    if entry.name.endswith(WHOLE):
+                        whole.append((status.st_mtime_ns, Path(entry.path), status.st_size))
+            except FileNotFoundError:
+                continue
+        return used, whole
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _name(address: str, total: int) -> str:
+    """Name a shard's file: its address may hold secrets, so only its end is shown, and a digest of all of it."""
+    digest = hashlib.sha256(f"{total} {address}".encode()).hexdigest()[:24]
+    shown = re.findall(r"[\w-]+(?=\.tar)", address)
+    return f"{shown[-1][-40:] if shown else 'shard'}-{digest}{WHOLE}"
+
+
+def _open_whole(path: Path, total: int) -> BinaryIO | None:
+    try:
+        file = path.open("rb", buffering=0)
+    except FileNotFoundError:
+        return None
+    if os.fstat(file.fileno()).st_size == total:
+        return file
+    file.close()
+    path.unlink(missing_ok=True)  # somebody cut it
+    return None
+
+
+def _is(file: BinaryIO, path: Path) -> bool:
+    """Whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _clear_dead(part: Path) -> bool:
+    """Delete a part that no process holds; False where one does, or it has become a shard."""
+    with part.open("r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not _is(file, part):
+            return False
+        file.truncate(0)
+        part.unlink()
+        return True

@@ -1,0 +1,284 @@
+"""The DALI decoder: executes view plans of a whole batch, on a GPU where there is one.
+
+Workers hand over encoded pictures with their plans. DALI decodes, crops and resizes; colour follows in batched torch on
+the same device, because DALI's own is no HSV and knows no order. Nothing is drawn here, so there is no state to save.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import simplejpeg
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from cosmos_scale.config_data import DaliConfig, ViewsConfig
+from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.batched_colour import colour_, normalise_
+from cosmos_scale.data.decode.picture import JPEG_START, decode_rgbx
+from cosmos_scale.data.plan import ViewPlan
+from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+
+T = TypeVar("T")
+
+PACKAGES = {"12": "nvidia-dali-cuda120", "13": "nvidia-dali-cuda130"}  # by the major version of CUDA
+OLDEST = (2, 3)
+
+# JPEG markers that every decoder of DALI takes: Huffman-coded frames, tables, applications' data, comments. libjpeg
+# skips others, DALI's parser ends the whole batch at them.
+PLAIN_MARKERS = {0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
+START_OF_SCAN, ADOBE = 0xDA, 0xEE
+PLAIN_SAMPLING = ("444", "422", "440", "420", "411", "Gray")
+
+
+def prepare(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
+    """Check a picture and return (what DALI decodes bit for bit as decode_rgbx does, height, width).
+
+    Plain JPEGs stay as they are. All else is decoded here and goes on as PPM: DALI reads palettes, alpha, 16 bits, inks
+    and rare markers in its own way or not at all. Raises DamagedSample, as decode_rgbx does: one damaged picture in a
+    batch would cost the batch.
+    """
+    shape = _plain_jpeg_shape(image_bytes)
+    if shape is not None and shape[0] * shape[1] <= max_pixels:
+        try:
+            # Reads every coefficient, but computes an eighth of the picture's height and width, in grey.
+            simplejpeg.decode_jpeg(image_bytes, "GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1)
+        except ValueError as error:
+            raise DamagedSample(f"the picture does not decode: {error}") from error
+        return image_bytes, *shape
+    pixels = decode_rgbx(image_bytes, max_pixels)
+    height, width = pixels.shape[:2]
+    return b"P6 %d %d 255\n" % (width, height) + pixels[..., :3].tobytes(), height, width
+
+
+def _plain_jpeg_shape(image_bytes: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that DALI reads as libjpeg does; None for anything else, damaged headers included."""
+    if not image_bytes.startswith(JPEG_START) or not _has_plain_markers(image_bytes):
+        return None
+    try:
+        height, width, colourspace, sampling = simplejpeg.decode_jpeg_header(image_bytes)
+    except ValueError:
+        return None
+    is_plain = colourspace in ("YCbCr", "Gray") and sampling in PLAIN_SAMPLING
+    return (height, width) if is_plain else None
+
+
+def _has_plain_markers(jpeg: bytes) -> bool:
+    """Walk a JPEG's segments up to its first scan."""
+    position, end = 2, len(jpeg) - 4
+    while position < end and jpeg[position] == 0xFF:
+        marker = jpeg[position + 1]
+        length = int.from_bytes(jpeg[position + 2 : position + 4], "big")
+        if marker == START_OF_SCAN:
+            return True
+        is_other_colour = marker == ADOBE and jpeg[position + 4 : position + 9] == b"Adobe" and jpeg[position + 15] != 1
+        if marker not in PLAIN_MARKERS or length < 2 or is_other_colour:
+            return False
+        position += 2 + length
+    return False
+
+
+class Encoded(NamedTuple):
+    """A batch of prepared pictures with their plans; tensors only, so that workers share it without pickling.
+
+    image_bytes: [N] uint8, all pictures one after another. offsets: [B + 1] int64, where each begins and the last ends.
+    The others are the fields of B ViewPlans with leading shape [V, B], global crops first.
+    """
+
+    image_bytes: Tensor
+    offsets: Tensor
+    boxes: Tensor
+    flip: Tensor
+    jitter_order: Tensor
+    jitter_factors: Tensor
+    grey: Tensor
+    blur_radius: Tensor
+    solarise: Tensor
+
+
+def stack(pictures: Sequence[bytes], plans: Sequence[ViewPlan]) -> Encoded:
+    """Put prepared pictures and their plans, of equal views, into one batch."""
+    image_bytes = np.frombuffer(bytearray(b"".join(pictures)), dtype=np.uint8)
+    offsets = np.cumsum([0, *(len(picture) for picture in pictures)])
+    fields = {
+        name: torch.from_numpy(np.stack([getattr(plan, name) for plan in plans], axis=1))
+        for name in Encoded._fields[2:]
+    }
+    return Encoded(torch.from_numpy(image_bytes), torch.from_numpy(offsets), **fields)
+
+
+class DaliDecoder:
+    """Turns batches of encoded pictures into their views.
+
+    image_size: side of the global crops. batch: most pictures in a batch. Raises UserError where DALI is missing.
+    """
+
+    def __init__(
+        self, views: ViewsConfig, image_size: int, batch: int, device: torch.device, options: DaliConfig
+    ) -> None:
+        require_dali()
+        self._views = views
+        self._image_size = image_size
+        self._device = device
+        self._prefetch = options.prefetch
+        self._submitted = 0
+        device_id = None
+        if device.type == "cuda":
+            device_id = torch.cuda.current_device() if device.index is None else device.index
+        self._pipeline = define_pipeline(views, image_size, batch, device.type, device_id, options)
+        self._pipeline.build()
+
+    def __call__(self, encoded: Encoded) -> Views:
+        """Return the views of a batch: [V, B, 3, H, W] float32, normalised, on the device; the host waits for no GPU.
+
+        On a GPU they are valid on the stream that is current now.
+        """
+        (views, _), *_ = self.stream(iter([(encoded, None)]))
+        return views
+
+    def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Iterator[tuple[Views, T]]:
+        """Yield the views of batch after batch, each with what came with it, while DALI works on the next ones.
+
+        As __call__, but data.dali.prefetch batches are asked for ahead. One stream at a time.
+        """
+        waiting: list[tuple[Encoded, T]] = []
+        try:
+            for encoded, companion in batches:
+                self._submit(encoded)
+                waiting.append((encoded, companion))
+                if len(waiting) > self._prefetch:
+                    yield self._take(waiting[0][0]), waiting.pop(0)[1]
+            while waiting:
+                yield self._take(waiting[0][0]), waiting.pop(0)[1]
+        finally:
+            # Whoever stopped in between must not find these in the next stream.
+            for _ in range(self._submitted):
+                self._outputs()
+
+    def _submit(self, encoded: Encoded) -> None:
+        pixels, offsets = encoded.image_bytes.numpy(), encoded.offsets.tolist()
+        pictures = [pixels[start:end] for start, end in pairwise(offsets)]
+        sides_V = np.array(
+            [self._image_size] * self._views.global_crops + [self._views.local_size] * self._views.local_crops
+        )
+        sides_BV2 = np.repeat(np.stack([sides_V, sides_V], axis=-1)[None], len(pictures), axis=0)
+        sides_BV2[..., 1] *= np.where(encoded.flip.numpy().T, -1, 1)
+        self._pipeline.feed_input("pictures", pictures)
+        self._pipeline.feed_input("boxes", np.ascontiguousarray(encoded.boxes.numpy().swapaxes(0, 1), dtype=np.int32))
+        self._pipeline.feed_input("sides", sides_BV2.astype(np.float32))
+        self._pipeline.schedule_run()
+        self._submitted += 1
+
+    def _outputs(self) -> list[Tensor]:
+        """DALI's views of the oldest batch submitted: V tensors [B, side, side, 3] uint8."""
+        self._submitted -= 1
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        outputs = self._pipeline.share_outputs(stream)
+        crops = [from_dlpack(output.as_tensor()) for output in outputs]
+        self._pipeline.release_outputs()  # each tensor keeps its own memory
+        return crops
+
+    def _take(self, encoded: Encoded) -> Views:
+        crops = self._outputs()
+        V_global = self._views.global_crops
+        batch = encoded.boxes.shape[1]
+        made = []
+        for side, kind in (
+            (self._image_size, slice(0, V_global)),
+            (self._views.local_size, slice(V_global, len(crops))),
+        ):
+            levels_VBCHW = torch.empty(len(crops[kind]), batch, 3, side, side, device=self._device)
+            for levels, pixels in zip(levels_VBCHW, crops[kind], strict=True):
+                levels.copy_(pixels.permute(0, 3, 1, 2))
+            levels_NCHW = levels_VBCHW.flatten(0, 1)
+            colour_(
+                levels_NCHW,
+                *(
+                    field[kind].flatten(0, 1)
+                    for field in (
+                        encoded.jitter_order,
+                        encoded.jitter_factors,
+                        encoded.grey,
+                        encoded.blur_radius,
+                        encoded.solarise,
+                    )
+                ),
+            )
+            normalise_(levels_NCHW)
+            made.append(levels_VBCHW)
+        return Views(*made)
+
+
+def define_pipeline(
+    views: ViewsConfig, image_size: int, batch: int, device: str, device_id: int | None, options: DaliConfig
+) -> "Pipeline":
+    """Decode each picture once, cut out every view's box, resize it: one output a view, [side, side, 3] uint8.
+
+    device: cpu, or cuda for decoding by hardware and CUDA. Inputs: "pictures" (encoded), "boxes" [V, 4] int32, "sides"
+    [V, 2] float32, the second negative where the view is mirrored.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    on_gpu = device == "cuda"
+    # Queues of one: batches wait in the inputs' own queues, so that none need be there before the first can run.
+    pipeline = Pipeline(
+        batch_size=batch,
+        num_threads=options.threads,
+        device_id=device_id,
+        exec_dynamic=True,
+        prefetch_queue_depth=1,
+    )
+    gpu_options: dict[str, Any] = {}
+    if on_gpu:
+        gpu_options = {
+            "hw_decoder_load": options.hw_decoder_load,
+            "preallocate_width_hint": options.preallocate_width,
+            "preallocate_height_hint": options.preallocate_height,
+        }
+    with pipeline:
+        pictures = fn.external_source(name="pictures", dtype=types.UINT8, ndim=1)
+        boxes = fn.external_source(name="boxes", dtype=types.INT32, ndim=2)
+        sides = fn.external_source(name="sides", dtype=types.FLOAT, ndim=2)
+        decoded = fn.decoders.image(
+            pictures,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,  # as Pillow, which leaves EXIF's to its caller
+            jpeg_fancy_upsampling=True,  # as libjpeg; CUDA's decoder takes a shortcut otherwise
+            **gpu_options,
+        )
+        crops = []
+        for view in range(views.global_crops + views.local_crops):
+            # Cut first: a resize of a region would read beyond its border, which the published pipeline does not.
+            box = fn.slice(decoded, start=boxes[view, 0:2], shape=boxes[view, 2:4], axes=[0, 1])
+            crops.append(fn.resize(box, size=sides[view], interp_type=types.INTERP_CUBIC, antialias=True))
+        pipeline.set_outputs(*crops)
+    return pipeline
+
+
+def require_dali() -> None:
+    """Raise UserError, with the line that installs it for this torch's CUDA, where DALI is missing or too old."""
+    try:
+        from nvidia import dali
+    except ImportError as error:
+        raise UserError(f"data.decoder: dali needs NVIDIA DALI ({error}): {_remedy()}") from error
+    version = tuple(int(part) for part in dali.__version__.split(".")[:2])
+    if version < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UserError(f"data.decoder: dali needs NVIDIA DALI {oldest} or later, not {dali.__version__}: {_remedy()}")
+
+
+def _remedy() -> str:
+    cuda = torch.version.cuda
+    # Without CUDA any of them runs: pictures are decoded on the CPU.
+    major = "13" if cuda is None else cuda.split(".")[0]
+    if major not in PACKAGES:
+        return f"there is none for this torch's CUDA {cuda}; install a torch for CUDA 12 or 13, or take decoder: torch"
+    oldest = ".".join(map(str, OLDEST))
+    return f'pip install "{PACKAGES[major]}>={oldest},<3", or take decoder: torch'

@@ -1,0 +1,43 @@
+"""Shards that the run has given up: from which step on, and which samples lie in them.
+
+That a shard is lost changes what the order yields, so all ranks must say it of the same shards from the same step on.
+Shards are named by their source and their place in it: the name is the same on every rank, wherever its files lie.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from cosmos_scale.data.index import MergedIndex
+
+
+class LostShards:
+    """Shards by name, each with the step from which on substitutes take its samples' places."""
+
+    def __init__(self, index: MergedIndex, steps: Mapping[str, int]) -> None:
+        self.steps = dict(steps)
+        self.names = [f"{source.name}/{row.name}" for source in index.sources for row in source.rows]
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        self._samples = index.shard_samples
+        self._ends = np.cumsum(index.shard_samples)
+
+    def add(self, names: Iterable[str], step: int) -> None:
+        """Give up shards from a step on; those given up already keep their step."""
+        for name in names:
+            self.steps.setdefault(name, step)
+
+    def shard_of(self, sample: int) -> str:
+        """The name of the shard that a sample lies in."""
+        return self.names[int(np.searchsorted(self._ends, sample, side="right"))]
+
+    def holds(self, sample: int, step: int) -> bool:
+        """Whether a sample lies in a shard that is lost at a step."""
+        return bool(self.steps) and self.steps.get(self.shard_of(sample), step + 1) <= step
+
+    def samples(self, names: Iterable[str]) -> int:
+        """How many samples some shards hold."""
+        return sum(int(self._samples[self._numbers[name]]) for name in names)
+
+    def share(self) -> float:
+        """The share of all samples that is lost."""
+        return self.samples(self.steps) / int(self._ends[-1])

@@ -1,0 +1,183 @@
+"""What a loader process does: the steps' batches of one rank, made from shards into shared memory.
+
+Whatever goes wrong comes back as a value: an exception would reach the training process as a traceback's text.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cosmos_scale.batch import Batch, caption_lengths
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.blocks import Block, Field
+from cosmos_scale.data.captions import draw_captions
+from cosmos_scale.data.damage import Damage
+from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.decode.torch_cpu import execute
+from cosmos_scale.data.index import MergedIndex
+from cosmos_scale.data.lost import LostShards
+from cosmos_scale.data.plan import plan_views
+from cosmos_scale.data.sample import DamagedSample, LostShard, SampleKey
+from cosmos_scale.data.shards import Location, ShardReader
+from cosmos_scale.errors import ShardsLost, UserError
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+# A damaged sample's substitute may be damaged too. So many in a row are no accident.
+MOST_SUBSTITUTES = 20
+# A lost shard may fill its window of the order: after so many tries substitutes come from another one.
+SUBSTITUTES_A_WINDOW = 4
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What comes out of a worker for one step: a batch's tensors, or what prevented it: lost shards or an error.
+
+    block: the fields of Batch, in order. lost: reasons by the shards' names. error: the text of a UserError.
+    """
+
+    block: Block | None = None
+    damages: list[Damage] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+
+    def pin_memory(self) -> "Loaded":
+        """Called by torch's loader where there is a GPU."""
+        return self if self.block is None else replace(self, block=self.block.pin_memory())
+
+
+class StepBatches(Dataset[Loaded]):
+    """Maps a step of the run to one rank's batch of it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        index: MergedIndex,
+        tokenizer: Tokenize,
+        lost: LostShards,
+        *,
+        rank: int,
+        micro_batch: int,
+        steps_per_epoch: int,
+        shared: bool,
+    ) -> None:
+        """lost: as it is when a worker starts. shared: whether batches leave the process that makes them."""
+        self._config = config
+        self._index = index
+        self._tokenizer = tokenizer
+        self._lost = lost
+        self._rank = rank
+        self._micro_batch = micro_batch
+        self._steps_per_epoch = steps_per_epoch
+        self._shared = shared
+        self._order = index.order(config.seed, config.data.window)
+        self._reader = ShardReader(config.data.remote)
+
+    def check_shards(self) -> None:
+        """Raise UserError where a shard is missing that was not given up."""
+        files = zip(self._lost.names, self._index.shard_files(), strict=True)
+        self._reader.check(file for name, file in files if name not in self._lost.steps)
+
+    def fields(self) -> tuple[Field, ...]:
+        """The tensors of a batch, as Batch has them."""
+        views, captions, model = self._config.data.views, self._config.data.captions, self._config.model
+        B = self._micro_batch
+        side, local_side = model.vision.image_size, views.local_size
+        return (
+            Field((views.global_crops, B, 3, side, side), torch.float32),
+            Field((views.local_crops, B, 3, local_side, local_side), torch.float32),
+            Field((captions.count, B, model.text.context_length), torch.int32),
+            Field((captions.count, B), torch.int64),
+            Field((B,), torch.int64),
+            Field((), torch.int64),
+        )
+
+    def __getitem__(self, step: int) -> Loaded:
+        damages: list[Damage] = []
+        try:
+            return Loaded(self._batch(step, damages), damages)
+        except ShardsLost as loss:
+            return Loaded(damages=damages, lost=loss.shards)
+        except UserError as error:
+            return Loaded(damages=damages, error=str(error))
+
+    def _batch(self, step: int, damages: list[Damage]) -> Block:
+        config, B = self._config, self._micro_batch
+        epoch, epoch_step = divmod(step, self._steps_per_epoch)
+        first = epoch_step * config.train.global_batch + self._rank * B
+        positions = np.arange(first, first + B)
+        visits = self._order.visits(epoch, positions)
+
+        block = Block.empty(self.fields(), shared=self._shared)
+        batch = Batch(*block.tensors())
+        texts: list[list[str]] = []
+        for b, position in enumerate(positions.tolist()):
+            crops = batch.global_crops[:, b], batch.local_crops[:, b]
+            key = SampleKey(config.seed, epoch, int(visits.samples[b]), int(visits.repeats[b]))
+            batch.sample_ids[b], captions = self._sample(step, position, key, crops, damages)
+            texts.append(captions)
+        # Captions first, samples second: [K, B, L].
+        ids_NL = self._tokenizer([captions[k] for k in range(config.data.captions.count) for captions in texts])
+        batch.captions.copy_(ids_NL.view_as(batch.captions))
+        batch.caption_lengths.copy_(caption_lengths(batch.captions))
+        batch.substituted.copy_((batch.sample_ids != torch.from_numpy(visits.samples)).sum())
+        return block
+
+    def _sample(
+        self, step: int, position: int, key: SampleKey, crops: tuple[Tensor, Tensor], damages: list[Damage]
+    ) -> tuple[int, list[str]]:
+        """Fill one sample's crops, or where it cannot be used its first sound substitute's: (its id, its captions).
+
+        Raises: ShardsLost where a shard turns out to be lost that was not.
+        """
+        known = len(damages)
+        for attempt in range(MOST_SUBSTITUTES + 1):
+            if not self._lost.holds(key.sample, step):
+                location = self._index.locate(key.sample)
+                try:
+                    return key.sample, self._make(key, location, crops)
+                except DamagedSample as damage:
+                    place = (location.source, str(location.shard), location.entry.key)
+                    damages.append(Damage(step, key.epoch, key.sample, *place, str(damage)))
+                except LostShard as loss:
+                    raise ShardsLost({self._lost.shard_of(key.sample): loss.reason}) from loss
+            windows_on = 2 ** (attempt // SUBSTITUTES_A_WINDOW) - 1
+            beside = position + windows_on * self._config.data.window
+            key = key._replace(sample=self._order.substitute(key.epoch, beside, attempt))
+        if len(damages) == known:
+            raise UserError(
+                f"{MOST_SUBSTITUTES + 1} substitutes in a row lie in lost shards; "
+                "rule: lower data.max_damaged, so that training stops before most data is lost"
+            )
+        last = damages[-1]
+        raise UserError(
+            f"{MOST_SUBSTITUTES + 1} damaged samples in a row; the last is {last.key} in {last.shard}: {last.reason}"
+        )
+
+    def _make(self, key: SampleKey, location: Location, crops: tuple[Tensor, Tensor]) -> list[str]:
+        data, side = self._config.data, self._config.model.vision.image_size
+        image_bytes, document = self._reader.read(location)
+        captions = draw_captions(data.captions, document, key)
+        picture = decode_rgbx(image_bytes, data.max_pixels)
+        execute(picture, plan_views(data.views, side, key, *picture.shape[:2]), *crops)
+        return captions
+
+
+def start_worker(worker: int) -> None:
+    """Make a loader process outlive signals to all processes: the training process decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
