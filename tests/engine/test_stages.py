@@ -146,6 +146,7 @@ def communication(rank: int, world_size: int) -> dict[Case, dict[str, list[str]]
         tiny.step(0)
         with profile(activities=[ProfilerActivity.CPU]) as whole_step:
             tiny.step(1)
+            _ = tiny.teacher.model  # waits: threads that are recorded must not outlive the recording
         updates = [event for event in whole_step.events() if event.name.startswith("Optimizer.step#AdamWEma")]
         assert updates
         collectives = [event for event in whole_step.events() if event.name.startswith(("gloo:", "c10d::"))]
@@ -161,6 +162,7 @@ def communication(rank: int, world_size: int) -> dict[Case, dict[str, list[str]]
         ]
         with profile(activities=[ProfilerActivity.CPU]) as refresh:
             tiny.teacher.refresh()
+            _ = tiny.teacher.model
         found[case] = {
             "update": inside,
             "refresh": [event.name for event in refresh.events() if event.name.startswith("c10d::")],
