@@ -127,7 +127,9 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         lost = {} if start.state is None else start.state.lost_shards
         damaged = folder / "damaged.jsonl"
-        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost)
+        loader = TrainLoader(
+            config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device
+        )
         if start.state is None:
             loader.check_shards()
         retrieval = None
