@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_scale.arguments import positive, with_examples
+from cosmos_scale.data.prepare.command import add_parsers as add_prepare
 from cosmos_scale.errors import UserError
 
 if TYPE_CHECKING:  # imported where it is needed: it takes a second
@@ -66,6 +67,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verify.set_defaults(seed=None)  # nothing that is drawn decides whether a sample is sound
     verify.add_argument("--out", type=Path, metavar="FILE", help=".jsonl for all that is found, a line each")
     verify.set_defaults(command="data verify", run=_verify)
+
+    add_prepare(commands)
 
     for command in (build, index, inspect, verify):
         command.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
