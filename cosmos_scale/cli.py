@@ -16,6 +16,7 @@ EXAMPLES = """\
 examples:
   cosmos-scale data build --images photos --captions captions.jsonl --out shards
   cosmos-scale data index 'shards/{000000..000331}.tar'
+  cosmos-scale data inspect shards
   cosmos-scale train configs/run/cc3m_vitb16.yaml --dry-run --world-size 16
   cosmos-scale train configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m train.max_steps=100
   deepspeed --num_accelerators 8 --module cosmos_scale.train configs/run/cc3m_vitb16.yaml
@@ -29,14 +30,17 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 where the user has something to mend, 130 if interrupted."""
+    """Run one command; returns the exit status.
+
+    0; 1 where `data verify` finds damage; 2 where the user has something to mend; 130 if interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
         # Parsed by the trainer itself, which also runs without this command, under the launcher.
         from cosmos_scale import train
 
         return train.main(arguments[1:])
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         status: int = parsed.run(parsed)
         return status
@@ -45,6 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130  # as shells number an interrupted command
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of positional arguments at the first option, but key=value may stand anywhere.
+    if rest and ("overrides" not in parsed or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def _eval_retrieval(arguments: argparse.Namespace) -> int:
@@ -79,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     # For the list of commands only: `main` hands its arguments to the trainer.
     commands.add_parser("train", help="train a run in this process (many ranks: deepspeed --module cosmos_scale.train)")
 
-    data = commands.add_parser("data", help="build or index webdataset shards")
+    data = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")
     with_examples(data, data_cli.EXAMPLES)
     data_cli.add_parsers(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
 

@@ -58,6 +58,16 @@ class ModelConfig(Section):
     text_padding: Literal["attend", "mask"] = Field(
         "attend", description="whether the text pooler's keys include padding (published) or not"
     )
+    attention: Literal["auto", "flash_attn_4", "flash_attn_2", "torch_varlen", "xformers", "sdpa"] = Field(
+        "auto",
+        description="back end of attention; auto: the first that runs with device, precision and head sizes",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    compile: bool = Field(
+        False,
+        description="compile the towers' blocks by torch.compile: meant for GPUs; a CPU gains nothing measurable",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
 

@@ -184,6 +184,10 @@ class DataConfig(Section):
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     prefetch: int = Field(4, ge=1, description="batches ready per worker", json_schema_extra=RESUME_MAY_CHANGE)
+    decoder: Literal["torch", "dali"] = Field(
+        "torch",
+        description="torch: workers decode and cut, on CPUs; dali: the training process does, on its device",
+    )
     dali: DaliConfig = DaliConfig()
 
     def _check_rules(self) -> None:

@@ -5,6 +5,7 @@ win. Mappings merge key by key, everything else is replaced. Dotted overrides co
 `data.sources.0.shards=/data/cc3m`. Every error is one line that names the file, the dotted key, the value and the rule.
 """
 
+import copy
 import json
 import os
 import re
@@ -33,6 +34,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError: a missing or malformed file, an unknown key, a wrong type or value, a broken rule between keys.
     """
     tree, origins = _read_with_bases(Path(path), seen=())
+    return _resolve(tree, origins, overrides, str(path))
+
+
+def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate keys that a command sets, with `dotted.key=value` overrides, as `load_config` does a file's."""
+    return _resolve(copy.deepcopy(tree), {}, overrides, COMMAND_LINE)
+
+
+def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], default: str) -> RunConfig:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -44,7 +54,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         # still become tuples and strings paths.
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
-        _refuse(error.errors(), origins, default=str(path))
+        _refuse(error.errors(), origins, default)
 
 
 def dump_config(config: RunConfig) -> str:

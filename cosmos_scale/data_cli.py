@@ -1,16 +1,29 @@
 """The commands `cosmos-scale data ...`: their arguments, and calling what does the work."""
 
 import argparse
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmos_scale.arguments import positive, with_examples
+from cosmos_scale.data.prepare.command import add_parsers as add_prepare
+from cosmos_scale.errors import UserError
+
+if TYPE_CHECKING:  # imported where it is needed: it takes a second
+    from cosmos_scale.config import RunConfig
 
 EXAMPLES = """\
 examples:
   cosmos-scale data build --images photos --captions captions.csv --out shards --samples-per-shard 5000
   cosmos-scale data index /data/cc3m
   cosmos-scale data index '/data/cc3m/{000000..000331}.tar' --out /index/cc3m
+  cosmos-scale data inspect /data/cc3m --out cc3m_inspected
+  cosmos-scale data inspect configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m --epoch 3 --first 1000
+  cosmos-scale data verify /data/cc3m --captions textcrop --out damaged.jsonl
 """
+
+# More tokens than any caption needs: what is longer counts as so long.
+LONGEST_CAPTION = 2048
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,7 +40,37 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     index.add_argument("--out", type=Path, metavar="DIR", help="folder of the index; default: beside the shards")
     index.set_defaults(command="data index", run=_index)
 
-    for command in (build, index):
+    inspect = with_examples(
+        commands.add_parser("inspect", help="what indexed shards hold, and what training makes of it"), EXAMPLES
+    )
+    inspect.description = (
+        "Count samples, captions and image sizes of indexed shards, and draw the views and captions that training "
+        "makes of some of them: statistics.png and views.png in the folder of --out."
+    )
+    _add_data(inspect)
+    read = inspect.add_mutually_exclusive_group()
+    read.add_argument("--samples", type=positive, default=2000, metavar="N", help="read so many; default: 2000")
+    read.add_argument("--all", action="store_true", help="read every sample")
+    inspect.add_argument("--rows", type=positive, default=8, metavar="N", help="samples in views.png; default: 8")
+    inspect.add_argument("--epoch", type=_count, default=0, metavar="N", help="whose draws to show; default: 0")
+    inspect.add_argument("--first", type=_count, default=0, metavar="N", help="position in the epoch; default: 0")
+    inspect.add_argument("--seed", type=_count, metavar="N", help="of the draws; default: the run's")
+    inspect.add_argument("--out", type=Path, default=Path("inspect_out"), metavar="DIR", help="default: inspect_out")
+    inspect.set_defaults(command="data inspect", run=_inspect)
+
+    verify = with_examples(commands.add_parser("verify", help="find every damaged sample of indexed shards"), EXAMPLES)
+    verify.description = (
+        "Read every sample of indexed shards whole, and say where the damaged ones lie. "
+        "Exit status: 0 all are sound, 1 some are damaged, 2 wrong use."
+    )
+    _add_data(verify)
+    verify.set_defaults(seed=None)  # nothing that is drawn decides whether a sample is sound
+    verify.add_argument("--out", type=Path, metavar="FILE", help=".jsonl for all that is found, a line each")
+    verify.set_defaults(command="data verify", run=_verify)
+
+    add_prepare(commands)
+
+    for command in (build, index, inspect, verify):
         command.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -53,3 +96,88 @@ def _index(arguments: argparse.Namespace) -> int:
     report = index_shards(arguments.pattern, arguments.out, workers=arguments.workers, progress=not arguments.quiet)
     print(report.describe())
     return 0
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data", metavar="PATTERN|RUN.yaml", help="indexed shards (folder, glob or brace pattern), or a run's YAML file"
+    )
+    # With a default of its own, or argparse calls it required.
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
+    )
+    parser.add_argument("--index", metavar="DIR", help="folder of a PATTERN's index; default: beside the shards")
+    parser.add_argument("--captions", metavar="SAMPLING", help="caption sampling; default: the run's, else textcrop")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of tables")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0")
+    return int(text)
+
+
+def _config(arguments: argparse.Namespace) -> "RunConfig":
+    """The run that a command is to look at: one from a file, or the defaults over a pattern of shards."""
+    from cosmos_scale.config_file import load_config, make_config
+
+    overrides = list(arguments.overrides)
+    if arguments.captions is not None:
+        overrides.append(f"data.captions.sampling={arguments.captions}")
+    if arguments.seed is not None:
+        overrides.append(f"seed={arguments.seed}")
+    if more := [text for text in arguments.overrides if "=" not in text]:
+        raise UserError(f"{more[0]}: one pattern of shards is expected, in quotes, and then only key=value")
+    if not arguments.data.endswith((".yaml", ".yml")):
+        source = {"name": arguments.data, "shards": arguments.data, "index": arguments.index}
+        return make_config({"data": {"sources": [source]}}, overrides)
+    if arguments.index is not None:
+        raise UserError(f"--index {arguments.index}: goes with a pattern; in a run's file it is data.sources.0.index")
+    return load_config(Path(arguments.data), overrides)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cosmos_scale.data import inspect, inspect_report
+    from cosmos_scale.data.index import make_folder
+    from cosmos_scale.model.tokenizer import Tokenizer
+
+    config = _config(arguments)
+    make_folder(arguments.out)
+    context_length = config.model.text.context_length
+    statistics, views = arguments.out / "statistics.png", arguments.out / "views.png"
+    inspect.draw_views(
+        config, Tokenizer(context_length), views, epoch=arguments.epoch, first=arguments.first, count=arguments.rows
+    )
+    found = inspect.survey(
+        config,
+        Tokenizer(LONGEST_CAPTION),
+        samples=None if arguments.all else arguments.samples,
+        epoch=arguments.epoch,
+        workers=arguments.workers,
+        progress=not arguments.quiet,
+    )
+    inspect_report.draw(found, context_length, statistics)
+    if arguments.json:
+        report = inspect_report.as_json(found, context_length)
+        print(json.dumps({**report, "pictures": [str(statistics), str(views)]}))
+        return 0
+    sampling = config.data.captions.sampling
+    inspect_report.show(found, sampling, context_length, config.seed, arguments.epoch, Console())
+    print(f"\nhistograms: {statistics}\nviews and captions: {views}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from cosmos_scale.data import verify
+
+    config = _config(arguments)
+    verdict = verify.verify_shards(
+        config.data, log=arguments.out, workers=arguments.workers, progress=not arguments.quiet
+    )
+    if arguments.json:
+        print(json.dumps(verdict.as_json()))
+    else:
+        print(verdict.describe(arguments.out))
+    return 0 if verdict.sound else 1

@@ -80,6 +80,7 @@ def _model_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
         f"ViT/{vision.patch_size}, {vision.layers} layers, width {vision.width}, {vision.image_size} px",
     )
     yield "text tower", f"{text.layers} layers, width {text.width}, {text.context_length} positions"
+    yield "attention", config.model.attention + (", blocks compiled" if config.model.compile else "")
 
 
 def _data_rows(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -93,12 +93,15 @@ class MetricLog:
 
 def console_line(record: dict[str, float]) -> str:
     """One line of what a person watches during training."""
+    waited = f"data wait {record['data_wait_min']:.3f}-{record['data_wait_max']:.3f} s"
+    if record["data_wait_min"] < record["data_wait_max"]:
+        waited += f" (rank {record['data_wait_rank']})"
     return (
         f"step {int(record['step']):6d}  loss {record['loss']:.4f} (clip {record['clip']:.4f} distill "
         f"{record['distill']:.4f})  scale {record['scale']:.2f}/{record['distill_scale']:.2f}  lr {record['lr']:.2e}  "
         f"momentum {record['momentum']:.4f}  grad {record['grad_norm']:.3f}  "
         f"{record['samples_per_second']:.1f} samples/s  step {record['step_seconds_min']:.3f}-"
-        f"{record['step_seconds_max']:.3f} s  data wait {record['data_wait_min']:.3f}-{record['data_wait_max']:.3f} s"
+        f"{record['step_seconds_max']:.3f} s  {waited}"
     )
 
 

@@ -166,6 +166,7 @@ class Progress:
                 "step_seconds_max": max(step_times),
                 "data_wait_min": min(waits),
                 "data_wait_max": max(waits),
+                "data_wait_rank": waits.index(max(waits)),
                 "substituted": sum(substituted),
                 "skipped_steps": self._skipped,
             }

@@ -12,8 +12,9 @@ from cosmos_scale.config_file import dump_config
 from cosmos_scale.data.index import MergedIndex, open_sources
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.engine.collectives import Ranks, check_precision, from_all, gather_rows, raise_together
+from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.engine.teacher import DTYPES, Teacher
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.periodic import PeriodicRetrieval
 from cosmos_scale.evaluation.retrieval import RetrievalResult
@@ -126,12 +127,15 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     run, error = None, None
     try:
         check_precision(config.precision)
+        check_model(config.model, ranks.device, DTYPES[config.precision])
         tokenizer = Tokenizer(config.model.text.context_length)
         index = open_sources(config.data.sources)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         lost = {} if start.state is None else start.state.lost_shards
         damaged = folder / "damaged.jsonl"
-        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost)
+        loader = TrainLoader(
+            config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device
+        )
         if start.state is None:
             loader.check_shards()
         retrieval = None

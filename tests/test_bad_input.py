@@ -98,6 +98,11 @@ def test_precision_that_the_device_lacks(tmp_path: Path, scenes: SceneShards) ->
     refused(write_run(tmp_path, scenes), ["precision=fp16"], "precision", "fp16", "bf16")
 
 
+def test_attention_that_cannot_run_here(tmp_path: Path, scenes: SceneShards) -> None:
+    parts = ("model.attention: 'flash_attn_2'", "CUDA device", "auto")
+    refused(write_run(tmp_path, scenes), ["device=cpu", "model.attention=flash_attn_2"], *parts, ranks=(1,))
+
+
 def test_checkpoints_that_are_none(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes)
     refused(run, [f"resume={tmp_path}/none"], f"{tmp_path}/none", "none there")

@@ -23,7 +23,18 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("data",), ("data", "build"), ("data", "index"), ("eval", "retrieval"), ("setup",), ("train",)]
+    "arguments",
+    [
+        (),
+        ("data",),
+        ("data", "build"),
+        ("data", "index"),
+        ("data", "inspect"),
+        ("data", "verify"),
+        ("eval", "retrieval"),
+        ("setup",),
+        ("train",),
+    ],
 )
 def test_help_explains_every_command(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -40,7 +51,8 @@ def test_help_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("data",), ("tain",), ("data", "build"), ("data", "index", "a", "--workers=0")]
+    "arguments",
+    [(), ("data",), ("tain",), ("data", "build"), ("data", "index", "a", "--workers=0"), ("data", "index", "a", "b=1")],
 )
 def test_a_wrong_call_shows_the_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

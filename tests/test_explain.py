@@ -81,7 +81,8 @@ def test_parameters_of_the_published_model() -> None:
 
 def test_overrides_show_in_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     path = REPOSITORY / "configs" / "run" / "cc3m_vitb32.yaml"
-    rows = dry_run(capsys, path, 4, "train.max_steps=100", "ema.schedule=cosine", "name=other")
+    rows = dry_run(capsys, path, 4, "train.max_steps=100", "ema.schedule=cosine", "name=other", "model.attention=sdpa")
+    assert rows["attention"] == "sdpa"
     assert rows["last step"] == "100 (train.max_steps)"
     assert rows["writes to"] == "runs/other"
     assert re.split(r"\s+", rows[f"{16 * 2768:,}"])[1] == "0.999500"  # half way: half of the distance to 1

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "loss": {"kernels"} | FOUNDATION,
     "engine": {"kernels", "model", "loss"} | FOUNDATION,
     "step": {"kernels", "model", "loss", "engine"} | FOUNDATION,
-    "data": FOUNDATION,
+    "data": {"arguments"} | FOUNDATION,  # of its commands
     "checkpoint": {"model"} | FOUNDATION,
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
     "profiling": {"checkpoint", "data", "evaluation", "model"} | FOUNDATION,
@@ -44,7 +44,16 @@ ONLY_IN = {
     "deepspeed": {"cosmos_scale/engine/", "cosmos_scale/checkpoint/"},
 }
 # Optional or slow packages: one module each, whichever it is.
-ONE_PLACE = ("wandb", "tensorboard", "torch.utils.tensorboard", "flash_attn", "xformers", "nvidia.dali", "apex")
+ONE_PLACE = (
+    "pyarrow",
+    "wandb",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "flash_attn",
+    "xformers",
+    "nvidia.dali",
+    "apex",
+)
 NEVER_AT_IMPORT = ("flash_attn", "xformers", "nvidia.dali", "apex", "wandb")
 
 SOURCES = sorted([*REPOSITORY.glob("cosmos_scale/**/*.py"), *REPOSITORY.glob("kernels/**/*.py")])

@@ -16,7 +16,7 @@ from tests.runs import records, train, write_run
 
 NUMBERS = [
     *("samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm"),
-    *("samples_per_second", "step_seconds_min", "step_seconds_max", "data_wait_min", "data_wait_max"),
+    *("samples_per_second", "step_seconds_min", "step_seconds_max", "data_wait_min", "data_wait_max", "data_wait_rank"),
     *("substituted", "skipped_steps"),
 ]
 QUIET = LogConfig(progress=False)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from cosmos_scale.config_file import load_config
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.engine import collectives
+from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.metrics import console_line
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.progress import Progress
+from tests.distributed import run_ranks
+from tests.engine.tiny import build_tiny, tiny_batch, tiny_config
 from tests.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
 
 
@@ -105,6 +112,7 @@ def test_records_hold_what_the_steps_did(run: Path) -> None:
         assert record["samples_per_second"] == pytest.approx(8 / record["step_seconds_max"])
         assert 0 < record["step_seconds_min"] <= record["step_seconds_max"]
         assert 0 <= record["data_wait_min"] <= record["data_wait_max"] < record["step_seconds_max"]
+        assert record["data_wait_rank"] in (0, 1)
         assert record["grad_norm"] > 0
         assert (record["substituted"], record["skipped_steps"]) == (0, 0)
     # Both start at 1 / 0.07, and the first step reads them before its update.
@@ -113,6 +121,39 @@ def test_records_hold_what_the_steps_did(run: Path) -> None:
     assert (first["lr"], second["lr"]) == (5e-4, 1e-3)
     # No model can tell the pairs of a first batch: about ln 8 for the mean of all clip pairs.
     assert first["clip"] == pytest.approx(math.log(8), rel=0.5)
+
+
+def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
+    """Follow four real steps with given waits, a record every second one; return the exchanges among ranks."""
+    ranks, config = start_ranks("cpu"), tiny_config(zero={"stage": 0}, log={"every": 2, "progress": False})
+    tiny, batch, exchanges = build_tiny(config, ranks), tiny_batch(0), 0
+    from_all = collectives.from_all
+
+    def counted(value: Any, ranks: Ranks) -> list[Any]:
+        nonlocal exchanges
+        exchanges += 1
+        return from_all(value, ranks)
+
+    waits = ((0.1, 0.3, 1.0, 1.0), (0.5, 0.1, 0.0, 0.0))[rank]
+    with pytest.MonkeyPatch.context() as patch, Progress(config, ranks, folder, first_step=0, last_step=4) as progress:
+        patch.setattr("cosmos_scale.progress.from_all", counted)
+        for step, wait in enumerate(waits, start=1):
+            output = tiny.step(step)
+            progress.after_step(step, output, batch, tiny.student, lr=0.0, momentum=0.0, data_wait=wait)
+        progress.read_pending()
+    return exchanges
+
+
+def test_data_waits_are_the_least_and_the_most_of_all_ranks(tmp_path: Path) -> None:
+    assert run_ranks(follow_two_ranks, 2, tmp_path) == [2, 2]  # one a record, none for other steps
+    first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # Means over the steps of a record.
+    assert (first["data_wait_min"], first["data_wait_max"]) == pytest.approx((0.2, 0.3))
+    assert (second["data_wait_min"], second["data_wait_max"]) == (0.0, 1.0)
+    assert (first["data_wait_rank"], second["data_wait_rank"]) == (1, 0)
+    assert "data wait 0.200-0.300 s (rank 1)" in console_line(first)
+    alone = {**second, "data_wait_min": 1.0}
+    assert console_line(alone).endswith("data wait 1.000-1.000 s")
 
 
 def test_steps_between_records_count_into_the_next(run: Path) -> None:

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -12,19 +15,36 @@ from cosmos_scale.data.decode import MEAN, STD, Views
 
 MARGIN, GAP, LINE, LABEL = 20, 8, 18, 18
 CAPTION_WIDTH = 620
+ORIGINAL_WIDTH = 340
 PAPER, RULE, INK, GLOBAL, LOCAL = "#ffffff", "#d9d9de", "#1c1c22", "#9a3412", "#1e5a8a"
 
 Font = ImageFont.FreeTypeFont
 Cell = tuple[str, str, Image.Image]
 
 
+class Original(NamedTuple):
+    """What a row's views come from: its name, the decoded picture [H, W, 3 or more] uint8, each view's box in it.
+
+    boxes: [V, 4] top, left, height, width in pixels, global crops first.
+    """
+
+    title: str
+    picture: npt.NDArray[np.uint8]
+    boxes: npt.NDArray[np.int64]
+
+
 def contact_sheet(
-    samples: Sequence[tuple[Views, list[str]]], path: Path, global_captions: int = 2, zoom: int = 1
+    samples: Sequence[tuple[Views, list[str]]],
+    path: Path,
+    global_captions: int = 2,
+    zoom: int = 1,
+    originals: Sequence[Original] | None = None,
 ) -> None:
     """Write a PNG of all views and captions of some samples; views are shown pixel by pixel, colours undone.
 
     samples: one (views, captions) a row, as `execute` and `draw_captions` return them. global_captions: how many of the
     captions are marked as global. zoom: side of the square, in pixels of the PNG, that shows one pixel of a view.
+    originals: one a row, shown before its views, with a frame around what each view is cut from.
     """
     if not samples:
         raise ValueError("a contact sheet needs at least one sample")
@@ -32,6 +52,11 @@ def contact_sheet(
     font = ImageFont.truetype(fonts / "DejaVuSans.ttf", 13)
     bold = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", 13)
     rows = [_row(views, captions, global_captions, zoom, font, bold) for views, captions in samples]
+    if originals is not None:
+        rows = [
+            _beside(row, original, len(views.global_crops), font, bold)
+            for row, original, (views, _) in zip(rows, originals, samples, strict=True)
+        ]
 
     width = max(row.width for row in rows) + 2 * MARGIN
     height = sum(row.height + 2 * MARGIN for row in rows)
@@ -72,6 +97,34 @@ def _row(views: Views, captions: list[str], global_captions: int, zoom: int, fon
         row.paste(block, (left, 0))
         left += block.width + 2 * MARGIN
     return row
+
+
+def _beside(row: Image.Image, original: Original, global_crops: int, font: Font, bold: Font) -> Image.Image:
+    """Put a row's original before it, and its title above both."""
+    picture = Image.fromarray(np.ascontiguousarray(original.picture[..., :3]))
+    highest = max(row.height - LABEL, ORIGINAL_WIDTH // 2)  # a row of small views has room for a larger original
+    scale = min(ORIGINAL_WIDTH / picture.width, highest / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    framed = picture.resize(size, Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(framed)
+    for view, (top, left, height, width) in reversed(list(enumerate(original.boxes.tolist()))):
+        corners = [round(scale * edge) for edge in (left, top, left + width, top + height)]
+        right, bottom = min(corners[2], size[0]) - 1, min(corners[3], size[1]) - 1
+        frame = (corners[0], corners[1], max(right, corners[0]), max(bottom, corners[1]))
+        pen.rectangle(frame, outline=PAPER, width=3)  # a white edge, to be seen on dark and on coloured ground
+        pen.rectangle(frame, outline=GLOBAL if view < global_crops else LOCAL, width=2)
+
+    title_lines = list(_wrap(original.title, bold, row.width + ORIGINAL_WIDTH))
+    top = LINE * len(title_lines) + GAP
+    height = top + max(row.height, LABEL + framed.height)
+    whole = Image.new("RGB", (ORIGINAL_WIDTH + 2 * MARGIN + row.width, height), PAPER)
+    pen = ImageDraw.Draw(whole)
+    for number, line in enumerate(title_lines):
+        pen.text((0, LINE * number), line, font=bold, fill=INK)
+    pen.text((0, top), f"original, {picture.width} x {picture.height} px", font=font, fill=INK)
+    whole.paste(framed, (0, top + LABEL))
+    whole.paste(row, (ORIGINAL_WIDTH + 2 * MARGIN, top))
+    return whole
 
 
 def _enlarge(view: Image.Image, zoom: int) -> Image.Image:

@@ -13,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.blocks import block_bytes
 from cosmos_scale.data.damage import Damage, DamageCount, DamageLog
+from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, require_dali
 from cosmos_scale.data.index import MergedIndex
 from cosmos_scale.data.lost import LostShards
 from cosmos_scale.data.order import steps_per_epoch
+from cosmos_scale.data.pictures import batch_fields
 from cosmos_scale.data.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsLost, UserError
 
 MOST_WORKERS = 8  # by default: what lies above is the user's choice
 SHARED_MEMORY = Path("/dev/shm")
+CPU = torch.device("cpu")
+ENCODED = len(Encoded._fields)
 
 
 class TrainLoader:
@@ -34,7 +39,8 @@ class TrainLoader:
 
     tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples and lost shards are appended to, by all
     ranks. lost_shards: the shards that the run has given up so far, by the step from which on they are replaced.
-    Raises: UserError where the world size does not divide the batch or an epoch holds no batch.
+    device: where `decoder: dali` decodes.
+    Raises: UserError where the world size does not divide the batch, an epoch holds no batch, or DALI is missing.
     """
 
     def __init__(
@@ -46,12 +52,17 @@ class TrainLoader:
         world_size: int,
         damaged_log: Path | None = None,
         lost_shards: Mapping[str, int] | None = None,
+        device: torch.device = CPU,
     ) -> None:
+        if config.data.decoder == "dali":
+            require_dali()
         self.steps_per_epoch = steps_per_epoch(
             index.epoch_samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
         )
         self._config = config
         self._rank = rank
+        self._device = device
+        self._decoder: DaliDecoder | None = None
         self._ranks_here = ranks_of_this_host(world_size)
         self._workers = default_workers(world_size) if config.data.workers is None else config.data.workers
         self._micro_batch = config.micro_batch(world_size)
@@ -82,7 +93,7 @@ class TrainLoader:
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Yield this rank's batch of step `start_step` and of every step after it, without end.
 
-        Tensors are on the CPU, pinned where CUDA is available.
+        Tensors are on the CPU, pinned where CUDA is available; crops made by DALI are on its device.
         Raises: ShardsLost instead of the batch of a step that needs a shard which cannot be read any more: `lose` it on
         all ranks, and begin again at this step. UserError where an index is missing or stale, where more than
         data.max_damaged of the samples are damaged, or where a worker process dies; the caller adds which rank it is.
@@ -91,6 +102,11 @@ class TrainLoader:
             self._log.start(start_step)
             self._log.append(self._unlogged)
         self._unlogged.clear()
+        made = self._tensors(start_step)
+        yield from self._decode(made) if self._config.data.decoder == "dali" else (Batch(*tensors) for tensors in made)
+
+    def _tensors(self, start_step: int) -> Iterator[list[Tensor]]:
+        """Yield what the workers make of each step; raises what `batches` raises."""
         results = self._start_workers(start_step)
         while True:
             loaded = self._next(results)
@@ -101,7 +117,25 @@ class TrainLoader:
             if loaded.block is None:
                 raise UserError(loaded.error)
             self._count.add(self._micro_batch, loaded.damages, self._lost.share())
-            yield Batch(*loaded.block.tensors())
+            yield loaded.block.tensors()
+
+    def _decode(self, batches: Iterator[list[Tensor]]) -> Iterator[Batch]:
+        """Let DALI make the views; it works ahead, so that an error waits for the batches before it."""
+        failures: list[Exception] = []
+
+        def encoded() -> Iterator[tuple[Encoded, list[Tensor]]]:
+            try:
+                for tensors in batches:
+                    yield Encoded(*tensors[:ENCODED]), tensors[ENCODED:]
+            except (ShardsLost, UserError) as failure:
+                failures.append(failure)
+
+        if self._decoder is None:
+            views, side = self._config.data.views, self._config.model.vision.image_size
+            self._decoder = DaliDecoder(views, side, self._micro_batch, self._device, self._config.data.dali)
+        for made, others in self._decoder.stream(encoded()):
+            yield Batch(*made, *others)
+        raise failures[0]
 
     def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
         """Give up shards from a step on, those that each rank found lost: reasons by name, by rank. A line for each.
@@ -124,8 +158,8 @@ class TrainLoader:
         if self._rank == 0:
             epoch = step // self.steps_per_epoch
             for name, reason in reasons.items():
-                source, _, shard = name.partition("/")
-                self._unlogged.append(Damage(step, epoch, None, source, shard, None, f"lost: {reason}"))
+                file = self._lost.file(name)
+                self._unlogged.append(Damage(step, epoch, None, file.source, file.shown, None, f"lost: {reason}"))
         return [
             f"shard {name} is lost: {reason}; from step {step + 1} on others take the place of its "
             f"{self._lost.samples([name])} samples ({share:.2%} of all are lost)"
@@ -134,7 +168,7 @@ class TrainLoader:
 
     def _start_workers(self, start_step: int) -> Iterator[Loaded]:
         workers, prefetch = self._workers, self._config.data.prefetch
-        if workers:
+        if workers and self._config.data.decoder == "torch":  # encoded pictures are small
             self._check_shared_memory()
         loader: DataLoader[Loaded] = DataLoader(
             self._dataset,
@@ -170,7 +204,7 @@ class TrainLoader:
             return
         system = os.statvfs(SHARED_MEMORY)
         workers, prefetch = self._workers, self._config.data.prefetch
-        needed = self._ranks_here * workers * prefetch * block_bytes(self._dataset.fields())
+        needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._micro_batch))
         if needed > system.f_blocks * system.f_frsize:
             raise UserError(
                 f"data.prefetch: {prefetch} batches ready in each of {workers} workers of each of {self._ranks_here} "

@@ -5,10 +5,12 @@ Shards are named by their source and their place in it: the name is the same on 
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import numpy as np
 
 from cosmos_scale.data.index import MergedIndex
+from cosmos_scale.data.shards import ShardFile
 
 
 class LostShards:
@@ -16,6 +18,7 @@ class LostShards:
 
     def __init__(self, index: MergedIndex, steps: Mapping[str, int]) -> None:
         self.steps = dict(steps)
+        self._index = index
         self.names = [f"{source.name}/{row.name}" for source in index.sources for row in source.rows]
         self._numbers = {name: number for number, name in enumerate(self.names)}
         self._samples = index.shard_samples
@@ -29,6 +32,10 @@ class LostShards:
     def shard_of(self, sample: int) -> str:
         """The name of the shard that a sample lies in."""
         return self.names[int(np.searchsorted(self._ends, sample, side="right"))]
+
+    def file(self, name: str) -> ShardFile:
+        """Where a shard lies."""
+        return next(islice(self._index.shard_files(), self._numbers[name], None))
 
     def holds(self, sample: int, step: int) -> bool:
         """Whether a sample lies in a shard that is lost at a step."""

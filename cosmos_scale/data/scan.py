@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from cosmos_scale.config_data import RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.sample import DamagedSample
 from cosmos_scale.data.shards import (
@@ -62,7 +63,7 @@ class _Member(NamedTuple):
     size: int
 
 
-def scan_shard(address: Path | str, shown: str | None = None) -> ShardScan:
+def scan_shard(address: Path | str, shown: str | None = None, remote: RemoteConfig = DEFAULT_REMOTE) -> ShardScan:
     """Read a shard's headers and texts, not its pixels, and list its samples in order.
 
     A shard that is not a file of this machine is read once, through a temporary file. shown: its name in messages.
@@ -73,7 +74,7 @@ def scan_shard(address: Path | str, shown: str | None = None) -> ShardScan:
         with ExitStack() as stack:
             if isinstance(address, str) and is_remote(address):
                 file: BinaryIO = stack.enter_context(tempfile.TemporaryFile())
-                fetch_into(file, address, DEFAULT_REMOTE)
+                fetch_into(file, address, remote)
             else:
                 file = stack.enter_context(open(address, "rb"))
             refuse_compressed(name, file.read(6))

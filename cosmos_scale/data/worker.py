@@ -8,27 +8,27 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cosmos_scale.batch import Batch, caption_lengths
+from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.blocks import Block, Field
+from cosmos_scale.data.blocks import Block
 from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.damage import Damage
-from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.index import MergedIndex
 from cosmos_scale.data.lost import LostShards
-from cosmos_scale.data.plan import plan_views
+from cosmos_scale.data.pictures import start_pictures
 from cosmos_scale.data.sample import DamagedSample, LostShard, SampleKey
 from cosmos_scale.data.shards import Location, ShardReader
 from cosmos_scale.errors import ShardsLost, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]
+PutPicture = Callable[[bytes, SampleKey], None]
 
 # A damaged sample's substitute may be damaged too. So many in a row are no accident.
 MOST_SUBSTITUTES = 20
@@ -40,7 +40,8 @@ SUBSTITUTES_A_WINDOW = 4
 class Loaded:
     """What comes out of a worker for one step: a batch's tensors, or what prevented it: lost shards or an error.
 
-    block: the fields of Batch, in order. lost: reasons by the shards' names. error: the text of a UserError.
+    block: the views or what the decoder makes them of, then the other fields of Batch. lost: reasons by the shards'
+    names. error: the text of a UserError.
     """
 
     block: Block | None = None
@@ -85,20 +86,6 @@ class StepBatches(Dataset[Loaded]):
         files = zip(self._lost.names, self._index.shard_files(), strict=True)
         self._reader.check(file for name, file in files if name not in self._lost.steps)
 
-    def fields(self) -> tuple[Field, ...]:
-        """The tensors of a batch, as Batch has them."""
-        views, captions, model = self._config.data.views, self._config.data.captions, self._config.model
-        B = self._micro_batch
-        side, local_side = model.vision.image_size, views.local_size
-        return (
-            Field((views.global_crops, B, 3, side, side), torch.float32),
-            Field((views.local_crops, B, 3, local_side, local_side), torch.float32),
-            Field((captions.count, B, model.text.context_length), torch.int32),
-            Field((captions.count, B), torch.int64),
-            Field((B,), torch.int64),
-            Field((), torch.int64),
-        )
-
     def __getitem__(self, step: int) -> Loaded:
         damages: list[Damage] = []
         try:
@@ -109,31 +96,30 @@ class StepBatches(Dataset[Loaded]):
             return Loaded(damages=damages, error=str(error))
 
     def _batch(self, step: int, damages: list[Damage]) -> Block:
-        config, B = self._config, self._micro_batch
+        config, B, K = self._config, self._micro_batch, self._config.data.captions.count
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
         first = epoch_step * config.train.global_batch + self._rank * B
         positions = np.arange(first, first + B)
         visits = self._order.visits(epoch, positions)
 
-        block = Block.empty(self.fields(), shared=self._shared)
-        batch = Batch(*block.tensors())
+        pictures = start_pictures(config, B, shared=self._shared)
+        samples: list[int] = []
         texts: list[list[str]] = []
         for b, position in enumerate(positions.tolist()):
-            crops = batch.global_crops[:, b], batch.local_crops[:, b]
             key = SampleKey(config.seed, epoch, int(visits.samples[b]), int(visits.repeats[b]))
-            batch.sample_ids[b], captions = self._sample(step, position, key, crops, damages)
+            sample, captions = self._sample(step, position, key, partial(pictures.put, b), damages)
+            samples.append(sample)
             texts.append(captions)
         # Captions first, samples second: [K, B, L].
-        ids_NL = self._tokenizer([captions[k] for k in range(config.data.captions.count) for captions in texts])
-        batch.captions.copy_(ids_NL.view_as(batch.captions))
-        batch.caption_lengths.copy_(caption_lengths(batch.captions))
-        batch.substituted.copy_((batch.sample_ids != torch.from_numpy(visits.samples)).sum())
-        return block
+        ids_KBL = self._tokenizer([captions[k] for k in range(K) for captions in texts]).view(K, B, -1)
+        sample_ids = torch.tensor(samples)
+        substituted = (sample_ids != torch.from_numpy(visits.samples)).sum()
+        return pictures.block([ids_KBL, caption_lengths(ids_KBL), sample_ids, substituted])
 
     def _sample(
-        self, step: int, position: int, key: SampleKey, crops: tuple[Tensor, Tensor], damages: list[Damage]
+        self, step: int, position: int, key: SampleKey, put: PutPicture, damages: list[Damage]
     ) -> tuple[int, list[str]]:
-        """Fill one sample's crops, or where it cannot be used its first sound substitute's: (its id, its captions).
+        """Put in one sample, or where it cannot be used its first sound substitute: (its id, its captions).
 
         Raises: ShardsLost where a shard turns out to be lost that was not.
         """
@@ -142,7 +128,7 @@ class StepBatches(Dataset[Loaded]):
             if not self._lost.holds(key.sample, step):
                 location = self._index.locate(key.sample)
                 try:
-                    return key.sample, self._make(key, location, crops)
+                    return key.sample, self._make(key, location, put)
                 except DamagedSample as damage:
                     place = (location.source, str(location.shard), location.entry.key)
                     damages.append(Damage(step, key.epoch, key.sample, *place, str(damage)))
@@ -161,12 +147,10 @@ class StepBatches(Dataset[Loaded]):
             f"{MOST_SUBSTITUTES + 1} damaged samples in a row; the last is {last.key} in {last.shard}: {last.reason}"
         )
 
-    def _make(self, key: SampleKey, location: Location, crops: tuple[Tensor, Tensor]) -> list[str]:
-        data, side = self._config.data, self._config.model.vision.image_size
+    def _make(self, key: SampleKey, location: Location, put: PutPicture) -> list[str]:
         image_bytes, document = self._reader.read(location)
-        captions = draw_captions(data.captions, document, key)
-        picture = decode_rgbx(image_bytes, data.max_pixels)
-        execute(picture, plan_views(data.views, side, key, *picture.shape[:2]), *crops)
+        captions = draw_captions(self._config.data.captions, document, key)
+        put(image_bytes, key)
         return captions
 
 

@@ -55,7 +55,8 @@ def evaluate_checkpoint(
     Raises UserError where the checkpoint, the shards or the captions are missing or wrong.
     """
     config = read_run_config(folder)
-    model = CosmosModel(config.model)
+    # How the run computed is of no concern here: another machine may not be able to.
+    model = CosmosModel(config.model.model_copy(update={"attention": "auto", "compile": False}))
     load_model(model, folder, which)
     place = _device(device)
     model = model.to(place).eval()

@@ -15,7 +15,7 @@ from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
 from cosmos_scale.config import ModelConfig
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.text import TextTower
-from cosmos_scale.model.transformer import Linear, empty_parameter
+from cosmos_scale.model.transformer import Attention, Block, Linear, empty_parameter
 from cosmos_scale.model.vision import VisionTower
 
 LOG_SCALES = ("logit_scale", "distill_logit_scale")
@@ -37,6 +37,11 @@ class CosmosModel(TextTower):
         self.text_attn_cross_pool = AttentionPooler(config.embed_dim, config.pooler_heads)
         self.logit_scale = empty_parameter(1)
         self.distill_logit_scale = empty_parameter(1)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = config.attention
+            elif isinstance(module, Block) and config.compile:
+                module.compile_parts()
         # torch leaves both functions without annotations.
         self.register_state_dict_post_hook(_scales_to_scalars)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_scales_from_scalars)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from cosmos_scale.kernels.attention import Segments, attention
+from cosmos_scale.kernels.attention import Backend, Segments, attention
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -77,6 +77,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.backend: Backend = "auto"
         self.in_proj_weight = empty_parameter(3 * width, width)
         self.in_proj_bias = empty_parameter(3 * width)
         self.out_proj = Linear(width, width)
@@ -93,31 +94,22 @@ class Attention(nn.Module):
         uniform_(self.out_proj.weight, width**-0.5, generator)
         self.init_biases()
 
-    def forward(
-        self,
-        queries_TD: Tensor,
-        segments: Segments,
-        tokens_SD: Tensor | None = None,
-        *,
-        causal: bool = False,
-        read: Tensor | None = None,
-    ) -> Tensor:
-        """Attend from queries to tokens of the same segment, or to the queries themselves where there are none.
-
-        queries: [T, D]. tokens: [S, D]. read: [R] int64, the queries whose result is wanted; all, where None.
-        Returns [R, D].
-        """
-        if tokens_SD is None:
-            qkv = functional.linear(queries_TD, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = self._split_heads(qkv, 3)
-        else:
-            width = queries_TD.shape[-1]
-            weight, bias = self.in_proj_weight, self.in_proj_bias
-            (q,) = self._split_heads(functional.linear(queries_TD, weight[:width], bias[:width]), 1)
-            k, v = self._split_heads(functional.linear(tokens_SD, weight[width:], bias[width:]), 2)
-        attended_TD = attention(q, k, v, segments, causal).flatten(1)
-        output: Tensor = self.out_proj(_rows(attended_TD, read))
+    def forward(self, queries_TD: Tensor, segments: Segments, tokens_SD: Tensor) -> Tensor:
+        """Attend from queries [T, D] to tokens [S, D] of the same segment; returns [T, D]."""
+        width = queries_TD.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        (q,) = self._split_heads(functional.linear(queries_TD, weight[:width], bias[:width]), 1)
+        k, v = self._split_heads(functional.linear(tokens_SD, weight[width:], bias[width:]), 2)
+        output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each."""
+        return self._split_heads(functional.linear(x_TD, self.in_proj_weight, self.in_proj_bias), 3)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
+        """Attend in all heads; returns [T, D], before the output projection."""
+        return attention(q, k, v, segments, causal, self.backend).flatten(1)
 
     def _split_heads(self, stacked: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Cut [T, parts D] into `parts` of [T, H, D / H]."""
@@ -150,7 +142,24 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, segments: Segments, causal: bool, read: Tensor | None = None) -> Tensor:
         """Return the tokens `read` ([R] int64; None: all of them): [R, D]."""
-        x_RD = _rows(x_TD, read) + self.attn(self.ln_1(x_TD), segments, causal=causal, read=read)
+        q, k, v = self._enter(x_TD)
+        attended_RD = _rows(self.attn.attend(q, k, v, segments, causal), read)
+        # The projection is not compiled with the rest: attention's output, at times a view, would compile that twice.
+        return self._leave(_rows(x_TD, read), self.attn.out_proj(attended_RD))
+
+    def compile_parts(self) -> None:
+        """Compile what lies on either side of attention, for any number of tokens.
+
+        Attention itself stays out: its segments are other numbers every step, and its back ends are fused already.
+        """
+        self._enter = torch.compile(self._enter, dynamic=True)  # type: ignore[method-assign]
+        self._leave = torch.compile(self._leave, dynamic=True)  # type: ignore[method-assign]
+
+    def _enter(self, x_TD: Tensor) -> tuple[Tensor, ...]:
+        return self.attn.project(self.ln_1(x_TD))
+
+    def _leave(self, x_RD: Tensor, update_RD: Tensor) -> Tensor:
+        x_RD = x_RD + update_RD
         output: Tensor = x_RD + self.mlp(self.ln_2(x_RD))
         return output
 

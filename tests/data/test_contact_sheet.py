@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
-from cosmos_scale.data.contact_sheet import contact_sheet, to_image
+from cosmos_scale.data.contact_sheet import GLOBAL, LOCAL, ORIGINAL_WIDTH, Original, contact_sheet, to_image
 from cosmos_scale.data.decode import MEAN, STD, Views
 
 
@@ -74,6 +74,36 @@ def test_captions_are_wrapped_not_cut(tmp_path: Path) -> None:
     assert heights[0] <= heights[1] < heights[2]
     # Beyond the labels, ten times the words are ten times the ink; glyphs at other pixel offsets differ by percents.
     assert inks[2] - inks[0] == pytest.approx(10 * (inks[1] - inks[0]), rel=0.05)
+
+
+@pytest.mark.parametrize("picture_size", [(60, 340), (900, 680), (2, 2000), (2000, 2)])
+def test_originals_show_the_box_of_every_view(tmp_path: Path, picture_size: tuple[int, int]) -> None:
+    height, width = picture_size
+    samples = [(Views(noise(1, 224, 0)[0], noise(1, 96, 1)[0]), ["a cat", "a mat"])]
+    contact_sheet(samples, tmp_path / "plain.png", 1)
+    boxes = np.array([[0, 0, height, width // 2], [0, width // 2, height, width - width // 2]])
+    original = Original("000007 in a.tar " + "far/" * 200, np.full((height, width, 4), 128, dtype=np.uint8), boxes)
+    contact_sheet(samples, tmp_path / "sheet.png", 1, originals=[original])
+    plain, sheet = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "sheet.png"))
+    # The row as it is without original, less its margins, stands at the right; the title above it.
+    row = plain[20:-20, 20:-20]
+    tops = [
+        top
+        for top in range(len(sheet) - len(row))
+        if np.array_equal(sheet[top : top + len(row), -20 - row.shape[1] : -20], row)
+    ]
+    assert len(tops) == 1
+    assert tops[0] > 2 * 18 + 20, "the long title takes more lines than one"
+    assert sheet.shape[1] == plain.shape[1] + ORIGINAL_WIDTH + 40
+    before = sheet[:, : 20 + ORIGINAL_WIDTH]
+    frames = [np.argwhere((before == ImageColor.getrgb(colour)).all(-1)) for colour in (GLOBAL, LOCAL)]
+    if min(picture_size) > 2:
+        scale = min(ORIGINAL_WIDTH / width, (len(row) - 18) / height)
+        for frame, box in zip(frames, boxes, strict=True):
+            size = frame.max(0) - frame.min(0) + 1
+            # Rounded to whole pixels at both ends.
+            np.testing.assert_allclose(size, np.round(scale * box[2:]), atol=1)
+        assert frames[0][:, 1].max() < frames[1][:, 1].min()
 
 
 def test_no_samples_are_refused(tmp_path: Path) -> None:

@@ -143,7 +143,8 @@ def test_a_lost_shard_leaves_one_record(shards: Path, tmp_path: Path) -> None:
     (record,) = [json.loads(line) for line in log.read_text().splitlines()]
     assert record.pop("reason") == f"lost: {reasons[NAMES[1]]}"
     assert record == {
-        "step": step, "epoch": 0, "sample": None, "source": "test", "shard": "00001.tar", "key": None, "rank": 0,
+        "step": step, "epoch": 0, "sample": None, "source": "test", "shard": str(shards / "00001.tar"), "key": None,
+        "rank": 0,
     }  # fmt: skip
 
 

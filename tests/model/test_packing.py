@@ -98,7 +98,7 @@ def test_each_layer_runs_once_on_the_tokens_it_must(run: str, text_padding: str)
     text_tokens = int(words.sum() + kept[1:].sum())
     image_tokens = samples * (2 * (1 + patches) + (3 * (1 + (16 // 8) ** 2) if student else 0))
     for tower, tokens in (("transformer", text_tokens), ("visual.transformer", image_tokens)):
-        assert seen[f"{tower}.resblocks.0.mlp"] == seen[f"{tower}.resblocks.1.attn"] == [tokens]
+        assert seen[f"{tower}.resblocks.0.mlp"] == seen[f"{tower}.resblocks.1.ln_1"] == [tokens]
     # Behind the last attention: what is read, and no more.
     views = (2 + 3, captions) if student else (2, 2)
     assert seen["visual.ln_post"] == [samples * (views[0] + (patches if student else 0))]

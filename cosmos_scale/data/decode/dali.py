@@ -4,7 +4,7 @@ Workers hand over encoded pictures with their plans. DALI decodes, crops and res
 the same device, because DALI's own is no HSV and knows no order. Nothing is drawn here, so there is no state to save.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PACKAGES = {"12": "nvidia-dali-cuda120", "13": "nvidia-dali-cuda130"}  # by the major version of CUDA
-OLDEST = (2, 3)
+OLDEST, TOO_NEW = (2, 3), (3,)
 
 # JPEG markers that every decoder of DALI takes: Huffman-coded frames, tables, applications' data, comments. libjpeg
 # skips others, DALI's parser ends the whole batch at them.
@@ -142,7 +142,7 @@ class DaliDecoder:
         (views, _), *_ = self.stream(iter([(encoded, None)]))
         return views
 
-    def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Iterator[tuple[Views, T]]:
+    def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Generator[tuple[Views, T], None, None]:
         """Yield the views of batch after batch, each with what came with it, while DALI works on the next ones.
 
         As __call__, but data.dali.prefetch batches are asked for ahead. One stream at a time.
@@ -263,15 +263,15 @@ def define_pipeline(
 
 
 def require_dali() -> None:
-    """Raise UserError, with the line that installs it for this torch's CUDA, where DALI is missing or too old."""
+    """Raise UserError, with the line that installs it for this torch's CUDA, where DALI 2 is missing."""
+    needed = "data.decoder: dali needs NVIDIA DALI"
     try:
-        from nvidia import dali
+        import nvidia.dali as dali
     except ImportError as error:
-        raise UserError(f"data.decoder: dali needs NVIDIA DALI ({error}): {_remedy()}") from error
+        raise UserError(f"{needed} ({error}): {_remedy()}") from error
     version = tuple(int(part) for part in dali.__version__.split(".")[:2])
-    if version < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise UserError(f"data.decoder: dali needs NVIDIA DALI {oldest} or later, not {dali.__version__}: {_remedy()}")
+    if not OLDEST <= version < TOO_NEW:
+        raise UserError(f"{needed} {_dotted(OLDEST)} to 2.x, not {dali.__version__}: {_remedy()}")
 
 
 def _remedy() -> str:
@@ -280,5 +280,8 @@ def _remedy() -> str:
     major = "13" if cuda is None else cuda.split(".")[0]
     if major not in PACKAGES:
         return f"there is none for this torch's CUDA {cuda}; install a torch for CUDA 12 or 13, or take decoder: torch"
-    oldest = ".".join(map(str, OLDEST))
-    return f'pip install "{PACKAGES[major]}>={oldest},<3", or take decoder: torch'
+    return f'pip install "{PACKAGES[major]}>={_dotted(OLDEST)},<{_dotted(TOO_NEW)}", or take decoder: torch'
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,31 +1,40 @@
-"""The CPU decoder: executes view plans with simplejpeg, torch's antialiased bicubic and Pillow's 8-bit colour.
+"""The CPU decoder: executes view plans with simplejpeg, torch's antialiased bicubic and OpenCV's 8-bit colour."""
 
-Pillow is the published pipeline's own library, so colour is exact to the bit; crops differ from its resize by rounding.
-"""
-
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 from torch import Tensor
 
-from cosmos_scale.data.decode import MEAN, STD
+from cosmos_scale.data.decode import MEAN, STD, colour
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
-from cosmos_scale.data.plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION, ViewPlan
+from cosmos_scale.data.plan import NO_JITTER, NO_SOLARISE, ViewPlan
 
-LEVELS = np.arange(256, dtype=np.float32)
-SCALE = torch.tensor([1.0 / (255.0 * std) for std in STD]).view(3, 1, 1)
-SHIFT = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)]).view(3, 1, 1)
+# The normalised value of each of the 256 levels, a table a channel.
+TABLES = [
+    ((np.arange(256) / 255 - mean) / std).astype(np.float32).reshape(256, 1)
+    for mean, std in zip(MEAN, STD, strict=True)
+]
 
 
 def execute(picture: Pixels, plan: ViewPlan, global_crops: Tensor, local_crops: Tensor) -> None:
     """Make all planned views of a decoded [H, W, 4] picture.
 
-    global_crops: [V_global, 3, H, W], local_crops: [V_local, 3, h, w], float32; they are overwritten, normalised. They
-    may be slices of a batch.
+    global_crops: [V_global, 3, H, W], local_crops: [V_local, 3, h, w], float32, each view contiguous, so that they may
+    be slices of a batch; they are overwritten, normalised.
     """
     for view, out in enumerate([*global_crops, *local_crops]):
-        _normalise(execute_view(picture, plan, view), out)
+        normalise(execute_view(picture, plan, view), out)
+
+
+def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
+    """Make one view of a decoded [H, W, 4] picture: [side, side, 3] uint8, before normalisation."""
+    pixels = recolour(crop(picture, plan, view), plan, view)
+    if plan.blur_radius[view] > 0:
+        pixels = colour.blur(pixels, float(plan.blur_radius[view]))
+    if plan.solarise[view] < NO_SOLARISE:
+        pixels = colour.solarise(pixels, int(plan.solarise[view]))
+    return pixels
 
 
 def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int) -> Tensor:
@@ -39,64 +48,41 @@ def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int) -> Te
     resized = _resize(picture, image_size * height // shortest, image_size * width // shortest)
     # Python's rounding of the margin, as torchvision's CenterCrop.
     top, left = (round((side - image_size) / 2) for side in resized.shape[:2])
-    centre = resized[top : top + image_size, left : left + image_size, :3]
-    return _normalise(centre, torch.empty(3, image_size, image_size))
+    centre = resized[top : top + image_size, left : left + image_size]
+    return normalise(colour.rgb(centre), torch.empty(3, image_size, image_size))
 
 
-def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
-    """Make one view of a decoded [H, W, 4] picture: [side, side, 3] uint8, before normalisation."""
+def crop(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
+    """Cut out a view's box, resize and flip it: [side, side, 3]."""
     top, left, height, width = plan.boxes[view]
     side = int(plan.sides[view])
-    crop = _resize(picture[top : top + height, left : left + width], side, side)
-    if plan.flip[view]:
-        crop = crop[:, ::-1]
-    image = Image.frombytes("RGB", (side, side), crop.tobytes(), "raw", "RGBX")
-    for operation in plan.jitter_order[view]:
+    pixels = colour.rgb(_resize(picture[top : top + height, left : left + width], side, side))
+    return colour.mirror(pixels) if plan.flip[view] else pixels
+
+
+def recolour(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
+    """Jitter the colours of a [side, side, 3] view, or take them away."""
+    for operation in plan.jitter_order[view].tolist():
         factor = float(plan.jitter_factors[view, operation])
         if factor != NO_JITTER[operation]:
-            image = _jitter(image, int(operation), factor)
-    if plan.grey[view]:
-        image = image.convert("L").convert("RGB")
-    if plan.blur_radius[view] > 0:
-        image = image.filter(ImageFilter.GaussianBlur(float(plan.blur_radius[view])))
-    if plan.solarise[view] < NO_SOLARISE:
-        inverted = plan.solarise[view] <= LEVELS
-        image = _map_levels(image, np.where(inverted, 255 - LEVELS, LEVELS))
-    return np.asarray(image)
+            pixels = colour.jitter(pixels, operation, factor)
+    return colour.grey(pixels) if plan.grey[view] else pixels
+
+
+def normalise(pixels: Pixels, out: Tensor) -> Tensor:
+    """Write [H, W, 3] uint8 into `out` [3, H, W] float32, contiguous, normalised; returns it."""
+    if out.dtype != torch.float32 or not out.is_contiguous() or out.shape[1:] != pixels.shape[:2]:
+        # OpenCV would make an array of its own.
+        raise ValueError(f"{tuple(out.shape)} {out.dtype} cannot take a view of {pixels.shape[:2]}: see normalise")
+    for plane, levels, table in zip(out.numpy(), cv2.split(pixels), TABLES, strict=True):
+        cv2.LUT(levels, table, dst=plane)
+    return out
 
 
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
     """Resize [h, w, 4] bicubically with antialiasing; channels stay last in memory, which torch's fast path needs."""
-    source = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    # The batch dimension first: added behind the permutation it gets a stride that hides the order from torch.
+    source = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
     resized = F.interpolate(source, (height, width), mode="bicubic", antialias=True)
     result: Pixels = resized[0].permute(1, 2, 0).numpy()
     return result
-
-
-def _jitter(image: Image.Image, operation: int, factor: float) -> Image.Image:
-    """One operation of colour jitter as torchvision does it on 8-bit pictures (truncating, hue in 8-bit HSV)."""
-    if operation == BRIGHTNESS:
-        return _map_levels(image, np.float32(factor) * LEVELS)
-    if operation == CONTRAST:
-        histogram = image.convert("L").histogram()
-        mean = np.float32(int(np.dot(histogram, LEVELS.astype(np.float64)) / sum(histogram) + 0.5))
-        return _map_levels(image, mean + np.float32(factor) * (LEVELS - mean))
-    if operation == SATURATION:
-        return Image.blend(image.convert("L").convert("RGB"), image, factor)
-    assert operation == HUE
-    # Towards zero, then modulo 256: what torchvision's cast to 8 bits does.
-    turned = (np.arange(256) + int(factor * 255)) % 256
-    same = np.arange(256)
-    return image.convert("HSV").point(np.concatenate([turned, same, same]).tolist()).convert("RGB")
-
-
-def _map_levels(image: Image.Image, levels: np.ndarray[tuple[int], np.dtype[np.float32]]) -> Image.Image:
-    """Replace each of the 256 levels, in all channels, by the truncated and clipped value given for it."""
-    return image.point(np.clip(levels, 0, 255).astype(np.uint8).tolist() * 3)
-
-
-def _normalise(pixels: Pixels, out: Tensor) -> Tensor:
-    """Write [H, W, 3] uint8 into `out` [3, H, W] float32, normalised."""
-    # A copy: torch wants neither read-only memory (Pillow's) nor negative strides.
-    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-    return torch.mul(planes, SCALE, out=out).add_(SHIFT)

@@ -1,0 +1,232 @@
+"""What lies in shards, measured on some of their samples: `cosmos-scale data inspect`.
+
+Everything is counted by value, so that the tallies of many processes add up exactly, and stay small for any number of
+samples. Pictures are not decoded: their headers tell size and format. `cosmos_scale.data.verify` reads them whole.
+"""
+
+import io
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cosmos_scale.batch import caption_lengths
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config_data import DataConfig
+from cosmos_scale.data.captions import caption_pool, draw_captions
+from cosmos_scale.data.contact_sheet import Original, contact_sheet
+from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.index import MergedIndex, open_sources
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.loader import TrainLoader
+from cosmos_scale.data.plan import plan_views
+from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.data.shards import ShardReader
+from cosmos_scale.data.verify import reason_class
+from cosmos_scale.errors import UserError
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+SAMPLES_A_JOB = 64
+SHOWN_SIDE = 224  # about the side of a global crop on a contact sheet
+CHOICE_STREAM = 0x494E5350454354  # which samples are read shares no stream with what is drawn for them
+
+
+@dataclass
+class Tally:
+    """Counts over samples, by value. Pixels, bytes and tokens as whole numbers.
+
+    damaged: samples left out of all else, by reason. formats: by format and colour mode. sizes: by (width, height).
+    sentences: by how many the sampler chooses from. global_tokens, local_tokens: captions by tokens, start and EOT
+    included, before anything is cut off.
+    """
+
+    samples: int = 0
+    image_bytes: int = 0
+    text_bytes: int = 0
+    damaged: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    sentences: Counter[int] = field(default_factory=Counter)
+    global_tokens: Counter[int] = field(default_factory=Counter)
+    local_tokens: Counter[int] = field(default_factory=Counter)
+
+    def add(self, other: "Tally") -> None:
+        """Add another's counts to these."""
+        for one in fields(self):
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            else:
+                setattr(self, one.name, mine + theirs)
+
+
+class SourceCounts(NamedTuple):
+    """What the index of one source says; size in bytes."""
+
+    name: str
+    shards: int
+    samples: int
+    size: int
+
+
+class Survey(NamedTuple):
+    """What `survey` found; `tally` is of `read` samples out of `total`."""
+
+    sources: list[SourceCounts]
+    total: int
+    read: int
+    tally: Tally
+
+
+class _Pass(NamedTuple):
+    """One pass over samples; number tells it from others of the same process."""
+
+    data: DataConfig
+    number: int
+
+
+def survey(
+    config: RunConfig,
+    tokenize: Tokenize,
+    *,
+    samples: int | None,
+    epoch: int = 0,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Survey:
+    """Read samples of the config's sources and count what they hold; captions are those of an epoch of the run.
+
+    tokenize: texts to ids [N, L], with an L that cuts nothing off. samples: how many, drawn at random
+    from the index by the run's seed; None: all.
+    Raises: UserError where the index or a shard is missing or stale.
+    """
+    index = open_sources(config.data.sources)
+    reader = ShardReader(config.data.remote)
+    reader.check(index.shard_files())
+    reader.close()
+    sources = [
+        SourceCounts(
+            source.name,
+            shards=len(source.rows),
+            samples=sum(row.samples for row in source.rows),
+            size=sum(row.size for row in source.rows),
+        )
+        for source in index.sources
+    ]
+    chosen = len(index) if samples is None else min(samples, len(index))
+    work = partial(_tally, _Pass(config.data, time.monotonic_ns()), config.seed, epoch, tokenize)
+    tally = Tally()
+    with progress_bar("reading samples", chosen, show=progress) as advance:
+        for part in map_jobs(work, _jobs(len(index), chosen, config.seed), workers):
+            tally.add(part)
+            advance(part.samples + part.damaged.total())
+    return Survey(sources, len(index), chosen, tally)
+
+
+def _jobs(total: int, chosen: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Sample ids in ascending order, some at a time: neighbours lie in one shard."""
+    if chosen == total:
+        for first in range(0, total, SAMPLES_A_JOB):
+            yield np.arange(first, min(first + SAMPLES_A_JOB, total))
+        return
+    key = np.array([seed, CHOICE_STREAM], dtype=np.uint64)
+    ids = np.sort(np.random.Generator(np.random.Philox(key=key)).choice(total, chosen, replace=False))
+    yield from np.split(ids, range(SAMPLES_A_JOB, chosen, SAMPLES_A_JOB))
+
+
+@lru_cache(maxsize=1)
+def _opened(pass_: _Pass) -> tuple[MergedIndex, ShardReader]:
+    """The index and a reader, once a process and pass: a pass has many jobs."""
+    return open_sources(pass_.data.sources), ShardReader(pass_.data.remote)
+
+
+def _tally(pass_: _Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDArray[np.int64]) -> Tally:
+    index, reader = _opened(pass_)
+    captions = pass_.data.captions
+    tally = Tally()
+    for sample in samples.tolist():
+        location = index.locate(sample)
+        try:
+            image_bytes, document = reader.read(location)
+            kind, width, height = picture_header(image_bytes)
+            pool = caption_pool(captions.sampling, document)
+            texts = draw_captions(captions, document, SampleKey(seed, epoch, sample))
+        except DamagedSample as damage:
+            tally.damaged[reason_class(str(damage))] += 1
+            continue
+        tally.samples += 1
+        tally.image_bytes += location.entry.image_size
+        tally.text_bytes += location.entry.text_size
+        tally.formats[kind] += 1
+        tally.sizes[width, height] += 1
+        tally.sentences[len(pool)] += 1
+        lengths = caption_lengths(tokenize(texts)).tolist()
+        tally.global_tokens.update(lengths[: captions.global_count])
+        tally.local_tokens.update(lengths[captions.global_count :])
+    return tally
+
+
+def picture_header(image_bytes: bytes) -> tuple[str, int, int]:
+    """Return a picture's format with its colour mode, width and height, without decoding it.
+
+    Raises DamagedSample.
+    """
+    try:
+        with Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP")) as image:
+            return f"{image.format} {image.mode}", image.width, image.height
+    except Exception as error:  # broken bytes raise almost any type: OSError, SyntaxError, ValueError, struct.error
+        raise DamagedSample(f"no picture header: {error}") from error
+
+
+def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int, first: int, count: int) -> None:
+    """Write a contact sheet of the samples that training visits from one position of an epoch on, as it makes them.
+
+    tokenize: what the loader wants; a sheet shows texts.
+    Raises: UserError where there is no such position, a shard is missing or stale, or too many samples are damaged.
+    """
+    # Batches of one sample, so that a step is a position; everything else is the run's, substitutes included.
+    one = config.train.model_copy(update={"global_batch": 1, "epoch_steps_multiple": 1})
+    data = config.data.model_copy(update={"workers": 0, "max_damaged": 1.0})
+    config = config.model_copy(update={"train": one, "data": data})
+    index = open_sources(data.sources)
+    order = index.order(config.seed, data.window)
+    if first >= order.samples:
+        raise UserError(f"--first {first}: an epoch of this data has {order.samples} positions, counted from 0")
+    count = min(count, order.samples - first)
+    visits = order.visits(epoch, np.arange(first, first + count))
+    side = config.model.vision.image_size
+    reader = ShardReader(data.remote)
+    reader.check(index.shard_files())
+    rows, originals = [], []
+    loader = TrainLoader(config, index, tokenize, 0, 1)
+    with closing(loader.batches(epoch * order.samples + first)) as batches:
+        for position, batch in enumerate(islice(batches, count)):
+            sample = int(batch.sample_ids[0])
+            wanted, repeat = int(visits.samples[position]), int(visits.repeats[position])
+            key = SampleKey(config.seed, epoch, sample, repeat if sample == wanted else 0)
+            location = index.locate(sample)
+            image_bytes, document = reader.read(location)
+            picture = decode_rgbx(image_bytes, data.max_pixels)
+            boxes = plan_views(data.views, side, key, *picture.shape[:2]).boxes
+            title = f"{location.entry.key} in {location.shard}, position {first + position:,} of epoch {epoch}"
+            if sample != wanted:
+                title += f", in place of damaged {index.locate(wanted).entry.key}"
+            rows.append(
+                (Views(batch.global_crops[:, 0], batch.local_crops[:, 0]), draw_captions(data.captions, document, key))
+            )
+            originals.append(Original(title, picture, boxes))
+    reader.close()
+    zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of a few pixels are small on a screen
+    contact_sheet(rows, path, data.captions.global_count, zoom, originals)

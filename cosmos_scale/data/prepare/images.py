@@ -1,0 +1,212 @@
+"""What img2dataset left: shards of images, as tars or as folders of files, and what it wrote down about each image.
+
+A shard NAME is NAME.tar, or a folder NAME/ whose name is a number; NAME.parquet beside it lists every URL that was
+tried. Tars of the same form from elsewhere, without that list, are read too: their .json members say the same.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmos_scale.data.patterns import COMPRESSED_ENDINGS
+from cosmos_scale.data.prepare import parquet
+from cosmos_scale.data.prepare.datasets import Join, join_value
+from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.shards import IMAGE_EXTENSIONS
+from cosmos_scale.errors import UserError
+
+SUCCESS = "success"
+
+
+class ImageShard(NamedTuple):
+    """One shard of images. path: a .tar or a folder. listing: the parquet beside it, if any."""
+
+    name: str
+    path: Path
+    listing: Path | None
+
+
+class Listed(NamedTuple):
+    """What is known of an image before it is read. value: what joins it; None where that is not known."""
+
+    key: str
+    value: str | None
+    status: str
+    error: str | None
+
+
+class Image(NamedTuple):
+    """One image as it was downloaded, or why it cannot be read."""
+
+    key: str
+    extension: str
+    data: bytes
+    fault: str | None
+
+
+class _Member(NamedTuple):
+    key: str
+    extension: str
+    entry: tarfile.TarInfo | Path
+
+
+def list_images(paths: list[Path]) -> list[ImageShard]:
+    """List the shards of images that paths mean, by name: folders of them, or single tars.
+
+    Raises: UserError where a path is missing, holds none, or two shards have one name.
+    """
+    shards: dict[str, ImageShard] = {}
+    for path in paths:
+        for shard in _shards_of(path):
+            other = shards.setdefault(shard.name, shard)
+            if other is not shard:
+                raise UserError(f"{shard.path} and {other.path} have one name: prepare their folders one by one")
+    return [shards[name] for name in sorted(shards)]
+
+
+def _shards_of(path: Path) -> list[ImageShard]:
+    if path.name.lower().endswith(COMPRESSED_ENDINGS):
+        raise UserError(f"{path}: is compressed; unpack it to .tar")
+    if path.is_file() and path.suffix == ".tar":
+        return [_shard(path)]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder or .tar of images")
+    inside = sorted(path.iterdir())
+    found = [_shard(item) for item in inside if item.suffix == ".tar" or (item.is_dir() and item.name.isdecimal())]
+    if found:
+        return found
+    if any(item.suffix in (".parquet", ".tfrecord") for item in inside):
+        raise UserError(
+            f"{path}: holds no .tar and no folder of images; run img2dataset with --output_format webdataset"
+        )
+    if any(item.suffix.removeprefix(".") in IMAGE_EXTENSIONS for item in inside):
+        raise UserError(f"{path}: holds images itself: name the folder above it, with the folders 00000, 00001, ...")
+    raise UserError(f"{path}: not img2dataset's output: it has neither 00000.tar nor a folder 00000 of images")
+
+
+def _shard(path: Path) -> ImageShard:
+    name = path.name.removesuffix(".tar")
+    listing = path.parent / f"{name}.parquet"
+    return ImageShard(name, path, listing if listing.is_file() else None)
+
+
+def read_listing(shard: ImageShard, join: Join) -> list[Listed]:
+    """Return what is known of every image of a shard, also of those that could not be downloaded.
+
+    From the parquet where it tells the join value; else from each image's .json.
+    Raises: UserError where a file cannot be read.
+    """
+    if shard.listing is not None:
+        names = parquet.column_names(shard.listing)
+        if {"key", "status", join} <= set(names):
+            columns = ["key", "status", join, *({"error_message"} & set(names))]
+            return [
+                Listed(str(key), _joined(join, value), str(status), error[0] if error else None)
+                for batch in parquet.read_columns(shard.listing, columns)
+                for key, status, value, *error in zip(*batch, strict=True)
+            ]
+    listed = []
+    with _open(shard) as archive:
+        for key, group in groupby(_members(shard, archive), key=lambda member: member.key):
+            members = list(group)
+            if not any(member.extension in IMAGE_EXTENSIONS for member in members):
+                continue
+            texts = [_read(archive, member) for member in members if member.extension == "json"]
+            listed.append(Listed(key, _value_of(key, texts, join), SUCCESS, None))
+    return listed
+
+
+def _value_of(key: str, texts: list[bytes | None], join: Join) -> str | None:
+    try:
+        document = json.loads(texts[0] or b"") if texts else {}
+    except (ValueError, RecursionError):
+        document = {}
+    value = document.get(join) if isinstance(document, dict) else None
+    return _joined(join, key if value is None and join == "key" else value)
+
+
+def _joined(join: Join, value: object) -> str | None:
+    try:
+        return None if value is None else join_value(join, str(value)) or None
+    except DamagedSample:
+        return None
+
+
+def read_images(shard: ImageShard) -> Iterator[Image]:
+    """Yield the images of a shard in order, as their bytes are; at the end a fault without key if it breaks off."""
+    with _open(shard) as archive:
+        seen: set[str] = set()
+        for key, group in groupby(_members(shard, archive), key=lambda member: member.key):
+            members = [member for member in group if member.extension in IMAGE_EXTENSIONS]
+            for member in members:
+                if key in seen:
+                    yield Image(key, member.extension, b"", "duplicate key: it comes again in its shard")
+                    continue
+                seen.add(key)
+                data = _read(archive, member)
+                fault = "damaged image: its shard breaks off inside it" if data is None else None
+                yield Image(key, member.extension, data or b"", fault)
+        if shard.path.is_file() and (fault := _break_off(archive)):
+            yield Image("", "", b"", fault)
+
+
+@contextmanager
+def _open(shard: ImageShard) -> Iterator[tarfile.TarFile | None]:
+    """Open a shard's tar; nothing for a folder, and for a tar of which not even the first header can be read."""
+    if shard.path.is_dir():
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(shard.path.open("rb"))
+            archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
+        except tarfile.TarError:
+            archive = None
+        except OSError as error:
+            raise UserError(f"{shard.path}: cannot be read: {error.strerror or error}") from error
+        yield archive
+
+
+def _members(shard: ImageShard, archive: tarfile.TarFile | None) -> Iterator[_Member]:
+    if archive is None and shard.path.is_file():
+        return
+    if archive is None:
+        files = sorted(item for item in shard.path.iterdir() if item.is_file())
+        yield from (_Member(item.name.partition(".")[0], item.name.partition(".")[2].lower(), item) for item in files)
+        return
+    try:
+        for entry in archive:
+            key, _, extension = entry.name.rpartition("/")[2].partition(".")
+            if entry.isfile() and key:
+                yield _Member(key, extension.lower(), entry)
+    except (tarfile.TarError, ValueError):
+        return  # said by _break_off
+
+
+def _read(archive: tarfile.TarFile | None, member: _Member) -> bytes | None:
+    """A member's bytes; None where the shard ends inside them."""
+    try:
+        if isinstance(member.entry, Path):
+            return member.entry.read_bytes()
+        assert archive is not None
+        file = archive.extractfile(member.entry)
+        data = b"" if file is None else file.read()
+    except (tarfile.TarError, OSError):
+        return None
+    return data if len(data) == member.entry.size else None
+
+
+def _break_off(archive: tarfile.TarFile | None) -> str | None:
+    """What is wrong where an archive's members end: only a block of zeros ends it."""
+    if archive is None:
+        return "torn shard: not a tar file"
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return f"torn shard: it ends at byte {archive.offset + len(block)} without an end mark"
+    return None if block.count(0) == len(block) else f"torn shard: no header at byte {archive.offset}"

@@ -1,0 +1,139 @@
+"""What a preparation made: counts, bytes, rejects by reason, options, versions, and a line per shard."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+import cosmos_scale
+from cosmos_scale.data.index import REJECTED
+from cosmos_scale.data.prepare import parquet
+from cosmos_scale.data.prepare.matching import UNSEEN
+from cosmos_scale.data.prepare.table import Table, read_summary
+from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options, replace_text
+from cosmos_scale.data.prepare.writing import read_report
+from cosmos_scale.errors import UserError
+
+FORMAT = "cosmos-scale prepared dataset 1"
+_CHUNK = 1 << 16  # table rows looked at together
+
+
+class Prepared(NamedTuple):
+    """A finished preparation, from its manifest."""
+
+    folder: Path
+    samples: int
+    shards: int
+    size: int
+    rows: int
+    rejected: dict[str, int]
+
+    def describe(self) -> str:
+        """Return the report as lines for a terminal."""
+        lines = [
+            f"{self.samples:,} samples, {self.size:,} bytes, in {self.shards:,} indexed shards in {self.folder}",
+            f"from {self.rows:,} rows of captions",
+        ]
+        lines += [f"{count:,} rejected: {reason}" for reason, count in self.rejected.items()]
+        if self.rejected:
+            lines.append(f"each is named in {self.folder / REJECTED}")
+        return "\n".join(lines)
+
+
+def read_manifest(task: Task) -> Prepared | None:
+    """Return what a finished preparation made, None where there is none.
+
+    Raises: UserError where it was made with other options.
+    """
+    path = task.out / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format is {content['format']!r}")
+        options: dict[str, Any] = content["options"]
+        prepared = Prepared(
+            task.out,
+            content["samples"],
+            len(content["shards"]),
+            content["bytes"],
+            content["captions_rows"],
+            content["rejected"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of this program ({error}); name another folder with --out") from error
+    check_options(task, options, "done")
+    return prepared
+
+
+def write_rejected(task: Task) -> Counter[str]:
+    """Gather what every shard rejected, and the rows of captions that no image has; returns counts by reason."""
+    counts: Counter[str] = Counter()
+    part = task.out / f"{REJECTED}.part"
+    with part.open("w") as file:
+        for shard in task.images:
+            report = read_report(task, shard.name)
+            _write(file, [] if report is None else report.rejected, counts)
+        with (task.table / "rows.jsonl").open() as rows:
+            _write(file, map(json.loads, rows), counts)
+        _write(file, _rows_without_image(task), counts)
+    part.replace(task.out / REJECTED)
+    return counts
+
+
+def write_manifest(task: Task, rejected: Counter[str]) -> None:
+    """Write the manifest, which says that the preparation is done."""
+    reports = [report for shard in task.images if (report := read_report(task, shard.name)) and report.samples]
+    content = {
+        "format": FORMAT,
+        "options": task.options(),
+        "versions": {
+            "cosmos-scale": cosmos_scale.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pyarrow": parquet.version(),
+        },
+        "captions_rows": read_summary(task.table).rows,
+        "samples": sum(report.samples for report in reports),
+        "bytes": sum(report.size for report in reports),
+        "rejected": dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
+    }
+    # One line a shard, so that two manifests can be compared with diff.
+    shards = ",\n".join(
+        "  " + json.dumps({"shard": f"{report.shard}.tar", **_row(report.samples, report.size, report.sha256)})
+        for report in reports
+    )
+    head = json.dumps(content, indent=1).removesuffix("\n}")
+    replace_text(task.out / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n')
+
+
+def _row(samples: int, size: int, digest: str) -> dict[str, Any]:
+    return {"samples": samples, "bytes": size, "sha256": digest}
+
+
+def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
+    for reject in rejects:
+        counts[reject["reason"].split(": ")[0]] += 1
+        file.write(json.dumps(reject) + "\n")
+
+
+def _rows_without_image(task: Task) -> Iterator[dict[str, Any]]:
+    """Yield the table's rows that no listing has, in the order of their files."""
+    table = Table(task.table)
+    state: NDArray[np.uint8] = np.load(task.work / "states.npy", mmap_mode="r")
+    names = [path.name for path in task.captions]
+    reason = f"no image: no shard lists its {task.join}"
+    unseen = np.concatenate(
+        [
+            table.places[start : start + _CHUNK][["file", "row"]][state[start : start + _CHUNK] == UNSEEN]
+            for start in range(0, len(table), _CHUNK)
+        ]
+    )
+    for place in unseen[np.lexsort((unseen["row"], unseen["file"]))]:
+        yield {"captions": names[place["file"]], "row": int(place["row"]), "reason": reason}

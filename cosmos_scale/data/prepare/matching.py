@@ -1,0 +1,96 @@
+"""Which captions row each image takes, decided from the downloads' listings before an image is read.
+
+The decision is made in the order of the shards, by one process: the first image of a join value takes its row, any
+further one is a duplicate. So it does not depend on the number of processes, and a wrong folder shows in seconds.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
+from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
+from cosmos_scale.data.prepare.work import Task
+from cosmos_scale.errors import UserError
+
+DUPLICATE = -2  # in a plan: the image's row belongs to an image before it
+# What became of each row of the table.
+UNSEEN, FAILED, TAKEN = 0, 1, 2
+
+
+class _Found(NamedTuple):
+    positions: NDArray[np.int64]
+    downloaded: NDArray[np.bool_]
+    examples: list[str]
+    without_value: int
+
+
+def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
+    """Write the plan of every shard, and what became of every row of the table; plans that stand are kept.
+
+    Raises: UserError where no image at all has captions.
+    """
+    states = task.work / "states.npy"
+    if states.exists():
+        return
+    state = np.zeros(len(Table(task.table)), dtype=np.uint8)
+    examples: list[str] = []
+    images = matched = without_value = 0
+    results = map_jobs(partial(_find, task.for_worker()), task.images, workers)
+    with progress_bar("matching images (shards)", len(task.images), show=progress) as advance:
+        for shard, found in zip(task.images, results, strict=True):
+            positions = _settle(found, state)
+            images += int(found.downloaded.sum())
+            matched += int((found.downloaded & (found.positions != MISSING)).sum())
+            without_value += found.without_value
+            examples += found.examples[: 2 - len(examples)]
+            np.save(task.plan(shard.name), positions)
+            advance(1)
+    if matched == 0:
+        raise UserError(_no_overlap(task, images, without_value, examples))
+    part = task.work / "states.part.npy"
+    np.save(part, state)
+    part.replace(states)
+
+
+def _find(task: Task, shard: ImageShard) -> _Found:
+    listed = read_listing(shard, task.join)
+    positions = Table(task.table).find([image.value or "" for image in listed])
+    values = [image.value for image in listed if image.value is not None]
+    positions[[image.value is None for image in listed]] = MISSING
+    downloaded = np.array([image.status == SUCCESS for image in listed], dtype=bool)
+    return _Found(positions, downloaded, values[:2], len(listed) - len(values))
+
+
+def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Mark the rows that a shard's images take; returns its plan."""
+    positions = found.positions.copy()
+    candidates = np.flatnonzero(found.downloaded & (positions != MISSING))
+    rows = positions[candidates]
+    first = np.zeros(len(rows), dtype=bool)
+    first[np.unique(rows, return_index=True)[1]] = True
+    taken = first & (state[rows] != TAKEN)
+    positions[candidates[~taken]] = DUPLICATE
+    state[rows] = TAKEN
+    failed = positions[~found.downloaded & (positions != MISSING)]
+    state[failed] = np.maximum(state[failed], FAILED)
+    return positions
+
+
+def _no_overlap(task: Task, images: int, without_value: int, examples: list[str]) -> str:
+    folder = task.images[0].path.parent
+    if not images:
+        return f"{folder}: no image was downloaded into its {len(task.images)} shards"
+    if without_value and not examples:
+        return (
+            f"{folder}: its images do not say their {task.join}: neither a .parquet beside the shards nor a .json with "
+            f"each image has it"
+        )
+    theirs = ", ".join(read_summary(task.table).examples)
+    return (
+        f"{folder}: none of its {images} images has captions in {task.captions[0].name}: {task.join}s there are such "
+        f"as {theirs}, here such as {', '.join(examples)}"
+    )

@@ -1,0 +1,204 @@
+"""The rows of caption files, each with its place, so that it can be read again without the rows before it.
+
+CSV stays where it is: a row's place is its bytes. Parquet has no address for a row: the columns that are needed are
+copied into a file of json lines, one row a line.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from cosmos_scale.data.prepare import parquet
+from cosmos_scale.data.prepare.datasets import Dataset, Join, plain
+from cosmos_scale.errors import UserError
+
+# Characters of one cell; a quotation mark that is never closed would otherwise swallow the file into memory.
+FIELD_LIMIT = 1 << 24
+BOM = b"\xef\xbb\xbf"
+
+
+class RowFile(NamedTuple):
+    """A file whose rows can be read by place. columns: plain names of the columns, None for those that are left out."""
+
+    path: Path
+    kind: Literal["csv", "json"]
+    columns: list[str | None]
+
+    def cells(self, data: bytes) -> dict[str, Any]:
+        """Return a row's cells by plain column name."""
+        values = next(csv.reader([data.decode()])) if self.kind == "csv" else json.loads(data)
+        return {name: value for name, value in zip(self.columns, values, strict=True) if name is not None}
+
+
+class Row(NamedTuple):
+    """One row: its number (from 1, header left out), its bytes' place, its join value, and what is wrong with it."""
+
+    number: int
+    offset: int
+    size: int
+    value: str
+    fault: str | None
+
+
+def caption_files(paths: list[Path]) -> list[Path]:
+    """List the .csv and .parquet files that paths mean: files, or folders of them; raises UserError for others."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".parquet"))
+            if not found:
+                raise UserError(f"{path}: holds no .csv or .parquet file of captions")
+            files += found
+        elif not path.is_file():
+            raise UserError(f"{path}: no such captions file or folder")
+        elif path.suffix.lower() not in (".csv", ".parquet"):
+            raise UserError(f"{path}: captions come as .csv or .parquet")
+        else:
+            files.append(path)
+    return files
+
+
+def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> str:
+    """Return the plain name of the column that joins a file's rows with images.
+
+    Raises: UserError where the header lacks it, or every column of captions.
+    """
+    names = {plain(name) for name in header}
+    shown = ", ".join(header) or "nothing"
+    wanted = dataset.joins[join]
+    column = next((name for name in wanted if name in names), None)
+    if column is None:
+        raise UserError(f"{path}: no column for --join {join}: one of {', '.join(wanted)} is needed, it has {shown}")
+    if names.isdisjoint(dataset.captions):
+        wanted = tuple(dataset.captions)
+        raise UserError(f"{path}: no column of captions: one of {', '.join(wanted)} is needed, it has {shown}")
+    return column
+
+
+def scan(
+    path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
+) -> tuple[RowFile, Iterator[Row]]:
+    """Return a captions file as one that is read by place, and its rows in order. `advance` takes bytes read.
+
+    copy: where a parquet file's rows are copied. Raises: UserError where the file cannot be used.
+    """
+    if path.suffix.lower() == ".parquet":
+        return _scan_parquet(path, copy, dataset, join, advance)
+    return _scan_csv(path, dataset, join, advance)
+
+
+def _scan_csv(
+    path: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
+) -> tuple[RowFile, Iterator[Row]]:
+    csv.field_size_limit(FIELD_LIMIT)
+    try:
+        with path.open("rb") as file:
+            header = next(csv.reader(_Lines(file)), [])
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: its header cannot be read: {error}") from error
+    column = join_column(path, header, dataset, join)
+    names = [plain(name) for name in header]
+    kept: list[str | None] = [name if name == column or name in dataset.captions else None for name in names]
+    return RowFile(path, "csv", kept), _csv_rows(path, len(header), names.index(column), advance)
+
+
+def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], None]) -> Iterator[Row]:
+    with path.open("rb") as file:
+        lines = _Lines(file)
+        reader = csv.reader(lines)
+        number, start = -1, 0
+        while True:
+            fault, cells = None, None
+            try:
+                cells = next(reader, None)
+                if cells is None:
+                    return
+            except csv.Error as error:
+                fault = f"not csv: {error}"
+            except UnicodeDecodeError as error:
+                fault = f"not UTF-8: byte 0x{error.object[error.start]:02x}; save the file as UTF-8"
+            offset, size, start = start, lines.position - start, lines.position
+            advance(size)
+            if cells == []:
+                continue
+            number += 1
+            if number == 0:
+                continue
+            if cells is not None and len(cells) != width:
+                fault = f"wrong number of cells: {len(cells)}, the header has {width}"
+            yield Row(number, offset, size, "" if cells is None or fault else cells[position], fault)
+
+
+class _Lines:
+    """Feeds a csv reader with a file's lines, and knows how many bytes it has taken."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.position = 0
+        self._file = file
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        first = self.position == 0
+        self.position += len(line)
+        return (line.removeprefix(BOM) if first else line).decode()
+
+
+def _scan_parquet(
+    path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
+) -> tuple[RowFile, Iterator[Row]]:
+    header = parquet.column_names(path)
+    column = join_column(path, header, dataset, join)
+    chosen = [name for name in header if plain(name) == column or plain(name) in dataset.captions]
+    names: list[str | None] = [plain(name) for name in chosen]
+    return RowFile(copy, "json", names), _parquet_rows(path, copy, chosen, names.index(column), advance)
+
+
+def _parquet_rows(
+    path: Path, copy: Path, columns: list[str], position: int, advance: Callable[[int], None]
+) -> Iterator[Row]:
+    rows, size = max(parquet.count_rows(path), 1), path.stat().st_size
+    number = offset = 0
+    with copy.open("wb") as file:
+        for batch in parquet.read_columns(path, columns):
+            for values in zip(*batch, strict=True):
+                number += 1
+                value = values[position]
+                line = json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+                file.write(line)
+                fault = None if isinstance(value, str) else f"wrong type: its {columns[position]} is no text"
+                yield Row(number, offset, len(line), value if isinstance(value, str) else "", fault)
+                offset += len(line)
+            advance(len(batch[0]) * size // rows)
+
+
+class RowReader:
+    """Reads rows by place; a context manager that keeps the files open."""
+
+    def __init__(self, files: list[RowFile]) -> None:
+        self._files = files
+        self._stack = ExitStack()
+        self._descriptors: dict[int, int] = {}
+
+    def __enter__(self) -> "RowReader":
+        csv.field_size_limit(FIELD_LIMIT)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, file: int, offset: int, size: int) -> dict[str, Any]:
+        """Return the cells of the row that lies there; raises UserError where the file has gone or changed."""
+        path = self._files[file].path
+        try:
+            if file not in self._descriptors:
+                self._descriptors[file] = self._stack.enter_context(path.open("rb")).fileno()
+            return self._files[file].cells(os.pread(self._descriptors[file], size, offset))
+        except (OSError, ValueError, csv.Error, StopIteration) as error:
+            raise UserError(f"{path}: no row at byte {offset} any more: {error}; has it changed?") from error

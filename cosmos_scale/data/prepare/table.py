@@ -1,0 +1,200 @@
+"""The join table: where in the captions files the row of a join value lies, on disk and sorted by hash.
+
+26 bytes a row: a 64-bit hash of the value, then offset, size, row number and file. Rows go to one of 64 files by the
+top bits of their hash; each file is sorted on its own, so that memory stays bounded at any number of rows, and the
+sorted files one after the other are one sorted table, which look-ups map into memory.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_scale.data.jobs import progress_bar
+from cosmos_scale.data.prepare.datasets import Dataset, Join, join_value
+from cosmos_scale.data.prepare.rows import Row, RowFile, scan
+from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.errors import UserError
+
+PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
+RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
+BUCKET_BITS = 6
+_CHUNK = 1 << 15  # rows that are held as Python objects
+MISSING = -1
+
+
+class TableSummary(NamedTuple):
+    """What the table was made of. rows: all rows read; examples: a few join values."""
+
+    files: list[RowFile]
+    rows: int
+    examples: list[str]
+
+
+class Table:
+    """The table on disk; positions in it stand for rows of captions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.hashes: NDArray[np.uint64] = np.memmap(folder / "hashes.bin", dtype="<u8", mode="r")
+        self.places: NDArray[np.void] = np.memmap(folder / "places.bin", dtype=PLACE, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def find(self, values: Sequence[str]) -> NDArray[np.int64]:
+        """Return the position of each join value, MISSING where it has no row.
+
+        Values with equal hashes are not told apart here: whoever reads the row compares them.
+        """
+        wanted = np.array([join_hash(value) for value in values], dtype=np.uint64)
+        positions = np.searchsorted(self.hashes, wanted).astype(np.int64)
+        found = self.hashes[np.minimum(positions, len(self.hashes) - 1)] == wanted
+        return np.where(found & (positions < len(self.hashes)), positions, MISSING)
+
+
+def join_hash(value: str) -> int:
+    """Return a 64-bit hash of a join value that is the same in every process."""
+    return int.from_bytes(blake2b(value.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: Join, *, progress: bool) -> None:
+    """Read all captions files once and write the table; a whole one that stands is kept.
+
+    Rows that cannot be used or whose value came before are written to `rows.jsonl`, with the reason.
+    Raises: UserError where a file cannot be used, or has no row to join.
+    """
+    summary = folder / "table.json"
+    if summary.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    builder = _Builder(folder, captions, dataset, join)
+    total = sum(path.stat().st_size for path in captions)
+    with progress_bar("reading captions (bytes)", total, show=progress) as advance:
+        builder.read(_in_steps(advance, total))
+    if builder.usable == 0:
+        first = builder.first_fault or "there is none"
+        raise UserError(f"{captions[0]}: none of {builder.rows} rows can be used; the first: {first}")
+    builder.sort()
+    content = {
+        "files": [[str(file.path), file.kind, file.columns] for file in builder.files],
+        "rows": builder.rows,
+        "examples": builder.examples,
+    }
+    part = folder / "table.json.part"
+    part.write_text(json.dumps(content))
+    part.replace(summary)
+
+
+def read_summary(folder: Path) -> TableSummary:
+    """Return the summary of a table that stands."""
+    content = json.loads((folder / "table.json").read_text())
+    files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
+    return TableSummary(files, content["rows"], content["examples"])
+
+
+def _in_steps(advance: Callable[[int], None], total: int) -> Callable[[int], None]:
+    """Gather small advances: drawing the bar for each row would take longer than the row."""
+    waiting = 0
+
+    def advance_later(steps: int) -> None:
+        nonlocal waiting
+        waiting += steps
+        if waiting * 200 > total:
+            advance(waiting)
+            waiting = 0
+
+    return advance_later
+
+
+class _Builder:
+    def __init__(self, folder: Path, captions: Sequence[Path], dataset: Dataset, join: Join) -> None:
+        self.files: list[RowFile] = []
+        self.rows = self.usable = 0
+        self.examples: list[str] = []
+        self.first_fault: str | None = None
+        self._folder = folder
+        self._captions = captions
+        self._dataset = dataset
+        self._join = join
+
+    def read(self, advance: Callable[[int], None]) -> None:
+        """Scatter all rows over the buckets."""
+        with ExitStack() as stack:
+            buckets = [stack.enter_context(self._bucket(bits).open("wb")) for bits in range(1 << BUCKET_BITS)]
+            faults = stack.enter_context((self._folder / "rows.jsonl").open("w"))
+            for number, path in enumerate(self._captions):
+                copy = self._folder / f"captions-{number:05d}.jsonl"
+                file, rows = scan(path, copy, self._dataset, self._join, advance)
+                self.files.append(file)
+                usable = self._usable(number, path, rows, faults)
+                while chunk := list(islice(usable, _CHUNK)):
+                    records = np.array(chunk, dtype=RECORD)
+                    bits = (records["hash"] >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
+                    order = np.argsort(bits, kind="stable")
+                    ends = np.searchsorted(bits[order], np.arange(1, 1 << BUCKET_BITS))
+                    for bucket, part in zip(buckets, np.split(records[order], ends), strict=True):
+                        bucket.write(part.tobytes())
+
+    def _usable(
+        self, number: int, path: Path, rows: Iterator[Row], faults: TextIO
+    ) -> Iterator[tuple[int, int, int, int, int]]:
+        for row in rows:
+            self.rows += 1
+            fault = row.fault
+            if fault is None:
+                try:
+                    value = join_value(self._join, row.value)
+                    self._check_url(path, row, value)
+                    fault = None if value else f"no {self._join}"
+                except DamagedSample as damage:
+                    fault = str(damage)
+            if fault is not None:
+                self.first_fault = self.first_fault or fault
+                reason = f"captions row cannot be read: {fault}"
+                faults.write(json.dumps({"captions": path.name, "row": row.number, "reason": reason}) + "\n")
+                continue
+            self.usable += 1
+            if len(self.examples) < 2:
+                self.examples.append(value)
+            yield join_hash(value), row.offset, row.size, row.number, number
+
+    def _check_url(self, path: Path, row: Row, value: str) -> None:
+        if self.usable == 0 and self._join == "url" and value and "://" not in value:
+            raise UserError(
+                f"{path}: row {row.number} names its image {value}, which is no URL; take the release with URLs, or "
+                "--join key if img2dataset's keys are meant"
+            )
+
+    def sort(self) -> None:
+        """Sort the buckets into the table; of rows with one value the first stays."""
+        with (
+            (self._folder / "hashes.bin").open("wb") as hashes,
+            (self._folder / "places.bin").open("wb") as places,
+            (self._folder / "rows.jsonl").open("a") as faults,
+        ):
+            for bits in range(1 << BUCKET_BITS):
+                records = np.fromfile(self._bucket(bits), dtype=RECORD)
+                records = records[np.argsort(records["hash"], kind="stable")]
+                first = np.ones(len(records), dtype=bool)
+                first[1:] = records["hash"][1:] != records["hash"][:-1]
+                hashes.write(records["hash"][first].tobytes())
+                kept = np.empty(int(first.sum()), dtype=PLACE)
+                for name in PLACE.names or ():
+                    kept[name] = records[name][first]
+                places.write(kept.tobytes())
+                for record in records[~first]:
+                    line = {"captions": self._captions[record["file"]].name, "row": int(record["row"])}
+                    faults.write(
+                        json.dumps({**line, "reason": f"duplicate captions row: its {self._join} came before"})
+                    )
+                    faults.write("\n")
+                self._bucket(bits).unlink()
+
+    def _bucket(self, bits: int) -> Path:
+        return self._folder / f"bucket-{bits:02d}.bin"

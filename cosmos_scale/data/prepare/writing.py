@@ -1,0 +1,184 @@
+"""One shard of images and its captions to one shard of samples."""
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.writer import TarWriter
+
+from cosmos_scale.config_data import DataConfig
+from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.prepare.datasets import Document, join_value, make_document, plain
+from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
+from cosmos_scale.data.prepare.matching import DUPLICATE
+from cosmos_scale.data.prepare.rows import RowReader
+from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
+from cosmos_scale.data.prepare.work import Task, replace_text
+from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.errors import UserError
+
+MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
+
+
+class Written(NamedTuple):
+    """How one shard came out; `rejected` holds one object per image, as in rejected.jsonl."""
+
+    shard: str
+    samples: int
+    size: int
+    sha256: str
+    rejected: list[dict[str, Any]]
+
+
+class _Sink:
+    """A file that knows the digest of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def close(self) -> None:
+        """The file is closed by its owner."""
+
+
+def write_shard(task: Task, shard: ImageShard) -> Written:
+    """Write one shard under another name, rename it when it is whole, then its report; a whole one is kept.
+
+    Raises: UserError where a file cannot be read or written.
+    """
+    if (standing := read_report(task, shard.name)) is not None:
+        return standing
+    target = task.out / f"{shard.name}.tar"
+    part = target.with_suffix(".part")
+    rejected: list[dict[str, Any]] = []
+    samples = 0
+    try:
+        with part.open("wb") as file:
+            sink = _Sink(file)
+            # A fixed time: the same input gives the same bytes.
+            with TarWriter(sink, encoder=False, mtime=0) as archive:
+                for sample in _samples(task, shard, rejected):
+                    archive.write(sample)
+                    samples += 1
+        if samples:
+            part.replace(target)
+        else:
+            part.unlink()
+    except OSError as error:
+        raise UserError(f"{part}: cannot be written: {error.strerror or error}") from error
+    written = Written(shard.name, samples, sink.size if samples else 0, sink.digest.hexdigest(), rejected)
+    replace_text(task.report(shard.name), json.dumps(written))
+    return written
+
+
+def read_report(task: Task, shard: str) -> Written | None:
+    """Return how a shard was written, if it was and still stands with its size."""
+    path = task.report(shard)
+    if not path.exists():
+        return None
+    written = Written(*json.loads(path.read_text()))
+    target = task.out / f"{shard}.tar"
+    stands = target.exists() and target.stat().st_size == written.size
+    return written if stands or not written.samples else None
+
+
+def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a shard in its images' order; what is no sample goes to `rejected`."""
+    listed = read_listing(shard, task.join)
+    plan: NDArray[np.int64] = np.load(task.plan(shard.name))
+    if len(plan) != len(listed):
+        raise UserError(f"{shard.path}: changed while it was prepared; name another folder with --out")
+    by_key = {image.key: (image, int(position)) for image, position in zip(listed, plan, strict=True)}
+
+    def reject(key: str | None, reason: str, value: str | None = None, row: dict[str, Any] | None = None) -> None:
+        known: dict[str, Any] = {} if value is None else {task.join: value}
+        # Not "shard": indexing the output again would take the line for one of its own, and drop it.
+        rejected.append({"images": shard.path.name, "key": key, **known, **(row or {}), "reason": reason})
+
+    with _Captions(task) as captions:
+        for image in read_images(shard):
+            if not image.key:
+                reject(None, str(image.fault))
+                continue
+            known, position = by_key.pop(image.key, (None, MISSING))
+            if known is None:
+                again = image.fault or "image not listed: the parquet beside its shard does not have it"
+                reject(image.key, again)
+                continue
+            row = captions.place(position)
+            try:
+                document = captions.read(known, position)
+                _check(image)
+            except DamagedSample as damage:
+                reject(image.key, str(damage), known.value, row)
+                continue
+            text = json.dumps({**document, task.join: known.value}, ensure_ascii=False).encode("utf-8", "replace")
+            yield {"__key__": image.key, image.extension: image.data, "json": text}
+        for known, position in by_key.values():
+            reject(known.key, _absent(known), known.value, captions.place(position))
+
+
+def _check(image: Image) -> None:
+    """Raise DamagedSample where training could not decode an image."""
+    if image.fault is not None:
+        raise DamagedSample(image.fault)
+    try:
+        decode_rgbx(image.data, MAX_PIXELS)
+    except DamagedSample as damage:
+        raise DamagedSample(f"damaged image: {damage}") from damage
+
+
+def _absent(image: Listed) -> str:
+    if image.status == SUCCESS:
+        return "image not in its shard: the parquet beside it has it"
+    return f"not downloaded: {image.status}{f': {image.error}' if image.error else ''}"
+
+
+class _Captions:
+    """Reads the captions of images by position in the table; a context manager."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._table = Table(task.table)
+        self._reader = RowReader(read_summary(task.table).files)
+
+    def __enter__(self) -> "_Captions":
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reader.__exit__(*error)
+
+    def place(self, position: int) -> dict[str, Any]:
+        """Name the row, for rejected.jsonl."""
+        if position < 0:
+            return {}
+        place = self._table.places[position]
+        return {"captions": self._task.captions[place["file"]].name, "row": int(place["row"])}
+
+    def read(self, image: Listed, position: int) -> Document:
+        """Return an image's captions; raises DamagedSample where it has none."""
+        task = self._task
+        if position == DUPLICATE:
+            raise DamagedSample(f"duplicate image: an image before it has the same {task.join}")
+        if position == MISSING:
+            raise DamagedSample(f"image without captions: no row has its {task.join}")
+        place = self._table.places[position]
+        cells = self._reader.read(int(place["file"]), int(place["offset"]), int(place["size"]))
+        # The table holds hashes: here the values themselves are compared.
+        values = (cells[plain(name)] for name in task.form.joins[task.join] if plain(name) in cells)
+        if join_value(task.join, str(next(values))) != image.value:
+            raise DamagedSample(f"image without captions: no row has its {task.join}")
+        document = make_document(task.form, cells, task.split)
+        if not document:
+            raise DamagedSample("no caption: every captions cell of its row is empty")
+        return document

@@ -1,0 +1,257 @@
+"""Every sample of indexed shards, read whole: which are damaged, where they lie, and why. `cosmos-scale data verify`.
+
+A sample is sound where training would use it: its members lie where the index says, its picture decodes to the end and
+is not too large, its json has text for the sampling. Beside the samples, each shard's tar structure is compared with
+its index: what breaks off, what the index left out, what it does not know.
+"""
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from cosmos_scale.config_data import DataConfig
+from cosmos_scale.data.captions import draw_captions
+from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.index import SourceIndex, open_sources
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.data.scan import scan_shard
+from cosmos_scale.data.shards import Entry, ShardReader
+from cosmos_scale.errors import UserError
+
+SAMPLES_A_JOB = 128
+LISTED = 20  # faults kept for the terminal; a file takes all
+
+
+class Fault(NamedTuple):
+    """One damaged sample, or with `key` None a shard.
+
+    byte: where the sample's first member starts in the shard. indexed: whether training would come upon it.
+    """
+
+    shard: str
+    key: str | None
+    byte: int | None
+    reason: str
+    indexed: bool
+
+
+@dataclass
+class Verdict:
+    """What `verify_shards` found. Samples and bytes are the indexes'.
+
+    damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
+    read at all. shards_damaged: shards with a fault of their own. reasons: all faults by reason, numbers left out.
+    """
+
+    shards: int = 0
+    samples: int = 0
+    size: int = 0
+    damaged: int = 0
+    left_out: int = 0
+    unreadable: int = 0
+    shards_damaged: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[Fault] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was found."""
+        return not self.reasons
+
+    def note(self, fault: Fault) -> None:
+        """Count a fault."""
+        self.reasons[reason_class(fault.reason)] += 1
+        if fault.key is None:
+            self.shards_damaged += 1
+        elif fault.indexed:
+            self.damaged += 1
+        else:
+            self.left_out += 1
+        if len(self.first) < LISTED:
+            self.first.append(fault)
+
+    def describe(self, log: Path | None) -> str:
+        """Return the verdict as lines for a terminal; log: where all faults are written, if anywhere."""
+        lines = [f"{self.samples:,} samples in {self.shards:,} shards, {self.size:,} bytes"]
+        if self.sound:
+            return f"{lines[0]}: all are sound"
+        share = (self.damaged + self.unreadable) / max(1, self.samples)
+        lines.append(f"{self.damaged + self.unreadable:,} samples ({share:.2%}) cannot be used in training:")
+        lines.append(f"  {self.damaged:,} are damaged, {self.unreadable:,} lie in shards that cannot be read")
+        lines.append(f"{self.left_out:,} more are damaged or unknown and not in the index: training never sees them")
+        lines.append(f"{self.shards_damaged:,} shards are damaged themselves")
+        lines += ["", "times  reason"]
+        lines += [f"{times:>5,}  {reason}" for reason, times in self.reasons.most_common()]
+        lines += ["", "shard, sample, byte: reason"]
+        lines += [
+            f"{fault.shard}, {fault.key or 'whole shard'}"
+            + ("" if fault.byte is None else f", {fault.byte}")
+            + f": {fault.reason}"
+            for fault in self.first
+        ]
+        total = self.reasons.total()
+        if total > len(self.first):
+            lines.append(f"... and {total - len(self.first):,} more" + ("" if log else "; --out FILE names them all"))
+        if log:
+            lines.append(f"all are in {log}")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as plain values."""
+        return {**vars(self), "first": [fault._asdict() for fault in self.first], "sound": self.sound}
+
+
+def reason_class(reason: str) -> str:
+    """Return the part of a reason that samples share, with N for its numbers."""
+    return re.sub(r"\d+", "N", reason.split(": ")[0])
+
+
+class _Job(NamedTuple):
+    """Samples `first` to `last` of one shard of one source."""
+
+    source: int
+    shard: int
+    first: int
+    last: int
+
+
+class _Checked(NamedTuple):
+    """What one job found: its samples' faults, from a shard's first job the structure's, or why it cannot be read."""
+
+    job: _Job
+    samples: list[Fault]
+    structure: list[Fault]
+    unreadable: Fault | None
+
+
+class _Pass(NamedTuple):
+    """One pass over all samples; number tells it from others of the same process."""
+
+    data: DataConfig
+    number: int
+
+
+def verify_shards(
+    data: DataConfig, *, log: Path | None = None, workers: int | None = None, progress: bool = True
+) -> Verdict:
+    """Read every sample of the sources; captions are drawn with the config's sampling, pictures up to its max_pixels.
+
+    log: file for all faults, one json object a line.
+    Raises: UserError where an index is missing or unreadable or the log cannot be written.
+    """
+    indexes = open_sources(data.sources).sources
+    verdict = Verdict(
+        shards=sum(len(index.rows) for index in indexes),
+        samples=sum(row.samples for index in indexes for row in index.rows),
+        size=sum(row.size for index in indexes for row in index.rows),
+    )
+    check = partial(_check, _Pass(data, time.monotonic_ns()))
+    with ExitStack() as stack:
+        file = None if log is None else stack.enter_context(_open_log(log))
+        advance = stack.enter_context(progress_bar("verifying samples", verdict.samples, show=progress))
+        for _, shard in groupby(map_jobs(check, _jobs(indexes), workers), key=lambda checked: checked.job[:2]):
+            parts = []
+            for part in shard:
+                parts.append(part)
+                advance(part.job.last - part.job.first)
+            verdict.unreadable += sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            for fault in _faults(parts):
+                verdict.note(fault)
+                if file is not None:
+                    file.write(json.dumps(fault._asdict()) + "\n")
+    return verdict
+
+
+def _faults(parts: Sequence[_Checked]) -> Iterator[Fault]:
+    """The faults of one shard: of the shard first, then of each sample once, by their place."""
+    unreadable = next((part.unreadable for part in parts if part.unreadable), None)
+    if unreadable:
+        yield unreadable
+    structure = [fault for part in parts for fault in part.structure]
+    yield from (fault for fault in structure if fault.key is None)
+    samples = {(str(fault.key), fault.byte): fault for fault in structure if fault.key is not None}
+    # What reading says of a sample is what training would meet.
+    samples.update({(str(fault.key), fault.byte): fault for part in parts for fault in part.samples})
+    yield from sorted(samples.values(), key=lambda fault: fault.byte or 0)
+
+
+def _open_log(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
+    for source, index in enumerate(indexes):
+        for shard, row in enumerate(index.rows):
+            for first in range(0, max(1, row.samples), SAMPLES_A_JOB):
+                yield _Job(source, shard, first, min(first + SAMPLES_A_JOB, row.samples))
+
+
+@lru_cache(maxsize=1)
+def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], ShardReader]:
+    """The indexes and a reader, once a process and pass: a pass has many jobs."""
+    return open_sources(pass_.data.sources).sources, ShardReader(pass_.data.remote)
+
+
+def _check(pass_: _Pass, job: _Job) -> _Checked:
+    indexes, reader = _opened(pass_)
+    index, data = indexes[job.source], pass_.data
+    file = index.shard_file(job.shard)
+    shard = file.shown
+    samples: list[Fault] = []
+    try:
+        reader.check([file])  # says at once where there is none: reading would wait for it to come back
+        structure = _compare(index, job.shard) if job.first == 0 else []
+        for place in range(job.first, job.last):
+            location = index.locate(job.shard, place)
+            try:
+                image_bytes, document = reader.read(location)
+                draw_captions(data.captions, document, SampleKey(0, 0, place))
+                decode_rgbx(image_bytes, data.max_pixels)
+            except DamagedSample as damage:
+                samples.append(Fault(shard, location.entry.key, location.entry.start, str(damage), indexed=True))
+    except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
+        reason = str(error).removeprefix(f"{shard}: ").removeprefix(f"shard of source {index.name} ")
+        return _Checked(job, [], [], Fault(shard, None, None, reason, indexed=True))
+    return _Checked(job, samples, structure, None)
+
+
+def _compare(index: SourceIndex, shard: int) -> list[Fault]:
+    """Walk a shard's headers and compare what they say with its index."""
+    row = index.rows[shard]
+    file = index.shard_file(shard)
+    path = file.shown
+    scan = scan_shard(file.address, file.shown)
+    indexed: dict[str, Entry] = {}
+    for place in range(row.samples):
+        entry = index.locate(shard, place).entry
+        indexed[entry.key] = entry
+    if scan.size != row.size:
+        return []  # reading it says so, and no place fits
+    faults = [Fault(path, None, None, scan.torn, indexed=True)] if scan.torn else []
+    found = {entry.key: entry for entry in scan.entries}
+    for rejected in scan.rejected:
+        known = rejected.key in indexed and indexed[rejected.key].start == rejected.byte
+        faults.append(Fault(path, rejected.key, rejected.byte, rejected.reason, indexed=known))
+    named = {fault.key for fault in faults}
+    for key, entry in indexed.items():
+        if key in found and entry != found[key]:
+            faults.append(Fault(path, key, entry.start, "the index places it elsewhere", indexed=True))
+        elif key not in found and key not in named and scan.torn is None:
+            faults.append(Fault(path, key, entry.start, "in the index but not in the shard", indexed=True))
+    for key, entry in found.items():
+        if key not in indexed:
+            faults.append(Fault(path, key, entry.start, "in the shard but not in the index", indexed=False))
+    return faults

@@ -1,0 +1,47 @@
+"""What keys of a run's model need of this machine, checked before anything starts."""
+
+import os
+import shutil
+
+import torch
+
+from cosmos_scale.config import ModelConfig
+from cosmos_scale.errors import UserError
+from cosmos_scale.kernels.attention import obstacle
+
+COMMON_HEAD = 64
+
+
+def check_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError where model.attention or model.compile cannot be had on a device, in the precision `dtype`."""
+    if model.attention != "auto":
+        # Of heads that every back end takes first: what stands in the way of these is no head's fault.
+        for key, size in {"": COMMON_HEAD, **_head_sizes(model)}.items():
+            reason = obstacle(model.attention, device, dtype, size)
+            if reason:
+                raise UserError(
+                    f"model.attention: {model.attention!r} cannot run here: {reason}{key and f' ({key})'}; "
+                    "rule: a back end must run on this device, in this precision; auto takes one that does"
+                )
+    if model.compile:
+        names = _compilers(device)
+        if not any(shutil.which(name) for name in names):
+            raise UserError(
+                f"model.compile: true, but there is no compiler ({' or '.join(names)}) on PATH; "
+                "rule: torch.compile needs one, so install it or use false"
+            )
+
+
+def _head_sizes(model: ModelConfig) -> dict[str, int]:
+    return {
+        "model.vision.head_width": model.vision.head_width,
+        "model.text.width / model.text.heads": model.text.width // model.text.heads,
+        "model.embed_dim / model.pooler_heads": model.embed_dim // model.pooler_heads,
+    }
+
+
+def _compilers(device: torch.device) -> list[str]:
+    """Return the programs any of which compiles what torch.compile writes: C++ for CPUs, Triton's C stubs for GPUs."""
+    if device.type == "cpu":
+        return [os.environ.get("CXX", "g++")]
+    return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]

@@ -1,0 +1,185 @@
+"""The cache of whole shards: one download, a limit that holds, nothing half taken for whole, several processes."""
+
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.data.cache import PART, WHOLE, ShardCache
+from cosmos_scale.data.store import Transient, WrongSize
+from cosmos_scale.errors import UserError
+
+SIZE = 10_240
+FORK = multiprocessing.get_context("fork")
+
+
+def content(name: str) -> bytes:
+    return (hashlib.sha256(name.encode()).digest() * (SIZE // 32 + 1))[:SIZE]
+
+
+def pieces(name: str, log: Path, wait: float = 0.0, fail: bool = False) -> Callable[[], Generator[bytes, None, None]]:
+    """A download in four pieces that writes its name down first; `fail`: after two of them."""
+
+    def download() -> Generator[bytes, None, None]:
+        with log.open("a") as file:
+            file.write(f"{name}\n")
+        data = content(name)
+        for start in range(0, SIZE, SIZE // 4):
+            if fail and start == SIZE // 2:
+                raise Transient("cut off")
+            yield data[start : start + SIZE // 4]
+            time.sleep(wait)
+
+    return download
+
+
+def files(folder: Path, ending: str) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.endswith(ending))
+
+
+def used(folder: Path) -> int:
+    """Bytes in a cache at one moment: room is taken, and files are renamed, under its lock only."""
+    with (folder / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in [*files(folder, PART), *files(folder, WHOLE)] if path.exists())
+
+
+def test_a_shard_is_downloaded_once_and_read_in_parts(tmp_path: Path) -> None:
+    cache, log = ShardCache(tmp_path / "cache", 10 * SIZE), tmp_path / "log"
+    for name in ("a", "b", "a"):
+        for offset, size in ((0, SIZE), (5, 100), (SIZE - 3, 3), (SIZE - 3, 9)):
+            data = cache.read(f"http://h/{name}.tar", SIZE, offset, size, pieces(name, log))
+            assert data == content(name)[offset : offset + size]
+    assert log.read_text() == "a\nb\n"
+    assert [path.name[:2] for path in files(tmp_path / "cache", WHOLE)] == ["a-", "b-"]
+    cache.read("http://h/x/a.tar", SIZE, 0, 1, pieces("other a", log))  # another address, another file
+    assert log.read_text() == "a\nb\nother a\n"
+
+
+def test_the_least_recently_used_shards_go_first(tmp_path: Path) -> None:
+    cache, log = ShardCache(tmp_path / "cache", 3 * SIZE + 10), tmp_path / "log"
+
+    def read(names: str) -> None:
+        for name in names:
+            assert cache.read(f"pipe:cat {name}.tar", SIZE, 0, SIZE, pieces(name, log)) == content(name)
+            time.sleep(0.02)  # file times may be that coarse
+
+    read("abcacd")  # b was used longest ago
+    assert [path.name[0] for path in files(tmp_path / "cache", WHOLE)] == ["a", "c", "d"]
+    (tmp_path / "cache" / "notes.txt").write_bytes(bytes(5 * SIZE))  # not ours: neither counted nor deleted
+    read("b")
+    assert [path.name[0] for path in files(tmp_path / "cache", WHOLE)] == ["b", "c", "d"]
+    assert (tmp_path / "cache" / "notes.txt").exists()
+    assert log.read_text().split() == list("abcdb")
+
+
+def test_a_shard_above_the_limit_is_refused(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, SIZE - 1)
+    with pytest.raises(UserError, match=r"^data\.remote\.cache_gb: 1\.0239e-05 is less than one shard"):
+        cache.read("a.tar", SIZE, 0, 1, pieces("a", tmp_path / "log"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^data\.remote\.cache: .*file/cache: Not a directory"):
+        ShardCache(tmp_path / "file" / "cache", SIZE).read("a.tar", SIZE, 0, 1, pieces("a", tmp_path / "log"))
+
+
+def test_a_download_of_another_size_leaves_nothing(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 10 * SIZE)
+    for size, found, final in ((SIZE + 1, str(SIZE), False), (SIZE - 1, f"more than {SIZE - 1}", True)):
+        with pytest.raises(WrongSize) as wrong:
+            cache.read("a.tar", size, 0, 1, pieces("a", tmp_path / "log"))
+        assert (wrong.value.found, wrong.value.final) == (found, final)
+    assert files(tmp_path / "cache", WHOLE) == files(tmp_path / "cache", PART) == []
+
+
+def test_a_shard_that_somebody_cut_is_downloaded_again(tmp_path: Path) -> None:
+    cache, log = ShardCache(tmp_path / "cache", 10 * SIZE), tmp_path / "log"
+    cache.read("a.tar", SIZE, 0, 1, pieces("a", log))
+    os.truncate(files(tmp_path / "cache", WHOLE)[0], SIZE // 2)
+    assert cache.read("a.tar", SIZE, 0, SIZE, pieces("a", log)) == content("a")
+    assert log.read_text() == "a\na\n"
+
+
+def read_all(folder: Path, limit: int, names: str, wait: float) -> None:
+    """What each of several processes does; a difference ends it with another exit code than 0."""
+    cache = ShardCache(folder / "cache", limit)
+    for name in names:
+        data = cache.read(f"{name}.tar", SIZE, 7, 5000, pieces(name, folder / "log", wait))
+        assert data == content(name)[7:5007]
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_want_a_shard_at_once_download_it_once(tmp_path: Path) -> None:
+    processes = [FORK.Process(target=read_all, args=(tmp_path, 10 * SIZE, "ab", 0.1)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert sorted((tmp_path / "log").read_text().split()) == ["a", "b"]
+
+
+@pytest.mark.timeout(60)
+def test_the_limit_holds_while_processes_download_and_evict(tmp_path: Path) -> None:
+    """Four processes, six shards, room for two and a half: all read what is right, and never is more there."""
+    limit = 5 * SIZE // 2
+    (tmp_path / "cache").mkdir()
+    orders = ["abcdef", "fedcba", "cdefab", "badcfe"]
+    processes = [FORK.Process(target=read_all, args=(tmp_path, limit, order * 5, 0.001)) for order in orders]
+    for process in processes:
+        process.start()
+    most = 0
+    while any(process.is_alive() for process in processes):
+        most = max(most, used(tmp_path / "cache"))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert SIZE < most <= limit
+    assert files(tmp_path / "cache", PART) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_download_is_never_taken_for_whole(tmp_path: Path) -> None:
+    cache, log = ShardCache(tmp_path / "cache", 5 * SIZE // 2), tmp_path / "log"
+    for again in ("a", "b"):  # first who wants the same shard meets what was left, then who needs its room
+        killed = FORK.Process(target=read_all, args=(tmp_path, 5 * SIZE // 2, "a", 100.0))
+        killed.start()
+        part = tmp_path / "cache"
+        while not (part.exists() and any(os.path.getsize(path) == SIZE for path in files(part, PART))):
+            time.sleep(0.01)
+        killed.kill()
+        killed.join()
+        assert len(files(tmp_path / "cache", PART)) == 1
+        for name in (again, "c", "d"):
+            assert cache.read(f"{name}.tar", SIZE, 0, SIZE, pieces(name, log)) == content(name)
+        assert files(tmp_path / "cache", PART) == []
+        assert len(files(tmp_path / "cache", WHOLE)) == 2
+
+
+def fail_to_read(folder: Path) -> None:
+    with pytest.raises(Transient, match="cut off"):
+        ShardCache(folder / "cache", 10 * SIZE).read("a.tar", SIZE, 0, 1, pieces("a", folder / "log", 0.3, fail=True))
+
+
+@pytest.mark.timeout(60)
+def test_who_waits_for_a_download_hears_that_it_failed(tmp_path: Path) -> None:
+    """So that many workers do not try a dead server one after the other, each with all its time-outs."""
+    log = tmp_path / "log"
+    first = FORK.Process(target=fail_to_read, args=(tmp_path,))
+    first.start()
+    while not log.exists():
+        time.sleep(0.01)
+    cache = ShardCache(tmp_path / "cache", 10 * SIZE)
+    with pytest.raises(Transient, match="another process failed to download it"):
+        cache.read("a.tar", SIZE, 0, 1, pieces("a", log))
+    first.join()
+    assert first.exitcode == 0
+    assert log.read_text() == "a\n"
+    assert cache.read("a.tar", SIZE, 0, SIZE, pieces("a", log)) == content("a")

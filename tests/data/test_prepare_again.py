@@ -1,0 +1,208 @@
+"""A preparation that is stopped, continued, repeated or asked for something else; and inputs that cannot work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos_scale import cli
+from cosmos_scale.errors import UserError
+from tests.data.downloads import (
+    DREAMLIP_HEADER,
+    Download,
+    download,
+    dreamlip_row,
+    url,
+    write_dreamlip,
+    write_folder,
+    write_listing,
+    write_parquet,
+    write_tar,
+)
+from tests.data.shard_files import picture
+from tests.data.test_prepare import run
+
+SHARDS, PER_SHARD = 12, 3
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Twelve shards of three images; some rows have no image, and one row and one image come twice."""
+    (tmp_path / "captions").mkdir()
+    rows = [dreamlip_row(number) for number in range(SHARDS * PER_SHARD + 3)]
+    write_dreamlip(tmp_path / "captions" / "cc3m.csv", [*rows, dreamlip_row(5)])
+    for shard in range(SHARDS):
+        numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
+        items = [download(number, key=shard * 10_000 + place) for place, number in enumerate(numbers)]
+        again = [download(1, key=shard * 10_000 + 9)] if shard in (3, 7) else []
+        write_tar(tmp_path / "images", f"{shard:05d}", [*items, *again])
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def arguments(folder: Path, out: str, *more: str) -> list[str]:
+    inputs = ["--captions", str(folder / "captions"), "--images", str(folder / "images")]
+    return ["data", "prepare", "dreamlip", *inputs, "--out", str(folder / out), "--quiet", *more]
+
+
+def test_workers_make_the_same_bytes(inputs: Path) -> None:
+    one, two = run(inputs, out="one"), run(inputs, workers=2, out="two")
+    assert one[1:] == two[1:]
+    assert one.samples == SHARDS * PER_SHARD
+    assert one.rejected == {"no image": 3, "duplicate image": 2, "duplicate captions row": 1}
+    assert contents(inputs / "one") == contents(inputs / "two")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stop_at", [".prepare/table/table.json", ".prepare/states.npy", "00001.tar", "00008.tar"])
+def test_a_killed_run_goes_on_to_the_same_bytes(inputs: Path, stop_at: str) -> None:
+    whole = run(inputs, out="whole")
+    out = inputs / "out"
+    # Slowed down where a shard is written, so that the kill falls between shards at any speed of the machine.
+    program = (
+        "import sys, time\n"
+        "from cosmos_scale.data.prepare import writing\n"
+        "check = writing._check\n"
+        "writing._check = lambda image: (time.sleep(0.03), check(image))\n"
+        "from cosmos_scale import cli\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, *arguments(inputs, "out", "--workers", "1")]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        while not (out / stop_at).exists() and process.poll() is None:
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be stopped"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (out / "manifest.json").exists()
+    kept = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
+    assert len(kept) < SHARDS
+    report = run(inputs, workers=2)
+    assert report[1:] == whole[1:]
+    assert contents(out) == contents(inputs / "whole")
+    # A shard whose report was written stays the file that it was; at most the last one is made again.
+    again = [name for name, inode in kept.items() if (out / name).stat().st_ino != inode]
+    assert len(again) <= 1
+
+
+def first_three(function: Callable[[Any], Any], jobs: list[Any], workers: int | None) -> Iterator[Any]:
+    yield from map(function, jobs[:3])
+    raise InterruptedError
+
+
+def test_a_finished_one_is_left_alone_and_other_options_are_refused(inputs: Path) -> None:
+    report = run(inputs)
+    before = {path: path.stat().st_mtime_ns for path in (inputs / "out").iterdir()}
+    assert run(inputs) == report
+    assert {path: path.stat().st_mtime_ns for path in (inputs / "out").iterdir()} == before
+    with pytest.raises(UserError, match='out: its preparation was done with split "sentences", not "published"; go on'):
+        run(inputs, split="published")
+    with (inputs / "captions" / "cc3m.csv").open("a") as file:
+        file.write("more")
+    with pytest.raises(UserError, match="its preparation was done with captions"):
+        run(inputs)
+
+
+def test_an_unfinished_one_refuses_other_options_and_images(inputs: Path) -> None:
+    listing = inputs / "images" / "00004.parquet"
+    sound = (inputs / "images" / "00004.tar").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cosmos_scale.data.prepare.prepare.map_jobs", first_three)
+        with pytest.raises(InterruptedError):
+            run(inputs)
+    with pytest.raises(UserError, match='begun with join "url", not "key"'):
+        run(inputs, join="key")
+    write_tar(inputs / "images", "00012", [download(50)])
+    with pytest.raises(UserError, match="begun with image_shards 12, not 13"):
+        run(inputs)
+    (inputs / "images" / "00012.tar").unlink()
+    write_listing(inputs / "images", listing.stem, [download(1)])
+    with pytest.raises(UserError, match=r"00004\.tar: changed while it was prepared"):
+        run(inputs)
+    (inputs / "other").mkdir()
+    (inputs / "other" / "00000.tar").write_bytes(sound)
+    with pytest.raises(UserError, match="other: holds shards that no preparation made"):
+        run(inputs, out="other")
+
+
+def test_wrong_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captions, images = tmp_path / "captions", tmp_path / "images"
+    captions.mkdir()
+
+    def fails(match: str, *more: str) -> None:
+        assert cli.main(arguments(tmp_path, "out", *more)) == 2
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error
+        assert match in error
+
+    fails("captions: holds no .csv or .parquet file of captions")
+    path = write_dreamlip(captions / "cc3m.csv", [["x"] * 3], ["picture", "raw_caption", "Colour"])
+    fails("images: no such folder or .tar of images")
+    images.mkdir()
+    fails("images: not img2dataset's output: it has neither 00000.tar nor a folder 00000 of images")
+    (images / "7.jpg").write_bytes(picture(7))
+    fails("images: holds images itself: name the folder above it")
+    write_listing(images, "00000", [download(7)])
+    fails("images: holds no .tar and no folder of images; run img2dataset with --output_format webdataset")
+    write_tar(images, "00000", [download(7), Download("000000008", url(8), None)])
+    fails(
+        "cc3m.csv: no column for --join url: one of image_path, image_url, url is needed, "
+        "it has picture, raw_caption, Colour"
+    )
+    write_dreamlip(path, [[url(7), "x"]], ["Image Path", "words"])
+    fails("cc3m.csv: no column of captions: one of raw_caption, ")
+    write_dreamlip(path, [])
+    fails("cc3m.csv: none of 0 rows can be used; the first: there is none")
+    write_dreamlip(path, [dreamlip_row(7, "0000000/0000008.jpg")])
+    fails("cc3m.csv: row 1 names its image 0000000/0000008.jpg, which is no URL; take the release with URLs")
+    write_dreamlip(path, [dreamlip_row(7, "0000001/0000008.jpg")])
+    fails("the first: not a key: 0000001/0000008.jpg does not begin with its folder's name", "--join", "key")
+    write_dreamlip(path, [dreamlip_row(1), dreamlip_row(2), dreamlip_row(3)])
+    there, here = f"{url(1)}, {url(2)}", url(7)
+    fails(f"none of its 1 images has captions in cc3m.csv: urls there are such as {there}, here such as {here}")
+
+
+def test_wrong_files_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "a.parquet").write_bytes(b"PAR1 broken")
+    write_tar(tmp_path / "images", "00000", [download(0)])
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read as parquet"):
+        run(tmp_path)
+    (tmp_path / "captions" / "a.parquet").unlink()
+    write_dreamlip(tmp_path / "captions" / "a.csv", [dreamlip_row(0)])
+    write_folder(tmp_path / "images", "00001", [download(1)])
+    write_folder(tmp_path / "more", "00000", [])
+    (tmp_path / "more" / "00000").rename(tmp_path / "images" / "00000")
+    with pytest.raises(UserError, match=r"have one name: prepare their folders one by one"):
+        run(tmp_path, out="two")
+
+
+def test_an_open_quotation_mark_loses_no_more_than_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    path = write_dreamlip(tmp_path / "captions" / "a.csv", [dreamlip_row(0)])
+    with path.open("a") as file:
+        file.write(f'{url(1)},"never closed,a,b,c,d,e,f\n')
+    write_tar(tmp_path / "images", "00000", [download(0), download(1)])
+    report = run(tmp_path)
+    assert (report.samples, report.rows) == (1, 2)
+    assert report.rejected == {"captions row cannot be read": 1, "image without captions": 1}
+
+
+def test_a_byte_order_mark_and_extra_columns_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    path = write_dreamlip(tmp_path / "captions" / "a.csv", [["x", *dreamlip_row(0)]], ["Unnamed: 0", *DREAMLIP_HEADER])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    write_parquet(tmp_path / "captions" / "b.parquet", [{"Image Path": url(1), "raw_caption": ["One.", "Two"]}])
+    write_tar(tmp_path / "images", "00000", [download(0), download(1)])
+    assert run(tmp_path).samples == 2

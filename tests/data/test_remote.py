@@ -1,0 +1,306 @@
+"""Shards that are not files of this machine: the same samples as from files, few requests, and what goes wrong."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from cosmos_scale.cli import main
+from cosmos_scale.config_data import RemoteConfig, SourceConfig
+from cosmos_scale.data.gallery import gallery_batches
+from cosmos_scale.data.index import MergedIndex, index_shards, open_sources
+from cosmos_scale.data.loader import TrainLoader
+from cosmos_scale.data.sample import LostShard
+from cosmos_scale.data.scan import scan_shard
+from cosmos_scale.data.shards import BLOCK, CLOSE, Entry, Location, ShardFile, ShardReader
+from cosmos_scale.errors import UserError
+from cosmos_scale.model.tokenizer import Tokenizer
+from tests.data.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
+from tests.data.web_server import Fault, WebServer, web_server
+
+COUNTS = [5, 4, 6]
+SAMPLES = sum(COUNTS)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards", COUNTS)
+
+
+@pytest.fixture
+def server(shards: Path, tmp_path: Path) -> Iterator[WebServer]:
+    with web_server(shards, tmp_path / "log") as running:
+        yield running
+
+
+def open_remote(pattern: str, index: Path | str | None) -> MergedIndex:
+    return open_sources([SourceConfig(name="test", shards=pattern, index=None if index is None else str(index))])
+
+
+def quick(**keys: Any) -> RemoteConfig:
+    return RemoteConfig.model_validate({"backoff_s": 0.01, "timeout_s": 5.0, **keys})
+
+
+def check_all(index: MergedIndex, remote: RemoteConfig) -> None:
+    """Every sample is the one that was written, byte for byte, in the order of training."""
+    reader = ShardReader(remote)
+    reader.check(index.shard_files())
+    for number in index.order(0, 8).visits(0, np.arange(SAMPLES)).samples.tolist():
+        image, document = reader.read(index.locate(number))
+        assert image == sample(number)["jpg"]
+        assert document == json.loads(sample(number)["json"])
+    reader.close()
+
+
+def test_ranges_bring_the_samples_and_no_more(shards: Path, server: WebServer) -> None:
+    index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
+    check_all(index, quick())
+    probe, *requests = server.requests()
+    assert (probe.range, probe.sent) == (f"bytes=0-{BLOCK - 1}", BLOCK)  # whether the source is there
+    assert len(requests) == SAMPLES  # picture and text come together
+    assert all(request.status == 206 for request in requests)
+    needed = 0
+    for number in range(SAMPLES):
+        entry = index.locate(number).entry
+        needed += max(entry.image_offset + entry.image_size, entry.text_offset + entry.text_size) - entry.start
+    assert sum(request.sent for request in requests) == needed
+    assert len({request.client for request in requests}) == 1  # over one connection
+
+
+def test_members_that_lie_apart_are_asked_for_apart(tmp_path: Path) -> None:
+    for name, between, expected in (("near", CLOSE // 2, 1), ("far", 2 * CLOSE, 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_shard(folder / "0.tar", [{"__key__": "a", "jpg": picture(0), "jxl": bytes(between), "txt": b"x"}])
+        index_shards(str(folder), None, workers=1, progress=False)
+        with web_server(folder, tmp_path / "log") as server:
+            reader = ShardReader(quick())
+            location = open_remote(f"{server.url}/0.tar", folder).locate(0)
+            assert reader.read(location) == (picture(0), {"caption": "x"})
+            assert len(server.requests()) == expected
+            reader.close()
+
+
+def test_a_server_without_ranges_sends_each_shard_once(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with web_server(shards, tmp_path / "log", ranges=False) as server:
+        index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
+        with pytest.raises(
+            UserError, match=r"data\.remote\.cache: null; must name a folder: http://.*comes whole only"
+        ):
+            ShardReader(quick()).check(index.shard_files())
+        check_all(index, quick(cache=str(tmp_path / "cache")))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{server.url}: serves no byte ranges, so that whole shards are kept in ")
+        whole = [request.path for request in server.requests() if request.range is None]
+        assert sorted(whole) == ["/00000.tar", "/00001.tar", "/00002.tar"]
+        assert len(server.requests()) == 3 + 2  # and one that asked for a range, of each reader
+        check_all(index, quick(cache=str(tmp_path / "cache")))  # another process, another day
+        assert len(server.requests()) == 3 + 3
+
+
+@pytest.mark.parametrize("kind", ["shards", "pipe", "memory", "file", "memory shards"])
+def test_other_places_give_the_same_samples(shards: Path, tmp_path: Path, server: WebServer, kind: str) -> None:
+    cache = {"cache": str(tmp_path / "cache")}
+    pattern, remote = {
+        "shards": (f"{server.url}/{{00000..00002}}.tar", quick(fetch="shards", **cache)),
+        "pipe": (f"pipe:cat {shards}/{{00000..00002}}.tar", quick(**cache)),
+        "memory": ("memory://m", quick()),
+        "memory shards": ("memory://m/*.tar", quick(fetch="shards", **cache)),
+        "file": (f"file://{shards}", quick()),
+    }[kind]
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe({f"/m/{path.name}": path.read_bytes() for path in shards.glob("*.tar")})
+    check_all(open_remote(pattern, shards), remote)
+    filesystem.rm("/m", recursive=True)
+    if kind == "shards":
+        assert [request.range for request in server.requests()] == [f"bytes=0-{BLOCK - 1}", None, None, None]
+    assert len(list((tmp_path / "cache").glob("*.shard"))) == (0 if kind in ("memory", "file") else 3)
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "cut", "wrong", "hang"])
+@pytest.mark.parametrize("fetch", ["parts", "shards"])
+def test_every_tenth_request_fails_and_nothing_is_lost(shards: Path, tmp_path: Path, fault: Fault, fetch: str) -> None:
+    every = 10 if fetch == "parts" else 2
+    with web_server(shards, tmp_path / "log", fail_every=every, fault=fault) as server:
+        index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
+        remote = quick(fetch=fetch, cache=str(tmp_path / "cache"), timeout_s=0.3, retries=2)
+        check_all(index, remote)
+        asked = len(server.requests())
+        needed = 1 + (SAMPLES if fetch == "parts" else len(COUNTS))  # one to see that the source is there
+        if fault == "wrong" and fetch == "shards":  # no other range than all
+            assert asked == needed
+        else:
+            assert asked == needed + asked // every
+            assert asked // every >= 1
+
+
+def test_a_server_that_dies_loses_its_shards(shards: Path, tmp_path: Path, server: WebServer) -> None:
+    index = open_remote(f"{server.url}/{{00000..00002}}.tar?token=secret", shards)
+    reader = ShardReader(quick(retries=2))
+    reader.check(index.shard_files())
+    assert reader.read(index.locate(0))[0] == picture(0)
+    server.stop()
+    for _ in range(2):
+        with pytest.raises(LostShard, match="Connection refused") as lost:
+            reader.read(index.locate(0))
+        assert (lost.value.source, lost.value.shard) == ("test", f"{server.url}/00000.tar?***")
+        assert "secret" not in str(lost.value)
+        assert str(lost.value).startswith(f"{server.url}/00000.tar?***: shard of source test cannot be opened any more")
+
+
+def test_a_server_that_hangs_is_left_after_all_tries(shards: Path, tmp_path: Path) -> None:
+    with web_server(shards, tmp_path / "log", fail_every=1, fault="hang") as server:
+        index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
+        reader = ShardReader(quick(retries=2, timeout_s=0.2))
+        for _ in range(2):
+            with pytest.raises(LostShard, match=r"no answer for 0\.2 s"):
+                reader.read(index.locate(0))
+        assert len(server.requests()) == 3  # what is lost is not asked for again
+        with pytest.raises(UserError, match=r"shard of source test cannot be opened: no answer for 0\.2 s"):
+            ShardReader(quick(retries=0, timeout_s=0.2)).check(index.shard_files())
+
+
+def test_what_was_never_there_is_an_error_at_the_start(shards: Path, server: WebServer) -> None:
+    for folder in (f"{server.url}/elsewhere", f"file://{shards}/elsewhere"):
+        index = open_remote(f"{folder}/{{00000..00002}}.tar", shards)
+        with pytest.raises(UserError, match=r"00000\.tar: shard of source test cannot be opened: not found") as error:
+            ShardReader(RemoteConfig()).check(index.shard_files())
+        assert not isinstance(error.value, LostShard)
+    assert len(server.requests()) == 1  # nothing to wait for
+    (shards / "00001.tar").unlink()  # of a remote source only the first shard is looked for
+    index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
+    reader = ShardReader(quick(retries=2))
+    reader.check(index.shard_files())
+    with pytest.raises(LostShard, match="not found"):
+        reader.read(index.locate(5))
+    local = open_folder(shards)
+    with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
+        ShardReader().check(local.shard_files())
+    ShardReader().check(file for file in local.shard_files() if "00001" not in file.shown)  # it is known to be lost
+
+
+@pytest.mark.parametrize("kind", ["http", "file", "pipe"])
+def test_a_shard_of_another_size_is_a_stale_index(shards: Path, tmp_path: Path, server: WebServer, kind: str) -> None:
+    pattern = {"http": f"{server.url}/{{00000..00002}}.tar", "file": f"file://{shards}", "pipe": ""}[kind]
+    index = open_remote(pattern or f"pipe:cat {shards}/{{00000..00002}}.tar", shards)
+    for count in (1, 9):
+        write_shard(shards / "00000.tar", [sample(number) for number in range(count)])
+        reader = ShardReader(quick(retries=1, cache=str(tmp_path / "cache")))
+        found = (shards / "00000.tar").stat().st_size if (kind, count) != ("pipe", 9) else "more than"
+        with pytest.raises(UserError, match=rf"00000\.tar.*: has {found}.* bytes, but its index was made") as error:
+            reader.read(index.locate(0))
+        assert not isinstance(error.value, LostShard)
+
+
+def test_a_file_that_comes_back_in_time_was_not_lost(shards: Path) -> None:
+    index = open_folder(shards)
+    reader = ShardReader(quick(retries=8, backoff_s=0.02))
+    hidden = shards / "00000.tar"
+    hidden.rename(shards / "away")
+    timer = threading.Timer(0.2, (shards / "away").rename, [hidden])
+    timer.start()
+    assert reader.read(index.locate(0))[0] == picture(0)
+    timer.join()
+    reader.close()
+    hidden.unlink()
+    reader = ShardReader(quick(retries=2))
+    for _ in range(2):
+        with pytest.raises(LostShard, match="No such file or directory"):
+            reader.read(index.locate(0))
+    write_shards(shards, COUNTS)
+    with pytest.raises(LostShard):  # the ranks have agreed by now
+        reader.read(index.locate(0))
+
+
+def test_a_failing_read_of_an_open_file_is_tried_again_and_then_lost() -> None:
+    """The kernel answers EIO where nothing is mapped; the file says that it has no bytes."""
+    location = Location(ShardFile("test", "disk", 0, "/proc/self/mem"), Entry("a", BLOCK, 10, 2 * BLOCK, 10, "json"))
+    reader = ShardReader(quick(retries=2))
+    with pytest.raises(LostShard, match="Input/output error"):
+        reader.read(location)
+    assert not [link for link in os.listdir("/proc/self/fd") if "mem" in os.path.realpath(f"/proc/self/fd/{link}")]
+
+
+@pytest.mark.parametrize("kind", ["http", "file", "pipe"])
+def test_remote_shards_are_indexed_like_files(shards: Path, tmp_path: Path, server: WebServer, kind: str) -> None:
+    pattern = {
+        "http": f"{server.url}/{{00000..00002}}.tar?token=secret",
+        "file": f"file://{shards}",
+        "pipe": f"pipe:cat {shards}/{{00000..00002}}.tar",
+    }[kind]
+    with pytest.raises(UserError, match=r"^--out: must name a folder of this machine for the index, since ") as error:
+        index_shards(pattern, None, progress=False)
+    assert "secret" not in str(error.value)
+    out = tmp_path / "out"
+    assert main(["data", "index", pattern, "--out", str(out), "--workers", "2", "--quiet"]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["00000.index.npy", "00001.index.npy", "00002.index.npy", "index.json"]
+    for name in names:
+        assert (out / name).read_bytes() == (shards / name).read_bytes()
+    if kind == "http":
+        assert [request.range for request in server.requests()] == [None] * 3  # each once, whole
+    with pytest.raises(UserError, match=r"1 shards are not in .*, the first is 00003\.tar; run .*--out"):
+        open_remote(
+            pattern.replace("00002", "00003") if kind != "file" else f"file://{shards}/{{00000..00003}}.tar", out
+        )
+
+
+def test_an_index_may_lie_at_a_url_too(shards: Path, tmp_path: Path, server: WebServer) -> None:
+    beside = open_remote(f"{server.url}/{{00000..00002}}.tar", None)
+    assert beside.fingerprint() == open_folder(shards).fingerprint()
+    check_all(beside, quick())
+    tables = [request.path for request in server.requests() if request.path.endswith(".npy")]
+    assert sorted(tables) == [f"/{shard:05d}.index.npy" for shard in range(3)]  # each once
+    check_all(
+        open_remote(f"pipe:cat {shards}/{{00000..00002}}.tar", f"{server.url}/"), quick(cache=str(tmp_path / "c"))
+    )
+    with pytest.raises(UserError, match=r"elsewhere/index\.json\?\*\*\*: index cannot be read: not found"):
+        open_remote(f"{server.url}/0.tar", f"{server.url}/elsewhere?token=secret")
+    with pytest.raises(
+        UserError, match=r"data source test: pipe: \.\.\. .*0\.tar: needs index, the folder of its index"
+    ):
+        open_remote("pipe:cat 0.tar", None)
+
+
+def test_a_remote_shard_that_cannot_be_scanned_is_named(shards: Path, server: WebServer) -> None:
+    with pytest.raises(UserError, match=r"^http://127.*/none\.tar\?\*\*\*: cannot be read: not found"):
+        index_shards(f"{server.url}/none.tar?t=1", shards, workers=1, progress=False)
+    with pytest.raises(UserError, match=r"^pipe: \.\.\. 0\.tar: cannot be read: the command failed with status 1"):
+        scan_shard("pipe:false 0.tar", "pipe: ... 0.tar", quick(retries=1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_batches_are_those_of_files(shards: Path, tmp_path: Path, server: WebServer, workers: int) -> None:
+    tokenizer = Tokenizer(16)
+    expected = TrainLoader(tiny_config(shards), open_folder(shards), tokenizer, 0, 1).batches(0)
+    sources = [{"name": "test", "shards": f"{server.url}/{{00000..00002}}.tar", "index": str(shards)}]
+    config = tiny_config(shards, sources=sources, workers=workers, remote={"backoff_s": 0.01})
+    index = open_sources(config.data.sources)
+    batches = TrainLoader(config, index, tokenizer, 0, 1).batches(0)
+    for batch, local in islice(zip(batches, expected, strict=True), 6):
+        for left, right in zip(batch, local, strict=True):
+            assert torch.equal(left, right)
+    batches.close()
+    expected.close()
+    assert len({request.client for request in server.requests()}) == max(1, workers)  # a connection each
+
+
+def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> None:
+    remote = quick(cache=str(tmp_path / "cache"))
+    pattern = f"pipe:cat {shards}/{{00000..00002}}.tar"
+    ours = list(gallery_batches(open_remote(pattern, shards), "raw_caption", 16, 0, 1, 4, None, 10**6, remote))
+    files = list(gallery_batches(open_folder(shards), "raw_caption", 16, 0, 1, 4, None, 10**6))
+    assert len(ours) == len(files) == 4
+    for batch, local in zip(ours, files, strict=True):
+        assert torch.equal(batch.images, local.images)
+        assert batch.texts == local.texts

@@ -1,0 +1,259 @@
+"""Stores: what may pass and what does not, waits between tries, secrets; and the patterns that name remote shards."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.data.patterns import parse_pattern
+from cosmos_scale.data.store import (
+    CommandStore,
+    FilesystemStore,
+    Missing,
+    NoParts,
+    Stores,
+    Transient,
+    WebStore,
+    WrongSize,
+    join,
+    redact,
+    retried,
+)
+from cosmos_scale.errors import UserError
+from tests.data.web_server import Fault, web_server
+
+DATA = bytes(range(256)) * 40  # 10,240 bytes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "files" / "refused").mkdir(parents=True)
+    for name in ("a.tar", "b.tar", "refused/a.tar"):
+        (tmp_path / "files" / name).write_bytes(DATA)
+    return tmp_path / "files"
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A folder of fsspec's memory file system."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe({"/m/a.tar": DATA, "/m/b-1.tar": DATA, "/m/b-2.tar": DATA, "/m/c.txt": DATA, "/m/d/e.tar": DATA})
+    yield "memory://m"
+    filesystem.rm("/m", recursive=True)
+
+
+def test_a_web_servers_ranges(folder: Path, tmp_path: Path) -> None:
+    web = WebStore(5.0)
+    with web_server(folder, tmp_path / "log") as server:
+        url = f"{server.url}/a.tar"
+        for offset, size in ((0, 1), (7, 300), (10_000, 240)):
+            assert web.read(url, offset, size, len(DATA)) == DATA[offset : offset + size]
+        assert b"".join(web.pieces(url, len(DATA))) == DATA
+        assert len({request.client for request in server.requests()}) == 1  # one connection served all
+        assert [request.sent for request in server.requests()] == [1, 300, 240, len(DATA)]
+        for expected in (len(DATA) - 1, len(DATA) + 1):
+            with pytest.raises(WrongSize) as wrong:
+                web.read(url, 0, 1, expected)
+            assert (wrong.value.found, wrong.value.final) == (str(len(DATA)), True)
+            with pytest.raises(WrongSize):
+                list(web.pieces(url, expected))
+        with pytest.raises(WrongSize) as wrong:
+            web.read(url, len(DATA), 5, 2 * len(DATA))
+        assert wrong.value.found == str(len(DATA))
+        with pytest.raises(Missing, match=r"^not found \(HTTP 404\)$"):
+            web.read(f"{server.url}/none.tar", 0, 1, 1)
+        with pytest.raises(UserError, match=r"/refused/a\.tar\?\*\*\*: access is refused \(HTTP 403\)$"):
+            web.read(f"{server.url}/refused/a.tar?token=secret", 0, 1, len(DATA))
+    with pytest.raises(Transient, match="Connection refused"):
+        web.read(url, 0, 1, len(DATA))
+    web.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("500", "HTTP 500"),
+        ("drop", "closed connection"),
+        ("cut", "IncompleteRead"),
+        ("hang", r"no answer for 0\.2 s"),
+        ("wrong", "another range"),
+    ],
+)
+def test_faults_of_a_web_server_may_pass(folder: Path, tmp_path: Path, fault: Fault, reason: str) -> None:
+    web = WebStore(0.2)
+    with web_server(folder, tmp_path / "log", fail_every=2, fault=fault) as server:
+        for _ in range(2):
+            assert web.read(f"{server.url}/a.tar", 100, 1000, len(DATA)) == DATA[100:1100]
+            with pytest.raises(Transient, match=reason) as failure:
+                web.read(f"{server.url}/a.tar", 100, 1000, len(DATA))
+            assert not failure.value.final
+    web.close()
+
+
+def test_a_server_without_ranges_is_told_by_its_answer_and_not_listened_to(folder: Path, tmp_path: Path) -> None:
+    (folder / "large.tar").write_bytes(bytes(50_000_000))
+    web = WebStore(5.0)
+    with web_server(folder, tmp_path / "log", ranges=False) as server:
+        with pytest.raises(NoParts):
+            web.read(f"{server.url}/large.tar", 0, 1000, 50_000_000)
+        while not server.requests():  # it is written down once the server notices
+            time.sleep(0.01)
+        assert server.requests()[0].sent < 20_000_000  # what buffers took before the client hung up
+        assert b"".join(web.pieces(f"{server.url}/a.tar", len(DATA))) == DATA
+    web.close()
+
+
+def test_waits_double_up_to_a_limit_and_then_the_last_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)  # minutes, otherwise
+    tries: list[int] = []
+
+    def fail() -> None:
+        tries.append(0)
+        raise Transient(f"try {len(tries)}")
+
+    with pytest.raises(Transient, match=r"^try 9$"):
+        retried(fail, RemoteConfig(retries=8, backoff_s=0.5))
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+
+
+@pytest.mark.parametrize("failure", [WrongSize("5", final=True), Missing(), UserError("no")])
+def test_what_does_not_pass_is_tried_once(failure: Exception) -> None:
+    tries: list[int] = []
+
+    def fail() -> None:
+        tries.append(0)
+        raise failure
+
+    remote = RemoteConfig(retries=2, backoff_s=0.0)
+    with pytest.raises(type(failure)):
+        retried(fail, remote)
+    assert len(tries) == 1
+    if isinstance(failure, Missing):
+        with pytest.raises(Missing):
+            retried(fail, remote, await_missing=True)
+        assert len(tries) == 4
+
+
+def test_commands(folder: Path) -> None:
+    commands = CommandStore(5.0)
+    assert b"".join(commands.pieces(f"pipe:cat {folder}/a.tar | cat", None)) == DATA
+    with pytest.raises(NoParts):
+        commands.read(f"pipe:cat {folder}/a.tar", 0, 1, 1)
+    with pytest.raises(Transient, match=r"^the command failed with status 3: to https://\*\*\*@h/x\?\*\*\*$"):
+        list(commands.pieces("pipe:printf ab; echo why >&2; echo to https://u:p@h/x?t=1 >&2; exit 3 #.tar", None))
+
+
+@pytest.mark.timeout(30)
+def test_a_command_that_falls_silent_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    commands = CommandStore(0.3)
+    with pytest.raises(Transient, match=r"wrote nothing for 0\.3 s"):
+        list(commands.pieces(f"pipe:printf ab; sleep 250 & echo $! > {tmp_path}/silent; wait", None))
+    begun = commands.pieces(f"pipe:echo $$ > {tmp_path}/endless; exec yes", None)
+    assert next(begun).startswith(b"y\ny\n")
+    begun.close()
+    for name in ("silent", "endless"):
+        status = Path(f"/proc/{(tmp_path / name).read_text().strip()}/stat")
+        while status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX":
+            time.sleep(0.01)
+
+
+def test_file_systems_of_fsspec(memory: str, folder: Path) -> None:
+    files = FilesystemStore()
+    for url in (f"{memory}/a.tar", f"file://{folder}/a.tar"):
+        assert files.read(url, 7, 300, len(DATA)) == DATA[7:307]
+        assert b"".join(files.pieces(url, len(DATA))) == DATA
+        with pytest.raises(WrongSize) as wrong:
+            files.read(url, 7, 300, 1000)
+        assert (wrong.value.found, wrong.value.final) == (str(len(DATA)), True)
+        with pytest.raises(Missing, match=r"^not found$"):
+            files.read(url.replace("a.tar", "none.tar"), 0, 1, 1)
+    with pytest.raises(UserError, match=r"^nowhere://\*\*\*@h/a\.tar: .*[Pp]rotocol"):
+        files.read("nowhere://user:secret@h/a.tar", 0, 1, 1)
+
+
+def test_a_forked_process_opens_stores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = Stores(1.0)
+    first = stores.of("http://h/a.tar")
+    assert stores.of("https://other/a.tar") is first
+    assert isinstance(stores.of("memory://a.tar"), FilesystemStore)
+    assert isinstance(stores.of("pipe:cat a.tar"), CommandStore)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert stores.of("http://h/a.tar") is not first
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "shown"),
+    [
+        ("http://h/a.tar", "", "http://h/a.tar"),
+        ("at https://me:pw@h/a.tar?X=1&Y=2, and", "", "at https://***@h/a.tar?*** and"),
+        ("s3://key:secret@b/a?.tar", "", "s3://***@b/a?.tar"),
+        ("GET /a.tar?X=1 by me:pw", "http://me:pw@h/a.tar?X=1", "GET /a.tar?*** by ***"),
+    ],
+)
+def test_secrets_are_left_out(text: str, address: str, shown: str) -> None:
+    assert redact(text, address) == shown
+
+
+def test_a_folders_query_stays_at_the_end() -> None:
+    assert join("https://h/a/?t=1", "b.tar") == "https://h/a/b.tar?t=1"
+    assert join("s3://b/a", "b.tar") == "s3://b/a/b.tar"
+    assert join("memory://", "b.tar") == "memory:///b.tar"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "first_address", "folder"),
+    [
+        ("https://h/x/{0..1}.tar", ["0.tar", "1.tar"], "https://h/x/0.tar", "https://h/x"),
+        ("https://me:pw@h/{x,y}/0.tar?t={1}", ["x/0.tar", "y/0.tar"], "https://me:pw@h/x/0.tar?t={1}", None),
+        ("https://[::1]:80/0.tar", ["0.tar"], "https://[::1]:80/0.tar", "https://[::1]:80"),
+        ("s3://b/x/{0..1}.tar", ["0.tar", "1.tar"], "s3://b/x/0.tar", "s3://b/x"),
+        ("pipe:aws s3 cp s3://b/x/{0..1}.tar -", ["0.tar", "1.tar"], "pipe:aws s3 cp s3://b/x/0.tar -", None),
+        ("pipe:zstd -dc '/x/{a,b}/0.tar.zst'", ["a/0.tar.zst", "b/0.tar.zst"], "pipe:zstd -dc '/x/a/0.tar.zst'", None),
+        ("pipe:cat 0.tar", ["0.tar"], "pipe:cat 0.tar", None),
+        ("pipe:curl https://u:p@h/{0..1}.tar?t=1 | cat", ["0.tar", "1.tar"], None, None),
+    ],
+)
+def test_patterns_of_remote_shards(
+    pattern: str, names: list[str], first_address: str | None, folder: str | None
+) -> None:
+    shards = parse_pattern(pattern)
+    assert shards.list_names() == names
+    assert shards.known_names() == (names, [])
+    assert first_address is None or shards.address(names[0]) == first_address
+    assert folder is None or shards.folder == folder
+    means = shards.means()
+    assert all(means(name) for name in names)
+    assert not means("other.tar")
+    for secret in ("me:", "pw", "u:p", "t="):
+        assert secret not in shards.shown + shards.show(names[0])
+
+
+def test_folders_and_wildcards_where_they_can_be_listed(memory: str) -> None:
+    assert parse_pattern(memory).list_names() == ["a.tar", "b-1.tar", "b-2.tar"]
+    assert parse_pattern(f"{memory}/b-*.tar").list_names() == ["b-1.tar", "b-2.tar"]
+    assert parse_pattern(f"{memory}/{{a,b-?}}.tar").list_names() == ["a.tar", "b-1.tar", "b-2.tar"]
+    assert parse_pattern(f"{memory}/*/e.tar").list_names() == ["d/e.tar"]
+    assert parse_pattern(f"{memory}/b-*.tar").known_names() == ([], [])  # nobody was asked
+    means = parse_pattern(f"{memory}/b-*.tar").means()
+    assert [name for name in ("a.tar", "b-1.tar", "d/b-1.tar") if means(name)] == ["b-1.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("https://me:pw@h/x", r"^https://\*\*\*@h/x: a web server has no list of its files; name the shards"),
+        ("https://h/*.tar", r"^https://h/\*\.tar: a web server has no list"),
+        ("https://{a,b}/0.tar", r"braces may stand in the path"),
+        ("pipe:./make {0..3} secret", r"^pipe: the command must name a \.tar file"),
+        ("pipe:cat /x/0.tar --from {a,b}", r"^pipe: \.\.\. /x/0\.tar: 2 commands, but 1 names"),
+        ("s3://b/{a,..}/0.tar", r"must not lead through \.\.$"),
+    ],
+)
+def test_patterns_that_cannot_be(pattern: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_pattern(pattern).list_names()

@@ -1,0 +1,265 @@
+"""`data verify`: every kind of damage is found where it lies, and nothing else."""
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos_scale import cli
+from cosmos_scale.data.index import index_shards
+from tests.data.shard_files import Member, picture, sample, write_shard, write_shards
+
+
+def verify(capsys: pytest.CaptureFixture[str], *arguments: object, workers: int = 1) -> tuple[int, str]:
+    status = cli.main(["data", "verify", *map(str, arguments), "--quiet", f"--workers={workers}"])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return status, captured.out
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *arguments: object, workers: int = 1) -> dict[str, Any]:
+    status, out = verify(capsys, *arguments, "--json", workers=workers)
+    found: dict[str, Any] = json.loads(out)
+    assert status == (0 if found["sound"] else 1)
+    return found
+
+
+def starts(path: Path) -> dict[str, int]:
+    """Where each sample's first member starts."""
+    found: dict[str, int] = {}
+    with tarfile.open(path) as archive:
+        for info in archive:
+            found.setdefault(info.name.split(".")[0], info.offset)
+    return found
+
+
+def data_of(path: Path, name: str) -> tuple[int, int]:
+    """Where a member's data lies: (first byte, bytes)."""
+    with tarfile.open(path) as archive:
+        info = archive.getmember(name)
+        return info.offset_data, info.size
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def replace_json(path: Path, key: str, document: Any) -> None:
+    offset, size = data_of(path, f"{key}.json")
+    overwrite(path, offset, json.dumps(document).encode().ljust(size))
+
+
+def end_early(path: Path, key: str) -> None:
+    """An end marker amid the picture's data: other flipped bits of a JPEG may pass for other pixels."""
+    offset, size = data_of(path, f"{key}.jpg")
+    overwrite(path, offset + 3 * size // 4, b"\xff\xd9")
+
+
+def break_header(path: Path, key: str) -> None:
+    """Another size in the header: what follows cannot be found by walking, but by the index."""
+    offset, _ = data_of(path, f"{key}.json")
+    overwrite(path, offset - 512 + 124, b"77777777777")
+
+
+def test_sound_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path, [5, 130, 3])
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    status, out = verify(capsys, folder)
+    assert (status, out) == (0, f"138 samples in 3 shards, {size:,} bytes: all are sound\n")
+    found = as_json(capsys, folder, workers=2)
+    assert (found["shards"], found["samples"], found["size"], found["sound"], found["first"]) == (
+        3,
+        138,
+        size,
+        True,
+        [],
+    )
+
+
+# What is done to sample 000003 of the shard behind its index's back, and the beginning of the reason.
+DAMAGE: dict[str, tuple[Callable[[Path, str], None], str]] = {
+    "a picture that ends early": (end_early, "the picture does not decode"),
+    "no picture": (lambda path, key: overwrite(path, data_of(path, f"{key}.jpg")[0], b"GIF89a"), "the picture is not"),
+    "json of another type": (lambda path, key: replace_json(path, key, [1]), "json is a list"),
+    "broken json": (lambda path, key: overwrite(path, data_of(path, f"{key}.json")[0], b"]"), "unreadable json"),
+    "no captions": (lambda path, key: replace_json(path, key, {"raw_caption": [], "url": "x"}), "no caption text"),
+    "captions of another type": (
+        lambda path, key: replace_json(path, key, {"raw_caption": 3}),
+        "raw_caption is a number",
+    ),
+    "other captions": (lambda path, key: replace_json(path, key, {"original_caption": "x"}), "sampling textcrop needs"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damage_behind_the_index_is_named_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, workers: int
+) -> None:
+    folder = write_shards(tmp_path / "shards", [2, 6, 2])
+    shard = folder / "00001.tar"
+    start = starts(shard)["000003"]
+    apply, reason = DAMAGE[damage]
+    apply(shard, "000003")
+    found = as_json(capsys, folder, workers=workers)
+    assert (found["damaged"], found["left_out"], found["unreadable"], found["shards_damaged"]) == (1, 0, 0, 0)
+    (fault,) = found["first"]
+    assert (fault["shard"], fault["key"], fault["byte"], fault["indexed"]) == (str(shard), "000003", start, True)
+    assert fault["reason"].startswith(reason)
+    assert sum(found["reasons"].values()) == 1
+    status, out = verify(capsys, folder)
+    assert status == 1
+    assert f"\n{shard}, 000003, {start}: {fault['reason']}\n" in out
+    assert "1 samples (10.00%) cannot be used in training" in out
+
+
+def test_the_sampling_and_the_largest_picture_are_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = {**sample(2), "jpg": picture(2, size=(40, 50))}
+    write_shard(tmp_path / "0.tar", [sample(0), sample(1), large])
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert as_json(capsys, tmp_path)["sound"]
+    found = as_json(capsys, tmp_path, "data.max_pixels=1999")
+    assert found["reasons"] == {"the picture has N x N pixels, more than max_pixels N": 1}
+    found = as_json(capsys, tmp_path, "--captions", "long")
+    assert found["damaged"] == 3
+    assert all("sampling long needs one of longIB_captions" in fault["reason"] for fault in found["first"])
+    run = tmp_path / "run.yaml"
+    run.write_text(f"data: {{sources: [{{name: a, shards: {tmp_path}}}], captions: {{sampling: long}}}}\n")
+    assert as_json(capsys, run)["damaged"] == 3
+    assert as_json(capsys, run, "--captions", "raw")["sound"]
+
+
+def test_what_the_index_left_out_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members: list[Member] = [sample(number) for number in range(6)]
+    del members[1]["json"]
+    del members[2]["jpg"]
+    members[3]["jpg"] = members[3]["jpg"][:-200]
+    members[4]["json"] = b"{"
+    shard = write_shard(tmp_path / "0.tar", members)
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    found = as_json(capsys, tmp_path)
+    assert (found["samples"], found["damaged"], found["left_out"]) == (2, 0, 4)
+    first = starts(shard)
+    for fault, (number, reason) in zip(
+        found["first"],
+        [(1, "no text"), (2, "no picture"), (3, "damaged JPEG"), (4, "unreadable json")],
+        strict=True,
+    ):
+        assert (fault["key"], fault["byte"], fault["indexed"]) == (f"{number:06d}", first[f"{number:06d}"], False)
+        assert fault["reason"].startswith(reason)
+    end_early(shard, "000005")
+    assert (as_json(capsys, tmp_path)["damaged"], as_json(capsys, tmp_path)["left_out"]) == (1, 4)
+
+
+def test_a_walk_that_breaks_off_is_the_shards_own_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path, [5])
+    shard = folder / "00000.tar"
+    start = starts(shard)["000002"]
+    break_header(shard, "000002")
+    found = as_json(capsys, folder)
+    # The samples behind it are read by their offsets, and are sound.
+    assert (found["damaged"], found["shards_damaged"], found["unreadable"]) == (1, 1, 0)
+    of_shard, of_sample = found["first"]
+    assert (of_shard["key"], of_shard["byte"]) == (None, None)
+    assert of_shard["reason"].startswith(("truncated", "damaged: no tar header"))
+    assert (of_sample["key"], of_sample["byte"]) == ("000002", start)
+    assert of_sample["reason"].startswith("no member of ")
+
+
+@pytest.mark.parametrize("change", ["missing", "cut", "no table"])
+def test_shards_that_cannot_be_read_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    folder = write_shards(tmp_path, [2, 300, 2])
+    shard = folder / "00001.tar"
+    if change == "missing":
+        shard.unlink()
+    elif change == "cut":
+        shard.write_bytes(shard.read_bytes()[:5000])
+    else:
+        (folder / "00001.index.npy").unlink()
+    reason = {"missing": "cannot be opened", "cut": "has 5000 bytes, but its index", "no table": "00001.index.npy"}
+    for workers in (1, 2):
+        found = as_json(capsys, folder, workers=workers)
+        assert (found["damaged"], found["unreadable"], found["shards_damaged"]) == (0, 300, 1)
+        (fault,) = found["first"]
+        assert (fault["shard"], fault["key"]) == (str(shard), None)
+        assert reason[change] in fault["reason"]
+
+
+def test_an_index_of_other_shards_of_the_same_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def same_size(number: int) -> Member:
+        return {**sample(number % 3), "__key__": f"{number:06d}"}
+
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        write_shard(folder / f"{shard}.tar", [same_size(3 * shard + place) for place in range(3)])
+    index_shards(str(folder), None, workers=1, progress=False)
+    shutil.copy(folder / "1.tar", folder / "0.tar")
+    found = as_json(capsys, folder)
+    assert found["reasons"] == {"in the index but not in the shard": 3, "in the shard but not in the index": 3}
+    assert {fault["key"] for fault in found["first"] if fault["indexed"]} == {"000000", "000001", "000002"}
+    assert {fault["key"] for fault in found["first"] if not fault["indexed"]} == {"000003", "000004", "000005"}
+
+
+def test_a_sample_at_another_place_than_the_index_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = [{**sample(0), "__key__": f"{number:06d}"} for number in range(4)]
+    shard = write_shard(tmp_path / "0.tar", members)
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    write_shard(shard, [members[0], members[2], members[1], members[3]])
+    found = as_json(capsys, tmp_path)
+    assert found["reasons"] == {"the index places it elsewhere": 2}
+    assert {fault["key"] for fault in found["first"]} == {"000001", "000002"}
+
+
+def test_the_terminal_names_some_and_a_file_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path / "shards", [30, 4])
+    for number in range(25):
+        replace_json(folder / "00000.tar", f"{number:06d}", {"raw_caption": [], "number": number})
+    status, out = verify(capsys, folder)
+    assert status == 1
+    assert out.count(f"\n{folder / '00000.tar'}, 0000") == 20
+    assert "\n... and 5 more; --out FILE names them all\n" in out
+    assert "\n   25  no caption text for sampling textcrop in keys raw_caption, number\n" in out
+    log = tmp_path / "new" / "damaged.jsonl"
+    status, out = verify(capsys, folder, "--out", log)
+    assert f"\n... and 5 more\nall are in {log}\n" in out
+    faults = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [fault["key"] for fault in faults] == [f"{number:06d}" for number in range(25)]
+    assert [fault["byte"] for fault in faults] == [starts(folder / "00000.tar")[fault["key"]] for fault in faults]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/none"], "no .tar shards match"),
+        (["{folder}"], "no index at"),
+        (["{folder}", "--captions", "best"], "data.captions.sampling"),
+        (["none.yaml"], "no such config file"),
+        (["{folder}/empty.yaml"], "data.sources is empty"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "0.tar", [sample(0)])
+    (tmp_path / "empty.yaml").touch()
+    assert cli.main(["data", "verify", *(argument.format(folder=tmp_path) for argument in arguments), "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("cosmos-scale data verify: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path, [1])
+    assert cli.main(["data", "verify", str(folder), "--quiet", "--out", str(folder / "00000.tar" / "log")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "00000.tar/log: cannot be written" in captured.err
