@@ -20,6 +20,7 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.plan import ViewPlan, plan_views
 from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.errors import UserError
 from tests.data.test_decode import FORMATS, PLAIN, encoded, levels, mean_difference, photo, reference_view
 
 # Mean |difference| in grey levels. Pillow and torch round between the two passes of a resize, DALI does not: 0.17 to
@@ -308,6 +309,16 @@ def test_a_batch_travels_in_one_block() -> None:
     batch = mixed_batch(0, 3)
     decode = decoder(SMALL, 48, 3)
     assert_same(decode(Encoded(*Block.of(batch, shared=True).tensors())), decode(batch))
+
+
+def test_an_error_of_dali_is_one_line() -> None:
+    """As where a GPU has no memory left. Batches that wait behind it are given up; nothing hangs."""
+    broken = stack([JPEG, b"\xff\xd8\xff\xe0 no JPEG"], planned([JPEG] * 2, SMALL, 48))
+    stream = decoder(SMALL, 48, 2).stream((batch, 0) for batch in (mixed_batch(0, 2), broken, mixed_batch(2, 2)))
+    next(stream)
+    with pytest.raises(UserError, match=r"^data.decoder: dali failed on a batch: .*#3.*$") as failure:
+        next(stream)
+    assert "\n" not in str(failure.value)
 
 
 def test_a_stack_holds_bytes_and_plans() -> None:
