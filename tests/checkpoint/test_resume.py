@@ -92,6 +92,10 @@ def test_paths_workers_logging_and_limits_may_change(root: Path, sections: dict[
         ({"zero": {"stage": 0}}, ["zero.stage"]),
         ({"ema": {"momentum": 0.5}, "data": {"window": 7}}, ["ema.momentum", "data.window"]),
         ({"data": {"sources": [{"name": "others", "shards": "data/train"}]}}, ["data.sources.0.name"]),
+        (
+            {"data": {"sources": [{"name": "scenes", "shards": "data/train", "weight": 2.0}]}},
+            ["data.sources.0.weight"],
+        ),
     ],
     ids=str,
 )
