@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from cosmos_scale.config_data import DataConfig
-from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, RuleBroken, Section, refuse
+from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, Place, RuleBroken, Section, refuse
 from cosmos_scale.errors import UserError
 
 TOKENIZER_VOCABULARY = 49408  # CLIP's byte-pair vocabulary, start and end tokens included
@@ -154,8 +154,8 @@ class CheckpointConfig(Section):
 class RetrievalConfig(Section):
     """Held-out pairs for image-text retrieval."""
 
-    shards: str = Field(json_schema_extra=RESUME_MAY_CHANGE)
-    index: str | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
+    shards: Place = Field(json_schema_extra=RESUME_MAY_CHANGE)
+    index: Place | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
     captions: str = Field(
         "raw_caption", description="json key of the captions that count as correct", json_schema_extra=RESUME_MAY_CHANGE
     )
