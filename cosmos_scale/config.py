@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from cosmos_scale.config_data import DataConfig
-from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, RuleBroken, Section, refuse
+from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, Place, RuleBroken, Section, refuse
 from cosmos_scale.errors import UserError
 
 TOKENIZER_VOCABULARY = 49408  # CLIP's byte-pair vocabulary, start and end tokens included
@@ -119,10 +119,14 @@ class ZeroConfig(Section):
     """How DeepSpeed shards the student's and the teacher's states."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        1, description="shards the fp32 states from 1 on, gradients from 2 on, weights at 3"
+        1,
+        description="shards the fp32 states from 1 on, gradients from 2 on, weights at 3",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     offload: bool = Field(
-        False, description="keep masters, moments and average in the host's memory and update them there"
+        False,
+        description="keep masters, moments and average in the host's memory and update them there",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
 
     def _check_rules(self) -> None:
@@ -169,14 +173,20 @@ class CheckpointConfig(Section):
 
     every: int = Field(1000, ge=0, description="steps; 0: only at the end", json_schema_extra=RESUME_MAY_CHANGE)
     keep_last: int = Field(3, ge=1, json_schema_extra=RESUME_MAY_CHANGE)
+    keep_every: int | None = Field(
+        None,
+        gt=0,
+        description="checkpoints of steps that are multiples of it stay for good",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     at_start: bool = Field(False, description="also write step 0", json_schema_extra=RESUME_MAY_CHANGE)
 
 
 class RetrievalConfig(Section):
     """Held-out pairs for image-text retrieval."""
 
-    shards: str = Field(json_schema_extra=RESUME_MAY_CHANGE)
-    index: str | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
+    shards: Place = Field(json_schema_extra=RESUME_MAY_CHANGE)
+    index: Place | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
     captions: str = Field(
         "raw_caption", description="json key of the captions that count as correct", json_schema_extra=RESUME_MAY_CHANGE
     )

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, Range, Section, check_range, refuse
+from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, Place, Range, Section, check_range, refuse
 
 
 class JitterConfig(Section):
@@ -74,11 +74,11 @@ class SourceConfig(Section):
     """Shards of one dataset, indexed by `cosmos-scale data index` or `data build`."""
 
     name: str
-    shards: str = Field(
+    shards: Place = Field(
         description="folder or glob / brace pattern of .tar files, here or at a URL; or pipe:COMMAND, with braces",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    index: str | None = Field(
+    index: Place | None = Field(
         None, description="folder of the index files; default: beside the shards", json_schema_extra=RESUME_MAY_CHANGE
     )
     weight: float = Field(

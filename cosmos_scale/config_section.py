@@ -1,15 +1,28 @@
 """What every section of the config is built from: strict keys, value types, and rules between keys."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 from typing_extensions import Self
 
 RESUME_MAY_CHANGE: dict[str, Any] = {"resume_may_change": True}
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
+
+_USER = re.compile(r"(://)[^/@\s'\"]+@")
+_QUERY = re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
+
+
+def redact_urls(text: str) -> str:
+    """Leave user names, passwords and queries out of the URLs in a text."""
+    return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
+
+
+# A path, URL or command; what is written of a configuration (run folder, checkpoints, trackers) holds no secret of it.
+Place = Annotated[str, PlainSerializer(redact_urls, when_used="json")]
 
 
 class RuleBroken(ValueError):

@@ -17,6 +17,7 @@ examples:
   cosmos-scale data build --images photos --captions captions.csv --out shards --samples-per-shard 5000
   cosmos-scale data index /data/cc3m
   cosmos-scale data index '/data/cc3m/{000000..000331}.tar' --out /index/cc3m
+  cosmos-scale data index 'https://host/cc3m/{000000..000331}.tar' --out /index/cc3m
   cosmos-scale data inspect /data/cc3m --out cc3m_inspected
   cosmos-scale data inspect configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m --epoch 3 --first 1000
   cosmos-scale data verify /data/cc3m --captions textcrop --out damaged.jsonl
@@ -37,7 +38,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     index = with_examples(commands.add_parser("index", help="index shards without repacking them"), EXAMPLES)
     index.add_argument("pattern", metavar="PATTERN", help="folder, or glob or brace pattern of .tar files (in quotes)")
-    index.add_argument("--out", type=Path, metavar="DIR", help="folder of the index; default: beside the shards")
+    index.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the index; default: beside the shards, if they are files"
+    )
     index.set_defaults(command="data index", run=_index)
 
     inspect = with_examples(
@@ -120,6 +123,7 @@ def _count(text: str) -> int:
 def _config(arguments: argparse.Namespace) -> "RunConfig":
     """The run that a command is to look at: one from a file, or the defaults over a pattern of shards."""
     from cosmos_scale.config_file import load_config, make_config
+    from cosmos_scale.config_section import redact_urls
 
     overrides = list(arguments.overrides)
     if arguments.captions is not None:
@@ -129,7 +133,7 @@ def _config(arguments: argparse.Namespace) -> "RunConfig":
     if more := [text for text in arguments.overrides if "=" not in text]:
         raise UserError(f"{more[0]}: one pattern of shards is expected, in quotes, and then only key=value")
     if not arguments.data.endswith((".yaml", ".yml")):
-        source = {"name": arguments.data, "shards": arguments.data, "index": arguments.index}
+        source = {"name": redact_urls(arguments.data), "shards": arguments.data, "index": arguments.index}
         return make_config({"data": {"sources": [source]}}, overrides)
     if arguments.index is not None:
         raise UserError(f"--index {arguments.index}: goes with a pattern; in a run's file it is data.sources.0.index")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from cosmos_scale.config import RunConfig
+from cosmos_scale.config_section import redact_urls
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.data.order import steps_per_epoch
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
@@ -85,7 +86,10 @@ def _model_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _data_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     for source in config.data.sources:
-        yield f"source {source.name}", source.shards + (f", weight {source.weight:g}" if source.weight != 1 else "")
+        yield (
+            f"source {source.name}",
+            redact_urls(source.shards) + (f", weight {source.weight:g}" if source.weight != 1 else ""),
+        )
     views, captions = config.data.views, config.data.captions
     image_size = config.model.vision.image_size
     yield "crops", f"{views.global_crops} x {image_size} px and {views.local_crops} x {views.local_size} px"
@@ -100,7 +104,7 @@ def _output_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     start = f"weights of {config.init_from}" if config.init_from else "freshly drawn weights"
     yield "starts from", start if config.resume == "never" else f"resume: {config.resume}, else {start}"
     if config.eval.retrieval is not None and config.eval.every:
-        yield "evaluates", f"retrieval on {config.eval.retrieval.shards} every {config.eval.every:,} steps"
+        yield "evaluates", f"retrieval on {redact_urls(config.eval.retrieval.shards)} every {config.eval.every:,} steps"
     yield "seed", str(config.seed)
 
 

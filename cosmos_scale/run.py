@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from cosmos_scale.checkpoint.files import BrokenCheckpoint
 from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model, save_checkpoint
+from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model
+from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import dump_config
 from cosmos_scale.data.index import MergedIndex, open_sources
@@ -22,7 +24,7 @@ from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """What `prepare` found and opened; the same start on every rank."""
 
@@ -55,7 +57,8 @@ class Run:
         steps = f"steps {self.first_step + 1}-{last_step}"
         if self.first_step >= last_step:
             steps = f"nothing left to do at step {self.first_step} of {last_step}"
-        return (
+        passed_over = "".join(f"{text}: passed over\n" for text in self.start.broken)
+        return passed_over + (
             f"{self.folder}: {origin}; {self.index.epoch_samples} samples and {self.loader.steps_per_epoch} steps an "
             f"epoch, {steps}, global batch {self.config.train.global_batch} on "
             f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
@@ -79,12 +82,16 @@ class Run:
         raise_together(self.ranks, error)
         student = Student(model, dict(teacher_model.named_parameters()), self.config, self.ranks)
         if self.start.checkpoint is not None:
-            self._restore(student, self.start.checkpoint)
+            self._restore(student)
         return student, Teacher(teacher_model, student, self.config)
 
-    def save(self, step: int, student: Student) -> Path:
-        """Write the checkpoint of a number of steps done; collective."""
-        state = RunState(
+    def writer(self, student: Student) -> CheckpointWriter:
+        """What writes the run's checkpoints, beside the training."""
+        return CheckpointWriter(self.checkpoints, student.fragments, self.ranks.control, self.config.checkpoint)
+
+    def state(self, step: int, student: Student) -> RunState:
+        """What a checkpoint says of the run after a number of steps."""
+        return RunState(
             step=step,
             samples=step * self.config.train.global_batch,
             updates=student.updates,
@@ -94,8 +101,6 @@ class Run:
             config=self.config.model_dump(mode="json"),
             lost_shards=self.loader.lost_shards,
         )
-        keep_last = self.config.checkpoint.keep_last
-        return save_checkpoint(self.checkpoints, student.fragments, state, self.ranks.control, keep_last)
 
     def evaluate(self, student: Student, teacher: Teacher) -> dict[str, RetrievalResult]:
         """Retrieval of student and teacher on the held-out pairs, the work shared by all ranks; collective."""
@@ -109,16 +114,39 @@ class Run:
             results[name] = result
         return results
 
-    def _restore(self, student: Student, checkpoint: Path) -> None:
+    def _restore(self, student: Student) -> None:
+        """Load the start's checkpoint; with `resume: auto` an older one where a file turns out to be damaged."""
+        while True:
+            assert self.start.checkpoint is not None
+            broken = error = None
+            try:
+                state = load_checkpoint(self.start.checkpoint, student.fragments)
+                student.updates = state.updates
+                student.set_loss_scaler(state.loss_scaler)
+            except BrokenCheckpoint as failure:
+                broken = str(failure)
+            except UserError as failure:
+                error = failure
+            raise_together(self.ranks, error)
+            broken = next((text for text in from_all(broken, self.ranks) if text is not None), None)
+            if broken is None:
+                student.weights_changed()
+                return
+            self._go_back(broken)
+
+    def _go_back(self, broken: str) -> None:
+        """Start from an older checkpoint, since this one cannot be read; collective."""
         error = None
         try:
-            state = load_checkpoint(checkpoint, student.fragments)
-            student.updates = state.updates
-            student.set_loss_scaler(state.loss_scaler)
+            if self.config.resume != "auto":
+                raise UserError(broken)
+            known = (*self.start.broken, broken)
+            self.start = find_start(self.config, self.checkpoints, self.index.fingerprint(), known)
+            assert self.start.state is not None
+            self.loader.lost_shards = self.start.state.lost_shards
         except UserError as failure:
             error = failure
         raise_together(self.ranks, error)
-        student.weights_changed()
 
 
 def prepare(config: RunConfig, ranks: Ranks) -> Run:
@@ -133,9 +161,7 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         lost = {} if start.state is None else start.state.lost_shards
         damaged = folder / "damaged.jsonl"
-        loader = TrainLoader(
-            config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device
-        )
+        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device)
         if start.state is None:
             loader.check_shards()
         retrieval = None

@@ -37,11 +37,12 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     cosmos_loss = CosmosLoss(config.optimizer.gradient_scale)
     step = run.first_step
 
-    with Progress(config, ranks, run.folder, first_step=step, last_step=last_step) as progress:
+    progress = Progress(config, ranks, run.folder, first_step=step, last_step=last_step)
+    with progress, run.writer(student) as checkpoints:
         progress.say(run.describe(last_step))
         ahead = Lookahead(run.loader, step, ranks, stop, progress.say)
         if config.checkpoint.at_start and step == 0:
-            run.save(0, student)
+            checkpoints.save(run.state(0, student))
         if step < last_step:
             ahead.fetch()
         while step < last_step:
@@ -61,10 +62,11 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
                     progress.evaluation(step, run.evaluate(student, teacher))
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
                 with progress.pause():
-                    run.save(step, student)
+                    checkpoints.save(run.state(step, student))
         progress.read_pending()
         if step > run.first_step:
-            progress.say(f"checkpoint: {run.save(step, student)}")
+            checkpoints.save(run.state(step, student))
+            progress.say(f"checkpoint: {checkpoints.wait()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -139,8 +140,11 @@ def write_run(folder: Path, scenes: SceneShards, **sections: Any) -> Path:
     return path
 
 
-def start(run: Path, *overrides: str, ranks: int = 1) -> Run:
-    """Start `cosmos_scale.train` with a command line, in processes that only lack the launcher above them."""
+def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.train") -> Run:
+    """Start a program with a command line, in processes that only lack the launcher above them.
+
+    program: a module with a `main` that takes the command line and returns the exit status.
+    """
     context = get_context("forkserver")
     # Imported once for all runs of this test process. Its choice of device is made as it is imported, so that it must
     # not be where a run may want another.
@@ -155,7 +159,8 @@ def start(run: Path, *overrides: str, ranks: int = 1) -> Run:
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             argv = [str(run), *overrides]
-            process = context.Process(target=_main, args=(argv, environment | own, folder / str(rank)), daemon=False)
+            arguments = (program, argv, environment | own, folder / str(rank))
+            process = context.Process(target=_main, args=arguments, daemon=False)
             process.start()
             started.append(process)
         return started
@@ -163,9 +168,9 @@ def start(run: Path, *overrides: str, ranks: int = 1) -> Run:
     return Run(processes)
 
 
-def train(run: Path, *overrides: str, ranks: int = 1) -> Finished:
-    """Run `cosmos_scale.train` to its end."""
-    with start(run, *overrides, ranks=ranks) as process:
+def train(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.train") -> Finished:
+    """Run the training program, or one like it, to its end."""
+    with start(run, *overrides, ranks=ranks, program=program) as process:
         return process.wait()
 
 
@@ -247,8 +252,8 @@ def _environment() -> dict[str, str]:
     return kept | {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
 
 
-def _main(argv: list[str], environment: Mapping[str, str], files: Path) -> None:
-    """One process of a run: what `python -m cosmos_scale.train ARGV` does after its imports."""
+def _main(program: str, argv: list[str], environment: Mapping[str, str], files: Path) -> None:
+    """One process of a run: what `python -m PROGRAM ARGV` does after its imports."""
     os.setsid()
     for descriptor, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -258,9 +263,7 @@ def _main(argv: list[str], environment: Mapping[str, str], files: Path) -> None:
     torch.set_num_threads(1)
     status = 1
     try:
-        from cosmos_scale.train import main
-
-        status = main(argv)
+        status = import_module(program).main(argv)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:

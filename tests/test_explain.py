@@ -9,6 +9,7 @@ import pytest
 
 from cosmos_scale.config_file import load_config
 from cosmos_scale.data.order import steps_per_epoch
+from cosmos_scale.data.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.explain import count_parameters, explain
 from tests.conftest import REPOSITORY
@@ -86,6 +87,19 @@ def test_overrides_show_in_the_dry_run(capsys: pytest.CaptureFixture[str]) -> No
     assert rows["last step"] == "100 (train.max_steps)"
     assert rows["writes to"] == "runs/other"
     assert re.split(r"\s+", rows[f"{16 * 2768:,}"])[1] == "0.999500"  # half way: half of the distance to 1
+
+
+def test_weights_lengthen_the_epoch_and_show(capsys: pytest.CaptureFixture[str], scenes: SceneShards) -> None:
+    sources = [f"data.sources.0.shards={scenes.train}", "data.sources.0.weight=2.5"]  # of 80 pairs
+    others = ["train.global_batch=16", "train.epoch_steps_multiple=1", "train.schedule_steps=5000"]
+    path = REPOSITORY / "configs" / "run" / "cc3m_vitb32.yaml"
+    rows = dry_run(capsys, path, 2, *sources, *others)
+    assert rows["samples per epoch"] == "200 (index)"
+    assert rows["steps per epoch"] == "13"
+    assert rows["source cc3m"] == f"{scenes.train}, weight 2.5"
+    for refused in ("0", "-1", ".inf", "many"):
+        with pytest.raises(UserError, match=r"data\.sources\.0\.weight"):
+            load_config(path, [f"data.sources.0.weight={refused}"])
 
 
 def test_a_world_size_that_does_not_divide_is_refused() -> None:

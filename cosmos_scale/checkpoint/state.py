@@ -1,30 +1,31 @@
 """Checkpoints: a folder of safetensors fragments, one file a rank, and a manifest that is written last.
 
-A folder counts only with its manifest; it is made under a temporary name and renamed when it is whole.
+A folder counts only with its manifest; it is made under a temporary name and renamed when it is whole. The manifest
+says where each element of each parameter lies, so that any number of ranks at any stage of ZeRO reads what any other
+wrote, and holds a checksum for each megabyte of the files and one of itself.
 """
 
 import json
 import os
-import shutil
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cosmos_scale import __version__
+from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.fragments import Fragment
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")  # of a fragment's tensors, in the order of the files
 SAVED_AS = {"student": "weight", "teacher": "ema"}
 
 
@@ -77,70 +78,38 @@ def find_checkpoint(folder: Path) -> Path:
     return found
 
 
-def save_checkpoint(
-    root: Path, fragments: Sequence[Fragment], state: RunState, group: dist.ProcessGroup, keep_last: int
-) -> Path:
-    """Write a checkpoint under root and delete all but it and the newest keep_last; collective over the CPU group.
+class Manifest(NamedTuple):
+    """What is said of a checkpoint beside its tensors.
 
-    Raises UserError on every rank where one of them cannot write.
+    parameters: by name, {"shape": [...], "pieces": [[file, first element, elements], ...]}.
     """
-    rank = dist.get_rank(group)
-    final = root / checkpoint_name(state.step)
-    temporary = final.with_suffix(".tmp")
-    error = None
-    if rank == 0:
-        try:
-            for abandoned in root.glob("step-*.tmp"):  # of runs that were killed while they saved
-                shutil.rmtree(abandoned, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        except OSError as failure:
-            error = f"checkpoint {temporary}: {failure.strerror}"
-    _raise_together(error, group)
-    owned = [fragment for fragment in fragments if fragment.owned]
-    file = f"fragments-{rank:05d}.safetensors"
-    try:
-        if owned:
-            _write_fragments(temporary / file, owned)
-    except (OSError, SafetensorError) as failure:
-        error = f"checkpoint {temporary / file}: {failure} (rank {rank})"
-    _raise_together(error, group)
-    pieces: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(
-        pieces, [(file, part.name, list(part.shape), part.start, part.weight.numel()) for part in owned], group=group
-    )
-    if rank == 0:
-        try:
-            _write_manifest(temporary, state, pieces)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _sync_folder(root)
-            for old in checkpoints(root)[:-keep_last]:
-                if old != final:  # a run that went back to an older checkpoint saves below the newest
-                    shutil.rmtree(old, ignore_errors=True)
-        except OSError as failure:
-            error = f"checkpoint {final}: {failure.strerror}"
-    _raise_together(error, group)
-    return final
+
+    state: RunState
+    versions: dict[str, str]
+    parameters: dict[str, Any]
+    files: dict[str, FileRecord]
 
 
 def load_checkpoint(folder: Path, fragments: Iterable[Fragment]) -> RunState:
     """Fill a rank's fragments from a checkpoint, whatever world size and stage wrote it; reads only their bytes.
 
-    Raises UserError where the folder is no checkpoint or holds other parameters or shapes.
+    Raises BrokenCheckpoint where it is not what was written, UserError where it holds other parameters or shapes.
     """
-    manifest = _read_manifest(folder)
-    with _Pieces(folder, manifest) as pieces:
-        for fragment in fragments:
-            pieces.check_shape(fragment.name, list(fragment.shape))
-            for kind, tensor in fragment.tensors().items():
+    manifest = read_manifest(folder)
+    parts = list(fragments)
+    with FragmentReader(folder, manifest) as reader:
+        for fragment in parts:
+            reader.check_shape(fragment.name, list(fragment.shape))
+        for kind in KINDS:  # as the files have them, so that each chunk is read once
+            for fragment in parts:
                 with torch.no_grad():
-                    pieces.read(fragment.name, kind, fragment.start, tensor)
-    return RunState(**manifest["state"])
+                    reader.read(fragment.name, kind, fragment.start, fragment.tensors()[kind])
+    return manifest.state
 
 
 def read_state(folder: Path) -> RunState:
     """The run state of a checkpoint; raises UserError where the folder is none."""
-    return RunState(**_read_manifest(folder)["state"])
+    return read_manifest(folder).state
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -157,12 +126,12 @@ def read_run_config(folder: Path) -> RunConfig:
 
 def load_weights(folder: Path, which: Literal["student", "teacher"]) -> dict[str, Tensor]:
     """Whole float32 weights of one model by state-dict name; log-scales have shape [], as in public checkpoints."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     weights = {}
-    with _Pieces(folder, manifest) as pieces:
-        for name, entry in manifest["parameters"].items():
+    with FragmentReader(folder, manifest) as reader:
+        for name, entry in manifest.parameters.items():
             flat = torch.empty(torch.Size(entry["shape"]).numel())
-            pieces.read(name, SAVED_AS[which], 0, flat)
+            reader.read(name, SAVED_AS[which], 0, flat)
             weights[name] = flat.view([] if name.endswith("logit_scale") else entry["shape"])
     return weights
 
@@ -177,24 +146,31 @@ def load_model(model: nn.Module, folder: Path, which: Literal["student", "teache
         raise UserError(f"checkpoint {folder}: does not fit the model: {first[:200]}") from failure
 
 
-class _Pieces:
-    """Open fragment files of one checkpoint."""
+class FragmentReader:
+    """Reads parameters out of the files of a checkpoint; `bytes_read` counts what came from the disk."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
-        self.parameters: dict[str, Any] = manifest["parameters"]
-        self.files: dict[str, Any] = {}
+        self.manifest = manifest
+        self._open: dict[str, TensorFile] = {}
 
-    def __enter__(self) -> "_Pieces":
+    def __enter__(self) -> "FragmentReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.files.clear()
+        for file in self._open.values():
+            file.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all files, headers included."""
+        return sum(file.bytes_read for file in self._open.values())
 
     def check_shape(self, name: str, shape: list[int]) -> None:
-        if name not in self.parameters:
+        """Raise UserError where the checkpoint has no such parameter, or of another shape."""
+        if name not in self.manifest.parameters:
             raise UserError(f"checkpoint {self.folder}: has no parameter {name!r}; rule: the model must be the same")
-        saved = self.parameters[name]["shape"]
+        saved = self.manifest.parameters[name]["shape"]
         if saved != shape:
             raise UserError(
                 f"checkpoint {self.folder}: {name} has shape {saved}, the model {shape}; rule: they must be equal"
@@ -203,99 +179,84 @@ class _Pieces:
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Fill out ([n]) with the parameter's elements start .. start + n."""
         end, filled = start + out.numel(), 0
-        for file, piece_start, count in self.parameters[name]["pieces"]:
+        for file, piece_start, count in self.manifest.parameters[name]["pieces"]:
             low, high = max(start, piece_start), min(end, piece_start + count)
             if low < high:
-                out[low - start : high - start] = self._stored(file, f"{name}|{kind}", low - piece_start, high - low)
+                self.file(file).read(f"{name}|{kind}", low - piece_start, out[low - start : high - start])
                 filled += high - low
         if filled != out.numel():
-            raise UserError(
+            raise BrokenCheckpoint(
                 f"checkpoint {self.folder}: {name} has {filled} of {out.numel()} elements; rule: none may lack"
             )
 
-    def _stored(self, file: str, key: str, start: int, count: int) -> Tensor:
-        """[count] elements of a stored tensor."""
-        path = self.folder / file
-        try:
-            if file not in self.files:
-                self.files[file] = safe_open(path, framework="pt")
-            stored: Tensor = self.files[file].get_slice(key)[start : start + count]
-        except (OSError, SafetensorError) as failure:
-            reason = str(failure).splitlines()[0]
-            raise UserError(f"checkpoint file {path}: {reason}; rule: it must be whole") from failure
-        return stored
+    def file(self, name: str) -> TensorFile:
+        """One of the checkpoint's files, opened when it is first asked for; raises BrokenCheckpoint."""
+        if name not in self._open:
+            if name not in self.manifest.files:
+                raise BrokenCheckpoint(f"checkpoint {self.folder}: {MANIFEST} does not know its file {name}")
+            self._open[name] = TensorFile(self.folder, self.manifest.files[name])
+        return self._open[name]
 
 
-def _write_fragments(path: Path, fragments: Sequence[Fragment]) -> None:
-    tensors = {
-        f"{fragment.name}|{kind}": tensor.detach().cpu().contiguous()
-        for fragment in fragments
-        for kind, tensor in fragment.tensors().items()
-    }
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def write_manifest(
+    folder: Path, state: RunState, ranks: Sequence[tuple[FileRecord, Sequence[tuple[str, list[int], int, int]]]]
+) -> None:
+    """Write what makes a folder a checkpoint, and wait for the disk; raises OSError.
 
-
-def _write_manifest(folder: Path, state: RunState, pieces: list[Any]) -> None:
+    ranks: for each file its record, and (name, shape, first element, elements) of the pieces in it.
+    """
     parameters: dict[str, Any] = {}
-    for file, name, shape, start, count in (piece for rank_pieces in pieces for piece in rank_pieces):
-        entry = parameters.setdefault(name, {"shape": shape, "pieces": []})
-        entry["pieces"].append([file, start, count])
-    manifest = {
+    for record, pieces in ranks:
+        for name, shape, start, count in pieces:
+            entry = parameters.setdefault(name, {"shape": shape, "pieces": []})
+            entry["pieces"].append([record.name, start, count])
+    content = {
         "format": FORMAT,
         "versions": {"cosmos_scale": __version__, "torch": torch.__version__},
         "state": asdict(state),
         "parameters": parameters,
+        "files": [record._asdict() for record, _ in ranks],
     }
+    text = json.dumps(content)
     with (folder / MANIFEST).open("w") as file:
-        json.dump(manifest, file)
+        # The checksum comes first, on a line of its own: what follows is what it is of.
+        file.write(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check what is said of a checkpoint; raises BrokenCheckpoint, or UserError for another version's."""
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        version = manifest["format"]
-        if version == FORMAT:  # what lacks here would be missed further on
-            _ = RunState(**manifest["state"])
-            _check_parameters(manifest["parameters"])
+        checksum, text = path.read_text().split("\n", 1)
+        text = text.removesuffix("\n")
+        if int(checksum, 16) != zlib.crc32(text.encode()):
+            raise ValueError("its checksum is another")
+        content: dict[str, Any] = json.loads(text)
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"checkpoint {folder}: format {content['format']}; rule: this version reads format {FORMAT}"
+            )
+        files = {file["name"]: FileRecord(**file) for file in content["files"]}
+        return Manifest(RunState(**content["state"]), content["versions"], content["parameters"], files)
     except (OSError, ValueError, KeyError, TypeError) as failure:
-        raise UserError(
-            f"checkpoint {folder}: no readable {MANIFEST}; rule: name a step-* folder of a run"
+        raise BrokenCheckpoint(
+            f"checkpoint {folder}: no readable {MANIFEST} ({failure}); rule: name a step-* folder of a run"
         ) from failure
-    if version != FORMAT:
-        raise UserError(f"checkpoint {folder}: format {version}; rule: this version reads format {FORMAT}")
-    return manifest
 
 
-def _check_parameters(parameters: dict[str, Any]) -> None:
-    """Raise ValueError, TypeError or KeyError where a manifest's parameters are not of the form that is written."""
-    if not isinstance(parameters, dict):
-        raise TypeError("parameters are no object")
-    for name, entry in parameters.items():
-        numbers = [*entry["shape"], *(number for _, *numbers in entry["pieces"] for number in numbers)]
-        files = [file for file, _, _ in entry["pieces"]]
-        if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError(f"{name}: shape, starts and counts are numbers from 0")
-        if not all(isinstance(file, str) for file in files):
-            raise ValueError(f"{name}: files are named by strings")
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise BrokenCheckpoint where a file is missing or of another size: what a look tells without reading them."""
+    for record in manifest.files.values():
+        TensorFile(folder, record).close()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's entries; raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _raise_together(error: str | None, group: dist.ProcessGroup) -> None:
-    errors: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error, group=group)
-    failed = next((text for text in errors if text is not None), None)
-    if failed is not None:
-        raise UserError(f"{failed}; the previous checkpoints are untouched")

@@ -13,6 +13,7 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +24,15 @@ from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.order import EpochOrder, SourceShards
 from cosmos_scale.data.patterns import ShardPattern, parse_pattern
-from cosmos_scale.data.scan import Rejected, scan_shard
+from cosmos_scale.data.scan import scan_shard
 from cosmos_scale.data.shards import DEFAULT_REMOTE, Entry, Location, ShardFile
 from cosmos_scale.data.store import Transient, fetch_into, is_remote, join, redact
+from cosmos_scale.data.unfinished import IndexedShard, Unfinished
 from cosmos_scale.errors import UserError
 
 SUMMARY = "index.json"
 REJECTED = "rejected.jsonl"
+UNFINISHED = "unfinished.jsonl"
 FORMAT = "cosmos-scale shard index 1"
 _OPEN_TABLES = 64  # memory-mapped tables kept per process
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken summary raises
@@ -68,7 +71,8 @@ class ShardRow(NamedTuple):
 def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, progress: bool = True) -> IndexReport:
     """Index the shards of a folder or a glob or brace pattern, without repacking them.
 
-    Shards at a URL or from a command are read once, each through a temporary file.
+    Shards at a URL or from a command are read once, each through a temporary file; where that breaks off, the next call
+    goes on after the shards that are done.
     out: folder of the index; default: the folder of the shards. Shards that it knows already, but not by this pattern,
     stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
     Raises: UserError where there is no shard, a shard is compressed or unreadable, or no sample is left; where the
@@ -87,21 +91,27 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
     torn = 0
-    results = map_jobs(partial(_index_one, shards, folder), names, workers)
+    unfinished = Unfinished(folder / UNFINISHED) if is_remote(pattern) else None
+    known = unfinished.read(names) if unfinished else {}
+    work = map_jobs(partial(_index_one, shards, folder), [name for name in names if name not in known], workers)
     with progress_bar("indexing shards", len(names), show=progress) as advance:
-        for row, shard_rejected, break_off in results:
-            rows.append(row)
-            rejected.update(_reason_class(fault.reason) for fault in shard_rejected)
-            faults += [{"shard": row.name, "key": fault.key, "reason": fault.reason} for fault in shard_rejected]
-            if break_off is not None:
+        for done in chain(known.values(), work):
+            if unfinished and done.name not in known:
+                unfinished.append(done)
+            rows.append(ShardRow(done.name, done.samples, done.size))
+            rejected.update(_reason_class(reason) for _, reason in done.rejected)
+            faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
+            if done.torn is not None:
                 torn += 1
-                faults.append({"shard": row.name, "key": None, "reason": break_off})
+                faults.append({"shard": done.name, "key": None, "reason": done.torn})
             advance(1)
     _merge_rejected(folder / REJECTED, set(names), faults)
     samples = sum(row.samples for row in rows)
     if samples == 0:
         raise UserError(f"{shards.shown}: no usable sample in {len(names)} shards; see {folder / REJECTED}")
     _write_summary(folder / SUMMARY, sorted([*others, *rows]))
+    if unfinished:
+        unfinished.remove()
     return IndexReport(folder, len(rows), samples, rejected, torn)
 
 
@@ -277,7 +287,7 @@ def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
     _replace(path, f'{{"format": {json.dumps(FORMAT)}, "shards": [\n{lines}\n]}}\n'.encode())
 
 
-def _index_one(shards: ShardPattern, folder: Path, name: str) -> tuple[ShardRow, list[Rejected], str | None]:
+def _index_one(shards: ShardPattern, folder: Path, name: str) -> IndexedShard:
     """Scan one shard and write its table."""
     scan = scan_shard(shards.address(name), shards.show(name))
     key_bytes = max((len(entry.key.encode("utf-8", "surrogateescape")) for entry in scan.entries), default=1)
@@ -296,7 +306,8 @@ def _index_one(shards: ShardPattern, folder: Path, name: str) -> tuple[ShardRow,
     path = folder / _table_name(name)
     make_folder(path.parent)
     _replace(path, buffer.getvalue())
-    return ShardRow(name, len(table), scan.size), scan.rejected, scan.torn
+    rejected = [(fault.key, fault.reason) for fault in scan.rejected]
+    return IndexedShard(name, len(table), scan.size, rejected, scan.torn)
 
 
 def _replace(path: Path, data: bytes) -> None:

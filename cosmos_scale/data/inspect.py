@@ -4,7 +4,6 @@ Everything is counted by value, so that the tallies of many processes add up exa
 samples. Pictures are not decoded: their headers tell size and format. `cosmos_scale.data.verify` reads them whole.
 """
 
-import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from cosmos_scale.batch import caption_lengths
@@ -26,7 +24,7 @@ from cosmos_scale.config_data import DataConfig
 from cosmos_scale.data.captions import caption_pool, draw_captions
 from cosmos_scale.data.contact_sheet import Original, contact_sheet
 from cosmos_scale.data.decode import Views
-from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
 from cosmos_scale.data.index import MergedIndex, open_sources
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.loader import TrainLoader
@@ -160,7 +158,7 @@ def _tally(pass_: _Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDA
         location = index.locate(sample)
         try:
             image_bytes, document = reader.read(location)
-            kind, width, height = picture_header(image_bytes)
+            kind, width, height = picture_header(image_bytes, pass_.data.max_pixels)
             pool = caption_pool(captions.sampling, document)
             texts = draw_captions(captions, document, SampleKey(seed, epoch, sample))
         except DamagedSample as damage:
@@ -178,14 +176,16 @@ def _tally(pass_: _Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDA
     return tally
 
 
-def picture_header(image_bytes: bytes) -> tuple[str, int, int]:
+def picture_header(image_bytes: bytes, max_pixels: int) -> tuple[str, int, int]:
     """Return a picture's format with its colour mode, width and height, without decoding it.
 
     Raises DamagedSample.
     """
     try:
-        with Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP")) as image:
+        with open_picture(image_bytes, max_pixels) as image:
             return f"{image.format} {image.mode}", image.width, image.height
+    except DamagedSample:
+        raise
     except Exception as error:  # broken bytes raise almost any type: OSError, SyntaxError, ValueError, struct.error
         raise DamagedSample(f"no picture header: {error}") from error
 
@@ -198,7 +198,7 @@ def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int,
     """
     # Batches of one sample, so that a step is a position; everything else is the run's, substitutes included.
     one = config.train.model_copy(update={"global_batch": 1, "epoch_steps_multiple": 1})
-    data = config.data.model_copy(update={"workers": 0, "max_damaged": 1.0})
+    data = config.data.model_copy(update={"workers": 0, "max_damaged": 1.0, "decoder": "torch"})
     config = config.model_copy(update={"train": one, "data": data})
     index = open_sources(data.sources)
     order = index.order(config.seed, data.window)
@@ -215,7 +215,7 @@ def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int,
         for position, batch in enumerate(islice(batches, count)):
             sample = int(batch.sample_ids[0])
             wanted, repeat = int(visits.samples[position]), int(visits.repeats[position])
-            key = SampleKey(config.seed, epoch, sample, repeat if sample == wanted else 0)
+            key = SampleKey(config.seed, epoch, sample, repeat)
             location = index.locate(sample)
             image_bytes, document = reader.read(location)
             picture = decode_rgbx(image_bytes, data.max_pixels)

@@ -90,6 +90,11 @@ class TrainLoader:
         """The shards given up so far, each with the step from which on its samples are replaced."""
         return dict(self._lost.steps)
 
+    @lost_shards.setter
+    def lost_shards(self, steps: Mapping[str, int]) -> None:
+        """Replace them by those of a checkpoint; before the first batch."""
+        self._lost.steps = dict(steps)
+
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Yield this rank's batch of step `start_step` and of every step after it, without end.
 

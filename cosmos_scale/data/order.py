@@ -66,6 +66,7 @@ class EpochOrder:
     A source of weight w is visited `SourceShards.visits` times an epoch: in whole passes, in each of which every
     sample comes once, and where w is no whole number in one more of a part of the samples. Of this part every shard
     gives its share, rounded up or down; which samples it is, is drawn anew each epoch, each as likely as any other.
+    Passes follow one another: a sample's visits lie far apart, unless its source is smaller than its share of a window.
 
     sources: sample ids count through their shards in this order.
     window: samples shuffled together. Larger mixes better and reads more shards at a time; costs 24 bytes a sample.

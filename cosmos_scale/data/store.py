@@ -22,6 +22,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.config_section import redact_urls
 from cosmos_scale.errors import UserError
 
 PIPE = "pipe:"
@@ -31,8 +32,6 @@ LONGEST_WAIT = 30.0  # seconds between two tries
 Result = TypeVar("Result")
 
 _URL = re.compile(r"[A-Za-z][\w+.-]*(::[A-Za-z][\w+.-]*)*://")
-_USER = re.compile(r"(://)[^/@\s'\"]+@")
-_QUERY = re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _TOO_BUSY = (408, 425, 429)
 _NO_ACCESS = (401, 403, 407)
@@ -98,7 +97,7 @@ def redact(text: str, address: str = "") -> str:
         parts = urlsplit(address)
         for secret in (parts.query, parts.netloc.rpartition("@")[0], parts.password):
             text = text.replace(secret, "***") if secret else text
-    return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
+    return redact_urls(text)
 
 
 def retried(action: Callable[[], Result], remote: RemoteConfig, *, await_missing: bool = False) -> Result:

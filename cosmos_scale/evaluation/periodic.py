@@ -9,6 +9,7 @@ from torch import Tensor
 from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_data import SourceConfig
+from cosmos_scale.config_section import redact_urls
 from cosmos_scale.data.gallery import check_captions, gallery_batches
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.errors import UserError
@@ -50,7 +51,7 @@ class PeriodicRetrieval:
                 device=self.device,
             )
         except ValueError as failure:  # raised on every rank alike
-            error = UserError(f"eval.retrieval: {self.config.shards}: {failure}")
+            error = UserError(f"eval.retrieval: {redact_urls(self.config.shards)}: {failure}")
         return result, batches.error or error
 
     def _encode_images(self, model: CosmosModel, images: Tensor) -> Tensor:

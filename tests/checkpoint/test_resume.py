@@ -8,8 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import RunState, save_checkpoint
-from cosmos_scale.config import RunConfig
+from cosmos_scale.checkpoint.state import RunState
+from cosmos_scale.checkpoint.writer import CheckpointWriter
+from cosmos_scale.config import CheckpointConfig, RunConfig
 from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.errors import UserError
 from tests.distributed import run_ranks
@@ -28,9 +29,11 @@ def changed(**sections: Any) -> RunConfig:
 
 
 def save(rank: int, world_size: int, root: Path, steps: list[int]) -> None:
-    for step in steps:
-        state = RunState(step, 8 * step, step, world_size, {}, DATA, CONFIG.model_dump(mode="json"))
-        save_checkpoint(root, [], state, dist.group.WORLD, 9)  # type: ignore[arg-type]
+    group = dist.group.WORLD
+    assert group is not None
+    with CheckpointWriter(root, [], group, CheckpointConfig(keep_last=9)) as writer:
+        for step in steps:
+            writer.save(RunState(step, 8 * step, step, world_size, {}, DATA, CONFIG.model_dump(mode="json")))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,10 @@ def test_paths_workers_logging_and_limits_may_change(root: Path, sections: dict[
         ({"zero": {"stage": 0}}, ["zero.stage"]),
         ({"ema": {"momentum": 0.5}, "data": {"window": 7}}, ["ema.momentum", "data.window"]),
         ({"data": {"sources": [{"name": "others", "shards": "data/train"}]}}, ["data.sources.0.name"]),
+        (
+            {"data": {"sources": [{"name": "scenes", "shards": "data/train", "weight": 2.0}]}},
+            ["data.sources.0.weight"],
+        ),
     ],
     ids=str,
 )

@@ -167,10 +167,12 @@ def test_damaged_samples_are_counted_by_reason(
     document = open_folder(tmp_path).locate(7).entry
     flip_bytes(tmp_path / "0.tar", document.text_offset, 1)
     found = read_json(capsys, tmp_path, "--out", tmp_path)
-    assert found["damaged"] == {"no picture header": 2, "unreadable json": 1}
+    assert found["damaged"] == {"the picture is not a JPEG, PNG or WebP": 2, "unreadable json": 1}
     assert sum(found["formats"].values()) == 9
     out = run(capsys, tmp_path, "--out", tmp_path)
-    assert "damaged: 3 of 12 (25.00%); `data verify` names them all\n  2 x no picture header\n" in out
+    assert (
+        "damaged: 3 of 12 (25.00%); `data verify` names them all\n  2 x the picture is not a JPEG, PNG or WebP\n" in out
+    )
 
 
 def write_run(path: Path, folder: Path, **data: Any) -> Path:

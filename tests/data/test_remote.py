@@ -255,6 +255,29 @@ def test_remote_shards_are_indexed_like_files(shards: Path, tmp_path: Path, serv
         )
 
 
+def test_an_indexing_that_broke_off_goes_on_where_it_was(shards: Path, tmp_path: Path, server: WebServer) -> None:
+    write_shard(shards / "00001.tar", [sample(5), {"__key__": "no_text", "jpg": picture(0)}])
+    index_shards(str(shards), None, workers=1, progress=False)
+    pattern, out = f"{server.url}/{{00000..00002}}.tar", tmp_path / "out"
+    (shards / "00002.tar").rename(tmp_path / "away.tar")
+    with pytest.raises(UserError, match=r"00002\.tar: cannot be read: not found"):
+        index_shards(pattern, out, workers=1, progress=False)
+    with pytest.raises(UserError, match=r"no index at .*out/index\.json; run .*--out"):
+        open_remote(pattern, out)
+    with (out / "unfinished.jsonl").open("a") as file:
+        file.write('["00002.tar", 4, 10')  # killed while writing
+    (tmp_path / "away.tar").rename(shards / "00002.tar")
+    report = index_shards(pattern, out, workers=1, progress=False)
+    assert (report.shards, report.samples, report.rejected.total()) == (3, 12, 1)
+    assert [request.path[1:] for request in server.requests() if request.status == 200] == [
+        "00000.tar", "00001.tar", "00002.tar",
+    ]  # fmt: skip
+    for path in out.iterdir():
+        assert path.read_bytes() == (shards / path.name).read_bytes()
+    index_shards(pattern, out, workers=1, progress=False)  # what is finished is made anew
+    assert len(server.requests()) == 7
+
+
 def test_an_index_may_lie_at_a_url_too(shards: Path, tmp_path: Path, server: WebServer) -> None:
     beside = open_remote(f"{server.url}/{{00000..00002}}.tar", None)
     assert beside.fingerprint() == open_folder(shards).fingerprint()

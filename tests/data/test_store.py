@@ -8,7 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from cosmos_scale.config import RunConfig
 from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.config_file import dump_config
 from cosmos_scale.data.patterns import parse_pattern
 from cosmos_scale.data.store import (
     CommandStore,
@@ -257,3 +259,19 @@ def test_folders_and_wildcards_where_they_can_be_listed(memory: str) -> None:
 def test_patterns_that_cannot_be(pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_pattern(pattern).list_names()
+
+
+def test_what_is_written_of_a_configuration_holds_no_secret() -> None:
+    url = "https://me:pw@h/{0..9}.tar?token=secret"
+    config = RunConfig.model_validate(
+        {
+            "data": {"sources": [{"name": "a", "shards": url, "index": url}, {"name": "b", "shards": "/x?[ab]/*.tar"}]},
+            "eval": {"retrieval": {"shards": url, "index": url}},
+        }
+    )
+    assert config.data.sources[0].shards == url
+    written = dump_config(config)
+    assert written.count("https://***@h/{0..9}.tar?***") == 4
+    assert "/x?[ab]/*.tar" in written
+    for secret in ("me:pw", "secret"):
+        assert secret not in written

@@ -145,7 +145,8 @@ class DaliDecoder:
     def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Generator[tuple[Views, T], None, None]:
         """Yield the views of batch after batch, each with what came with it, while DALI works on the next ones.
 
-        As __call__, but data.dali.prefetch batches are asked for ahead. One stream at a time.
+        As __call__, but data.dali.prefetch batches are asked for ahead. One stream at a time. Raises UserError where
+        DALI fails, as it does where a GPU has no memory left.
         """
         waiting: list[tuple[Encoded, T]] = []
         try:
@@ -176,10 +177,15 @@ class DaliDecoder:
         self._submitted += 1
 
     def _outputs(self) -> list[Tensor]:
-        """DALI's views of the oldest batch submitted: V tensors [B, side, side, 3] uint8."""
+        """DALI's views of the oldest batch submitted: V tensors [B, side, side, 3] uint8. Raises UserError."""
         self._submitted -= 1
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        outputs = self._pipeline.share_outputs(stream)
+        try:
+            outputs = self._pipeline.share_outputs(stream)
+        except RuntimeError as error:
+            self._submitted = 0  # DALI gives up the pipeline, and all batches in it
+            reason = str(error).rpartition("encountered:")[2].strip().partition("\n")[0]
+            raise UserError(f"data.decoder: dali failed on a batch: {reason}") from error
         crops = [from_dlpack(output.as_tensor()) for output in outputs]
         self._pipeline.release_outputs()  # each tensor keeps its own memory
         return crops

@@ -13,6 +13,10 @@ Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
 
+# Every size is compared with data.max_pixels before Pillow sees the picture. Pillow's own limit would warn of, or
+# refuse, what the config allows.
+Image.MAX_IMAGE_PIXELS = None
+
 
 def decode_rgbx(image_bytes: bytes, max_pixels: int) -> Pixels:
     """Decode JPEG, PNG or WebP to [H, W, 4] uint8: RGB and a fourth channel without meaning.
@@ -47,11 +51,7 @@ def _decode_jpeg(image_bytes: bytes, max_pixels: int) -> Pixels:
 
 
 def _decode_other(image_bytes: bytes, max_pixels: int) -> Pixels:
-    try:
-        image = Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP"))
-    except UnidentifiedImageError:
-        raise DamagedSample("the picture is not a JPEG, PNG or WebP") from None
-    _check_size(image.height, image.width, max_pixels)
+    image = open_picture(image_bytes, max_pixels)
     if image.format == "PNG":
         # Checks every chunk's checksum, which decoding leaves out. It uses the file up: open it again.
         image.verify()
@@ -61,6 +61,42 @@ def _decode_other(image_bytes: bytes, max_pixels: int) -> Pixels:
         return _rgbx(Image.fromarray((np.asarray(image) // 256).astype(np.uint8)))
     # A palette goes through RGBA: Pillow warns of its transparency otherwise. Transparent pixels keep their colour.
     return _rgbx(image.convert("RGBA") if image.mode == "P" else image)
+
+
+def open_picture(image_bytes: bytes, max_pixels: int) -> Image.Image:
+    """Read a picture's header; pixels come when they are asked for.
+
+    Raises DamagedSample where it has more than `max_pixels` pixels or is none, and whatever Pillow does where it is
+    broken.
+    """
+    stated = _stated_size(image_bytes)
+    if stated is not None:  # before opening: that allocates a WebP's whole canvas
+        _check_size(*stated, max_pixels)
+    try:
+        image = Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP"))
+    except UnidentifiedImageError:
+        raise DamagedSample("the picture is not a JPEG, PNG or WebP") from None
+    _check_size(image.height, image.width, max_pixels)
+    return image
+
+
+def _stated_size(image_bytes: bytes) -> tuple[int, int] | None:
+    """Height and width by the header of a PNG (its specification, 11.2.1) or WebP (RFC 9649, 2.5-2.7); else None."""
+    head = image_bytes[:30]
+    if len(head) < 30:
+        return None
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[27:30], "little"), 1 + int.from_bytes(head[24:27], "little")
+    if head[12:16] == b"VP8L":  # 14 bits each
+        sizes = int.from_bytes(head[21:25], "little")
+        return 1 + (sizes >> 14 & 0x3FFF), 1 + (sizes & 0x3FFF)
+    if head[12:16] == b"VP8 ":  # 14 bits each, and two of scaling
+        return int.from_bytes(head[28:30], "little") & 0x3FFF, int.from_bytes(head[26:28], "little") & 0x3FFF
+    return None
 
 
 def _rgbx(image: Image.Image) -> Pixels:

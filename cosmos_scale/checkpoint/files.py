@@ -1,0 +1,150 @@
+"""Files of float32 tensors in the safetensors format, with a checksum for each megabyte.
+
+The format is the public one, so that other programs read these files, and no code runs when they are read. Written here
+rather than by the library because the checksums are of the bytes on their way to the disk, and read here because a
+reader must check what it reads without reading more: the chunks that its tensors lie in, each of them once.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos_scale.errors import UserError
+
+CHUNK = 1 << 20  # bytes under one checksum
+HEADER = 8  # bytes of the header's length
+
+
+class BrokenCheckpoint(UserError):
+    """A checkpoint that is not what was written: an older one may be whole."""
+
+
+class FileRecord(NamedTuple):
+    """What a manifest says of a file: its bytes, and the CRC-32 of each of its chunks."""
+
+    name: str
+    size: int
+    checksums: list[int]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write [n] float32 CPU tensors, in their order, and wait until the disk has them; raises OSError."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        entries[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    checksums = _Checksums()
+    with path.open("wb", buffering=0) as file:
+        for piece in _pieces(header, tensors):
+            checksums.add(piece)
+            while piece:  # an unbuffered file may take a part at a time
+                piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return FileRecord(path.name, HEADER + len(header) + end, checksums.finish())
+
+
+def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    yield memoryview(len(header).to_bytes(HEADER, "little") + header)
+    for tensor in tensors.values():
+        # Little-endian, as the format says and every machine that torch runs on has it.
+        yield tensor.detach().numpy().data.cast("B")
+
+
+class _Checksums:
+    """CRC-32 of each chunk of a stream."""
+
+    def __init__(self) -> None:
+        self._done: list[int] = []
+        self._current, self._length = 0, 0
+
+    def add(self, piece: memoryview) -> None:
+        while piece:
+            part = piece[: CHUNK - self._length]
+            self._current = zlib.crc32(part, self._current)
+            self._length += len(part)
+            piece = piece[len(part) :]
+            if self._length == CHUNK:
+                self._done.append(self._current)
+                self._current, self._length = 0, 0
+
+    def finish(self) -> list[int]:
+        return [*self._done, self._current] if self._length else self._done
+
+
+class TensorFile:
+    """Reads slices of the tensors of one file and checks them; `bytes_read` counts what came from the disk."""
+
+    def __init__(self, folder: Path, record: FileRecord) -> None:
+        """Open a file; raises BrokenCheckpoint where it is missing, of another size, or its header is damaged."""
+        self.path = folder / record.name
+        self.bytes_read = 0
+        self._record = record
+        self._chunk: tuple[int, bytes] = (-1, b"")  # the last one read: slices that follow each other share it
+        try:
+            self._file = self.path.open("rb", buffering=0)
+        except OSError as failure:
+            raise self._broken(failure.strerror or str(failure)) from failure
+        size = os.fstat(self._file.fileno()).st_size
+        if size != record.size or len(record.checksums) != -(-size // CHUNK):
+            raise self._broken(f"has {size} bytes, not the {record.size} that were written")
+        length = int.from_bytes(self._read(0, min(HEADER, size)), "little")
+        if not 0 < length <= size - HEADER:
+            raise self._broken("has no header")
+        try:
+            self._entries: dict[str, Any] = json.loads(self._read(HEADER, length))
+        except ValueError as failure:
+            raise self._broken("has no readable header") from failure
+        self._data = HEADER + length
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill out, [n] float32, with elements start .. start + n of a tensor; raises BrokenCheckpoint."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise self._broken(f"has no tensor {name!r}")
+        first, last = entry["data_offsets"]
+        if first + 4 * (start + out.numel()) > last:
+            raise self._broken(f"has {(last - first) // 4} elements of {name!r}, not {start + out.numel()}")
+        data = self._read(self._data + first + 4 * start, 4 * out.numel())
+        out.copy_(torch.from_numpy(np.frombuffer(data, dtype="<f4").copy()))
+
+    def verify(self) -> None:
+        """Read the whole file and check it; raises BrokenCheckpoint."""
+        for chunk in range(len(self._record.checksums)):
+            self._checked(chunk)
+
+    def _read(self, start: int, count: int) -> bytes:
+        end = start + count
+        pieces = []
+        for chunk in range(start // CHUNK, -(-end // CHUNK)):
+            data, first = self._checked(chunk), chunk * CHUNK
+            pieces.append(data[max(start - first, 0) : end - first])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _checked(self, chunk: int) -> bytes:
+        if self._chunk[0] != chunk:
+            try:
+                data = os.pread(self._file.fileno(), CHUNK, chunk * CHUNK)
+            except OSError as failure:
+                raise self._broken(failure.strerror or str(failure)) from failure
+            self.bytes_read += len(data)
+            if zlib.crc32(data) != self._record.checksums[chunk]:
+                raise self._broken(f"is damaged between bytes {chunk * CHUNK} and {chunk * CHUNK + len(data)}")
+            self._chunk = (chunk, data)
+        return self._chunk[1]
+
+    def _broken(self, reason: str) -> BrokenCheckpoint:
+        return BrokenCheckpoint(f"checkpoint file {self.path}: {reason}; rule: it must be whole")

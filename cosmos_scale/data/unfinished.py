@@ -1,0 +1,50 @@
+"""What an unfinished indexing of far shards has done: terabytes are not read again for the last shard's sake."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmos_scale.errors import UserError
+
+
+class IndexedShard(NamedTuple):
+    """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off."""
+
+    name: str
+    samples: int
+    size: int
+    rejected: list[tuple[str, str]]
+    torn: str | None
+
+
+class Unfinished:
+    """A file of shards that are done, a line each; it is there only while others are not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, names: Iterable[str]) -> dict[str, IndexedShard]:
+        """Return those of some shards that are done, by name; a torn line means one that is not."""
+        wanted = set(names)
+        done = {}
+        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+            try:
+                name, samples, size, rejected, torn = json.loads(line)
+            except (ValueError, TypeError):
+                continue
+            if name in wanted:
+                done[name] = IndexedShard(name, samples, size, [(key, reason) for key, reason in rejected], torn)
+        return done
+
+    def append(self, shard: IndexedShard) -> None:
+        """Write down that a shard is done."""
+        try:
+            with self._path.open("ab") as file:
+                file.write(json.dumps(shard).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+
+    def remove(self) -> None:
+        """All are done, and the index says so."""
+        self._path.unlink(missing_ok=True)

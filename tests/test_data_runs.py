@@ -1,0 +1,119 @@
+"""Whole runs over data that fails them: a shard that gets lost, at two world sizes; and runs by the other decoder."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cosmos_scale.checkpoint.state import read_state
+from cosmos_scale.config_file import load_config
+from cosmos_scale.data.index import open_sources
+from cosmos_scale.data.scene_shards import SceneShards
+from tests.data.shard_files import sample, write_shard, write_shards
+from tests.runs import last_checkpoint, records, start, train, wait_for_step, write_run
+
+BATCH = 8
+# Float32 sums of one rank's rows or of two ranks': the limit for one run at any world size.
+SAME_LOSS = 1e-5
+# Views that differ by rounding (about a grey level of 255) move the first steps' losses of 8 samples by less.
+SIMILAR_LOSS = 0.05
+
+
+def write_lossy_run(folder: Path, shards: int, **data: Any) -> Path:
+    """A run whose every step reads one shard, in an order that the config gives."""
+    source = write_shards(folder / "shards", [BATCH] * shards)
+    sections = {
+        "sources": [{"name": "test", "shards": str(source)}],
+        "window": BATCH,
+        "max_damaged": 0.2,
+        "remote": {"retries": 1, "backoff_s": 0.01},
+    }
+    run = write_run(folder, SceneShards(source, source), data={**sections, **data})
+    assert load_config(run).train.global_batch == BATCH
+    return run
+
+
+def shard_of_step(run: Path, step: int) -> Path:
+    """The shard that a step of the first epoch reads; steps count from 0."""
+    config = load_config(run)
+    index = open_sources(config.data.sources)
+    order = index.order(config.seed, config.data.window)
+    samples = order.sample_ids(0, np.arange(step * BATCH, (step + 1) * BATCH))
+    (shard,) = {index.locate(number).shard for number in samples.tolist()}
+    return Path(shard)
+
+
+def damages(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.parent / name / "damaged.jsonl").read_text().splitlines()]
+
+
+def assert_lost(run: Path, name: str, shard: Path, step: int, output: str) -> None:
+    """The loss at a step (from 0) stands in the run's state, once in its record, and on the console."""
+    assert read_state(last_checkpoint(run, name)).lost_shards == {f"test/{shard.name}": step}
+    (line,) = [line for line in output.splitlines() if "is lost" in line]
+    assert line.startswith(f"shard test/{shard.name} is lost: No such file or directory")
+    assert f"from step {step + 1} on others take the place of its 8 samples" in line
+    (record,) = damages(run, name)
+    assert (record["step"], record["sample"], record["shard"]) == (step, None, str(shard))
+    replaced = {entry["step"]: entry["substituted"] for entry in records(run, name) if entry["substituted"]}
+    assert replaced == {step + 1: BATCH}
+
+
+def test_a_lost_shard_is_the_same_loss_at_every_world_size_and_after_a_restart(tmp_path: Path) -> None:
+    run = write_lossy_run(tmp_path, 12)
+    shard = shard_of_step(run, 5)
+    train(run, "train.max_steps=3", ranks=2).require(0)
+    other = f"output={run.parent / 'other'}"
+    shutil.copytree(run.parent / "tiny", run.parent / "other" / "tiny")
+    shard.unlink()
+    alone = train(run).require(0)
+    assert_lost(run, "tiny", shard, 5, alone.output)
+    pair = train(run, other, "train.max_steps=7", ranks=2).require(0)
+    assert_lost(run, "other/tiny", shard, 5, pair.output)
+    # It comes back, and the run goes on as it would have without it.
+    number = int(shard.stem) * BATCH
+    write_shard(shard, [sample(number + place) for place in range(BATCH)])
+    train(run, other).require(0)
+    assert read_state(last_checkpoint(run, "other/tiny")).lost_shards == {f"test/{shard.name}": 5}
+    one, two = ({entry["step"]: entry["loss"] for entry in records(run, name)} for name in ("tiny", "other/tiny"))
+    assert list(one) == list(two) == list(range(1, 9))
+    assert one == pytest.approx(two, rel=SAME_LOSS)
+
+
+def test_a_shard_deleted_under_two_ranks_costs_its_samples(tmp_path: Path) -> None:
+    run = write_lossy_run(tmp_path, 40, workers=1, prefetch=1)
+    shard = shard_of_step(run, 34)
+    steps = ("train.schedule_steps=40", "train.max_steps=36", "name=deleted")
+    with start(run, *steps, ranks=2) as process:
+        wait_for_step(process, run, 1, "deleted")
+        shard.unlink()
+        finished = process.wait().require(0)
+    assert_lost(run, "deleted", shard, 34, finished.output)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_more_lost_than_allowed_ends_all_ranks_in_one_line(tmp_path: Path, ranks: int) -> None:
+    run = write_lossy_run(tmp_path, 12)
+    train(run, "train.max_steps=1").require(0)
+    for shard in (run.parent / "shards").glob("*.tar"):
+        shard.unlink()
+    finished = train(run, "data.max_damaged=0.1", ranks=ranks).require(2)
+    (line,) = finished.errors.splitlines()
+    assert "is lost: No such file or directory" in line
+    assert re.search(
+        r"[2-4] lost shards hold \d\d\.\d\d% of all samples, more than data\.max_damaged 0\.1 allows", line
+    )
+
+
+def test_both_decoders_train_alike(tmp_path: Path, scenes: SceneShards) -> None:
+    pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI, which has no wheel for this machine")
+    run = write_run(tmp_path, scenes)
+    for decoder in ("torch", "dali"):
+        train(run, f"name={decoder}", f"data.decoder={decoder}", "train.max_steps=3", ranks=2).require(0)
+    expected, made = ([entry["loss"] for entry in records(run, name)] for name in ("torch", "dali"))
+    assert made == pytest.approx(expected, rel=SIMILAR_LOSS)
+    assert made != expected
