@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cosmos_scale.config_file import load_config
 from cosmos_scale.data.index import open_sources
@@ -19,6 +19,7 @@ from cosmos_scale.engine.collectives import Ranks, start_ranks
 from cosmos_scale.metrics import console_line
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.progress import Progress
+from tests.checkpoint.edit import content_of, replace_tensors
 from tests.distributed import run_ranks
 from tests.engine.tiny import build_tiny, tiny_batch, tiny_config
 from tests.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
@@ -37,14 +38,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
 def poison(checkpoint: Path, copy: Path, name: str, elements: range) -> None:
     """Copy a checkpoint and set some elements of one student weight to the largest float32."""
     shutil.copytree(checkpoint, copy)
-    manifest = json.loads((copy / "manifest.json").read_text())
     poisoned = 0
-    for file, start, count in manifest["parameters"][name]["pieces"]:
+    for file, start, count in content_of(copy)["parameters"][name]["pieces"]:
         inside = [element - start for element in elements if start <= element < start + count]
         if inside:
-            tensors = load_file(copy / file)
-            tensors[f"{name}|weight"][inside] = torch.finfo(torch.float32).max
-            save_file(tensors, copy / file)
+            weight = load_file(copy / file)[f"{name}|weight"]
+            weight[inside] = torch.finfo(torch.float32).max
+            replace_tensors(copy, file, {f"{name}|weight": weight})
             poisoned += len(inside)
     assert poisoned == len(elements)
 

@@ -217,13 +217,17 @@ def write_manifest(
         "parameters": parameters,
         "files": [record._asdict() for record, _ in ranks],
     }
-    text = json.dumps(content)
+    content["checksum"] = manifest_checksum(content)
     with (folder / MANIFEST).open("w") as file:
-        # The checksum comes first, on a line of its own: what follows is what it is of.
-        file.write(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+        json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
+
+
+def manifest_checksum(content: dict[str, Any]) -> int:
+    """The CRC-32 of a manifest's content without its checksum."""
+    return zlib.crc32(json.dumps({key: value for key, value in content.items() if key != "checksum"}).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -28,6 +28,7 @@ SMALL = [
     "data.workers=0",
     "device=cpu",
 ]
+from tests.checkpoint.edit import content_of, rewrite
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +130,9 @@ def test_user_errors_name_what_is_wrong(checkpoints: Path, shards: SceneShards, 
         evaluate_with(last, str(tmp_path / "nowhere"))
     broken = tmp_path / "broken"
     shutil.copytree(last, broken)
-    manifest = json.loads((broken / "manifest.json").read_text())
+    manifest = content_of(broken)
     del manifest["parameters"]["logit_scale"]
-    (broken / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(broken, manifest)
     with pytest.raises(UserError, match=r"broken: does not fit the model: Missing key.*logit_scale") as error:
         evaluate_with(broken, str(shards.gallery))
     assert "\n" not in str(error.value)
@@ -142,9 +143,9 @@ def test_pictures_past_the_runs_max_pixels_are_left_out(
 ) -> None:
     few = tmp_path / "step-00000002"
     shutil.copytree(checkpoints / "step-00000002", few)
-    manifest = json.loads((few / "manifest.json").read_text())
+    manifest = content_of(few)
     manifest["state"]["config"]["data"]["max_pixels"] = 100
-    (few / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(few, manifest)
     with pytest.raises(UserError):
         evaluate_checkpoint(
             few, str(shards.gallery), which="student", captions_key="raw_caption", batch=64, device="cpu"
