@@ -234,15 +234,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check what is said of a checkpoint; raises BrokenCheckpoint, or UserError for another version's."""
     path = folder / MANIFEST
     try:
-        checksum, text = path.read_text().split("\n", 1)
-        text = text.removesuffix("\n")
-        if int(checksum, 16) != zlib.crc32(text.encode()):
-            raise ValueError("its checksum is another")
-        content: dict[str, Any] = json.loads(text)
+        content: dict[str, Any] = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise UserError(
                 f"checkpoint {folder}: format {content['format']}; rule: this version reads format {FORMAT}"
             )
+        if content["checksum"] != manifest_checksum(content):
+            raise ValueError("its checksum is another")
         files = {file["name"]: FileRecord(**file) for file in content["files"]}
         return Manifest(RunState(**content["state"]), content["versions"], content["parameters"], files)
     except (OSError, ValueError, KeyError, TypeError) as failure:

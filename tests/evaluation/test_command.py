@@ -13,6 +13,7 @@ from cosmos_scale.checkpoint import find_checkpoint, load_weights
 from cosmos_scale.data.scene_shards import SceneShards, build_scenes
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.command import evaluate_checkpoint, run
+from tests.checkpoint.edit import content_of, rewrite
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
 SMALL = [
@@ -28,7 +29,6 @@ SMALL = [
     "data.workers=0",
     "device=cpu",
 ]
-from tests.checkpoint.edit import content_of, rewrite
 
 
 @pytest.fixture(scope="module")
