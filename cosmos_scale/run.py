@@ -1,12 +1,12 @@
 """A run's parts before and between its steps: data, start, models, evaluation, checkpoints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
-from cosmos_scale.checkpoint.resume import Start, find_start
+from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
 from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
@@ -35,6 +35,7 @@ class Run:
     loader: TrainLoader
     retrieval: PeriodicRetrieval | None
     start: Start
+    said: list[str] = field(default_factory=list)  # lines on what became of broken checkpoints
 
     @property
     def first_step(self) -> int:
@@ -57,8 +58,7 @@ class Run:
         steps = f"steps {self.first_step + 1}-{last_step}"
         if self.first_step >= last_step:
             steps = f"nothing left to do at step {self.first_step} of {last_step}"
-        passed_over = "".join(f"{text}: passed over\n" for text in self.start.broken)
-        return passed_over + (
+        return "".join(f"{line}\n" for line in self.said) + (
             f"{self.folder}: {origin}; {self.index.epoch_samples} samples and {self.loader.steps_per_epoch} steps an "
             f"epoch, {steps}, global batch {self.config.train.global_batch} on "
             f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
@@ -130,6 +130,7 @@ class Run:
             raise_together(self.ranks, error)
             broken = next((text for text in from_all(broken, self.ranks) if text is not None), None)
             if broken is None:
+                self._set_aside()
                 student.weights_changed()
                 return
             self._go_back(broken)
@@ -140,12 +141,25 @@ class Run:
         try:
             if self.config.resume != "auto":
                 raise UserError(broken)
-            known = (*self.start.broken, broken)
+            assert self.start.checkpoint is not None
+            known = (*self.start.broken, PassedOver(self.start.checkpoint, broken))
             self.start = find_start(self.config, self.checkpoints, self.index.fingerprint(), known)
             assert self.start.state is not None
             self.loader.lost_shards = self.start.state.lost_shards
         except UserError as failure:
             error = failure
+        raise_together(self.ranks, error)
+        _check_same_start(self.start, self.ranks)
+
+    def _set_aside(self) -> None:
+        """Rename the broken checkpoints that were passed over; collective."""
+        error = None
+        if self.ranks.is_main:
+            try:
+                for folder, reason in self.start.broken:
+                    self.said.append(f"passed over a broken checkpoint, now {set_aside(folder).name}: {reason}")
+            except UserError as failure:
+                error = failure
         raise_together(self.ranks, error)
 
 
@@ -174,11 +188,16 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         error = failure
     raise_together(ranks, error)
     assert run is not None
-    found = from_all(run.start.checkpoint, ranks)
+    _check_same_start(run.start, ranks)
+    return run
+
+
+def _check_same_start(start: Start, ranks: Ranks) -> None:
+    """Raise UserError where the ranks would start from different checkpoints; collective."""
+    found = from_all(start.checkpoint, ranks)
     if len(set(found)) > 1:
         seen = ", ".join(f"rank {rank}: {folder}" for rank, folder in enumerate(found))
         raise UserError(f"output: ranks see different newest checkpoints ({seen}); rule: all ranks share one folder")
-    return run
 
 
 def _write_config(config: RunConfig, folder: Path) -> None:

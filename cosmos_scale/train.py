@@ -41,7 +41,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     with progress, run.writer(student) as checkpoints:
         progress.say(run.describe(last_step))
         ahead = Lookahead(run.loader, step, ranks, stop, progress.say)
-        if config.checkpoint.at_start and step == 0:
+        if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0, student))
         if step < last_step:
             ahead.fetch()

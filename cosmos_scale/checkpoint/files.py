@@ -8,7 +8,7 @@ reader must check what it reads without reading more: the chunks that its tensor
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,17 +94,11 @@ class TensorFile:
             self._file = self.path.open("rb", buffering=0)
         except OSError as failure:
             raise self._broken(failure.strerror or str(failure)) from failure
-        size = os.fstat(self._file.fileno()).st_size
-        if size != record.size or len(record.checksums) != -(-size // CHUNK):
-            raise self._broken(f"has {size} bytes, not the {record.size} that were written")
-        length = int.from_bytes(self._read(0, min(HEADER, size)), "little")
-        if not 0 < length <= size - HEADER:
-            raise self._broken("has no header")
         try:
-            self._entries: dict[str, Any] = json.loads(self._read(HEADER, length))
-        except ValueError as failure:
-            raise self._broken("has no readable header") from failure
-        self._data = HEADER + length
+            self._entries, self._data = self._header()
+        except BrokenCheckpoint:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -121,10 +115,24 @@ class TensorFile:
         data = self._read(self._data + first + 4 * start, 4 * out.numel())
         out.copy_(torch.from_numpy(np.frombuffer(data, dtype="<f4").copy()))
 
-    def verify(self) -> None:
-        """Read the whole file and check it; raises BrokenCheckpoint."""
+    def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
+        """Read the whole file and check it; raises BrokenCheckpoint. advance: is told of bytes as they are checked."""
         for chunk in range(len(self._record.checksums)):
-            self._checked(chunk)
+            advance(len(self._checked(chunk)))
+
+    def _header(self) -> tuple[dict[str, Any], int]:
+        """What the file says of its tensors, and where the first of them begins."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size != self._record.size or len(self._record.checksums) != -(-size // CHUNK):
+            raise self._broken(f"has {size} bytes, not the {self._record.size} that were written")
+        length = int.from_bytes(self._read(0, min(HEADER, size)), "little")
+        if not 0 < length <= size - HEADER:
+            raise self._broken("has no header")
+        try:
+            entries: dict[str, Any] = json.loads(self._read(HEADER, length))
+        except ValueError as failure:
+            raise self._broken("has no readable header") from failure
+        return entries, HEADER + length
 
     def _read(self, start: int, count: int) -> bytes:
         end = start + count

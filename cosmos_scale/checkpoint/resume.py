@@ -1,40 +1,50 @@
 """Which checkpoint a run starts from, and whether its configuration may go on from there."""
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
 from cosmos_scale.checkpoint.state import (
     RunState,
     check_files,
-    checkpoints,
     find_checkpoint,
     newest,
     read_manifest,
     read_run_config,
     read_state,
+    saved_folders,
+    step_of,
 )
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import changed_on_resume
 from cosmos_scale.errors import UserError
 
 
+class PassedOver(NamedTuple):
+    """A broken checkpoint that `resume: auto` passes over, and in one line what is wrong with it."""
+
+    folder: Path
+    reason: str
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run starts: at `state` of `checkpoint`, or at step 0 where both are None.
 
-    broken: what is wrong with newer checkpoints, which were passed over.
+    broken: newer checkpoints, which were passed over.
     """
 
     checkpoint: Path | None
     state: RunState | None
-    broken: tuple[str, ...] = ()
+    broken: tuple[PassedOver, ...] = ()
 
 
-def find_start(config: RunConfig, root: Path, data: str, broken: tuple[str, ...] = ()) -> Start:
+def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOver, ...] = ()) -> Start:
     """Decide by `resume` and the checkpoints under root; data is the digest of the run's index.
 
-    broken: what was found wrong with the newest checkpoints when they were read; `resume: auto` passes them over too.
+    broken: checkpoints that were found broken when they were read; `resume: auto` passes them over too.
     Raises UserError where `resume: never` would mix two runs, where no whole checkpoint is at the place named or left,
     or where keys or the data differ that may not.
     """
@@ -43,18 +53,17 @@ def find_start(config: RunConfig, root: Path, data: str, broken: tuple[str, ...]
         if found is not None:
             raise UserError(f"resume: 'never', but {found} exists; rule: choose another name or output, or remove it")
         return Start(None, None)
-    last = newest(root)
     if config.resume == "auto":
         folder, broken = _newest_whole(root, broken)
-        last = folder
     else:
         folder = find_checkpoint(Path(config.resume))
     if folder is None:
         return Start(None, None)
-    if last is not None and folder.resolve() != last.resolve() and folder.parent.resolve() == last.parent.resolve():
+    state = read_state(folder)
+    last = newest(root)
+    if config.resume != "auto" and last is not None and step_of(last) > state.step:
         # A later resume: auto would take the newer one and so leave what this run adds.
         raise UserError(f"resume: {folder}, but {last} is newer; rule: move newer ones away, or choose another output")
-    state = read_state(folder)
     changed = changed_on_resume(read_run_config(folder), config)
     if changed:
         raise UserError(
@@ -69,18 +78,35 @@ def find_start(config: RunConfig, root: Path, data: str, broken: tuple[str, ...]
     return Start(folder, state, broken)
 
 
-def _newest_whole(root: Path, broken: tuple[str, ...]) -> tuple[Path | None, tuple[str, ...]]:
+def set_aside(folder: Path) -> Path:
+    """Rename a broken checkpoint, so that it no longer counts as one, and return its new name.
+
+    What the run saves next is older than it; left where it is, it would be the newest again, and keep_last keep it.
+    Raises UserError.
+    """
+    names = (folder.with_name(f"{folder.name}.broken{'' if number == 1 else f'-{number}'}") for number in count(1))
+    free = next(name for name in names if not name.exists())
+    try:
+        folder.rename(free)
+    except OSError as failure:
+        raise UserError(f"checkpoint {folder}: broken, and cannot be renamed: {failure.strerror}") from failure
+    return free
+
+
+def _newest_whole(root: Path, broken: tuple[PassedOver, ...]) -> tuple[Path | None, tuple[PassedOver, ...]]:
     """The newest checkpoint under root of which nothing is known to be wrong, and what is wrong with newer ones."""
-    found = list(reversed(checkpoints(root)))
-    for folder in found[len(broken) :]:
+    known = {passed.folder for passed in broken}
+    for folder in reversed(saved_folders(root)):
+        if folder in known:
+            continue
         try:
             check_files(folder, read_manifest(folder))
         except BrokenCheckpoint as failure:
-            broken = (*broken, str(failure))
+            broken = (*broken, PassedOver(folder, str(failure)))
             continue
         return folder, broken
     if broken:
         raise UserError(
-            f"resume: no checkpoint under {root} is whole; the newest: {broken[0]}; rule: mend or move them away"
+            f"resume: no checkpoint under {root} is whole; the newest: {broken[0].reason}; rule: mend or move them away"
         )
     return None, ()

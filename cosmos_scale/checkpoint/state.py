@@ -7,6 +7,7 @@ wrote, and holds a checksum for each megabyte of the files and one of itself.
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -54,13 +55,24 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder, -1 where it is no such name."""
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return -1 if match is None else int(match[1])
+
+
+def saved_folders(root: Path) -> list[Path]:
+    """Folders under their checkpoint's final name, oldest first; they were whole when they got it."""
+    return sorted((folder for folder in root.glob("step-*") if step_of(folder) >= 0), key=step_of)
+
+
 def checkpoints(root: Path) -> list[Path]:
-    """Whole checkpoints under a folder, oldest first."""
-    return sorted(folder.parent for folder in root.glob(f"step-*/{MANIFEST}") if folder.parent.suffix != ".tmp")
+    """Checkpoints under a folder, oldest first: those with a manifest, of which nothing was read yet."""
+    return [folder for folder in saved_folders(root) if (folder / MANIFEST).exists()]
 
 
 def newest(root: Path) -> Path | None:
-    """The whole checkpoint of the highest step under a folder, None where there is none."""
+    """The checkpoint of the highest step under a folder, None where there is none."""
     found = checkpoints(root)
     return found[-1] if found else None
 
@@ -96,14 +108,8 @@ def load_checkpoint(folder: Path, fragments: Iterable[Fragment]) -> RunState:
     Raises BrokenCheckpoint where it is not what was written, UserError where it holds other parameters or shapes.
     """
     manifest = read_manifest(folder)
-    parts = list(fragments)
     with FragmentReader(folder, manifest) as reader:
-        for fragment in parts:
-            reader.check_shape(fragment.name, list(fragment.shape))
-        for kind in KINDS:  # as the files have them, so that each chunk is read once
-            for fragment in parts:
-                with torch.no_grad():
-                    reader.read(fragment.name, kind, fragment.start, fragment.tensors()[kind])
+        reader.fill(fragments)
     return manifest.state
 
 
@@ -165,6 +171,16 @@ class FragmentReader:
     def bytes_read(self) -> int:
         """Bytes of all files, headers included."""
         return sum(file.bytes_read for file in self._open.values())
+
+    @torch.no_grad()
+    def fill(self, fragments: Iterable[Fragment]) -> None:
+        """Fill fragments; raises UserError where the checkpoint holds other parameters or shapes."""
+        parts = list(fragments)
+        for fragment in parts:
+            self.check_shape(fragment.name, list(fragment.shape))
+        for kind in KINDS:  # as the files have them, so that each chunk is read once
+            for fragment in parts:
+                self.read(fragment.name, kind, fragment.start, fragment.tensors()[kind])
 
     def check_shape(self, name: str, shape: list[int]) -> None:
         """Raise UserError where the checkpoint has no such parameter, or of another shape."""
@@ -235,12 +251,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         content: dict[str, Any] = json.loads(path.read_text())
+        # First the checksum, or a damaged number would pass for another version's; format 1 had none.
+        if ("checksum" in content or content["format"] == FORMAT) and content["checksum"] != manifest_checksum(content):
+            raise ValueError("its checksum is another")
         if content["format"] != FORMAT:
             raise UserError(
                 f"checkpoint {folder}: format {content['format']}; rule: this version reads format {FORMAT}"
             )
-        if content["checksum"] != manifest_checksum(content):
-            raise ValueError("its checksum is another")
         files = {file["name"]: FileRecord(**file) for file in content["files"]}
         return Manifest(RunState(**content["state"]), content["versions"], content["parameters"], files)
     except (OSError, ValueError, KeyError, TypeError) as failure:

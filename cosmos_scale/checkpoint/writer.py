@@ -4,11 +4,13 @@ The step that asks for a checkpoint waits for the copy only. Ranks say by files 
 collective runs beside those of the training; the first rank, which sees them all, then makes the checkpoint count.
 """
 
+import errno
 import json
 import shutil
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -17,19 +19,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_scale.checkpoint.files import FileRecord, write_tensors
-from cosmos_scale.checkpoint.state import KINDS, RunState, checkpoint_name, checkpoints, sync_folder, write_manifest
+from cosmos_scale.checkpoint.state import (
+    KINDS,
+    RunState,
+    checkpoint_name,
+    checkpoints,
+    step_of,
+    sync_folder,
+    write_manifest,
+)
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.fragments import Fragment
 
 POLL = 0.05  # seconds between looks for the other ranks' files
+SEEN_WITHIN = 60.0  # seconds after which a file that another rank has written must be seen here
+LAST_SECONDS = 10.0  # for the checkpoint under way, after an error that other ranks may not share
 
 
 class CheckpointWriter:
     """Saves a run's checkpoints, one at a time, and deletes those that need not stay.
 
-    A context: leaving it waits for the checkpoint under way, unless an error that other ranks may not share leaves it.
-    Holds a copy of what this rank saves: 16 bytes for each of its parameters.
+    A context: leaving it waits for the checkpoint under way; after an error that other ranks may not share, only for
+    some seconds. Holds a copy of what this rank saves: 16 bytes for each of its parameters.
     """
 
     def __init__(
@@ -45,6 +57,7 @@ class CheckpointWriter:
         self._saving: Path | None = None
         self._error: str | None = None
         self._written = threading.Event()  # this rank's file, or the error that prevented it
+        self._all_written = threading.Event()
         self._given_up = threading.Event()
 
     def __enter__(self) -> "CheckpointWriter":
@@ -53,17 +66,27 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # All ranks raise a UserError together; after another error some may be gone, and waiting for them is in vain.
-        if kind is None or issubclass(kind, UserError):
+        if kind is None:
             self.wait()
+        elif issubclass(kind, UserError):  # which all ranks raise together
+            try:
+                self.wait()
+            except UserError as failure:
+                raise UserError(f"{error}; and {failure}") from failure
+        elif issubclass(kind, Exception) and self._thread is not None:
+            # Other ranks may be gone, so that what they have not written will not come; they may have written all.
+            self._thread.join(LAST_SECONDS)
 
     def save(self, state: RunState) -> None:
         """Copy this rank's fragments and start writing them as the checkpoint of a step; collective.
 
+        The step that was saved last is not saved again, as a run that stops right after a checkpoint asks for.
         Raises UserError on every rank where the checkpoint before it could not be written, or its folder not be made.
         """
-        self.wait()
         final = self.root / checkpoint_name(state.step)
+        if final == self._saving:
+            return
+        self.wait()
         temporary = final.with_suffix(".tmp")
         error = None
         if self._rank == 0:
@@ -72,7 +95,7 @@ class CheckpointWriter:
                     shutil.rmtree(abandoned, ignore_errors=True)
                 temporary.mkdir(parents=True)
             except OSError as failure:
-                error = f"checkpoint {temporary}: {failure.strerror}"
+                error = f"checkpoint {temporary}: {_reason(failure)}"
         self._raise_together(error)
         for fragment, copies in zip(self._fragments, self._copies, strict=True):
             for kind, tensor in fragment.tensors().items():
@@ -80,29 +103,38 @@ class CheckpointWriter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._saving, self._error = final, None
-        self._written.clear()
-        self._given_up.clear()
+        for event in (self._written, self._all_written, self._given_up):
+            event.clear()
         self._thread = threading.Thread(target=self._write, args=(temporary, final, state), daemon=True)
         self._thread.start()
 
     def wait(self) -> Path | None:
-        """Wait for the checkpoint under way and return its folder, None where there is none; collective.
+        """Wait for the checkpoint under way; returns the one saved last, None where there was none; collective.
 
         Raises UserError on every rank where one of them could not write; the checkpoints before it stand.
         """
         if self._thread is None:
-            return None
-        self._written.wait()
+            return self._saving
+        thread, self._thread = self._thread, None
+        final, self._saving = self._saving, None
+        assert final is not None
         try:
+            self._written.wait()
+            self._raise_together(self._error)
+            self._all_written.set()
+            thread.join()
             self._raise_together(self._error)
         except UserError:
             self._given_up.set()  # the first rank would wait for a file that will not come
+            thread.join()
+            if self._rank == 0:  # a full disk is no place for what nobody can use
+                shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
             raise
-        finally:
-            self._thread.join()
-            self._thread = None
-        self._raise_together(self._error)
-        return self._saving
+        except Exception:  # another rank is gone, and perhaps its file with it
+            thread.join(LAST_SECONDS)
+            raise
+        self._saving = final
+        return final
 
     def _write(self, temporary: Path, final: Path, state: RunState) -> None:
         """In the thread: write this rank's file, then on the first rank what makes it a checkpoint."""
@@ -118,22 +150,20 @@ class CheckpointWriter:
             part = _record_path(temporary, self._rank).with_suffix(".part")
             part.write_text(json.dumps([record, pieces]))
             part.rename(part.with_suffix(".json"))  # whole at once
-        except OSError as failure:
-            self._error = f"checkpoint {path}: {failure.strerror or failure} (rank {self._rank})"
+        except Exception as failure:  # whatever it is: of a thread that just ended the ranks would not hear
+            self._error = f"checkpoint {path}: {_reason(failure)} (rank {self._rank})"
         self._written.set()
         if self._rank > 0 or self._error is not None:
             return
         try:
             self._commit(temporary, final, state)
-        except OSError as failure:
-            self._error = f"checkpoint {final}: {failure.strerror or failure}"
+        except Exception as failure:
+            self._error = f"checkpoint {final}: {_reason(failure)}"
 
     def _commit(self, temporary: Path, final: Path, state: RunState) -> None:
         records = [_record_path(temporary, rank) for rank in range(self._world_size)]
-        while not all(record.exists() for record in records):
-            if self._given_up.is_set():
-                return
-            time.sleep(POLL)
+        if not self._seen(records):
+            return
         ranks = []
         for record in records:
             file, pieces = json.loads(record.read_text())
@@ -148,16 +178,35 @@ class CheckpointWriter:
             final.rename(displaced)
         temporary.rename(final)
         sync_folder(self.root)
+        sync_folder(self.root.parent)  # which the folder of checkpoints may be new in
         shutil.rmtree(displaced, ignore_errors=True)
         self._prune(final)
+
+    def _seen(self, records: Sequence[Path]) -> bool:
+        """Wait for what the ranks leave when their files are whole; False where one of them could not write."""
+        deadline = None
+        while missing := [record for record in records if not record.exists()]:
+            if self._given_up.is_set():
+                return False
+            if not missing[0].parent.exists():
+                raise OSError(errno.ENOENT, "was removed while it was written")
+            if deadline is None and self._all_written.is_set():
+                deadline = time.monotonic() + SEEN_WITHIN
+            if deadline is not None and time.monotonic() > deadline:
+                raise OSError(errno.ENOENT, f"{missing[0].name} is not seen here; rule: all ranks share one folder")
+            time.sleep(POLL)
+        return True
 
     def _prune(self, final: Path) -> None:
         """Delete all but the newest and those that are kept for good."""
         for old in checkpoints(self.root)[: -self._config.keep_last]:
-            step = int(old.name.removeprefix("step-"))
-            for_good = self._config.keep_every is not None and step % self._config.keep_every == 0
-            if old != final and not for_good:  # a run that went back to an older checkpoint saves below the newest
-                shutil.rmtree(old, ignore_errors=True)
+            for_good = self._config.keep_every is not None and step_of(old) % self._config.keep_every == 0
+            if old == final or for_good:  # a run that went back to an older checkpoint saves below the newest
+                continue
+            going = old.with_name(f"{old.name}.old.tmp")
+            with suppress(OSError):  # what cannot be deleted harms no run
+                old.rename(going)  # half deleted it would pass for a damaged one
+                shutil.rmtree(going)
 
     def _allocate(self) -> list[dict[str, Tensor]]:
         """Memory for the copies, touched: a page that is first touched while the training waits costs as much again."""
@@ -173,6 +222,10 @@ class CheckpointWriter:
         failed = next((text for text in errors if text is not None), None)
         if failed is not None:
             raise UserError(f"{failed}; the previous checkpoints are untouched")
+
+
+def _reason(failure: Exception) -> str:
+    return failure.strerror if isinstance(failure, OSError) and failure.strerror else repr(failure)
 
 
 def _record_path(folder: Path, rank: int) -> Path:

@@ -1,0 +1,98 @@
+"""Runs of two ranks whose newest checkpoint is damaged: `resume: auto` goes back, anything else is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
+from cosmos_scale.data.scene_shards import SceneShards
+from tests.runs import records, train, write_run
+
+COMPUTED = ("step", "loss", "clip", "distill", "scale", "distill_scale", "grad_norm")
+LAST = "fragments-00001.safetensors"  # of the second rank
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
+    """A finished run of two ranks with checkpoints at steps 2, 4, 6 and 8."""
+    sections = {"zero": {"stage": 2}, "checkpoint": {"every": 2, "keep_last": 9}}
+    run = write_run(tmp_path_factory.mktemp("whole"), scenes, **sections)
+    train(run, ranks=2).require(0)
+    return run
+
+
+def computed(run: Path) -> list[dict[str, float]]:
+    return [{key: record[key] for key in COMPUTED} for record in records(run)]
+
+
+def stopped_at_6(run: Path, folder: Path) -> Path:
+    """A copy of the run as it was when its newest checkpoint was that of step 6; returns its YAML file."""
+    shutil.copytree(run.parent, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "tiny" / "checkpoints" / "step-00000008")
+    return folder / run.name
+
+
+def flip(path: Path, place: float) -> None:
+    """Flip a bit at a place between the file's begin, 0, and its end, 1."""
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "torn: a file lacks": (LAST, lambda path: path.unlink()),
+    "torn: the manifest lacks": (MANIFEST, lambda path: path.unlink()),
+    "truncated": (LAST, lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "a bit of a file's header length": (LAST, lambda path: flip(path, 0.0)),
+    "a bit of a file's middle": ("fragments-00000.safetensors", lambda path: flip(path, 0.5)),
+    "a bit of a file's end": (LAST, lambda path: flip(path, 1.0)),
+    "a bit of the manifest": (MANIFEST, lambda path: flip(path, 0.3)),
+}
+QUICK = ("truncated", "a bit of a file's end")
+
+
+@pytest.mark.parametrize(
+    "damage", [damage if damage in QUICK else pytest.param(damage, marks=pytest.mark.slow) for damage in DAMAGES]
+)
+def test_auto_goes_back_to_the_newest_whole_one_and_says_so(run: Path, tmp_path: Path, damage: str) -> None:
+    again = stopped_at_6(run, tmp_path)
+    folder = tmp_path / "tiny" / "checkpoints"
+    name, damaging = DAMAGES[damage]
+    damaging(folder / "step-00000006" / name)
+    finished = train(again, f"output={tmp_path}", "checkpoint.keep_last=2", ranks=2).require(0)
+    (line,) = [line for line in finished.output.splitlines() if "passed over" in line]
+    assert line.startswith("passed over a broken checkpoint, now step-00000006.broken: ")
+    assert name in line
+    assert f"resumed from {folder}/step-00000004" in finished.output
+    assert computed(again) == computed(run)
+    # What is broken counts neither as one of those that are kept nor as the newest, and is left to look at.
+    assert [path.name for path in checkpoints(folder)] == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in folder.iterdir())[1] == "step-00000006.broken"
+
+
+def test_a_broken_one_that_is_asked_for_is_refused(run: Path, tmp_path: Path) -> None:
+    again = stopped_at_6(run, tmp_path)
+    broken = tmp_path / "tiny" / "checkpoints" / "step-00000006"
+    flip(broken / LAST, 0.9)
+    for folder in (broken, tmp_path / "tiny"):  # a run's folder means its newest
+        finished = train(again, f"output={tmp_path}/new", f"resume={folder}", ranks=2).require(2)
+        assert len(finished.errors.splitlines()) == 1
+        assert f"{broken / LAST}: is damaged between bytes" in finished.errors
+    assert broken.exists()
+
+
+def test_a_run_of_broken_checkpoints_is_refused_and_never_begun_anew(run: Path, tmp_path: Path) -> None:
+    again = stopped_at_6(run, tmp_path)
+    folder = tmp_path / "tiny" / "checkpoints"
+    before = computed(again)
+    flip(folder / "step-00000006" / LAST, 0.6)  # found when it is loaded
+    (folder / "step-00000004" / MANIFEST).unlink()
+    (folder / "step-00000002" / LAST).write_bytes(b"")
+    finished = train(again, f"output={tmp_path}", ranks=2).require(2)
+    assert len(finished.errors.splitlines()) == 1
+    assert f"no checkpoint under {folder} is whole; the newest: checkpoint file" in finished.errors
+    assert str(folder / "step-00000006" / LAST) in finished.errors
+    assert computed(again) == before
+    assert [path.name for path in sorted(folder.iterdir())] == [f"step-0000000{step}" for step in (2, 4, 6)]

@@ -1,0 +1,199 @@
+"""Writing beside the training: what stays, what ends with an error, and that no rank is left waiting."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from cosmos_scale.checkpoint import writer as writing
+from cosmos_scale.checkpoint.files import FileRecord
+from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, load_checkpoint
+from cosmos_scale.checkpoint.writer import CheckpointWriter
+from cosmos_scale.config import CheckpointConfig
+from cosmos_scale.errors import UserError
+from tests.checkpoint.test_state import fragments, keep, save_all, state
+from tests.distributed import run_ranks
+
+
+def writer_of(rank: int, world_size: int, root: Path, config: CheckpointConfig | None = None) -> CheckpointWriter:
+    group = dist.group.WORLD
+    assert group is not None
+    return CheckpointWriter(root, fragments(rank, world_size), group, config or keep(9))
+
+
+def message_of(call: Callable[[], object]) -> str:
+    """The text of the UserError that a call ends with."""
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_multiples_are_kept_for_good(tmp_path: Path) -> None:
+    run_ranks(save_all, 1, tmp_path, [0, 2, 4, 6, 8, 10], keep(1, every=4))
+    assert sorted(folder.name[-2:] for folder in tmp_path.iterdir()) == ["00", "04", "08", "10"]
+
+
+def save_twice(rank: int, world_size: int, root: Path) -> None:
+    with writer_of(rank, world_size, root) as writer:
+        writer.save(state(3))
+        writer.save(state(3))  # still under way
+        folder = writer.wait()
+        assert folder is not None
+        before = (folder / MANIFEST).stat()
+        writer.save(state(3))
+        assert writer.wait() == folder
+        assert (folder / MANIFEST).stat() == before
+
+
+def test_a_stop_right_after_a_checkpoint_does_not_write_it_again(tmp_path: Path) -> None:
+    """With keep_last 1 a kill while the only checkpoint is replaced by itself would leave none."""
+    run_ranks(save_twice, 2, tmp_path)
+
+
+def save_over_another(rank: int, world_size: int, root: Path) -> None:
+    with writer_of(rank, world_size, root) as writer:
+        writer.save(state(6))
+
+
+def test_what_is_in_the_way_is_replaced(tmp_path: Path) -> None:
+    """A folder of this step without a manifest, and what runs that were killed while they saved left behind."""
+    for name in ("step-00000006", "step-00000006.tmp", "step-00000003.old.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "fragments-00000.safetensors").write_bytes(b"torn")
+    run_ranks(save_over_another, 1, tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000006"]
+    assert load_checkpoint(tmp_path / "step-00000006", fragments(0, 1, filled=False)) == state(6)
+
+
+def save_while_the_folder_is_removed(rank: int, world_size: int, root: Path) -> str:
+    def remove_then_write(path: Path, tensors: object) -> FileRecord:
+        time.sleep(0.3)  # the first rank is waiting for this file by now
+        shutil.rmtree(path.parent)
+        return FileRecord(path.name, 0, [])
+
+    if rank == 1:
+        writing.write_tensors = remove_then_write  # type: ignore[attr-defined]
+    with writer_of(rank, world_size, root) as writer:
+        writer.save(state(3))
+        return message_of(writer.wait)
+
+
+def test_folder_removed_while_writing_ends_all_ranks(tmp_path: Path) -> None:
+    messages = run_ranks(save_while_the_folder_is_removed, 2, tmp_path)
+    assert len(set(messages)) == 1
+    assert str(tmp_path / "step-00000003") in messages[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_unseen(rank: int, world_size: int, roots: list[Path]) -> str:
+    """Ranks whose folders are not the same one, as on machines without a shared file system."""
+    writing.SEEN_WITHIN = 0.1
+    (roots[1] / "step-00000003.tmp").mkdir(parents=True, exist_ok=True)
+    with writer_of(rank, world_size, roots[rank]) as writer:
+        writer.save(state(3))
+        return message_of(writer.wait)
+
+
+def test_files_that_the_first_rank_never_sees_end_all_ranks(tmp_path: Path) -> None:
+    messages = run_ranks(save_unseen, 2, [tmp_path / "0", tmp_path / "1"])
+    assert len(set(messages)) == 1
+    assert "fragments-00001.json is not seen here; rule: all ranks share one folder" in messages[0]
+    assert checkpoints(tmp_path / "0") == []
+
+
+def save_what_json_cannot_hold(rank: int, world_size: int, root: Path) -> str:
+    with writer_of(rank, world_size, root) as writer:
+        writer.save(replace(state(3), loss_scaler={"scale": object()}))
+        first = message_of(writer.wait)
+        writer.save(state(6))
+        assert writer.wait() == root / "step-00000006"
+        return first
+
+
+def test_an_error_of_any_kind_is_reported_by_all_ranks_and_the_next_save_works(tmp_path: Path) -> None:
+    messages = run_ranks(save_what_json_cannot_hold, 2, tmp_path)
+    assert len(set(messages)) == 1
+    assert "step-00000003" in messages[0]
+    assert "not JSON serializable" in messages[0]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000006"]
+
+
+def save_where_a_file_is_in_the_way(rank: int, world_size: int, root: Path) -> str:
+    with writer_of(rank, world_size, root) as writer:
+        return message_of(lambda: writer.save(state(3)))
+
+
+def test_folder_that_cannot_be_made_ends_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    messages = run_ranks(save_where_a_file_is_in_the_way, 2, tmp_path / "checkpoints")
+    assert len(set(messages)) == 1
+    assert "checkpoints/step-00000003.tmp: " in messages[0]
+    assert (tmp_path / "checkpoints").read_text() == "a file"
+
+
+def leave_with(rank: int, world_size: int, root: Path, error: Exception, wrong: bool) -> str:
+    """Leave the writer's context by an error while a checkpoint is under way, which cannot be written if `wrong`."""
+    step = replace(state(3), loss_scaler={"scale": object()}) if wrong else state(3)
+    try:
+        with writer_of(rank, world_size, root) as writer:
+            writer.save(step)
+            raise error
+    except (UserError, RuntimeError) as raised:
+        return str(raised)
+
+
+def test_an_error_of_the_run_lets_the_checkpoint_under_way_be_finished(tmp_path: Path) -> None:
+    for number, error in enumerate([UserError("the loss is not finite"), RuntimeError("gloo: connection closed")]):
+        root = tmp_path / str(number)
+        assert run_ranks(leave_with, 2, root, error, False) == [str(error)] * 2
+        assert load_checkpoint(root / "step-00000003", fragments(0, 1, filled=False)) == state(3)
+
+
+def test_an_error_of_the_run_stays_the_first_thing_said(tmp_path: Path) -> None:
+    for message in run_ranks(leave_with, 2, tmp_path, UserError("the loss is not finite"), True):
+        assert message.startswith("the loss is not finite; and checkpoint ")
+        assert "\n" not in message
+
+
+def leave_while_another_rank_never_writes(rank: int, world_size: int, root: Path) -> str:
+    writing.LAST_SECONDS = 0.2
+    if rank == 1:
+
+        def stuck(path: Path, tensors: object) -> FileRecord:
+            time.sleep(3600)
+            raise AssertionError
+
+        writing.write_tensors = stuck  # type: ignore[attr-defined]
+    return leave_with(rank, world_size, root, RuntimeError("gloo: connection closed"), False)
+
+
+def test_a_rank_that_is_gone_does_not_keep_the_others(tmp_path: Path) -> None:
+    messages = run_ranks(leave_while_another_rank_never_writes, 2, tmp_path, timeout=60)
+    assert messages == ["gloo: connection closed"] * 2
+    assert checkpoints(tmp_path) == []
+
+
+def wait_for_a_rank_that_ended(rank: int, world_size: int, root: Path) -> str:
+    """Rank 1 leaves without waiting, so that rank 0 waits for it alone, and in vain."""
+    writing.LAST_SECONDS = 0.2
+    writer = writer_of(rank, world_size, root)
+    writer.save(state(3))
+    if rank == 1:
+        dist.destroy_process_group()
+        return "left"
+    try:
+        writer.wait()
+    except RuntimeError as error:
+        return type(error).__name__
+    return "no error"
+
+
+def test_waiting_ends_where_contact_is_lost(tmp_path: Path) -> None:
+    first, second = run_ranks(wait_for_a_rank_that_ended, 2, tmp_path, timeout=60)
+    assert first != "no error"
+    assert second == "left"
