@@ -41,7 +41,7 @@ def flip(path: Path, place: float) -> None:
     path.write_bytes(data)
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "torn: a file lacks": (LAST, lambda path: path.unlink()),
     "torn: the manifest lacks": (MANIFEST, lambda path: path.unlink()),
     "truncated": (LAST, lambda path: path.write_bytes(path.read_bytes()[:-1])),

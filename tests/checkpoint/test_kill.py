@@ -1,0 +1,103 @@
+"""Training killed with SIGKILL while it saves, fifty times in all, against runs that were left alone."""
+
+import random
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.checkpoint.files import TensorFile
+from cosmos_scale.checkpoint.state import checkpoints, newest, read_manifest, step_of
+from cosmos_scale.data.scene_shards import SceneShards
+from tests.runs import Run, records, start, train, write_run
+
+COMPUTED = ("step", "samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm")
+
+
+def last_step(root: Path) -> int:
+    folder = newest(root)
+    return -1 if folder is None else step_of(folder)
+
+
+def temporary_folders(root: Path, since: float = 0.0) -> list[Path]:
+    """Checkpoints under way, which an earlier kill may have left, and old ones being deleted, that changed since."""
+    found = []
+    for folder in root.glob("step-*.tmp"):
+        with suppress(FileNotFoundError):
+            if folder.stat().st_mtime > since:
+                found.append(folder)
+    return found
+
+
+def assert_all_whole(root: Path) -> None:
+    """Read every byte of all checkpoints."""
+    for folder in checkpoints(root):
+        for record in read_manifest(folder).files.values():
+            file = TensorFile(folder, record)
+            file.verify()
+            file.close()
+
+
+def time_saves(process: Run, root: Path, count: int) -> Iterator[float]:
+    """Yield how long some saves of a run take, in seconds, and kill it."""
+    for _ in range(count):
+        process.wait_until(lambda: bool(temporary_folders(root)), "a save")
+        began = time.monotonic()
+        process.wait_until(lambda: not temporary_folders(root), "its end")
+        yield time.monotonic() - began
+    process.kill()
+
+
+def kill_while_saving(process: Run, root: Path, delay: float, saves: int, rank: int, began: float) -> None:
+    """Kill a run some time into a save of its own, one rank first."""
+    first = last_step(root)
+    process.wait_until(lambda: last_step(root) >= first + saves, f"{saves} saves")
+    process.wait_until(lambda: bool(temporary_folders(root, began)), "another save")
+    time.sleep(delay)
+    process.signal(rank, signal.SIGKILL)
+    process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("ranks", "stage", "kills"), [(1, 0, 30), (2, 2, 20)])
+def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(
+    tmp_path: Path, scenes: SceneShards, ranks: int, stage: int, kills: int
+) -> None:
+    run = write_run(
+        tmp_path,
+        scenes,
+        zero={"stage": stage},
+        train={"schedule_steps": 10_000},
+        checkpoint={"every": 1, "keep_last": 2, "at_start": True},
+    )
+    root = tmp_path / "killed" / "checkpoints"
+    generator = random.Random(ranks)
+    with start(run, "name=killed", ranks=ranks) as process:
+        typical = statistics.median(time_saves(process, root, 5))
+    hits = 0
+    for _ in range(kills):
+        expected, began = last_step(root), time.time()
+        with start(run, "name=killed", ranks=ranks) as process:
+            delay, saves = generator.uniform(0.0, typical), generator.randint(0, 2)
+            kill_while_saving(process, root, delay, saves, generator.randrange(ranks), began)
+            finished = process.wait()
+        assert f"resumed from {root}/step-{expected:08d}" in finished.output, finished
+        assert "passed over" not in finished.output
+        hits += bool(temporary_folders(root, began))
+        assert last_step(root) >= expected + saves
+        assert_all_whole(root)
+    assert hits > kills / 2, f"only {hits} of {kills} kills hit a save: they prove little"
+    end = f"train.max_steps={last_step(root) + 2}"
+    train(run, "name=killed", end, ranks=ranks).require(0)
+    assert temporary_folders(root) == []
+    train(run, "name=whole", "checkpoint.every=0", end, ranks=ranks).require(0)
+    killed, whole = (
+        [{key: record[key] for key in COMPUTED} for record in records(run, name)] for name in ("killed", "whole")
+    )
+    assert [record["step"] for record in killed] == list(range(1, last_step(root) + 1))
+    assert killed == whole
