@@ -7,23 +7,38 @@ import torch
 from cosmos_scale.config import RunConfig
 
 GRADIENT_BUCKET = 50_000_000
-"""Elements that gradients are reduced in at a time, through a buffer of that size; DeepSpeed's own 5e8 take 2 GB."""
-
-STAGE_3 = {
-    # It would replace torch.nn.functional.linear in the whole process.
-    "memory_efficient_linear": False,
-    # Elements gathered ahead, and kept although they are needed again: the defaults keep a model of 10^9 whole.
-    "stage3_prefetch_bucket_size": 20_000_000,
-    "stage3_max_live_parameters": 50_000_000,
-    "stage3_max_reuse_distance": 20_000_000,
-}
+LIVE_WEIGHTS = 50_000_000
+REUSED_WEIGHTS = 20_000_000
+PERSISTENT_WEIGHTS = 100_000
+"""Stage 3 keeps parameters of fewer elements than this whole on every rank: norms, biases, scales."""
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`; raises UserError where world_size does not divide the batch."""
+def gradient_bucket(elements: int) -> int:
+    """Return how many elements' gradients are reduced at a time, for a model of so many; DeepSpeed's 5e8 take 2 GB."""
+    return max(1, min(GRADIENT_BUCKET, elements // 8))
+
+
+def deepspeed_stage_3(elements: int) -> dict[str, Any]:
+    """Stage 3's keys for a model of so many elements: the defaults would keep one of 10^9 whole."""
+    return {
+        # It would replace torch.nn.functional.linear in the whole process; the model's own needs no such thing.
+        "memory_efficient_linear": False,
+        # Elements gathered ahead, gathered at one time, and kept although they are only needed again later.
+        "stage3_prefetch_bucket_size": min(REUSED_WEIGHTS, elements // 8),
+        "stage3_max_live_parameters": min(LIVE_WEIGHTS, elements // 3),
+        "stage3_max_reuse_distance": min(REUSED_WEIGHTS, elements // 8),
+        "stage3_param_persistence_threshold": PERSISTENT_WEIGHTS,
+    }
+
+
+def deepspeed_config(config: RunConfig, world_size: int, elements: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`, for a model of so many elements.
+
+    Raises UserError where world_size does not divide the batch.
+    """
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
-        "reduce_bucket_size": GRADIENT_BUCKET,
+        "reduce_bucket_size": gradient_bucket(elements),
     }
     if config.zero.stage < 3:
         # Ours is read by the device alone; DeepSpeed's, which clipping and offloading need, is read by the host.
@@ -31,7 +46,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             config.zero.stage == 0 or config.zero.offload or config.optimizer.clip_norm is not None
         )
     else:
-        zero |= STAGE_3
+        zero |= deepspeed_stage_3(elements)
     if config.zero.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -53,9 +68,9 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def teacher_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def teacher_deepspeed_config(config: RunConfig, world_size: int, elements: int) -> dict[str, Any]:
     """The dictionary for the teacher's engine at stage 3, which has no optimizer."""
-    student = deepspeed_config(config, world_size)
+    student = deepspeed_config(config, world_size, elements)
     kept = (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
@@ -67,7 +82,7 @@ def teacher_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, An
     )
     zero = {
         "stage": 3,
-        **STAGE_3,
+        **deepspeed_stage_3(elements),
         # Parameters that stayed gathered would not see what is written into the shards.
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,

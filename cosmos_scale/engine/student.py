@@ -12,7 +12,7 @@ from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import cut, join, surrogate
 from cosmos_scale.engine.collectives import Ranks, all_gather_flat
-from cosmos_scale.engine.deepspeed_config import GRADIENT_BUCKET, deepspeed_config
+from cosmos_scale.engine.deepspeed_config import deepspeed_config, gradient_bucket
 from cosmos_scale.engine.optimizer import SCALES_GROUP, build_optimizer
 from cosmos_scale.engine.placement import Names, Placement, masters, placements, whole
 from cosmos_scale.fragments import Fragment
@@ -36,10 +36,11 @@ class Student:
         # DeepSpeed makes its masters from the low-precision copy; the float32 weights are put back below.
         initial = {} if config.precision == "fp32" else _copies(model)
         names = Names(model)
+        self.elements = sum(parameter.numel() for parameter in model.parameters())
         self.engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
             optimizer=self.optimizer,
-            config=deepspeed_config(config, ranks.world_size),
+            config=deepspeed_config(config, ranks.world_size, self.elements),
         )
         # At stage 0 `backward` reduces the gradients itself.
         self.engine.enable_backward_allreduce = self.stage > 0
@@ -92,7 +93,7 @@ class Student:
         self.engine.backward(scalar * self._loss_scale if self.stage == 0 else scalar, scale_wrt_gas=False)
         # Left to itself, DeepSpeed reduces them through a second copy of them all, one process too.
         if self.stage == 0 and self.ranks.world_size > 1 and self.engine.is_gradient_accumulation_boundary():
-            self.engine.allreduce_gradients(bucket_size=GRADIENT_BUCKET)
+            self.engine.allreduce_gradients(bucket_size=gradient_bucket(self.elements))
 
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:
         """AdamW, moving average and clamp; nothing changes where loss or gradient are not finite. Collective.

@@ -37,7 +37,8 @@ class Teacher:
 
             # Without an optimizer: DeepSpeed only shards the weights, and gathers them module by module in the forward.
             self._engine, *_ = deepspeed.initialize(
-                model=self._forward, config=teacher_deepspeed_config(config, student.ranks.world_size)
+                model=self._forward,
+                config=teacher_deepspeed_config(config, student.ranks.world_size, student.elements),
             )
         elif student.stage > 0:
             self._flat_groups = self._flatten(dtype)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from cosmos_scale.kernels.attention import Backend, Segments, attention
+from cosmos_scale.kernels.linear import linear
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -36,7 +37,7 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its initialisation."""
+    """nn.Linear on [T, D], without its initialisation."""
 
     def reset_parameters(self) -> None:
         """Leave NaN until the owner initialises."""
@@ -47,6 +48,10 @@ class Linear(nn.Linear):
         """Draw weight and bias from -bound .. bound."""
         uniform_(self.weight, bound, generator)
         uniform_(self.bias, bound, generator)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return [T, E]."""
+        return linear(x_TD, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -105,7 +110,7 @@ class Attention(nn.Module):
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each."""
-        return self._split_heads(functional.linear(x_TD, self.in_proj_weight, self.in_proj_bias), 3)
+        return self._split_heads(linear(x_TD, self.in_proj_weight, self.in_proj_bias), 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
         """Attend in all heads; returns [T, D], before the output projection."""
