@@ -33,20 +33,20 @@ def tiny_config(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(sections | changes)
 
 
-def tiny_batch(step: int) -> Batch:
+def tiny_batch(step: int, size: int = GLOBAL_BATCH) -> Batch:
     """The global batch of a step: 2 + 6 crops, 8 captions of various lengths."""
     generator = torch.Generator().manual_seed(1000 + step)
-    captions = torch.randint(1, 63, (8, GLOBAL_BATCH, 16), generator=generator, dtype=torch.int32)
-    ends = torch.randint(3, 16, (8, GLOBAL_BATCH), generator=generator)
+    captions = torch.randint(1, 63, (8, size, 16), generator=generator, dtype=torch.int32)
+    ends = torch.randint(3, 16, (8, size), generator=generator)
     positions = torch.arange(16)
     captions[positions == ends[..., None]] = 63
     captions[positions > ends[..., None]] = 0
     return Batch(
-        torch.randn(2, GLOBAL_BATCH, 3, 32, 32, generator=generator),
-        torch.randn(6, GLOBAL_BATCH, 3, 16, 16, generator=generator),
+        torch.randn(2, size, 3, 32, 32, generator=generator),
+        torch.randn(6, size, 3, 16, 16, generator=generator),
         captions,
         ends + 1,
-        torch.arange(GLOBAL_BATCH),
+        torch.arange(size),
         torch.tensor(0),
     )
 

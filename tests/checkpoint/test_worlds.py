@@ -1,0 +1,207 @@
+"""What one number of ranks at one stage of ZeRO saved goes on at any other, with the same losses."""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_scale.checkpoint import files
+from cosmos_scale.checkpoint.state import KINDS, FragmentReader, Manifest, RunState, read_manifest
+from cosmos_scale.checkpoint.writer import CheckpointWriter
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.fragments import Fragment
+from cosmos_scale.loss.cosmos_loss import CosmosLoss
+from cosmos_scale.model.cosmos import CosmosModel
+from tests.distributed import run_ranks
+from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config
+
+BATCH = 12  # which 1, 2, 3 and 4 ranks share evenly
+BEFORE, AFTER = 3, 3  # steps
+CHUNK = 4096  # bytes: the tiny model's files are smaller than the megabyte under one checksum
+# fp32 sums of one batch in another order, over six updates; bf16 has 8 bits and a scale of 14 and more on the logits.
+TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+class Case(NamedTuple):
+    """How a run computes; any may go on from any other of its precision."""
+
+    stage: int
+    precision: str = "fp32"
+    offload: bool = False
+
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return tiny_config(
+            zero={"stage": self.stage, "offload": self.offload},
+            precision=self.precision,
+            train={"global_batch": BATCH, "schedule_steps": 100},
+            optimizer={"warmup_steps": 0},
+        )
+
+
+class Outcome(NamedTuple):
+    """What a rank has after all steps. losses: of the last AFTER. read, most: bytes of the checkpoint's files."""
+
+    losses: list[float]
+    fragments: dict[tuple[str, int], dict[str, Tensor]]
+    read: int = 0
+    most: int = 0
+
+
+STAGES = (0, 1, 2, 3)
+BF16 = Case(2, "bf16")
+SAVED = [*map(Case, STAGES), Case(2, offload=True), BF16]
+
+
+def go_on(tiny: Tiny) -> Outcome:
+    losses = [tiny.step(step, batch=tiny_batch(step, BATCH)).total.item() for step in range(BEFORE, BEFORE + AFTER)]
+    return Outcome(losses, tiny.fragments())
+
+
+def folder_of(root: Path, case: Case) -> Path:
+    return root / f"{case.stage}-{case.precision}-{case.offload}"
+
+
+def save_and_go_on(rank: int, world_size: int, root: Path, cases: list[Case]) -> dict[Case, Outcome]:
+    """Runs that save in their middle and are left alone."""
+    files.CHUNK = CHUNK
+    ranks = start_ranks("cpu")
+    outcomes = {}
+    for case in cases:
+        config = case.config()
+        tiny = build_tiny(config, ranks, teacher_seed=1)
+        for step in range(BEFORE):
+            tiny.step(step, batch=tiny_batch(step, BATCH))
+        student = tiny.student
+        updates, scaler = student.updates, student.loss_scaler()
+        state = RunState(BEFORE, BEFORE * BATCH, updates, world_size, scaler, "digest", config.model_dump(mode="json"))
+        with CheckpointWriter(folder_of(root, case), student.fragments, ranks.control, config.checkpoint) as writer:
+            writer.save(state)
+            outcomes[case] = go_on(tiny)  # which must not change what is being written
+        student.engine.destroy()
+    return outcomes
+
+
+def load_and_go_on(
+    rank: int, world_size: int, root: Path, pairs: list[tuple[Case, Case]]
+) -> dict[tuple[Case, Case], Outcome]:
+    """Runs that begin where saved ones (the first of each pair) were."""
+    files.CHUNK = CHUNK
+    ranks = start_ranks("cpu")
+    return {(saved, own): resume(folder_of(root, saved) / f"step-{BEFORE:08d}", own, ranks) for saved, own in pairs}
+
+
+def resume(folder: Path, case: Case, ranks: Ranks) -> Outcome:
+    config = case.config()
+    model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
+    model.init_weights(torch.Generator().manual_seed(7))  # nothing of which may be left
+    teacher_model.load_state_dict(model.state_dict())
+    student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
+    manifest = read_manifest(folder)
+    with FragmentReader(folder, manifest) as reader:
+        reader.fill(student.fragments)
+        read = reader.bytes_read
+    student.updates = manifest.state.updates
+    student.set_loss_scaler(manifest.state.loss_scaler)
+    student.weights_changed()
+    tiny = Tiny(student, Teacher(teacher_model, student, config), CosmosLoss(config.optimizer.gradient_scale))
+    outcome = go_on(tiny)
+    student.engine.destroy()
+    return outcome._replace(read=read, most=most_bytes(folder, manifest, student.fragments))
+
+
+def most_bytes(folder: Path, manifest: Manifest, fragments: list[Fragment]) -> int:
+    """The bytes of all chunks that fragments lie in, and of those of the headers of their files, each counted once."""
+    chunks: dict[str, set[int]] = {}
+    begins = {}
+    for name in manifest.files:
+        data = (folder / name).read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little")
+        begins[name] = {key: header + entry["data_offsets"][0] for key, entry in json.loads(data[8:header]).items()}
+        chunks[name] = set(range(-(-header // CHUNK)))
+    touched = set()
+    for fragment in fragments:
+        for name, start, count in manifest.parameters[fragment.name]["pieces"]:
+            low = max(fragment.start, start)
+            high = min(fragment.start + fragment.weight.numel(), start + count)
+            for kind in KINDS if low < high else ():
+                first = begins[name][f"{fragment.name}|{kind}"] + 4 * (low - start)
+                chunks[name] |= set(range(first // CHUNK, -(-(first + 4 * (high - low)) // CHUNK)))
+                touched.add(name)
+    sizes = {name: manifest.files[name].size for name in touched}
+    return sum(min(CHUNK, size - CHUNK * chunk) for name, size in sizes.items() for chunk in chunks[name])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("worlds")
+
+
+@functools.cache
+def uninterrupted(world_size: int, root: Path) -> list[dict[Case, Outcome]]:
+    cases = SAVED if world_size == 4 else [Case(2)]
+    return run_ranks(save_and_go_on, world_size, root / str(world_size), cases, timeout=200)
+
+
+@functools.cache
+def resumed(saved_by: int, world_size: int, root: Path) -> list[dict[tuple[Case, Case], Outcome]]:
+    """By rank; from runs at stage 2 to all stages, and at one world size from all runs to some and to themselves."""
+    pairs = [(Case(2), Case(stage)) for stage in STAGES]
+    if saved_by == 4 and world_size == 2:
+        pairs += [(saved, Case((saved.stage + 2) % 4, saved.precision)) for saved in SAVED if saved != Case(2)]
+    if saved_by == 4 and world_size == 4:
+        pairs += [(saved, saved) for saved in SAVED if saved != Case(2)]
+    uninterrupted(saved_by, root)
+    return run_ranks(load_and_go_on, world_size, root / str(saved_by), pairs, timeout=200)
+
+
+# Saved by; gone on at. Four ranks take over 20 seconds on two cores.
+QUICK = [(2, 1), (2, 2)]
+WORLDS = QUICK + [pytest.param(4, world_size, marks=pytest.mark.slow) for world_size in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("saved_by", "world_size"), WORLDS)
+def test_losses_are_those_of_the_run_that_was_left_alone(saved_by: int, world_size: int, root: Path) -> None:
+    expected = uninterrupted(saved_by, root)[0]
+    assert max(expected[Case(2)].losses) - min(expected[Case(2)].losses) > 0.01
+    for outcomes in resumed(saved_by, world_size, root):
+        for (saved, own), outcome in outcomes.items():
+            assert outcome.losses == pytest.approx(expected[saved].losses, abs=TOLERANCES[saved.precision]), (
+                saved,
+                own,
+            )
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_nothing_changed_is_bit_for_bit(world_size: int, root: Path) -> None:
+    found = zip(resumed(world_size, world_size, root), uninterrupted(world_size, root), strict=True)
+    for outcomes, expected in found:
+        for case, alone in expected.items():
+            outcome = outcomes[case, case]
+            assert outcome.losses == alone.losses, case
+            assert outcome.fragments.keys() == alone.fragments.keys()
+            for key, tensors in alone.fragments.items():
+                for kind, tensor in tensors.items():
+                    assert torch.equal(outcome.fragments[key][kind], tensor), (case, key, kind)
+
+
+@pytest.mark.parametrize(("saved_by", "world_size"), WORLDS)
+def test_a_rank_reads_the_chunks_of_its_share_and_each_once(saved_by: int, world_size: int, root: Path) -> None:
+    for outcomes in resumed(saved_by, world_size, root):
+        for pair, outcome in outcomes.items():
+            assert 0 < outcome.read <= outcome.most, pair
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_rank_of_an_unchanged_run_reads_its_own_file_and_no_other(world_size: int, root: Path) -> None:
+    folder = folder_of(root / str(world_size), Case(2)) / f"step-{BEFORE:08d}"
+    for rank, outcomes in enumerate(resumed(world_size, world_size, root)):
+        own = folder / f"fragments-{rank:05d}.safetensors"
+        assert outcomes[Case(2), Case(2)].read == own.stat().st_size
