@@ -1,4 +1,4 @@
-"""The command line: `cosmos-scale train | eval | data | setup`.
+"""The command line: `cosmos-scale train | eval | data | checkpoint | setup`.
 
 Each command imports what it needs when it runs, so that `--help` and mistyped commands answer at once.
 """
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos_scale import __version__, data_cli
+from cosmos_scale import __version__, checkpoint_cli, data_cli
 from cosmos_scale.arguments import positive, with_examples
 from cosmos_scale.errors import UserError
 
@@ -21,6 +21,7 @@ examples:
   cosmos-scale train configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m train.max_steps=100
   deepspeed --num_accelerators 8 --module cosmos_scale.train configs/run/cc3m_vitb16.yaml
   cosmos-scale eval retrieval --checkpoint runs/cc3m_vitb16/checkpoints --data /data/coco_val --json
+  cosmos-scale checkpoint inspect runs/cc3m_vitb16 --verify
 """
 EVAL_EXAMPLES = """\
 examples:
@@ -32,7 +33,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 1 where `data verify` finds damage; 2 where the user has something to mend; 130 if interrupted.
+    0; 1 where `data verify` or `checkpoint inspect` finds damage; 2 where the user has something to mend; 130 if
+    interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
@@ -100,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint")
     _add_eval_commands(with_examples(evaluate, EVAL_EXAMPLES))
+
+    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints")
+    with_examples(checkpoint, checkpoint_cli.EXAMPLES)
+    checkpoint_cli.add_parsers(checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     setup = commands.add_parser("setup", help="compile what DeepSpeed needs on CPUs, once, before the first launch")
     setup.set_defaults(command="setup", run=_setup)

@@ -100,6 +100,7 @@ class Run:
             data=self.index.fingerprint(),
             config=self.config.model_dump(mode="json"),
             lost_shards=self.loader.lost_shards,
+            steps_per_epoch=self.loader.steps_per_epoch,
         )
 
     def evaluate(self, student: Student, teacher: Teacher) -> dict[str, RetrievalResult]:

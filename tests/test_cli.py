@@ -32,6 +32,8 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("data", "inspect"),
         ("data", "verify"),
         ("eval", "retrieval"),
+        ("checkpoint",),
+        ("checkpoint", "inspect"),
         ("setup",),
         ("train",),
     ],

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,7 +38,7 @@ class RunState:
     step: steps done. samples: samples consumed over all ranks. updates: AdamW updates done. world_size: of the run that
     saved. loss_scaler: numbers of fp16's scaler. data: digest of the index that gives the samples' order.
     config: the run's configuration as plain data. lost_shards: the shards given up, each with the step from which on
-    its samples are replaced.
+    its samples are replaced. steps_per_epoch: of the data at this global batch, None where nobody said.
     """
 
     step: int
@@ -48,6 +49,7 @@ class RunState:
     data: str
     config: dict[str, Any]
     lost_shards: dict[str, int] = field(default_factory=dict)
+    steps_per_epoch: int | None = None
 
 
 def checkpoint_name(step: int) -> str:
@@ -93,10 +95,12 @@ def find_checkpoint(folder: Path) -> Path:
 class Manifest(NamedTuple):
     """What is said of a checkpoint beside its tensors.
 
-    parameters: by name, {"shape": [...], "pieces": [[file, first element, elements], ...]}.
+    written: when, in UTC and ISO 8601. parameters: by name, {"shape": [...], "pieces": [[file, first element,
+    elements], ...]}.
     """
 
     state: RunState
+    written: str
     versions: dict[str, str]
     parameters: dict[str, Any]
     files: dict[str, FileRecord]
@@ -229,6 +233,7 @@ def write_manifest(
     content = {
         "format": FORMAT,
         "versions": {"cosmos_scale": __version__, "torch": torch.__version__},
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "state": asdict(state),
         "parameters": parameters,
         "files": [record._asdict() for record, _ in ranks],
@@ -259,7 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"checkpoint {folder}: format {content['format']}; rule: this version reads format {FORMAT}"
             )
         files = {file["name"]: FileRecord(**file) for file in content["files"]}
-        return Manifest(RunState(**content["state"]), content["versions"], content["parameters"], files)
+        state = RunState(**content["state"])
+        return Manifest(state, content["written"], content["versions"], content["parameters"], files)
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise BrokenCheckpoint(
             f"checkpoint {folder}: no readable {MANIFEST} ({failure}); rule: name a step-* folder of a run"

@@ -1,0 +1,58 @@
+"""The command `cosmos-scale checkpoint inspect`: its arguments, and calling what does the work."""
+
+import argparse
+import json
+from pathlib import Path
+
+from cosmos_scale.arguments import with_examples
+
+EXAMPLES = """\
+examples:
+  cosmos-scale checkpoint inspect runs/demo
+  cosmos-scale checkpoint inspect runs/demo --verify
+  cosmos-scale checkpoint inspect runs/demo/checkpoints/step-00001000
+  cosmos-scale checkpoint inspect runs/demo/checkpoints/step-00001000 --verify --json
+"""
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add every checkpoint command; each parser's defaults say its name (`command`) and what runs it (`run`)."""
+    inspect = with_examples(
+        commands.add_parser("inspect", help="what is in a checkpoint, and whether it is whole"), EXAMPLES
+    )
+    inspect.description = (
+        "Print what is in a checkpoint, or list those of a run. Looks at the manifest and at the files' presence, "
+        "sizes and headers; --verify reads every byte. Exit status: 0 whole, 1 something is broken, 2 wrong use."
+    )
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="a step-N folder, or a run's folder")
+    inspect.add_argument("--verify", action="store_true", help="read all files and check all checksums")
+    inspect.add_argument("--json", action="store_true", help="print one line of JSON, for a run an array")
+    inspect.add_argument("--quiet", action="store_true", help="no progress bar")
+    inspect.set_defaults(command="checkpoint inspect", run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    import sys
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from cosmos_scale.checkpoint.inspect import find_folders, inspect, show, show_all, total_size
+
+    folders = find_folders(arguments.folder)
+    hidden = arguments.quiet or not arguments.verify or not sys.stderr.isatty()
+    columns = (TextColumn("verify"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task("verify", total=total_size(folders))
+        found = [
+            inspect(folder, verify=arguments.verify, advance=lambda count: bar.advance(task, count))
+            for folder in folders
+        ]
+    if arguments.json:
+        of_a_run = [one.as_json() for one in found]
+        print(json.dumps(of_a_run[0] if folders == [arguments.folder] else of_a_run))
+    elif folders == [arguments.folder]:
+        show(found[0], Console())
+    else:
+        show_all(found, Console())
+    return 0 if all(one.whole for one in found) else 1
