@@ -129,9 +129,7 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         lost = {} if start.state is None else start.state.lost_shards
         damaged = folder / "damaged.jsonl"
-        loader = TrainLoader(
-            config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device
-        )
+        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device)
         if start.state is None:
             loader.check_shards()
         retrieval = None
