@@ -191,6 +191,14 @@ def test_a_truncated_picture_does_not_enter(name: str, share: float) -> None:
         prepare(data[: int(len(data) * share)], MAX_PIXELS)
 
 
+def test_a_header_may_end_anywhere() -> None:
+    marker = RARE_MARKERS["Adobe's marker, YCbCr"]
+    data = JPEG[:2] + marker + JPEG[2:]
+    for length in range(data.index(b"\xff\xda") + 20):
+        with pytest.raises(DamagedSample, match="the picture"):
+            prepare(data[:length], MAX_PIXELS)
+
+
 def test_too_many_pixels_do_not_enter() -> None:
     for name in ("jpeg", "cmyk jpeg", "png", "webp"):
         with pytest.raises(DamagedSample, match="320 x 200 pixels, more than max_pixels 63999"):
