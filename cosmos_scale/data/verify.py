@@ -2,9 +2,11 @@
 
 A sample is sound where training would use it: its members lie where the index says, its picture decodes to the end and
 is not too large, its json has text for the sampling. Beside the samples, each shard's tar structure is compared with
-its index: what breaks off, what the index left out, what it does not know.
+its index: what breaks off, what the index left out, what it does not know; and its bytes with the checksum that
+`data prepare` noted in manifest.json, where there is one: flipped bits of a JPEG often decode, to other pixels.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -22,9 +24,11 @@ from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.index import SourceIndex, open_sources
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 from cosmos_scale.data.scan import scan_shard
 from cosmos_scale.data.shards import Entry, ShardReader
+from cosmos_scale.data.store import is_remote
 from cosmos_scale.errors import UserError
 
 SAMPLES_A_JOB = 128
@@ -49,7 +53,8 @@ class Verdict:
     """What `verify_shards` found. Samples and bytes are the indexes'.
 
     damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
-    read at all. shards_damaged: shards with a fault of their own. reasons: all faults by reason, numbers left out.
+    read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
+    reasons: all faults by reason, numbers left out.
     """
 
     shards: int = 0
@@ -59,6 +64,7 @@ class Verdict:
     left_out: int = 0
     unreadable: int = 0
     shards_damaged: int = 0
+    checksums: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[Fault] = field(default_factory=list)
 
@@ -81,9 +87,12 @@ class Verdict:
 
     def describe(self, log: Path | None) -> str:
         """Return the verdict as lines for a terminal; log: where all faults are written, if anywhere."""
-        lines = [f"{self.samples:,} samples in {self.shards:,} shards, {self.size:,} bytes"]
+        read = f"{self.samples:,} samples in {self.shards:,} shards, {self.size:,} bytes"
+        if self.checksums:
+            read += f"; {self.checksums:,} shards compared with the checksums of {MANIFEST}"
         if self.sound:
-            return f"{lines[0]}: all are sound"
+            return f"{read}: all are sound"
+        lines = [read]
         share = (self.damaged + self.unreadable) / max(1, self.samples)
         lines.append(f"{self.damaged + self.unreadable:,} samples ({share:.2%}) cannot be used in training:")
         lines.append(f"  {self.damaged:,} are damaged, {self.unreadable:,} lie in shards that cannot be read")
@@ -131,6 +140,7 @@ class _Checked(NamedTuple):
     samples: list[Fault]
     structure: list[Fault]
     unreadable: Fault | None
+    checksum: bool = False  # whether there was one to compare with
 
 
 class _Pass(NamedTuple):
@@ -164,6 +174,7 @@ def verify_shards(
                 parts.append(part)
                 advance(part.job.last - part.job.first)
             verdict.unreadable += sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
                 verdict.note(fault)
                 if file is not None:
@@ -200,13 +211,23 @@ def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
 
 
 @lru_cache(maxsize=1)
-def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], ShardReader]:
-    """The indexes and a reader, once a process and pass: a pass has many jobs."""
-    return open_sources(pass_.data.sources).sources, ShardReader(pass_.data.remote)
+def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], list[dict[str, str]], ShardReader]:
+    """The indexes, their shards' checksums and a reader, once a process and pass: a pass has many jobs."""
+    indexes = open_sources(pass_.data.sources).sources
+    return indexes, [_checksums(index) for index in indexes], ShardReader(pass_.data.remote)
+
+
+def _checksums(index: SourceIndex) -> dict[str, str]:
+    """The SHA-256 of the shards that a manifest beside the index names; none without one that says so."""
+    try:
+        shards = json.loads((Path(index.folder) / MANIFEST).read_bytes())["shards"]
+        return {str(shard["shard"]): str(shard["sha256"]) for shard in shards}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _check(pass_: _Pass, job: _Job) -> _Checked:
-    indexes, reader = _opened(pass_)
+    indexes, checksums, reader = _opened(pass_)
     index, data = indexes[job.source], pass_.data
     file = index.shard_file(job.shard)
     shard = file.shown
@@ -214,6 +235,9 @@ def _check(pass_: _Pass, job: _Job) -> _Checked:
     try:
         reader.check([file])  # says at once where there is none: reading would wait for it to come back
         structure = _compare(index, job.shard) if job.first == 0 else []
+        checksum = None if is_remote(file.address) else checksums[job.source].get(index.rows[job.shard].name)
+        if job.first == 0 and checksum is not None and checksum != _sha256(file.address):
+            structure.append(Fault(shard, None, None, f"bytes have changed since {MANIFEST} was written", indexed=True))
         for place in range(job.first, job.last):
             location = index.locate(job.shard, place)
             try:
@@ -225,7 +249,15 @@ def _check(pass_: _Pass, job: _Job) -> _Checked:
     except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
         reason = str(error).removeprefix(f"{shard}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(shard, None, None, reason, indexed=True))
-    return _Checked(job, samples, structure, None)
+    return _Checked(job, samples, structure, None, checksum is not None)
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _compare(index: SourceIndex, shard: int) -> list[Fault]:

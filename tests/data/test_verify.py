@@ -1,5 +1,6 @@
 """`data verify`: every kind of damage is found where it lies, and nothing else."""
 
+import hashlib
 import json
 import shutil
 import tarfile
@@ -170,6 +171,35 @@ def test_a_walk_that_breaks_off_is_the_shards_own_fault(tmp_path: Path, capsys: 
     assert of_shard["reason"].startswith(("truncated", "damaged: no tar header"))
     assert (of_sample["key"], of_sample["byte"]) == ("000002", start)
     assert of_sample["reason"].startswith("no member of ")
+
+
+def test_bytes_that_still_decode_are_found_by_a_manifests_checksum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path, [4, 3])
+    shards = sorted(folder.glob("*.tar"))
+    rows = [{"shard": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in shards]
+    (folder / "manifest.json").write_text(json.dumps({"shards": rows}))
+    status, out = verify(capsys, folder)
+    assert (status, out.endswith("; 2 shards compared with the checksums of manifest.json: all are sound\n")) == (
+        0,
+        True,
+    )
+    offset, size = data_of(shards[1], "000005.json")
+    document = json.loads(sample(5)["json"])
+    document["raw_caption"][0] = document["raw_caption"][0].replace("picture", "pictore")
+    overwrite(shards[1], offset, json.dumps(document).encode().ljust(size))
+    found = as_json(capsys, folder)
+    assert (found["damaged"], found["shards_damaged"], found["checksums"]) == (0, 1, 2)
+    assert found["first"][0] == {
+        "shard": str(shards[1]),
+        "key": None,
+        "byte": None,
+        "reason": "bytes have changed since manifest.json was written",
+        "indexed": True,
+    }
+    (folder / "manifest.json").write_text("[]")  # somebody else's
+    assert as_json(capsys, folder)["checksums"] == 0
 
 
 @pytest.mark.parametrize("change", ["missing", "cut", "no table"])
