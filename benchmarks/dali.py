@@ -58,9 +58,7 @@ def for_dali(first: int, photos: list[bytes]) -> Encoded:
 
 def colour_global_crops(encoded: Encoded, device: torch.device) -> Callable[[], None]:
     """The colour of a batch's global crops alone, ready to run on noise."""
-    kind = slice(0, VIEWS.global_crops)
-    fields = (encoded.jitter_order, encoded.jitter_factors, encoded.grey, encoded.blur_radius, encoded.solarise)
-    rows = [field[kind].flatten(0, 1) for field in fields]
+    rows = encoded.colour(slice(VIEWS.global_crops))
     levels_NCHW = torch.randint(0, 256, (len(rows[0]), 3, SIDE, SIDE), device=device).float()
     return lambda: colour_(levels_NCHW, *rows)
 

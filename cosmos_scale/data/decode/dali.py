@@ -103,6 +103,11 @@ class Encoded(NamedTuple):
     blur_radius: Tensor
     solarise: Tensor
 
+    def colour(self, views: slice) -> list[Tensor]:
+        """What `colour_` takes for the crops of some views, [N, ...] each: view by view, then sample by sample."""
+        fields = (self.jitter_order, self.jitter_factors, self.grey, self.blur_radius, self.solarise)
+        return [field[views].flatten(0, 1) for field in fields]
+
 
 def stack(pictures: Sequence[bytes], plans: Sequence[ViewPlan]) -> Encoded:
     """Put prepared pictures and their plans, of equal views, into one batch."""
@@ -196,28 +201,14 @@ class DaliDecoder:
         crops = self._outputs()
         V_global = self._views.global_crops
         batch = encoded.boxes.shape[1]
+        kinds = ((self._image_size, slice(V_global)), (self._views.local_size, slice(V_global, len(crops))))
         made = []
-        for side, kind in (
-            (self._image_size, slice(0, V_global)),
-            (self._views.local_size, slice(V_global, len(crops))),
-        ):
+        for side, kind in kinds:
             levels_VBCHW = torch.empty(len(crops[kind]), batch, 3, side, side, device=self._device)
             for levels, pixels in zip(levels_VBCHW, crops[kind], strict=True):
                 levels.copy_(pixels.permute(0, 3, 1, 2))
             levels_NCHW = levels_VBCHW.flatten(0, 1)
-            colour_(
-                levels_NCHW,
-                *(
-                    field[kind].flatten(0, 1)
-                    for field in (
-                        encoded.jitter_order,
-                        encoded.jitter_factors,
-                        encoded.grey,
-                        encoded.blur_radius,
-                        encoded.solarise,
-                    )
-                ),
-            )
+            colour_(levels_NCHW, *encoded.colour(kind))
             normalise_(levels_NCHW)
             made.append(levels_VBCHW)
         return Views(*made)
