@@ -13,6 +13,7 @@ PIXELS = 240_000  # a photo's area, as those of CC3M have it on average
 JPEG_QUALITY = 90
 LEAST_AREA = 0.5  # of the picture that a photo is cut from
 RATIOS = (3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2)  # width / height
+NOT_ASCII = 0.02  # of the sentences hold other letters, quotes or dashes
 # DreamLIP's caption keys, each with its sentences and their shortest and longest number of words.
 CAPTIONS = {
     "raw_caption": (1, 6, 16),
@@ -51,12 +52,16 @@ def jpeg_photos(count: int) -> list[bytes]:
 def caption_documents(count: int) -> list[dict[str, Any]]:
     """DreamLIP's seven lists of sentences, of words as frequent as their rank among CLIP's word pieces suggests."""
     pieces = open_clip.tokenizer.SimpleTokenizer().encoder
-    words = [piece.removesuffix("</w>") for piece in pieces if piece.endswith("</w>") and piece[:-4].isalpha()]
+    ends = [piece.removesuffix("</w>") for piece in pieces if piece.endswith("</w>")]
+    words = [word for word in ends if word.isascii() and word.isalpha()]
     weights = [1 / (rank + 10) for rank in range(len(words))]
     draw = random.Random(0)
 
     def sentence(shortest: int, longest: int) -> str:
-        return " ".join(draw.choices(words, weights, k=draw.randint(shortest, longest))).capitalize()
+        chosen = draw.choices(words, weights, k=draw.randint(shortest, longest))
+        if draw.random() < NOT_ASCII:
+            chosen.append("caf\u00e9\u2019s")
+        return " ".join(chosen).capitalize()
 
     return [
         {
