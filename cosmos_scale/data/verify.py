@@ -9,17 +9,18 @@ its index: what breaks off, what the index left out, what it does not know; and 
 import hashlib
 import json
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from cosmos_scale.config_data import DataConfig
+from cosmos_scale.config_data import DataConfig, RemoteConfig
 from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.index import SourceIndex, open_sources
@@ -27,8 +28,8 @@ from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 from cosmos_scale.data.scan import scan_shard
-from cosmos_scale.data.shards import Entry, ShardReader
-from cosmos_scale.data.store import is_remote
+from cosmos_scale.data.shards import Entry, ShardFile, ShardReader
+from cosmos_scale.data.store import Transient, fetch_into, is_remote
 from cosmos_scale.errors import UserError
 
 SAMPLES_A_JOB = 128
@@ -206,15 +207,16 @@ def _open_log(path: Path) -> TextIO:
 def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
     for source, index in enumerate(indexes):
         for shard, row in enumerate(index.rows):
-            for first in range(0, max(1, row.samples), SAMPLES_A_JOB):
-                yield _Job(source, shard, first, min(first + SAMPLES_A_JOB, row.samples))
+            at_once = row.samples if is_remote(index.shard_file(shard).address) else SAMPLES_A_JOB
+            for first in range(0, max(1, row.samples), max(1, at_once)):
+                yield _Job(source, shard, first, min(first + at_once, row.samples))
 
 
 @lru_cache(maxsize=1)
-def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], list[dict[str, str]], ShardReader]:
-    """The indexes, their shards' checksums and a reader, once a process and pass: a pass has many jobs."""
+def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], list[dict[str, str]]]:
+    """The indexes and their shards' checksums, once a process and pass: a pass has many jobs."""
     indexes = open_sources(pass_.data.sources).sources
-    return indexes, [_checksums(index) for index in indexes], ShardReader(pass_.data.remote)
+    return indexes, [_checksums(index) for index in indexes]
 
 
 def _checksums(index: SourceIndex) -> dict[str, str]:
@@ -227,29 +229,54 @@ def _checksums(index: SourceIndex) -> dict[str, str]:
 
 
 def _check(pass_: _Pass, job: _Job) -> _Checked:
-    indexes, checksums, reader = _opened(pass_)
-    index, data = indexes[job.source], pass_.data
-    file = index.shard_file(job.shard)
-    shard = file.shown
-    samples: list[Fault] = []
+    indexes, checksums = _opened(pass_)
+    index = indexes[job.source]
+    row, file = index.rows[job.shard], index.shard_file(job.shard)
+    checksum = checksums[job.source].get(row.name)
+    structure: list[Fault] = []
     try:
-        reader.check([file])  # says at once where there is none: reading would wait for it to come back
-        structure = _compare(index, job.shard) if job.first == 0 else []
-        checksum = None if is_remote(file.address) else checksums[job.source].get(index.rows[job.shard].name)
-        if job.first == 0 and checksum is not None and checksum != _sha256(file.address):
-            structure.append(Fault(shard, None, None, f"bytes have changed since {MANIFEST} was written", indexed=True))
+        with _here(file, pass_.data.remote) as local:
+            if job.first == 0:
+                structure = _compare(index, job.shard, local)
+            if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
+                changed = f"bytes have changed since {MANIFEST} was written"
+                structure.append(Fault(file.shown, None, None, changed, indexed=True))
+            samples = _read(pass_.data, index, job, local)
+    except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
+        reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
+        return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
+    return _Checked(job, samples, structure, None, checksum is not None)
+
+
+@contextmanager
+def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
+    """A shard as a file of this machine: one from elsewhere comes whole, once, into a temporary file."""
+    if not is_remote(file.address):
+        yield file
+        return
+    with tempfile.NamedTemporaryFile() as copy, open(copy.name, "r+b") as writable:
+        try:
+            fetch_into(writable, file.address, remote)
+        except Transient as failure:
+            raise UserError(f"{file.shown}: cannot be read: {failure}") from failure
+        yield file._replace(address=copy.name)
+
+
+def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> list[Fault]:
+    """Read a job's samples as training does; raises UserError where the shard is missing or stale."""
+    faults: list[Fault] = []
+    with closing(ShardReader()) as reader:
+        reader.check([local])  # says at once where there is none: reading would wait for it to come back
         for place in range(job.first, job.last):
-            location = index.locate(job.shard, place)
+            location = index.locate(job.shard, place)._replace(file=local)
             try:
                 image_bytes, document = reader.read(location)
                 draw_captions(data.captions, document, SampleKey(0, 0, place))
                 decode_rgbx(image_bytes, data.max_pixels)
             except DamagedSample as damage:
-                samples.append(Fault(shard, location.entry.key, location.entry.start, str(damage), indexed=True))
-    except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
-        reason = str(error).removeprefix(f"{shard}: ").removeprefix(f"shard of source {index.name} ")
-        return _Checked(job, [], [], Fault(shard, None, None, reason, indexed=True))
-    return _Checked(job, samples, structure, None, checksum is not None)
+                entry = location.entry
+                faults.append(Fault(local.shown, entry.key, entry.start, str(damage), indexed=True))
+    return faults
 
 
 def _sha256(path: str) -> str:
@@ -260,12 +287,10 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _compare(index: SourceIndex, shard: int) -> list[Fault]:
+def _compare(index: SourceIndex, shard: int, local: ShardFile) -> list[Fault]:
     """Walk a shard's headers and compare what they say with its index."""
-    row = index.rows[shard]
-    file = index.shard_file(shard)
-    path = file.shown
-    scan = scan_shard(file.address, file.shown)
+    row, path = index.rows[shard], local.shown
+    scan = scan_shard(local.address, path)
     indexed: dict[str, Entry] = {}
     for place in range(row.samples):
         entry = index.locate(shard, place).entry

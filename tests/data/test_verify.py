@@ -13,6 +13,7 @@ import pytest
 from cosmos_scale import cli
 from cosmos_scale.data.index import index_shards
 from tests.data.shard_files import Member, picture, sample, write_shard, write_shards
+from tests.data.web_server import web_server
 
 
 def verify(capsys: pytest.CaptureFixture[str], *arguments: object, workers: int = 1) -> tuple[int, str]:
@@ -212,7 +213,7 @@ def test_shards_that_cannot_be_read_at_all(tmp_path: Path, capsys: pytest.Captur
         shard.write_bytes(shard.read_bytes()[:5000])
     else:
         (folder / "00001.index.npy").unlink()
-    reason = {"missing": "cannot be opened", "cut": "has 5000 bytes, but its index", "no table": "00001.index.npy"}
+    reason = {"missing": "No such file", "cut": "has 5000 bytes, but its index", "no table": "00001.index.npy"}
     for workers in (1, 2):
         found = as_json(capsys, folder, workers=workers)
         assert (found["damaged"], found["unreadable"], found["shards_damaged"]) == (0, 300, 1)
@@ -245,6 +246,21 @@ def test_a_sample_at_another_place_than_the_index_says(tmp_path: Path, capsys: p
     found = as_json(capsys, tmp_path)
     assert found["reasons"] == {"the index places it elsewhere": 2}
     assert {fault["key"] for fault in found["first"]} == {"000001", "000002"}
+
+
+def test_shards_elsewhere_come_once_and_are_checked_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path / "shards", [3, 200])
+    end_early(folder / "00001.tar", "000100")
+    start = starts(folder / "00001.tar")["000100"]
+    with web_server(folder, tmp_path / "log") as server:
+        pattern = f"{server.url}/{{00000..00001}}.tar"
+        found = as_json(capsys, pattern, "--index", folder, workers=2)
+        assert sum(request.path.endswith(".tar") for request in server.requests()) == 2
+        (fault,) = found["first"]
+        assert (fault["shard"], fault["byte"]) == (f"{server.url}/00001.tar", start)
+        (folder / "00000.tar").unlink()
+        found = as_json(capsys, pattern, "--index", folder, "data.remote.retries=1", "data.remote.backoff_s=0.01")
+    assert (found["damaged"], found["unreadable"], found["shards_damaged"]) == (1, 3, 1)
 
 
 def test_the_terminal_names_some_and_a_file_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
