@@ -25,6 +25,7 @@ from cosmos_scale.data.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.shard_files import Member, flip_bytes, open_folder, picture, write_shard
+from tests.data.web_server import web_server
 
 # Views that only crop, so that a box can be compared with its view.
 PLAIN = {
@@ -157,6 +158,13 @@ def test_workers_change_no_number(folder: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out) == alone
 
 
+def test_shards_elsewhere_are_read_alike(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    local = read_json(capsys, folder, "--samples", 20, "--out", tmp_path)
+    with web_server(folder, tmp_path / "log") as server:
+        found = read_json(capsys, f"{server.url}/{{0..2}}.tar", "--index", folder, "--samples", 20, "--out", tmp_path)
+    assert found["measures"] == local["measures"]
+
+
 def test_damaged_samples_are_counted_by_reason(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,7 +178,9 @@ def test_damaged_samples_are_counted_by_reason(
     assert found["damaged"] == {"the picture is not a JPEG, PNG or WebP": 2, "unreadable json": 1}
     assert sum(found["formats"].values()) == 9
     out = run(capsys, tmp_path, "--out", tmp_path)
-    assert "damaged: 3 of 12 (25.00%); `data verify` names them all\n  2 x the picture is not a JPEG, PNG or WebP\n" in out
+    assert (
+        "damaged: 3 of 12 (25.00%); `data verify` names them all\n  2 x the picture is not a JPEG, PNG or WebP\n" in out
+    )
 
 
 def write_run(path: Path, folder: Path, **data: Any) -> Path:

@@ -12,6 +12,7 @@ import pytest
 
 from cosmos_scale import cli
 from cosmos_scale.data.index import index_shards
+from tests.data.downloads import download, dreamlip_row, write_dreamlip, write_tar
 from tests.data.shard_files import Member, picture, sample, write_shard, write_shards
 from tests.data.web_server import web_server
 
@@ -201,6 +202,17 @@ def test_bytes_that_still_decode_are_found_by_a_manifests_checksum(
     }
     (folder / "manifest.json").write_text("[]")  # somebody else's
     assert as_json(capsys, folder)["checksums"] == 0
+
+
+def test_a_preparations_own_checksums_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dreamlip(tmp_path / "captions.csv", [dreamlip_row(number) for number in range(8)])
+    for shard in range(2):
+        write_tar(tmp_path / "images", f"{shard:05d}", [download(number) for number in range(4 * shard, 4 * shard + 4)])
+    inputs = ["--captions", tmp_path / "captions.csv", "--images", tmp_path / "images", "--out", tmp_path / "out"]
+    assert cli.main(["data", "prepare", "dreamlip", *map(str, inputs), "--quiet", "--workers=1"]) == 0
+    capsys.readouterr()
+    found = as_json(capsys, tmp_path / "out")
+    assert (found["samples"], found["checksums"], found["sound"]) == (8, 2, True)
 
 
 @pytest.mark.parametrize("change", ["missing", "cut", "no table"])
