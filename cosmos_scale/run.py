@@ -50,6 +50,8 @@ class Run:
         if self.start.checkpoint is not None:
             assert self.start.state is not None
             origin = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
+            if self.start.state.lost_shards:
+                origin += f", which has lost {len(self.start.state.lost_shards)} shards"
         elif self.config.init_from is not None:
             origin = f"new run from the weights of {self.config.init_from}"
         steps = f"steps {self.first_step + 1}-{last_step}"
