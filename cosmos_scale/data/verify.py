@@ -94,11 +94,14 @@ class Verdict:
         if self.sound:
             return f"{read}: all are sound"
         lines = [read]
-        share = (self.damaged + self.unreadable) / max(1, self.samples)
-        lines.append(f"{self.damaged + self.unreadable:,} samples ({share:.2%}) cannot be used in training:")
-        lines.append(f"  {self.damaged:,} are damaged, {self.unreadable:,} lie in shards that cannot be read")
-        lines.append(f"{self.left_out:,} more are damaged or unknown and not in the index: training never sees them")
-        lines.append(f"{self.shards_damaged:,} shards are damaged themselves")
+        lost = self.damaged + self.unreadable
+        lines.append(f"samples that training cannot use: {lost:,} ({lost / max(1, self.samples):.2%})")
+        if self.unreadable:
+            lines.append(f"  of these in shards that cannot be read: {self.unreadable:,}")
+        if self.left_out:
+            lines.append(f"samples that are not in the index, so that training never sees them: {self.left_out:,}")
+        if self.shards_damaged:
+            lines.append(f"shards with a fault of their own: {self.shards_damaged:,}")
         lines += ["", "times  reason"]
         lines += [f"{times:>5,}  {reason}" for reason, times in self.reasons.most_common()]
         lines += ["", "shard, sample, byte: reason"]

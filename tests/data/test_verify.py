@@ -119,7 +119,7 @@ def test_damage_behind_the_index_is_named_with_its_place(
     status, out = verify(capsys, folder)
     assert status == 1
     assert f"\n{shard}, 000003, {start}: {fault['reason']}\n" in out
-    assert "1 samples (10.00%) cannot be used in training" in out
+    assert "\nsamples that training cannot use: 1 (10.00%)\n\ntimes  reason\n" in out
 
 
 def test_the_sampling_and_the_largest_picture_are_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
