@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import warnings
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.index import index_shards
+from cosmos_scale.data.inspect import picture_header
 from cosmos_scale.data.loader import TrainLoader
+from cosmos_scale.data.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY
@@ -316,3 +319,13 @@ def test_huge_pictures_are_refused_before_anything_is_allocated() -> None:
         for _ in range(2)
     ]
     assert (done.stdout.splitlines(), done.stderr) == (expected, "")
+
+
+def test_the_configs_limit_alone_decides() -> None:
+    """Pillow's own would warn of a large picture and refuse a larger one, whatever the config allows."""
+    png, side = huge_pictures()["PNG"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert picture_header(png, side * side) == ("PNG RGB", side, side)
+        with pytest.raises(DamagedSample, match="more than max_pixels"):
+            picture_header(png, side * side - 1)
