@@ -1,6 +1,8 @@
 """A preparation that is stopped, continued, repeated or asked for something else; and inputs that cannot work."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 
 from cosmos_scale import cli
+from cosmos_scale.data.prepare import rows
 from cosmos_scale.errors import UserError
+from tests.conftest import REPOSITORY
 from tests.data.downloads import (
     DREAMLIP_HEADER,
     Download,
@@ -241,3 +245,25 @@ def test_a_byte_order_mark_and_extra_columns_do_no_harm(tmp_path: Path) -> None:
     write_parquet(tmp_path / "captions" / "b.parquet", [{"Image Path": url(1), "raw_caption": ["One.", "Two"]}])
     write_tar(tmp_path / "images", "00000", [download(0), download(1)])
     assert run(tmp_path).samples == 2
+
+
+def test_a_huge_cell_or_one_of_a_wrong_type_loses_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "captions").mkdir()
+    monkeypatch.setattr(rows, "FIELD_LIMIT", 500)
+    huge = [url(1), "x" * 600, *"abcdef"]
+    write_dreamlip(tmp_path / "captions" / "a.csv", [dreamlip_row(0), huge, dreamlip_row(2)])
+    typed = [{"Image Path": url(3), "raw_caption": 7}, {"Image Path": None, "raw_caption": 8}]
+    write_parquet(tmp_path / "captions" / "b.parquet", typed)
+    write_tar(tmp_path / "images", "00000", [download(number) for number in range(4)])
+    report = run(tmp_path)
+    assert report.samples == 2
+    assert report.rejected == {"captions row cannot be read": 2, "image without captions": 1, "wrong type": 1}
+
+
+def test_the_commands_of_the_page_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (REPOSITORY / "docs" / "datasets.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"cosmos-scale (data prepare .*)", page)
+    assert len(commands) == 5
+    for command in commands:
+        assert cli.main(shlex.split(command)) == 2  # there are no such files here; argparse would exit
+        assert re.search(r"no such captions file or folder\n$", capsys.readouterr().err), command
