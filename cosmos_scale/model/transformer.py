@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cosmos_scale.kernels.attention import Backend, Segments, attention
+from cosmos_scale.kernels.linear import linear
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -35,12 +36,16 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its initialisation."""
+    """nn.Linear without its initialisation, on [T, D]."""
 
     def reset_parameters(self) -> None:
         """Leave NaN until the owner initialises."""
         for parameter in self.parameters():
             nn.init.constant_(parameter, torch.nan)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [T, out_features]."""
+        return linear(input, self.weight, self.bias)
 
     def init_uniform(self, bound: float, generator: torch.Generator) -> None:
         """Draw weight and bias from -bound .. bound."""
@@ -97,14 +102,14 @@ class Attention(nn.Module):
         """Attend from queries [T, D] to tokens [S, D] of the same segment; returns [T, D]."""
         width = queries_TD.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        (q,) = self._split_heads(functional.linear(queries_TD, weight[:width], bias[:width]), 1)
-        k, v = self._split_heads(functional.linear(tokens_SD, weight[width:], bias[width:]), 2)
+        (q,) = self._split_heads(linear(queries_TD, weight[:width], bias[:width]), 1)
+        k, v = self._split_heads(linear(tokens_SD, weight[width:], bias[width:]), 2)
         output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each."""
-        return self._split_heads(functional.linear(x_TD, self.in_proj_weight, self.in_proj_bias), 3)
+        return self._split_heads(linear(x_TD, self.in_proj_weight, self.in_proj_bias), 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
         """Attend in all heads; returns [T, D], before the output projection."""
