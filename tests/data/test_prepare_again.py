@@ -252,7 +252,7 @@ def test_a_huge_cell_or_one_of_a_wrong_type_loses_its_row(tmp_path: Path, monkey
     monkeypatch.setattr(rows, "FIELD_LIMIT", 500)
     huge = [url(1), "x" * 600, *"abcdef"]
     write_dreamlip(tmp_path / "captions" / "a.csv", [dreamlip_row(0), huge, dreamlip_row(2)])
-    typed = [{"Image Path": url(3), "raw_caption": 7}, {"Image Path": None, "raw_caption": 8}]
+    typed: list[dict[str, Any]] = [{"Image Path": url(3), "raw_caption": 7}, {"Image Path": None, "raw_caption": 8}]
     write_parquet(tmp_path / "captions" / "b.parquet", typed)
     write_tar(tmp_path / "images", "00000", [download(number) for number in range(4)])
     report = run(tmp_path)
