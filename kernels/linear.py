@@ -24,14 +24,14 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 
 def _gains(x_TI: Tensor, weight_OI: Tensor) -> bool:
     return (
-        x_TI.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: a compiled graph would be bound to one side of LEAST_WORK
+        and x_TI.device.type == "cpu"
         and x_TI.dtype == weight_OI.dtype == torch.float32
         and x_TI.dim() == 2
         and x_TI.shape[0] * weight_OI.numel() >= LEAST_WORK
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile uses too, but no public function
-        and not torch.compiler.is_compiling()
     )
 
 
