@@ -1,5 +1,6 @@
 """A run's parts before and between its steps: data, start, models, evaluation, checkpoints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from cosmos_scale.checkpoint.resume import Start, find_start
 from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import dump_config
+from cosmos_scale.config_file import changed_on_resume, dump_config
 from cosmos_scale.data.index import MergedIndex, open_sources
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.engine.collectives import Ranks, check_precision, from_all, gather_rows, raise_together
@@ -144,11 +145,28 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         error = failure
     raise_together(ranks, error)
     assert run is not None
-    found = from_all(run.start.checkpoint, ranks)
-    if len(set(found)) > 1:
-        seen = ", ".join(f"rank {rank}: {folder}" for rank, folder in enumerate(found))
-        raise UserError(f"output: ranks see different newest checkpoints ({seen}); rule: all ranks share one folder")
+    _require_one_run(run)
     return run
+
+
+def _require_one_run(run: Run) -> None:
+    """Raise UserError, on all ranks, where hosts read other files than one another under the same names; collective."""
+    found = from_all((run.config, run.index.fingerprint(), run.start.checkpoint), run.ranks)
+    configs, indexes, checkpoints = zip(*found, strict=True)
+    for rank, config in enumerate(configs):
+        if changed := changed_on_resume(configs[0], config):
+            raise UserError(
+                f"rank {rank} and rank 0 differ in {', '.join(changed)}; rule: all ranks share one run's keys"
+            )
+    rule = "rule: every host has the same index, so copy it along with the shards"
+    _require_same("data.sources: ranks see different indexes", indexes, rule)
+    _require_same("output: ranks see different newest checkpoints", checkpoints, "rule: all ranks share one folder")
+
+
+def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
+    if len(set(found)) > 1:
+        seen = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
+        raise UserError(f"{problem} ({seen}); {rule}")
 
 
 def _write_config(config: RunConfig, folder: Path) -> None:
