@@ -265,6 +265,13 @@ def test_the_sheet_names_substitutes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not any(title.startswith("000005") for title in titles)
 
 
+def test_a_caption_of_a_megabyte_does_not_fill_the_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path / "0.tar", [{**member(0), "json": json.dumps({"raw_caption": ["word " * 200_000]}).encode()}])
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    run(capsys, tmp_path, "--out", tmp_path)
+    assert Image.open(tmp_path / "views.png").height < 4000  # eight captions of 1,000 characters each
+
+
 @pytest.mark.parametrize("spread", [1, 30, 5000])
 def test_quantiles_and_bins_of_counts(spread: int) -> None:
     values = np.random.default_rng(spread).gamma(3.0, spread, 2000).astype(np.int64)
