@@ -189,11 +189,17 @@ class TrainLoader:
         try:
             return next(results)
         except (RuntimeError, EOFError, OSError) as error:
-            # The last two: a batch was ready, but who held its memory is gone.
-            workers = self._workers
-            if workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            workers, text = self._workers, str(error)
+            if workers == 0:
                 raise
-            cause = str(error).partition("\n")[0].strip(" .") or type(error).__name__
+            if text.startswith("Caught"):  # a worker's own exception, its traceback in the text
+                cause = text.strip().rpartition("\n")[2]
+                if "memory" not in cause:
+                    raise
+            elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+                raise
+            else:  # EOFError, OSError: a batch was ready, but who held its memory is gone
+                cause = text.partition("\n")[0].strip(" .") or type(error).__name__
             raise UserError(
                 f"a loader process died ({cause}); if memory ran out, lower data.workers ({workers}) or data.prefetch"
             ) from error
