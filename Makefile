@@ -37,7 +37,7 @@ check: $(VENV)/.test-extras  ## format, lint, types (for Python 3.10, 3.11 and 3
 	$(VENV)/bin/ruff check .
 	set -e; for version in 3.10 3.11 3.12; do $(VENV)/bin/mypy --python-version $$version; done
 
-bench: venv  ## run every benchmark: some minutes; numbers go to bench_out/NAME.json
+bench: $(VENV)/.test-extras venv  ## run every benchmark: some minutes; numbers go to bench_out/NAME.json
 	@mkdir -p bench_out
 	@# A benchmark is a file with a main. It runs alone, so it has all cores.
 	@set -e; for file in $$(grep -l '__name__ == "__main__"' benchmarks/*.py); do \

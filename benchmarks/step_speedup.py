@@ -2,8 +2,8 @@
 
 Both sides start from the same weights and take the same batches in turns, in float32: the trainer through DeepSpeed and
 `train_step`, the restatement (benchmarks/published_step.py) in plain torch. Their losses must agree. The share is of
-the rate at which torch multiplies large matrices here, and counts only operations that a step needs
-(benchmarks/needed_flops.py).
+the rate at which torch.mm multiplies large matrices here, and counts only operations that a step needs
+(benchmarks/needed_flops.py). On CPUs the trainer's layers may multiply faster than torch.mm (kernels/linear.py).
 """
 
 import gc
@@ -74,7 +74,7 @@ MEASURED = ("vitb32", "vitb16")  # what runs where no model is named
 def case_config(case: Case, zero_stage: int = 0) -> RunConfig:
     """Return the run of a case, with a schedule of any length: shards, which would tell it, are not read.
 
-    zero_stage: stage 1 in one process shards nothing, and holds a second copy of the weights for it.
+    zero_stage: stage 1 in one process shards nothing, but copies gradients as if it did.
     """
     changes = ("precision=fp32", "train.schedule_steps=100000", f"zero.stage={zero_stage}")
     return load_config(CONFIGS / case.file, [*case.overrides, *changes])

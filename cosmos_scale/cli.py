@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that `--help` and mistyped c
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0; 1 where `data verify` or `checkpoint inspect` finds damage; 2 where the user has something to mend; 130 if
-    interrupted.
+    interrupted; 141 if whoever reads the output leaves early.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
@@ -45,10 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     try:
         status: int = parsed.run(parsed)
+        sys.stdout.flush()
         return status
     except UserError as error:
         print(f"cosmos-scale {parsed.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output (head, a pager) has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 141  # as shells number a command that wrote to nobody
     except KeyboardInterrupt:
         return 130  # as shells number an interrupted command
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,66 +13,71 @@ from cosmos_scale.errors import UserError
 if TYPE_CHECKING:  # imported where it is needed: it takes a second
     from cosmos_scale.config import RunConfig
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
 EXAMPLES = """\
 examples:
+  cosmos-scale data prepare dreamlip --captions cc3m_captions.csv --images /data/cc3m_images --out /data/cc3m
   cosmos-scale data build --images photos --captions captions.csv --out shards --samples-per-shard 5000
   cosmos-scale data index /data/cc3m
   cosmos-scale data index '/data/cc3m/{000000..000331}.tar' --out /index/cc3m
   cosmos-scale data index 'https://host/cc3m/{000000..000331}.tar' --out /index/cc3m
   cosmos-scale data inspect /data/cc3m --out cc3m_inspected
   cosmos-scale data inspect configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m --epoch 3 --first 1000
-  cosmos-scale data verify /data/cc3m --captions textcrop --out damaged.jsonl
+  cosmos-scale data verify /data/cc3m --out damaged.jsonl
+  cosmos-scale data verify '/data/pixelprose/*.tar' --captions textcrop_pixelprose
 """
 
 # More tokens than any caption needs: what is longer counts as so long.
 LONGEST_CAPTION = 2048
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(commands: "Commands") -> None:
     """Add every data command; each parser's defaults say its name (`command`) and what runs it (`run`)."""
-    build = with_examples(commands.add_parser("build", help="pictures and a captions file to shards"), EXAMPLES)
+    add_prepare(commands)
+
+    build = _add(commands, "build", _build, "pictures and a captions file to shards")
     build.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures")
     build.add_argument("--captions", type=Path, required=True, metavar="FILE", help=".jsonl or .csv")
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--samples-per-shard", type=positive, default=5000, metavar="N", help="default: 5000")
-    build.set_defaults(command="data build", run=_build)
 
-    index = with_examples(commands.add_parser("index", help="index shards without repacking them"), EXAMPLES)
+    index = _add(commands, "index", _index, "index shards without repacking them")
     index.add_argument("pattern", metavar="PATTERN", help="folder, or glob or brace pattern of .tar files (in quotes)")
     index.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the index; default: beside the shards, if they are files"
     )
-    index.set_defaults(command="data index", run=_index)
 
-    inspect = with_examples(
-        commands.add_parser("inspect", help="what indexed shards hold, and what training makes of it"), EXAMPLES
-    )
+    inspect = _add(commands, "inspect", _inspect, "what indexed shards hold, and what training makes of it")
     inspect.description = (
-        "Count samples, captions and image sizes of indexed shards, and draw the views and captions that training "
-        "makes of some of them: statistics.png and views.png in the folder of --out."
+        "Count samples, captions and image sizes of indexed shards (statistics.png), and draw\n"
+        "the views and captions that training makes of some of them (views.png): those of\n"
+        "--rows visits from position --first of epoch --epoch on."
     )
     _add_data(inspect)
     read = inspect.add_mutually_exclusive_group()
-    read.add_argument("--samples", type=positive, default=2000, metavar="N", help="read so many; default: 2000")
+    read.add_argument("--samples", type=positive, default=2000, metavar="N", help="drawn at random; default: 2000")
     read.add_argument("--all", action="store_true", help="read every sample")
     inspect.add_argument("--rows", type=positive, default=8, metavar="N", help="samples in views.png; default: 8")
-    inspect.add_argument("--epoch", type=_count, default=0, metavar="N", help="whose draws to show; default: 0")
+    inspect.add_argument("--epoch", type=_count, default=0, metavar="N", help="whose draws; default: 0")
     inspect.add_argument("--first", type=_count, default=0, metavar="N", help="position in the epoch; default: 0")
     inspect.add_argument("--seed", type=_count, metavar="N", help="of the draws; default: the run's")
-    inspect.add_argument("--out", type=Path, default=Path("inspect_out"), metavar="DIR", help="default: inspect_out")
-    inspect.set_defaults(command="data inspect", run=_inspect)
+    inspect.add_argument(
+        "--out",
+        type=Path,
+        default=Path("inspect_out"),
+        metavar="DIR",
+        help="folder of the pictures; default: inspect_out",
+    )
 
-    verify = with_examples(commands.add_parser("verify", help="find every damaged sample of indexed shards"), EXAMPLES)
+    verify = _add(commands, "verify", _verify, "find every damaged sample of indexed shards")
     verify.description = (
-        "Read every sample of indexed shards whole, and say where the damaged ones lie. "
+        "Read every sample of indexed shards whole, and say where the damaged ones lie.\n"
         "Exit status: 0 all are sound, 1 some are damaged, 2 wrong use."
     )
     _add_data(verify)
     verify.set_defaults(seed=None)  # nothing that is drawn decides whether a sample is sound
     verify.add_argument("--out", type=Path, metavar="FILE", help=".jsonl for all that is found, a line each")
-    verify.set_defaults(command="data verify", run=_verify)
-
-    add_prepare(commands)
 
     for command in (build, index, inspect, verify):
         command.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
@@ -101,6 +107,16 @@ def _index(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add(
+    commands: "Commands", name: str, run: Callable[[argparse.Namespace], int], help: str
+) -> argparse.ArgumentParser:
+    """Add one command, with those of the examples that are its own."""
+    own = [line for line in EXAMPLES.splitlines(keepends=True) if line.startswith(f"  cosmos-scale data {name} ")]
+    parser = with_examples(commands.add_parser(name, help=help), "".join(["examples:\n", *own]))
+    parser.set_defaults(command=f"data {name}", run=run)
+    return parser
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", metavar="PATTERN|RUN.yaml", help="indexed shards (folder, glob or brace pattern), or a run's YAML file"
@@ -109,7 +125,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
-    parser.add_argument("--index", metavar="DIR", help="folder of a PATTERN's index; default: beside the shards")
+    parser.add_argument(
+        "--index", metavar="DIR", help="folder of the index, with a PATTERN; default: beside the shards"
+    )
     parser.add_argument("--captions", metavar="SAMPLING", help="caption sampling; default: the run's, else textcrop")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of tables")
 

@@ -93,6 +93,7 @@ def _data_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     views, captions = config.data.views, config.data.captions
     image_size = config.model.vision.image_size
     yield "crops", f"{views.global_crops} x {image_size} px and {views.local_crops} x {views.local_size} px"
+    yield "decoder", config.data.decoder
     local = captions.count - captions.global_count
     yield "captions", f"{captions.global_count} global and {local} local, {captions.sampling}"
 

@@ -1,5 +1,6 @@
 """A run's parts before and between its steps: data, start, models, evaluation, checkpoints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_as
 from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import dump_config
+from cosmos_scale.config_file import changed_on_resume, dump_config
 from cosmos_scale.data.index import MergedIndex, open_sources
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.engine.collectives import Ranks, check_precision, from_all, gather_rows, raise_together
@@ -53,6 +54,8 @@ class Run:
         if self.start.checkpoint is not None:
             assert self.start.state is not None
             origin = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
+            if self.start.state.lost_shards:
+                origin += f", which has lost {len(self.start.state.lost_shards)} shards"
         elif self.config.init_from is not None:
             origin = f"new run from the weights of {self.config.init_from}"
         steps = f"steps {self.first_step + 1}-{last_step}"
@@ -189,16 +192,34 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         error = failure
     raise_together(ranks, error)
     assert run is not None
-    _check_same_start(run.start, ranks)
+    _require_one_run(run)
     return run
+
+
+def _require_one_run(run: Run) -> None:
+    """Raise UserError, on all ranks, where hosts read other files than one another under the same names; collective."""
+    found = from_all((run.config, run.index.fingerprint()), run.ranks)
+    configs, indexes = zip(*found, strict=True)
+    for rank, config in enumerate(configs):
+        if changed := changed_on_resume(configs[0], config):
+            raise UserError(
+                f"rank {rank} and rank 0 differ in {', '.join(changed)}; rule: all ranks share one run's keys"
+            )
+    rule = "rule: every host has the same index, so copy it along with the shards"
+    _require_same("data.sources: ranks see different indexes", indexes, rule)
+    _check_same_start(run.start, run.ranks)
 
 
 def _check_same_start(start: Start, ranks: Ranks) -> None:
     """Raise UserError where the ranks would start from different checkpoints; collective."""
     found = from_all(start.checkpoint, ranks)
+    _require_same("output: ranks see different newest checkpoints", found, "rule: all ranks share one folder")
+
+
+def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
     if len(set(found)) > 1:
-        seen = ", ".join(f"rank {rank}: {folder}" for rank, folder in enumerate(found))
-        raise UserError(f"output: ranks see different newest checkpoints ({seen}); rule: all ranks share one folder")
+        seen = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
+        raise UserError(f"{problem} ({seen}); {rule}")
 
 
 def _write_config(config: RunConfig, folder: Path) -> None:

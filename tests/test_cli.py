@@ -12,6 +12,7 @@ from PIL import Image
 
 from cosmos_scale import cli
 from tests.conftest import REPOSITORY
+from tests.data.shard_files import write_shards
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -120,6 +121,19 @@ def test_data_refusals_fit_on_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     nowhere = str(tmp_path / "nowhere")
     message = failure(capsys, "data", "build", "--images", nowhere, "--captions", nowhere, "--out", nowhere, "--quiet")
     assert nowhere in message
+
+
+def test_output_that_nobody_reads_ends_quietly(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [1])
+    command = [sys.executable, "-m", "cosmos_scale.cli", "data", "verify", str(folder), "--workers=1"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        assert (process.wait(60), errors) == (141, "")
 
 
 def test_eval_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

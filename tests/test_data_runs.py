@@ -77,7 +77,7 @@ def test_a_lost_shard_is_the_same_loss_at_every_world_size_and_after_a_restart(t
     # It comes back, and the run goes on as it would have without it.
     number = int(shard.stem) * BATCH
     write_shard(shard, [sample(number + place) for place in range(BATCH)])
-    train(run, other).require(0)
+    assert ", which has lost 1 shards; " in train(run, other).require(0).output
     assert read_state(last_checkpoint(run, "other/tiny")).lost_shards == {f"test/{shard.name}": 5}
     one, two = ({entry["step"]: entry["loss"] for entry in records(run, name)} for name in ("tiny", "other/tiny"))
     assert list(one) == list(two) == list(range(1, 9))

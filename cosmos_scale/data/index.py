@@ -130,6 +130,7 @@ class SourceIndex:
         self.rows = rows
         self.weight = weight  # see EpochOrder
         self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._files: dict[int, ShardFile] = {}
 
     def locate(self, shard: int, place: int) -> Location:
         """Say where the sample at one place of one shard lies.
@@ -142,8 +143,10 @@ class SourceIndex:
 
     def shard_file(self, shard: int) -> ShardFile:
         """Say where a shard lies."""
-        row = self.rows[shard]
-        return ShardFile(self.name, self.shards.show(row.name), row.size, self.shards.address(row.name))
+        if shard not in self._files:
+            name, _, size = self.rows[shard]
+            self._files[shard] = ShardFile(self.name, self.shards.show(name), size, self.shards.address(name))
+        return self._files[shard]
 
     def _table(self, shard: int) -> Table:
         table = self._tables.get(shard)

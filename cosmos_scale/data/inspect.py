@@ -38,6 +38,7 @@ Tokenize = Callable[[Sequence[str]], Tensor]
 
 SAMPLES_A_JOB = 64
 SHOWN_SIDE = 224  # about the side of a global crop on a contact sheet
+SHOWN_TEXT = 1000  # characters of a caption on it: more than a text tower reads
 CHOICE_STREAM = 0x494E5350454354  # which samples are read shares no stream with what is drawn for them
 
 
@@ -223,9 +224,9 @@ def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int,
             title = f"{location.entry.key} in {location.shard}, position {first + position:,} of epoch {epoch}"
             if sample != wanted:
                 title += f", in place of damaged {index.locate(wanted).entry.key}"
-            rows.append(
-                (Views(batch.global_crops[:, 0], batch.local_crops[:, 0]), draw_captions(data.captions, document, key))
-            )
+            texts = draw_captions(data.captions, document, key)
+            shown = [text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]} \u2026" for text in texts]
+            rows.append((Views(batch.global_crops[:, 0], batch.local_crops[:, 0]), shown))
             originals.append(Original(title, picture, boxes))
     reader.close()
     zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of a few pixels are small on a screen

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BAR = 40  # characters of the longest bar of a terminal's histogram
 BINS = 12
 COLUMNS = 4  # of the picture
+FEWEST_BINS = 7  # that a panel of it has room for
 BLUE, PALE, RED, INK = "#1e5a8a", "#8fb3cf", "#9a3412", "#1c1c22"
 TAIL = 0.995  # values above this quantile share the last bin: one sample must not squeeze all others into one bar
 SHARES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -223,6 +224,9 @@ def _draw_histogram(axes: "Axes", name: str, values: Counter[int]) -> None:
     lefts, heights = [bar.first - 0.5 for bar in bins], [bar.height / values.total() for bar in bins]
     axes.bar(lefts, heights, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
     axes.axvline(quantile(values, 0.5), color=INK, linewidth=0.9, linestyle=":")
+    if len(bins) < FEWEST_BINS:  # or one bar fills the panel
+        middle = lefts[0] + width * len(bins) / 2
+        axes.set_xlim(middle - width * FEWEST_BINS / 2, middle + width * FEWEST_BINS / 2)
     axes.set_xlabel(f"{name} (pale: {bins[-1].first:,} and more)" if pale else name, fontsize=9)
     axes.set_ylabel("share", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -248,6 +252,7 @@ def _draw_formats(axes: "Axes", formats: Counter[str]) -> None:
     axes.set_xlabel("picture formats", fontsize=9)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlim(0, 1)
+    axes.set_ylim(len(common) - max(len(common), 4) - 0.6, len(common) - 0.4)  # a single bar keeps its height
 
 
 def _round_steps() -> Iterator[int]:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +21,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _AHEAD = 4  # jobs in flight per worker: enough that none waits, few enough that results do not pile up
+_WATCH_SECONDS = 0.5
 
 
 def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None) -> Iterator[Result]:
@@ -33,7 +36,7 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
         yield from map(function, jobs)
         return
     waiting = iter(jobs)
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),)) as pool:
         running: deque[Future[Result]] = deque()
         try:
             running.extend(pool.submit(function, job) for job in islice(waiting, _AHEAD * workers))
@@ -47,6 +50,20 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
         finally:
             for future in running:
                 future.cancel()
+
+
+def _end_with_parent(parent: int) -> None:
+    """In a worker: end soon after the process that started it, which may be killed without a word.
+
+    A worker would wait for its next job for ever otherwise, since the other workers keep the queue open.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class TrainLoader:
         self._rank = rank
         self._device = device
         self._decoder: DaliDecoder | None = None
-        self._ranks_here = ranks_of_this_host(world_size)
+        self._ranks_here = ranks_of_this_host(unknown=1)
         self._workers = default_workers(world_size) if config.data.workers is None else config.data.workers
         self._micro_batch = config.micro_batch(world_size)
         self._lost = LostShards(index, lost_shards or {})
@@ -194,11 +194,17 @@ class TrainLoader:
         try:
             return next(results)
         except (RuntimeError, EOFError, OSError) as error:
-            # The last two: a batch was ready, but who held its memory is gone.
-            workers = self._workers
-            if workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            workers, text = self._workers, str(error)
+            if workers == 0:
                 raise
-            cause = str(error).partition("\n")[0].strip(" .") or type(error).__name__
+            if text.startswith("Caught"):  # a worker's own exception, its traceback in the text
+                cause = text.strip().rpartition("\n")[2]
+                if "memory" not in cause:
+                    raise
+            elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+                raise
+            else:  # EOFError, OSError: a batch was ready, but who held its memory is gone
+                cause = text.partition("\n")[0].strip(" .") or type(error).__name__
             raise UserError(
                 f"a loader process died ({cause}); if memory ran out, lower data.workers ({workers}) or data.prefetch"
             ) from error
@@ -208,25 +214,26 @@ class TrainLoader:
         if not SHARED_MEMORY.is_dir():
             return
         system = os.statvfs(SHARED_MEMORY)
+        size = system.f_blocks * system.f_frsize  # 0: without a limit
         workers, prefetch = self._workers, self._config.data.prefetch
         needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._micro_batch))
-        if needed > system.f_blocks * system.f_frsize:
+        if 0 < size < needed:
             raise UserError(
                 f"data.prefetch: {prefetch} batches ready in each of {workers} workers of each of {self._ranks_here} "
                 f"ranks take {needed / 2**30:.1f} GiB, but {SHARED_MEMORY} has "
-                f"{system.f_blocks * system.f_frsize / 2**30:.1f}; rule: lower data.prefetch or data.workers, or "
+                f"{size / 2**30:.1f}; rule: lower data.prefetch or data.workers, or "
                 "enlarge it (docker run --shm-size)"
             )
 
 
-def ranks_of_this_host(world_size: int) -> int:
-    """Return how many of the ranks run on this host, as the launcher says; without one, all."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+def ranks_of_this_host(*, unknown: int) -> int:
+    """Return how many of the ranks run on this host; `unknown` where no launcher says so."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
 
 
 def default_workers(world_size: int) -> int:
     """Return the loader processes of each rank where the config leaves them open: this host's cores shared out."""
-    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks_of_this_host(world_size) - 1))
+    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size) - 1))
 
 
 class _StepsFrom(Sampler[int]):

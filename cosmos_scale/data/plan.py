@@ -5,11 +5,13 @@ no worker, rank, restart or other sample can change it. Each view owns one row o
 column of it, so that a changed probability, or another number of views, leaves all other decisions as they were.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.sample import SampleKey
@@ -21,8 +23,6 @@ CAPTION_STREAM = 1
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NO_JITTER = (1.0, 1.0, 1.0, 0.0)
 NO_SOLARISE = 256
-
-CROP_TRIES = 10
 
 # Columns of a view's row of uniform numbers.
 AREA = slice(0, 10)
@@ -36,6 +36,7 @@ DRAWS_PER_VIEW = 36
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,18 @@ def sample_generator(key: SampleKey, stream: int) -> np.random.Generator:
     # Arrays, not lists: NumPy reads a list that mixes integers below and above 2^63 as floats.
     key_words = np.array([key.seed, key.epoch], dtype=np.uint64)
     counter = np.array([0, key.repeat, key.sample, stream], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key_words, counter=counter))
+    as_key: Any = _AsKey(key_words)  # NumPy's annotations know only its own class of the kind
+    return np.random.Generator(np.random.Philox(as_key, counter=counter))
+
+
+class _AsKey(ISeedSequence):
+    """Words that become Philox's key as they are. Given as `key`, NumPy still gathers entropy first, for nothing."""
+
+    def __init__(self, words: npt.NDArray[np.uint64]) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> npt.NDArray[np.uint64]:
+        return self._words
 
 
 def plan_views(views: ViewsConfig, image_size: int, key: SampleKey, height: int, width: int) -> ViewPlan:
@@ -81,50 +93,59 @@ def plan_views(views: ViewsConfig, image_size: int, key: SampleKey, height: int,
 
     Laws: torchvision's RandomResizedCrop and ColorJitter, DINO's blur and solarisation (Caron et al. 2021, section 3).
     """
-    V_global, V = views.global_crops, views.global_crops + views.local_crops
-    is_global = np.arange(V) < V_global
-    draws = sample_generator(key, VIEW_STREAM).random((V, DRAWS_PER_VIEW))
-
-    scale = np.where(is_global[:, None], views.global_scale, views.local_scale)
-    solarised = (np.arange(V) == 1) & is_global & (draws[:, SOLARISE] < views.solarise)
-    blurred = draws[:, BLUR] < _blur_probabilities(views.blur, V_global, V)
+    V = views.global_crops + views.local_crops
+    draws = sample_generator(key, VIEW_STREAM).random((V, DRAWS_PER_VIEW)).tolist()
+    # Plain floats: arrays of so few views take longer.
+    rows = [_plan_view(views, image_size, view, row, height, width) for view, row in enumerate(draws)]
+    boxes, sides, flip, jitter_order, jitter_factors, grey, blur_radius, solarise = zip(*rows, strict=True)
     return ViewPlan(
-        boxes=_boxes(draws, scale, views.ratio, height, width),
-        sides=np.where(is_global, image_size, views.local_size).astype(np.int64),
-        flip=draws[:, FLIP] < views.flip,
-        jitter_order=np.argsort(draws[:, JITTER_ORDER], axis=1, kind="stable"),
-        jitter_factors=_jitter_factors(draws, views.jitter),
-        grey=draws[:, GREY] < views.grey,
-        blur_radius=np.where(blurred, _within(draws[:, BLUR_RADIUS], *views.blur.radius), 0.0),
-        solarise=np.where(solarised, views.solarise_threshold, NO_SOLARISE).astype(np.int64),
+        boxes=np.array(boxes, dtype=np.int64),
+        sides=np.array(sides, dtype=np.int64),
+        flip=np.array(flip),
+        jitter_order=np.array(jitter_order, dtype=np.int64),
+        jitter_factors=np.array(jitter_factors),
+        grey=np.array(grey),
+        blur_radius=np.array(blur_radius),
+        solarise=np.array(solarise, dtype=np.int64),
     )
 
 
-def _within(uniform: Floats, low: Any, high: Any) -> Floats:
-    result: Floats = low + (high - low) * uniform
-    return result
+def _plan_view(
+    views: ViewsConfig, image_size: int, view: int, draws: list[float], height: int, width: int
+) -> tuple[Any, ...]:
+    """Plan one view from its row of uniform numbers: the fields of ViewPlan, in their order."""
+    is_global = view < views.global_crops
+    blurred = draws[BLUR] < _blur_probability(views.blur, view, is_global)
+    solarised = is_global and view == 1 and draws[SOLARISE] < views.solarise
+    return (
+        _box(draws, views.global_scale if is_global else views.local_scale, views.ratio, height, width),
+        image_size if is_global else views.local_size,
+        draws[FLIP] < views.flip,
+        sorted(range(4), key=draws[JITTER_ORDER].__getitem__),
+        _jitter_factors(draws, views.jitter),
+        draws[GREY] < views.grey,
+        _within(draws[BLUR_RADIUS], *views.blur.radius) if blurred else 0.0,
+        views.solarise_threshold if solarised else NO_SOLARISE,
+    )
 
 
-def _boxes(draws: Floats, scale: Floats, ratio: tuple[float, float], height: int, width: int) -> Integers:
-    """Each view's first box of ten tries that fits; [V, 4]."""
-    area_VT = _within(draws[:, AREA], scale[:, :1], scale[:, 1:]) * (height * width)
-    ratio_VT = np.exp(_within(draws[:, RATIO], np.log(ratio[0]), np.log(ratio[1])))
-    w_VT = np.rint(np.sqrt(area_VT * ratio_VT)).astype(np.int64)
-    h_VT = np.rint(np.sqrt(area_VT / ratio_VT)).astype(np.int64)
-    fits_VT = (w_VT > 0) & (w_VT <= width) & (h_VT > 0) & (h_VT <= height)
-
-    rows = np.arange(len(draws))
-    first = fits_VT.argmax(axis=1)
-    h, w = h_VT[rows, first], w_VT[rows, first]
-    # floor(u * n) < n also after rounding: u is at most 1 - 2^-53 and n far below 2^53.
-    top = np.floor(draws[:, TOP] * (height - h + 1)).astype(np.int64)
-    left = np.floor(draws[:, LEFT] * (width - w + 1)).astype(np.int64)
-    boxes = np.stack([top, left, h, w], axis=1)
-    boxes[~fits_VT.any(axis=1)] = _centre_box(ratio, height, width)
-    return boxes
+def _within(uniform: float, low: float, high: float) -> float:
+    return low + (high - low) * uniform
 
 
-def _centre_box(ratio: tuple[float, float], height: int, width: int) -> tuple[int, int, int, int]:
+def _box(draws: list[float], scale: tuple[float, float], ratio: tuple[float, float], height: int, width: int) -> Box:
+    """One view's first box of ten tries that fits."""
+    for area_draw, ratio_draw in zip(draws[AREA], draws[RATIO], strict=True):
+        area = _within(area_draw, *scale) * (height * width)
+        w_over_h = math.exp(_within(ratio_draw, math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * w_over_h)), round(math.sqrt(area / w_over_h))
+        if 0 < w <= width and 0 < h <= height:
+            # floor(u * n) < n also after rounding: u is at most 1 - 2^-53 and n far below 2^53.
+            return int(draws[TOP] * (height - h + 1)), int(draws[LEFT] * (width - w + 1)), h, w
+    return _centre_box(ratio, height, width)
+
+
+def _centre_box(ratio: tuple[float, float], height: int, width: int) -> Box:
     """The largest centred box, its ratio clamped, for a picture so long that no try fitted."""
     h, w = height, width
     if width / height < ratio[0]:
@@ -134,14 +155,18 @@ def _centre_box(ratio: tuple[float, float], height: int, width: int) -> tuple[in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _jitter_factors(draws: Floats, jitter: JitterConfig) -> Floats:
-    """Brightness, contrast and saturation factors and the hue shift in turns, neutral where not jittered; [V, 4]."""
-    spread = np.array([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue])
-    factors = _within(draws[:, JITTER_FACTORS], NO_JITTER - spread, NO_JITTER + spread)
-    jittered = draws[:, JITTER] < jitter.probability
-    return np.where(jittered[:, None], factors, NO_JITTER)
+def _jitter_factors(draws: list[float], jitter: JitterConfig) -> tuple[float, ...]:
+    """Brightness, contrast and saturation factors and the hue shift in turns, neutral where not jittered."""
+    if draws[JITTER] >= jitter.probability:
+        return NO_JITTER
+    spreads = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    return tuple(
+        _within(uniform, neutral - spread, neutral + spread)
+        for uniform, neutral, spread in zip(draws[JITTER_FACTORS], NO_JITTER, spreads, strict=True)
+    )
 
 
-def _blur_probabilities(blur: BlurConfig, V_global: int, V: int) -> Floats:
-    first, others, local = [blur.first_global], [blur.other_globals] * (V_global - 1), [blur.local] * (V - V_global)
-    return np.array(first + others + local)
+def _blur_probability(blur: BlurConfig, view: int, is_global: bool) -> float:
+    if not is_global:
+        return blur.local
+    return blur.other_globals if view > 0 else blur.first_global

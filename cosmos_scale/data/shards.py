@@ -267,9 +267,17 @@ class ShardReader:
 def _member(data: bytes, offset: int, size: int) -> bytes:
     """Return a member's data from a stretch that starts with its header; raises DamagedSample where it does not."""
     # Bytes 124 to 135 of a header hold the member's size in octal digits (POSIX ustar).
-    if len(data) != BLOCK + size or data[124:135] != b"%011o" % size:
+    if len(data) != BLOCK + size or _octal(data[124:136]) != size:
         raise DamagedSample(f"no member of {size} bytes at byte {offset}: the shard has changed or is damaged")
     return data[BLOCK:]
+
+
+def _octal(field: bytes) -> int | None:
+    """The number in a header's field, which some writers of tars fill up with zeros and some with spaces."""
+    try:
+        return int(field.strip(b" \0"), 8)
+    except ValueError:
+        return None
 
 
 def _server(address: str) -> str:

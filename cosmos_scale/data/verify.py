@@ -2,29 +2,34 @@
 
 A sample is sound where training would use it: its members lie where the index says, its picture decodes to the end and
 is not too large, its json has text for the sampling. Beside the samples, each shard's tar structure is compared with
-its index: what breaks off, what the index left out, what it does not know.
+its index: what breaks off, what the index left out, what it does not know; and its bytes with the checksum that
+`data prepare` noted in manifest.json, where there is one: flipped bits of a JPEG often decode, to other pixels.
 """
 
+import hashlib
 import json
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from cosmos_scale.config_data import DataConfig
+from cosmos_scale.config_data import DataConfig, RemoteConfig
 from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.index import SourceIndex, open_sources
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 from cosmos_scale.data.scan import scan_shard
-from cosmos_scale.data.shards import Entry, ShardReader
+from cosmos_scale.data.shards import Entry, ShardFile, ShardReader
+from cosmos_scale.data.store import Transient, fetch_into, is_remote
 from cosmos_scale.errors import UserError
 
 SAMPLES_A_JOB = 128
@@ -49,7 +54,8 @@ class Verdict:
     """What `verify_shards` found. Samples and bytes are the indexes'.
 
     damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
-    read at all. shards_damaged: shards with a fault of their own. reasons: all faults by reason, numbers left out.
+    read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
+    reasons: all faults by reason, numbers left out.
     """
 
     shards: int = 0
@@ -59,6 +65,7 @@ class Verdict:
     left_out: int = 0
     unreadable: int = 0
     shards_damaged: int = 0
+    checksums: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[Fault] = field(default_factory=list)
 
@@ -81,14 +88,20 @@ class Verdict:
 
     def describe(self, log: Path | None) -> str:
         """Return the verdict as lines for a terminal; log: where all faults are written, if anywhere."""
-        lines = [f"{self.samples:,} samples in {self.shards:,} shards, {self.size:,} bytes"]
+        read = f"{self.samples:,} samples in {self.shards:,} shards, {self.size:,} bytes"
+        if self.checksums:
+            read += f"; {self.checksums:,} shards compared with the checksums of {MANIFEST}"
         if self.sound:
-            return f"{lines[0]}: all are sound"
-        share = (self.damaged + self.unreadable) / max(1, self.samples)
-        lines.append(f"{self.damaged + self.unreadable:,} samples ({share:.2%}) cannot be used in training:")
-        lines.append(f"  {self.damaged:,} are damaged, {self.unreadable:,} lie in shards that cannot be read")
-        lines.append(f"{self.left_out:,} more are damaged or unknown and not in the index: training never sees them")
-        lines.append(f"{self.shards_damaged:,} shards are damaged themselves")
+            return f"{read}: all are sound"
+        lines = [read]
+        lost = self.damaged + self.unreadable
+        lines.append(f"samples that training cannot use: {lost:,} ({lost / max(1, self.samples):.2%})")
+        if self.unreadable:
+            lines.append(f"  of these in shards that cannot be read: {self.unreadable:,}")
+        if self.left_out:
+            lines.append(f"samples that are not in the index, so that training never sees them: {self.left_out:,}")
+        if self.shards_damaged:
+            lines.append(f"shards with a fault of their own: {self.shards_damaged:,}")
         lines += ["", "times  reason"]
         lines += [f"{times:>5,}  {reason}" for reason, times in self.reasons.most_common()]
         lines += ["", "shard, sample, byte: reason"]
@@ -131,6 +144,7 @@ class _Checked(NamedTuple):
     samples: list[Fault]
     structure: list[Fault]
     unreadable: Fault | None
+    checksum: bool = False  # whether there was one to compare with
 
 
 class _Pass(NamedTuple):
@@ -164,6 +178,7 @@ def verify_shards(
                 parts.append(part)
                 advance(part.job.last - part.job.first)
             verdict.unreadable += sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
                 verdict.note(fault)
                 if file is not None:
@@ -195,45 +210,90 @@ def _open_log(path: Path) -> TextIO:
 def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
     for source, index in enumerate(indexes):
         for shard, row in enumerate(index.rows):
-            for first in range(0, max(1, row.samples), SAMPLES_A_JOB):
-                yield _Job(source, shard, first, min(first + SAMPLES_A_JOB, row.samples))
+            at_once = row.samples if is_remote(index.shard_file(shard).address) else SAMPLES_A_JOB
+            for first in range(0, max(1, row.samples), max(1, at_once)):
+                yield _Job(source, shard, first, min(first + at_once, row.samples))
 
 
 @lru_cache(maxsize=1)
-def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], ShardReader]:
-    """The indexes and a reader, once a process and pass: a pass has many jobs."""
-    return open_sources(pass_.data.sources).sources, ShardReader(pass_.data.remote)
+def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], list[dict[str, str]]]:
+    """The indexes and their shards' checksums, once a process and pass: a pass has many jobs."""
+    indexes = open_sources(pass_.data.sources).sources
+    return indexes, [_checksums(index) for index in indexes]
+
+
+def _checksums(index: SourceIndex) -> dict[str, str]:
+    """The SHA-256 of the shards that a manifest beside the index names; none without one that says so."""
+    try:
+        shards = json.loads((Path(index.folder) / MANIFEST).read_bytes())["shards"]
+        return {str(shard["shard"]): str(shard["sha256"]) for shard in shards}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _check(pass_: _Pass, job: _Job) -> _Checked:
-    indexes, reader = _opened(pass_)
-    index, data = indexes[job.source], pass_.data
-    file = index.shard_file(job.shard)
-    shard = file.shown
-    samples: list[Fault] = []
+    indexes, checksums = _opened(pass_)
+    index = indexes[job.source]
+    row, file = index.rows[job.shard], index.shard_file(job.shard)
+    checksum = checksums[job.source].get(row.name)
+    structure: list[Fault] = []
     try:
-        reader.check([file])  # says at once where there is none: reading would wait for it to come back
-        structure = _compare(index, job.shard) if job.first == 0 else []
+        with _here(file, pass_.data.remote) as local:
+            if job.first == 0:
+                structure = _compare(index, job.shard, local)
+            if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
+                changed = f"bytes have changed since {MANIFEST} was written"
+                structure.append(Fault(file.shown, None, None, changed, indexed=True))
+            samples = _read(pass_.data, index, job, local)
+    except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
+        reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
+        return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
+    return _Checked(job, samples, structure, None, checksum is not None)
+
+
+@contextmanager
+def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
+    """A shard as a file of this machine: one from elsewhere comes whole, once, into a temporary file."""
+    if not is_remote(file.address):
+        yield file
+        return
+    with tempfile.NamedTemporaryFile() as copy, open(copy.name, "r+b") as writable:
+        try:
+            fetch_into(writable, file.address, remote)
+        except Transient as failure:
+            raise UserError(f"{file.shown}: cannot be read: {failure}") from failure
+        yield file._replace(address=copy.name)
+
+
+def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> list[Fault]:
+    """Read a job's samples as training does; raises UserError where the shard is missing or stale."""
+    faults: list[Fault] = []
+    with closing(ShardReader()) as reader:
+        reader.check([local])  # says at once where there is none: reading would wait for it to come back
         for place in range(job.first, job.last):
-            location = index.locate(job.shard, place)
+            location = index.locate(job.shard, place)._replace(file=local)
             try:
                 image_bytes, document = reader.read(location)
                 draw_captions(data.captions, document, SampleKey(0, 0, place))
                 decode_rgbx(image_bytes, data.max_pixels)
             except DamagedSample as damage:
-                samples.append(Fault(shard, location.entry.key, location.entry.start, str(damage), indexed=True))
-    except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
-        reason = str(error).removeprefix(f"{shard}: ").removeprefix(f"shard of source {index.name} ")
-        return _Checked(job, [], [], Fault(shard, None, None, reason, indexed=True))
-    return _Checked(job, samples, structure, None)
+                entry = location.entry
+                faults.append(Fault(local.shown, entry.key, entry.start, str(damage), indexed=True))
+    return faults
 
 
-def _compare(index: SourceIndex, shard: int) -> list[Fault]:
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _compare(index: SourceIndex, shard: int, local: ShardFile) -> list[Fault]:
     """Walk a shard's headers and compare what they say with its index."""
-    row = index.rows[shard]
-    file = index.shard_file(shard)
-    path = file.shown
-    scan = scan_shard(file.address, file.shown)
+    row, path = index.rows[shard], local.shown
+    scan = scan_shard(local.address, path)
     indexed: dict[str, Entry] = {}
     for place in range(row.samples):
         entry = index.locate(shard, place).entry

@@ -3,6 +3,7 @@
 Whatever goes wrong comes back as a value: an exception would reach the training process as a traceback's text.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -156,6 +157,9 @@ class StepBatches(Dataset[Loaded]):
 
 def start_worker(worker: int) -> None:
     """Make a loader process outlive signals to all processes: the training process decides what becomes of it."""
+    # What was garbage at the fork is the training process's: its finalisers, such as those that end an older loader's
+    # processes, must not run here. And memory that no collection looks at stays shared.
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_parent_says, daemon=True).start()

@@ -7,6 +7,7 @@ and remembered. The vocabulary is the one that the package open-clip-torch bring
 
 import gzip
 import html
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -32,6 +33,8 @@ SPECIAL_WORDS = {"<start_of_text>": [START_OF_TEXT], "<end_of_text>": [END_OF_TE
 WORD = regex.compile(
     "|".join(SPECIAL_WORDS) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
+# The same for cleaned text in ASCII, which has no white space but blanks: the standard library is twice as fast.
+ASCII_WORD = re.compile("|".join(SPECIAL_WORDS) + r"|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
 # Bounds of what a process remembers: about 10 MB of words.
 REMEMBERED_WORDS, REMEMBERED_LENGTH = 65_536, 32
 
@@ -61,7 +64,7 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         """Return all ids of a text, without start and EOT."""
         ids: list[int] = []
-        for word in WORD.findall(clean(text)):
+        for word in words(clean(text)):
             known = self._ids.get(word)
             if known is None:
                 known = self._merge.encode(word).ids
@@ -79,6 +82,12 @@ def clean(text: str) -> str:
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
+
+
+def words(cleaned: str) -> list[str]:
+    """Cut cleaned text into the words that byte pairs are merged in."""
+    found: list[str] = (ASCII_WORD if cleaned.isascii() else WORD).findall(cleaned)
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -37,7 +37,7 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear on [T, D], without its initialisation."""
+    """nn.Linear without its initialisation, on [T, D]."""
 
     def reset_parameters(self) -> None:
         """Leave NaN until the owner initialises."""
@@ -103,8 +103,8 @@ class Attention(nn.Module):
         """Attend from queries [T, D] to tokens [S, D] of the same segment; returns [T, D]."""
         width = queries_TD.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        (q,) = self._split_heads(functional.linear(queries_TD, weight[:width], bias[:width]), 1)
-        k, v = self._split_heads(functional.linear(tokens_SD, weight[width:], bias[width:]), 2)
+        (q,) = self._split_heads(linear(queries_TD, weight[:width], bias[:width]), 1)
+        k, v = self._split_heads(linear(tokens_SD, weight[width:], bias[width:]), 2)
         output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
 

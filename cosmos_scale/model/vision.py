@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cosmos_scale.config import VisionConfig
+from cosmos_scale.kernels.linear import linear
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.packing import pack_crops
 from cosmos_scale.model.transformer import LayerNorm, Transformer, empty_parameter, normal_, uniform_
@@ -27,7 +28,7 @@ class PatchEmbedding(nn.Module):
         Returns [B, rows x columns, D] for each resolution; pixels past the last whole patch are unused.
         """
         patches = [self._cut(images_BCHW) for images_BCHW in crops]
-        tokens_TD = functional.linear(torch.cat([cut.flatten(0, 1) for cut in patches]), self.weight.flatten(1))
+        tokens_TD = linear(torch.cat([cut.flatten(0, 1) for cut in patches]), self.weight.flatten(1))
         split = tokens_TD.split([cut.shape[0] * cut.shape[1] for cut in patches])
         return [tokens.unflatten(0, cut.shape[:2]) for tokens, cut in zip(split, patches, strict=True)]
 

@@ -148,8 +148,11 @@ RARE_MARKERS = {
     "marker for arithmetic coding": b"\xff\x01",
     "restart marker in the header": b"\xff\xd0",
     "Adobe's marker, plain RGB": b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00",
-    "Adobe's marker, YCbCr": b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01",
     "fill bytes": b"\xff\xff",
+    "number of lines": b"\xff\xdc\x00\x04\x00\xc8",
+}
+COMMON_MARKERS = {
+    "Adobe's marker, YCbCr": b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01",
     "a comment": b"\xff\xfe\x00\x07hello",
     "a false start in a segment": b"\xff\xe5" + struct.pack(">H", 2 + 24) + b"\xff\xd8\xff\xda\xff\xc0" * 4,
 }
@@ -168,7 +171,7 @@ def test_every_format_is_decoded_to_the_bit() -> None:
         "jpeg 4:1:1": encoded(photo(), subsampling="4:1:1"),
         "restart intervals": encoded(photo(), restart_marker_blocks=7),
         "rubbish behind its end": jpeg + b"rubbish" * 9,
-        **{name: jpeg[:2] + marker + jpeg[2:] for name, marker in RARE_MARKERS.items()},
+        **{name: jpeg[:2] + marker + jpeg[2:] for name, marker in (RARE_MARKERS | COMMON_MARKERS).items()},
     }
     prepared = [prepare(picture, MAX_PIXELS) for picture in pictures.values()]
     assert [shape for _, *shape in prepared] == [[200, 320]] * len(pictures)
@@ -181,6 +184,11 @@ def test_plain_jpegs_stay_as_they_are() -> None:
     for name in ("jpeg", "progressive", "jpeg 4:4:4", "jpeg 4:2:2", "grey jpeg"):
         picture = FORMATS[name]()
         assert prepare(picture, MAX_PIXELS) == (picture, 200, 320)
+    for marker in COMMON_MARKERS.values():
+        picture = JPEG[:2] + marker + JPEG[2:]
+        assert prepare(picture, MAX_PIXELS)[0] == picture
+    for marker in RARE_MARKERS.values():
+        assert prepare(JPEG[:2] + marker + JPEG[2:], MAX_PIXELS)[0].startswith(b"P6 130 96 255\n")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -189,6 +197,14 @@ def test_a_truncated_picture_does_not_enter(name: str, share: float) -> None:
     data = FORMATS[name]()
     with pytest.raises(DamagedSample, match="the picture"):
         prepare(data[: int(len(data) * share)], MAX_PIXELS)
+
+
+def test_a_header_may_end_anywhere() -> None:
+    marker = COMMON_MARKERS["Adobe's marker, YCbCr"]
+    data = JPEG[:2] + marker + JPEG[2:]
+    for length in range(data.index(b"\xff\xda") + 20):
+        with pytest.raises(DamagedSample, match="the picture"):
+            prepare(data[:length], MAX_PIXELS)
 
 
 def test_too_many_pixels_do_not_enter() -> None:
@@ -270,6 +286,9 @@ def test_resume_in_the_middle(prefetch: int) -> None:
     batches = [(mixed_batch(4 * step, 4), step) for step in range(5)]
     whole = list(decoder(SMALL, 48, 4, options).stream(iter(batches)))
     assert [step for _, step in whole] == list(range(5))
+    alone = decoder(SMALL, 48, 4)
+    for (crops, _), (batch, _) in zip(whole, batches, strict=True):
+        assert_same(crops, alone(batch))
 
     stopped = decoder(SMALL, 48, 4, options)
     begun = stopped.stream(iter(batches))

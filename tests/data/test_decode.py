@@ -263,6 +263,38 @@ def test_evaluation_image_equals_torchvisions(size: tuple[int, int]) -> None:
     assert mean_difference(levels(ours), expected) <= CROP_LEVELS
 
 
+ODD_PICTURES: dict[str, Callable[[], bytes]] = {
+    "one pixel": lambda: encoded(photo(1, 1), "PNG"),
+    "tiny": lambda: encoded(photo(5, 7), "PNG"),
+    "one row": lambda: encoded(photo(1, 400), "PNG"),
+    "very wide": lambda: encoded(photo(24, 1500)),
+    "very tall": lambda: encoded(photo(1500, 24)),
+    "large": lambda: encoded(photo(1200, 1600)),
+    "grey": lambda: encoded(photo().convert("L")),
+    "cmyk": lambda: encoded(photo().convert("CMYK")),
+    "palette": lambda: encoded(photo().convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+    "transparent": lambda: encoded(photo().convert("RGBA"), "PNG"),
+    "black": lambda: encoded(Image.new("RGB", (90, 60)), "PNG"),
+    # One step of hue in every pixel at once: of a fully saturated colour it is up to 1.7 levels.
+    "one colour": lambda: encoded(Image.new("RGB", (90, 60), "#c06040"), "PNG"),
+    "moving webp": lambda: encoded(photo(), "WEBP", save_all=True, append_images=[photo(seed=1)], lossless=True),
+    "moving png": lambda: encoded(photo(), "PNG", save_all=True, append_images=[photo(seed=1)]),
+}
+
+
+@pytest.mark.parametrize("name", ODD_PICTURES)
+@pytest.mark.parametrize(("views", "limit"), [(PLAIN, CROP_LEVELS), (ViewsConfig(), JITTER_LEVELS)])
+def test_views_of_odd_pictures_equal_torchvisions(views: ViewsConfig, limit: float, name: str) -> None:
+    data = ODD_PICTURES[name]()
+    image = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGB")  # of moving pictures the first
+    picture = decode_rgbx(data, MAX_PIXELS)
+    for key in KEYS[:4]:
+        plan = plan_views(views, 224, key, image.height, image.width)
+        for view in range(8):
+            expected = reference_view(image, plan, view)
+            assert mean_difference(execute_view(picture, plan, view), expected) <= limit, (key, view)
+
+
 FORMATS: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: JPEG,
     "progressive": lambda: encoded(photo(), progressive=True),

@@ -25,6 +25,7 @@ from cosmos_scale.data.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.shard_files import Member, flip_bytes, open_folder, picture, write_shard
+from tests.data.web_server import web_server
 
 # Views that only crop, so that a box can be compared with its view.
 PLAIN = {
@@ -157,6 +158,13 @@ def test_workers_change_no_number(folder: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out) == alone
 
 
+def test_shards_elsewhere_are_read_alike(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    local = read_json(capsys, folder, "--samples", 20, "--out", tmp_path)
+    with web_server(folder, tmp_path / "log") as server:
+        found = read_json(capsys, f"{server.url}/{{0..2}}.tar", "--index", folder, "--samples", 20, "--out", tmp_path)
+    assert found["measures"] == local["measures"]
+
+
 def test_damaged_samples_are_counted_by_reason(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +263,13 @@ def test_the_sheet_names_substitutes(tmp_path: Path, capsys: pytest.CaptureFixtu
     (substitute,) = [title for title in titles if "damaged" in title]
     assert substitute.endswith(", in place of damaged 000005")
     assert not any(title.startswith("000005") for title in titles)
+
+
+def test_a_caption_of_a_megabyte_does_not_fill_the_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path / "0.tar", [{**member(0), "json": json.dumps({"raw_caption": ["word " * 200_000]}).encode()}])
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    run(capsys, tmp_path, "--out", tmp_path)
+    assert Image.open(tmp_path / "views.png").height < 4000  # eight captions of 1,000 characters each
 
 
 @pytest.mark.parametrize("spread", [1, 30, 5000])

@@ -1,10 +1,11 @@
 """Training batches: the same at any number of workers and ranks and after a restart; damage costs one sample."""
 
+import gc
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -242,6 +243,34 @@ def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path
     loader.check_shards()  # known to be lost
 
 
+class Finalised:
+    """In a cycle with itself: it ends when garbage is collected, and then says in which process."""
+
+    def __init__(self, said: Path) -> None:
+        self.said, self.itself = said, self
+
+    def __del__(self) -> None:
+        self.said.write_text(str(os.getpid()))
+
+
+def test_loader_processes_leave_the_training_processs_garbage_alone(shards: Path, tmp_path: Path) -> None:
+    tokenizer, said = Tokenizer(16), tmp_path / "said"
+
+    def tokenize_and_collect(texts: Sequence[str]) -> torch.Tensor:
+        gc.collect()
+        return tokenizer(texts)
+
+    gc.disable()  # or it may be collected here before the fork
+    try:
+        Finalised(said)
+        take(TrainLoader(tiny_config(shards, workers=1), open_folder(shards), tokenize_and_collect, 0, 1), 0, 2)
+        assert not said.exists()
+        gc.collect()
+    finally:
+        gc.enable()
+    assert said.read_text() == str(os.getpid())
+
+
 def children() -> list[int]:
     return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
 
@@ -254,6 +283,33 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
         os.kill(worker, signal.SIGKILL)
         with pytest.raises(UserError, match=r"^a loader process died .*lower data\.workers \(1\)"):
             list(islice(batches, 50))  # what was ready is still handed out
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "text"),
+    [
+        (
+            RuntimeError("a mistake of ours"),
+            RuntimeError,
+            r"^Caught RuntimeError [\s\S]*Traceback[\s\S]*a mistake of ours",
+        ),
+        (OSError("a mistake of ours"), OSError, r"^Caught OSError [\s\S]*Traceback[\s\S]*a mistake of ours"),
+        (
+            RuntimeError("unable to allocate shared memory(shm)"),
+            UserError,
+            r"^a loader process died \(RuntimeError: unable to allocate shared memory\(shm\)\); if memory ran out, ",
+        ),
+    ],
+)
+def test_a_workers_own_exception_keeps_its_traceback(
+    shards: Path, error: Exception, raised: type[Exception], text: str
+) -> None:
+    def fail(texts: Sequence[str]) -> torch.Tensor:
+        raise error
+
+    loader = TrainLoader(tiny_config(shards, workers=1), open_folder(shards), fail, 0, 1)
+    with pytest.raises(raised, match=text):
+        take(loader, 0, 1)
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
         assert order.sample(epoch, place) == whole[place]
 
 
-@settings(PLAIN, max_examples=200)
+@settings(PLAIN, max_examples=80)
 @given(
     few_sources,
     st.integers(1, 40),

@@ -168,7 +168,7 @@ def test_every_reject_has_its_reason(tmp_path: Path, captions: Path) -> None:
     rows += [dreamlip_row(20)]
     path = write_dreamlip(captions / "cc3m.csv", rows)
     with path.open("ab") as file:
-        file.write(url(12).encode() + b",caf\xe9,b,c,d,e,f,g\n")
+        file.write(url(12).encode() + b',"caf\xe9\nin two lines, ""\xe8"".",c,d,e,f,g,h\n')
     first = [
         download(0),
         download(1),

@@ -1,7 +1,8 @@
 """A preparation that is stopped, continued, repeated or asked for something else; and inputs that cannot work."""
 
 import os
-import signal
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 
 from cosmos_scale import cli
+from cosmos_scale.data.prepare import rows
 from cosmos_scale.errors import UserError
+from tests.conftest import REPOSITORY
 from tests.data.downloads import (
     DREAMLIP_HEADER,
     Download,
@@ -62,12 +65,8 @@ def test_workers_make_the_same_bytes(inputs: Path) -> None:
     assert contents(inputs / "one") == contents(inputs / "two")
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("stop_at", [".prepare/table/table.json", ".prepare/states.npy", "00001.tar", "00008.tar"])
-def test_a_killed_run_goes_on_to_the_same_bytes(inputs: Path, stop_at: str) -> None:
-    whole = run(inputs, out="whole")
-    out = inputs / "out"
-    # Slowed down where a shard is written, so that the kill falls between shards at any speed of the machine.
+def start_slowly(folder: Path, workers: int) -> "subprocess.Popen[bytes]":
+    """A preparation that is slow where a shard is written, so that it can be met there at any speed of the machine."""
     program = (
         "import sys, time\n"
         "from cosmos_scale.data.prepare import writing\n"
@@ -76,14 +75,52 @@ def test_a_killed_run_goes_on_to_the_same_bytes(inputs: Path, stop_at: str) -> N
         "from cosmos_scale import cli\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", program, *arguments(inputs, "out", "--workers", "1")]
-    process = subprocess.Popen(command, start_new_session=True)
+    command = [sys.executable, "-c", program, *arguments(folder, "out", "--workers", str(workers))]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def wait_for(path: Path, process: "subprocess.Popen[bytes]") -> None:
+    while not path.exists():
+        assert process.poll() is None, "it ended too soon"
+        time.sleep(0.002)
+
+
+def group_lives(leader: int) -> bool:
     try:
-        while not (out / stop_at).exists() and process.poll() is None:
-            time.sleep(0.002)
-        assert process.poll() is None, "it ended before it could be stopped"
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(60)
+def test_only_one_process_prepares_a_folder(inputs: Path) -> None:
+    process = start_slowly(inputs, 1)
+    try:
+        wait_for(inputs / "out" / "00000.tar", process)
+        with pytest.raises(UserError, match="out: another process is preparing it now"):
+            run(inputs)
+        assert process.wait(timeout=40) == 0
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+    assert len(list((inputs / "out").glob("*.tar"))) == SHARDS
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("stop_at", "workers"),
+    [(".prepare/table/table.json", 1), (".prepare/states.npy", 1), ("00001.tar", 2), ("00008.tar", 1)],
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(inputs: Path, stop_at: str, workers: int) -> None:
+    """Its workers are not killed: they end by themselves, and do not disturb the run that goes on at once."""
+    whole = run(inputs, out="whole")
+    out = inputs / "out"
+    process = start_slowly(inputs, workers)
+    try:
+        wait_for(out / stop_at, process)
+    finally:
+        process.kill()
         process.wait()
     assert not (out / "manifest.json").exists()
     kept = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
@@ -91,9 +128,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(inputs: Path, stop_at: str) -> N
     report = run(inputs, workers=2)
     assert report[1:] == whole[1:]
     assert contents(out) == contents(inputs / "whole")
-    # A shard whose report was written stays the file that it was; at most the last one is made again.
+    # A shard whose report was written stays the file that it was; the last of each worker may be made again.
     again = [name for name, inode in kept.items() if (out / name).stat().st_ino != inode]
-    assert len(again) <= 1
+    assert len(again) <= workers
+    while group_lives(process.pid):  # ended by the time limit
+        time.sleep(0.05)
 
 
 def first_three(function: Callable[[Any], Any], jobs: list[Any], workers: int | None) -> Iterator[Any]:
@@ -206,3 +245,25 @@ def test_a_byte_order_mark_and_extra_columns_do_no_harm(tmp_path: Path) -> None:
     write_parquet(tmp_path / "captions" / "b.parquet", [{"Image Path": url(1), "raw_caption": ["One.", "Two"]}])
     write_tar(tmp_path / "images", "00000", [download(0), download(1)])
     assert run(tmp_path).samples == 2
+
+
+def test_a_huge_cell_or_one_of_a_wrong_type_loses_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "captions").mkdir()
+    monkeypatch.setattr(rows, "FIELD_LIMIT", 500)
+    huge = [url(1), "x" * 600, *"abcdef"]
+    write_dreamlip(tmp_path / "captions" / "a.csv", [dreamlip_row(0), huge, dreamlip_row(2)])
+    typed: list[dict[str, Any]] = [{"Image Path": url(3), "raw_caption": 7}, {"Image Path": None, "raw_caption": 8}]
+    write_parquet(tmp_path / "captions" / "b.parquet", typed)
+    write_tar(tmp_path / "images", "00000", [download(number) for number in range(4)])
+    report = run(tmp_path)
+    assert report.samples == 2
+    assert report.rejected == {"captions row cannot be read": 2, "image without captions": 1, "wrong type": 1}
+
+
+def test_the_commands_of_the_page_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (REPOSITORY / "docs" / "datasets.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"cosmos-scale (data prepare .*)", page)
+    assert len(commands) == 5
+    for command in commands:
+        assert cli.main(shlex.split(command)) == 2  # there are no such files here; argparse would exit
+        assert re.search(r"no such captions file or folder\n$", capsys.readouterr().err), command

@@ -215,6 +215,25 @@ def test_a_changed_shard_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     reader.close()
 
 
+def test_sizes_in_headers_may_be_filled_up_with_spaces(tmp_path: Path) -> None:
+    """As some writers do it; Python's own fills up with zeros."""
+    path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
+    entry = scan_shard(path).entries[1]
+    data = bytearray(path.read_bytes())
+    for offset, size in ((entry.image_offset, entry.image_size), (entry.text_offset, entry.text_size)):
+        header = data[offset - 512 : offset]
+        header[124:136] = b"%11o " % size
+        header[148:156] = b" " * 8  # the checksum counts itself as spaces
+        header[148:156] = b"%06o\0 " % sum(header)
+        data[offset - 512 : offset] = header
+    path.write_bytes(data)
+    scan = scan_shard(path)
+    assert keys(scan) == ["000000", "000001"]
+    reader = ShardReader()
+    assert reader.read(location(path, scan, 1))[0] == picture(1)
+    reader.close()
+
+
 def test_few_shards_stay_open(tmp_path: Path) -> None:
     paths = [write_shard(tmp_path / f"{number}.tar", [sample(number)]) for number in range(6)]
     reader = ShardReader(open_shards=2)

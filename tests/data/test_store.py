@@ -81,12 +81,12 @@ def test_a_web_servers_ranges(folder: Path, tmp_path: Path) -> None:
         ("500", "HTTP 500"),
         ("drop", "closed connection"),
         ("cut", "IncompleteRead"),
-        ("hang", r"no answer for 0\.2 s"),
+        ("hang", r"no answer for 0\.5 s"),
         ("wrong", "another range"),
     ],
 )
 def test_faults_of_a_web_server_may_pass(folder: Path, tmp_path: Path, fault: Fault, reason: str) -> None:
-    web = WebStore(0.2)
+    web = WebStore(0.5 if fault == "hang" else 20.0)
     with web_server(folder, tmp_path / "log", fail_every=2, fault=fault) as server:
         for _ in range(2):
             assert web.read(f"{server.url}/a.tar", 100, 1000, len(DATA)) == DATA[100:1100]

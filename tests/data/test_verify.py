@@ -1,5 +1,6 @@
 """`data verify`: every kind of damage is found where it lies, and nothing else."""
 
+import hashlib
 import json
 import shutil
 import tarfile
@@ -11,7 +12,9 @@ import pytest
 
 from cosmos_scale import cli
 from cosmos_scale.data.index import index_shards
+from tests.data.downloads import download, dreamlip_row, write_dreamlip, write_tar
 from tests.data.shard_files import Member, picture, sample, write_shard, write_shards
+from tests.data.web_server import web_server
 
 
 def verify(capsys: pytest.CaptureFixture[str], *arguments: object, workers: int = 1) -> tuple[int, str]:
@@ -116,7 +119,7 @@ def test_damage_behind_the_index_is_named_with_its_place(
     status, out = verify(capsys, folder)
     assert status == 1
     assert f"\n{shard}, 000003, {start}: {fault['reason']}\n" in out
-    assert "1 samples (10.00%) cannot be used in training" in out
+    assert "\nsamples that training cannot use: 1 (10.00%)\n\ntimes  reason\n" in out
 
 
 def test_the_sampling_and_the_largest_picture_are_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +175,46 @@ def test_a_walk_that_breaks_off_is_the_shards_own_fault(tmp_path: Path, capsys: 
     assert of_sample["reason"].startswith("no member of ")
 
 
+def test_bytes_that_still_decode_are_found_by_a_manifests_checksum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path, [4, 3])
+    shards = sorted(folder.glob("*.tar"))
+    rows = [{"shard": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in shards]
+    (folder / "manifest.json").write_text(json.dumps({"shards": rows}))
+    status, out = verify(capsys, folder)
+    assert (status, out.endswith("; 2 shards compared with the checksums of manifest.json: all are sound\n")) == (
+        0,
+        True,
+    )
+    offset, size = data_of(shards[1], "000005.json")
+    document = json.loads(sample(5)["json"])
+    document["raw_caption"][0] = document["raw_caption"][0].replace("picture", "pictore")
+    overwrite(shards[1], offset, json.dumps(document).encode().ljust(size))
+    found = as_json(capsys, folder)
+    assert (found["damaged"], found["shards_damaged"], found["checksums"]) == (0, 1, 2)
+    assert found["first"][0] == {
+        "shard": str(shards[1]),
+        "key": None,
+        "byte": None,
+        "reason": "bytes have changed since manifest.json was written",
+        "indexed": True,
+    }
+    (folder / "manifest.json").write_text("[]")  # somebody else's
+    assert as_json(capsys, folder)["checksums"] == 0
+
+
+def test_a_preparations_own_checksums_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dreamlip(tmp_path / "captions.csv", [dreamlip_row(number) for number in range(8)])
+    for shard in range(2):
+        write_tar(tmp_path / "images", f"{shard:05d}", [download(number) for number in range(4 * shard, 4 * shard + 4)])
+    inputs = ["--captions", tmp_path / "captions.csv", "--images", tmp_path / "images", "--out", tmp_path / "out"]
+    assert cli.main(["data", "prepare", "dreamlip", *map(str, inputs), "--quiet", "--workers=1"]) == 0
+    capsys.readouterr()
+    found = as_json(capsys, tmp_path / "out")
+    assert (found["samples"], found["checksums"], found["sound"]) == (8, 2, True)
+
+
 @pytest.mark.parametrize("change", ["missing", "cut", "no table"])
 def test_shards_that_cannot_be_read_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
     folder = write_shards(tmp_path, [2, 300, 2])
@@ -182,7 +225,7 @@ def test_shards_that_cannot_be_read_at_all(tmp_path: Path, capsys: pytest.Captur
         shard.write_bytes(shard.read_bytes()[:5000])
     else:
         (folder / "00001.index.npy").unlink()
-    reason = {"missing": "cannot be opened", "cut": "has 5000 bytes, but its index", "no table": "00001.index.npy"}
+    reason = {"missing": "No such file", "cut": "has 5000 bytes, but its index", "no table": "00001.index.npy"}
     for workers in (1, 2):
         found = as_json(capsys, folder, workers=workers)
         assert (found["damaged"], found["unreadable"], found["shards_damaged"]) == (0, 300, 1)
@@ -215,6 +258,21 @@ def test_a_sample_at_another_place_than_the_index_says(tmp_path: Path, capsys: p
     found = as_json(capsys, tmp_path)
     assert found["reasons"] == {"the index places it elsewhere": 2}
     assert {fault["key"] for fault in found["first"]} == {"000001", "000002"}
+
+
+def test_shards_elsewhere_come_once_and_are_checked_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path / "shards", [3, 200])
+    end_early(folder / "00001.tar", "000100")
+    start = starts(folder / "00001.tar")["000100"]
+    with web_server(folder, tmp_path / "log") as server:
+        pattern = f"{server.url}/{{00000..00001}}.tar"
+        found = as_json(capsys, pattern, "--index", folder, workers=2)
+        assert sum(request.path.endswith(".tar") for request in server.requests()) == 2
+        (fault,) = found["first"]
+        assert (fault["shard"], fault["byte"]) == (f"{server.url}/00001.tar", start)
+        (folder / "00000.tar").unlink()
+        found = as_json(capsys, pattern, "--index", folder, "data.remote.retries=1", "data.remote.backoff_s=0.01")
+    assert (found["damaged"], found["unreadable"], found["shards_damaged"]) == (1, 3, 1)
 
 
 def test_the_terminal_names_some_and_a_file_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ def web_server(
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections stay open
+    disable_nagle_algorithm = True  # head and body are two writes
     options: dict[str, Any] = {}  # noqa: RUF012 - set once, before serving
     log_path: Path
     number = 0

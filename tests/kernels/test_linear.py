@@ -1,11 +1,100 @@
-"""The linear map that keeps its weight by name, against torch's own."""
+"""The linear map: against float64 on either side of the size from which oneDNN multiplies, and against torch's own."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosmos_scale.kernels.linear import linear
+from cosmos_scale.kernels import linear as kernel
+from cosmos_scale.kernels.linear import LEAST_WORK, linear
+
+INPUTS, OUTPUTS = 512, 384
+ENOUGH = -(-LEAST_WORK // (INPUTS * OUTPUTS))  # rows from which oneDNN is taken
+# float32 sums of up to 1000 products of order 1; torch's own product differs from float64 by 1e-4 here.
+TOLERANCE = 5e-4
+
+
+def problem(rows: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, INPUTS), (OUTPUTS, INPUTS), (OUTPUTS,))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+    output = function(*inputs)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [output.detach(), *torch.autograd.grad(output, inputs, gradient.to(output.dtype))]
+
+
+class Called(TorchDispatchMode):
+    """Whether oneDNN's product was called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.onednn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.onednn |= "_linear_pointwise" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+needs_onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this torch has no oneDNN",
+)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [ENOUGH - 1, ENOUGH, ENOUGH + 3])
+def test_output_and_gradients_match_float64(rows: int, bias: bool) -> None:
+    exact = problem(rows)[: 3 if bias else 2]
+    expected = with_gradients(functional.linear, exact)
+    ours = with_gradients(linear, [tensor.float() for tensor in exact])
+    for mine, oracle in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine.double(), oracle, rtol=0, atol=TOLERANCE)
+
+
+@needs_onednn
+def test_only_gradients_that_are_asked_for_are_computed() -> None:
+    x, weight, bias = (tensor.float() for tensor in problem(ENOUGH))
+    output = linear(x, weight.requires_grad_(), bias)
+    assert output.grad_fn is not None
+    with Called() as called:
+        output.sum().backward()
+    assert not called.onednn, "the gradient of pixels"
+    assert weight.grad is not None
+    assert x.grad is bias.grad is None
+
+
+@needs_onednn
+def test_inputs_may_be_views() -> None:
+    x, weight, bias = (tensor.float() for tensor in problem(ENOUGH))
+    wide, stacked = x.repeat(1, 2), torch.cat([weight, weight])
+    torch.testing.assert_close(
+        linear(wide[:, INPUTS:], stacked[OUTPUTS:], bias), linear(x, weight, bias), rtol=0, atol=TOLERANCE
+    )
+
+
+@needs_onednn
+def test_one_dnn_multiplies_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def takes_onednn(rows: int, dtype: torch.dtype = torch.float32) -> bool:
+        with Called() as called:
+            linear(*(tensor.to(dtype) for tensor in problem(rows)))
+        return bool(called.onednn)
+
+    assert takes_onednn(ENOUGH)
+    assert not takes_onednn(ENOUGH - 1)
+    assert not takes_onednn(ENOUGH, torch.float64)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not takes_onednn(ENOUGH)
+    monkeypatch.setattr(kernel, "LEAST_WORK", 0)
+    assert takes_onednn(1)
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

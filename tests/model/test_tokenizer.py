@@ -12,9 +12,11 @@ import numpy as np
 import open_clip.tokenizer
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.model.tokenizer import Tokenizer, _word_merger, clean
+from cosmos_scale.model.tokenizer import WORD, Tokenizer, _word_merger, clean, words
 from tests.model.models import ids_as_array
 
 LENGTH = 77
@@ -96,6 +98,18 @@ def test_the_short_way_through_cleaning_changes_nothing() -> None:
     for _ in range(2000):
         text = "".join(draw.choices(printable, k=draw.randrange(40)))
         assert clean(text) == open_clip.tokenizer.get_clean_fn("lower")(text), repr(text)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.text(st.characters(max_codepoint=127)), st.sampled_from(["<start_of_text>", "'s", "'LL", "&amp;"]))
+    ).map("".join)
+)
+def test_the_short_way_through_cutting_changes_nothing(text: str) -> None:
+    """ASCII in, control characters and entities too, cuts as the pattern for all of Unicode does."""
+    cleaned = clean(text)
+    assert words(cleaned) == WORD.findall(cleaned)
 
 
 def test_memory_of_words_is_bounded_and_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def prepare(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
         try:
             # Reads every coefficient, but computes an eighth of the picture's height and width, in grey.
             simplejpeg.decode_jpeg(image_bytes, "GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1)
-        except ValueError as error:
+        except Exception as error:  # as decode_rgbx: no sort of broken byte may end the run
             raise DamagedSample(f"the picture does not decode: {error}") from error
         return image_bytes, *shape
     pixels = decode_rgbx(image_bytes, max_pixels)
@@ -63,7 +63,7 @@ def _plain_jpeg_shape(image_bytes: bytes) -> tuple[int, int] | None:
         return None
     try:
         height, width, colourspace, sampling = simplejpeg.decode_jpeg_header(image_bytes)
-    except ValueError:
+    except Exception:  # of whatever type: decode_rgbx will say what is wrong
         return None
     is_plain = colourspace in ("YCbCr", "Gray") and sampling in PLAIN_SAMPLING
     return (height, width) if is_plain else None
@@ -77,7 +77,9 @@ def _has_plain_markers(jpeg: bytes) -> bool:
         length = int.from_bytes(jpeg[position + 2 : position + 4], "big")
         if marker == START_OF_SCAN:
             return True
-        is_other_colour = marker == ADOBE and jpeg[position + 4 : position + 9] == b"Adobe" and jpeg[position + 15] != 1
+        # Slices: the file may end in the middle.
+        is_adobe = marker == ADOBE and jpeg[position + 4 : position + 9] == b"Adobe"
+        is_other_colour = is_adobe and jpeg[position + 15 : position + 16] != b"\x01"
         if marker not in PLAIN_MARKERS or length < 2 or is_other_colour:
             return False
         position += 2 + length
@@ -100,6 +102,11 @@ class Encoded(NamedTuple):
     grey: Tensor
     blur_radius: Tensor
     solarise: Tensor
+
+    def colour(self, views: slice) -> list[Tensor]:
+        """What `colour_` takes for the crops of some views, [N, ...] each: view by view, then sample by sample."""
+        fields = (self.jitter_order, self.jitter_factors, self.grey, self.blur_radius, self.solarise)
+        return [field[views].flatten(0, 1) for field in fields]
 
 
 def stack(pictures: Sequence[bytes], plans: Sequence[ViewPlan]) -> Encoded:
@@ -194,28 +201,14 @@ class DaliDecoder:
         crops = self._outputs()
         V_global = self._views.global_crops
         batch = encoded.boxes.shape[1]
+        kinds = ((self._image_size, slice(V_global)), (self._views.local_size, slice(V_global, len(crops))))
         made = []
-        for side, kind in (
-            (self._image_size, slice(0, V_global)),
-            (self._views.local_size, slice(V_global, len(crops))),
-        ):
+        for side, kind in kinds:
             levels_VBCHW = torch.empty(len(crops[kind]), batch, 3, side, side, device=self._device)
             for levels, pixels in zip(levels_VBCHW, crops[kind], strict=True):
                 levels.copy_(pixels.permute(0, 3, 1, 2))
             levels_NCHW = levels_VBCHW.flatten(0, 1)
-            colour_(
-                levels_NCHW,
-                *(
-                    field[kind].flatten(0, 1)
-                    for field in (
-                        encoded.jitter_order,
-                        encoded.jitter_factors,
-                        encoded.grey,
-                        encoded.blur_radius,
-                        encoded.solarise,
-                    )
-                ),
-            )
+            colour_(levels_NCHW, *encoded.colour(kind))
             normalise_(levels_NCHW)
             made.append(levels_VBCHW)
         return Views(*made)

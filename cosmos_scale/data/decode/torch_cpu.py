@@ -29,12 +29,7 @@ def execute(picture: Pixels, plan: ViewPlan, global_crops: Tensor, local_crops: 
 
 def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
     """Make one view of a decoded [H, W, 4] picture: [side, side, 3] uint8, before normalisation."""
-    pixels = recolour(crop(picture, plan, view), plan, view)
-    if plan.blur_radius[view] > 0:
-        pixels = colour.blur(pixels, float(plan.blur_radius[view]))
-    if plan.solarise[view] < NO_SOLARISE:
-        pixels = colour.solarise(pixels, int(plan.solarise[view]))
-    return pixels
+    return blur_and_solarise(recolour(crop(picture, plan, view), plan, view), plan, view)
 
 
 def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int) -> Tensor:
@@ -67,6 +62,15 @@ def recolour(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
         if factor != NO_JITTER[operation]:
             pixels = colour.jitter(pixels, operation, factor)
     return colour.grey(pixels) if plan.grey[view] else pixels
+
+
+def blur_and_solarise(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
+    """What comes last in a [side, side, 3] view."""
+    if plan.blur_radius[view] > 0:
+        pixels = colour.blur(pixels, float(plan.blur_radius[view]))
+    if plan.solarise[view] < NO_SOLARISE:
+        pixels = colour.solarise(pixels, int(plan.solarise[view]))
+    return pixels
 
 
 def normalise(pixels: Pixels, out: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def _find(task: Task, shard: ImageShard) -> _Found:
 
 def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Mark the rows that a shard's images take; returns its plan."""
-    positions = found.positions.copy()
+    positions: NDArray[np.int64] = found.positions.copy()
     candidates = np.flatnonzero(found.downloaded & (positions != MISSING))
     rows = positions[candidates]
     first = np.zeros(len(rows), dtype=bool)

@@ -98,7 +98,7 @@ def _scan_csv(
     try:
         with path.open("rb") as file:
             header = next(csv.reader(_Lines(file)), [])
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
+    except (OSError, csv.Error) as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
     column = join_column(path, header, dataset, join)
     names = [plain(name) for name in header]
@@ -117,10 +117,8 @@ def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], No
                 cells = next(reader, None)
                 if cells is None:
                     return
-            except csv.Error as error:
+            except csv.Error as error:  # if its cells hold line breaks, the rest of them are read as rows
                 fault = f"not csv: {error}"
-            except UnicodeDecodeError as error:
-                fault = f"not UTF-8: byte 0x{error.object[error.start]:02x}; save the file as UTF-8"
             offset, size, start = start, lines.position - start, lines.position
             advance(size)
             if cells == []:
@@ -130,14 +128,18 @@ def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], No
                 continue
             if cells is not None and len(cells) != width:
                 fault = f"wrong number of cells: {len(cells)}, the header has {width}"
+            if lines.foreign is not None:
+                fault = f"not UTF-8: byte 0x{lines.foreign:02x}; save the file as UTF-8"
+                lines.foreign = None
             yield Row(number, offset, size, "" if cells is None or fault else cells[position], fault)
 
 
 class _Lines:
-    """Feeds a csv reader with a file's lines, and knows how many bytes it has taken."""
+    """Feeds a csv reader with a file's lines. position: bytes taken. foreign: a byte among them that is not UTF-8."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.position = 0
+        self.foreign: int | None = None
         self._file = file
 
     def __iter__(self) -> "_Lines":
@@ -147,7 +149,12 @@ class _Lines:
         line = next(self._file)
         first = self.position == 0
         self.position += len(line)
-        return (line.removeprefix(BOM) if first else line).decode()
+        line = line.removeprefix(BOM) if first else line
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            self.foreign = line[error.start]
+            return line.decode("utf-8", "replace")  # the row is lost, but not where it ends
 
 
 def _scan_parquet(

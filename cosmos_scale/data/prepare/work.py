@@ -85,7 +85,8 @@ def open_work(task: Task) -> Iterator[None]:
     make_folder(task.work)
     with (task.work / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: workers inherit that, and would hold the lock after their parent was killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{task.out}: another process is preparing it now") from error
         path = task.work / "options.json"

@@ -1,6 +1,7 @@
 """One shard of images and its captions to one shard of samples."""
 
 import json
+import os
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, BinaryIO, NamedTuple
@@ -58,7 +59,7 @@ def write_shard(task: Task, shard: ImageShard) -> Written:
     if (standing := read_report(task, shard.name)) is not None:
         return standing
     target = task.out / f"{shard.name}.tar"
-    part = target.with_suffix(".part")
+    part = target.with_suffix(f".{os.getpid()}.part")  # a worker of a killed run may still write its own
     rejected: list[dict[str, Any]] = []
     samples = 0
     try:

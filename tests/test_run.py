@@ -1,0 +1,47 @@
+"""The start of a run: ranks whose hosts do not hold the same files are told so, instead of training on a mixture."""
+
+from pathlib import Path
+
+from cosmos_scale.config_file import load_config
+from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.errors import UserError
+from cosmos_scale.run import prepare
+from tests.data.shard_files import write_shards
+from tests.distributed import run_ranks
+from tests.runs import write_run
+
+
+def prepared(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:
+    """Prepare runs, for each rank from its own file and overrides: what each case ended with."""
+    said = []
+    for case in cases:
+        run, overrides = case[rank]
+        try:
+            prepare(load_config(run, overrides), start_ranks("cpu"))
+            said.append("prepared")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_hosts_with_other_indexes_or_keys_are_refused(tmp_path: Path) -> None:
+    runs = []
+    for host, counts in (("a", [9, 7]), ("b", [9, 7]), ("c", [9, 8])):
+        source = write_shards(tmp_path / host / "shards", counts)
+        (tmp_path / host / "run").mkdir()
+        runs.append(write_run(tmp_path / host / "run", SceneShards(source, source), output=str(tmp_path / "out")))
+    same, copied, other = runs
+    one, two = run_ranks(
+        prepared,
+        2,
+        [
+            [(same, []), (copied, [])],  # files of each host's own, but the same ones
+            [(same, []), (other, [])],
+            [(same, []), (same, ["seed=1", "data.views.flip=0.1"])],
+        ],
+    )
+    assert one == two
+    assert one[0] == "prepared"
+    assert one[1].startswith("data.sources: ranks see different indexes (rank 0: ")
+    assert one[2] == "rank 1 and rank 0 differ in seed, data.views.flip; rule: all ranks share one run's keys"
