@@ -171,6 +171,8 @@ class Student:
     def _measure_norm(self) -> Tensor:
         wrapper = self.engine.optimizer
         if self.offload:  # on the CPU, in the masters' gradients
+            if self.ranks.device.type == "cuda":
+                torch.cuda.synchronize(self.ranks.device)  # DeepSpeed (0.19) waits for the copies in its step only
             shards = [shard for group in self.optimizer.shards for shard in group]
             gradients = [shard.grad for shard in shards if shard.grad is not None]
         elif self.stage > 0:  # this rank's share of the averaged gradients

@@ -31,6 +31,7 @@ class Teacher:
         whole_average = student.stage == 0 or (student.stage < 3 and student.ranks.world_size == 1)
         self._is_average = dtype == torch.float32 and whole_average and not student.offload
         self._gathering: list[Any] = []
+        self._written: torch.cuda.Event | None = None  # at stage 3
         self._forward = _GlobalViews(self._model, config.data.captions.global_count)
         if student.stage == 3:
             import deepspeed  # here, since it takes seconds and --help should not
@@ -77,6 +78,10 @@ class Teacher:
         else:
             weights = [own[fragment.name].view(-1) for fragment in fragments]
         torch._foreach_copy_(weights, [fragment.ema for fragment in fragments])
+        if self.student.stage == 3 and self.student.ranks.device.type == "cuda":
+            # DeepSpeed (0.19) gathers in a stream of its own, which does not wait for what other streams write.
+            self._written = torch.cuda.Event()
+            self._written.record()
 
     @property
     def model(self) -> CosmosModel:
@@ -88,6 +93,9 @@ class Teacher:
         for work, _ in self._gathering:  # the tensors beside them are being read until now
             work.wait()
         self._gathering.clear()
+        if self._written is not None:  # the host hardly waits: the student's forward lies between
+            self._written.synchronize()
+            self._written = None
 
     @contextmanager
     def whole_model(self) -> Iterator[CosmosModel]:
