@@ -1,4 +1,9 @@
-"""Where DeepSpeed keeps this rank's fp32 elements of each parameter, stage by stage of ZeRO."""
+"""Where DeepSpeed keeps this rank's fp32 elements of each parameter, stage by stage of ZeRO.
+
+DeepSpeed's public functions (deepspeed.utils.safe_get_*) gather whole parameters, or give parts at stage 3 alone, and
+never say where a part begins. So its insides are read here, and in the student and the teacher: those of the versions
+that pyproject.toml admits.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
