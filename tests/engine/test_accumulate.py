@@ -1,0 +1,43 @@
+"""Micro-batches and recomputed blocks give the gradients of one batch, at every stage of ZeRO, clipped or not."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from cosmos_scale.engine.collectives import Ranks, start_ranks
+from tests.engine.tiny import GLOBAL_BATCH, build_tiny, tiny_config, whole, worst_difference
+
+# fp32 sums of one batch in another order.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    return start_ranks("cpu")
+
+
+def gradients(ranks: Ranks, stage: int, clip_norm: float | None, **train: Any) -> dict[str, Tensor]:
+    """The first moments after one update: 0.1 of the gradient that the optimizer was given."""
+    config = tiny_config(
+        zero={"stage": stage},
+        train={"global_batch": GLOBAL_BATCH, "schedule_steps": 100} | train,
+        optimizer={"warmup_steps": 0, "clip_norm": clip_norm},
+    )
+    tiny = build_tiny(config, ranks, teacher_seed=1)
+    tiny.step(0)
+    moments = whole([tiny.fragments()], "exp_avg")
+    tiny.student.engine.destroy()
+    return moments
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("micro_batches", "recompute"), [(2, 0), (8, 0), (1, 1), (4, 2)])
+def test_gradients_of_parts_are_those_of_the_batch(
+    ranks: Ranks, stage: int, clip_norm: float | None, micro_batches: int, recompute: int
+) -> None:
+    expected = gradients(ranks, 0, clip_norm)
+    ours = gradients(ranks, stage, clip_norm, micro_batches=micro_batches, recompute=recompute)
+    worst = worst_difference(ours, expected)
+    assert worst[0] <= TOLERANCE, worst
