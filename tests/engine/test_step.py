@@ -196,7 +196,7 @@ def test_loss_reads_the_scales_in_full_precision(ranks: Ranks, stage: int) -> No
         assert masters["logit_scale"] != torch.tensor(masters["logit_scale"]).bfloat16().item()
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])
 def test_nothing_in_a_step_waits_for_the_host(ranks: Ranks, stage: int, precision: str) -> None:
     with running(ranks, stage, precision) as tiny:
         tiny.step(0)  # DeepSpeed sets up some of its buffers here
