@@ -96,3 +96,15 @@ def test_a_run_of_broken_checkpoints_is_refused_and_never_begun_anew(run: Path, 
     assert str(folder / "step-00000006" / LAST) in finished.errors
     assert computed(again) == before
     assert [path.name for path in sorted(folder.iterdir())] == [f"step-0000000{step}" for step in (2, 4, 6)]
+
+
+def test_a_run_resumed_at_its_start_does_not_write_that_again(tmp_path: Path, scenes: SceneShards) -> None:
+    """Killed in between, it would have replaced its only checkpoint by none."""
+    run = write_run(tmp_path, scenes, checkpoint={"at_start": True, "every": 0})
+    train(run, "train.max_steps=1").require(0)
+    folder = tmp_path / "tiny" / "checkpoints"
+    shutil.rmtree(folder / "step-00000001")
+    before = (folder / "step-00000000" / MANIFEST).stat().st_mtime_ns
+    assert f"resumed from {folder}/step-00000000" in train(run, "train.max_steps=1").require(0).output
+    assert (folder / "step-00000000" / MANIFEST).stat().st_mtime_ns == before
+    assert (folder / "step-00000001" / MANIFEST).exists()
