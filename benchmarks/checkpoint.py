@@ -32,7 +32,7 @@ from cosmos_scale.step import train_step
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 MODELS = {"vitb16": ("ViT-B/16", "cc3m_vitb16.yaml"), "tiny": ("the demo's model", "demo.yaml")}
-PIECE = 1 << 28  # floats that the plain copy moves at a time: two buffers of a gigabyte, far beyond any cache
+PIECE = 1 << 27  # floats that the plain copy moves at a time: two buffers of half a gigabyte, far beyond any cache
 
 
 class Training:
@@ -169,7 +169,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=tuple(MODELS), default="vitb16", help="default: vitb16")
     parser.add_argument("--batch", type=positive, default=2, metavar="N", help="samples a step; default: 2")
-    parser.add_argument("--rounds", type=positive, default=4, metavar="N", help="of all times; default: 4")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all times; default: 3")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="of the checkpoints; default: a temporary one")
     arguments = parser.parse_args()
 
