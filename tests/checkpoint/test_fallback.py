@@ -1,11 +1,13 @@
 """Runs of two ranks whose newest checkpoint is damaged: `resume: auto` goes back, anything else is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cosmos_scale import cli
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
 from cosmos_scale.data.scene_shards import SceneShards
 from tests.runs import records, train, write_run
@@ -70,6 +72,16 @@ def test_auto_goes_back_to_the_newest_whole_one_and_says_so(run: Path, tmp_path:
     # What is broken counts neither as one of those that are kept nor as the newest, and is left to look at.
     assert [path.name for path in checkpoints(folder)] == ["step-00000006", "step-00000008"]
     assert sorted(path.name for path in folder.iterdir())[1] == "step-00000006.broken"
+
+
+def test_inspect_tells_a_runs_parts_and_its_place_in_the_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["checkpoint", "inspect", str(run.parent / "tiny"), "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["epoch"] for one in found] == [0.2, 0.4, 0.6, 0.8]  # of ten steps
+    parts = found[-1]["parameters"]
+    assert min(parts.values()) > 0
+    assert parts["log-scales"] == 2
+    assert found[-1]["bytes"] > 16 * sum(parts.values())
 
 
 def test_a_broken_one_that_is_asked_for_is_refused(run: Path, tmp_path: Path) -> None:
