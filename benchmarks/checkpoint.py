@@ -165,11 +165,11 @@ def measure(training: Training, config: RunConfig, ranks: Ranks, root: Path, rou
 
 def main() -> None:
     parser = argument_parser(
-        "checkpoint", __doc__ or "", ["", "--model tiny --rounds 2", "--batch 4 --json stall.json"]
+        "checkpoint", __doc__ or "", ["", "--model tiny --rounds 4", "--batch 4 --json stall.json"]
     )
     parser.add_argument("--model", choices=tuple(MODELS), default="vitb16", help="default: vitb16")
-    parser.add_argument("--batch", type=positive, default=2, metavar="N", help="samples a step; default: 2")
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of all times; default: 3")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="samples a step; default: 1")
+    parser.add_argument("--rounds", type=positive, default=2, metavar="N", help="of all times; default: 2")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="of the checkpoints; default: a temporary one")
     arguments = parser.parse_args()
 
