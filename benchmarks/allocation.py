@@ -1,8 +1,11 @@
-"""How much memory a call needs at its worst moment, counted by torch's own allocator."""
+"""How much memory a call needs, counted by torch's own allocator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from torch.autograd.profiler import profile
+
+Result = TypeVar("Result")
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -14,12 +17,26 @@ def peak_bytes(call: Callable[[], object]) -> int:
     with profile(profile_memory=True) as recorded:
         result = call()
     del result  # held until here
-    assert recorded.kineto_results is not None
-    changes = [
-        (event.start_ns(), event.nbytes()) for event in recorded.kineto_results.events() if event.name() == "[memory]"
-    ]
     held = peak = 0
-    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+    for nbytes in _changes(recorded):
         held += nbytes
         peak = max(peak, held)
     return peak
+
+
+def held_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
+    """Return what `call` returns, and by how many bytes of CPU tensors more are held after it, its graph's included."""
+    with profile(profile_memory=True) as recorded:
+        result = call()
+    return result, sum(_changes(recorded))
+
+
+def _changes(recorded: profile) -> Iterator[int]:
+    """Bytes allocated (positive) and released (negative), in the order of time."""
+    assert recorded.kineto_results is not None
+    changes: list[tuple[int, int]] = [
+        (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
+        for event in recorded.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    return (nbytes for _, nbytes in sorted(changes, key=lambda change: change[0]))

@@ -267,6 +267,9 @@ class RunConfig(Section):
         if self.train.epoch_steps_multiple > 1 and self.data.last_batch == "drop":
             rule = f"must be pad where train.epoch_steps_multiple ({self.train.epoch_steps_multiple}) adds steps"
             refuse("data.last_batch", self.data.last_batch, rule, ["train.epoch_steps_multiple"])
+        if self.model.compile and self.zero.stage == 3:
+            rule = "must be false at zero.stage 3: weights are gathered inside of what would be compiled"
+            refuse("model.compile", self.model.compile, rule, ["zero.stage"])
         if self.init_from is not None and self.resume not in ("auto", "never"):
             rule = "must be auto or never beside init_from: a run starts from one checkpoint"
             refuse("resume", self.resume, rule, ["init_from"])

@@ -8,9 +8,12 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config_section import redact_urls
 from cosmos_scale.data.index import open_sources
 from cosmos_scale.data.order import steps_per_epoch
+from cosmos_scale.engine.memory import state_memory, total
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel, parameter_decays
+
+MIB, GIB = 2**20, 2**30
 
 
 def explain(config: RunConfig, world_size: int) -> None:
@@ -19,20 +22,23 @@ def explain(config: RunConfig, world_size: int) -> None:
     Samples per epoch come from the shards' index, as in training; where the shards are not, from data.samples.
     Raises UserError: a world size that does not divide the batch, no sample, a warm-up longer than the run.
     """
-    per_rank = config.micro_batch(world_size)
+    per_rank, micro_batches = config.micro_batch(world_size), config.train.micro_batches
     samples, origin = _samples(config)
     epoch_steps = steps_per_epoch(
         samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
     )
-    total, last = config.total_steps(epoch_steps), config.last_step(epoch_steps)
+    steps, last = config.total_steps(epoch_steps), config.last_step(epoch_steps)
     print(f"run {config.name}")
     rows = [
         ("ranks", f"{world_size:,}; ZeRO stage {config.zero.stage}, {config.precision}, device {config.device}"),
         ("global batch", f"{config.train.global_batch:,} = {world_size:,} ranks x {per_rank:,}"),
+        ("micro-batches", f"{micro_batches:,} of {per_rank // micro_batches:,} samples a rank"),
+        ("recomputed blocks", _recomputed(config.train.recompute)),
+        ("memory per rank", _memory(config, world_size)),
         ("samples per epoch", f"{samples:,} ({origin})"),
         ("steps per epoch", f"{epoch_steps:,}"),
-        ("steps of the schedules", f"{total:,}"),
-        ("last step", f"{last:,}" + (" (train.max_steps)" if last < total else "")),
+        ("steps of the schedules", f"{steps:,}"),
+        ("last step", f"{last:,}" + (" (train.max_steps)" if last < steps else "")),
         *_model_rows(config),
         *_data_rows(config),
         *_output_rows(config),
@@ -41,9 +47,29 @@ def explain(config: RunConfig, world_size: int) -> None:
         print(f"  {name:<24}{value}")
     print(f"schedules: momentum {config.ema.schedule}, teacher moves {config.ema.order}")
     print(f"  {'step':>10}{'learning rate':>16}{'teacher momentum':>19}")
-    for step in _telling_steps(config.optimizer.warmup_steps, total):
-        lr, momentum = learning_rate(step, config.optimizer, total), ema_momentum(step, config.ema, total)
+    for step in _telling_steps(config.optimizer.warmup_steps, steps):
+        lr, momentum = learning_rate(step, config.optimizer, steps), ema_momentum(step, config.ema, steps)
         print(f"  {step:>10,}{lr:>16.4e}{momentum:>19.6f}")
+
+
+def _recomputed(every: int) -> str:
+    return {0: "none: all activations are kept", 1: "all"}.get(every, f"one in {every}, the first among them")
+
+
+def _memory(config: RunConfig, world_size: int) -> str:
+    """The formula's bytes for student, optimizer and teacher."""
+    with torch.device("meta"):
+        rows = state_memory(CosmosModel(config.model), config, world_size)
+    parts: dict[str, int] = {}
+    for row in rows:
+        parts[row.part] = parts.get(row.part, 0) + row.nbytes
+    shown = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in parts.items() if nbytes >= MIB / 10)
+    host = f" and {_size(total(rows, on_host=True))} on the host" if config.zero.offload else ""
+    return f"{_size(total(rows, on_host=False))}{host} by formula ({shown}), and activations on top"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:,.1f} MiB"
 
 
 def count_parameters(config: RunConfig) -> dict[bool, tuple[int, int]]:

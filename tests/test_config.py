@@ -29,6 +29,8 @@ BROKEN = [
     ({"data": {"sources": [SOURCE]}, "model": {"text": {"vocab_size": 99}}}, "", "model.text.vocab_size", "49408"),
     ({"train": {"epoch_steps_multiple": 16}}, "", "data.last_batch", "must be pad"),
     ({"train": {"schedule_steps": 2000}}, "", "optimizer.warmup_steps", "less than the schedule's 2000 steps"),
+    ({"zero": {"stage": 0, "offload": True}}, "zero", "offload", "needs stage 1, 2 or 3"),
+    ({"zero": {"stage": 3}, "model": {"compile": True}}, "", "model.compile", "must be false at zero.stage 3"),
     ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer", "betas.1", "less than 1"),
     ({"eval": {"every": 5}}, "eval", "every", "needs eval.retrieval"),
     ({"init_from": "a", "resume": "b"}, "", "resume", "auto or never beside init_from"),

@@ -102,6 +102,32 @@ def test_weights_lengthen_the_epoch_and_show(capsys: pytest.CaptureFixture[str],
             load_config(path, [f"data.sources.0.weight={refused}"])
 
 
+def test_micro_batches_recomputing_and_memory_show(capsys: pytest.CaptureFixture[str]) -> None:
+    path = REPOSITORY / "configs" / "run" / "cc3m_vitb16.yaml"
+    rows = dry_run(capsys, path, 16, "zero.stage=1", "precision=bf16")
+    assert rows["micro-batches"] == "1 of 64 samples a rank"
+    assert rows["recomputed blocks"].startswith("none")
+    # 152,382,466 parameters: weights and teacher 2 bytes each, and a sixteenth of 2 + 4 + 8 + 4.
+    shards = 152_382_466 * 18 / 16
+    # Beside that the two ends of tensors that shards cut in each group; the largest tensor is the embedding's.
+    least, most = (2 * 2 * 152_382_466 + shards + cut for cut in (0, 2 * 2 * 49_408 * 512))
+    size = re.match(r"([\d.]+) MiB by formula \(weights 290\.6 MiB, ", rows["memory per rank"])
+    assert size is not None, rows["memory per rank"]
+    assert least / 2**20 <= float(size[1]) + 0.05
+    assert float(size[1]) <= most / 2**20
+    offload = ["zero.stage=3", "zero.offload=true", "train.micro_batches=4", "train.recompute=2"]
+    rows = dry_run(capsys, path, 16, *offload)
+    assert rows["micro-batches"] == "4 of 16 samples a rank"
+    assert rows["recomputed blocks"] == "one in 2, the first among them"
+    assert re.match(r"[\d.]+ MiB and [\d.]+ MiB on the host by formula", rows["memory per rank"])
+    for micro_batches in (3, 128):
+        with pytest.raises(
+            UserError, match=rf"train\.micro_batches: {micro_batches} must divide the 64 samples"
+        ) as error:
+            dry_run(capsys, path, 16, f"train.micro_batches={micro_batches}")
+        assert "\n" not in str(error.value)
+
+
 def test_a_world_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.global_batch: 1024 must be a multiple of the 3 ranks"):
         explain(load_config(REPOSITORY / "configs" / "run" / "cc3m_vitb16.yaml"), 3)

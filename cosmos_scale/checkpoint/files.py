@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,15 +104,17 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill out, [n] float32, with elements start .. start + n of a tensor; raises BrokenCheckpoint."""
+        """Fill out, [n] float32 without a graph, with elements from start on of a tensor; raises BrokenCheckpoint."""
         entry = self._entries.get(name)
         if entry is None:
             raise self._broken(f"has no tensor {name!r}")
         first, last = entry["data_offsets"]
         if first + 4 * (start + out.numel()) > last:
             raise self._broken(f"has {(last - first) // 4} elements of {name!r}, not {start + out.numel()}")
-        data = self._read(self._data + first + 4 * start, 4 * out.numel())
-        out.copy_(torch.from_numpy(np.frombuffer(data, dtype="<f4").copy()))
+        here = out if out.device.type == "cpu" and out.is_contiguous() else torch.empty(out.shape)
+        self._read(self._data + first + 4 * start, here.numpy().data.cast("B"))
+        if here is not out:
+            out.copy_(here)
 
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
         """Read the whole file and check it; raises BrokenCheckpoint. advance: is told of bytes as they are checked."""
@@ -125,22 +126,26 @@ class TensorFile:
         size = os.fstat(self._file.fileno()).st_size
         if size != self._record.size or len(self._record.checksums) != -(-size // CHUNK):
             raise self._broken(f"has {size} bytes, not the {self._record.size} that were written")
-        length = int.from_bytes(self._read(0, min(HEADER, size)), "little")
+        begin = bytearray(min(HEADER, size))
+        self._read(0, memoryview(begin))
+        length = int.from_bytes(begin, "little")
         if not 0 < length <= size - HEADER:
             raise self._broken("has no header")
+        header = bytearray(length)
+        self._read(HEADER, memoryview(header))
         try:
-            entries: dict[str, Any] = json.loads(self._read(HEADER, length))
+            entries: dict[str, Any] = json.loads(header)
         except ValueError as failure:
             raise self._broken("has no readable header") from failure
         return entries, HEADER + length
 
-    def _read(self, start: int, count: int) -> bytes:
-        end = start + count
-        pieces = []
+    def _read(self, start: int, out: memoryview) -> None:
+        """Fill out with the bytes from start on."""
+        end = start + len(out)
         for chunk in range(start // CHUNK, -(-end // CHUNK)):
-            data, first = self._checked(chunk), chunk * CHUNK
-            pieces.append(data[max(start - first, 0) : end - first])
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            first = chunk * CHUNK
+            low, high = max(start, first), min(end, first + CHUNK)
+            out[low - start : high - start] = memoryview(self._checked(chunk))[low - first : high - first]
 
     def _checked(self, chunk: int) -> bytes:
         if self._chunk[0] != chunk:

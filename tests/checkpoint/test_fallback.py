@@ -1,11 +1,13 @@
 """Runs of two ranks whose newest checkpoint is damaged: `resume: auto` goes back, anything else is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cosmos_scale import cli
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
 from cosmos_scale.data.scene_shards import SceneShards
 from tests.runs import records, train, write_run
@@ -72,6 +74,16 @@ def test_auto_goes_back_to_the_newest_whole_one_and_says_so(run: Path, tmp_path:
     assert sorted(path.name for path in folder.iterdir())[1] == "step-00000006.broken"
 
 
+def test_inspect_tells_a_runs_parts_and_its_place_in_the_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["checkpoint", "inspect", str(run.parent / "tiny"), "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["epoch"] for one in found] == [0.2, 0.4, 0.6, 0.8]  # of ten steps
+    parts = found[-1]["parameters"]
+    assert min(parts.values()) > 0
+    assert parts["log-scales"] == 2
+    assert found[-1]["bytes"] > 16 * sum(parts.values())
+
+
 def test_a_broken_one_that_is_asked_for_is_refused(run: Path, tmp_path: Path) -> None:
     again = stopped_at_6(run, tmp_path)
     broken = tmp_path / "tiny" / "checkpoints" / "step-00000006"
@@ -96,3 +108,15 @@ def test_a_run_of_broken_checkpoints_is_refused_and_never_begun_anew(run: Path, 
     assert str(folder / "step-00000006" / LAST) in finished.errors
     assert computed(again) == before
     assert [path.name for path in sorted(folder.iterdir())] == [f"step-0000000{step}" for step in (2, 4, 6)]
+
+
+def test_a_run_resumed_at_its_start_does_not_write_that_again(tmp_path: Path, scenes: SceneShards) -> None:
+    """Killed in between, it would have replaced its only checkpoint by none."""
+    run = write_run(tmp_path, scenes, checkpoint={"at_start": True, "every": 0})
+    train(run, "train.max_steps=1").require(0)
+    folder = tmp_path / "tiny" / "checkpoints"
+    shutil.rmtree(folder / "step-00000001")
+    before = (folder / "step-00000000" / MANIFEST).stat().st_mtime_ns
+    assert f"resumed from {folder}/step-00000000" in train(run, "train.max_steps=1").require(0).output
+    assert (folder / "step-00000000" / MANIFEST).stat().st_mtime_ns == before
+    assert (folder / "step-00000001" / MANIFEST).exists()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import RunState
+from cosmos_scale.checkpoint.resume import Start, find_start, set_aside
+from cosmos_scale.checkpoint.state import RunState, newest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig, RunConfig
 from cosmos_scale.config_data import SourceConfig
@@ -54,6 +54,27 @@ def test_auto_takes_the_newest_and_a_folder_itself(root: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"step-00000003, but .*step-00000006 is newer"):
         find_start(changed(resume=str(root / "step-00000003")), root, DATA)
     assert find_start(CONFIG, tmp_path / "new", DATA) == Start(None, None)
+
+
+def test_another_runs_checkpoint_is_refused_beside_newer_ones(root: Path, tmp_path: Path) -> None:
+    """Its steps would be saved below, and some of them over, those of the run whose folder this is."""
+    other = tmp_path / "other"
+    shutil.copytree(root / "step-00000003", other / "step-00000003")
+    with pytest.raises(UserError, match=r"other/step-00000003, but .*step-00000006 is newer"):
+        find_start(changed(resume=str(other)), root, DATA)
+    shutil.copytree(root, tmp_path / "same")
+    shutil.rmtree(tmp_path / "same" / "step-00000006")
+    start = find_start(changed(resume=str(root)), tmp_path / "same", DATA)  # goes on above those that are there
+    assert start.checkpoint == root / "step-00000006"
+
+
+def test_broken_ones_set_aside_count_no_more(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000006"
+    for name in ("step-00000006.broken", "step-00000006.broken-2", "step-00000006.broken-3"):
+        shutil.copytree(root / folder.name, folder)
+        assert set_aside(folder) == folder.with_name(name)
+        assert newest(folder.parent) is None
+    assert len(list(folder.parent.iterdir())) == 3
 
 
 def test_never_is_refused_beside_checkpoints(root: Path, tmp_path: Path) -> None:

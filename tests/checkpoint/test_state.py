@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Size
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
@@ -146,6 +147,29 @@ def test_weights_of_both_models(saved: Path) -> None:
         assert weights["logit_scale"].shape == ()
         for name, tensor in weights.items():
             assert torch.equal(tensor.reshape(-1), whole(name, kind))
+
+
+def test_weights_of_a_broken_one_are_refused(saved: Path, tmp_path: Path) -> None:
+    """As evaluation and init_from ask for them."""
+    folder = tmp_path / "step-00000009"
+    shutil.copytree(saved / "step-00000009", folder)
+    file = folder / "fragments-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(BrokenCheckpoint, match=r"fragments-00001\.safetensors: is damaged between bytes"):
+        load_weights(folder, "student")
+
+
+def test_the_library_of_the_format_reads_the_files(saved: Path) -> None:
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    pieces = content_of(saved / "step-00000009")["parameters"]
+    for path in sorted(saved.glob("step-00000009/*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118, which it needs
+                (start,) = (start for name, start, _ in pieces[key.split("|")[0]]["pieces"] if name == path.name)
+                found.setdefault(key, {})[start] = file.get_tensor(key)
+    assert found.keys() == {f"{name}|{kind}" for name in SHAPES for kind in KINDS}
+    for key, parts in found.items():
+        assert torch.equal(torch.cat([parts[start] for start in sorted(parts)]), whole(*key.split("|")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,296 @@
+"""Memory per rank at each stage of ZeRO against the formula, and what recomputing and micro-batches save.
+
+States: every rank of 1, 2 and 4 gloo processes trains a step, goes through the next up to its update, and counts the
+memory of all tensors that came since before the model: each piece of memory once, however many tensors lie in it. They
+are found through Python's garbage collector, with the gradients beside the parameters, which it may not know; whatever
+only autograd holds is gone by then. DeepSpeed holds what it has in Python, so nothing is missed, its buffers included.
+The formula is cosmos_scale/engine/memory.py.
+
+Steps: the most bytes at one time of a whole step beside what lay there before, by torch's allocator.
+
+Nothing here depends on the machine's speed. The host's and the device's memory are one on a CPU.
+"""
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/memory.py`
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.allocation import held_bytes, peak_bytes
+from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
+from cosmos_scale.batch import Batch
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.memory import Row, state_memory, total
+from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.loss.cosmos_loss import CosmosLoss
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.step import train_step
+from tests.distributed import run_ranks
+
+MIB = 2**20
+WIDTH, LAYERS, VOCABULARY = 256, 6, 8192
+WORLD_SIZES = (1, 2, 4)
+SECONDS = 400.0
+
+
+class Load(NamedTuple):
+    """What a step works on; local crops have half the side of global ones, of which there are two."""
+
+    samples: int
+    image_size: int
+    local_crops: int
+    captions: int
+
+
+LITTLE = Load(8, 32, 1, 2)  # states do not depend on it, and bf16 takes its time on a CPU
+MUCH = Load(16, 64, 6, 8)
+
+
+class Case(NamedTuple):
+    """What one measurement sets."""
+
+    stage: int
+    precision: str
+    offload: bool = False
+    micro_batches: int = 1
+    recompute: int = 0
+    load: Load = LITTLE
+
+    @property
+    def name(self) -> str:
+        """As in a figure's name; full precision on the device goes without saying."""
+        return (
+            f"stage{self.stage}"
+            + ("" if self.precision == "fp32" else f"_{self.precision}")
+            + ("_offload" if self.offload else "")
+        )
+
+
+STATES = [Case(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+STATES += [Case(stage, "bf16", offload=True) for stage in (1, 2, 3)]
+STEPS = {
+    "all kept": Case(0, "fp32", load=MUCH),
+    "recompute 2": Case(0, "fp32", recompute=2, load=MUCH),
+    "recompute 1": Case(0, "fp32", recompute=1, load=MUCH),
+    "2 micro-batches": Case(0, "fp32", micro_batches=2, load=MUCH),
+    "4 micro-batches": Case(0, "fp32", micro_batches=4, load=MUCH),
+    "4 micro-batches, recompute 1": Case(0, "fp32", micro_batches=4, recompute=1, load=MUCH),
+}
+
+
+class Model(NamedTuple):
+    """The size of the towers, which are alike."""
+
+    width: int
+    layers: int
+    vocabulary: int
+
+
+class Measured(NamedTuple):
+    """Bytes on one rank. parts: by part of the formula; what belongs to none counts as buffers.
+
+    step: the most of a step beside what lay there before. forward: what the student's forward leaves for the backward.
+    """
+
+    parts: dict[str, int]
+    step: int
+    forward: int
+
+    @property
+    def states(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+def run_config(case: Case, model: Model) -> RunConfig:
+    """Return the run of a case."""
+    load = case.load
+    return RunConfig.model_validate(
+        {
+            "precision": case.precision,
+            "zero": {"stage": case.stage, "offload": case.offload},
+            "model": {
+                "embed_dim": model.width,
+                "vision": {
+                    **{"image_size": load.image_size, "patch_size": 16},
+                    **{"width": model.width, "layers": model.layers},
+                },
+                "text": {
+                    **{"context_length": 32, "vocab_size": model.vocabulary},
+                    **{"width": model.width, "heads": model.width // 64, "layers": model.layers},
+                },
+            },
+            "data": {
+                "views": {"local_size": load.image_size // 2, "local_crops": load.local_crops},
+                "captions": {"count": load.captions},
+            },
+            "train": {
+                **{"global_batch": load.samples, "schedule_steps": 100},
+                **{"micro_batches": case.micro_batches, "recompute": case.recompute},
+            },
+            "optimizer": {"warmup_steps": 10},
+        }
+    )
+
+
+def formula(case: Case, model: Model, world_size: int) -> list[Row]:
+    """Return the formula's rows for a case."""
+    config = run_config(case, model)
+    with torch.device("meta"):
+        return state_memory(CosmosModel(config.model), config, world_size)
+
+
+def random_batch(config: RunConfig) -> Batch:
+    """Return the same batch for all ranks, with captions of up to 16 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    samples, captions = config.train.global_batch, config.data.captions.count
+    text, views = config.model.text, config.data.views
+    lengths = torch.randint(4, 17, (captions, samples), generator=generator)
+    tokens = torch.randint(1, text.vocab_size - 1, (captions, samples, text.context_length), generator=generator)
+    positions = torch.arange(text.context_length)
+    tokens[positions == lengths[..., None] - 1] = text.vocab_size - 1
+    tokens[positions >= lengths[..., None]] = 0
+    image_size = config.model.vision.image_size
+    return Batch(
+        torch.randn(views.global_crops, samples, 3, image_size, image_size, generator=generator),
+        torch.randn(views.local_crops, samples, 3, views.local_size, views.local_size, generator=generator),
+        tokens.int(),
+        lengths,
+        torch.arange(samples),
+        torch.tensor(0),
+    )
+
+
+def measure_all(rank: int, world_size: int, cases: list[Case], model: Model) -> list[Measured]:
+    """Measure cases on one of several ranks."""
+    ranks = start_ranks("cpu")
+    return [measure(run_config(case, model), ranks) for case in cases]
+
+
+def measure(config: RunConfig, ranks: Ranks) -> Measured:
+    """Measure one run; collective."""
+    share = random_batch(config).split(ranks.world_size)[ranks.rank]
+    others = set(_storages())
+    student, teacher, loss = _build(config, ranks)
+
+    def step() -> None:
+        train_step(student, teacher, loss, share, lr=1e-4, momentum=0.99)
+        _ = teacher.model  # waits for its refresh: threads that are recorded must not outlive the recording
+
+    step()  # DeepSpeed makes some of its buffers now
+    peak = peak_bytes(step)
+    features, forward = held_bytes(lambda: student(share))
+    gradients = loss(student.with_full_scales(features), teacher(share)).gradients
+    student.backward(share, features, gradients)
+    del features, gradients
+    held = {place: nbytes for place, nbytes in _storages().items() if place not in others}
+    parts: dict[str, int] = {}
+    named = _named(student, teacher)
+    for place, nbytes in held.items():
+        part = named.get(place, "buffers")
+        parts[part] = parts.get(part, 0) + nbytes
+    student.update(lr=1e-4, momentum=0.99, finite=torch.tensor(True))
+    student.engine.destroy()
+    return Measured(parts, peak, forward)
+
+
+def _build(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher, CosmosLoss]:
+    model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
+    model.init_weights(torch.Generator().manual_seed(0))
+    teacher_model.load_state_dict(model.state_dict())
+    student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
+    return student, Teacher(teacher_model, student, config), CosmosLoss(config.optimizer.gradient_scale)
+
+
+def _storages() -> dict[int, int]:
+    """The bytes of each piece of memory that some tensor lies in, by address."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):  # isinstance would ask objects that answer with warnings
+            tensors = [thing, thing.grad] if thing.is_leaf else [thing]
+            for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
+                if storage.nbytes():
+                    found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def _named(student: Student, teacher: Teacher) -> dict[int, str]:
+    """The part that each known piece of memory belongs to, by address; the first of those that share one."""
+    wrapper = student.engine.optimizer
+    shards = [shard for group in student.optimizer.shards for shard in group]
+    states = [student.optimizer.state[shard] for shard in shards]
+    weights, teachers = list(student.model.parameters()), list(teacher.model.parameters())
+    averaged = [gradient for group in _values(wrapper, "averaged_gradients") for gradient in group or ()]
+    flat = getattr(wrapper, "grad_partitions_flat_buffer", None)
+    parts: dict[str, Iterable[Tensor | None]] = {
+        "average": [state["ema"] for state in states],
+        "moments": [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")],
+        "weights": [*weights, *_sharded(weights)],
+        "masters": shards,
+        "teacher": [*teachers, *_sharded(teachers)],
+        "gradients": [*(tensor.grad for tensor in (*weights, *shards)), *averaged, flat],
+    }
+    named: dict[int, str] = {}
+    for part, tensors in parts.items():
+        for tensor in tensors:
+            if tensor is not None:
+                named.setdefault(tensor.untyped_storage().data_ptr(), part)
+    return named
+
+
+def _values(wrapper: Any, name: str) -> Iterator[Any]:
+    yield from getattr(wrapper, name, {}).values()
+
+
+def _sharded(parameters: Iterable[Any]) -> Iterator[Tensor]:
+    """This rank's parts of parameters, which DeepSpeed keeps beside them at stage 3."""
+    return (parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor"))
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = argument_parser("memory", __doc__ or "", ["", "--json memory.json"]).parse_args()
+    figures: list[Figure] = []
+    table = Table("ranks", "run", "measured MiB", "formula MiB", "ratio", "step's peak MiB", title_justify="left")
+    table.title = "Memory per rank between backward and update, of the rank with most"
+    for column in table.columns[2:]:
+        column.justify = "right"
+    model = Model(WIDTH, LAYERS, VOCABULARY)
+    parameters = sum(row.nbytes for row in formula(STATES[0], model, 1) if row.part == "weights") // 4
+    for world_size in WORLD_SIZES:
+        results = run_ranks(measure_all, world_size, STATES, model, timeout=SECONDS)
+        for number, case in enumerate(STATES):
+            measured = max((result[number] for result in results), key=lambda found: found.states)
+            expected = total(formula(case, model, world_size))
+            ratio, name = measured.states / expected, f"{case.name}_ranks{world_size}"
+            sizes = [f"{nbytes / MIB:,.1f}" for nbytes in (measured.states, expected)]
+            table.add_row(str(world_size), case.name, *sizes, f"{ratio:.3f}", f"{measured.step / MIB:,.1f}")
+            note = f"{parameters / 1e6:.1f} M parameters, {case.precision}; by formula {expected / MIB:,.1f} MiB"
+            figures.append(Figure(f"memory_{name}", measured.states / MIB, "MiB", note))
+            figures.append(Figure(f"memory_ratio_{name}", ratio, "of formula", note))
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    console.print(table)
+    (steps,) = run_ranks(measure_all, 1, list(STEPS.values()), model, timeout=SECONDS)
+    whole = steps[0].step
+    for (title, case), measured in zip(STEPS.items(), steps, strict=True):
+        name = f"memory_step_recompute{case.recompute}_micro{case.micro_batches}"
+        saved = f"{title}: {1 - measured.step / whole:.0%} less than with all kept"
+        figures.append(Figure(name, measured.step / MIB, "MiB", f"peak of a step, batch {MUCH.samples}; {saved}"))
+    report("Memory per rank", figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
