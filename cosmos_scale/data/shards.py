@@ -123,6 +123,21 @@ def parse_text(data: bytes, kind: str) -> dict[str, Any]:
     return document
 
 
+class Folders:
+    """Looks for files by listing their folders: where those are far away, asking for each of thousands takes long."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def require(self, path: str) -> None:
+        """Raise OSError where there is no such file."""
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            self._names[folder] = set(os.listdir(folder or "."))
+        if name not in self._names[folder]:
+            os.stat(path)  # most likely says why not
+
+
 class ShardReader:
     """Reads samples by offset, and knows which shards can no longer be reached.
 
@@ -150,7 +165,7 @@ class ShardReader:
         listing their folders), and of shards elsewhere the first of each source: asking for thousands takes minutes.
         Raises: UserError where a shard is missing, or has another size, or needs a cache where there is none.
         """
-        names: dict[str, set[str]] = {}
+        folders = Folders()
         asked: set[str] = set()
         for shard in shards:
             if is_remote(shard.address):
@@ -158,12 +173,8 @@ class ShardReader:
                     self._probe(shard)
                 asked.add(shard.source)
                 continue
-            folder, name = os.path.split(shard.address)
             try:
-                if folder not in names:
-                    names[folder] = set(os.listdir(folder or "."))
-                if name not in names[folder]:
-                    os.stat(shard.address)  # most likely says why not
+                folders.require(shard.address)
             except OSError as error:
                 raise _no_access(shard, error.strerror or str(error)) from error
         self._stores.close()
@@ -179,6 +190,8 @@ class ShardReader:
         image = entry.image_offset - BLOCK, BLOCK + entry.image_size
         text = entry.text_offset - BLOCK, BLOCK + entry.text_size
         start, end = min(image[0], text[0]), max(sum(image), sum(text))
+        if start < 0 or min(entry.image_size, entry.text_size) < 0 or end > location.file.size:
+            raise DamagedSample("its line of the index names bytes that the shard does not have: the index is damaged")
         if end - start <= image[1] + text[1] + CLOSE:
             data = self._bytes(location.file, start, end - start)
             image_data, text_data = (data[offset - start : offset - start + size] for offset, size in (image, text))

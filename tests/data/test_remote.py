@@ -1,5 +1,6 @@
 """Shards that are not files of this machine: the same samples as from files, few requests, and what goes wrong."""
 
+import errno
 import json
 import os
 import threading
@@ -20,7 +21,7 @@ from cosmos_scale.data.index import MergedIndex, index_shards, open_sources
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.sample import LostShard
 from cosmos_scale.data.scan import scan_shard
-from cosmos_scale.data.shards import BLOCK, CLOSE, Entry, Location, ShardFile, ShardReader
+from cosmos_scale.data.shards import BLOCK, CLOSE, ShardReader
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
@@ -223,13 +224,21 @@ def test_a_file_that_comes_back_in_time_was_not_lost(shards: Path) -> None:
         reader.read(index.locate(0))
 
 
-def test_a_failing_read_of_an_open_file_is_tried_again_and_then_lost() -> None:
-    """The kernel answers EIO where nothing is mapped; the file says that it has no bytes."""
-    location = Location(ShardFile("test", "disk", 0, "/proc/self/mem"), Entry("a", BLOCK, 10, 2 * BLOCK, 10, "json"))
-    reader = ShardReader(quick(retries=2))
+def test_a_failing_read_of_an_open_file_is_tried_again_and_then_lost(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = open_folder(shards).locate(0)
+    tries = []
+
+    def fail(descriptor: int, size: int, offset: int) -> bytes:
+        tries.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        raise OSError(errno.EIO, "Input/output error")  # as a disk that breaks
+
+    monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(LostShard, match="Input/output error"):
-        reader.read(location)
-    assert not [link for link in os.listdir("/proc/self/fd") if "mem" in os.path.realpath(f"/proc/self/fd/{link}")]
+        ShardReader(quick(retries=2)).read(location)
+    assert tries == [location.shard] * 3
+    assert not [link for link in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{link}") == tries[0]]
 
 
 @pytest.mark.parametrize("kind", ["http", "file", "pipe"])

@@ -234,6 +234,25 @@ def test_sizes_in_headers_may_be_filled_up_with_spaces(tmp_path: Path) -> None:
     reader.close()
 
 
+def test_a_line_of_the_index_that_points_out_of_the_shard_costs_one_sample(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
+    scan = scan_shard(path)
+    place = location(path, scan, 0)
+    reader = ShardReader()
+    good = place.entry
+    for entry in (
+        good._replace(image_offset=-(2**60)),
+        good._replace(image_offset=511),
+        good._replace(text_offset=scan.size),
+        good._replace(image_size=2**60),
+        good._replace(image_size=-1),
+        good._replace(text_size=-600),
+    ):
+        with pytest.raises(DamagedSample, match="the index is damaged"):
+            reader.read(place._replace(entry=entry))
+    reader.close()
+
+
 def test_few_shards_stay_open(tmp_path: Path) -> None:
     paths = [write_shard(tmp_path / f"{number}.tar", [sample(number)]) for number in range(6)]
     reader = ShardReader(open_shards=2)
