@@ -64,7 +64,8 @@ class TrainLoader:
         self._device = device
         self._decoder: DaliDecoder | None = None
         self._ranks_here = ranks_of_this_host(unknown=1)
-        self._workers = default_workers(world_size) if config.data.workers is None else config.data.workers
+        workers = config.data.workers
+        self._workers = default_workers(world_size, device) if workers is None else workers
         self._micro_batch = config.micro_batch(world_size)
         self._lost = LostShards(index, lost_shards or {})
         self._dataset = StepBatches(
@@ -241,9 +242,11 @@ def ranks_of_this_host(*, unknown: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
 
 
-def default_workers(world_size: int) -> int:
+def default_workers(world_size: int, device: torch.device) -> int:
     """Return the loader processes of each rank where the config leaves them open: this host's cores shared out."""
-    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size) - 1))
+    cores = len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size)
+    fewest = 0 if device.type == "cpu" else 1  # a GPU works on while the core that feeds it loads
+    return max(fewest, min(MOST_WORKERS, cores - 1))
 
 
 class _StepsFrom(Sampler[int]):

@@ -325,9 +325,10 @@ def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[N
 def test_default_workers_share_the_hosts_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
     with environment(monkeypatch):
-        assert [default_workers(ranks) for ranks in (1, 4, 8, 32, 64)] == [8, 7, 3, 0, 0]
+        for device, workers in (("cpu", [8, 7, 3, 0, 0]), ("cuda", [8, 7, 3, 1, 1])):
+            assert [default_workers(ranks, torch.device(device)) for ranks in (1, 4, 8, 32, 64)] == workers
     with environment(monkeypatch, LOCAL_SIZE="8"):  # of 128 ranks, 8 run here
-        assert default_workers(128) == 3
+        assert default_workers(128, torch.device("cpu")) == 3
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(shards: Path) -> None:
