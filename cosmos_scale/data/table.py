@@ -25,7 +25,7 @@ class NoTable(Transient):
 
 def pack_table(entries: Sequence[Entry]) -> bytes:
     """Return the file of a shard's table."""
-    keys = [entry.key.encode("utf-8", "surrogateescape") for entry in entries]
+    keys = [entry.key.encode() for entry in entries]
     columns = [
         ("key", f"S{max(map(len, keys), default=1)}"),
         *((name, "<i8") for name in _NUMBERS),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cosmos_scale.cli import main
 from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.index import FORMAT, index_shards, open_index, open_sources
 from cosmos_scale.data.scan import scan_shard
@@ -202,6 +203,7 @@ def test_keys_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
             shard.addfile(info, io.BytesIO(sample(0)[kind]))
     index_shards(str(tmp_path), None, workers=1, progress=False)
     assert open_folder(tmp_path).locate(0).entry.key == "caf\\xe9"
+    assert main(["data", "verify", str(tmp_path), "--quiet", "--workers", "1"]) == 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', f'{{"format": "{FORMAT}", "shards": [1]}}'])
