@@ -224,16 +224,18 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path: Path, workers: int) -> None:
+def test_a_lost_or_changed_shard_reaches_the_training_process(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, [6, 6])
-    loader = make(
-        folder, tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
-    )
+    config = tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
+    loader = make(folder, config)
     write_shard(folder / "00001.tar", [sample(0)])
-    with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when") as error:
+    with pytest.raises(ShardsLost) as changed:
         take(loader, 0, 3)
-    assert "\n" not in str(error.value)
+    assert changed.value.shards["test/00001.tar"].startswith(f"has {(folder / '00001.tar').stat().st_size} bytes, but")
+    with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when"):
+        loader.check_shards(resumed=False)
     (folder / "00001.tar").unlink()
+    loader = make(folder, config)  # the one above has given the shard up
     with pytest.raises(ShardsLost) as loss:  # between the ranks: it was there when the run began
         take(loader, 0, 3)
     assert loss.value.shards == {"test/00001.tar": "No such file or directory"}

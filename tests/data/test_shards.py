@@ -193,8 +193,12 @@ def test_a_stale_or_missing_shard_is_noticed(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
     scan = scan_shard(path)
     write_shard(path, [sample(number) for number in range(9)])
-    with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, but its index was made when it had \d+"):
-        ShardReader().read(location(path, scan, 0))
+    place = location(path, scan, 0)
+    with pytest.raises(LostShard, match=r"a\.tar: .*: has \d+ bytes, but its index was made when it had \d+"):
+        ShardReader().read(place)
+    with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, .* run `cosmos-scale data index` again") as error:
+        ShardReader().check([place.file])
+    assert not isinstance(error.value, LostShard)
     path.unlink()
     place = location(path, scan, 0)
     with pytest.raises(UserError, match=r"a\.tar: shard of source test cannot be opened: No such file"):
