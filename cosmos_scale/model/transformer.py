@@ -39,7 +39,9 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its initialisation, on [T, D]."""
+    """nn.Linear without its initialisation, on [T, D]. steady: whether T is the same at every step."""
+
+    steady = False
 
     def reset_parameters(self) -> None:
         """Leave NaN until the owner initialises."""
@@ -48,7 +50,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [T, out_features]."""
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, steady=self.steady)
 
     def init_uniform(self, bound: float, generator: torch.Generator) -> None:
         """Draw weight and bias from -bound .. bound."""
@@ -79,7 +81,9 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one stacked [3D, D] projection for queries, keys and values."""
+    """Multi-head attention with one stacked [3D, D] projection for queries, keys and values. steady: as in Linear."""
+
+    steady = False
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -105,14 +109,14 @@ class Attention(nn.Module):
         """Attend from queries [T, D] to tokens [S, D] of the same segment; returns [T, D]."""
         width = queries_TD.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        (q,) = self._split_heads(linear(queries_TD, weight[:width], bias[:width]), 1)
-        k, v = self._split_heads(linear(tokens_SD, weight[width:], bias[width:]), 2)
+        (q,) = self._split_heads(linear(queries_TD, weight[:width], bias[:width], steady=self.steady), 1)
+        k, v = self._split_heads(linear(tokens_SD, weight[width:], bias[width:], steady=self.steady), 2)
         output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each."""
-        return self._split_heads(linear(x_TD, self.in_proj_weight, self.in_proj_bias), 3)
+        return self._split_heads(linear(x_TD, self.in_proj_weight, self.in_proj_bias, steady=self.steady), 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
         """Attend in all heads; returns [T, D], before the output projection."""
