@@ -265,7 +265,7 @@ def measure(config: RunConfig, ranks: Ranks, *, warmup: int, steps: int, label: 
 def figures(name: str, steps: int | None, ranks: Ranks) -> list[Figure]:
     """Measure one of the CASES."""
     case = CASES[name]
-    workers = default_workers(ranks.world_size)
+    workers = default_workers(ranks.world_size, ranks.device)
     # A deep queue, filled before the first measured step, would hide a loader that is slower than the step.
     overrides = [*case.overrides, f"data.workers={workers}", "data.prefetch=1"]
     if ranks.device.type == "cpu":

@@ -171,7 +171,8 @@ class DataConfig(Section):
     )
     max_damaged: Fraction = Field(
         0.01,
-        description="share of damaged samples past which training stops",
+        description="share of damaged samples past which training stops: of those that a rank has read since it "
+        "started, 1,000 at least; all samples of a lost shard count",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     max_pixels: int = Field(
@@ -180,7 +181,8 @@ class DataConfig(Section):
     workers: int | None = Field(
         None,
         ge=0,
-        description="loader processes per rank; 0 loads in the training process; default: cores / ranks - 1, at most 8",
+        description="loader processes per rank; 0 loads in the training process; default: cores / ranks - 1, "
+        "at most 8, and with a GPU 1 at least",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     prefetch: int = Field(4, ge=1, description="batches ready per worker", json_schema_extra=RESUME_MAY_CHANGE)

@@ -175,13 +175,12 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         check_precision(config.precision)
         check_model(config.model, ranks.device, DTYPES[config.precision])
         tokenizer = Tokenizer(config.model.text.context_length)
-        index = open_sources(config.data.sources)
+        index = open_sources(config.data.sources, config.data.remote)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         lost = {} if start.state is None else start.state.lost_shards
         damaged = folder / "damaged.jsonl"
         loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device)
-        if start.state is None:
-            loader.check_shards()
+        loader.check_shards(resumed=start.state is not None)
         retrieval = None
         if config.eval.retrieval is not None and config.eval.every:
             retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)

@@ -124,8 +124,13 @@ def attention(
     q: [T, H, D]; k, v: [S, H, D], the packed tokens of all segments, D the width of one head; one floating dtype.
     causal: query i of a segment sees its keys 0..i; needs as many queries as keys. Logits are scaled by D^-1/2.
     backend: `auto` takes the first that runs with the tensors' device, dtype and D, and logs it once.
-    Raises ValueError for shapes that do not go together, and for a back end that cannot run here.
+    Raises ValueError for shapes or dtypes that do not go together, and for a back end that cannot run here.
     """
+    shapes = [list(tensor.shape) for tensor in (q_THD, k_SHD, v_SHD)]
+    if q_THD.dim() != 3 or not shapes[0][1:] == shapes[1][1:] == shapes[2][1:]:
+        raise ValueError(f"attention: {shapes[0]}, {shapes[1]} and {shapes[2]} must be [tokens, heads, width of one]")
+    if not q_THD.dtype == k_SHD.dtype == v_SHD.dtype:
+        raise ValueError(f"attention: {q_THD.dtype}, {k_SHD.dtype} and {v_SHD.dtype} must be one dtype")
     if q_THD.shape[0] != segments.query_tokens or not k_SHD.shape[0] == v_SHD.shape[0] == segments.key_tokens:
         raise ValueError(
             f"attention: {q_THD.shape[0]} queries, {k_SHD.shape[0]} keys and {v_SHD.shape[0]} values, but the segments "
@@ -176,12 +181,13 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
     most = 128 if backend == "flash_attn_4" else 256
     if head_size % 8 or head_size > most:
         return f"it needs heads of a multiple of 8 up to {most}, not {head_size}"
-    return None if find_function(backend) else "its function cannot be imported"
+    function = find_function(backend)
+    return function if isinstance(function, str) else None
 
 
 @lru_cache(maxsize=8)
-def find_function(backend: str) -> Callable[..., Any] | None:
-    """Return the function behind a back end, or None where it is not installed or does not load.
+def find_function(backend: str) -> Callable[..., Any] | str:
+    """Return the function behind a back end, or in a line why there is none: not installed, or it does not load.
 
     Packages may be there without it: flash-attn 4 alone leaves `flash_attn` an empty namespace.
     """
@@ -194,14 +200,15 @@ def find_function(backend: str) -> Callable[..., Any] | None:
             from torch.nn.attention.varlen import varlen_attn as function
         else:
             from xformers.ops import memory_efficient_attention as function
-    except (ImportError, OSError, AttributeError):  # the second: a library built for another torch or CUDA
-        return None
-    return function if callable(function) else None
+    except Exception as error:  # a package built for another torch, CUDA or GPU may fail in any way
+        return f"its function cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+    loaded: Callable[..., Any] = function
+    return loaded
 
 
 def _flash_attn(backend: str, q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
     function = find_function(backend)
-    assert function is not None
+    assert not isinstance(function, str), function
     cu_queries, cu_keys = segments.cu_seqlens(q_THD.device)
     output = function(
         q_THD,
@@ -228,7 +235,7 @@ def _flash_attn_2(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
 
 def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
     function = find_function("torch_varlen")
-    assert function is not None
+    assert not isinstance(function, str), function
     # torch 2.10 called it is_causal, later ones a window that ends at the query.
     if "window_size" in inspect.signature(function).parameters:
         keyword: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
@@ -248,7 +255,7 @@ def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
 
 def _xformers(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
     function = find_function("xformers")
-    assert function is not None
+    assert not isinstance(function, str), function
     mask = xformers_mask(segments, causal, q_THD.device)
     output: Tensor = function(q_THD[None], k_SHD[None], v_SHD[None], attn_bias=mask)
     return output[0]

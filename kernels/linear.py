@@ -2,8 +2,11 @@
 
 torch.nn.functional.linear saves a transposed view of the weight, which holds the weight's memory until the backward,
 whatever becomes of the parameter meanwhile. Here the parameter itself is saved: where it is sharded (ZeRO stage 3), it
-is gathered for the forward, given up behind it, and gathered again for the backward. oneDNN's products are faster on
-CPUs than those that torch takes by itself.
+is gathered for the forward, given up behind it, and gathered again for the backward.
+
+oneDNN's products are faster on CPUs than those that torch takes by itself. It prepares each new number of rows and
+keeps that for good: 0.5 to 1 MB for each product was seen, without a bound and whatever
+ONEDNN_PRIMITIVE_CACHE_CAPACITY says. So only layers take it that see the same few numbers at every step.
 """
 
 from typing import Any
@@ -17,38 +20,41 @@ from torch.nn import functional
 LEAST_WORK = 2**27
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, steady: bool = False) -> Tensor:
     """Return x @ weight.T + bias: [T, O], with a graph; differentiable once.
 
-    x: [T, I]; weight: [O, I]; bias: [O] or None. Numbers are torch's own bit for bit where oneDNN is not taken.
+    x: [T, I]; weight: [O, I]; bias: [O] or None. steady: whether T is the same at every step, or one of a few. Numbers
+    are torch's own bit for bit where oneDNN is not taken.
     """
     if torch.compiler.is_compiling():  # the compiler has products of its own, which no size may split into graphs
         return functional.linear(x_TI, weight_OI, bias_O)
-    output: Tensor = _Linear.apply(x_TI, weight_OI, bias_O)
+    output: Tensor = _Linear.apply(x_TI, weight_OI, bias_O, steady)
     return output
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, steady: bool) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI)
-        return _product(x_TI, weight_OI, bias_O)
+        ctx.steady = steady
+        return _product(x_TI, weight_OI, bias_O, steady)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x_TI, weight_OI = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         return (
-            _product(gradient_TO, weight_OI.t(), None) if for_x else None,
+            _product(gradient_TO, weight_OI.t(), None, ctx.steady) if for_x else None,
             # oneDNN is no faster here.
             gradient_TO.t() @ x_TI if for_weight else None,
             gradient_TO.sum(0) if for_bias else None,
+            None,
         )
 
 
-def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    if _gains(x_TI, weight_OI):
+def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, steady: bool) -> Tensor:
+    if steady and _gains(x_TI, weight_OI):
         output: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI.contiguous(), weight_OI, bias_O, "none", [], "")
         return output
     return functional.linear(x_TI, weight_OI, bias_O)

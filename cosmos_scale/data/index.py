@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cosmos_scale.config_data import SourceConfig
+from cosmos_scale.config_data import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.order import EpochOrder, SourceShards
 from cosmos_scale.data.patterns import ShardPattern, parse_pattern
+from cosmos_scale.data.sample import LostShard
 from cosmos_scale.data.scan import scan_shard
-from cosmos_scale.data.shards import DEFAULT_REMOTE, Entry, Location, ShardFile
+from cosmos_scale.data.shards import DEFAULT_REMOTE, Folders, Location, ShardFile
 from cosmos_scale.data.store import Transient, fetch_into, is_remote, join, redact
+from cosmos_scale.data.table import Table, entry_of, open_table, pack_table
 from cosmos_scale.data.unfinished import IndexedShard, Unfinished
 from cosmos_scale.errors import UserError
 
@@ -36,8 +37,6 @@ UNFINISHED = "unfinished.jsonl"
 FORMAT = "cosmos-scale shard index 1"
 _OPEN_TABLES = 64  # memory-mapped tables kept per process
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken summary raises
-
-Table = NDArray[np.void]
 
 
 class IndexReport(NamedTuple):
@@ -118,28 +117,33 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
 class SourceIndex:
     """The index of one source: its shards, and the tables of those shards that were asked for.
 
-    folder: where the tables lie, a path or URL.
+    folder: where the tables lie, a path or URL. remote: how often to try again; None: a missing file is not waited for.
     """
 
     def __init__(
-        self, name: str, shards: ShardPattern, folder: str, rows: Sequence[ShardRow], weight: float = 1.0
+        self,
+        name: str,
+        shards: ShardPattern,
+        folder: str,
+        rows: Sequence[ShardRow],
+        weight: float = 1.0,
+        remote: RemoteConfig | None = None,
     ) -> None:
         self.name = name
         self.shards = shards
         self.folder = folder
         self.rows = rows
         self.weight = weight  # see EpochOrder
+        self._remote = remote
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._files: dict[int, ShardFile] = {}
 
     def locate(self, shard: int, place: int) -> Location:
         """Say where the sample at one place of one shard lies.
 
-        Raises: UserError where the shard's table is missing or does not fit the summary.
+        Raises: LostShard where the shard's table cannot be read in the end; UserError where it does not fit.
         """
-        key, image_offset, image_size, text_offset, text_size, kind = self._table(shard)[place].item()
-        entry = Entry(key.decode(), image_offset, image_size, text_offset, text_size, kind.decode())
-        return Location(self.shard_file(shard), entry)
+        return Location(self.shard_file(shard), entry_of(self._table(shard), place))
 
     def shard_file(self, shard: int) -> ShardFile:
         """Say where a shard lies."""
@@ -148,17 +152,21 @@ class SourceIndex:
             self._files[shard] = ShardFile(self.name, self.shards.show(name), size, self.shards.address(name))
         return self._files[shard]
 
+    def table_path(self, shard: int) -> str:
+        """Say where a shard's table lies, a path or URL."""
+        return _place(self.folder, _table_name(self.rows[shard].name))
+
     def _table(self, shard: int) -> Table:
         table = self._tables.get(shard)
         if table is None:
             row = self.rows[shard]
-            path = _place(self.folder, _table_name(row.name))
+            path = self.table_path(shard)
             try:
-                table = np.load(io.BytesIO(_fetch(path))) if is_remote(path) else np.load(path, mmap_mode="r")
-            except (OSError, ValueError, Transient) as error:
-                raise UserError(
-                    f"{redact(path)}: index of {row.name} cannot be read; run `cosmos-scale data index`"
-                ) from error
+                table = open_table(path, self._remote)
+            except Transient as failure:
+                file = self.shard_file(shard)
+                reason = f"its index {redact(path)} cannot be read: {failure}; run `cosmos-scale data index`"
+                raise LostShard(file.source, file.shown, reason) from failure
             if len(table) != row.samples:
                 raise UserError(
                     f"{redact(path)}: holds {len(table)} samples, but {SUMMARY} says {row.samples}; "
@@ -190,6 +198,18 @@ class MergedIndex:
         """Yield where every shard lies, in the order of `shard_samples`."""
         return (source.shard_file(shard) for source, shard in self._shards)
 
+    def check_tables(self, shards: Iterable[int]) -> None:
+        """Raise UserError where this machine lacks the table of a shard, given by its place in `shard_samples`."""
+        folders = Folders()
+        for source, shard in map(self._shards.__getitem__, shards):
+            path = source.table_path(shard)
+            try:
+                if not is_remote(path):
+                    folders.require(path)
+            except OSError as error:
+                rule = "run `cosmos-scale data index`"
+                raise UserError(f"{path}: index cannot be read: {error.strerror or error}; {rule}") from error
+
     @property
     def epoch_samples(self) -> int:
         """Visits in an epoch: as many as there are samples, unless a source has a weight."""
@@ -208,7 +228,7 @@ class MergedIndex:
     def locate(self, sample: int) -> Location:
         """Say where a sample lies, by its id.
 
-        Raises: IndexError past the end; UserError where the index of its shard is missing or does not fit.
+        Raises: IndexError past the end, and what SourceIndex.locate raises.
         """
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
@@ -222,9 +242,10 @@ class MergedIndex:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-def open_index(source: SourceConfig) -> SourceIndex:
+def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> SourceIndex:
     """Open the index of one source; reads its summary only.
 
+    remote: see SourceIndex.
     Raises: UserError where the index is missing or unreadable, has no sample, or lacks shards that the pattern means.
     """
     shards = parse_pattern(source.shards)
@@ -250,15 +271,16 @@ def open_index(source: SourceConfig) -> SourceIndex:
         )
     if not any(row.samples for row in rows):
         raise UserError(f"data source {source.name}: no shard in {redact(summary)} matches {shards.shown}")
-    return SourceIndex(source.name, shards, folder, rows, source.weight)
+    return SourceIndex(source.name, shards, folder, rows, source.weight, remote)
 
 
-def open_sources(sources: Iterable[SourceConfig]) -> MergedIndex:
+def open_sources(sources: Iterable[SourceConfig], remote: RemoteConfig | None = None) -> MergedIndex:
     """Open the indexes of all sources as one.
 
+    remote: see SourceIndex.
     Raises: UserError where there is no source, and what `open_index` raises.
     """
-    merged = MergedIndex([open_index(source) for source in sources])
+    merged = MergedIndex([open_index(source, remote) for source in sources])
     if not merged.sources:
         raise UserError("data.sources is empty; name at least one source of shards")
     return merged
@@ -293,24 +315,11 @@ def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
 def _index_one(shards: ShardPattern, folder: Path, name: str) -> IndexedShard:
     """Scan one shard and write its table."""
     scan = scan_shard(shards.address(name), shards.show(name))
-    key_bytes = max((len(entry.key.encode("utf-8", "surrogateescape")) for entry in scan.entries), default=1)
-    columns = [("key", f"S{key_bytes}")]
-    columns += [(field, "<i8") for field in ("image_offset", "image_size", "text_offset", "text_size")]
-    columns += [("text_kind", "S4")]
-    table = np.array(
-        [
-            (entry.key.encode("utf-8", "surrogateescape"), *entry[1:-1], entry.text_kind.encode())
-            for entry in scan.entries
-        ],
-        dtype=columns,
-    )
-    buffer = io.BytesIO()
-    np.save(buffer, table)
     path = folder / _table_name(name)
     make_folder(path.parent)
-    _replace(path, buffer.getvalue())
+    _replace(path, pack_table(scan.entries))
     rejected = [(fault.key, fault.reason) for fault in scan.rejected]
-    return IndexedShard(name, len(table), scan.size, rejected, scan.torn)
+    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn)
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -7,7 +7,7 @@ samples. Pictures are not decoded: their headers tell size and format. `cosmos_s
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from itertools import islice
@@ -32,7 +32,7 @@ from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards import ShardReader
 from cosmos_scale.data.verify import reason_class
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import ShardsLost, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 
@@ -212,7 +212,7 @@ def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int,
     reader.check(index.shard_files())
     rows, originals = [], []
     loader = TrainLoader(config, index, tokenize, 0, 1)
-    with closing(loader.batches(epoch * order.samples + first)) as batches:
+    with closing(loader.batches(epoch * order.samples + first)) as batches, _nothing_to_lose():
         for position, batch in enumerate(islice(batches, count)):
             sample = int(batch.sample_ids[0])
             wanted, repeat = int(visits.samples[position]), int(visits.repeats[position])
@@ -231,3 +231,12 @@ def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int,
     reader.close()
     zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of a few pixels are small on a screen
     contact_sheet(rows, path, data.captions.global_count, zoom, originals)
+
+
+@contextmanager
+def _nothing_to_lose() -> Iterator[None]:
+    """Where no run goes on without it, a lost shard is the user's error."""
+    try:
+        yield
+    except ShardsLost as loss:
+        raise UserError(str(loss)) from loss

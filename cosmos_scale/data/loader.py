@@ -64,7 +64,8 @@ class TrainLoader:
         self._device = device
         self._decoder: DaliDecoder | None = None
         self._ranks_here = ranks_of_this_host(unknown=1)
-        self._workers = default_workers(world_size) if config.data.workers is None else config.data.workers
+        workers = config.data.workers
+        self._workers = default_workers(world_size, device) if workers is None else workers
         self._micro_batch = config.micro_batch(world_size)
         self._lost = LostShards(index, lost_shards or {})
         self._dataset = StepBatches(
@@ -81,9 +82,24 @@ class TrainLoader:
         self._unlogged: list[Damage] = []
         self._count = DamageCount(config.data.max_damaged, damaged_log)
 
-    def check_shards(self) -> None:
-        """Raise UserError where a shard is missing: before a run begins it was never there, later it is lost."""
-        self._dataset.check_shards()
+    def check_shards(self, *, resumed: bool) -> None:
+        """Look for the shards before the first step.
+
+        Raises: UserError where one is missing: it was never there. Shards of a resumed run were, so that they are lost
+        when they are needed; there it is an error that more is missing than data.max_damaged allows, which no disk
+        that was forgotten should cost the time to find out shard by shard.
+        """
+        if not resumed:
+            self._dataset.check_shards()
+            return
+        missing, limit = self._lost.missing(), self._config.data.max_damaged
+        share = self._lost.share(missing)
+        if missing and share > limit:
+            name = next(iter(missing))
+            raise UserError(
+                f"shard {name} is missing: {missing[name]}; {len(missing)} missing shards, and those lost before, hold "
+                f"{share:.2%} of all samples, more than data.max_damaged {limit:g} allows"
+            )
 
     @property
     def lost_shards(self) -> dict[str, int]:
@@ -231,9 +247,11 @@ def ranks_of_this_host(*, unknown: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
 
 
-def default_workers(world_size: int) -> int:
+def default_workers(world_size: int, device: torch.device) -> int:
     """Return the loader processes of each rank where the config leaves them open: this host's cores shared out."""
-    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size) - 1))
+    cores = len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size)
+    fewest = 0 if device.type == "cpu" else 1  # a GPU works on while the core that feeds it loads
+    return max(fewest, min(MOST_WORKERS, cores - 1))
 
 
 class _StepsFrom(Sampler[int]):

@@ -10,7 +10,8 @@ from itertools import islice
 import numpy as np
 
 from cosmos_scale.data.index import MergedIndex
-from cosmos_scale.data.shards import ShardFile
+from cosmos_scale.data.shards import Folders, ShardFile
+from cosmos_scale.data.store import is_remote
 
 
 class LostShards:
@@ -37,6 +38,17 @@ class LostShards:
         """Where a shard lies."""
         return next(islice(self._index.shard_files(), self._numbers[name], None))
 
+    def missing(self) -> dict[str, str]:
+        """Reasons by name of the shards of this machine that are not there now, less those given up."""
+        folders, reasons = Folders(), {}
+        for name, file in zip(self.names, self._index.shard_files(), strict=True):
+            try:
+                if name not in self.steps and not is_remote(file.address):
+                    folders.require(file.address)
+            except OSError as error:
+                reasons[name] = error.strerror or str(error)
+        return reasons
+
     def holds(self, sample: int, step: int) -> bool:
         """Whether a sample lies in a shard that is lost at a step."""
         return bool(self.steps) and self.steps.get(self.shard_of(sample), step + 1) <= step
@@ -45,6 +57,6 @@ class LostShards:
         """How many samples some shards hold."""
         return sum(int(self._samples[self._numbers[name]]) for name in names)
 
-    def share(self) -> float:
-        """The share of all samples that is lost."""
-        return self.samples(self.steps) / int(self._ends[-1])
+    def share(self, more: Iterable[str] = ()) -> float:
+        """The share of all samples that is lost, or would be with some more shards."""
+        return self.samples({*self.steps, *more}) / int(self._ends[-1])

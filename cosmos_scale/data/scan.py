@@ -120,12 +120,12 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[_
         for info in archive:
             if not info.isfile() or info.issparse():
                 continue
+            # Bytes that are not UTF-8 come as lone surrogates; they are spelled out (\xe9), since names are printed.
+            name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             if info.offset_data + info.size > size:
-                torn.append(
-                    f"truncated: member {info.name} should end at byte {info.offset_data + info.size}, not {size}"
-                )
+                torn.append(f"truncated: member {name} should end at byte {info.offset_data + info.size}, not {size}")
                 return
-            match = _KEY.fullmatch(info.name)
+            match = _KEY.fullmatch(name)
             if match:
                 yield _Member(match[1], match[2].lower(), info.offset_data, info.size)
     except (tarfile.TarError, ValueError):

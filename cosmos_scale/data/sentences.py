@@ -15,7 +15,7 @@ Split = Literal["sentences", "published", "none"]
 LEADING = {"mr", "mrs", "ms", "dr", "prof", "mt", "rev", "hon", "gen", "capt", "lt", "sgt", "gov", "sen", "rep"} | {
     *("vs", "ca", "cf", "approx", "e.g", "i.e")
 }
-NUMBERING = {"no", "nos", "vol", "fig", "p", "pp"} | {
+NUMBERING = {"no", "nos", "vol", "fig", "p", "pp", "est"} | {
     *("jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec")
 }
 TRAILING = {"jr", "sr", "inc", "ltd", "corp", "ave", "st", "ft"}
@@ -44,7 +44,8 @@ FIRST_WORD = re.compile(r"\S{1,40}")
 QUOTE = re.compile(r'(?<!\d)"|\u201c|\u201d')
 _LOOK_BACK = 80  # characters before a mark that are read for its word
 _LONGEST_QUOTE = 300  # characters; a quotation that is not closed in so many is a stray mark
-PUBLISHED_END = re.compile(r"\n|</s>|\.")
+END_TOKEN = "</s>"  # generated captions hold some
+PUBLISHED_END = re.compile(rf"\n|{END_TOKEN}|\.")
 
 
 def splitter(split: Split) -> Callable[[str], list[str]]:
@@ -65,7 +66,7 @@ def split_sentences(text: str) -> list[str]:
     with ". ".
     """
     sentences = []
-    for line in text.splitlines():
+    for line in text.replace(END_TOKEN, "\n").splitlines():
         start = counted = quotes = 0
         for end in _ends(line):
             quotes += len(QUOTE.findall(line, counted, end.end()))
@@ -102,6 +103,8 @@ def _ends_sentence(line: str, start: int, end: re.Match[str]) -> bool:
     if not before or next_match is None:
         return True
     word, next_word = before[-1].lstrip(OPENING), next_match[0].rstrip(",")
+    if not next_word:
+        return False  # a comma on its own
     if mark[-1] in CLOSING and next_word[0].islower():
         return False  # the sentence goes on after the quotation
     if next_word.rstrip(".").lower() in COMPANIES:
@@ -118,12 +121,14 @@ def _ends_after(word: str, next_word: str, before: list[str]) -> bool:
     name = word.lower()
     if name in LEADING:
         return False
-    if name in NUMBERING:
+    if name in NUMBERING or word == "c":
         return not next_word[0].isdigit()
     if name in UNITS and len(before) > 1 and before[-2][-1].isdigit() and next_word[0].islower():
         return False
     if word.isdigit() and len(before) == 1 and len(word) < 4:
         return False  # a list's number
+    if word == "1" and before[-2].endswith(":"):
+        return False  # the first of a list
     if len(word) == 1:  # an initial, but "plan A" may end a sentence
         return not (word.isalpha() and word.isupper()) or next_word in STARTERS
     if name in TRAILING or ACRONYM.fullmatch(word):

@@ -123,6 +123,21 @@ def parse_text(data: bytes, kind: str) -> dict[str, Any]:
     return document
 
 
+class Folders:
+    """Looks for files by listing their folders: where those are far away, asking for each of thousands takes long."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def require(self, path: str) -> None:
+        """Raise OSError where there is no such file."""
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            self._names[folder] = set(os.listdir(folder or "."))
+        if name not in self._names[folder]:
+            os.stat(path)  # most likely says why not
+
+
 class ShardReader:
     """Reads samples by offset, and knows which shards can no longer be reached.
 
@@ -144,13 +159,14 @@ class ShardReader:
         self._lost: dict[str, str] = {}
 
     def check(self, shards: Iterable[ShardFile]) -> None:
-        """Look for shards before a run: one that is not there now was never there, and is the user's error.
+        """Look for shards before a run: one that is not as its index says now never was, and is the user's error.
 
-        Of shards that go missing later, `read` says that they are lost. Looked for are all files of this machine (by
-        listing their folders), and of shards elsewhere the first of each source: asking for thousands takes minutes.
+        Of shards that go missing or change later, `read` says that they are lost. Looked for are all files of this
+        machine (by listing their folders), and of shards elsewhere the first of each source: asking for thousands
+        takes minutes.
         Raises: UserError where a shard is missing, or has another size, or needs a cache where there is none.
         """
-        names: dict[str, set[str]] = {}
+        folders = Folders()
         asked: set[str] = set()
         for shard in shards:
             if is_remote(shard.address):
@@ -158,27 +174,28 @@ class ShardReader:
                     self._probe(shard)
                 asked.add(shard.source)
                 continue
-            folder, name = os.path.split(shard.address)
             try:
-                if folder not in names:
-                    names[folder] = set(os.listdir(folder or "."))
-                if name not in names[folder]:
-                    os.stat(shard.address)  # most likely says why not
+                folders.require(shard.address)
+                size = os.stat(shard.address).st_size
             except OSError as error:
                 raise _no_access(shard, error.strerror or str(error)) from error
+            if size != shard.size:
+                raise _stale(shard, str(size))
         self._stores.close()
 
     def read(self, location: Location) -> tuple[bytes, dict[str, Any]]:
         """Return a sample's picture, undecoded, and its document.
 
-        Raises: LostShard where the shard cannot be reached, after all retries; UserError where it has another size
-        than its index says or must not be read; DamagedSample where the members do not lie where the index says.
+        Raises: LostShard where the shard cannot be reached, after all retries, or has another size than its index
+        says; UserError where it must not be read; DamagedSample where the members do not lie where the index says.
         """
         entry = location.entry
         # The header before the data comes along: it tells whether the index still fits.
         image = entry.image_offset - BLOCK, BLOCK + entry.image_size
         text = entry.text_offset - BLOCK, BLOCK + entry.text_size
         start, end = min(image[0], text[0]), max(sum(image), sum(text))
+        if start < 0 or min(entry.image_size, entry.text_size) < 0 or end > location.file.size:
+            raise DamagedSample("its line of the index names bytes that the shard does not have: the index is damaged")
         if end - start <= image[1] + text[1] + CLOSE:
             data = self._bytes(location.file, start, end - start)
             image_data, text_data = (data[offset - start : offset - start + size] for offset, size in (image, text))
@@ -199,11 +216,10 @@ class ShardReader:
         read = self._remote_bytes if is_remote(shard.address) else self._local_bytes
         try:
             return retried(lambda: read(shard, offset, size), self._remote, await_missing=True)
-        except WrongSize as wrong:
-            raise _stale(shard, wrong.found) from wrong
         except Transient as failure:
-            self._lost[shard.address] = str(failure)  # the next sample of it need not try again
-            raise LostShard(shard.source, shard.shown, str(failure)) from failure
+            reason = _other_size(shard, failure.found) if isinstance(failure, WrongSize) else str(failure)
+            self._lost[shard.address] = reason  # the next sample of it need not try again
+            raise LostShard(shard.source, shard.shown, reason) from failure
 
     def _remote_bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
         store = self._stores.of(shard.address)
@@ -257,7 +273,7 @@ class ShardReader:
         size = os.fstat(file.fileno()).st_size
         if size != shard.size:
             file.close()
-            raise _stale(shard, str(size))
+            raise WrongSize(str(size), final=True)
         self._files[shard.address] = file
         if len(self._files) > self._open_shards:
             self._files.popitem(last=False)[1].close()
@@ -289,7 +305,8 @@ def _no_access(shard: ShardFile, reason: str) -> UserError:
 
 
 def _stale(shard: ShardFile, found: str) -> UserError:
-    return UserError(
-        f"{shard.shown}: has {found} bytes, but its index was made when it had {shard.size}; "
-        "run `cosmos-scale data index` again"
-    )
+    return UserError(f"{shard.shown}: {_other_size(shard, found)}; run `cosmos-scale data index` again")
+
+
+def _other_size(shard: ShardFile, found: str) -> str:
+    return f"has {found} bytes, but its index was made when it had {shard.size}"

@@ -83,9 +83,10 @@ class StepBatches(Dataset[Loaded]):
         self._reader = ShardReader(config.data.remote)
 
     def check_shards(self) -> None:
-        """Raise UserError where a shard is missing that was not given up."""
-        files = zip(self._lost.names, self._index.shard_files(), strict=True)
-        self._reader.check(file for name, file in files if name not in self._lost.steps)
+        """Raise UserError where a shard, or the table of its samples, is missing that was not given up."""
+        kept = [place for place, name in enumerate(self._lost.names) if name not in self._lost.steps]
+        self._reader.check(map(list(self._index.shard_files()).__getitem__, kept))
+        self._index.check_tables(kept)
 
     def __getitem__(self, step: int) -> Loaded:
         damages: list[Damage] = []
@@ -127,8 +128,8 @@ class StepBatches(Dataset[Loaded]):
         known = len(damages)
         for attempt in range(MOST_SUBSTITUTES + 1):
             if not self._lost.holds(key.sample, step):
-                location = self._index.locate(key.sample)
                 try:
+                    location = self._index.locate(key.sample)
                     return key.sample, self._make(key, location, put)
                 except DamagedSample as damage:
                     place = (location.source, str(location.shard), location.entry.key)

@@ -4,6 +4,9 @@ NaN makes a forgotten initialisation visible at once, and costs none of the rand
 Names are OpenCLIP's: they are the names in checkpoints.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +40,9 @@ def normal_(parameter: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its initialisation, on [T, D]."""
+    """nn.Linear without its initialisation, on [T, D]. steady: whether T is the same at every step."""
+
+    steady = False
 
     def reset_parameters(self) -> None:
         """Leave NaN until the owner initialises."""
@@ -51,7 +56,7 @@ class Linear(nn.Linear):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return [T, E]."""
-        return linear(x_TD, self.weight, self.bias)
+        return linear(x_TD, self.weight, self.bias, steady=self.steady)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -77,7 +82,9 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one stacked [3D, D] projection for queries, keys and values."""
+    """Multi-head attention with one stacked [3D, D] projection for queries, keys and values. steady: as in Linear."""
+
+    steady = False
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -103,14 +110,14 @@ class Attention(nn.Module):
         """Attend from queries [T, D] to tokens [S, D] of the same segment; returns [T, D]."""
         width = queries_TD.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        (q,) = self._split_heads(linear(queries_TD, weight[:width], bias[:width]), 1)
-        k, v = self._split_heads(linear(tokens_SD, weight[width:], bias[width:]), 2)
+        (q,) = self._split_heads(linear(queries_TD, weight[:width], bias[:width], steady=self.steady), 1)
+        k, v = self._split_heads(linear(tokens_SD, weight[width:], bias[width:], steady=self.steady), 2)
         output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each."""
-        return self._split_heads(linear(x_TD, self.in_proj_weight, self.in_proj_bias), 3)
+        return self._split_heads(linear(x_TD, self.in_proj_weight, self.in_proj_bias, steady=self.steady), 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
         """Attend in all heads; returns [T, D], before the output projection."""
@@ -144,21 +151,22 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width)
         self.mlp = Mlp(width)
+        self.compiled = False
 
     def forward(self, x_TD: Tensor, segments: Segments, causal: bool, read: Tensor | None = None) -> Tensor:
         """Return the tokens `read` ([R] int64; None: all of them): [R, D]."""
-        q, k, v = self._enter(x_TD)
+        enter, leave = _compiled_parts() if self.compiled else (Block._enter, Block._leave)
+        q, k, v = enter(self, x_TD)
         attended_RD = _rows(self.attn.attend(q, k, v, segments, causal), read)
         # The projection is not compiled with the rest: attention's output, at times a view, would compile that twice.
-        return self._leave(_rows(x_TD, read), self.attn.out_proj(attended_RD))
+        return leave(self, _rows(x_TD, read), self.attn.out_proj(attended_RD))
 
     def compile_parts(self) -> None:
         """Compile what lies on either side of attention, for any number of tokens.
 
         Attention itself stays out: its segments are other numbers every step, and its back ends are fused already.
         """
-        self._enter = torch.compile(self._enter, dynamic=True)  # type: ignore[method-assign]
-        self._leave = torch.compile(self._leave, dynamic=True)  # type: ignore[method-assign]
+        self.compiled = True
 
     def _enter(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         return self.attn.project(self.ln_1(x_TD))
@@ -167,6 +175,17 @@ class Block(nn.Module):
         x_RD = x_RD + update_RD
         output: Tensor = x_RD + self.mlp(self.ln_2(x_RD))
         return output
+
+
+@lru_cache(maxsize=1)
+def _compiled_parts() -> tuple[
+    Callable[[Block, Tensor], tuple[Tensor, ...]], Callable[[Block, Tensor, Tensor], Tensor]
+]:
+    """Return both parts of a block, compiled.
+
+    They belong to the class: a block that held its own would, once copied, still compute with the original's weights.
+    """
+    return torch.compile(Block._enter, dynamic=True), torch.compile(Block._leave, dynamic=True)
 
 
 class Transformer(nn.Module):

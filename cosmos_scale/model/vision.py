@@ -11,7 +11,7 @@ from cosmos_scale.config import VisionConfig
 from cosmos_scale.kernels.linear import linear
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.packing import pack_crops
-from cosmos_scale.model.transformer import LayerNorm, Transformer, empty_parameter, normal_, uniform_
+from cosmos_scale.model.transformer import Attention, LayerNorm, Linear, Transformer, empty_parameter, normal_, uniform_
 
 
 class PatchEmbedding(nn.Module):
@@ -28,7 +28,7 @@ class PatchEmbedding(nn.Module):
         Returns [B, rows x columns, D] for each resolution; pixels past the last whole patch are unused.
         """
         patches = [self._cut(images_BCHW) for images_BCHW in crops]
-        tokens_TD = linear(torch.cat([cut.flatten(0, 1) for cut in patches]), self.weight.flatten(1))
+        tokens_TD = linear(torch.cat([cut.flatten(0, 1) for cut in patches]), self.weight.flatten(1), steady=True)
         split = tokens_TD.split([cut.shape[0] * cut.shape[1] for cut in patches])
         return [tokens.unflatten(0, cut.shape[:2]) for tokens, cut in zip(split, patches, strict=True)]
 
@@ -56,6 +56,9 @@ class VisionTower(nn.Module):
         self.proj = empty_parameter(config.width, embed_dim)
         # A state-dict name only: its queries are captions, so CosmosModel calls it.
         self.attn_cross_pool = AttentionPooler(embed_dim, pooler_heads)
+        for module in self.modules():
+            if isinstance(module, Linear | Attention):
+                module.steady = True  # crops are as many and as large at every step; captions' tokens are not
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise as OpenCLIP's image tower does."""

@@ -1,12 +1,15 @@
 """Indexes on disk: patterns, reports, several sources, and what is refused."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cosmos_scale.cli import main
 from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.data.index import FORMAT, index_shards, open_index, open_sources
 from cosmos_scale.data.scan import scan_shard
@@ -182,11 +185,25 @@ def test_missing_and_stale_indexes_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 shards are not in .*index\.json, the first is 3\.tar"):
         open_index(source(tmp_path / "{0,3,4}.tar"))
     (tmp_path / "0.index.npy").unlink()
-    with pytest.raises(UserError, match=r"0\.index\.npy: index of 0\.tar cannot be read"):
+    with pytest.raises(
+        UserError, match=r"0\.tar: shard .*0\.index\.npy cannot be read: No such file or directory; run "
+    ):
         open_folder(tmp_path).locate(0)
     shutil.copy(write_shards(tmp_path / "other", [5]) / "00000.index.npy", tmp_path / "0.index.npy")
     with pytest.raises(UserError, match=r"holds 5 samples, but index\.json says 2"):
         open_folder(tmp_path).locate(0)
+
+
+def test_keys_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
+    """As tars from before UTF-8 have them: they must not end a run, nor the print of a message."""
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for kind in ("jpg", "json"):
+            info = tarfile.TarInfo(f"caf\udce9.{kind}")
+            info.size = len(sample(0)[kind])
+            shard.addfile(info, io.BytesIO(sample(0)[kind]))
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert open_folder(tmp_path).locate(0).entry.key == "caf\\xe9"
+    assert main(["data", "verify", str(tmp_path), "--quiet", "--workers", "1"]) == 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', f'{{"format": "{FORMAT}", "shards": [1]}}'])

@@ -24,7 +24,7 @@ from cosmos_scale.data.index import index_shards, open_sources
 from cosmos_scale.data.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.shard_files import Member, flip_bytes, open_folder, picture, write_shard
+from tests.data.shard_files import Member, flip_bytes, open_folder, picture, write_shard, write_shards
 from tests.data.web_server import web_server
 
 # Views that only crop, so that a box can be compared with its view.
@@ -327,3 +327,12 @@ def test_a_wrong_call_shows_the_usage(arguments: list[str], capsys: pytest.Captu
         cli.main(["data", "inspect", *arguments])
     assert caught.value.code == 2
     assert "usage: cosmos-scale data inspect" in capsys.readouterr().err
+
+
+def test_a_lost_table_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path / "shards", [3, 3])
+    (folder / "00001.index.npy").write_bytes(b"nothing")
+    assert cli.main(["data", "inspect", str(folder), "--out", str(tmp_path), "--quiet", "--workers", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "00001.tar" in line
+    assert f"its index {folder / '00001.index.npy'} cannot be read: damaged; run `cosmos-scale data index`" in line

@@ -224,23 +224,25 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_lost_or_stale_shard_reaches_the_training_process_as_one_line(tmp_path: Path, workers: int) -> None:
+def test_a_lost_or_changed_shard_reaches_the_training_process(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, [6, 6])
-    loader = make(
-        folder, tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
-    )
+    config = tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
+    loader = make(folder, config)
     write_shard(folder / "00001.tar", [sample(0)])
-    with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when") as error:
+    with pytest.raises(ShardsLost) as changed:
         take(loader, 0, 3)
-    assert "\n" not in str(error.value)
+    assert changed.value.shards["test/00001.tar"].startswith(f"has {(folder / '00001.tar').stat().st_size} bytes, but")
+    with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when"):
+        loader.check_shards(resumed=False)
     (folder / "00001.tar").unlink()
+    loader = make(folder, config)  # the one above has given the shard up
     with pytest.raises(ShardsLost) as loss:  # between the ranks: it was there when the run began
         take(loader, 0, 3)
     assert loss.value.shards == {"test/00001.tar": "No such file or directory"}
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
-        make(folder, tiny_config(folder, workers=workers)).check_shards()
+        make(folder, tiny_config(folder, workers=workers)).check_shards(resumed=False)
     loader.lose([loss.value.shards], 0)
-    loader.check_shards()  # known to be lost
+    loader.check_shards(resumed=False)  # known to be lost
 
 
 class Finalised:
@@ -325,9 +327,10 @@ def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[N
 def test_default_workers_share_the_hosts_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
     with environment(monkeypatch):
-        assert [default_workers(ranks) for ranks in (1, 4, 8, 32, 64)] == [8, 7, 3, 0, 0]
+        for device, workers in (("cpu", [8, 7, 3, 0, 0]), ("cuda", [8, 7, 3, 1, 1])):
+            assert [default_workers(ranks, torch.device(device)) for ranks in (1, 4, 8, 32, 64)] == workers
     with environment(monkeypatch, LOCAL_SIZE="8"):  # of 128 ranks, 8 run here
-        assert default_workers(128) == 3
+        assert default_workers(128, torch.device("cpu")) == 3
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(shards: Path) -> None:

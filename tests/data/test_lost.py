@@ -1,13 +1,14 @@
 """Lost shards: substitutes from one step on, the same at any world size and after a restart; a record; a limit."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,6 +130,62 @@ def test_substitutes_come_from_other_windows_where_a_shard_fills_its_own(tmp_pat
         (batch,), lost = take(loader, start, 1)
         assert not lost
         assert all(not 40 <= sample < 1140 for sample in batch.sample_ids.tolist())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def no_table(path: Path) -> None:
+    path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00((((((((((((((((")
+
+
+def other_table(path: Path) -> None:
+    np.save(path, np.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (Path.unlink, "No such file or directory"),
+        (cut, "damaged"),
+        (no_table, "damaged"),
+        (other_table, "no table of samples"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_whose_table_is_lost_is_lost(
+    shards: Path, workers: int, damage: Callable[[Path], None], reason: str
+) -> None:
+    table = shards / "00001.index.npy"
+    damage(table)
+    loader = make(shards, config_of(shards, workers=workers))
+    batches, lost = take(loader, 0, 6)
+    assert [loss for losses in lost.values() for loss in losses.items()] == [
+        (NAMES[1], f"its index {table} cannot be read: {reason}; run `cosmos-scale data index`")
+    ]
+    assert all(shard_of(sample) != 1 for batch in batches for sample in batch.sample_ids.tolist())
+
+
+def test_before_a_run_a_missing_table_was_never_there(shards: Path) -> None:
+    (shards / "00001.index.npy").unlink()
+    loader = make(shards, config_of(shards))
+    with pytest.raises(UserError, match=r"00001\.index\.npy: index cannot be read: No such file or directory; run "):
+        loader.check_shards(resumed=False)
+    loader.lose([{NAMES[1]: "as a resumed run knows"}], 0)
+    loader.check_shards(resumed=False)
+
+
+def test_a_resumed_run_may_miss_what_it_may_lose(shards: Path) -> None:
+    (shards / "00001.tar").unlink()
+    (shards / "00003.tar").unlink()  # 13 of 21 samples with the other
+    for limit in (0.62, 1.0):
+        make(shards, config_of(shards, max_damaged=limit)).check_shards(resumed=True)
+    for limit, lost in ((0.61, {}), (0.61, {NAMES[1]: 3}), (0.74, {NAMES[0]: 3, NAMES[1]: 3}), (0.0, {})):
+        with pytest.raises(UserError, match=r"^shard test/0000[13]\.tar is missing: No such file .* allows$") as error:
+            make(shards, config_of(shards, max_damaged=limit), lost_shards=lost).check_shards(resumed=True)
+        assert f"{len({NAMES[1], NAMES[3]} - set(lost))} missing shards" in str(error.value)
+    make(shards, config_of(shards, max_damaged=0.0), lost_shards={NAMES[1]: 0, NAMES[3]: 0}).check_shards(resumed=True)
 
 
 def test_a_lost_shard_leaves_one_record(shards: Path, tmp_path: Path) -> None:

@@ -267,3 +267,6 @@ def test_the_commands_of_the_page_are_understood(capsys: pytest.CaptureFixture[s
     for command in commands:
         assert cli.main(shlex.split(command)) == 2  # there are no such files here; argparse would exit
         assert re.search(r"no such captions file or folder\n$", capsys.readouterr().err), command
+    # What is prepared is verified with the sampling that its captions are for, of which textcrop is the default.
+    for name, sampling in (("cc3m", ""), ("pixelprose", " --captions textcrop_pixelprose")):
+        assert f"$ cosmos-scale data verify /data/{name}{sampling}\n" in page

@@ -193,8 +193,12 @@ def test_a_stale_or_missing_shard_is_noticed(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
     scan = scan_shard(path)
     write_shard(path, [sample(number) for number in range(9)])
-    with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, but its index was made when it had \d+"):
-        ShardReader().read(location(path, scan, 0))
+    place = location(path, scan, 0)
+    with pytest.raises(LostShard, match=r"a\.tar: .*: has \d+ bytes, but its index was made when it had \d+"):
+        ShardReader().read(place)
+    with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, .* run `cosmos-scale data index` again") as error:
+        ShardReader().check([place.file])
+    assert not isinstance(error.value, LostShard)
     path.unlink()
     place = location(path, scan, 0)
     with pytest.raises(UserError, match=r"a\.tar: shard of source test cannot be opened: No such file"):
@@ -231,6 +235,25 @@ def test_sizes_in_headers_may_be_filled_up_with_spaces(tmp_path: Path) -> None:
     assert keys(scan) == ["000000", "000001"]
     reader = ShardReader()
     assert reader.read(location(path, scan, 1))[0] == picture(1)
+    reader.close()
+
+
+def test_a_line_of_the_index_that_points_out_of_the_shard_costs_one_sample(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
+    scan = scan_shard(path)
+    place = location(path, scan, 0)
+    reader = ShardReader()
+    good = place.entry
+    for entry in (
+        good._replace(image_offset=-(2**60)),
+        good._replace(image_offset=511),
+        good._replace(text_offset=scan.size),
+        good._replace(image_size=2**60),
+        good._replace(image_size=-1),
+        good._replace(text_size=-600),
+    ):
+        with pytest.raises(DamagedSample, match="the index is damaged"):
+            reader.read(place._replace(entry=entry))
     reader.close()
 
 

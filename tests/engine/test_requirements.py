@@ -44,14 +44,16 @@ def test_a_back_end_that_cannot_run_is_refused_in_one_line(name: str) -> None:
     [
         (torch.float32, 4, True, r"needs float16 or bfloat16, not torch\.float32; rule"),
         (torch.bfloat16, 8, True, r"multiple of 8 up to 256, not 4 \(model\.embed_dim / model\.pooler_heads\)"),
-        (torch.bfloat16, 4, False, "its function cannot be imported; rule"),
+        (torch.bfloat16, 4, False, "cannot run here: not here; rule"),
     ],
 )
 def test_the_reason_on_a_gpu_is_told(
     dtype: torch.dtype, pooler_heads: int, installed: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))  # there is no GPU to ask
-    monkeypatch.setattr("cosmos_scale.kernels.attention.find_function", lambda backend: print if installed else None)
+    monkeypatch.setattr(
+        "cosmos_scale.kernels.attention.find_function", lambda backend: print if installed else "not here"
+    )
     with pytest.raises(UserError, match=reason) as raised:
         check_model(changed(attention="flash_attn_2", pooler_heads=pooler_heads), torch.device("cuda"), dtype)
     assert len(str(raised.value).splitlines()) == 1

@@ -151,6 +151,12 @@ def test_lengths_and_shapes_that_do_not_fit_are_refused() -> None:
         attention(q, k, k, Segments([2], [3]), causal=True)
     with pytest.raises(ValueError, match="2 queries, 3 keys and 3 values, but the segments hold 2 and 2 tokens"):
         attention(q, k, k, Segments([2]))
+    with pytest.raises(ValueError, match=r"\[2, 8\], \[2, 8\] and \[2, 8\] must be \[tokens, heads, width of one\]"):
+        attention(q[:, 0], q[:, 0], q[:, 0], Segments([2]))
+    with pytest.raises(ValueError, match=r"\[2, 3, 8\], \[2, 1, 8\] and \[2, 1, 8\] must be"):
+        attention(q.expand(2, 3, 8), q, q, Segments([2]))
+    with pytest.raises(ValueError, match=r"float32, torch\.float64 and torch\.float32 must be one dtype"):
+        attention(q, q.double(), q, Segments([2]))
 
 
 @pytest.fixture(autouse=True)
@@ -214,12 +220,12 @@ def test_auto_goes_by_device_dtype_head_size_and_what_is_installed(
 ) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(kernel, "find_function", lambda name: print if name in installed else None)
+    monkeypatch.setattr(kernel, "find_function", lambda name: print if name in installed else "not here")
     choose_backend.cache_clear()
     assert choose_backend("auto", device, dtype, head_size) == expected
     choose_backend.cache_clear()
     if not installed:
-        assert obstacle("flash_attn_2", device, dtype, head_size) == "its function cannot be imported"
+        assert obstacle("flash_attn_2", device, dtype, head_size) == "not here"
 
 
 def test_an_empty_flash_attn_namespace_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,10 +236,24 @@ def test_an_empty_flash_attn_namespace_does_not_count(tmp_path: Path, monkeypatc
     import flash_attn
 
     assert not hasattr(flash_attn, "flash_attn_varlen_func")
-    assert kernel.find_function("flash_attn_2") is None
-    assert kernel.find_function("flash_attn_4") is None
+    assert str(kernel.find_function("flash_attn_2")).startswith("its function cannot be imported: ImportError: ")
+    assert "No module named 'flash_attn.cute'" in str(kernel.find_function("flash_attn_4"))
     kernel.find_function.cache_clear()
     monkeypatch.delitem(sys.modules, "flash_attn")
+
+
+def test_a_package_that_fails_in_any_way_while_it_loads_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('built for CUDA 11,\\nfound 13')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    kernel.find_function.cache_clear()
+    reason = "its function cannot be imported: RuntimeError: built for CUDA 11, found 13"
+    assert obstacle("flash_attn_2", torch.device("cuda", 0), torch.bfloat16, 64) == reason
+    kernel.find_function.cache_clear()
 
 
 def varlen_on_the_cpu(
@@ -291,7 +311,7 @@ def test_flash_attn_is_given_the_segments(
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
     kernel.find_function.cache_clear()
     compare_with_the_formula(f"flash_attn_{version}", queries, keys, causal)
-    assert kernel.find_function(f"flash_attn_{6 - version}") is None
+    assert isinstance(kernel.find_function(f"flash_attn_{6 - version}"), str)
     kernel.find_function.cache_clear()
 
 

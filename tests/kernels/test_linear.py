@@ -1,6 +1,7 @@
 """The linear map: against float64 on either side of the size from which oneDNN multiplies, and against torch's own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.kernels import linear as kernel
-from cosmos_scale.kernels.linear import LEAST_WORK, linear
+from cosmos_scale.kernels.linear import LEAST_WORK
+from tests.model.models import SMALL, initialised, random_batch
+
+linear = partial(kernel.linear, steady=True)
 
 INPUTS, OUTPUTS = 512, 384
 ENOUGH = -(-LEAST_WORK // (INPUTS * OUTPUTS))  # rows from which oneDNN is taken
@@ -32,14 +36,17 @@ def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> li
 
 
 class Called(TorchDispatchMode):
-    """Whether oneDNN's product was called."""
+    """Whether oneDNN's product was called, and of which shapes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.onednn = False
+        self.shapes: set[tuple[torch.Size, torch.Size]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.onednn |= "_linear_pointwise" in func.name()
+        if "_linear_pointwise" in func.name():
+            self.onednn = True
+            self.shapes.add((args[0].shape, args[1].shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -152,3 +159,24 @@ def test_what_needs_no_gradient_gets_none() -> None:
     linear(x.requires_grad_(), weight).sum().backward()
     assert weight.grad is None
     assert x.grad is not None
+
+
+@needs_onednn
+@pytest.mark.parametrize("text_padding", ["attend", "mask"])
+def test_captions_of_other_lengths_bring_one_dnn_no_new_shapes(
+    text_padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each would stay in memory: gigabytes after some hundred steps.
+    monkeypatch.setattr(kernel, "LEAST_WORK", 0)
+    model = initialised(SMALL.model_copy(update={"text_padding": text_padding}))
+    seen, tokens = [], set()
+    for seed in range(3):
+        batch = random_batch(3, seed=seed)
+        tokens.add(int(batch.caption_lengths.sum()))
+        with Called() as called:
+            sum(feature.sum() for feature in model(batch)[:4]).backward()
+            model.teacher_features(batch, 2)
+        seen.append(called.shapes)
+    assert len(tokens) == 3
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) > 10, "the image tower's layers"

@@ -1,10 +1,15 @@
 """Compiled blocks compute what eager ones do, through the engine, and are compiled a fixed number of times."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.model.cosmos import CosmosModel
 from tests.engine.tiny import GLOBAL_BATCH, build_tiny, tiny_config
+from tests.model.models import SMALL, initialised, random_batch
 
 # float32 rounding of fused operations, grown over the updates; losses differ by up to 5e-7 here.
 TOLERANCE = 1e-5
@@ -39,3 +44,17 @@ def test_losses_equal_the_eager_ones_at_all_lengths(stage: int, recompute: int) 
     assert abs(totals[False][-1] - totals[False][0]) > 100 * TOLERANCE, "weights that do not move compare nothing"
     assert 0 < counters["stats"]["unique_graphs"] <= (MOST_RECOMPUTED if recompute else MOST_GRAPHS)
     assert not counters["graph_break"]
+
+
+def test_copies_of_a_compiled_model_compute_with_their_own_weights() -> None:
+    model, batch = initialised(SMALL.model_copy(update={"compile": True})), random_batch(2)
+    loaded = CosmosModel(SMALL.model_copy(update={"compile": True}))
+    loaded.load_state_dict(model.state_dict())
+    # What is compiled is called, but runs as it is written: which weights it takes shows without a compiler.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        expected = model(batch).image
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
+        for parameter in model.parameters():
+            parameter.zero_()
+        for other in copies:
+            assert torch.equal(other(batch).image, expected)

@@ -1,0 +1,75 @@
+"""The table of one shard's samples, a `.index.npy`: where each lies, so that any is reached without the others."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.data.shards import DEFAULT_REMOTE, MAY_PASS, Entry
+from cosmos_scale.data.store import Transient, fetch_into, is_remote, redact, retried
+from cosmos_scale.errors import UserError
+
+Table = NDArray[np.void]
+
+_NUMBERS = ("image_offset", "image_size", "text_offset", "text_size")
+_ONCE = RemoteConfig(retries=0)
+
+
+class NoTable(Transient):
+    """A file is there, but is no table, or a damaged one."""
+
+    final = True
+
+
+def pack_table(entries: Sequence[Entry]) -> bytes:
+    """Return the file of a shard's table."""
+    keys = [entry.key.encode() for entry in entries]
+    columns = [
+        ("key", f"S{max(map(len, keys), default=1)}"),
+        *((name, "<i8") for name in _NUMBERS),
+        ("text_kind", "S4"),
+    ]
+    rows = [(key, *entry[1:-1], entry.text_kind.encode()) for key, entry in zip(keys, entries, strict=True)]
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(rows, dtype=columns))
+    return buffer.getvalue()
+
+
+def open_table(path: str, remote: RemoteConfig | None = None) -> Table:
+    """Memory-map a table, or fetch it where it lies at a URL.
+
+    remote: how often to try again; None: do not wait for a file to come back.
+    Raises: Transient where it cannot be read in the end; UserError where it must not be read.
+    """
+    if is_remote(path):
+        file = io.BytesIO()
+        fetch_into(file, path, remote or DEFAULT_REMOTE)
+        return _parsed(file)
+    return retried(lambda: _parsed(path), remote or _ONCE, await_missing=True)
+
+
+def entry_of(table: Table, place: int) -> Entry:
+    """Return one sample of a table; bytes of its key that are no UTF-8 are spelled out (\\xe9)."""
+    key, image_offset, image_size, text_offset, text_size, kind = table[place].item()
+    shown = key.decode("utf-8", "backslashreplace")
+    return Entry(shown, image_offset, image_size, text_offset, text_size, kind.decode("ascii", "replace"))
+
+
+def _parsed(file: str | io.BytesIO) -> Table:
+    try:
+        if isinstance(file, str):
+            table: Table = np.lib.format.open_memmap(file, mode="r")
+        else:
+            table = np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in MAY_PASS:
+            raise Transient(reason) from error
+        raise UserError(f"{redact(str(file))}: index cannot be read: {reason}") from error
+    except Exception as error:  # of bytes that are no table numpy raises errors of many kinds
+        raise NoTable("damaged") from error
+    if table.ndim != 1 or table.dtype.names != ("key", *_NUMBERS, "text_kind"):
+        raise NoTable("no table of samples")
+    return table
