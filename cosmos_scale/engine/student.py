@@ -18,6 +18,8 @@ from cosmos_scale.engine.placement import Names, Placement, masters, placements,
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.model.cosmos import CosmosModel
 
+NORM_PIECE = 2**14  # elements
+
 
 class Student:
     """The trained model; its fp32 masters, moments and the teacher's average are sharded as ZeRO's stage says."""
@@ -174,7 +176,8 @@ class Student:
             if self.ranks.device.type == "cuda":
                 torch.cuda.synchronize(self.ranks.device)  # DeepSpeed (0.19) waits for the copies in its step only
             shards = [shard for group in self.optimizer.shards for shard in group]
-            gradients = [shard.grad for shard in shards if shard.grad is not None]
+            # In pieces: a CPU adds up all squares of a tensor in float32, and loses digits in those of large shards.
+            gradients = [piece for shard in shards if shard.grad is not None for piece in shard.grad.split(NORM_PIECE)]
         elif self.stage > 0:  # this rank's share of the averaged gradients
             gradients = [gradient for group in wrapper.averaged_gradients.values() for gradient in group]
         else:

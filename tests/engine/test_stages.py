@@ -117,6 +117,15 @@ def test_losses_are_those_of_one_process_at_stage_0(world_size: int, case: Case)
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.precision == "fp32"], ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_gradients_are_as_long_as_those_of_one_process(world_size: int, case: Case) -> None:
+    """Before clipping: losses do not tell, as neither AdamW nor clipped gradients know of a common factor."""
+    alone = results_of(1)[0][Case(0, clip_norm=case.clip_norm)]["norm"]
+    for result in results_of(world_size):
+        assert result[case]["norm"] == pytest.approx(alone, rel=TOLERANCES["fp32"])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.precision == "fp32"], ids=str)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_teacher_is_the_unsharded_average(world_size: int, case: Case) -> None:
     for result in results_of(world_size):
         assert result[case]["distance"] <= AVERAGE_TOLERANCE
