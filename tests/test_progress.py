@@ -42,7 +42,7 @@ def poison(checkpoint: Path, copy: Path, name: str, elements: range) -> None:
     for file, start, count in content_of(copy)["parameters"][name]["pieces"]:
         inside = [element - start for element in elements if start <= element < start + count]
         if inside:
-            weight = load_file(copy / file)[f"{name}|weight"]
+            weight = load_file(copy / file)[f"{name}|weight"].clone()
             weight[inside] = torch.finfo(torch.float32).max
             replace_tensors(copy, file, {f"{name}|weight": weight})
             poisoned += len(inside)

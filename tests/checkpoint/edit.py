@@ -24,7 +24,9 @@ def rewrite(folder: Path, content: dict[str, Any]) -> None:
 
 def replace_tensors(folder: Path, file: str, tensors: dict[str, Tensor]) -> None:
     """Replace some tensors of one file, with the checksums that belong to them."""
-    record = write_tensors(folder / file, load_file(folder / file) | tensors)
+    # Copies: what is loaded lies in the file itself, which is about to be written.
+    kept = {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
+    record = write_tensors(folder / file, kept | tensors)
     content = content_of(folder)
     content["files"] = [record._asdict() if known["name"] == file else known for known in content["files"]]
     rewrite(folder, content)
