@@ -309,7 +309,7 @@ def _parse_summary(data: bytes) -> list[ShardRow]:
 def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
     # One line a shard: a million-sample index stays readable, and comparable with diff.
     lines = ",\n".join(json.dumps(row) for row in rows)
-    _replace(path, f'{{"format": {json.dumps(FORMAT)}, "shards": [\n{lines}\n]}}\n'.encode())
+    replace_file(path, f'{{"format": {json.dumps(FORMAT)}, "shards": [\n{lines}\n]}}\n'.encode())
 
 
 def _index_one(shards: ShardPattern, folder: Path, name: str) -> IndexedShard:
@@ -317,13 +317,13 @@ def _index_one(shards: ShardPattern, folder: Path, name: str) -> IndexedShard:
     scan = scan_shard(shards.address(name), shards.show(name))
     path = folder / _table_name(name)
     make_folder(path.parent)
-    _replace(path, pack_table(scan.entries))
+    replace_file(path, pack_table(scan.entries))
     rejected = [(fault.key, fault.reason) for fault in scan.rejected]
     return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; raises UserError where it cannot be written."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
@@ -390,7 +390,7 @@ def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | No
         print(f"{path}: {unreadable} unreadable lines are dropped", file=sys.stderr)
     lines = kept + [json.dumps(fault) for fault in faults]
     if lines or path.exists():
-        _replace(path, "".join(line + "\n" for line in lines).encode())
+        replace_file(path, "".join(line + "\n" for line in lines).encode())
 
 
 def _reason_class(reason: str) -> str:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cosmos_scale
-from cosmos_scale.data.index import REJECTED
+from cosmos_scale.data.index import REJECTED, replace_file
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.matching import UNSEEN
 from cosmos_scale.data.prepare.table import Table, read_summary
-from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options, replace_text
+from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
 from cosmos_scale.data.prepare.writing import read_report
 from cosmos_scale.errors import UserError
 
@@ -110,7 +110,7 @@ def write_manifest(task: Task, rejected: Counter[str]) -> None:
         for report in reports
     )
     head = json.dumps(content, indent=1).removesuffix("\n}")
-    replace_text(task.out / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n')
+    replace_file(task.out / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
 
 
 def _row(samples: int, size: int, digest: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.index import make_folder
+from cosmos_scale.data.index import make_folder, replace_file
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.sentences import Split
@@ -95,7 +95,7 @@ def open_work(task: Task) -> Iterator[None]:
         if path.exists():
             check_options(task, json.loads(path.read_text()), "begun")
         else:
-            replace_text(path, json.dumps(task.options()))
+            replace_file(path, json.dumps(task.options()).encode())
         for folder in ("plan", "shards"):
             make_folder(task.work / folder)
         for part in task.out.glob("*.part"):
@@ -125,13 +125,3 @@ def check_options(task: Task, before: dict[str, Any], done: str) -> None:
                 f"{task.out}: its preparation was {done} with {name} {old}, not {new}; "
                 "go on with the same options and files, or name another folder with --out"
             )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises UserError where it cannot be written."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

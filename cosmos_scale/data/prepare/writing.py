@@ -12,12 +12,13 @@ from webdataset.writer import TarWriter
 
 from cosmos_scale.config_data import DataConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.index import replace_file
 from cosmos_scale.data.prepare.datasets import Document, join_value, make_document, plain
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
 from cosmos_scale.data.prepare.matching import DUPLICATE
 from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
-from cosmos_scale.data.prepare.work import Task, replace_text
+from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.sample import DamagedSample
 from cosmos_scale.errors import UserError
 
@@ -77,7 +78,7 @@ def write_shard(task: Task, shard: ImageShard) -> Written:
     except OSError as error:
         raise UserError(f"{part}: cannot be written: {error.strerror or error}") from error
     written = Written(shard.name, samples, sink.size if samples else 0, sink.digest.hexdigest(), rejected)
-    replace_text(task.report(shard.name), json.dumps(written))
+    replace_file(task.report(shard.name), json.dumps(written).encode())
     return written
 
 
