@@ -31,9 +31,9 @@ from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.arguments import positive
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.blocks import Block
-from cosmos_scale.data.index import index_shards, open_sources
 from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.loader import TrainLoader
+from cosmos_scale.data.shards.index import index_shards, open_sources
 from cosmos_scale.data.worker import Loaded
 from cosmos_scale.model.tokenizer import Tokenizer
 

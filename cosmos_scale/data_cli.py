@@ -100,7 +100,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.data.index import index_shards
+    from cosmos_scale.data.shards.index import index_shards
 
     report = index_shards(arguments.pattern, arguments.out, workers=arguments.workers, progress=not arguments.quiet)
     print(report.describe())
@@ -162,7 +162,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cosmos_scale.data import inspect, inspect_report
-    from cosmos_scale.data.index import make_folder
+    from cosmos_scale.data.shards.index import make_folder
     from cosmos_scale.model.tokenizer import Tokenizer
 
     config = _config(arguments)

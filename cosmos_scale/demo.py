@@ -29,11 +29,11 @@ from cosmos_scale.data.contact_sheet import contact_sheet
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
-from cosmos_scale.data.index import open_sources
 from cosmos_scale.data.plan import plan_views
 from cosmos_scale.data.sample import SampleKey
 from cosmos_scale.data.scene_shards import build_scenes
-from cosmos_scale.data.shards import ShardReader
+from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.command import evaluate_checkpoint

@@ -21,10 +21,10 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.blocks import block_bytes
 from cosmos_scale.data.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, require_dali
-from cosmos_scale.data.index import MergedIndex
 from cosmos_scale.data.lost import LostShards
 from cosmos_scale.data.order import steps_per_epoch
 from cosmos_scale.data.pictures import batch_fields
+from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsLost, UserError
 

@@ -9,9 +9,9 @@ from itertools import islice
 
 import numpy as np
 
-from cosmos_scale.data.index import MergedIndex
-from cosmos_scale.data.shards import Folders, ShardFile
-from cosmos_scale.data.store import is_remote
+from cosmos_scale.data.shards.index import MergedIndex
+from cosmos_scale.data.shards.reader import Folders, ShardFile
+from cosmos_scale.data.shards.store import is_remote
 
 
 class LostShards:

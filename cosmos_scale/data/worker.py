@@ -21,11 +21,11 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.blocks import Block
 from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.damage import Damage
-from cosmos_scale.data.index import MergedIndex
 from cosmos_scale.data.lost import LostShards
 from cosmos_scale.data.pictures import start_pictures
 from cosmos_scale.data.sample import DamagedSample, LostShard, SampleKey
-from cosmos_scale.data.shards import Location, ShardReader
+from cosmos_scale.data.shards.index import MergedIndex
+from cosmos_scale.data.shards.reader import Location, ShardReader
 from cosmos_scale.errors import ShardsLost, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]

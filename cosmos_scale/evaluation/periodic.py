@@ -11,7 +11,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.config_section import redact_urls
 from cosmos_scale.data.gallery import check_captions, gallery_batches
-from cosmos_scale.data.index import open_sources
+from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import Gather, RetrievalResult, evaluate
 from cosmos_scale.model.cosmos import CosmosModel

@@ -12,7 +12,7 @@ from webdataset.writer import TarWriter
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_data import SourceConfig
-from cosmos_scale.data.index import MergedIndex, index_shards, open_sources
+from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 
 Member = dict[str, Any]
 

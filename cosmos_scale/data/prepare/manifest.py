@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cosmos_scale
-from cosmos_scale.data.index import REJECTED, replace_file
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.matching import UNSEEN
 from cosmos_scale.data.prepare.table import Table, read_summary
 from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
 from cosmos_scale.data.prepare.writing import read_report
+from cosmos_scale.data.shards.index import REJECTED, replace_file
 from cosmos_scale.errors import UserError
 
 FORMAT = "cosmos-scale prepared dataset 1"

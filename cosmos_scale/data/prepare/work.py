@@ -9,10 +9,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.index import make_folder, replace_file
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.sentences import Split
+from cosmos_scale.data.shards.index import make_folder, replace_file
 from cosmos_scale.errors import UserError
 
 MANIFEST = "manifest.json"

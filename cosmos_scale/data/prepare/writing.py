@@ -12,7 +12,6 @@ from webdataset.writer import TarWriter
 
 from cosmos_scale.config_data import DataConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.index import replace_file
 from cosmos_scale.data.prepare.datasets import Document, join_value, make_document, plain
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
 from cosmos_scale.data.prepare.matching import DUPLICATE
@@ -20,6 +19,7 @@ from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.shards.index import replace_file
 from cosmos_scale.errors import UserError
 
 MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default

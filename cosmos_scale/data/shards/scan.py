@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from cosmos_scale.config_data import RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.sample import DamagedSample
-from cosmos_scale.data.shards import (
+from cosmos_scale.data.shards.reader import (
     BLOCK,
     DEFAULT_REMOTE,
     IMAGE_EXTENSIONS,
@@ -30,7 +30,7 @@ from cosmos_scale.data.shards import (
     picture_format,
     refuse_compressed,
 )
-from cosmos_scale.data.store import Transient, fetch_into, is_remote
+from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.errors import UserError
 
 # Most trailing junk after a JPEG's end marker is shorter; past it the picture is decoded to find out.

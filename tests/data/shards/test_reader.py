@@ -10,8 +10,8 @@ import pytest
 
 from cosmos_scale.config_data import RemoteConfig
 from cosmos_scale.data.sample import DamagedSample, LostShard
-from cosmos_scale.data.scan import ShardScan, scan_shard
-from cosmos_scale.data.shards import Location, ShardFile, ShardReader
+from cosmos_scale.data.shards.reader import Location, ShardFile, ShardReader
+from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.errors import UserError
 from tests.data.shard_files import flip_bytes, picture, sample, write_shard
 

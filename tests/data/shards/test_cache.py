@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.data.cache import PART, WHOLE, ShardCache
-from cosmos_scale.data.store import Transient, WrongSize
+from cosmos_scale.data.shards.cache import PART, WHOLE, ShardCache
+from cosmos_scale.data.shards.store import Transient, WrongSize
 from cosmos_scale.errors import UserError
 
 SIZE = 10_240

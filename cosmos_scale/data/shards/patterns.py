@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
-from cosmos_scale.data.store import PIPE, is_remote, is_web, join, list_filesystem, redact
+from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join, list_filesystem, redact
 from cosmos_scale.errors import UserError
 
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")

@@ -11,8 +11,8 @@ import pytest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_data import RemoteConfig
 from cosmos_scale.config_file import dump_config
-from cosmos_scale.data.patterns import parse_pattern
-from cosmos_scale.data.store import (
+from cosmos_scale.data.shards.patterns import parse_pattern
+from cosmos_scale.data.shards.store import (
     CommandStore,
     FilesystemStore,
     Missing,

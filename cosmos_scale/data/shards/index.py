@@ -22,13 +22,13 @@ import numpy as np
 from cosmos_scale.config_data import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.order import EpochOrder, SourceShards
-from cosmos_scale.data.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.sample import LostShard
-from cosmos_scale.data.scan import scan_shard
-from cosmos_scale.data.shards import DEFAULT_REMOTE, Folders, Location, ShardFile
-from cosmos_scale.data.store import Transient, fetch_into, is_remote, join, redact
-from cosmos_scale.data.table import Table, entry_of, open_table, pack_table
-from cosmos_scale.data.unfinished import IndexedShard, Unfinished
+from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
+from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
+from cosmos_scale.data.shards.scan import scan_shard
+from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join, redact
+from cosmos_scale.data.shards.table import Table, entry_of, open_table, pack_table
+from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.errors import UserError
 
 SUMMARY = "index.json"

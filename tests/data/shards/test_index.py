@@ -11,9 +11,9 @@ import pytest
 
 from cosmos_scale.cli import main
 from cosmos_scale.config_data import SourceConfig
-from cosmos_scale.data.index import FORMAT, index_shards, open_index, open_sources
-from cosmos_scale.data.scan import scan_shard
-from cosmos_scale.data.shards import ShardReader
+from cosmos_scale.data.shards.index import FORMAT, index_shards, open_index, open_sources
+from cosmos_scale.data.shards.reader import ShardReader
+from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.errors import UserError
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_scale.config_data import RemoteConfig
-from cosmos_scale.data.shards import DEFAULT_REMOTE, MAY_PASS, Entry
-from cosmos_scale.data.store import Transient, fetch_into, is_remote, redact, retried
+from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, MAY_PASS, Entry
+from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, redact, retried
 from cosmos_scale.errors import UserError
 
 Table = NDArray[np.void]

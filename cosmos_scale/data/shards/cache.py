@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from cosmos_scale.data.store import Transient, WrongSize
+from cosmos_scale.data.shards.store import Transient, WrongSize
 from cosmos_scale.errors import UserError
 
 WHOLE, PART = ".shard", ".part"  # only files with these endings are counted and deleted

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from cosmos_scale.config_data import RemoteConfig
-from cosmos_scale.data.cache import ShardCache
 from cosmos_scale.data.sample import DamagedSample, LostShard
-from cosmos_scale.data.store import (
+from cosmos_scale.data.shards.cache import ShardCache
+from cosmos_scale.data.shards.store import (
     PIPE,
     NoParts,
     Stores,

@@ -1,0 +1,1 @@
+"""Where samples lie: patterns of shards, stores and cache, tar files and their index."""
