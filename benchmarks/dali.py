@@ -25,8 +25,8 @@ from cosmos_scale.data.decode.batched_colour import colour_
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, prepare, require_dali, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
-from cosmos_scale.data.plan import plan_views
-from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.samples.sample import SampleKey
+from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.errors import UserError
 
 PHOTOS, ROUNDS, BATCH = 256, 5, 32

@@ -20,12 +20,12 @@ from webdataset.writer import TarWriter
 from benchmarks.photos import caption_documents, jpeg_photos
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.arguments import positive
-from cosmos_scale.data.captions import POOL_KEYS
 from cosmos_scale.data.prepare.datasets import DREAMLIP, join_value
 from cosmos_scale.data.prepare.prepare import prepare
 from cosmos_scale.data.prepare.rows import scan
 from cosmos_scale.data.prepare.table import Table, build_table, join_hash
-from cosmos_scale.data.sentences import split_published, split_sentences
+from cosmos_scale.data.samples.captions import POOL_KEYS
+from cosmos_scale.data.samples.sentences import split_published, split_sentences
 
 ROWS = 100_000
 PHOTOS, SHARDS, PER_SHARD = 256, 4, 512

@@ -24,13 +24,13 @@ from rich.table import Table
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.contact_sheet import contact_sheet
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
-from cosmos_scale.data.plan import plan_views
-from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.samples.captions import draw_captions
+from cosmos_scale.data.samples.sample import SampleKey
+from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.scene_shards import build_scenes
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader

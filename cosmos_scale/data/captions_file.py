@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.captions import POOL_KEYS
+from cosmos_scale.data.samples.captions import POOL_KEYS
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.

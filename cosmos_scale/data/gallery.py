@@ -10,7 +10,7 @@ from torch import Tensor
 from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.config_data import RemoteConfig
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, ShardReader
 from cosmos_scale.errors import UserError

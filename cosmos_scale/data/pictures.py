@@ -14,8 +14,8 @@ from cosmos_scale.data.blocks import Block, Field
 from cosmos_scale.data.decode.dali import prepare, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
-from cosmos_scale.data.plan import ViewPlan, plan_views
-from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.samples.sample import SampleKey
+from cosmos_scale.data.samples.view_plan import ViewPlan, plan_views
 
 
 class Pictures(Protocol):

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from cosmos_scale.config_data import DataConfig, RemoteConfig
-from cosmos_scale.data.captions import draw_captions
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.work import MANIFEST
-from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.captions import draw_captions
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard

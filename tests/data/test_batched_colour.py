@@ -12,8 +12,16 @@ from PIL import Image, ImageFilter
 from cosmos_scale.config_data import ViewsConfig
 from cosmos_scale.data.decode import MEAN, STD
 from cosmos_scale.data.decode.batched_colour import colour_, normalise_
-from cosmos_scale.data.plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION, plan_views
-from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.samples.sample import SampleKey
+from cosmos_scale.data.samples.view_plan import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    NO_JITTER,
+    NO_SOLARISE,
+    SATURATION,
+    plan_views,
+)
 from tests.data.test_decode import photo, reference_view
 
 Plan = dict[str, torch.Tensor]

@@ -18,8 +18,8 @@ from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, define_pipeline, prepare, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
-from cosmos_scale.data.plan import ViewPlan, plan_views
-from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.view_plan import ViewPlan, plan_views
 from cosmos_scale.errors import UserError
 from tests.data.test_decode import FORMATS, PLAIN, encoded, levels, mean_difference, photo, reference_view
 

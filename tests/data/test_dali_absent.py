@@ -24,7 +24,7 @@ sys.meta_path.insert(0, Hidden())
 import torch
 from cosmos_scale.config_data import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode.dali import DaliDecoder, prepare, stack
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 
 try:

@@ -18,7 +18,7 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.inspect import picture_header
 from cosmos_scale.data.loader import TrainLoader
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -295,7 +295,7 @@ PROBE = """
 import resource, sys
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.inspect import picture_header
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 from tests.data.damaged_pictures import MAX_PIXELS, huge_pictures
 from tests.data.shard_files import picture
 decode_rgbx(picture(0, "WEBP"), MAX_PIXELS)  # every library is loaded

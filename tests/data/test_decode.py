@@ -16,8 +16,8 @@ from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.decode import MEAN, STD, Views
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import evaluation_image, execute, execute_view
-from cosmos_scale.data.plan import NO_JITTER, ViewPlan, plan_views
-from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.view_plan import NO_JITTER, ViewPlan, plan_views
 
 MAX_PIXELS = 10_000_000
 # Mean |difference| in grey levels. torch and Pillow round the bicubic's two passes differently (0.02 to 0.05 measured).

@@ -15,7 +15,7 @@ from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.manifest import Prepared
 from cosmos_scale.data.prepare.prepare import prepare
-from cosmos_scale.data.sentences import Split
+from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.downloads import (
     DREAMLIP_HEADER,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_scale.data.decode import MEAN, STD
-from cosmos_scale.data.plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION
+from cosmos_scale.data.samples.view_plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION
 
 LUMA = (19595.0, 38470.0, 7471.0)  # ITU-R 601-2 weights of red, green, blue, times 2^16
 BLUR_PASSES = 3  # box blurs that stand for one Gaussian

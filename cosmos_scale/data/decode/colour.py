@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cosmos_scale.data.decode.picture import Pixels
-from cosmos_scale.data.plan import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from cosmos_scale.data.samples.view_plan import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 cv2.setNumThreads(0)  # a loader has as many processes as it may use cores
 

@@ -18,8 +18,8 @@ from cosmos_scale.config_data import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.batched_colour import colour_, normalise_
 from cosmos_scale.data.decode.picture import JPEG_START, decode_rgbx
-from cosmos_scale.data.plan import ViewPlan
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.data.samples.view_plan import ViewPlan
 from cosmos_scale.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cosmos_scale.data.decode import MEAN, STD, colour
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
-from cosmos_scale.data.plan import NO_JITTER, NO_SOLARISE, ViewPlan
+from cosmos_scale.data.samples.view_plan import NO_JITTER, NO_SOLARISE, ViewPlan
 
 # The normalised value of each of the 256 levels, a table a channel.
 TABLES = [

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from cosmos_scale.data.captions import POOL_KEYS
-from cosmos_scale.data.sample import DamagedSample
-from cosmos_scale.data.sentences import Split, splitter
+from cosmos_scale.data.samples.captions import POOL_KEYS
+from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.data.samples.sentences import Split, splitter
 
 Join = Literal["url", "key", "uid"]
 Document = dict[str, str | list[str]]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.datasets import Join, join_value
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.patterns import COMPRESSED_ENDINGS
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.errors import UserError

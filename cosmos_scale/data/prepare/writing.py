@@ -18,7 +18,7 @@ from cosmos_scale.data.prepare.matching import DUPLICATE
 from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
 from cosmos_scale.data.prepare.work import Task
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import replace_file
 from cosmos_scale.errors import UserError
 

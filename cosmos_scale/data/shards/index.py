@@ -22,7 +22,7 @@ import numpy as np
 from cosmos_scale.config_data import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.order import EpochOrder, SourceShards
-from cosmos_scale.data.sample import LostShard
+from cosmos_scale.data.samples.sample import LostShard
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
 from cosmos_scale.data.shards.scan import scan_shard

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config_data import RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import (
     BLOCK,
     DEFAULT_REMOTE,

@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given, settings, strategies
 
-from cosmos_scale.data.sentences import split_published, split_sentences, splitter
+from cosmos_scale.data.samples.sentences import split_published, split_sentences, splitter
 
 HARD = [
     ("A cat.", ["A cat"]),

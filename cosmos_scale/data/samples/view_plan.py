@@ -14,7 +14,7 @@ import numpy.typing as npt
 from numpy.random.bit_generator import ISeedSequence
 
 from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
-from cosmos_scale.data.sample import SampleKey
+from cosmos_scale.data.samples.sample import SampleKey
 
 VIEW_STREAM = 0
 CAPTION_STREAM = 1

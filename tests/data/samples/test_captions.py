@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from cosmos_scale.config_data import CaptionSampling, CaptionsConfig
-from cosmos_scale.data.captions import draw_captions
-from cosmos_scale.data.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.captions import draw_captions
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 
 # A right law falls below this in one choice of seeds of a thousand; the seeds here are fixed.
 P_VALUE = 1e-3

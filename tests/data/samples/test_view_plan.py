@@ -9,7 +9,8 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
-from cosmos_scale.data.plan import (
+from cosmos_scale.data.samples.sample import SampleKey
+from cosmos_scale.data.samples.view_plan import (
     CAPTION_STREAM,
     NO_JITTER,
     NO_SOLARISE,
@@ -19,7 +20,6 @@ from cosmos_scale.data.plan import (
     plan_views,
     sample_generator,
 )
-from cosmos_scale.data.sample import SampleKey
 
 VIEWS = ViewsConfig()
 DRAWS = 4000
