@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from webdataset.filters import shuffle
 
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.data.order import EpochOrder, SourceShards
+from cosmos_scale.data.training.order import EpochOrder, SourceShards
 
 MERGED = {"CC3M": (2_823_019, 670), "CC12M": (10_010_225, 2377), "YFCC15M": (14_065_827, 3341)}  # samples, shards
 WINDOW = 65536

@@ -34,9 +34,9 @@ from benchmarks.mixing import MERGED
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.arguments import positive
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.shards.index import FORMAT, SUMMARY, index_shards, open_sources
 from cosmos_scale.data.shards.reader import Location
+from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
 
 SAMPLES = 4697  # a shard: 6,388 of them make 30 million

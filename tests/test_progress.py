@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from cosmos_scale.config_file import load_config
-from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.engine import collectives
 from cosmos_scale.engine.collectives import Ranks, start_ranks
 from cosmos_scale.metrics import console_line

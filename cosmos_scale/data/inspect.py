@@ -25,12 +25,12 @@ from cosmos_scale.data.contact_sheet import Original, contact_sheet
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.shards.reader import ShardReader
+from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.verify import reason_class
 from cosmos_scale.errors import ShardsLost, UserError
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from cosmos_scale.config_data import BlurConfig, DaliConfig, JitterConfig, ViewsConfig
-from cosmos_scale.data.blocks import Block
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, define_pipeline, prepare, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.samples.view_plan import ViewPlan, plan_views
+from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.errors import UserError
 from tests.data.test_decode import FORMATS, PLAIN, encoded, levels, mean_difference, photo, reference_view
 

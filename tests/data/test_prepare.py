@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from cosmos_scale.config_data import CaptionSampling
-from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.manifest import Prepared
 from cosmos_scale.data.prepare.prepare import prepare
 from cosmos_scale.data.samples.sentences import Split
+from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.downloads import (
     DREAMLIP_HEADER,

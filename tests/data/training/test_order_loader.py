@@ -9,8 +9,8 @@ import torch
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.shard_files import tiny_config, write_shards
 

@@ -11,10 +11,10 @@ import torch
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.blocks import ALIGNMENT, Block, Field, block_bytes
-from cosmos_scale.data.loader import TrainLoader
-from cosmos_scale.data.lost import LostShards
-from cosmos_scale.data.worker import Loaded, StepBatches
+from cosmos_scale.data.training.blocks import ALIGNMENT, Block, Field, block_bytes
+from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.lost import LostShards
+from cosmos_scale.data.training.worker import Loaded, StepBatches
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.shard_files import open_folder, tiny_config, write_shards

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.blocks import block_bytes
-from cosmos_scale.data.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, require_dali
-from cosmos_scale.data.lost import LostShards
-from cosmos_scale.data.order import steps_per_epoch
 from cosmos_scale.data.pictures import batch_fields
 from cosmos_scale.data.shards.index import MergedIndex
-from cosmos_scale.data.worker import Loaded, StepBatches, Tokenize, start_worker
+from cosmos_scale.data.training.blocks import block_bytes
+from cosmos_scale.data.training.damage import Damage, DamageCount, DamageLog
+from cosmos_scale.data.training.lost import LostShards
+from cosmos_scale.data.training.order import steps_per_epoch
+from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsLost, UserError
 
 MOST_WORKERS = 8  # by default: what lies above is the user's choice

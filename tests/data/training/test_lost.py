@@ -14,8 +14,8 @@ import torch
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.loader import TrainLoader
-from cosmos_scale.data.lost import LostShards
+from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.engine.collectives import start_ranks
 from cosmos_scale.engine.lookahead import Lookahead, StopRequest
 from cosmos_scale.errors import ShardsLost, UserError

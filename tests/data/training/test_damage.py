@@ -17,9 +17,9 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.inspect import picture_header
-from cosmos_scale.data.loader import TrainLoader
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY

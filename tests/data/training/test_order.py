@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.mixing import WINDOW, merged_sources
-from cosmos_scale.data.order import EpochOrder, SourceShards, Visits, steps_per_epoch
+from cosmos_scale.data.training.order import EpochOrder, SourceShards, Visits, steps_per_epoch
 from cosmos_scale.errors import UserError
 
 Sources = list[SourceShards]

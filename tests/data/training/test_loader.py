@@ -20,12 +20,12 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
-from cosmos_scale.data.loader import TrainLoader, default_workers
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.scan import scan_shard
+from cosmos_scale.data.training.loader import TrainLoader, default_workers
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
 from tests.data.shard_files import flip_bytes, open_folder, picture, sample, tiny_config, write_shard, write_shards

@@ -18,14 +18,14 @@ from torch.utils.data import Dataset
 
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.blocks import Block
-from cosmos_scale.data.damage import Damage
-from cosmos_scale.data.lost import LostShards
 from cosmos_scale.data.pictures import start_pictures
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, LostShard, SampleKey
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.reader import Location, ShardReader
+from cosmos_scale.data.training.blocks import Block
+from cosmos_scale.data.training.damage import Damage
+from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.errors import ShardsLost, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]
