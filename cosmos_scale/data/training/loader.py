@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, require_dali
-from cosmos_scale.data.pictures import batch_fields
+from cosmos_scale.data.decode.pictures import batch_fields
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.training.blocks import block_bytes
 from cosmos_scale.data.training.damage import Damage, DamageCount, DamageLog

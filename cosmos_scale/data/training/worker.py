@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.pictures import start_pictures
+from cosmos_scale.data.decode.pictures import start_pictures
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, LostShard, SampleKey
 from cosmos_scale.data.shards.index import MergedIndex

@@ -23,7 +23,7 @@ from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY
-from tests.data.damaged_pictures import (
+from tests.data.decode.damaged_pictures import (
     MAX_PIXELS,
     damaged_pictures,
     damaged_texts,
@@ -296,7 +296,7 @@ import resource, sys
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.inspect import picture_header
 from cosmos_scale.data.samples.sample import DamagedSample
-from tests.data.damaged_pictures import MAX_PIXELS, huge_pictures
+from tests.data.decode.damaged_pictures import MAX_PIXELS, huge_pictures
 from tests.data.shard_files import picture
 decode_rgbx(picture(0, "WEBP"), MAX_PIXELS)  # every library is loaded
 pages = int(open("/proc/self/statm").read().split()[0])

@@ -22,7 +22,7 @@ from cosmos_scale.data.samples.view_plan import (
     SATURATION,
     plan_views,
 )
-from tests.data.test_decode import photo, reference_view
+from tests.data.decode.test_torch_cpu import photo, reference_view
 
 Plan = dict[str, torch.Tensor]
 

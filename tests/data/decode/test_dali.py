@@ -21,7 +21,7 @@ from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.samples.view_plan import ViewPlan, plan_views
 from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.errors import UserError
-from tests.data.test_decode import FORMATS, PLAIN, encoded, levels, mean_difference, photo, reference_view
+from tests.data.decode.test_torch_cpu import FORMATS, PLAIN, encoded, levels, mean_difference, photo, reference_view
 
 # Mean |difference| in grey levels. Pillow and torch round between the two passes of a resize, DALI does not: 0.17 to
 # 0.25 measured. Where a picture is blown up several times its border counts, which DALI continues in another way.
