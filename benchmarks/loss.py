@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from benchmarks.allocation import peak_bytes
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.data.jobs import progress_bar
+from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.kernels import contrastive
 
 V, T, B, E = 8, 4, 512, 512

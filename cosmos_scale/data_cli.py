@@ -85,7 +85,7 @@ def add_parsers(commands: "Commands") -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.data.build import build_shards
+    from cosmos_scale.data.tools.build import build_shards
 
     report = build_shards(
         arguments.images,
@@ -192,7 +192,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.data import verify
+    from cosmos_scale.data.tools import verify
 
     config = _config(arguments)
     verdict = verify.verify_shards(

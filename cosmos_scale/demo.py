@@ -24,7 +24,6 @@ from rich.table import Table
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.data.contact_sheet import contact_sheet
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
@@ -34,6 +33,7 @@ from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.scene_shards import build_scenes
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
+from cosmos_scale.data.tools.contact_sheet import contact_sheet
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.command import evaluate_checkpoint

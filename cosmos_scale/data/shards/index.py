@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from cosmos_scale.config_data import RemoteConfig, SourceConfig
-from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import LostShard
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
@@ -28,6 +27,7 @@ from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join, redact
 from cosmos_scale.data.shards.table import Table, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
+from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.data.training.order import EpochOrder, SourceShards
 from cosmos_scale.errors import UserError
 

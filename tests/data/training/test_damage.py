@@ -16,9 +16,9 @@ import torch
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.inspect import picture_header
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.tools.inspect import picture_header
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -294,7 +294,7 @@ def test_training_goes_on_up_to_the_limit_and_stops_past_it(half_damaged: tuple[
 PROBE = """
 import resource, sys
 from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.inspect import picture_header
+from cosmos_scale.data.tools.inspect import picture_header
 from cosmos_scale.data.samples.sample import DamagedSample
 from tests.data.decode.damaged_pictures import MAX_PIXELS, huge_pictures
 from tests.data.shard_files import picture

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cosmos_scale.data.build import BuildReport, build_shards
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.shards.reader import ShardReader
+from cosmos_scale.data.tools.build import BuildReport, build_shards
 from cosmos_scale.errors import UserError
 from tests.data.shard_files import open_folder, picture
 

@@ -17,11 +17,11 @@ from PIL import Image
 from cosmos_scale import cli
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.data import inspect
-from cosmos_scale.data.contact_sheet import Original, contact_sheet, to_image
 from cosmos_scale.data.decode import Views
-from cosmos_scale.data.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.shards.index import index_shards, open_sources
+from cosmos_scale.data.tools import inspect
+from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet, to_image
+from cosmos_scale.data.tools.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.shard_files import Member, flip_bytes, open_folder, picture, write_shard, write_shards

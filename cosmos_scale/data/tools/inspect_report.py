@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from cosmos_scale.data.inspect import Survey, Tally
+from cosmos_scale.data.tools.inspect import Survey, Tally
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from cosmos_scale.data.contact_sheet import GLOBAL, LOCAL, ORIGINAL_WIDTH, Original, contact_sheet, to_image
 from cosmos_scale.data.decode import MEAN, STD, Views
+from cosmos_scale.data.tools.contact_sheet import GLOBAL, LOCAL, ORIGINAL_WIDTH, Original, contact_sheet, to_image
 
 
 def noise(

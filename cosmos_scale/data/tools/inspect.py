@@ -1,7 +1,7 @@
 """What lies in shards, measured on some of their samples: `cosmos-scale data inspect`.
 
 Everything is counted by value, so that the tallies of many processes add up exactly, and stay small for any number of
-samples. Pictures are not decoded: their headers tell size and format. `cosmos_scale.data.verify` reads them whole.
+samples. Pictures are not decoded: their headers tell size and format. `cosmos_scale.data.tools.verify` reads them whole.
 """
 
 import time
@@ -21,17 +21,17 @@ from torch import Tensor
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_data import DataConfig
-from cosmos_scale.data.contact_sheet import Original, contact_sheet
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
-from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.shards.reader import ShardReader
+from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet
+from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
+from cosmos_scale.data.tools.verify import reason_class
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.data.verify import reason_class
 from cosmos_scale.errors import ShardsLost, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]

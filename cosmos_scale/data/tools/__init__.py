@@ -1,0 +1,1 @@
+"""What the data commands do: build, verify and inspect shards."""
