@@ -30,7 +30,7 @@ from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
-from cosmos_scale.data.scene_shards import build_scenes
+from cosmos_scale.data.scenes.scene_shards import build_scenes
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import contact_sheet

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosmos_scale.data.scene_shards import SceneShards, build_scenes
+from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from cosmos_scale.checkpoint.state import SAVED_AS, newest
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 
 SECONDS = 120.0  # for a run that takes some ten; a hang ends here
 

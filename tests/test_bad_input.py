@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
 from tests.runs import TINY, Finished, launch, records, start, train, write_run
 

@@ -11,7 +11,7 @@ import pytest
 
 from cosmos_scale.checkpoint.state import read_state
 from cosmos_scale.config_file import load_config
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from tests.data.shard_files import sample, write_shard, write_shards
 from tests.runs import last_checkpoint, records, start, train, wait_for_step, write_run

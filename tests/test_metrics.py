@@ -9,7 +9,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cosmos_scale.config import LogConfig, WandbConfig
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.metrics import MetricLog
 from tests.runs import records, train, write_run

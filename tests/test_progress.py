@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cosmos_scale.config_file import load_config
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.engine import collectives

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from tests.data.shard_files import write_shards
 from tests.data.web_server import web_server
 from tests.runs import records, train, write_run

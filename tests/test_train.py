@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.evaluation.command import evaluate_checkpoint
 from tests.runs import Run, checkpoint_tensors, last_checkpoint, launch, records, start, train, wait_for_step, write_run
 

@@ -9,7 +9,7 @@ import pytest
 
 from cosmos_scale import cli
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from tests.runs import records, train, write_run
 
 COMPUTED = ("step", "loss", "clip", "distill", "scale", "distill_scale", "grad_norm")

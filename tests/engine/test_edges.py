@@ -9,7 +9,7 @@ import torch
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.collectives import start_ranks
 from tests.distributed import run_ranks
 from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config

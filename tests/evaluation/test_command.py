@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cosmos_scale.checkpoint import find_checkpoint, load_weights
-from cosmos_scale.data.scene_shards import SceneShards, build_scenes
+from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.command import evaluate_checkpoint, run
 from tests.checkpoint.edit import content_of, rewrite

@@ -12,7 +12,7 @@ import pytest
 
 from cosmos_scale import cli
 from cosmos_scale.data.shards.index import index_shards
-from tests.data.downloads import download, dreamlip_row, write_dreamlip, write_tar
+from tests.data.prepare.downloads import download, dreamlip_row, write_dreamlip, write_tar
 from tests.data.shard_files import Member, picture, sample, write_shard, write_shards
 from tests.data.web_server import web_server
 

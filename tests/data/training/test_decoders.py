@@ -12,7 +12,7 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode import STD
-from cosmos_scale.data.scene_shards import SceneShards
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import ShardsLost, UserError

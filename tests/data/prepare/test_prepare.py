@@ -17,7 +17,7 @@ from cosmos_scale.data.prepare.prepare import prepare
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.downloads import (
+from tests.data.prepare.downloads import (
     DREAMLIP_HEADER,
     Download,
     download,

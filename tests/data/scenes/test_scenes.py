@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmos_scale.data.scene_shards import build_scenes, split_scenes
-from cosmos_scale.data.scenes import (
+from cosmos_scale.data.scenes.scene_shards import build_scenes, split_scenes
+from cosmos_scale.data.scenes.scenes import (
     BACKGROUNDS,
     CLASSES,
     COLOURS,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos_scale.data.scenes import CLASSES, Scene, captions, draw_scene, render
+from cosmos_scale.data.scenes.scenes import CLASSES, Scene, captions, draw_scene, render
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 

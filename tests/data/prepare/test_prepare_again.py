@@ -16,7 +16,7 @@ from cosmos_scale import cli
 from cosmos_scale.data.prepare import rows
 from cosmos_scale.errors import UserError
 from tests.conftest import REPOSITORY
-from tests.data.downloads import (
+from tests.data.prepare.downloads import (
     DREAMLIP_HEADER,
     Download,
     download,
@@ -28,8 +28,8 @@ from tests.data.downloads import (
     write_parquet,
     write_tar,
 )
+from tests.data.prepare.test_prepare import run
 from tests.data.shard_files import picture
-from tests.data.test_prepare import run
 
 SHARDS, PER_SHARD = 12, 3
 

@@ -1,0 +1,1 @@
+"""The demo's data: painted scenes with captions that are true of them."""
