@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
 from cosmos_scale.config_data import SourceConfig
-from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.gallery import gallery_batches
 from cosmos_scale.evaluation.retrieval import RetrievalResult, evaluate, results_table
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer

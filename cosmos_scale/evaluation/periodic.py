@@ -10,9 +10,9 @@ from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_data import SourceConfig
 from cosmos_scale.config_section import redact_urls
-from cosmos_scale.data.gallery import check_captions, gallery_batches
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.gallery import check_captions, gallery_batches
 from cosmos_scale.evaluation.retrieval import Gather, RetrievalResult, evaluate
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer

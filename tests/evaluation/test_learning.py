@@ -10,9 +10,9 @@ import torch
 
 from cosmos_scale.checkpoint import load_weights, newest, read_run_config
 from cosmos_scale.config_data import SourceConfig
-from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.evaluation.gallery import gallery_batches
 from cosmos_scale.evaluation.retrieval import evaluate
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer

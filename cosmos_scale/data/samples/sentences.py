@@ -1,7 +1,7 @@
 """Running text to sentences: by rules for English captions, as the published code does it, or not at all.
 
-Of the 63 hard cases that `tests/data/samples/test_sentences.py` began with, the libraries for it keep 50 (blingfire 0.1.8),
-53 (pysbd 0.3.4), 54 (syntok 1.4.4) and 55 (sentencex 1.0.32): each cuts file names, list numbers or "vol. 2".
+`tests/data/samples/test_sentences.py` began with 63 hard cases. Of these the libraries for sentences keep 50 (blingfire
+0.1.8), 53 (pysbd 0.3.4), 54 (syntok 1.4.4) and 55 (sentencex 1.0.32): each cuts file names, list numbers or "vol. 2".
 """
 
 import re

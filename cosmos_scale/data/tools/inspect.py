@@ -1,7 +1,7 @@
 """What lies in shards, measured on some of their samples: `cosmos-scale data inspect`.
 
 Everything is counted by value, so that the tallies of many processes add up exactly, and stay small for any number of
-samples. Pictures are not decoded: their headers tell size and format. `cosmos_scale.data.tools.verify` reads them whole.
+samples. Pictures are not decoded: their headers tell size and format. `data verify` reads them whole.
 """
 
 import time

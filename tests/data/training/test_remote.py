@@ -16,13 +16,13 @@ import torch
 
 from cosmos_scale.cli import main
 from cosmos_scale.config_data import RemoteConfig, SourceConfig
-from cosmos_scale.data.gallery import gallery_batches
 from cosmos_scale.data.samples.sample import LostShard
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.gallery import gallery_batches
 from cosmos_scale.model.tokenizer import Tokenizer
 from tests.data.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
 from tests.data.web_server import Fault, WebServer, web_server
