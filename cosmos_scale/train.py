@@ -12,13 +12,13 @@ from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
 from cosmos_scale.engine.collectives import Ranks, lost_contact, start_ranks
-from cosmos_scale.engine.lookahead import Lookahead, StopRequest
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
-from cosmos_scale.explain import explain
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
-from cosmos_scale.progress import Progress
-from cosmos_scale.run import prepare
+from cosmos_scale.run.explain import explain
+from cosmos_scale.run.lookahead import Lookahead, StopRequest
+from cosmos_scale.run.progress import Progress
+from cosmos_scale.run.run import prepare
 from cosmos_scale.step import train_step
 
 EXAMPLES = """examples:

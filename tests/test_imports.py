@@ -136,7 +136,7 @@ def test_optional_packages_have_one_place(package: str) -> None:
         ("cosmos_scale/model/planted.py", "import torch.distributed as dist", "torch.distributed"),
         ("cosmos_scale/train.py", "from torch import distributed", "torch.distributed"),
         ("cosmos_scale/step.py", "import deepspeed", "deepspeed"),
-        ("cosmos_scale/metrics.py", "import wandb", "at import time"),
+        ("cosmos_scale/run/metrics.py", "import wandb", "at import time"),
     ],
 )
 def test_planted_imports_are_refused(

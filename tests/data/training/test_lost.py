@@ -17,9 +17,9 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.engine.collectives import start_ranks
-from cosmos_scale.engine.lookahead import Lookahead, StopRequest
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.run.lookahead import Lookahead, StopRequest
 from tests.data.shard_files import open_folder, tiny_config, write_shards
 from tests.distributed import run_ranks
 

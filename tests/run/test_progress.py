@@ -16,9 +16,9 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.engine import collectives
 from cosmos_scale.engine.collectives import Ranks, start_ranks
-from cosmos_scale.metrics import console_line
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.progress import Progress
+from cosmos_scale.run.metrics import console_line
+from cosmos_scale.run.progress import Progress
 from tests.checkpoint.edit import content_of, replace_tensors
 from tests.distributed import run_ranks
 from tests.engine.tiny import build_tiny, tiny_batch, tiny_config
@@ -136,7 +136,7 @@ def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
 
     waits = ((0.1, 0.3, 1.0, 1.0), (0.5, 0.1, 0.0, 0.0))[rank]
     with pytest.MonkeyPatch.context() as patch, Progress(config, ranks, folder, first_step=0, last_step=4) as progress:
-        patch.setattr("cosmos_scale.progress.from_all", counted)
+        patch.setattr("cosmos_scale.run.progress.from_all", counted)
         for step, wait in enumerate(waits, start=1):
             output = tiny.step(step)
             progress.after_step(step, output, batch, tiny.student, lr=0.0, momentum=0.0, data_wait=wait)

@@ -16,7 +16,7 @@ from cosmos_scale.engine.collectives import Ranks, from_all, raise_together
 from cosmos_scale.engine.student import Student
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table
-from cosmos_scale.metrics import MetricLog
+from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.step import StepOutput
 
 

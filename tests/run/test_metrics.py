@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
-from cosmos_scale.metrics import MetricLog
+from cosmos_scale.run.metrics import MetricLog
 from tests.runs import records, train, write_run
 
 NUMBERS = [

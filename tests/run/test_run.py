@@ -6,7 +6,7 @@ from cosmos_scale.config_file import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.collectives import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run import prepare
+from cosmos_scale.run.run import prepare
 from tests.data.shard_files import write_shards
 from tests.distributed import run_ranks
 from tests.runs import write_run

@@ -11,7 +11,7 @@ from cosmos_scale.config_file import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.errors import UserError
-from cosmos_scale.explain import count_parameters, explain
+from cosmos_scale.run.explain import count_parameters, explain
 from tests.conftest import REPOSITORY
 
 RUNS = sorted((REPOSITORY / "configs" / "run").glob("*.yaml"))
