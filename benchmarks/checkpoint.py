@@ -23,7 +23,7 @@ from cosmos_scale.checkpoint.state import RunState, checkpoint_name, load_checkp
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss import CosmosLoss

@@ -28,8 +28,8 @@ from benchmarks.allocation import held_bytes, peak_bytes
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.collectives import Ranks, start_ranks
 from cosmos_scale.engine.memory import Row, state_memory, total
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss

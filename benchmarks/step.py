@@ -31,7 +31,7 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.tools.build import build_shards
 from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.data.training.loader import TrainLoader, default_workers
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss import CosmosLoss, LossOutput

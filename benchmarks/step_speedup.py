@@ -27,7 +27,7 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
 from cosmos_scale.data.tools.jobs import progress_bar
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher

@@ -11,7 +11,7 @@ from cosmos_scale.arguments import positive
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import load_config
-from cosmos_scale.engine.collectives import Ranks, lost_contact, start_ranks
+from cosmos_scale.engine.ranks import Ranks, lost_contact, start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
 from cosmos_scale.loss.cosmos_loss import CosmosLoss

@@ -31,7 +31,7 @@ from cosmos_scale.config import (
     ZeroConfig,
 )
 from cosmos_scale.config_data import CaptionsConfig, DataConfig, ViewsConfig
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher

@@ -35,7 +35,7 @@ from benchmarks.step_speedup import (
 )
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import ModelConfig, RunConfig
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 
 NEEDED = ("open_clip.model", "open_clip.loss", "training.train")

@@ -11,10 +11,10 @@ from torch import Tensor
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import cut, join, surrogate
-from cosmos_scale.engine.collectives import Ranks, all_gather_flat
 from cosmos_scale.engine.deepspeed_config import deepspeed_config, gradient_bucket
 from cosmos_scale.engine.optimizer import SCALES_GROUP, build_optimizer
 from cosmos_scale.engine.placement import Names, Placement, masters, placements, whole
+from cosmos_scale.engine.ranks import Ranks, all_gather_flat
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.model.cosmos import CosmosModel
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from cosmos_scale.batch import Batch, TeacherFeatures
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import join
-from cosmos_scale.engine.collectives import all_gather_flat
 from cosmos_scale.engine.deepspeed_config import teacher_deepspeed_config
 from cosmos_scale.engine.placement import whole
+from cosmos_scale.engine.ranks import all_gather_flat
 from cosmos_scale.engine.student import Student
 from cosmos_scale.model.cosmos import CosmosModel
 

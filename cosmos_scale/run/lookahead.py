@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from cosmos_scale.batch import Batch
-from cosmos_scale.engine.collectives import PendingMaxima, Ranks, from_all, raise_together
+from cosmos_scale.engine.ranks import PendingMaxima, Ranks, from_all, raise_together
 from cosmos_scale.errors import ShardsLost, UserError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cosmos_scale.batch import Batch
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.collectives import Ranks, from_all, raise_together
+from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.engine.student import Student
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table

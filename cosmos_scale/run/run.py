@@ -14,7 +14,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config_file import changed_on_resume, dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.engine.collectives import Ranks, check_precision, from_all, gather_rows, raise_together
+from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, gather_rows, raise_together
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import DTYPES, Teacher

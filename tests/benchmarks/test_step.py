@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.step import Measured, Stopwatch, Trainer
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss import CosmosLoss

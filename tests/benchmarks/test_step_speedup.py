@@ -31,7 +31,7 @@ from benchmarks.step_speedup import (
 )
 from cosmos_scale.batch import Features, caption_lengths
 from cosmos_scale.config import ModelConfig, RunConfig
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.kernels.attention import Segments
 from cosmos_scale.model.cosmos import CosmosModel

@@ -13,7 +13,7 @@ from cosmos_scale.checkpoint import files
 from cosmos_scale.checkpoint.state import KINDS, FragmentReader, Manifest, RunState, read_manifest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.fragments import Fragment

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from tests.engine.tiny import GLOBAL_BATCH, build_tiny, tiny_config, whole, worst_difference
 
 # fp32 sums of one batch in another order.

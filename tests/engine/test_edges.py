@@ -10,7 +10,7 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from tests.distributed import run_ranks
 from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 from tests.runs import records, train, write_run

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from tests.distributed import run_ranks
 from tests.engine.tiny import build_tiny, tiny_batch, tiny_config, whole, worst_difference
 

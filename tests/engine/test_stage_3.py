@@ -7,8 +7,8 @@ import torch
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine import student as student_module
-from cosmos_scale.engine.collectives import start_ranks
 from cosmos_scale.engine.deepspeed_config import deepspeed_config
+from cosmos_scale.engine.ranks import start_ranks
 from tests.distributed import run_ranks
 from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 

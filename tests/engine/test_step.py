@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.batch import Features
-from cosmos_scale.engine.collectives import Ranks, start_ranks
 from cosmos_scale.engine.optimizer import SCALE_RANGE
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from tests.engine.tiny import GLOBAL_BATCH, Tiny, build_tiny, tiny_batch, tiny_config, whole
 
 STAGES = [0, 1, 2, 3]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.collectives import Ranks
+from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss

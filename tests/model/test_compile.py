@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.model.cosmos import CosmosModel
 from tests.engine.tiny import GLOBAL_BATCH, build_tiny, tiny_config
 from tests.model.models import SMALL, initialised, random_batch

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 
 from cosmos_scale.batch import Batch
-from cosmos_scale.engine.collectives import lost_contact, start_ranks
+from cosmos_scale.engine.ranks import lost_contact, start_ranks
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
 from tests.distributed import run_ranks

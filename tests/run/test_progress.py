@@ -14,8 +14,8 @@ from cosmos_scale.config_file import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.engine import collectives
-from cosmos_scale.engine.collectives import Ranks, start_ranks
+from cosmos_scale.engine import ranks as collectives
+from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.metrics import console_line
 from cosmos_scale.run.progress import Progress

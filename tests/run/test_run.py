@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cosmos_scale.config_file import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.run import prepare
 from tests.data.shard_files import write_shards

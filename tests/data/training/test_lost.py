@@ -16,7 +16,7 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.lost import LostShards
-from cosmos_scale.engine.collectives import start_ranks
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
