@@ -22,7 +22,7 @@ from cosmos_scale.checkpoint.files import TensorFile
 from cosmos_scale.checkpoint.state import RunState, checkpoint_name, load_checkpoint, newest, read_manifest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher

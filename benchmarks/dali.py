@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.photos import PIXELS, jpeg_photos
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.config_data import DaliConfig, ViewsConfig
+from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.batched_colour import colour_
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, prepare, require_dali, stack

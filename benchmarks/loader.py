@@ -30,7 +30,7 @@ from benchmarks.published_views import (
     seed_published,
 )
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.config_data import CaptionsConfig, ViewsConfig
+from cosmos_scale.config import CaptionsConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import blur_and_solarise, crop, execute, normalise, recolour

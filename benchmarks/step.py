@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Batch, Features, TeacherFeatures
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import build_scenes
 from cosmos_scale.data.scenes.scenes import captions, draw_scene, render
 from cosmos_scale.data.shards.index import open_sources

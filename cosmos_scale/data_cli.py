@@ -140,8 +140,8 @@ def _count(text: str) -> int:
 
 def _config(arguments: argparse.Namespace) -> "RunConfig":
     """The run that a command is to look at: one from a file, or the defaults over a pattern of shards."""
-    from cosmos_scale.config_file import load_config, make_config
-    from cosmos_scale.config_section import redact_urls
+    from cosmos_scale.config.load import load_config, make_config
+    from cosmos_scale.config.section import redact_urls
 
     overrides = list(arguments.overrides)
     if arguments.captions is not None:

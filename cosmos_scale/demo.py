@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute

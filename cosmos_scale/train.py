@@ -10,7 +10,7 @@ from pathlib import Path
 from cosmos_scale.arguments import positive
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.engine.ranks import Ranks, lost_contact, start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cosmos_scale.checkpoint.state import read_state
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from tests.data.shard_files import sample, write_shard, write_shards

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from cosmos_scale import demo
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from tests.conftest import REPOSITORY
 
 

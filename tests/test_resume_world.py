@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.config_data import SourceConfig
+from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from tests.recorded_train import RECORDS, recorded_samples

@@ -21,16 +21,18 @@ from torch import Tensor
 
 from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
 from cosmos_scale.config import (
+    CaptionsConfig,
+    DataConfig,
     EmaConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
     TextConfig,
     TrainConfig,
+    ViewsConfig,
     VisionConfig,
     ZeroConfig,
 )
-from cosmos_scale.config_data import CaptionsConfig, DataConfig, ViewsConfig
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.engine.student import Student

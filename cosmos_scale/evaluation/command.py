@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
-from cosmos_scale.config_data import SourceConfig
+from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import gallery_batches

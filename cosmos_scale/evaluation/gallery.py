@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.batch import GalleryBatch
-from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import MergedIndex

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.batch import GalleryBatch
-from cosmos_scale.config import RunConfig
-from cosmos_scale.config_data import SourceConfig
-from cosmos_scale.config_section import redact_urls
+from cosmos_scale.config import RunConfig, SourceConfig
+from cosmos_scale.config.section import redact_urls
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import check_captions, gallery_batches

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_section import redact_urls
+from cosmos_scale.config.section import redact_urls
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.memory import state_memory, total

@@ -11,7 +11,7 @@ from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_as
 from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import changed_on_resume, dump_config
+from cosmos_scale.config.load import changed_on_resume, dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, gather_rows, raise_together

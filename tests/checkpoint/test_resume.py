@@ -10,8 +10,7 @@ import torch.distributed as dist
 from cosmos_scale.checkpoint.resume import Start, find_start, set_aside
 from cosmos_scale.checkpoint.state import RunState, newest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
-from cosmos_scale.config import CheckpointConfig, RunConfig
-from cosmos_scale.config_data import SourceConfig
+from cosmos_scale.config import CheckpointConfig, RunConfig, SourceConfig
 from cosmos_scale.errors import UserError
 from tests.checkpoint.edit import content_of, rewrite
 from tests.distributed import run_ranks

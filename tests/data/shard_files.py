@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from cosmos_scale.config import RunConfig
-from cosmos_scale.config_data import SourceConfig
+from cosmos_scale.config import RunConfig, SourceConfig
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 
 Member = dict[str, Any]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cosmos_scale.checkpoint import load_weights, newest, read_run_config
-from cosmos_scale.config_data import SourceConfig
+from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.evaluation.gallery import gallery_batches

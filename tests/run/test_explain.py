@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.errors import UserError

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_scale.config_data import ViewsConfig
+from cosmos_scale.config import ViewsConfig
 
 # CLIP's statistics of RGB values in 0..1 (Radford et al. 2021, released code).
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from cosmos_scale.config_data import DaliConfig, ViewsConfig
+from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.batched_colour import colour_, normalise_
 from cosmos_scale.data.decode.picture import JPEG_START, decode_rgbx

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
-from cosmos_scale.config_data import DataConfig
+from cosmos_scale.config import DataConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.prepare.datasets import Document, join_value, make_document, plain
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing

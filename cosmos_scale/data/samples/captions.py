@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmos_scale.config_data import CaptionsConfig
+from cosmos_scale.config import CaptionsConfig
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.samples.sentences import split_published, split_sentences
 from cosmos_scale.data.samples.view_plan import CAPTION_STREAM, sample_generator

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.random.bit_generator import ISeedSequence
 
-from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.samples.sample import SampleKey
 
 VIEW_STREAM = 0

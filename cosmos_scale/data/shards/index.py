@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cosmos_scale.config_data import RemoteConfig, SourceConfig
+from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.samples.sample import LostShard
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile

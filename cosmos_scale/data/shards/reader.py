@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.samples.sample import DamagedSample, LostShard
 from cosmos_scale.data.shards.cache import ShardCache
 from cosmos_scale.data.shards.store import (

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import (

@@ -21,8 +21,8 @@ import fsspec
 import requests
 from requests.adapters import HTTPAdapter
 
-from cosmos_scale.config_data import RemoteConfig
-from cosmos_scale.config_section import redact_urls
+from cosmos_scale.config import RemoteConfig
+from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
 
 PIPE = "pipe:"

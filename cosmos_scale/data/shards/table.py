@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, MAY_PASS, Entry
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, redact, retried
 from cosmos_scale.errors import UserError

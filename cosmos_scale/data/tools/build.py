@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from cosmos_scale.config_data import DataConfig
+from cosmos_scale.config import DataConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import REJECTED, index_shards, make_folder

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_scale.batch import caption_lengths
-from cosmos_scale.config import RunConfig
-from cosmos_scale.config_data import DataConfig
+from cosmos_scale.config import DataConfig, RunConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions

@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from cosmos_scale.config_data import DataConfig, RemoteConfig
+from cosmos_scale.config import DataConfig, RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.samples.captions import draw_captions

@@ -9,7 +9,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 
-from cosmos_scale.config_data import ViewsConfig
+from cosmos_scale.config import ViewsConfig
 from cosmos_scale.data.decode import MEAN, STD
 from cosmos_scale.data.decode.batched_colour import colour_, normalise_
 from cosmos_scale.data.samples.sample import SampleKey

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_scale.config_data import BlurConfig, DaliConfig, JitterConfig, ViewsConfig
+from cosmos_scale.config import BlurConfig, DaliConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, define_pipeline, prepare, stack
 from cosmos_scale.data.decode.picture import decode_rgbx

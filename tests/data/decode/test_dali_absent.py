@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cosmos_scale.config_data import DaliConfig, ViewsConfig
+from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode.dali import DaliDecoder, require_dali
 from cosmos_scale.errors import UserError
 from tests.conftest import REPOSITORY
@@ -22,7 +22,7 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 
 import torch
-from cosmos_scale.config_data import DaliConfig, ViewsConfig
+from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode.dali import DaliDecoder, prepare, stack
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError

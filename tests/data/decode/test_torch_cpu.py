@@ -12,7 +12,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.decode import MEAN, STD, Views
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import evaluation_image, execute, execute_view

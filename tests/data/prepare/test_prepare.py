@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cosmos_scale.config_data import CaptionSampling
+from cosmos_scale.config import CaptionSampling
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.manifest import Prepared
 from cosmos_scale.data.prepare.prepare import prepare

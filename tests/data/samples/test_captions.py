@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from scipy import stats
 
-from cosmos_scale.config_data import CaptionSampling, CaptionsConfig
+from cosmos_scale.config import CaptionSampling, CaptionsConfig
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from cosmos_scale.config_data import BlurConfig, JitterConfig, ViewsConfig
+from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import (
     CAPTION_STREAM,

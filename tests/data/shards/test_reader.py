@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.config_data import RemoteConfig
+from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.samples.sample import DamagedSample, LostShard
 from cosmos_scale.data.shards.reader import Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard

@@ -8,9 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from cosmos_scale.config import RunConfig
-from cosmos_scale.config_data import RemoteConfig
-from cosmos_scale.config_file import dump_config
+from cosmos_scale.config import RemoteConfig, RunConfig
+from cosmos_scale.config.load import dump_config
 from cosmos_scale.data.shards.patterns import parse_pattern
 from cosmos_scale.data.shards.store import (
     CommandStore,

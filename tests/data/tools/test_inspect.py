@@ -16,7 +16,7 @@ from PIL import Image
 
 from cosmos_scale import cli
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import load_config
+from cosmos_scale.config.load import load_config
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.shards.index import index_shards, open_sources
 from cosmos_scale.data.tools import inspect

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cosmos_scale.cli import main
-from cosmos_scale.config_data import RemoteConfig, SourceConfig
+from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.samples.sample import LostShard
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader

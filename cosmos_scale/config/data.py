@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cosmos_scale.config_section import RESUME_MAY_CHANGE, Fraction, Place, Range, Section, check_range, refuse
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, Fraction, Place, Range, Section, check_range, refuse
 
 
 class JitterConfig(Section):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from cosmos_scale.config import ModelConfig, RunConfig
-from cosmos_scale.config_section import RuleBroken
+from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
 
 SOURCE = {"name": "a", "shards": "a"}

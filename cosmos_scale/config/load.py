@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_keys import nearest_key
-from cosmos_scale.config_section import RESUME_MAY_CHANGE, RuleBroken
+from cosmos_scale.config.keys import nearest_key
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, RuleBroken
 from cosmos_scale.errors import UserError
 
 COMMAND_LINE = "command line"

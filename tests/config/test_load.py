@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config_file import changed_on_resume, dump_config, load_config
-from cosmos_scale.config_keys import nearest_key, valid_keys
+from cosmos_scale.config.keys import nearest_key, valid_keys
+from cosmos_scale.config.load import changed_on_resume, dump_config, load_config
 from cosmos_scale.errors import UserError
 
 

@@ -1,0 +1,52 @@
+"""The typed configuration of a run, one file a section: every key, its default, its unit and the rules between keys.
+
+`cosmos_scale.config.load` reads it from YAML (extends, dotted overrides). Keys marked RESUME_MAY_CHANGE may differ
+between a checkpoint and the run that resumes it; every other key belongs to the run's identity.
+"""
+
+from cosmos_scale.config.checkpoint import CheckpointConfig
+from cosmos_scale.config.data import (
+    BlurConfig,
+    CaptionSampling,
+    CaptionsConfig,
+    DaliConfig,
+    DataConfig,
+    JitterConfig,
+    RemoteConfig,
+    SourceConfig,
+    ViewsConfig,
+)
+from cosmos_scale.config.ema import EmaConfig
+from cosmos_scale.config.evaluation import EvalConfig, RetrievalConfig
+from cosmos_scale.config.log import LogConfig, WandbConfig
+from cosmos_scale.config.model import TOKENIZER_VOCABULARY, ModelConfig, TextConfig, VisionConfig
+from cosmos_scale.config.optimizer import OptimizerConfig
+from cosmos_scale.config.run import RunConfig
+from cosmos_scale.config.train import TrainConfig
+from cosmos_scale.config.zero import ZeroConfig
+
+__all__ = [
+    "BlurConfig",
+    "CaptionSampling",
+    "CaptionsConfig",
+    "CheckpointConfig",
+    "DaliConfig",
+    "DataConfig",
+    "EmaConfig",
+    "EvalConfig",
+    "JitterConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RemoteConfig",
+    "RetrievalConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TOKENIZER_VOCABULARY",
+    "TextConfig",
+    "TrainConfig",
+    "ViewsConfig",
+    "VisionConfig",
+    "WandbConfig",
+    "ZeroConfig",
+]

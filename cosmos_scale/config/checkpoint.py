@@ -1,0 +1,19 @@
+"""The section `checkpoint`: when checkpoints are written and how many stay."""
+
+from pydantic import Field
+
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, and how many stay; they lie under output/checkpoints."""
+
+    every: int = Field(1000, ge=0, description="steps; 0: only at the end", json_schema_extra=RESUME_MAY_CHANGE)
+    keep_last: int = Field(3, ge=1, json_schema_extra=RESUME_MAY_CHANGE)
+    keep_every: int | None = Field(
+        None,
+        gt=0,
+        description="checkpoints of steps that are multiples of it stay for good",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    at_start: bool = Field(False, description="also write step 0", json_schema_extra=RESUME_MAY_CHANGE)

@@ -1,0 +1,71 @@
+"""The section `model`: both towers and the cross-modality heads."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section, refuse
+
+TOKENIZER_VOCABULARY = 49408  # CLIP's byte-pair vocabulary, start and end tokens included
+
+
+class VisionConfig(Section):
+    """The image tower (ViT)."""
+
+    image_size: int = Field(224, gt=0, description="side of the global crops in pixels")
+    patch_size: int = Field(16, gt=0)
+    width: int = Field(768, gt=0)
+    layers: int = Field(12, gt=0)
+    head_width: int = Field(64, gt=0)
+
+    def _check_rules(self) -> None:
+        if self.width % self.head_width:
+            refuse("width", self.width, f"must be a multiple of head_width ({self.head_width})", ["head_width"])
+        if self.image_size % self.patch_size:
+            refuse(
+                "image_size", self.image_size, f"must be a multiple of patch_size ({self.patch_size})", ["patch_size"]
+            )
+
+
+class TextConfig(Section):
+    """The causal text tower."""
+
+    context_length: int = Field(77, gt=2)
+    vocab_size: int = Field(TOKENIZER_VOCABULARY, gt=2)
+    width: int = Field(512, gt=0)
+    layers: int = Field(12, gt=0)
+    heads: int = Field(8, gt=0)
+
+    def _check_rules(self) -> None:
+        if self.width % self.heads:
+            refuse("width", self.width, f"must be a multiple of heads ({self.heads})", ["heads"])
+
+
+class ModelConfig(Section):
+    """Both towers and the cross-modality heads."""
+
+    embed_dim: int = Field(512, gt=0)
+    pooler_heads: int = Field(8, gt=0)
+    text_padding: Literal["attend", "mask"] = Field(
+        "attend", description="whether the text pooler's keys include padding (published) or not"
+    )
+    attention: Literal["auto", "flash_attn_4", "flash_attn_2", "torch_varlen", "xformers", "sdpa"] = Field(
+        "auto",
+        description="back end of attention; auto: the first that runs with device, precision and head sizes",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    compile: bool = Field(
+        False,
+        description="compile the towers' blocks by torch.compile: meant for GPUs; a CPU gains nothing measurable",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+
+    def _check_rules(self) -> None:
+        if self.text.width != self.embed_dim:
+            rule = f"must equal model.embed_dim ({self.embed_dim}): the text pooler's queries and keys share one width"
+            refuse("text.width", self.text.width, rule, ["embed_dim"])
+        if self.embed_dim % self.pooler_heads:
+            rule = f"must be a multiple of pooler_heads ({self.pooler_heads})"
+            refuse("embed_dim", self.embed_dim, rule, ["pooler_heads"])

@@ -1,0 +1,39 @@
+"""The section `train`: batch, length and memory of a run."""
+
+from pydantic import Field
+
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section
+
+
+class TrainConfig(Section):
+    """Length and batch of the run."""
+
+    global_batch: int = Field(1024, gt=0, description="samples per step over all ranks")
+    micro_batches: int = Field(
+        1,
+        gt=0,
+        description="parts that each rank cuts its share of a batch into, to save memory; the loss stays the batch's",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    recompute: int = Field(
+        0,
+        ge=0,
+        description="every n-th block of the towers is computed again in the backward, to save memory; 1: all; 0: none",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    epochs: int = Field(32, gt=0)
+    epoch_steps_multiple: int = Field(
+        1, gt=0, description="an epoch's steps are rounded up to this multiple (published runs: 16, their worker count)"
+    )
+    max_steps: int | None = Field(
+        None,
+        gt=0,
+        description="stop after this step; the schedule keeps its length",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    max_minutes: float | None = Field(
+        None, gt=0.0, description="stop after this wall time of this launch", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    schedule_steps: int | None = Field(
+        None, gt=0, description="length of the schedules; default: epochs x steps per epoch"
+    )

@@ -1,0 +1,26 @@
+"""The section `zero`: how states are sharded."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section, refuse
+
+
+class ZeroConfig(Section):
+    """How DeepSpeed shards the student's and the teacher's states."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="shards the fp32 states from 1 on, gradients from 2 on, weights at 3",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    offload: bool = Field(
+        False,
+        description="keep masters, moments and average in the host's memory and update them there",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+
+    def _check_rules(self) -> None:
+        if self.offload and self.stage == 0:
+            refuse("offload", self.offload, "needs stage 1, 2 or 3: DeepSpeed offloads shards", ["stage"])
