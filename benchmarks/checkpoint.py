@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 import torch
 
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.arguments import positive
 from cosmos_scale.batch import Batch
 from cosmos_scale.checkpoint.files import TensorFile
 from cosmos_scale.checkpoint.state import RunState, checkpoint_name, load_checkpoint, newest, read_manifest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
+from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.engine.ranks import Ranks, start_ranks

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.photos import PIXELS, caption_documents, jpeg_photos
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.arguments import positive
+from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import index_shards, open_sources
 from cosmos_scale.data.tools.jobs import progress_bar

@@ -19,7 +19,7 @@ from webdataset.writer import TarWriter
 
 from benchmarks.photos import caption_documents, jpeg_photos
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.arguments import positive
+from cosmos_scale.cli.arguments import positive
 from cosmos_scale.data.prepare.datasets import DREAMLIP, join_value
 from cosmos_scale.data.prepare.prepare import prepare
 from cosmos_scale.data.prepare.rows import scan

@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks.mixing import MERGED
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.arguments import positive
+from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import FORMAT, SUMMARY, index_shards, open_sources
 from cosmos_scale.data.shards.reader import Location

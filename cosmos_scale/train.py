@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos_scale.arguments import positive
 from cosmos_scale.checkpoint import newest
+from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.engine.ranks import Ranks, lost_contact, start_ranks

@@ -26,6 +26,7 @@ from cosmos_scale.config.train import TrainConfig
 from cosmos_scale.config.zero import ZeroConfig
 
 __all__ = [
+    "TOKENIZER_VOCABULARY",
     "BlurConfig",
     "CaptionSampling",
     "CaptionsConfig",
@@ -42,7 +43,6 @@ __all__ = [
     "RetrievalConfig",
     "RunConfig",
     "SourceConfig",
-    "TOKENIZER_VOCABULARY",
     "TextConfig",
     "TrainConfig",
     "ViewsConfig",

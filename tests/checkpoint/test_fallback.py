@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale import cli
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
+from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from tests.runs import records, train, write_run
 

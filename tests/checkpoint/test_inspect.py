@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from torch import Size
 
-from cosmos_scale import __version__, cli
+from cosmos_scale import __version__
 from cosmos_scale.checkpoint.state import MANIFEST
+from cosmos_scale.cli import main as cli
 from cosmos_scale.config import RunConfig
 from tests.checkpoint.test_state import SHAPES, keep, save_all, state
 from tests.checkpoint.test_writer import writer_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cosmos_scale import cli
+from cosmos_scale.cli import main as cli
 from cosmos_scale.data.prepare import rows
 from cosmos_scale.errors import UserError
 from tests.conftest import REPOSITORY
@@ -72,7 +72,7 @@ def start_slowly(folder: Path, workers: int) -> "subprocess.Popen[bytes]":
         "from cosmos_scale.data.prepare import writing\n"
         "check = writing._check\n"
         "writing._check = lambda image: (time.sleep(0.03), check(image))\n"
-        "from cosmos_scale import cli\n"
+        "from cosmos_scale.cli import main as cli\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", program, *arguments(folder, "out", "--workers", str(workers))]

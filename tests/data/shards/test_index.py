@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cosmos_scale.cli import main
+from cosmos_scale.cli.main import main
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.shards.index import FORMAT, index_shards, open_index, open_sources
 from cosmos_scale.data.shards.reader import ShardReader

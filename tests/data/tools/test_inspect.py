@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from cosmos_scale import cli
+from cosmos_scale.cli import main as cli
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.decode import Views

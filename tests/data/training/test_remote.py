@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cosmos_scale.cli import main
+from cosmos_scale.cli.main import main
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.samples.sample import LostShard
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources

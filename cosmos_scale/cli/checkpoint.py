@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from cosmos_scale.arguments import with_examples
+from cosmos_scale.cli.arguments import with_examples
 
 EXAMPLES = """\
 examples:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cosmos_scale import cli
+from cosmos_scale.cli import main as cli
 from tests.conftest import REPOSITORY
 from tests.data.shard_files import write_shards
 
@@ -49,7 +49,7 @@ def test_help_explains_every_command(arguments: tuple[str, ...], capsys: pytest.
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; from cosmos_scale import cli; cli._parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from cosmos_scale.cli import main as cli; cli._parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
@@ -125,7 +125,7 @@ def test_data_refusals_fit_on_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_output_that_nobody_reads_ends_quietly(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, [1])
-    command = [sys.executable, "-m", "cosmos_scale.cli", "data", "verify", str(folder), "--workers=1"]
+    command = [sys.executable, "-m", "cosmos_scale.cli.main", "data", "verify", str(folder), "--workers=1"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

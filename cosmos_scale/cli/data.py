@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.arguments import positive, with_examples
-from cosmos_scale.data.prepare.command import add_parsers as add_prepare
+from cosmos_scale.cli.arguments import positive, with_examples
+from cosmos_scale.cli.prepare import add_parsers as add_prepare
 from cosmos_scale.errors import UserError
 
 if TYPE_CHECKING:  # imported where it is needed: it takes a second

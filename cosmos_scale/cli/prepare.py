@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cosmos_scale.arguments import positive, with_examples
+from cosmos_scale.cli.arguments import positive, with_examples
 
 DREAMLIP_EXAMPLES = """\
 examples:

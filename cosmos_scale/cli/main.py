@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos_scale import __version__, checkpoint_cli, data_cli
-from cosmos_scale.arguments import positive, with_examples
+from cosmos_scale import __version__
+from cosmos_scale.cli import checkpoint, data
+from cosmos_scale.cli.arguments import positive, with_examples
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -101,16 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     # For the list of commands only: `main` hands its arguments to the trainer.
     commands.add_parser("train", help="train a run in this process (many ranks: deepspeed --module cosmos_scale.train)")
 
-    data = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")
-    with_examples(data, data_cli.EXAMPLES)
-    data_cli.add_parsers(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    data_parser = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")
+    with_examples(data_parser, data.EXAMPLES)
+    data.add_parsers(data_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint")
     _add_eval_commands(with_examples(evaluate, EVAL_EXAMPLES))
 
-    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints")
-    with_examples(checkpoint, checkpoint_cli.EXAMPLES)
-    checkpoint_cli.add_parsers(checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    checkpoint_parser = commands.add_parser("checkpoint", help="look at checkpoints")
+    with_examples(checkpoint_parser, checkpoint.EXAMPLES)
+    checkpoint.add_parsers(checkpoint_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     setup = commands.add_parser("setup", help="compile what DeepSpeed needs on CPUs, once, before the first launch")
     setup.set_defaults(command="setup", run=_setup)

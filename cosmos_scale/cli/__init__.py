@@ -1,0 +1,1 @@
+"""The command line `cosmos-scale`, a file a command."""
