@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 import torch
 
-from benchmarks.photos import PIXELS, jpeg_photos
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
@@ -28,6 +27,7 @@ from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.photos import PIXELS, jpeg_photos
 
 PHOTOS, ROUNDS, BATCH = 256, 5, 32
 SIDE = 224

@@ -18,17 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 import torch
 from torch import Tensor
 
-from benchmarks.photos import PIXELS, caption_documents, jpeg_photos
-from benchmarks.published_views import (
-    GLOBAL_CROPS,
-    GLOBAL_SIDE,
-    LOCAL_CROPS,
-    LOCAL_SIDE,
-    Lap,
-    published_texts,
-    published_views,
-    seed_published,
-)
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.config import CaptionsConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
@@ -39,6 +28,17 @@ from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.testing.photos import PIXELS, caption_documents, jpeg_photos
+from cosmos_scale.testing.published_views import (
+    GLOBAL_CROPS,
+    GLOBAL_SIDE,
+    LOCAL_CROPS,
+    LOCAL_SIDE,
+    Lap,
+    published_texts,
+    published_views,
+    seed_published,
+)
 
 PHOTOS, ROUNDS = 256, 5
 TURN = 16  # photos of one side before it is the other's turn; also our batch

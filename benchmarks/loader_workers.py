@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 import torch
 
-from benchmarks.photos import PIXELS, caption_documents, jpeg_photos
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
@@ -36,6 +35,7 @@ from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.worker import Loaded
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.testing.photos import PIXELS, caption_documents, jpeg_photos
 
 PHOTOS, SHARDS, BATCH, ROUNDS = 256, 4, 32, 5
 BATCHES = 4  # timed, for each worker

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.allocation import peak_bytes
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.kernels import contrastive
+from cosmos_scale.testing.allocation import peak_bytes
 
 V, T, B, E = 8, 4, 512, 512
 ROUNDS = 15

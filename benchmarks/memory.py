@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.allocation import held_bytes, peak_bytes
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
@@ -35,7 +34,8 @@ from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
-from tests.distributed import run_ranks
+from cosmos_scale.testing.allocation import held_bytes, peak_bytes
+from cosmos_scale.testing.ranks import run_ranks
 
 MIB = 2**20
 WIDTH, LAYERS, VOCABULARY = 256, 6, 8192

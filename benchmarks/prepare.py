@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 from webdataset.writer import TarWriter
 
-from benchmarks.photos import caption_documents, jpeg_photos
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.data.prepare.datasets import DREAMLIP, join_value
@@ -26,6 +25,7 @@ from cosmos_scale.data.prepare.rows import scan
 from cosmos_scale.data.prepare.table import Table, build_table, join_hash
 from cosmos_scale.data.samples.captions import POOL_KEYS
 from cosmos_scale.data.samples.sentences import split_published, split_sentences
+from cosmos_scale.testing.photos import caption_documents, jpeg_photos
 
 ROWS = 100_000
 PHOTOS, SHARDS, PER_SHARD = 256, 4, 512

@@ -1,7 +1,7 @@
 """The trainer's step against the published step restated: time, memory, and the share of what the machine can do.
 
 Both sides start from the same weights and take the same batches in turns, in float32: the trainer through DeepSpeed and
-`train_step`, the restatement (benchmarks/published_step.py) in plain torch. Their losses must agree. The share is of
+`train_step`, the restatement (cosmos_scale/testing/published_step.py) in plain torch. Their losses must agree. The share is of
 the rate at which torch.mm multiplies large matrices here, and counts only operations that a step needs
 (benchmarks/needed_flops.py). On CPUs the trainer's layers may multiply faster than torch.mm (kernels/linear.py).
 """
@@ -19,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 import torch
 from torch import Tensor
 
-from benchmarks.allocation import peak_bytes
 from benchmarks.needed_flops import step_flops
-from benchmarks.published_step import Losses, PublishedStep
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
@@ -34,6 +32,8 @@ from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
+from cosmos_scale.testing.allocation import peak_bytes
+from cosmos_scale.testing.published_step import Losses, PublishedStep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 GLOBAL_TOKENS, LOCAL_TOKENS = (20, 75), (8, 28)  # of captions, both ends included

@@ -14,7 +14,7 @@ import yaml
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
-from tests.runs import TINY, Finished, launch, records, start, train, write_run
+from cosmos_scale.testing.runs import TINY, Finished, launch, records, start, train, write_run
 
 Edit = Callable[[str, bytes], bytes]
 WRONG_SHAPE = json.dumps({"raw_caption": [1, 2], "url": "https://example.org/1.jpg"}).encode()

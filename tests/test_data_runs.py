@@ -13,8 +13,8 @@ from cosmos_scale.checkpoint.state import read_state
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
-from tests.data.shard_files import sample, write_shard, write_shards
-from tests.runs import last_checkpoint, records, start, train, wait_for_step, write_run
+from cosmos_scale.testing.runs import last_checkpoint, records, start, train, wait_for_step, write_run
+from cosmos_scale.testing.shard_files import sample, write_shard, write_shards
 
 BATCH = 8
 # Float32 sums of one rank's rows or of two ranks': the limit for one run at any world size.

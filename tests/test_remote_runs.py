@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from tests.data.shard_files import write_shards
+from cosmos_scale.testing.runs import records, train, write_run
+from cosmos_scale.testing.shard_files import write_shards
 from tests.data.web_server import web_server
-from tests.runs import records, train, write_run
 
 STEPS = 4
 

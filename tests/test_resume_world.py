@@ -7,8 +7,8 @@ import pytest
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.testing.runs import records, train, write_run
 from tests.recorded_train import RECORDS, recorded_samples
-from tests.runs import records, train, write_run
 
 GLOBAL_BATCH, STEPS, STOP = 8, 18, 5
 LOSSES = ("loss", "clip", "distill")

@@ -11,7 +11,17 @@ import torch
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.evaluation.command import evaluate_checkpoint
-from tests.runs import Run, checkpoint_tensors, last_checkpoint, launch, records, start, train, wait_for_step, write_run
+from cosmos_scale.testing.runs import (
+    Run,
+    checkpoint_tensors,
+    last_checkpoint,
+    launch,
+    records,
+    start,
+    train,
+    wait_for_step,
+    write_run,
+)
 
 # All that a step computes, compared exactly: a resumed run does the same operations in the same order.
 COMPUTED = ("step", "samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm")

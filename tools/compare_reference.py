@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python tool
 import torch
 from torch import Tensor
 
-from benchmarks.published_step import Losses, decay_groups
 from benchmarks.report import Figure, report
 from benchmarks.step_speedup import (
     CASES,
@@ -37,6 +36,7 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import ModelConfig, RunConfig
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.published_step import Losses, decay_groups
 
 NEEDED = ("open_clip.model", "open_clip.loss", "training.train")
 # What the public model always has, whatever its configuration file says.

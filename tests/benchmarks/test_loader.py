@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from benchmarks.loader import TURN, Ours, _go_on, main
-from benchmarks.photos import CAPTIONS, PIXELS, caption_documents, jpeg_photos
-from benchmarks.published_views import published_texts, published_views, seed_published
+from cosmos_scale.testing.photos import CAPTIONS, PIXELS, caption_documents, jpeg_photos
+from cosmos_scale.testing.published_views import published_texts, published_views, seed_published
 
 
 def test_photos_and_captions_are_always_the_same() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.allocation import peak_bytes
 from benchmarks.loss import FORMS, Answer, Problem, published, random_problem
+from cosmos_scale.testing.allocation import peak_bytes
 from tests.conftest import REPOSITORY
 
 MOST_MEMORY = 0.1  # of the published form's

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.memory import STEPS, Case, Measured, Model, formula, measure_all
 from cosmos_scale.engine.memory import total
-from tests.distributed import run_ranks
+from cosmos_scale.testing.ranks import run_ranks
 
 # 2.6 million parameters, of which the blocks' matrices are too large to stay whole at stage 3.
 MODEL = Model(width=192, layers=2, vocabulary=1024)

@@ -11,7 +11,7 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss import CosmosLoss
-from tests.engine.tiny import build_tiny, tiny_batch, tiny_config
+from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config
 
 
 def test_timed_steps_are_the_trainers_bit_for_bit() -> None:

@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.needed_flops import Tokens, loss_flops, student_flops, student_tokens, teacher_flops, teacher_tokens
-from benchmarks.published_step import Losses, PublishedStep
 from benchmarks.step_speedup import (
     CASES,
     GLOBAL_TOKENS,
@@ -35,8 +34,9 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.kernels.attention import Segments
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.testing.published_step import Losses, PublishedStep
+from cosmos_scale.testing.tiny import worst_difference
 from tests.conftest import REPOSITORY
-from tests.engine.tiny import worst_difference
 from tools.check_golden import GROUPS, Golden
 
 

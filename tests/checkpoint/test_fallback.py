@@ -10,7 +10,7 @@ import pytest
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from tests.runs import records, train, write_run
+from cosmos_scale.testing.runs import records, train, write_run
 
 COMPUTED = ("step", "loss", "clip", "distill", "scale", "distill_scale", "grad_norm")
 LAST = "fragments-00001.safetensors"  # of the second rank

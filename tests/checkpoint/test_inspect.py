@@ -13,9 +13,9 @@ from cosmos_scale import __version__
 from cosmos_scale.checkpoint.state import MANIFEST
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config import RunConfig
+from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.test_state import SHAPES, keep, save_all, state
 from tests.checkpoint.test_writer import writer_of
-from tests.distributed import run_ranks
 
 LAST = "fragments-00001.safetensors"
 BYTES = 16 * sum(Size(shape).numel() for shape in SHAPES.values())  # of the tensors; the headers come on top

@@ -13,7 +13,7 @@ import pytest
 from cosmos_scale.checkpoint.files import TensorFile
 from cosmos_scale.checkpoint.state import checkpoints, newest, read_manifest, step_of
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from tests.runs import Run, records, start, train, write_run
+from cosmos_scale.testing.runs import Run, records, start, train, write_run
 
 COMPUTED = ("step", "samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm")
 

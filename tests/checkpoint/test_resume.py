@@ -12,8 +12,8 @@ from cosmos_scale.checkpoint.state import RunState, newest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig, RunConfig, SourceConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.edit import content_of, rewrite
-from tests.distributed import run_ranks
 
 DATA = "digest of the index"
 SOURCES = (SourceConfig(name="scenes", shards="data/train"),)

@@ -26,8 +26,8 @@ from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig, RunConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.fragments import Fragment
+from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.edit import content_of, rewrite
-from tests.distributed import run_ranks
 
 # Odd sizes, so that no cut between ranks falls on a parameter's end; a scale, which is [1] inside and [] outside.
 SHAPES = {"visual.proj": (7, 5), "visual.ln.weight": (13,), "logit_scale": (1,)}

@@ -19,8 +19,8 @@ from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
-from tests.distributed import run_ranks
-from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 
 BATCH = 12  # which 1, 2, 3 and 4 ranks share evenly
 BEFORE, AFTER = 3, 3  # steps

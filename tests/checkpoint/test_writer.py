@@ -14,8 +14,8 @@ from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, load_checkpoint
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.test_state import fragments, keep, save_all, state
-from tests.distributed import run_ranks
 
 
 def writer_of(rank: int, world_size: int, root: Path, config: CheckpointConfig | None = None) -> CheckpointWriter:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from cosmos_scale.cli import main as cli
+from cosmos_scale.testing.shard_files import write_shards
 from tests.conftest import REPOSITORY
-from tests.data.shard_files import write_shards
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from cosmos_scale.engine.ranks import Ranks, start_ranks
-from tests.engine.tiny import GLOBAL_BATCH, build_tiny, tiny_config, whole, worst_difference
+from cosmos_scale.testing.tiny import GLOBAL_BATCH, build_tiny, tiny_config, whole, worst_difference
 
 # fp32 sums of one batch in another order.
 TOLERANCE = 1e-5

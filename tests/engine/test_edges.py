@@ -11,9 +11,9 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
-from tests.distributed import run_ranks
-from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config
-from tests.runs import records, train, write_run
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.runs import records, train, write_run
+from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 
 # fp32 sums of one batch in another order, over three updates.
 TOLERANCE = 1e-5

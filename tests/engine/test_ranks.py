@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.engine.ranks import start_ranks
-from tests.distributed import run_ranks
-from tests.engine.tiny import build_tiny, tiny_batch, tiny_config, whole, worst_difference
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config, whole, worst_difference
 
 # fp32 sums of one batch in another order; the losses of one process repeated in float64 differ by less than 1e-6.
 TOLERANCE = 1e-5

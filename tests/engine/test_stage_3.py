@@ -9,8 +9,8 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine import student as student_module
 from cosmos_scale.engine.deepspeed_config import deepspeed_config
 from cosmos_scale.engine.ranks import start_ranks
-from tests.distributed import run_ranks
-from tests.engine.tiny import Tiny, build_tiny, tiny_batch, tiny_config
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 
 # Most sizes of the tiny model are powers of two: parts of three ranks are padded, some are padding altogether.
 WORLD_SIZE = 3

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.optimizer import SCALE_RANGE
 from cosmos_scale.engine.ranks import Ranks, start_ranks
-from tests.distributed import run_ranks
-from tests.engine.tiny import Tiny, build_tiny, tiny_config
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_config
 
 STEPS = 6
 LR = 1e-3

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cosmos_scale.batch import Features
 from cosmos_scale.engine.optimizer import SCALE_RANGE
 from cosmos_scale.engine.ranks import Ranks, start_ranks
-from tests.engine.tiny import GLOBAL_BATCH, Tiny, build_tiny, tiny_batch, tiny_config, whole
+from cosmos_scale.testing.tiny import GLOBAL_BATCH, Tiny, build_tiny, tiny_batch, tiny_config, whole
 
 STAGES = [0, 1, 2, 3]
 STAGES_AND_PRECISIONS = [(stage, precision) for precision in ("fp32", "bf16") for stage in STAGES]

@@ -12,7 +12,7 @@ from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import gallery_batches
-from tests.data.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
+from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
 
 def gallery(

@@ -10,7 +10,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.periodic import PeriodicRetrieval
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.shard_files import write_shards
+from cosmos_scale.testing.shard_files import write_shards
 
 CPU = torch.device("cpu")
 

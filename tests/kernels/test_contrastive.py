@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.allocation import peak_bytes
 from cosmos_scale.kernels import contrastive
+from cosmos_scale.testing.allocation import peak_bytes
 
 # Float64 against float64: the same sums in another order.
 FLOAT64_TOLERANCE = 1e-12

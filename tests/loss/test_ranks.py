@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.loss import CosmosLoss, LossOutput
-from tests.distributed import run_ranks
+from cosmos_scale.testing.ranks import run_ranks
 from tests.loss.reference import Counts, of_rank, operations, random_features, relative_differences
 
 # Both sides compute in float32 and add in other orders; relative per tensor (norm).

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.loss import CosmosLoss
-from tests.distributed import run_ranks
+from cosmos_scale.testing.ranks import run_ranks
 from tests.loss.reference import Counts, random_features
 
 W, GLOBAL_BATCH = 128, 4096

@@ -8,7 +8,7 @@ import torch
 
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.model.cosmos import CosmosModel
-from tests.engine.tiny import GLOBAL_BATCH, build_tiny, tiny_config
+from cosmos_scale.testing.tiny import GLOBAL_BATCH, build_tiny, tiny_config
 from tests.model.models import SMALL, initialised, random_batch
 
 # float32 rounding of fused operations, grown over the updates; losses differ by up to 5e-7 here.

@@ -12,8 +12,8 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import lost_contact, start_ranks
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
-from tests.distributed import run_ranks
-from tests.engine.tiny import tiny_batch
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.tiny import tiny_batch
 
 
 class Batches:

@@ -19,10 +19,10 @@ from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.metrics import console_line
 from cosmos_scale.run.progress import Progress
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
+from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config
 from tests.checkpoint.edit import content_of, replace_tensors
-from tests.distributed import run_ranks
-from tests.engine.tiny import build_tiny, tiny_batch, tiny_config
-from tests.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.run import prepare
-from tests.data.shard_files import write_shards
-from tests.distributed import run_ranks
-from tests.runs import write_run
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.runs import write_run
+from cosmos_scale.testing.shard_files import write_shards
 
 
 def prepared(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:

@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 # A stand-in has the public code's modules and the calls between them; its numbers are the restatement's.
 MODEL = """
 import torch
-from benchmarks.published_step import PublishedModel
+from cosmos_scale.testing.published_step import PublishedModel
 from cosmos_scale.config import ModelConfig
 
 class CLIP(PublishedModel):
@@ -24,7 +24,7 @@ class CLIP(PublishedModel):
         super().__init__(ModelConfig.model_validate({"embed_dim": embed_dim, "vision": sizes[0], "text": sizes[1]}))
 """
 LOSS = """
-from benchmarks.published_step import PublishedStep
+from cosmos_scale.testing.published_step import PublishedStep
 
 class COSMOSLoss:
     def __call__(self, student, teacher, batch, output_dict):

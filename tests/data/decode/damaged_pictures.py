@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.data.shard_files import picture
+from cosmos_scale.testing.shard_files import picture
 
 MAX_PIXELS = 100_000
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 from webdataset.writer import TarWriter
 
-from tests.data.shard_files import picture
+from cosmos_scale.testing.shard_files import picture
 
 DREAMLIP_HEADER = ["Image Path", "raw_caption"] + [
     f"{length}{model}_captions" for model in ("IB", "SV", "LLA") for length in ("short", "long")

@@ -17,6 +17,7 @@ from cosmos_scale.data.prepare.prepare import prepare
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.testing.shard_files import open_folder, picture, tiny_config
 from tests.data.prepare.downloads import (
     DREAMLIP_HEADER,
     Download,
@@ -29,7 +30,6 @@ from tests.data.prepare.downloads import (
     write_parquet,
     write_tar,
 )
-from tests.data.shard_files import open_folder, picture, tiny_config
 
 Samples = dict[str, tuple[bytes, dict[str, Any]]]
 

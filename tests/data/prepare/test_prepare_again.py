@@ -15,6 +15,7 @@ import pytest
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.prepare import rows
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.shard_files import picture
 from tests.conftest import REPOSITORY
 from tests.data.prepare.downloads import (
     DREAMLIP_HEADER,
@@ -29,7 +30,6 @@ from tests.data.prepare.downloads import (
     write_tar,
 )
 from tests.data.prepare.test_prepare import run
-from tests.data.shard_files import picture
 
 SHARDS, PER_SHARD = 12, 3
 

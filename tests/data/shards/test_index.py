@@ -15,7 +15,7 @@ from cosmos_scale.data.shards.index import FORMAT, index_shards, open_index, ope
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.errors import UserError
-from tests.data.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
+from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
 
 def source(pattern: str | Path, index: Path | None = None, name: str = "test") -> SourceConfig:

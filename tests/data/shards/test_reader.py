@@ -13,7 +13,7 @@ from cosmos_scale.data.samples.sample import DamagedSample, LostShard
 from cosmos_scale.data.shards.reader import Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.errors import UserError
-from tests.data.shard_files import flip_bytes, picture, sample, write_shard
+from cosmos_scale.testing.shard_files import flip_bytes, picture, sample, write_shard
 
 JSON = b'{"raw_caption": ["a"]}'
 

@@ -13,7 +13,7 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.build import BuildReport, build_shards
 from cosmos_scale.errors import UserError
-from tests.data.shard_files import open_folder, picture
+from cosmos_scale.testing.shard_files import open_folder, picture
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -24,7 +24,7 @@ from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet, to_im
 from cosmos_scale.data.tools.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.shard_files import Member, flip_bytes, open_folder, picture, write_shard, write_shards
+from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, picture, write_shard, write_shards
 from tests.data.web_server import web_server
 
 # Views that only crop, so that a box can be compared with its view.

@@ -12,8 +12,8 @@ import pytest
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.testing.shard_files import Member, picture, sample, write_shard, write_shards
 from tests.data.prepare.downloads import download, dreamlip_row, write_dreamlip, write_tar
-from tests.data.shard_files import Member, picture, sample, write_shard, write_shards
 from tests.data.web_server import web_server
 
 

@@ -17,7 +17,7 @@ from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.worker import Loaded, StepBatches
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.shard_files import open_folder, tiny_config, write_shards
+from cosmos_scale.testing.shard_files import open_folder, tiny_config, write_shards
 
 MOST_SENT = 2048  # bytes a batch: a handle, six shapes and the names of classes
 

@@ -22,6 +22,7 @@ from cosmos_scale.data.tools.inspect import picture_header
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, sample, tiny_config, write_shard
 from tests.conftest import REPOSITORY
 from tests.data.decode.damaged_pictures import (
     MAX_PIXELS,
@@ -31,7 +32,6 @@ from tests.data.decode.damaged_pictures import (
     odd_pictures,
     odd_texts,
 )
-from tests.data.shard_files import Member, flip_bytes, open_folder, sample, tiny_config, write_shard
 
 SAMPLES, BAD = 24, 9  # in two shards; the damaged one lies amid the first
 DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
@@ -297,7 +297,7 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.tools.inspect import picture_header
 from cosmos_scale.data.samples.sample import DamagedSample
 from tests.data.decode.damaged_pictures import MAX_PIXELS, huge_pictures
-from tests.data.shard_files import picture
+from cosmos_scale.testing.shard_files import picture
 decode_rgbx(picture(0, "WEBP"), MAX_PIXELS)  # every library is loaded
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (48 << 20),) * 2)

@@ -17,7 +17,7 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.shard_files import tiny_config, write_shards
+from cosmos_scale.testing.shard_files import tiny_config, write_shards
 
 pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI, which has no wheel for this machine")
 

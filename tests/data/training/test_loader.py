@@ -28,7 +28,15 @@ from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader, default_workers
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
-from tests.data.shard_files import flip_bytes, open_folder, picture, sample, tiny_config, write_shard, write_shards
+from cosmos_scale.testing.shard_files import (
+    flip_bytes,
+    open_folder,
+    picture,
+    sample,
+    tiny_config,
+    write_shard,
+    write_shards,
+)
 
 
 def make(folder: Path, config: RunConfig, rank: int = 0, world_size: int = 1, log: Path | None = None) -> TrainLoader:

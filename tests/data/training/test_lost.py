@@ -20,8 +20,8 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import ShardsLost, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
-from tests.data.shard_files import open_folder, tiny_config, write_shards
-from tests.distributed import run_ranks
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.shard_files import open_folder, tiny_config, write_shards
 
 COUNTS = [5, 7, 3, 6]  # 21 samples: five batches of 4, one over
 NAMES = [f"test/{shard:05d}.tar" for shard in range(4)]

@@ -12,7 +12,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.shard_files import tiny_config, write_shards
+from cosmos_scale.testing.shard_files import tiny_config, write_shards
 
 GLOBAL_BATCH = 12
 

@@ -24,7 +24,7 @@ from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import gallery_batches
 from cosmos_scale.model.tokenizer import Tokenizer
-from tests.data.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
+from cosmos_scale.testing.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
 from tests.data.web_server import Fault, WebServer, web_server
 
 COUNTS = [5, 4, 6]

@@ -19,7 +19,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import yaml
 
@@ -102,7 +101,7 @@ class Run:
         finished = Finished([status for status in statuses if status is not None], self._read("out"), self._read("err"))
         if None in statuses:
             self.kill()
-            pytest.fail(f"still running after {timeout:.0f} s\n{finished.output}\n{finished.errors}")
+            raise AssertionError(f"still running after {timeout:.0f} s\n{finished.output}\n{finished.errors}")
         return finished
 
     def wait_until_gone(self, timeout: float = SECONDS) -> None:
@@ -120,7 +119,7 @@ class Run:
         while not condition():
             ended = any(_wait(process, 0.0) is not None for process in self.processes)
             if ended or time.monotonic() > deadline:
-                pytest.fail(f"waited for {what} in vain\n{self._read('out')}\n{self._read('err')}")
+                raise AssertionError(f"waited for {what} in vain\n{self._read('out')}\n{self._read('err')}")
             time.sleep(0.005)
 
     def _read(self, kind: str) -> str:
@@ -248,7 +247,7 @@ def _environment() -> dict[str, str]:
     """This process's environment without what a launcher sets, and safe for machines whose name does not resolve."""
     of_launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in of_launchers}
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     return kept | {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
 
 

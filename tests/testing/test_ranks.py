@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from tests.distributed import RankError, run_ranks
+from cosmos_scale.testing.ranks import RankError, run_ranks
 
 
 def _sum_ranks(rank: int, world_size: int, offset: float) -> tuple[int, int, torch.Tensor]:
