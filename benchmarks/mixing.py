@@ -19,15 +19,10 @@ from webdataset.filters import shuffle
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.data.training.order import EpochOrder, SourceShards
+from cosmos_scale.testing.merged import merged_sources
 
-MERGED = {"CC3M": (2_823_019, 670), "CC12M": (10_010_225, 2377), "YFCC15M": (14_065_827, 3341)}  # samples, shards
 WINDOW = 65536
 SHARD_BUFFER, SHARDS_FIRST = 2000, 500
-
-
-def merged_sources() -> list[SourceShards]:
-    """Return three sources of real sizes, each in shards of one size to a sample."""
-    return [SourceShards(np.diff(np.arange(shards + 1) * samples // shards)) for samples, shards in MERGED.values()]
 
 
 def share_errors(of_visits: NDArray[np.int64], sources: Sequence[SourceShards]) -> NDArray[np.float64]:

@@ -30,7 +30,6 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from benchmarks.mixing import MERGED
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
@@ -38,6 +37,7 @@ from cosmos_scale.data.shards.index import FORMAT, SUMMARY, index_shards, open_s
 from cosmos_scale.data.shards.reader import Location
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.testing.merged import MERGED
 
 SAMPLES = 4697  # a shard: 6,388 of them make 30 million
 READ = 0.9

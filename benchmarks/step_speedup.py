@@ -1,8 +1,8 @@
 """The trainer's step against the published step restated: time, memory, and the share of what the machine can do.
 
 Both sides start from the same weights and take the same batches in turns, in float32: the trainer through DeepSpeed and
-`train_step`, the restatement (cosmos_scale/testing/published_step.py) in plain torch. Their losses must agree. The share is of
-the rate at which torch.mm multiplies large matrices here, and counts only operations that a step needs
+`train_step`, the restatement (testing/published_step.py) in plain torch. Their losses must agree. The share is of the
+rate at which torch.mm multiplies large matrices here, and counts only operations that a step needs
 (benchmarks/needed_flops.py). On CPUs the trainer's layers may multiply faster than torch.mm (kernels/linear.py).
 """
 

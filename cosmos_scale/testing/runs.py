@@ -233,6 +233,7 @@ def _group_lives(group: int) -> bool:
 
 
 def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

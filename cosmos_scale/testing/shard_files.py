@@ -25,6 +25,7 @@ def picture(number: int, kind: str = "JPEG", size: tuple[int, int] = (24, 20)) -
 
 
 def sample(number: int) -> Member:
+    """Return the members of a sound sample: a picture of its own and four sentences."""
     sentences = [f"sentence {place} of picture {number}" for place in range(4)]
     return {
         "__key__": f"{number:06d}",
@@ -34,6 +35,7 @@ def sample(number: int) -> Member:
 
 
 def write_shard(path: Path, samples: Iterable[Member]) -> Path:
+    """Write one shard of samples, given by their members."""
     with TarWriter(str(path), encoder=False, mtime=0) as shard:
         for members in samples:
             shard.write(members)
@@ -59,6 +61,7 @@ def flip_bytes(path: Path, offset: int, count: int) -> None:
 
 
 def open_folder(folder: Path) -> MergedIndex:
+    """Open the index of a folder of shards."""
     return open_sources([SourceConfig(name="test", shards=str(folder))])
 
 

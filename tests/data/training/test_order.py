@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.mixing import WINDOW, merged_sources
 from cosmos_scale.data.training.order import EpochOrder, SourceShards, Visits, steps_per_epoch
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.merged import merged_sources
 
 Sources = list[SourceShards]
 
@@ -203,7 +203,8 @@ def test_three_real_sources_are_mixed_in_every_window_and_batch() -> None:
     to 90 percentage points, 21 on average: benchmarks/mixing.py.
     """
     sources = merged_sources()
-    order, window, batch = EpochOrder(sources, 0, WINDOW), WINDOW, 4096
+    window, batch = 65536, 4096
+    order = EpochOrder(sources, 0, window)
     shares = np.array([source.visits for source in sources]) / order.samples
     deviation = np.sqrt(batch * shares * (1 - shares) * (window - batch) / (window - 1))
     assert 6 * deviation.max() / batch < 0.046
