@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cosmos_scale.batch import Batch
@@ -15,17 +14,20 @@ class StepOutput(NamedTuple):
     """What a step leaves behind, on the device; reading it on the host waits for the step.
 
     total, clip, distill: [] float32, over the global batch. finite: [] bool, whether loss and gradient are, on all
-    ranks; where they are not, the step changed nothing.
-    finite_here: [] bool, whether this rank's features are. logit_scale, distill_logit_scale: [1], before the update.
+    ranks; where they are not, the step changed nothing. features_finite: [] bool, whether this rank's features are.
+    logit_scale, distill_logit_scale: [1], before the update. gradient_norm: [] float32, over all parameters, before
+    clipping. substituted: [] int64, how many samples of this rank's batch replace a damaged one.
     """
 
     total: Tensor
     clip: Tensor
     distill: Tensor
     finite: Tensor
-    finite_here: Tensor
+    features_finite: Tensor
     logit_scale: Tensor
     distill_logit_scale: Tensor
+    gradient_norm: Tensor
+    substituted: Tensor
 
 
 def train_step(
@@ -43,14 +45,16 @@ def train_step(
     # Copies: at stage 0 these are the masters themselves, which the update changes in place.
     scales = [scale.clone() for scale in (exact.logit_scale, exact.distill_logit_scale)]
     student.backward(batch, features, loss.gradients)
-    finite = student.update(lr=lr, momentum=momentum, finite=loss.finite)
+    update = student.update(lr=lr, momentum=momentum, finite=loss.finite)
     teacher.refresh()
     return StepOutput(
         total=loss.total,
         clip=loss.clip,
         distill=loss.distill,
-        finite=finite,
-        finite_here=torch.stack([value.isfinite().all() for value in (*features, *teacher_features)]).all(),
+        finite=update.finite,
+        features_finite=loss.features_finite,
         logit_scale=scales[0],
         distill_logit_scale=scales[1],
+        gradient_norm=update.gradient_norm,
+        substituted=batch.substituted,
     )

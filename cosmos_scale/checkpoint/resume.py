@@ -40,6 +40,11 @@ class Start:
     state: RunState | None
     broken: tuple[PassedOver, ...] = ()
 
+    @property
+    def lost_shards(self) -> dict[str, int]:
+        """The shards given up before this start, each with the step from which on its samples are replaced."""
+        return {} if self.state is None else self.state.lost_shards
+
 
 def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOver, ...] = ()) -> Start:
     """Decide by `resume` and the checkpoints under root; data is the digest of the run's index.

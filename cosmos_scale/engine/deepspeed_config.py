@@ -1,5 +1,6 @@
 """The DeepSpeed configuration that a run's own configuration implies."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def gradient_bucket(elements: int) -> int:
     return max(1, min(GRADIENT_BUCKET, elements // 8))
 
 
-def deepspeed_stage_3(elements: int) -> dict[str, Any]:
+def stage_3_keys(elements: int) -> dict[str, Any]:
     """Stage 3's keys for a model of so many elements: the defaults would keep one of 10^9 whole."""
     return {
         # It would replace torch.nn.functional.linear in the whole process; the model's own needs no such thing.
@@ -31,22 +32,16 @@ def deepspeed_stage_3(elements: int) -> dict[str, Any]:
     }
 
 
-def deepspeed_config(config: RunConfig, world_size: int, elements: int) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`, for a model of so many elements.
+def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dictionary for `deepspeed.initialize`, for a model of so many elements.
 
-    Raises UserError where world_size does not divide the batch.
+    zero_keys: of the stage's layout. Raises UserError where world_size does not divide the batch.
     """
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "reduce_bucket_size": gradient_bucket(elements),
+        **zero_keys,
     }
-    if config.zero.stage < 3:
-        # Ours is read by the device alone; DeepSpeed's, which clipping and offloading need, is read by the host.
-        zero["compute_grad_norm"] = (
-            config.zero.stage == 0 or config.zero.offload or config.optimizer.clip_norm is not None
-        )
-    else:
-        zero |= deepspeed_stage_3(elements)
     if config.zero.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -68,9 +63,12 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int) -> dict[
     }
 
 
-def teacher_deepspeed_config(config: RunConfig, world_size: int, elements: int) -> dict[str, Any]:
-    """The dictionary for the teacher's engine at stage 3, which has no optimizer."""
-    student = deepspeed_config(config, world_size, elements)
+def teacher_deepspeed_config(config: RunConfig, world_size: int, zero_keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dictionary for the engine of a teacher whose weights are sharded, and which has no optimizer.
+
+    zero_keys: of stage 3.
+    """
+    student = deepspeed_config(config, world_size, 0, {})
     kept = (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
@@ -82,7 +80,7 @@ def teacher_deepspeed_config(config: RunConfig, world_size: int, elements: int) 
     )
     zero = {
         "stage": 3,
-        **deepspeed_stage_3(elements),
+        **zero_keys,
         # Parameters that stayed gathered would not see what is written into the shards.
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,

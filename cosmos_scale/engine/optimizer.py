@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,21 @@ SCALE_RANGE = (0.0, math.log(100.0))
 SCALES_GROUP = 2  # of the optimizer's groups
 
 
+class _UnderWay(NamedTuple):
+    """What the update under way was asked for."""
+
+    momentum: float
+    skip: Tensor
+
+
 class AdamWEma(torch.optim.Optimizer):
     """AdamW whose state also holds the fp32 moving average of each parameter (key "ema").
 
-    DeepSpeed replaces the parameters of the groups by the fp32 tensors it owns (from stage 1 on flat shards), so the
-    average is sharded as the masters are and its update issues no collective. A group with "clamp" keeps its
+    DeepSpeed replaces the parameters of the groups by the fp32 tensors that it owns (from stage 1 on flat shards), so
+    the average is sharded as the masters are, and its update issues no collective. A group with "clamp" keeps its
     parameters in that range after each update, on the masters, before DeepSpeed copies them out.
-    `adopt` takes over those tensors. `begin_step` says what the next `step` does; DeepSpeed calls `step` once, or at
-    stage 3, where groups are empty at other times, once for each shard.
+    `adopt` takes over those tensors. `update` is the only way to an update: DeepSpeed calls `step` inside of it, once,
+    or at stage 3, where groups are empty at other times, once for each shard.
     """
 
     def __init__(
@@ -38,16 +45,24 @@ class AdamWEma(torch.optim.Optimizer):
         self.eps = eps
         self.order = order
         self.shards: list[list[Tensor]] = []
-        self._momentum = 1.0
-        self._skip: Tensor | None = None
+        self._under_way: _UnderWay | None = None
 
-    def begin_step(self, *, lr: float, momentum: float, skip: Tensor) -> None:
-        """Set the learning rate, the average's momentum and the skip flag ([] float32, 0 or 1) of the next update."""
+    def update(self, step: Callable[[], bool], *, lr: float, momentum: float, skip: Tensor) -> None:
+        """Let DeepSpeed do one update.
+
+        step: calls `DeepSpeedEngine.step`, and says whether DeepSpeed updated anything. Where its loss scaler drops
+        the update, only the AdamW update is lost: the averages move and the clamp holds, as in the published run.
+        lr: learning rate. momentum: of the average. skip: [] float32, 0, or 1 where nothing is to change.
+        """
         for group in self.param_groups:
             group["lr"] = lr
-        self._momentum = momentum
-        # Offloaded states lie on the CPU: then the host waits for the flag, as it does for the gradients.
-        self._skip = skip.to(self.shards[0][0].device)
+        # Offloaded states lie on the CPU: then the host waits for the flag, as for the gradients.
+        self._under_way = _UnderWay(momentum, skip.to(self.shards[0][0].device))
+        try:
+            if not step():
+                self._move_averages(self._under_way)
+        finally:
+            self._under_way = None
 
     def adopt(self, shards: list[list[Tensor]]) -> None:
         """Take over the fp32 tensors of each group, with zero moments and averages equal to the tensors."""
@@ -66,11 +81,19 @@ class AdamWEma(torch.optim.Optimizer):
         done: Tensor = self.state[self.shards[0][0]]["step"]
         return done
 
+    def set_updates(self, count: int) -> None:
+        """Say how many AdamW updates were done."""
+        for state in self.state.values():
+            state["step"].fill_(count)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update the groups in place from their gradients; parameters without one count as having a zero gradient."""
         assert closure is None, "DeepSpeed calls step without a closure"
-        if self._skip is None:  # at stage 0 DeepSpeed's low-precision wrapper makes a trial step with zero gradients
+        under_way = self._under_way
+        if under_way is None:
+            # At stage 0 DeepSpeed's low-precision wrapper makes a trial step with zero gradients, as it is made.
+            assert not self.shards, "`update` is the way to an update"
             return
         for group in self.param_groups:
             parameters = group["params"]
@@ -91,19 +114,17 @@ class AdamWEma(torch.optim.Optimizer):
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=group["weight_decay"],
-                momentum=self._momentum,
+                momentum=under_way.momentum,
                 average_first=self.order == "before_step",
-                skip=self._skip,
+                skip=under_way.skip,
             )
             self._clamp(group, parameters)
 
     @torch.no_grad()
-    def advance_without_update(self) -> None:
-        """Move averages and clamp where the loss scaler dropped the update: only the AdamW update is lost."""
-        assert self._skip is not None, "begin_step comes first"
+    def _move_averages(self, under_way: "_UnderWay") -> None:
         for group, shards in zip(self.param_groups, self.shards, strict=True):
             averages = [self.state[shard]["ema"] for shard in shards]
-            adamw_ema.average_(averages, [shard.detach() for shard in shards], self._momentum, self._skip)
+            adamw_ema.average_(averages, [shard.detach() for shard in shards], under_way.momentum, under_way.skip)
             self._clamp(group, shards)
 
     def _clamp(self, group: dict[str, Any], shards: list[Tensor]) -> None:

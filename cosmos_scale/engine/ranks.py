@@ -109,19 +109,12 @@ def lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "onnection", "NCCL"))
 
 
-class PendingMaxima:
-    """An element-wise maximum over ranks under way: started now, read when the numbers are needed."""
-
-    def __init__(self, ranks: Ranks, values: Sequence[float]) -> None:
-        self._values = torch.tensor(values, dtype=torch.float64)
-        self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=ranks.control, async_op=True)
-
-    def wait(self) -> list[float]:
-        """The maxima, in the order given."""
-        assert self._work is not None
-        self._work.wait()
-        maxima: list[float] = self._values.tolist()
-        return maxima
+def maxima(values: Sequence[float], ranks: Ranks) -> list[float]:
+    """Return the largest of all ranks' values, place by place; no device takes part. Collective."""
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=ranks.control)
+    found: list[float] = largest.tolist()
+    return found
 
 
 def gather_rows(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.kernels import contrastive
-from cosmos_scale.loss.gather import Ranks
+from cosmos_scale.loss.gather import BatchRanks
 
 
 class LossOutput(NamedTuple):
@@ -28,6 +28,7 @@ class LossOutput(NamedTuple):
 
     total, clip, distill: [] float32, the same on all ranks. finite: [] bool, the same on all ranks: every rank's
     features, the loss and the scales' gradients are finite; a device flag, read it when the host must know.
+    features_finite: [] bool, of this rank alone.
     gradients: float32 (float64 for float64 features), shapes as the features; average them over ranks (see CosmosLoss).
     """
 
@@ -35,6 +36,7 @@ class LossOutput(NamedTuple):
     clip: Tensor
     distill: Tensor
     finite: Tensor
+    features_finite: Tensor
     gradients: Features
 
 
@@ -59,7 +61,7 @@ class CosmosLoss:
     """
 
     def __init__(self, gradient_scale: Literal["true", "published"], group: ProcessGroup | None = None) -> None:
-        self.ranks = Ranks(group)
+        self.ranks = BatchRanks(group)
         self.feature_factor = float(self.ranks.size) if gradient_scale == "true" else 1.0
 
     @torch.no_grad()
@@ -92,8 +94,8 @@ class CosmosLoss:
         (clip_share, by_clip), (distill_share, by_distill) = (
             self._across_ranks(problems, first_row) if self.ranks.size > 1 else [_alone(p) for p in problems]
         )
-        non_finite = _count_non_finite(features, teacher)
-        shares = [clip_share, distill_share, by_clip.log_scale, by_distill.log_scale, non_finite]
+        non_finite_here = _count_non_finite(features, teacher)
+        shares = [clip_share, distill_share, by_clip.log_scale, by_distill.log_scale, non_finite_here]
         clip_loss, distill_loss, by_logit_scale, by_distill_scale, non_finite = self.ranks.add(torch.stack(shares))
 
         assert by_clip.columns is not None
@@ -108,6 +110,7 @@ class CosmosLoss:
             clip=clip_loss.float(),
             distill=distill_loss.float(),
             finite=scalars.isfinite().all() & (non_finite == 0),
+            features_finite=non_finite_here == 0,
             gradients=Features(
                 image=by_image,
                 text=by_clip.rows,

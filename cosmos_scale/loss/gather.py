@@ -15,7 +15,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-class Ranks:
+class BatchRanks:
     """The ranks that share a global batch; rank r holds its samples r*B to (r+1)*B - 1.
 
     group: None is the default process group, or this process alone where torch.distributed is not initialised.

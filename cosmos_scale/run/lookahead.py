@@ -1,13 +1,13 @@
-"""The next batch, fetched ahead, and what all ranks agree on before they use it: does everyone have one, who stops."""
+"""The batches of a run, fetched while the device works, and what all ranks agree on before each of their steps."""
 
 import signal
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cosmos_scale.batch import Batch
-from cosmos_scale.engine.ranks import PendingMaxima, Ranks, from_all, raise_together
+from cosmos_scale.engine.ranks import Ranks, from_all, maxima, raise_together
 from cosmos_scale.errors import ShardsLost, UserError
 
 
@@ -55,69 +55,63 @@ class Loader(Protocol):
         """Give up shards from a step on, and say so; the same on all ranks."""
 
 
-class Lookahead:
-    """Fetches a batch while the device works on the step before, and exchanges one small message about it.
+class Fetched(NamedTuple):
+    """A batch on the device, of a step that all ranks take. wait_seconds: how long this rank waited for its batch."""
 
-    A rank that cannot get its batch would leave the others waiting in the next collective; so every rank hears of it
-    before any of them starts that step, and all end with that rank's message. Where a rank came upon a lost shard, all
-    give up this shard from that step on and fetch its batch anew.
+    batch: Batch
+    wait_seconds: float
+
+
+class Lookahead:
+    """Yields a batch for each step up to the last, or up to the step before which any rank wants to stop.
+
+    The loop's next turn fetches the next batch: the device still works on the step that was launched before. A rank
+    that cannot get its batch would leave the others waiting in the next collective. So all ranks exchange one small
+    message about each batch before any of them starts its step, and end together with the message of the rank that
+    failed. Where a rank came upon a lost shard, all give up this shard from that step on and fetch its batch anew.
     """
 
     def __init__(
-        self, loader: Loader, first_step: int, ranks: Ranks, stop: StopRequest, say: Callable[[str], None]
+        self, loader: Loader, ranks: Ranks, stop: StopRequest, say: Callable[[str], None], *, first: int, last: int
     ) -> None:
-        """first_step: steps done. say: is told of lost shards."""
+        """first: steps done. last: steps done at the end. say: is told of lost shards."""
         self._loader = loader
-        self._step = first_step
         self._ranks = ranks
         self._stop = stop
         self._say = say
-        self._batches = loader.batches(first_step)
-        self._batch: Batch | None = None
-        self._lost: Mapping[str, str] = {}
-        self._error: UserError | None = None
-        self._agreement: PendingMaxima | None = None
-        self._wait_seconds = 0.0
+        self._first, self._last = first, last
 
-    def fetch(self) -> None:
-        """Get this rank's next batch and start telling the others."""
-        start = time.perf_counter()
-        self._batch, self._lost, self._error = None, {}, None
-        try:
-            self._batch = next(self._batches).to(self._ranks.device)
-        except ShardsLost as loss:
-            self._lost = loss.shards
-        except UserError as error:
-            self._error = error
-        self._wait_seconds += time.perf_counter() - start
-        self._agreement = PendingMaxima(self._ranks, [self._error is not None, self._stop.wanted, bool(self._lost)])
-
-    def waited(self) -> float:
-        """Seconds spent on waiting for batches since this was last asked."""
-        seconds, self._wait_seconds = self._wait_seconds, 0.0
-        return seconds
-
-    def take(self) -> Batch | None:
-        """The batch fetched last; None where any rank wants to stop before using it.
-
-        Raises UserError on every rank where any rank has no batch, or more data is lost than the run allows.
-        """
-        while True:
-            assert self._agreement is not None
-            failed, stop, lost = self._agreement.wait()
+    def __iter__(self) -> Iterator[Fetched]:
+        """Raises UserError on every rank where any rank has no batch, or more data is lost than the run allows."""
+        step, waited = self._first, 0.0
+        batches = self._loader.batches(step)
+        while step < self._last:
+            start = time.perf_counter()
+            batch, lost, error = self._next(batches)
+            waited += time.perf_counter() - start
+            failed, stop, any_lost = maxima([error is not None, self._stop.wanted, bool(lost)], self._ranks)
             if failed:
-                raise_together(self._ranks, self._error)
+                raise_together(self._ranks, error)
             if stop:
-                return None
-            if not lost:
-                self._step += 1
-                return self._batch
-            self._give_up()
-            self.fetch()
+                return
+            if any_lost:
+                batches.close()  # first: its loader processes still know the shards as they were
+                for line in self._loader.lose(from_all(lost, self._ranks), step):
+                    self._say(line)
+                batches = self._loader.batches(step)
+                continue
+            assert batch is not None
+            step += 1
+            yield Fetched(batch, waited)
+            waited = 0.0
 
-    def _give_up(self) -> None:
-        """Give up what any rank found lost, and begin again at the step that needs it; collective."""
-        self._batches.close()  # first: its loader processes still know the shards as they were
-        for line in self._loader.lose(from_all(self._lost, self._ranks), self._step):
-            self._say(line)
-        self._batches = self._loader.batches(self._step)
+    def _next(
+        self, batches: Iterator[Batch]
+    ) -> tuple[Batch | None, Mapping[str, str], UserError | None]:
+        """This rank's next batch; or the shards that it found lost, or what prevents it."""
+        try:
+            return next(batches).to(self._ranks.device), {}, None
+        except ShardsLost as loss:
+            return None, loss.shards, None
+        except UserError as error:
+            return None, {}, error

@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_scale.batch import Batch
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
-from cosmos_scale.engine.student import Student
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table
 from cosmos_scale.run.metrics import MetricLog
@@ -23,7 +21,6 @@ from cosmos_scale.step import StepOutput
 class _Measured(NamedTuple):
     """What a record holds beside the step's own output; seconds are means over the steps since the last record."""
 
-    gradient_norm: Tensor
     lr: float
     momentum: float
     step_seconds: float
@@ -85,28 +82,17 @@ class Progress:
         if self._log is not None:
             self._log.say(text)
 
-    def after_step(
-        self,
-        step: int,
-        output: StepOutput,
-        batch: Batch,
-        student: Student,
-        *,
-        lr: float,
-        momentum: float,
-        data_wait: float,
-    ) -> None:
-        """Note step number `step` (from 1) and read the one before it; collective. data_wait: seconds."""
+    def after_step(self, step: int, output: StepOutput, *, lr: float, momentum: float, wait_seconds: float) -> None:
+        """Note step number `step` (from 1) and read the one before it; collective. wait_seconds: for its batch."""
         self.read_pending()
-        self._data_wait += data_wait
-        self._substituted.append(batch.substituted)
+        self._data_wait += wait_seconds
+        self._substituted.append(output.substituted)
         if step % self._config.log.every and step != self._last_step:
             self._pending = _Pending(step, output, None)
             return
         now = time.perf_counter()
         steps = step - self._marked_step
         measured = _Measured(
-            gradient_norm=student.gradient_norm,
             lr=lr,
             momentum=momentum,
             step_seconds=(now - self._marked_time) / steps,
@@ -160,7 +146,7 @@ class Progress:
                 "distill_scale": output.distill_logit_scale.exp().item(),
                 "lr": measured.lr,
                 "momentum": measured.momentum,
-                "grad_norm": measured.gradient_norm.item(),
+                "grad_norm": output.gradient_norm.item(),
                 "samples_per_second": self._config.train.global_batch / max(step_times),
                 "step_seconds_min": min(step_times),
                 "step_seconds_max": max(step_times),
@@ -173,7 +159,7 @@ class Progress:
         )
 
     def _not_finite(self, pending: _Pending) -> None:
-        here = from_all(bool(pending.output.finite_here.item()), self._ranks)
+        here = from_all(bool(pending.output.features_finite.item()), self._ranks)
         bad = [rank for rank, finite in enumerate(here) if not finite]
         whose = f"features are not finite on rank {', '.join(map(str, bad))}" if bad else "all features are finite"
         values = f"clip {pending.output.clip.item()}, distill {pending.output.distill.item()}"

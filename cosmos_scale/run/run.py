@@ -1,230 +1,112 @@
-"""A run's parts before and between its steps: data, start, models, evaluation, checkpoints."""
+"""A run: everything that its steps need, made in one order by `start_run`, and what it says and writes of itself."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-
-from cosmos_scale.checkpoint.files import BrokenCheckpoint
-from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
-from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model
+from cosmos_scale.checkpoint.resume import Start
+from cosmos_scale.checkpoint.state import RunState
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config.load import changed_on_resume, dump_config
-from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, gather_rows, raise_together
-from cosmos_scale.engine.requirements import check_model
-from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import DTYPES, Teacher
-from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.periodic import PeriodicRetrieval
+from cosmos_scale.data.training.order import steps_per_epoch
+from cosmos_scale.engine.pair import Pair
+from cosmos_scale.engine.ranks import Ranks, gather_rows, raise_together
 from cosmos_scale.evaluation.retrieval import RetrievalResult
-from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.run.start import Opened, build_pair, open_run
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """What `prepare` found and opened; the same start on every rank."""
+    """What `start_run` made; the same start on every rank.
+
+    start: where the run goes on. total_steps: length of the schedules. last_step: steps done at the end.
+    said: lines on what became of broken checkpoints.
+    """
 
     config: RunConfig
     ranks: Ranks
-    folder: Path
-    index: MergedIndex
-    loader: TrainLoader
-    retrieval: PeriodicRetrieval | None
+    opened: Opened
+    pair: Pair
     start: Start
-    said: list[str] = field(default_factory=list)  # lines on what became of broken checkpoints
+    loader: TrainLoader
+    total_steps: int
+    last_step: int
+    said: list[str]
 
     @property
     def first_step(self) -> int:
         """Steps done before this launch."""
         return 0 if self.start.state is None else self.start.state.step
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
-
-    def describe(self, last_step: int) -> str:
-        """One line on what starts."""
+    def describe(self) -> str:
+        """Lines on what starts."""
         origin = "new run"
-        if self.start.checkpoint is not None:
-            assert self.start.state is not None
+        if self.start.state is not None:
             origin = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
-            if self.start.state.lost_shards:
-                origin += f", which has lost {len(self.start.state.lost_shards)} shards"
+            if self.start.lost_shards:
+                origin += f", which has lost {len(self.start.lost_shards)} shards"
         elif self.config.init_from is not None:
             origin = f"new run from the weights of {self.config.init_from}"
-        steps = f"steps {self.first_step + 1}-{last_step}"
-        if self.first_step >= last_step:
-            steps = f"nothing left to do at step {self.first_step} of {last_step}"
+        steps = f"steps {self.first_step + 1}-{self.last_step}"
+        if self.first_step >= self.last_step:
+            steps = f"nothing left to do at step {self.first_step} of {self.last_step}"
         return "".join(f"{line}\n" for line in self.said) + (
-            f"{self.folder}: {origin}; {self.index.epoch_samples} samples and {self.loader.steps_per_epoch} steps an "
-            f"epoch, {steps}, global batch {self.config.train.global_batch} on "
+            f"{self.opened.folder}: {origin}; {self.opened.index.epoch_samples} samples and "
+            f"{self.loader.steps_per_epoch} steps an epoch, {steps}, global batch {self.config.train.global_batch} on "
             f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
             f"{self.config.zero.stage})"
         )
 
-    def build_models(self) -> tuple[Student, Teacher]:
-        """Student and teacher at the run's start: initialised, from other weights, or as the checkpoint has them."""
-        model, teacher_model = CosmosModel(self.config.model), CosmosModel(self.config.model)
-        error = None
-        try:
-            if self.config.init_from is not None and self.start.checkpoint is None:
-                origin = find_checkpoint(self.config.init_from)
-                load_model(model, origin, "student")
-                load_model(teacher_model, origin, "teacher")
-            else:
-                model.init_weights(torch.Generator().manual_seed(self.config.seed))
-                teacher_model.load_state_dict(model.state_dict())
-        except UserError as failure:
-            error = UserError(f"init_from: {failure}")
-        raise_together(self.ranks, error)
-        student = Student(model, dict(teacher_model.named_parameters()), self.config, self.ranks)
-        if self.start.checkpoint is not None:
-            self._restore(student)
-        return student, Teacher(teacher_model, student, self.config)
+    def writer(self) -> CheckpointWriter:
+        """Return what writes the run's checkpoints, beside the training."""
+        folder = self.opened.folder / "checkpoints"
+        return CheckpointWriter(folder, self.pair.student.fragments, self.ranks.control, self.config.checkpoint)
 
-    def writer(self, student: Student) -> CheckpointWriter:
-        """What writes the run's checkpoints, beside the training."""
-        return CheckpointWriter(self.checkpoints, student.fragments, self.ranks.control, self.config.checkpoint)
-
-    def state(self, step: int, student: Student) -> RunState:
-        """What a checkpoint says of the run after a number of steps."""
+    def state(self, step: int) -> RunState:
+        """Return what a checkpoint says of the run after a number of steps."""
         return RunState(
             step=step,
             samples=step * self.config.train.global_batch,
-            updates=student.updates,
+            updates=self.pair.student.updates,
             world_size=self.ranks.world_size,
-            loss_scaler=student.loss_scaler(),
-            data=self.index.fingerprint(),
+            loss_scaler=self.pair.student.loss_scaler(),
+            data=self.opened.index.fingerprint(),
             config=self.config.model_dump(mode="json"),
             lost_shards=self.loader.lost_shards,
             steps_per_epoch=self.loader.steps_per_epoch,
         )
 
-    def evaluate(self, student: Student, teacher: Teacher) -> dict[str, RetrievalResult]:
+    def evaluate(self) -> dict[str, RetrievalResult]:
         """Retrieval of student and teacher on the held-out pairs, the work shared by all ranks; collective."""
-        assert self.retrieval is not None
+        assert self.opened.retrieval is not None
         results: dict[str, RetrievalResult] = {}
-        for name, measured in (("student", student), ("teacher", teacher)):
+        for name, measured in (("student", self.pair.student), ("teacher", self.pair.teacher)):
             with measured.whole_model() as model:
-                result, error = self.retrieval.run(model, gather_rows)
+                result, error = self.opened.retrieval.run(model, gather_rows)
             raise_together(self.ranks, error)
             assert result is not None
             results[name] = result
         return results
 
-    def _restore(self, student: Student) -> None:
-        """Load the start's checkpoint; with `resume: auto` an older one where a file turns out to be damaged."""
-        while True:
-            assert self.start.checkpoint is not None
-            broken = error = None
-            try:
-                state = load_checkpoint(self.start.checkpoint, student.fragments)
-                student.updates = state.updates
-                student.set_loss_scaler(state.loss_scaler)
-            except BrokenCheckpoint as failure:
-                broken = str(failure)
-            except UserError as failure:
-                error = failure
-            raise_together(self.ranks, error)
-            broken = next((text for text in from_all(broken, self.ranks) if text is not None), None)
-            if broken is None:
-                self._set_aside()
-                student.weights_changed()
-                return
-            self._go_back(broken)
 
-    def _go_back(self, broken: str) -> None:
-        """Start from an older checkpoint, since this one cannot be read; collective."""
-        error = None
-        try:
-            if self.config.resume != "auto":
-                raise UserError(broken)
-            assert self.start.checkpoint is not None
-            known = (*self.start.broken, PassedOver(self.start.checkpoint, broken))
-            self.start = find_start(self.config, self.checkpoints, self.index.fingerprint(), known)
-            assert self.start.state is not None
-            self.loader.lost_shards = self.start.state.lost_shards
-        except UserError as failure:
-            error = failure
-        raise_together(self.ranks, error)
-        _check_same_start(self.start, self.ranks)
+def start_run(config: RunConfig, ranks: Ranks) -> Run:
+    """Open, build and restore a run; collective, raises UserError on all ranks alike.
 
-    def _set_aside(self) -> None:
-        """Rename the broken checkpoints that were passed over; collective."""
-        error = None
-        if self.ranks.is_main:
-            try:
-                for folder, reason in self.start.broken:
-                    self.said.append(f"passed over a broken checkpoint, now {set_aside(folder).name}: {reason}")
-            except UserError as failure:
-                error = failure
-        raise_together(self.ranks, error)
-
-
-def prepare(config: RunConfig, ranks: Ranks) -> Run:
-    """Open data and find the start; collective, raises UserError on all ranks alike."""
-    folder = config.output / config.name
-    run, error = None, None
-    try:
-        check_precision(config.precision)
-        check_model(config.model, ranks.device, DTYPES[config.precision])
-        tokenizer = Tokenizer(config.model.text.context_length)
-        index = open_sources(config.data.sources, config.data.remote)
-        start = find_start(config, folder / "checkpoints", index.fingerprint())
-        lost = {} if start.state is None else start.state.lost_shards
-        damaged = folder / "damaged.jsonl"
-        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device)
-        loader.check_shards(resumed=start.state is not None)
-        retrieval = None
-        if config.eval.retrieval is not None and config.eval.every:
-            retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
-        if ranks.is_main:
-            _write_config(config, folder)
-        run = Run(config, ranks, folder, index, loader, retrieval, start)
-    except UserError as failure:
-        error = failure
-    raise_together(ranks, error)
-    assert run is not None
-    _require_one_run(run)
-    return run
-
-
-def _require_one_run(run: Run) -> None:
-    """Raise UserError, on all ranks, where hosts read other files than one another under the same names; collective."""
-    found = from_all((run.config, run.index.fingerprint()), run.ranks)
-    configs, indexes = zip(*found, strict=True)
-    for rank, config in enumerate(configs):
-        if changed := changed_on_resume(configs[0], config):
-            raise UserError(
-                f"rank {rank} and rank 0 differ in {', '.join(changed)}; rule: all ranks share one run's keys"
-            )
-    rule = "rule: every host has the same index, so copy it along with the shards"
-    _require_same("data.sources: ranks see different indexes", indexes, rule)
-    _check_same_start(run.start, run.ranks)
-
-
-def _check_same_start(start: Start, ranks: Ranks) -> None:
-    """Raise UserError where the ranks would start from different checkpoints; collective."""
-    found = from_all(start.checkpoint, ranks)
-    _require_same("output: ranks see different newest checkpoints", found, "rule: all ranks share one folder")
-
-
-def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
-    if len(set(found)) > 1:
-        seen = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
-        raise UserError(f"{problem} ({seen}); {rule}")
-
-
-def _write_config(config: RunConfig, folder: Path) -> None:
-    """Leave the resolved configuration beside what the run writes; shows at once whether it can write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
-    except OSError as failure:
-        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure
+    The loader comes last, when it is settled where the run goes on: it knows the shards lost until then.
+    """
+    opened = open_run(config, ranks)
+    epoch_steps = steps_per_epoch(
+        opened.index.epoch_samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
+    )
+    total_steps, last_step = config.total_steps(epoch_steps), config.last_step(epoch_steps)
+    pair, start, said = build_pair(config, opened, ranks)
+    loader = TrainLoader(
+        config,
+        opened.index,
+        opened.tokenizer,
+        ranks.rank,
+        ranks.world_size,
+        opened.folder / "damaged.jsonl",
+        start.lost_shards,
+        device=ranks.device,
+    )
+    return Run(config, ranks, opened, pair, start, loader, total_steps, last_step, said)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
-from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import StepOutput, train_step
 
 GLOBAL_BATCH = 8
@@ -64,6 +64,10 @@ class Tiny(NamedTuple):
         share = (tiny_batch(step) if batch is None else batch).split(ranks.world_size)[ranks.rank]
         return train_step(self.student, self.teacher, self.loss, share, lr=lr, momentum=momentum)
 
+    def close(self) -> None:
+        """Free the engine."""
+        Pair(self.student, self.teacher).close()
+
     def fragments(self) -> dict[tuple[str, int], dict[str, Tensor]]:
         """Copies of all that this rank owns, by parameter and first element."""
         return {
@@ -74,12 +78,8 @@ class Tiny(NamedTuple):
 
 def build_tiny(config: RunConfig, ranks: Ranks, *, teacher_seed: int = 0) -> Tiny:
     """Student from seed 0; the teacher differs from it where it has another seed."""
-    model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
-    model.init_weights(torch.Generator().manual_seed(0))
-    teacher_model.init_weights(torch.Generator().manual_seed(teacher_seed))
-    student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
-    teacher = Teacher(teacher_model, student, config)
-    return Tiny(student, teacher, CosmosLoss(config.optimizer.gradient_scale))
+    pair = drawn_pair(config, ranks, teacher_seed=teacher_seed)
+    return Tiny(pair.student, pair.teacher, CosmosLoss(config.optimizer.gradient_scale))
 
 
 def whole(parts: list[dict[tuple[str, int], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:

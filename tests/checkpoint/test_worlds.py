@@ -110,7 +110,7 @@ def resume(folder: Path, case: Case, ranks: Ranks) -> Outcome:
         read = reader.bytes_read
     student.updates = manifest.state.updates
     student.set_loss_scaler(manifest.state.loss_scaler)
-    student.weights_changed()
+    student.publish()
     tiny = Tiny(student, Teacher(teacher_model, student, config), CosmosLoss(config.optimizer.gradient_scale))
     outcome = go_on(tiny)
     student.engine.destroy()

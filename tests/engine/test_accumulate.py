@@ -27,7 +27,7 @@ def gradients(ranks: Ranks, stage: int, clip_norm: float | None, **train: Any) -
     tiny = build_tiny(config, ranks, teacher_seed=1)
     tiny.step(0)
     moments = whole([tiny.fragments()], "exp_avg")
-    tiny.student.engine.destroy()
+    tiny.close()
     return moments
 
 

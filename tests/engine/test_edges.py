@@ -71,7 +71,7 @@ def run_cases(rank: int, world_size: int, cases: list[Case]) -> dict[Case, dict[
             "changed": changed,
             "updates": tiny.student.updates,
         }
-        tiny.student.engine.destroy()
+        tiny.close()
     return results
 
 

@@ -46,7 +46,7 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
             results[stage, scale]["teacher"] = {
                 name: tensor.flatten().clone() for name, tensor in model.named_parameters()
             }
-        tiny.student.engine.destroy()
+        tiny.close()
     return results
 
 
@@ -139,7 +139,7 @@ def run_precisions(rank: int, world_size: int) -> tuple[dict[Case, list[float]],
             losses[stage, precision] = [output.total.item() for output in outputs]
             scales[stage, precision] = [output.distill_logit_scale.item() for output in outputs]
             assert tiny.student.updates == 3
-            tiny.student.engine.destroy()
+            tiny.close()
     return losses, scales
 
 

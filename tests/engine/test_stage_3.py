@@ -71,7 +71,7 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
         if case.stage == 3:
             kept = tiny.student.engine.optimizer.persistent_parameters
             results[case]["gathered"] = len(list(tiny.student.model.parameters())) - len(kept)
-        tiny.student.engine.destroy()
+        tiny.close()
     return results
 
 
@@ -90,7 +90,7 @@ def run_case(tiny: Tiny, rank: int) -> dict[str, Any]:
                 for fragment in tiny.student.fragments:
                     key = (fragment.name, fragment.start)
                     fragment.weight.copy_(before[key]["weight"] if weights is None else weights[key])
-                tiny.student.weights_changed()
+                tiny.student.publish()
         losses.append(tiny.step(step, batch=tiny_batch(step, GLOBAL_BATCH)).total.item())
         norms.append(tiny.student.gradient_norm.item())
     return {"losses": losses, "norms": norms}

@@ -79,7 +79,7 @@ def run_case(case: Case, ranks: Ranks) -> dict[str, Any]:
     result = {"losses": losses, "distance": max(distances), "norm": tiny.student.gradient_norm.item()}
     if case.micro_batches == 1 and not case.recompute:
         result["scales"] = scales_at_their_bound(tiny)
-    tiny.student.engine.destroy()
+    tiny.close()
     return result
 
 
@@ -89,7 +89,7 @@ def scales_at_their_bound(tiny: Tiny) -> list[float]:
     for fragment in scales:  # a moment so large that the next update goes up, whatever the gradient
         fragment.weight.fill_(SCALE_RANGE[1])
         fragment.exp_avg.fill_(-1000.0)
-    tiny.student.weights_changed()
+    tiny.student.publish()
     for step in range(2):
         output = tiny.step(step, lr=0.05)
     with tiny.student.whole_model() as model:
@@ -176,7 +176,7 @@ def communication(rank: int, world_size: int) -> dict[Case, dict[str, list[str]]
             "update": inside,
             "refresh": [event.name for event in refresh.events() if event.name.startswith("c10d::")],
         }
-        tiny.student.engine.destroy()
+        tiny.close()
     return found
 
 

@@ -30,7 +30,7 @@ def running(ranks: Ranks, stage: int, precision: str = "fp32", teacher_seed: int
     config = tiny_config(zero={"stage": stage}, precision=precision, **changes)
     tiny = build_tiny(config, ranks, teacher_seed=teacher_seed)
     yield tiny
-    tiny.student.engine.destroy()
+    tiny.close()
 
 
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
@@ -142,7 +142,7 @@ def test_scales_stay_at_their_bound(ranks: Ranks, stage: int, precision: str) ->
         for fragment in scales:  # to the bound that its first gradient pushes against
             bounds[fragment.name] = SCALE_RANGE[1] if fragment.exp_avg.item() < 0 else SCALE_RANGE[0]
             fragment.weight.fill_(bounds[fragment.name])
-        tiny.student.weights_changed()
+        tiny.student.publish()
         for step in range(1, 4):
             tiny.step(step, lr=0.05)
             for fragment in scales:

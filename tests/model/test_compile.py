@@ -38,7 +38,7 @@ def test_losses_equal_the_eager_ones_at_all_lengths(stage: int, recompute: int) 
         names[compiled] = list(tiny.student.model.state_dict())
         # Captions of other lengths every step: other numbers of tokens in every block of the text tower.
         totals[compiled] = [tiny.step(step, lr=LR).total.item() for step in range(STEPS)]
-        tiny.student.engine.destroy()
+        tiny.close()
     assert names[True] == names[False]
     assert totals[True] == pytest.approx(totals[False], abs=TOLERANCE)
     assert abs(totals[False][-1] - totals[False][0]) > 100 * TOLERANCE, "weights that do not move compare nothing"

@@ -1,0 +1,145 @@
+"""The start of a run: data opened, the checkpoint to go on from found, ranks agreed, student and teacher built."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmos_scale.checkpoint.files import BrokenCheckpoint
+from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config.load import changed_on_resume, dump_config
+from cosmos_scale.data.shards.index import MergedIndex, open_sources
+from cosmos_scale.data.training.lost import check_shards
+from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
+from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, raise_together
+from cosmos_scale.engine.requirements import check_model
+from cosmos_scale.engine.teacher import DTYPES
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.periodic import PeriodicRetrieval
+from cosmos_scale.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run reads, and where it starts: the same on every rank."""
+
+    folder: Path
+    index: MergedIndex
+    tokenizer: Tokenizer
+    retrieval: PeriodicRetrieval | None
+    start: Start
+
+
+def open_run(config: RunConfig, ranks: Ranks) -> Opened:
+    """Look for everything that a run needs, before anything is built; collective.
+
+    Raises UserError on all ranks alike: what this machine cannot compute, data that is missing, a start that cannot be,
+    a folder that cannot be written to, ranks that do not see the same keys and files.
+    """
+    folder = config.output / config.name
+    opened, error = None, None
+    try:
+        check_precision(config.precision)
+        check_model(config.model, ranks.device, DTYPES[config.precision])
+        tokenizer = Tokenizer(config.model.text.context_length)
+        index = open_sources(config.data.sources, config.data.remote)
+        start = find_start(config, folder / "checkpoints", index.fingerprint())
+        check_shards(index, config, start.lost_shards, resumed=start.state is not None)
+        retrieval = None
+        if config.eval.retrieval is not None and config.eval.every:
+            retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
+        if ranks.is_main:
+            _write_config(config, folder)
+        opened = Opened(folder, index, tokenizer, retrieval, start)
+    except UserError as failure:
+        error = failure
+    raise_together(ranks, error)
+    assert opened is not None
+    _require_one_run(config, opened, ranks)
+    return opened
+
+
+def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, Start, list[str]]:
+    """Build student and teacher: drawn, from other weights, or as the start's checkpoint has them; collective.
+
+    Returns the start too, which is an older one where a file turns out to be damaged, and lines on what became of
+    broken checkpoints. Raises UserError on all ranks alike.
+    """
+    start = opened.start
+    if start.checkpoint is None:
+        if config.init_from is None:
+            return drawn_pair(config, ranks), start, []
+        return pair_of_checkpoint(config, ranks, config.init_from), start, []
+    pair = drawn_pair(config, ranks)
+    while True:
+        assert start.checkpoint is not None
+        try:
+            pair.restore(start.checkpoint)
+        except BrokenCheckpoint as broken:
+            start = _older_start(config, opened, start, broken, ranks)
+            continue
+        return pair, start, _set_aside(start, ranks)
+
+
+def _older_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:
+    """Find an older checkpoint than one that cannot be read; collective."""
+    older, error = start, None
+    try:
+        if config.resume != "auto":
+            raise UserError(str(broken))
+        assert start.checkpoint is not None
+        known = (*start.broken, PassedOver(start.checkpoint, str(broken)))
+        older = find_start(config, opened.folder / "checkpoints", opened.index.fingerprint(), known)
+    except UserError as failure:
+        error = failure
+    raise_together(ranks, error)
+    _check_same_start(older, ranks)
+    return older
+
+
+def _set_aside(start: Start, ranks: Ranks) -> list[str]:
+    """Rename the broken checkpoints that were passed over, and say so; collective."""
+    said, error = [], None
+    if ranks.is_main:
+        try:
+            for folder, reason in start.broken:
+                said.append(f"passed over a broken checkpoint, now {set_aside(folder).name}: {reason}")
+        except UserError as failure:
+            error = failure
+    raise_together(ranks, error)
+    return said
+
+
+def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
+    """Raise UserError, on all ranks, where hosts read other files than one another under the same names; collective."""
+    found = from_all((config, opened.index.fingerprint()), ranks)
+    configs, indexes = zip(*found, strict=True)
+    for rank, other in enumerate(configs):
+        if changed := changed_on_resume(configs[0], other):
+            raise UserError(
+                f"rank {rank} and rank 0 differ in {', '.join(changed)}; rule: all ranks share one run's keys"
+            )
+    rule = "rule: every host has the same index, so copy it along with the shards"
+    _require_same("data.sources: ranks see different indexes", indexes, rule)
+    _check_same_start(opened.start, ranks)
+
+
+def _check_same_start(start: Start, ranks: Ranks) -> None:
+    """Raise UserError where the ranks would start from different checkpoints; collective."""
+    found = from_all(start.checkpoint, ranks)
+    _require_same("output: ranks see different newest checkpoints", found, "rule: all ranks share one folder")
+
+
+def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
+    if len(set(found)) > 1:
+        seen = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
+        raise UserError(f"{problem} ({seen}); {rule}")
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    """Leave the resolved configuration beside what the run writes; shows at once whether it can write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config))
+    except OSError as failure:
+        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure
