@@ -23,6 +23,7 @@ from cosmos_scale import __version__
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import sync_folder
 from cosmos_scale.fragments import Fragment
 
 FORMAT = 2
@@ -276,12 +277,3 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Raise BrokenCheckpoint where a file is missing or of another size: what a look tells without reading them."""
     for record in manifest.files.values():
         TensorFile(folder, record).close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

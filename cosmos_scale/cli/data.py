@@ -161,8 +161,8 @@ def _config(arguments: argparse.Namespace) -> "RunConfig":
 def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from cosmos_scale.data.shards.index import make_folder
     from cosmos_scale.data.tools import inspect, inspect_report
+    from cosmos_scale.files import make_folder
     from cosmos_scale.model.tokenizer import Tokenizer
 
     config = _config(arguments)

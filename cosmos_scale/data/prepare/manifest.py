@@ -16,8 +16,9 @@ from cosmos_scale.data.prepare.matching import UNSEEN
 from cosmos_scale.data.prepare.table import Table, read_summary
 from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
 from cosmos_scale.data.prepare.writing import read_report
-from cosmos_scale.data.shards.index import REJECTED, replace_file
+from cosmos_scale.data.shards.index import REJECTED
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import replace_file, whole_file, writing
 
 FORMAT = "cosmos-scale prepared dataset 1"
 _CHUNK = 1 << 16  # table rows looked at together
@@ -75,15 +76,14 @@ def read_manifest(task: Task) -> Prepared | None:
 def write_rejected(task: Task) -> Counter[str]:
     """Gather what every shard rejected, and the rows of captions that no image has; returns counts by reason."""
     counts: Counter[str] = Counter()
-    part = task.out / f"{REJECTED}.part"
-    with part.open("w") as file:
+    path = task.out / REJECTED
+    with writing(path), whole_file(path) as part, part.open("w") as file:
         for shard in task.images:
             report = read_report(task, shard.name)
             _write(file, [] if report is None else report.rejected, counts)
         with (task.table / "rows.jsonl").open() as rows:
             _write(file, map(json.loads, rows), counts)
         _write(file, _rows_without_image(task), counts)
-    part.replace(task.out / REJECTED)
     return counts
 
 

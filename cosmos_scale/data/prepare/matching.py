@@ -15,6 +15,7 @@ from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_file, writing
 
 DUPLICATE = -2  # in a plan: the image's row belongs to an image before it
 # What became of each row of the table.
@@ -51,9 +52,8 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
             advance(1)
     if matched == 0:
         raise UserError(_no_overlap(task, images, without_value, examples))
-    part = task.work / "states.part.npy"
-    np.save(part, state)
-    part.replace(states)
+    with writing(states), whole_file(states) as part, part.open("wb") as file:
+        np.save(file, state)
 
 
 def _find(task: Task, shard: ImageShard) -> _Found:

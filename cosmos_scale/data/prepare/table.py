@@ -21,6 +21,7 @@ from cosmos_scale.data.prepare.rows import Row, RowFile, scan
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, replace_file
 
 PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
 RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
@@ -72,7 +73,7 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
     summary = folder / "table.json"
     if summary.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     builder = _Builder(folder, captions, dataset, join)
     total = sum(path.stat().st_size for path in captions)
     with progress_bar("reading captions (bytes)", total, show=progress) as advance:
@@ -86,9 +87,7 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
         "rows": builder.rows,
         "examples": builder.examples,
     }
-    part = folder / "table.json.part"
-    part.write_text(json.dumps(content))
-    part.replace(summary)
+    replace_file(summary, json.dumps(content).encode())
 
 
 def read_summary(folder: Path) -> TableSummary:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.samples.sentences import Split
-from cosmos_scale.data.shards.index import make_folder, replace_file
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, replace_file
 
 MANIFEST = "manifest.json"
 _WORK = ".prepare"

@@ -1,7 +1,6 @@
 """One shard of images and its captions to one shard of samples."""
 
 import json
-import os
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, BinaryIO, NamedTuple
@@ -19,8 +18,8 @@ from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.samples.sample import DamagedSample
-from cosmos_scale.data.shards.index import replace_file
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import replace_file, whole_file, writing
 
 MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 
@@ -60,10 +59,9 @@ def write_shard(task: Task, shard: ImageShard) -> Written:
     if (standing := read_report(task, shard.name)) is not None:
         return standing
     target = task.out / f"{shard.name}.tar"
-    part = target.with_suffix(f".{os.getpid()}.part")  # a worker of a killed run may still write its own
     rejected: list[dict[str, Any]] = []
     samples = 0
-    try:
+    with writing(target), whole_file(target) as part:
         with part.open("wb") as file:
             sink = _Sink(file)
             # A fixed time: the same input gives the same bytes.
@@ -71,12 +69,8 @@ def write_shard(task: Task, shard: ImageShard) -> Written:
                 for sample in _samples(task, shard, rejected):
                     archive.write(sample)
                     samples += 1
-        if samples:
-            part.replace(target)
-        else:
+        if not samples:
             part.unlink()
-    except OSError as error:
-        raise UserError(f"{part}: cannot be written: {error.strerror or error}") from error
     written = Written(shard.name, samples, sink.size if samples else 0, sink.digest.hexdigest(), rejected)
     replace_file(task.report(shard.name), json.dumps(written).encode())
     return written

@@ -16,6 +16,7 @@ import numpy as np
 from cosmos_scale.data.scenes.scenes import CLASSES, Scene, captions, draw_scene, render
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
+from cosmos_scale.files import make_folder
 
 SAMPLES_PER_SHARD = 128
 
@@ -78,7 +79,7 @@ def build_scenes(
         *_shard_jobs(out / "gallery", "gallery", gallery_scenes, list(range(gallery)), seed),
     ]
     for folder in (out / "train", out / "gallery"):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for stale in folder.glob("*.tar"):
             stale.unlink()
     with progress_bar("painting scenes", train + gallery, show=progress) as advance:

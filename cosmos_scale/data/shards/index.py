@@ -30,6 +30,7 @@ from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.data.training.order import EpochOrder, SourceShards
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, replace_file
 
 SUMMARY = "index.json"
 REJECTED = "rejected.jsonl"
@@ -320,26 +321,6 @@ def _index_one(shards: ShardPattern, folder: Path, name: str) -> IndexedShard:
     replace_file(path, pack_table(scan.entries))
     rejected = [(fault.key, fault.reason) for fault in scan.rejected]
     return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; raises UserError where it cannot be written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for output; raises UserError where that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made: {error.strerror or error}; name another folder with --out"
-        ) from error
 
 
 def _table_name(shard: str) -> str:

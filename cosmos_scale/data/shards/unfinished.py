@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from cosmos_scale.errors import UserError
+from cosmos_scale.files import writing
 
 
 class IndexedShard(NamedTuple):
@@ -39,11 +39,8 @@ class Unfinished:
 
     def append(self, shard: IndexedShard) -> None:
         """Write down that a shard is done."""
-        try:
-            with self._path.open("ab") as file:
-                file.write(json.dumps(shard).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+        with writing(self._path), self._path.open("ab") as file:
+            file.write(json.dumps(shard).encode() + b"\n")
 
     def remove(self) -> None:
         """All are done, and the index says so."""

@@ -17,11 +17,12 @@ from webdataset.writer import TarWriter
 from cosmos_scale.config import DataConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.samples.sample import DamagedSample
-from cosmos_scale.data.shards.index import REJECTED, index_shards, make_folder
+from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
 from cosmos_scale.data.tools.captions_file import Row, count_lines, read_rows
 from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, whole_file, writing
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: next to no loss
 MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
@@ -109,18 +110,13 @@ def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
 
 def _write_shard(images: Path, job: _Job) -> _Written:
     """Write one shard under another name, and rename it when it is whole; none where no row can be used."""
-    part = job.shard.with_suffix(".part")
-    try:
+    with writing(job.shard), whole_file(job.shard) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
             rejected = _write_rows(images, job.rows, shard)
         samples = len(job.rows) - len(rejected)
-        if samples:
-            part.replace(job.shard)
-        else:
+        if not samples:
             part.unlink()
-    except OSError as error:
-        raise UserError(f"{part}: cannot be written: {error.strerror or error}") from error
     return _Written(len(job.rows), samples, rejected)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cosmos_scale.data.decode import MEAN, STD, Views
+from cosmos_scale.files import make_folder
 
 MARGIN, GAP, LINE, LABEL = 20, 8, 18, 18
 CAPTION_WIDTH = 620
@@ -67,7 +68,7 @@ def contact_sheet(
         sheet.paste(row, (MARGIN, top + MARGIN))
         top += row.height + 2 * MARGIN
         draw.line((MARGIN, top, width - MARGIN, top), fill=RULE)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     sheet.save(path, format="PNG")
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_scale.data.tools.inspect import Survey, Tally
+from cosmos_scale.files import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,7 +209,7 @@ def draw(survey: Survey, context_length: int, path: Path) -> None:
     for axes in panels:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path)
 
 

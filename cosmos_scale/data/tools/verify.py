@@ -31,6 +31,7 @@ from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import writing
 
 SAMPLES_A_JOB = 128
 LISTED = 20  # faults kept for the terminal; a file takes all
@@ -200,11 +201,9 @@ def _faults(parts: Sequence[_Checked]) -> Iterator[Fault]:
 
 
 def _open_log(path: Path) -> TextIO:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:

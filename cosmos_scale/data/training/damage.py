@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import writing
 
 # The share of damaged samples is taken of at least so many: one damaged picture in the first batch proves nothing.
 FEWEST_JUDGED = 1000
@@ -54,13 +55,11 @@ class DamageLog:
         if not new:
             return
         lines = [json.dumps({**damage._asdict(), "rank": self._rank}) + "\n" for damage in new]
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write: ranks that append at the same time do not cut each other's lines.
             with self.path.open("ab", buffering=0) as log:
                 log.write("".join(lines).encode())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
 
 class DamageCount:
