@@ -29,9 +29,9 @@ import torch
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.decode.blocks import Block
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.shards.index import index_shards, open_sources
-from cosmos_scale.data.tools.jobs import progress_bar
-from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.worker import Loaded
 from cosmos_scale.model.tokenizer import Tokenizer

@@ -25,11 +25,11 @@ from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Batch, Features, TeacherFeatures
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.scenes.scene_shards import build_scenes
 from cosmos_scale.data.scenes.scenes import captions, draw_scene, render
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.tools.build import build_shards
-from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.data.training.loader import TrainLoader, default_workers
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student

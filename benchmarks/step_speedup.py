@@ -24,7 +24,7 @@ from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
-from cosmos_scale.data.tools.jobs import progress_bar
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.engine.student import Student

@@ -13,6 +13,7 @@ from cosmos_scale.checkpoint.state import read_state
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.testing.runs import last_checkpoint, records, start, train, wait_for_step, write_run
 from cosmos_scale.testing.shard_files import sample, write_shard, write_shards
 
@@ -41,7 +42,7 @@ def shard_of_step(run: Path, step: int) -> Path:
     """The shard that a step of the first epoch reads; steps count from 0."""
     config = load_config(run)
     index = open_sources(config.data.sources)
-    order = index.order(config.seed, config.data.window)
+    order = EpochOrder(index.source_shards(), config.seed, config.data.window)
     samples = order.sample_ids(0, np.arange(step * BATCH, (step + 1) * BATCH))
     (shard,) = {index.locate(number).shard for number in samples.tolist()}
     return Path(shard)

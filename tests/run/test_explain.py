@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training.order import steps_per_epoch
@@ -70,7 +71,9 @@ def test_published_runs_have_the_published_numbers(
 
 def test_published_steps_come_from_whole_epochs_and_16_workers() -> None:
     for samples, steps, batch, *_ in PUBLISHED.values():
-        assert steps_per_epoch(samples, batch, "pad", 16) == steps
+        train = {"global_batch": batch, "epoch_steps_multiple": 16}
+        config = RunConfig.model_validate({"data": {"last_batch": "pad"}, "train": train})
+        assert steps_per_epoch(samples, config) == steps
 
 
 def test_parameters_of_the_published_model() -> None:

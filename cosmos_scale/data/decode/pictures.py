@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.decode.blocks import Block, Field
 from cosmos_scale.data.decode.dali import prepare, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import ViewPlan, plan_views
-from cosmos_scale.data.training.blocks import Block, Field
 
 
 class Pictures(Protocol):

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
 from cosmos_scale.data.prepare.work import Task
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_file, writing
 

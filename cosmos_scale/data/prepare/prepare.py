@@ -4,6 +4,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.datasets import Dataset, Join
 from cosmos_scale.data.prepare.images import list_images
 from cosmos_scale.data.prepare.manifest import Prepared, read_manifest, write_manifest, write_rejected
@@ -14,7 +15,6 @@ from cosmos_scale.data.prepare.work import Task, open_work
 from cosmos_scale.data.prepare.writing import write_shard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.shards.index import REJECTED, SUMMARY, index_shards
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 
 

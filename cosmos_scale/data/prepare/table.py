@@ -16,10 +16,10 @@ from typing import NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.prepare.datasets import Dataset, Join, join_value
 from cosmos_scale.data.prepare.rows import Row, RowFile, scan
 from cosmos_scale.data.samples.sample import DamagedSample
-from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, replace_file
 

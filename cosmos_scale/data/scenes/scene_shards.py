@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.scenes.scenes import CLASSES, Scene, captions, draw_scene, render
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.files import make_folder
 
 SAMPLES_PER_SHARD = 128

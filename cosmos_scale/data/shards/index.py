@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cosmos_scale.config import RemoteConfig, SourceConfig
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import LostShard
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
@@ -27,8 +29,6 @@ from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join, redact
 from cosmos_scale.data.shards.table import Table, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
-from cosmos_scale.data.training.order import EpochOrder, SourceShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, replace_file
 
@@ -115,6 +115,18 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     return IndexReport(folder, len(rows), samples, rejected, torn)
 
 
+class SourceShards(NamedTuple):
+    """What the order of the data needs of a source: the samples in each shard, [shards] int64, and the weight."""
+
+    samples: NDArray[np.int64]
+    weight: float = 1.0
+
+    @property
+    def visits(self) -> int:
+        """Visits to this source in an epoch: weight x samples, rounded, and one at least."""
+        return max(1, round(self.weight * int(self.samples.sum())))
+
+
 class SourceIndex:
     """The index of one source: its shards, and the tables of those shards that were asked for.
 
@@ -134,7 +146,7 @@ class SourceIndex:
         self.shards = shards
         self.folder = folder
         self.rows = rows
-        self.weight = weight  # see EpochOrder
+        self.weight = weight  # see training.order.EpochOrder
         self._remote = remote
         self._tables: OrderedDict[int, Table] = OrderedDict()
         self._files: dict[int, ShardFile] = {}
@@ -214,13 +226,10 @@ class MergedIndex:
     @property
     def epoch_samples(self) -> int:
         """Visits in an epoch: as many as there are samples, unless a source has a weight."""
-        return sum(part.visits for part in self._parts())
+        return sum(source.visits for source in self.source_shards())
 
-    def order(self, seed: int, window: int) -> EpochOrder:
-        """Return the order of every epoch over these shards."""
-        return EpochOrder(self._parts(), seed, window)
-
-    def _parts(self) -> list[SourceShards]:
+    def source_shards(self) -> list[SourceShards]:
+        """Return what the order of the data needs of every source."""
         return [
             SourceShards(np.array([row.samples for row in source.rows], dtype=np.int64), source.weight)
             for source in self.sources

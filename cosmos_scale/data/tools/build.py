@@ -16,11 +16,11 @@ from webdataset.writer import TarWriter
 
 from cosmos_scale.config import DataConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
 from cosmos_scale.data.tools.captions_file import Row, count_lines, read_rows
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, whole_file, writing
 

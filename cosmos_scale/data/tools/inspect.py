@@ -22,15 +22,16 @@ from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import DataConfig, RunConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.data.tools.verify import reason_class
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import ShardsLost, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]
@@ -201,7 +202,7 @@ def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int,
     data = config.data.model_copy(update={"workers": 0, "max_damaged": 1.0, "decoder": "torch"})
     config = config.model_copy(update={"train": one, "data": data})
     index = open_sources(data.sources)
-    order = index.order(config.seed, data.window)
+    order = EpochOrder(index.source_shards(), config.seed, data.window)
     if first >= order.samples:
         raise UserError(f"--first {first}: an epoch of this data has {order.samples} positions, counted from 0")
     count = min(count, order.samples - first)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 
 from cosmos_scale.config import DataConfig, RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
@@ -29,7 +30,6 @@ from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import writing
 

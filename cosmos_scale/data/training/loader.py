@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.decode.blocks import block_bytes
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, require_dali
 from cosmos_scale.data.decode.pictures import batch_fields
 from cosmos_scale.data.shards.index import MergedIndex
-from cosmos_scale.data.training.blocks import block_bytes
 from cosmos_scale.data.training.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import steps_per_epoch
@@ -56,9 +56,7 @@ class TrainLoader:
     ) -> None:
         if config.data.decoder == "dali":
             require_dali()
-        self.steps_per_epoch = steps_per_epoch(
-            index.epoch_samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
-        )
+        self.steps_per_epoch = steps_per_epoch(index.epoch_samples, config)
         self._config = config
         self._rank = rank
         self._device = device

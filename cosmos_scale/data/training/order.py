@@ -18,6 +18,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.shards.index import SourceShards
 from cosmos_scale.errors import UserError
 
 Positions = NDArray[np.int64]
@@ -30,18 +32,6 @@ _KEPT = 4  # windows and epochs kept: a batch touches at most two of each unless
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Made = TypeVar("_Made")
-
-
-class SourceShards(NamedTuple):
-    """What the order needs of a source: the samples in each of its shards, [shards] int64, and its weight."""
-
-    samples: Positions
-    weight: float = 1.0
-
-    @property
-    def visits(self) -> int:
-        """Visits to this source in an epoch: weight x samples, rounded, and one at least."""
-        return max(1, round(self.weight * int(self.samples.sum())))
 
 
 class Visits(NamedTuple):
@@ -187,19 +177,21 @@ class EpochOrder:
         return _Stream(np.concatenate(orders), passes, ends - np.concatenate(lengths), ends)
 
 
-def steps_per_epoch(samples: int, global_batch: int, last_batch: str, multiple: int) -> int:
-    """Return the steps of an epoch of `samples` samples, repeats counted.
+def steps_per_epoch(samples: int, config: RunConfig) -> int:
+    """Return the steps of an epoch of `samples` visits.
 
-    last_batch: "drop" leaves an incomplete last batch out, "pad" fills it. multiple: the steps are rounded up to a
-    multiple of it; positions past the epoch's end then stand for its first samples again.
+    With data.last_batch: pad, and where train.epoch_steps_multiple rounds the steps up, positions past the epoch's end
+    stand for its first samples again.
     Raises: UserError where not one step is left.
     """
-    steps = samples // global_batch if last_batch == "drop" else -(-samples // global_batch)
+    global_batch = config.train.global_batch
+    steps = samples // global_batch if config.data.last_batch == "drop" else -(-samples // global_batch)
     if steps == 0:
         raise UserError(
             f"train.global_batch is {global_batch}, but the data has {samples} samples: "
             "with data.last_batch: drop an epoch must hold at least one batch"
         )
+    multiple = config.train.epoch_steps_multiple
     return -(-steps // multiple) * multiple
 
 

@@ -18,14 +18,15 @@ from torch.utils.data import Dataset
 
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.decode.blocks import Block
 from cosmos_scale.data.decode.pictures import start_pictures
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, LostShard, SampleKey
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.reader import Location, ShardReader
-from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.data.training.damage import Damage
 from cosmos_scale.data.training.lost import LostShards
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import ShardsLost, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]
@@ -79,7 +80,7 @@ class StepBatches(Dataset[Loaded]):
         self._micro_batch = micro_batch
         self._steps_per_epoch = steps_per_epoch
         self._shared = shared
-        self._order = index.order(config.seed, config.data.window)
+        self._order = EpochOrder(index.source_shards(), config.seed, config.data.window)
         self._reader = ShardReader(config.data.remote)
 
     def check_shards(self) -> None:

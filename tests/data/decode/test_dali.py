@@ -14,12 +14,12 @@ from PIL import Image
 
 from cosmos_scale.config import BlurConfig, DaliConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.blocks import Block
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, define_pipeline, prepare, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.samples.view_plan import ViewPlan, plan_views
-from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.errors import UserError
 from tests.data.decode.test_torch_cpu import FORMATS, PLAIN, encoded, levels, mean_difference, photo, reference_view
 

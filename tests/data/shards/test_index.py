@@ -14,6 +14,7 @@ from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.shards.index import FORMAT, index_shards, open_index, open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
@@ -240,7 +241,7 @@ def test_an_index_needs_no_shards_until_a_sample_is_read(tmp_path: Path) -> None
     (folder / "00000.tar").unlink()
     index = open_folder(folder)
     assert len(index) == 6388 * count
-    sample_id = index.order(0, 65536).sample(1, int(0.9 * len(index)))
+    sample_id = EpochOrder(index.source_shards(), 0, 65536).sample(1, int(0.9 * len(index)))
     np.save(folder / f"{sample_id // count:05d}.index.npy", np.resize(table, count))
     location = index.locate(sample_id)
     assert location.shard == str(folder / f"{sample_id // count:05d}.tar")

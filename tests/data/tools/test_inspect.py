@@ -23,6 +23,7 @@ from cosmos_scale.data.tools import inspect
 from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet, to_image
 from cosmos_scale.data.tools.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, picture, write_shard, write_shards
 from tests.data.web_server import web_server
@@ -232,7 +233,7 @@ def test_the_sheet_shows_what_training_makes(
     with closing(loader.batches(27 + 20)) as batches:
         batch = next(batches)
     assert len(drawn) == 10
-    assert index.order(config.seed, 32).visits(1, np.arange(200, 210)).repeats.max() > 0
+    assert EpochOrder(index.source_shards(), config.seed, 32).visits(1, np.arange(200, 210)).repeats.max() > 0
     for place, ((views, captions), original) in enumerate(zip(drawn, originals, strict=True)):
         assert original.title.startswith(f"{int(batch.sample_ids[place]):06d} in ")
         assert original.title.endswith(f", position {200 + place} of epoch 1")

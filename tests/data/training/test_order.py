@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cosmos_scale.data.training.order import EpochOrder, SourceShards, Visits, steps_per_epoch
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.shards.index import SourceShards
+from cosmos_scale.data.training.order import EpochOrder, Visits, steps_per_epoch
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.merged import merged_sources
 
@@ -35,6 +37,11 @@ PLAIN = settings(deadline=None, derandomize=True)
 
 def one_source(counts: list[int], seed: int, window: int) -> EpochOrder:
     return EpochOrder([SourceShards(np.array(counts))], seed, window)
+
+
+def batches_of(global_batch: int, last_batch: str, multiple: int) -> RunConfig:
+    train = {"global_batch": global_batch, "epoch_steps_multiple": multiple}
+    return RunConfig.model_validate({"data": {"last_batch": last_batch}, "train": train})
 
 
 def whole_epoch(order: EpochOrder, epoch: int) -> Visits:
@@ -136,7 +143,7 @@ def test_batches_are_the_same_at_every_world_size_and_from_every_restart(
     last_batch, multiple = cut
     if last_batch == "drop" and global_batch > samples:
         return
-    steps = steps_per_epoch(samples, global_batch, last_batch, multiple)
+    steps = steps_per_epoch(samples, batches_of(global_batch, last_batch, multiple))
     expected: list[tuple[int, int]] = []
     for epoch in range(2):
         visits = pairs(whole_epoch(reference, epoch))
@@ -293,9 +300,9 @@ def test_seeking_in_thirty_million_samples_reads_no_samples() -> None:
     ],
 )
 def test_steps_per_epoch(samples: int, batch: int, last_batch: str, multiple: int, steps: int) -> None:
-    assert steps_per_epoch(samples, batch, last_batch, multiple) == steps
+    assert steps_per_epoch(samples, batches_of(batch, last_batch, multiple)) == steps
 
 
 def test_an_epoch_without_a_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.global_batch is 10, but the data has 9 samples"):
-        steps_per_epoch(9, 10, "drop", 1)
+        steps_per_epoch(9, batches_of(10, "drop", 1))

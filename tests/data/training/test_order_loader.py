@@ -11,6 +11,7 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.shard_files import tiny_config, write_shards
 
@@ -64,7 +65,7 @@ def test_the_loader_makes_the_visits_of_the_order(config: RunConfig, reference: 
     index = open_sources(config.data.sources)
     assert (len(index), index.epoch_samples) == (45, 22 + 16 + 4)
     assert TrainLoader(config, index, Tokenizer(16), 0, 1).steps_per_epoch == 4
-    order = index.order(config.seed, config.data.window)
+    order = EpochOrder(index.source_shards(), config.seed, config.data.window)
     for step, batch in enumerate(reference):
         epoch, epoch_step = divmod(step, 4)
         positions = range(epoch_step * GLOBAL_BATCH, (epoch_step + 1) * GLOBAL_BATCH)

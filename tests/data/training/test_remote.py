@@ -21,6 +21,7 @@ from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sourc
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import gallery_batches
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def check_all(index: MergedIndex, remote: RemoteConfig) -> None:
     """Every sample is the one that was written, byte for byte, in the order of training."""
     reader = ShardReader(remote)
     reader.check(index.shard_files())
-    for number in index.order(0, 8).visits(0, np.arange(SAMPLES)).samples.tolist():
+    for number in EpochOrder(index.source_shards(), 0, 8).visits(0, np.arange(SAMPLES)).samples.tolist():
         image, document = reader.read(index.locate(number))
         assert image == sample(number)["jpg"]
         assert document == json.loads(sample(number)["json"])

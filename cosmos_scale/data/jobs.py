@@ -1,4 +1,7 @@
-"""Independent pieces of work over worker processes, with a progress bar on a terminal."""
+"""Independent pieces of work over worker processes, with a progress bar on a terminal.
+
+Lies in no room of `data`: the long work of every room (indexing, verifying, preparing, scenes) uses it.
+"""
 
 import os
 import sys

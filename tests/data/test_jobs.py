@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 
 

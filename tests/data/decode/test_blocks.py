@@ -11,7 +11,7 @@ import torch
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.training.blocks import ALIGNMENT, Block, Field, block_bytes
+from cosmos_scale.data.decode.blocks import ALIGNMENT, Block, Field, block_bytes
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.worker import Loaded, StepBatches
