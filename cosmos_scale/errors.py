@@ -7,7 +7,7 @@ class UserError(Exception):
     """A wrong input; its text is one line that names the key, file or rank, the value and the rule."""
 
 
-class ShardsLost(Exception):
+class ShardsToGiveUp(Exception):
     """Shards cannot be read any more, after all retries; what becomes of their samples is for all ranks to agree on.
 
     shards: reasons by the shards' names.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import PendingMaxima, Ranks, from_all, raise_together
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
 
 class StopRequest:
@@ -49,7 +49,7 @@ class Loader(Protocol):
     """Where batches come from: what Lookahead needs of `data.loader.TrainLoader`, which says more."""
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Yield this rank's batches from a step on; ShardsLost instead of one that needs a shard not yet given up."""
+        """Yield this rank's batches from a step on; raises ShardsToGiveUp where a batch needs a lost shard."""
 
     def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
         """Give up shards from a step on, and say so; the same on all ranks."""
@@ -85,7 +85,7 @@ class Lookahead:
         self._batch, self._lost, self._error = None, {}, None
         try:
             self._batch = next(self._batches).to(self._ranks.device)
-        except ShardsLost as loss:
+        except ShardsToGiveUp as loss:
             self._lost = loss.shards
         except UserError as error:
             self._error = error

@@ -44,7 +44,7 @@ def test_every_shipped_config_passes_the_dry_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where no shards lie: plans need none
     rows = dry_run(capsys, path, 2)
-    assert rows["global batch"].endswith(f"= 2 ranks x {load_config(path).micro_batch(2):,}")
+    assert rows["global batch"].endswith(f"= 2 ranks x {load_config(path).samples_per_rank(2):,}")
     assert load_config(path).name == path.stem
 
 
@@ -59,7 +59,7 @@ def test_published_runs_have_the_published_numbers(
     config = load_config(path)
     assert [source.name for source in config.data.sources] == sources
     assert (config.train.epochs, config.train.global_batch, config.ema.momentum) == (32, batch, momentum)
-    assert config.micro_batch(ranks) == {1024: 64, 4096: 32}[batch]
+    assert config.samples_per_rank(ranks) == {1024: 64, 4096: 32}[batch]
     assert config.data.captions.sampling == ("textcrop_pixelprose" if dataset == "pixelprose" else "textcrop")
     rows = dry_run(capsys, path, ranks)
     assert rows["samples per epoch"].startswith(f"{samples:,} (data.samples; ")

@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import lost_contact, start_ranks
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import tiny_batch
@@ -91,7 +91,7 @@ def each_rank_loses_shards(rank: int, world_size: int) -> tuple[list[int], list[
         needs = [(6, 1, "a"), (6, 0, "b"), (8, 0, "c"), (8, 1, "c")]
         for at, who, shard in needs:
             if (step, rank) == (at, who) and shard not in lost and not (shard == "b" and "a" not in lost):
-                raise ShardsLost({shard: "gone"})
+                raise ShardsToGiveUp({shard: "gone"})
         return tiny_batch(step)
 
     said: list[str] = []
@@ -111,7 +111,7 @@ def stops_on_one_rank(rank: int, world_size: int) -> list[bool]:
 
     def make(step: int, lost: Mapping[str, int]) -> Batch:
         if (rank, step) == (0, 1):
-            raise ShardsLost({"a": "gone"})
+            raise ShardsToGiveUp({"a": "gone"})
         return tiny_batch(0)
 
     stopped = []

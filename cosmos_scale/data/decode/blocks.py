@@ -29,14 +29,14 @@ class Field(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorBlock:
     """memory: [bytes] uint8. fields: the tensors in it, one after the other."""
 
     memory: Tensor
     fields: tuple[Field, ...]
 
     @classmethod
-    def empty(cls, fields: Sequence[Field], *, shared: bool) -> "Block":
+    def empty(cls, fields: Sequence[Field], *, shared: bool) -> "TensorBlock":
         """Allocate a block, in memory that other processes can map or in this process's own."""
         total = block_bytes(fields)
         if shared:
@@ -48,7 +48,7 @@ class Block:
         return cls(memory, tuple(fields))
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], *, shared: bool) -> "Block":
+    def of(cls, tensors: Sequence[Tensor], *, shared: bool) -> "TensorBlock":
         """Copy tensors into a new block."""
         block = cls.empty([Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors], shared=shared)
         for place, tensor in zip(block.tensors(), tensors, strict=True):
@@ -63,7 +63,7 @@ class Block:
             start += _aligned(field.bytes)
         return found
 
-    def pin_memory(self) -> "Block":
+    def pin_memory(self) -> "TensorBlock":
         """Copy the block into memory from which a GPU copies by itself."""
         return replace(self, memory=self.memory.pin_memory())
 

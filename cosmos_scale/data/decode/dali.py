@@ -37,7 +37,7 @@ START_OF_SCAN, ADOBE = 0xDA, 0xEE
 PLAIN_SAMPLING = ("444", "422", "440", "420", "411", "Gray")
 
 
-def prepare(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
+def picture_for_dali(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
     """Check a picture and return (what DALI decodes bit for bit as decode_rgbx does, height, width).
 
     Plain JPEGs stay as they are. All else is decoded here and goes on as PPM: DALI reads palettes, alpha, 16 bits, inks

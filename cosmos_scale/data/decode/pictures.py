@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.decode.blocks import Block, Field
-from cosmos_scale.data.decode.dali import prepare, stack
+from cosmos_scale.data.decode.blocks import Field, TensorBlock
+from cosmos_scale.data.decode.dali import picture_for_dali, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.sample import SampleKey
@@ -24,7 +24,7 @@ class Pictures(Protocol):
     def put(self, place: int, image_bytes: bytes, key: SampleKey) -> None:
         """Take an encoded picture as one of the batch; a later one takes its place. Raises DamagedSample."""
 
-    def block(self, others: Sequence[Tensor]) -> Block:
+    def block(self, others: Sequence[Tensor]) -> TensorBlock:
         """The pictures' tensors and then others, in one block."""
 
 
@@ -33,7 +33,7 @@ class Crops:
 
     def __init__(self, config: RunConfig, batch: int, *, shared: bool) -> None:
         self._config = config
-        self._block = Block.empty(batch_fields(config, batch), shared=shared)
+        self._block = TensorBlock.empty(batch_fields(config, batch), shared=shared)
         self._global_crops, self._local_crops, *self._others = self._block.tensors()
 
     def put(self, place: int, image_bytes: bytes, key: SampleKey) -> None:
@@ -43,7 +43,7 @@ class Crops:
         plan = plan_views(views, side, key, *picture.shape[:2])
         execute(picture, plan, self._global_crops[:, place], self._local_crops[:, place])
 
-    def block(self, others: Sequence[Tensor]) -> Block:
+    def block(self, others: Sequence[Tensor]) -> TensorBlock:
         """The block that the views lie in, filled up."""
         for space, tensor in zip(self._others, others, strict=True):
             space.copy_(tensor)
@@ -62,13 +62,13 @@ class EncodedPictures:
     def put(self, place: int, image_bytes: bytes, key: SampleKey) -> None:
         """Check a picture and plan its views."""
         views, side = self._config.data.views, self._config.model.vision.image_size
-        self._pictures[place], height, width = prepare(image_bytes, self._config.data.max_pixels)
+        self._pictures[place], height, width = picture_for_dali(image_bytes, self._config.data.max_pixels)
         self._plans[place] = plan_views(views, side, key, height, width)
 
-    def block(self, others: Sequence[Tensor]) -> Block:
+    def block(self, others: Sequence[Tensor]) -> TensorBlock:
         """A new block."""
         encoded = stack(self._pictures, [plan for plan in self._plans if plan is not None])
-        return Block.of([*encoded, *others], shared=self._shared)
+        return TensorBlock.of([*encoded, *others], shared=self._shared)
 
 
 def start_pictures(config: RunConfig, batch: int, *, shared: bool) -> Pictures:

@@ -24,7 +24,7 @@ def execute(picture: Pixels, plan: ViewPlan, global_crops: Tensor, local_crops: 
     be slices of a batch; they are overwritten, normalised.
     """
     for view, out in enumerate([*global_crops, *local_crops]):
-        normalise(execute_view(picture, plan, view), out)
+        normalise_pixels(execute_view(picture, plan, view), out)
 
 
 def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
@@ -44,7 +44,7 @@ def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int) -> Te
     # Python's rounding of the margin, as torchvision's CenterCrop.
     top, left = (round((side - image_size) / 2) for side in resized.shape[:2])
     centre = resized[top : top + image_size, left : left + image_size]
-    return normalise(colour.rgb(centre), torch.empty(3, image_size, image_size))
+    return normalise_pixels(colour.rgb(centre), torch.empty(3, image_size, image_size))
 
 
 def crop(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
@@ -73,11 +73,13 @@ def blur_and_solarise(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
     return pixels
 
 
-def normalise(pixels: Pixels, out: Tensor) -> Tensor:
+def normalise_pixels(pixels: Pixels, out: Tensor) -> Tensor:
     """Write [H, W, 3] uint8 into `out` [3, H, W] float32, contiguous, normalised; returns it."""
     if out.dtype != torch.float32 or not out.is_contiguous() or out.shape[1:] != pixels.shape[:2]:
         # OpenCV would make an array of its own.
-        raise ValueError(f"{tuple(out.shape)} {out.dtype} cannot take a view of {pixels.shape[:2]}: see normalise")
+        raise ValueError(
+            f"{tuple(out.shape)} {out.dtype} cannot take a view of {pixels.shape[:2]}: see normalise_pixels"
+        )
     for plane, levels, table in zip(out.numpy(), cv2.split(pixels), TABLES, strict=True):
         cv2.LUT(levels, table, dst=plane)
     return out

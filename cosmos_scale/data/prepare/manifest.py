@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import cosmos_scale
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.matching import UNSEEN
-from cosmos_scale.data.prepare.table import Table, read_summary
+from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
 from cosmos_scale.data.prepare.writing import read_report
 from cosmos_scale.data.shards.index import REJECTED
@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
         return "\n".join(lines)
 
 
-def read_manifest(task: Task) -> Prepared | None:
+def read_prepare_manifest(task: Task) -> Prepared | None:
     """Return what a finished preparation made, None where there is none.
 
     Raises: UserError where it was made with other options.
@@ -87,7 +87,7 @@ def write_rejected(task: Task) -> Counter[str]:
     return counts
 
 
-def write_manifest(task: Task, rejected: Counter[str]) -> None:
+def write_prepare_manifest(task: Task, rejected: Counter[str]) -> None:
     """Write the manifest, which says that the preparation is done."""
     reports = [report for shard in task.images if (report := read_report(task, shard.name)) and report.samples]
     content = {
@@ -99,7 +99,7 @@ def write_manifest(task: Task, rejected: Counter[str]) -> None:
             "numpy": np.__version__,
             "pyarrow": parquet.version(),
         },
-        "captions_rows": read_summary(task.table).rows,
+        "captions_rows": read_table_summary(task.table).rows,
         "samples": sum(report.samples for report in reports),
         "bytes": sum(report.size for report in reports),
         "rejected": dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
@@ -125,7 +125,7 @@ def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
 
 def _rows_without_image(task: Task) -> Iterator[dict[str, Any]]:
     """Yield the table's rows that no listing has, in the order of their files."""
-    table = Table(task.table)
+    table = JoinTable(task.table)
     state: NDArray[np.uint8] = np.load(task.work / "states.npy", mmap_mode="r")
     names = [path.name for path in task.captions]
     reason = f"no image: no shard lists its {task.join}"

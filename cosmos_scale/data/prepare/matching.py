@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
-from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
+from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_file, writing
@@ -37,7 +37,7 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
     states = task.work / "states.npy"
     if states.exists():
         return
-    state = np.zeros(len(Table(task.table)), dtype=np.uint8)
+    state = np.zeros(len(JoinTable(task.table)), dtype=np.uint8)
     examples: list[str] = []
     images = matched = without_value = 0
     results = map_jobs(partial(_find, task.for_worker()), task.images, workers)
@@ -58,7 +58,7 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
 
 def _find(task: Task, shard: ImageShard) -> _Found:
     listed = read_listing(shard, task.join)
-    positions = Table(task.table).find([image.value or "" for image in listed])
+    positions = JoinTable(task.table).find([image.value or "" for image in listed])
     values = [image.value for image in listed if image.value is not None]
     positions[[image.value is None for image in listed]] = MISSING
     downloaded = np.array([image.status == SUCCESS for image in listed], dtype=bool)
@@ -89,7 +89,7 @@ def _no_overlap(task: Task, images: int, without_value: int, examples: list[str]
             f"{folder}: its images do not say their {task.join}: neither a .parquet beside the shards nor a .json with "
             f"each image has it"
         )
-    theirs = ", ".join(read_summary(task.table).examples)
+    theirs = ", ".join(read_table_summary(task.table).examples)
     return (
         f"{folder}: none of its {images} images has captions in {task.captions[0].name}: {task.join}s there are such "
         f"as {theirs}, here such as {', '.join(examples)}"

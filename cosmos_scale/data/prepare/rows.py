@@ -34,7 +34,7 @@ class RowFile(NamedTuple):
         return {name: value for name, value in zip(self.columns, values, strict=True) if name is not None}
 
 
-class Row(NamedTuple):
+class PlacedRow(NamedTuple):
     """One row: its number (from 1, header left out), its bytes' place, its join value, and what is wrong with it."""
 
     number: int
@@ -79,9 +79,9 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
     return column
 
 
-def scan(
+def scan_captions(
     path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
-) -> tuple[RowFile, Iterator[Row]]:
+) -> tuple[RowFile, Iterator[PlacedRow]]:
     """Return a captions file as one that is read by place, and its rows in order. `advance` takes bytes read.
 
     copy: where a parquet file's rows are copied. Raises: UserError where the file cannot be used.
@@ -93,7 +93,7 @@ def scan(
 
 def _scan_csv(
     path: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
-) -> tuple[RowFile, Iterator[Row]]:
+) -> tuple[RowFile, Iterator[PlacedRow]]:
     csv.field_size_limit(FIELD_LIMIT)
     try:
         with path.open("rb") as file:
@@ -106,7 +106,7 @@ def _scan_csv(
     return RowFile(path, "csv", kept), _csv_rows(path, len(header), names.index(column), advance)
 
 
-def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], None]) -> Iterator[Row]:
+def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], None]) -> Iterator[PlacedRow]:
     with path.open("rb") as file:
         lines = _Lines(file)
         reader = csv.reader(lines)
@@ -131,7 +131,7 @@ def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], No
             if lines.foreign is not None:
                 fault = f"not UTF-8: byte 0x{lines.foreign:02x}; save the file as UTF-8"
                 lines.foreign = None
-            yield Row(number, offset, size, "" if cells is None or fault else cells[position], fault)
+            yield PlacedRow(number, offset, size, "" if cells is None or fault else cells[position], fault)
 
 
 class _Lines:
@@ -159,7 +159,7 @@ class _Lines:
 
 def _scan_parquet(
     path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
-) -> tuple[RowFile, Iterator[Row]]:
+) -> tuple[RowFile, Iterator[PlacedRow]]:
     header = parquet.column_names(path)
     column = join_column(path, header, dataset, join)
     chosen = [name for name in header if plain(name) == column or plain(name) in dataset.captions]
@@ -169,7 +169,7 @@ def _scan_parquet(
 
 def _parquet_rows(
     path: Path, copy: Path, columns: list[str], position: int, advance: Callable[[int], None]
-) -> Iterator[Row]:
+) -> Iterator[PlacedRow]:
     rows, size = max(parquet.count_rows(path), 1), path.stat().st_size
     number = offset = 0
     with copy.open("wb") as file:
@@ -180,7 +180,7 @@ def _parquet_rows(
                 line = json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
                 file.write(line)
                 fault = None if isinstance(value, str) else f"wrong type: its {columns[position]} is no text"
-                yield Row(number, offset, len(line), value if isinstance(value, str) else "", fault)
+                yield PlacedRow(number, offset, len(line), value if isinstance(value, str) else "", fault)
                 offset += len(line)
             advance(len(batch[0]) * size // rows)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.prepare.datasets import Dataset, Join, join_value
-from cosmos_scale.data.prepare.rows import Row, RowFile, scan
+from cosmos_scale.data.prepare.rows import PlacedRow, RowFile, scan_captions
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, replace_file
@@ -38,7 +38,7 @@ class TableSummary(NamedTuple):
     examples: list[str]
 
 
-class Table:
+class JoinTable:
     """The table on disk; positions in it stand for rows of captions."""
 
     def __init__(self, folder: Path) -> None:
@@ -90,7 +90,7 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
     replace_file(summary, json.dumps(content).encode())
 
 
-def read_summary(folder: Path) -> TableSummary:
+def read_table_summary(folder: Path) -> TableSummary:
     """Return the summary of a table that stands."""
     content = json.loads((folder / "table.json").read_text())
     files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
@@ -129,7 +129,7 @@ class _Builder:
             faults = stack.enter_context((self._folder / "rows.jsonl").open("w"))
             for number, path in enumerate(self._captions):
                 copy = self._folder / f"captions-{number:05d}.jsonl"
-                file, rows = scan(path, copy, self._dataset, self._join, advance)
+                file, rows = scan_captions(path, copy, self._dataset, self._join, advance)
                 self.files.append(file)
                 usable = self._usable(number, path, rows, faults)
                 while chunk := list(islice(usable, _CHUNK)):
@@ -141,7 +141,7 @@ class _Builder:
                         bucket.write(part.tobytes())
 
     def _usable(
-        self, number: int, path: Path, rows: Iterator[Row], faults: TextIO
+        self, number: int, path: Path, rows: Iterator[PlacedRow], faults: TextIO
     ) -> Iterator[tuple[int, int, int, int, int]]:
         for row in rows:
             self.rows += 1
@@ -163,7 +163,7 @@ class _Builder:
                 self.examples.append(value)
             yield join_hash(value), row.offset, row.size, row.number, number
 
-    def _check_url(self, path: Path, row: Row, value: str) -> None:
+    def _check_url(self, path: Path, row: PlacedRow, value: str) -> None:
         if self.usable == 0 and self._join == "url" and value and "://" not in value:
             raise UserError(
                 f"{path}: row {row.number} names its image {value}, which is no URL; take the release with URLs, or "

@@ -15,7 +15,7 @@ from cosmos_scale.data.prepare.datasets import Document, join_value, make_docume
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
 from cosmos_scale.data.prepare.matching import DUPLICATE
 from cosmos_scale.data.prepare.rows import RowReader
-from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
+from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
@@ -51,7 +51,7 @@ class _Sink:
         """The file is closed by its owner."""
 
 
-def write_shard(task: Task, shard: ImageShard) -> Written:
+def write_prepared_shard(task: Task, shard: ImageShard) -> Written:
     """Write one shard under another name, rename it when it is whole, then its report; a whole one is kept.
 
     Raises: UserError where a file cannot be read or written.
@@ -144,8 +144,8 @@ class _Captions:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._table = Table(task.table)
-        self._reader = RowReader(read_summary(task.table).files)
+        self._table = JoinTable(task.table)
+        self._reader = RowReader(read_table_summary(task.table).files)
 
     def __enter__(self) -> "_Captions":
         self._reader.__enter__()

@@ -22,7 +22,7 @@ class DamagedSample(Exception):
     """This sample cannot be used; the text says why. The loader counts it, logs shard and key, and substitutes."""
 
 
-class LostShard(UserError):
+class UnreachableShard(UserError):
     """This shard cannot be reached any more, after all retries: none of its samples can be used.
 
     shard: its path or URL, secrets left out. Where nobody goes on without the shard, it is the user's error.

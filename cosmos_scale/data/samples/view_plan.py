@@ -34,7 +34,7 @@ GREY, BLUR, BLUR_RADIUS, SOLARISE = 32, 33, 34, 35
 DRAWS_PER_VIEW = 36
 
 Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+WholeNumbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -54,14 +54,14 @@ class ViewPlan:
     solarise: [V] int64: values from this threshold on are inverted; 256: none.
     """
 
-    boxes: Integers
-    sides: Integers
+    boxes: WholeNumbers
+    sides: WholeNumbers
     flip: Flags
-    jitter_order: Integers
+    jitter_order: WholeNumbers
     jitter_factors: Floats
     grey: Flags
     blur_radius: Floats
-    solarise: Integers
+    solarise: WholeNumbers
 
 
 def sample_generator(key: SampleKey, stream: int) -> np.random.Generator:

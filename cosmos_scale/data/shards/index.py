@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.samples.sample import LostShard
+from cosmos_scale.data.samples.sample import UnreachableShard
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
 from cosmos_scale.data.shards.scan import scan_shard
-from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join, redact
-from cosmos_scale.data.shards.table import Table, entry_of, open_table, pack_table
+from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join_url, redact
+from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, replace_file
@@ -148,13 +148,13 @@ class SourceIndex:
         self.rows = rows
         self.weight = weight  # see training.order.EpochOrder
         self._remote = remote
-        self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._tables: OrderedDict[int, SampleTable] = OrderedDict()
         self._files: dict[int, ShardFile] = {}
 
     def locate(self, shard: int, place: int) -> Location:
         """Say where the sample at one place of one shard lies.
 
-        Raises: LostShard where the shard's table cannot be read in the end; UserError where it does not fit.
+        Raises: UnreachableShard where the shard's table cannot be read in the end; UserError where it does not fit.
         """
         return Location(self.shard_file(shard), entry_of(self._table(shard), place))
 
@@ -169,7 +169,7 @@ class SourceIndex:
         """Say where a shard's table lies, a path or URL."""
         return _place(self.folder, _table_name(self.rows[shard].name))
 
-    def _table(self, shard: int) -> Table:
+    def _table(self, shard: int) -> SampleTable:
         table = self._tables.get(shard)
         if table is None:
             row = self.rows[shard]
@@ -179,7 +179,7 @@ class SourceIndex:
             except Transient as failure:
                 file = self.shard_file(shard)
                 reason = f"its index {redact(path)} cannot be read: {failure}; run `cosmos-scale data index`"
-                raise LostShard(file.source, file.shown, reason) from failure
+                raise UnreachableShard(file.source, file.shown, reason) from failure
             if len(table) != row.samples:
                 raise UserError(
                     f"{redact(path)}: holds {len(table)} samples, but {SUMMARY} says {row.samples}; "
@@ -271,7 +271,7 @@ def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> Sour
             raise UserError(f"data source {source.name}: no .tar shards match {source.shards}")
         raise UserError(f"data source {source.name}: no index at {summary}; {hint}")
     means = shards.means()
-    rows = [row for row in read_summary(summary) if means(row.name)]
+    rows = [row for row in read_index_summary(summary) if means(row.name)]
     # A shard that is named in full and known may be out of reach for now; reading it would say so.
     unknown = sorted({*names, *missing} - {row.name for row in rows})
     if unknown:
@@ -296,7 +296,7 @@ def open_sources(sources: Iterable[SourceConfig], remote: RemoteConfig | None = 
     return merged
 
 
-def read_summary(path: str) -> list[ShardRow]:
+def read_index_summary(path: str) -> list[ShardRow]:
     """Read an index's summary: a row for each shard, in the order that sample ids follow. path: may be a URL.
 
     Raises: UserError where it is unreadable or of another format.
@@ -337,7 +337,7 @@ def _table_name(shard: str) -> str:
 
 
 def _place(folder: str, name: str) -> str:
-    return join(folder, name) if is_remote(folder) else str(Path(folder) / name)
+    return join_url(folder, name) if is_remote(folder) else str(Path(folder) / name)
 
 
 def _fetch(address: str) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
-from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join, list_filesystem, redact
+from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join_url, list_filesystem, redact
 from cosmos_scale.errors import UserError
 
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -136,7 +136,7 @@ class _Urls(ShardPattern):
         return _name_test(_expand(self.below))
 
     def address(self, name: str) -> str:
-        return join(self.folder, name)
+        return join_url(self.folder, name)
 
     def show(self, name: str) -> str:
         return redact(self.address(name))

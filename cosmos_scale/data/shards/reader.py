@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
-from cosmos_scale.data.samples.sample import DamagedSample, LostShard
+from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.cache import ShardCache
 from cosmos_scale.data.shards.store import (
     PIPE,
@@ -186,8 +186,9 @@ class ShardReader:
     def read(self, location: Location) -> tuple[bytes, dict[str, Any]]:
         """Return a sample's picture, undecoded, and its document.
 
-        Raises: LostShard where the shard cannot be reached, after all retries, or has another size than its index
-        says; UserError where it must not be read; DamagedSample where the members do not lie where the index says.
+        Raises: UnreachableShard where the shard cannot be reached after all retries, or has another size than its
+        index says; UserError where the shard must not be read; DamagedSample where the members do not lie where the
+        index says.
         """
         entry = location.entry
         # The header before the data comes along: it tells whether the index still fits.
@@ -212,14 +213,14 @@ class ShardReader:
 
     def _bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
         if shard.address in self._lost:
-            raise LostShard(shard.source, shard.shown, self._lost[shard.address])
+            raise UnreachableShard(shard.source, shard.shown, self._lost[shard.address])
         read = self._remote_bytes if is_remote(shard.address) else self._local_bytes
         try:
             return retried(lambda: read(shard, offset, size), self._remote, await_missing=True)
         except Transient as failure:
             reason = _other_size(shard, failure.found) if isinstance(failure, WrongSize) else str(failure)
             self._lost[shard.address] = reason  # the next sample of it need not try again
-            raise LostShard(shard.source, shard.shown, reason) from failure
+            raise UnreachableShard(shard.source, shard.shown, reason) from failure
 
     def _remote_bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
         store = self._stores.of(shard.address)

@@ -85,7 +85,7 @@ def is_web(address: str) -> bool:
     return address.lower().startswith(("http://", "https://"))
 
 
-def join(folder: str, name: str) -> str:
+def join_url(folder: str, name: str) -> str:
     """Return the URL of a file in a folder; the folder's query, such as a token, stays at the end."""
     base, mark, query = folder.partition("?") if is_web(folder) else (folder, "", "")
     return f"{base if base.endswith('://') else base.rstrip('/')}/{name}{mark}{query}"

@@ -11,7 +11,7 @@ from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, MAY_PASS, Entry
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, redact, retried
 from cosmos_scale.errors import UserError
 
-Table = NDArray[np.void]
+SampleTable = NDArray[np.void]
 
 _NUMBERS = ("image_offset", "image_size", "text_offset", "text_size")
 _ONCE = RemoteConfig(retries=0)
@@ -37,7 +37,7 @@ def pack_table(entries: Sequence[Entry]) -> bytes:
     return buffer.getvalue()
 
 
-def open_table(path: str, remote: RemoteConfig | None = None) -> Table:
+def open_table(path: str, remote: RemoteConfig | None = None) -> SampleTable:
     """Memory-map a table, or fetch it where it lies at a URL.
 
     remote: how often to try again; None: do not wait for a file to come back.
@@ -50,17 +50,17 @@ def open_table(path: str, remote: RemoteConfig | None = None) -> Table:
     return retried(lambda: _parsed(path), remote or _ONCE, await_missing=True)
 
 
-def entry_of(table: Table, place: int) -> Entry:
+def entry_of(table: SampleTable, place: int) -> Entry:
     """Return one sample of a table; bytes of its key that are no UTF-8 are spelled out (\\xe9)."""
     key, image_offset, image_size, text_offset, text_size, kind = table[place].item()
     shown = key.decode("utf-8", "backslashreplace")
     return Entry(shown, image_offset, image_size, text_offset, text_size, kind.decode("ascii", "replace"))
 
 
-def _parsed(file: str | io.BytesIO) -> Table:
+def _parsed(file: str | io.BytesIO) -> SampleTable:
     try:
         if isinstance(file, str):
-            table: Table = np.lib.format.open_memmap(file, mode="r")
+            table: SampleTable = np.lib.format.open_memmap(file, mode="r")
         else:
             table = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:

@@ -20,7 +20,7 @@ from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
-from cosmos_scale.data.tools.captions_file import Row, count_lines, read_rows
+from cosmos_scale.data.tools.captions_file import CaptionRow, count_lines, read_rows
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, whole_file, writing
 
@@ -53,7 +53,7 @@ class _Reject(NamedTuple):
 
 class _Job(NamedTuple):
     shard: Path
-    rows: list[Row]
+    rows: list[CaptionRow]
 
 
 class _Written(NamedTuple):
@@ -120,7 +120,7 @@ def _write_shard(images: Path, job: _Job) -> _Written:
     return _Written(len(job.rows), samples, rejected)
 
 
-def _write_rows(images: Path, rows: list[Row], shard: TarWriter) -> list[_Reject]:
+def _write_rows(images: Path, rows: list[CaptionRow], shard: TarWriter) -> list[_Reject]:
     rejected = []
     for row in rows:
         try:
@@ -133,7 +133,7 @@ def _write_rows(images: Path, rows: list[Row], shard: TarWriter) -> list[_Reject
     return rejected
 
 
-def _jpeg(images: Path, row: Row) -> bytes:
+def _jpeg(images: Path, row: CaptionRow) -> bytes:
     """Read a row's picture as JPEG bytes, decoded once to be sure that it can be; raises DamagedSample."""
     if row.fault is not None:
         raise DamagedSample(row.fault)

@@ -6,7 +6,7 @@ samples. Pictures are not decoded: their headers tell size and format. `data ver
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import DataConfig, RunConfig
@@ -32,9 +31,8 @@ from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet
 from cosmos_scale.data.tools.verify import reason_class
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import EpochOrder
-from cosmos_scale.errors import ShardsLost, UserError
-
-Tokenize = Callable[[Sequence[str]], Tensor]
+from cosmos_scale.data.training.worker import Tokenize
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
 SAMPLES_A_JOB = 64
 SHOWN_SIDE = 224  # about the side of a global crop on a contact sheet
@@ -191,7 +189,7 @@ def picture_header(image_bytes: bytes, max_pixels: int) -> tuple[str, int, int]:
         raise DamagedSample(f"no picture header: {error}") from error
 
 
-def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int, first: int, count: int) -> None:
+def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int, first: int, count: int) -> None:
     """Write a contact sheet of the samples that training visits from one position of an epoch on, as it makes them.
 
     tokenize: what the loader wants; a sheet shows texts.
@@ -238,5 +236,5 @@ def _nothing_to_lose() -> Iterator[None]:
     """Where no run goes on without it, a lost shard is the user's error."""
     try:
         yield
-    except ShardsLost as loss:
+    except ShardsToGiveUp as loss:
         raise UserError(str(loss)) from loss

@@ -114,7 +114,7 @@ def _figures(values: Counter[int]) -> dict[str, Any]:
     return {"mean": mean(values), **shares, "histogram": {str(value): values[value] for value in sorted(values)}}
 
 
-def show(survey: Survey, sampling: str, context_length: int, seed: int, epoch: int, console: Console) -> None:
+def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, epoch: int, console: Console) -> None:
     """Print a survey on a terminal."""
     tally = survey.tally
     _show_sources(survey, console)
@@ -190,7 +190,7 @@ def _shares(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count / total:.1%}" for name, count in common)
 
 
-def draw(survey: Survey, context_length: int, path: Path) -> None:
+def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
     """Write a PNG with a histogram of every measure, and the shares of picture formats."""
     from matplotlib.figure import Figure  # here: it takes half a second
 

@@ -26,7 +26,7 @@ from cosmos_scale.data.training.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
 MOST_WORKERS = 8  # by default: what lies above is the user's choice
 SHARED_MEMORY = Path("/dev/shm")
@@ -64,7 +64,7 @@ class TrainLoader:
         self._ranks_here = ranks_of_this_host(unknown=1)
         workers = config.data.workers
         self._workers = default_workers(world_size, device) if workers is None else workers
-        self._micro_batch = config.micro_batch(world_size)
+        self._samples_per_rank = config.samples_per_rank(world_size)
         self._lost = LostShards(index, lost_shards or {})
         self._dataset = StepBatches(
             config,
@@ -72,7 +72,7 @@ class TrainLoader:
             tokenizer,
             self._lost,
             rank=rank,
-            micro_batch=self._micro_batch,
+            samples_per_rank=self._samples_per_rank,
             steps_per_epoch=self.steps_per_epoch,
             shared=self._workers > 0,
         )
@@ -113,9 +113,9 @@ class TrainLoader:
         """Yield this rank's batch of step `start_step` and of every step after it, without end.
 
         Tensors are on the CPU, pinned where CUDA is available; crops made by DALI are on its device.
-        Raises: ShardsLost instead of the batch of a step that needs a shard which cannot be read any more: `lose` it on
-        all ranks, and begin again at this step. UserError where an index is missing or stale, where more than
-        data.max_damaged of the samples are damaged, or where a worker process dies; the caller adds which rank it is.
+        Raises: ShardsToGiveUp instead of the batch of a step that needs a shard which cannot be read any more: `lose`
+        the shard on all ranks, and begin again at this step. UserError where an index is missing or stale, where more
+        than data.max_damaged of the samples are damaged, or where a worker process dies; the caller adds the rank.
         """
         if self._log is not None:
             self._log.start(start_step)
@@ -132,10 +132,10 @@ class TrainLoader:
             if self._log is not None:
                 self._log.append(loaded.damages)
             if loaded.lost:
-                raise ShardsLost(loaded.lost)
+                raise ShardsToGiveUp(loaded.lost)
             if loaded.block is None:
                 raise UserError(loaded.error)
-            self._count.add(self._micro_batch, loaded.damages, self._lost.share())
+            self._count.add(self._samples_per_rank, loaded.damages, self._lost.share())
             yield loaded.block.tensors()
 
     def _decode(self, batches: Iterator[list[Tensor]]) -> Iterator[Batch]:
@@ -146,12 +146,12 @@ class TrainLoader:
             try:
                 for tensors in batches:
                     yield Encoded(*tensors[:ENCODED]), tensors[ENCODED:]
-            except (ShardsLost, UserError) as failure:
+            except (ShardsToGiveUp, UserError) as failure:
                 failures.append(failure)
 
         if self._decoder is None:
             views, side = self._config.data.views, self._config.model.vision.image_size
-            self._decoder = DaliDecoder(views, side, self._micro_batch, self._device, self._config.data.dali)
+            self._decoder = DaliDecoder(views, side, self._samples_per_rank, self._device, self._config.data.dali)
         for made, others in self._decoder.stream(encoded()):
             yield Batch(*made, *others)
         raise failures[0]
@@ -230,7 +230,7 @@ class TrainLoader:
         system = os.statvfs(SHARED_MEMORY)
         size = system.f_blocks * system.f_frsize  # 0: without a limit
         workers, prefetch = self._workers, self._config.data.prefetch
-        needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._micro_batch))
+        needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._samples_per_rank))
         if 0 < size < needed:
             raise UserError(
                 f"data.prefetch: {prefetch} batches ready in each of {workers} workers of each of {self._ranks_here} "

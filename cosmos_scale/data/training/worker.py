@@ -18,16 +18,16 @@ from torch.utils.data import Dataset
 
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.decode.blocks import Block
+from cosmos_scale.data.decode.blocks import TensorBlock
 from cosmos_scale.data.decode.pictures import start_pictures
 from cosmos_scale.data.samples.captions import draw_captions
-from cosmos_scale.data.samples.sample import DamagedSample, LostShard, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, UnreachableShard
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.reader import Location, ShardReader
 from cosmos_scale.data.training.damage import Damage
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import EpochOrder
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 PutPicture = Callable[[bytes, SampleKey], None]
@@ -46,7 +46,7 @@ class Loaded:
     names. error: the text of a UserError.
     """
 
-    block: Block | None = None
+    block: TensorBlock | None = None
     damages: list[Damage] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -67,7 +67,7 @@ class StepBatches(Dataset[Loaded]):
         lost: LostShards,
         *,
         rank: int,
-        micro_batch: int,
+        samples_per_rank: int,
         steps_per_epoch: int,
         shared: bool,
     ) -> None:
@@ -77,7 +77,7 @@ class StepBatches(Dataset[Loaded]):
         self._tokenizer = tokenizer
         self._lost = lost
         self._rank = rank
-        self._micro_batch = micro_batch
+        self._samples_per_rank = samples_per_rank
         self._steps_per_epoch = steps_per_epoch
         self._shared = shared
         self._order = EpochOrder(index.source_shards(), config.seed, config.data.window)
@@ -93,13 +93,13 @@ class StepBatches(Dataset[Loaded]):
         damages: list[Damage] = []
         try:
             return Loaded(self._batch(step, damages), damages)
-        except ShardsLost as loss:
+        except ShardsToGiveUp as loss:
             return Loaded(damages=damages, lost=loss.shards)
         except UserError as error:
             return Loaded(damages=damages, error=str(error))
 
-    def _batch(self, step: int, damages: list[Damage]) -> Block:
-        config, B, K = self._config, self._micro_batch, self._config.data.captions.count
+    def _batch(self, step: int, damages: list[Damage]) -> TensorBlock:
+        config, B, K = self._config, self._samples_per_rank, self._config.data.captions.count
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
         first = epoch_step * config.train.global_batch + self._rank * B
         positions = np.arange(first, first + B)
@@ -124,7 +124,7 @@ class StepBatches(Dataset[Loaded]):
     ) -> tuple[int, list[str]]:
         """Put in one sample, or where it cannot be used its first sound substitute: (its id, its captions).
 
-        Raises: ShardsLost where a shard turns out to be lost that was not.
+        Raises: ShardsToGiveUp where a shard turns out to be lost that was not.
         """
         known = len(damages)
         for attempt in range(MOST_SUBSTITUTES + 1):
@@ -135,8 +135,8 @@ class StepBatches(Dataset[Loaded]):
                 except DamagedSample as damage:
                     place = (location.source, str(location.shard), location.entry.key)
                     damages.append(Damage(step, key.epoch, key.sample, *place, str(damage)))
-                except LostShard as loss:
-                    raise ShardsLost({self._lost.shard_of(key.sample): loss.reason}) from loss
+                except UnreachableShard as loss:
+                    raise ShardsToGiveUp({self._lost.shard_of(key.sample): loss.reason}) from loss
             windows_on = 2 ** (attempt // SUBSTITUTES_A_WINDOW) - 1
             beside = position + windows_on * self._config.data.window
             key = key._replace(sample=self._order.substitute(key.epoch, beside, attempt))

@@ -14,8 +14,8 @@ from PIL import Image
 
 from cosmos_scale.config import BlurConfig, DaliConfig, JitterConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
-from cosmos_scale.data.decode.blocks import Block
-from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, define_pipeline, prepare, stack
+from cosmos_scale.data.decode.blocks import TensorBlock
+from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, define_pipeline, picture_for_dali, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
@@ -50,7 +50,7 @@ def planned(pictures: Sequence[bytes], views: ViewsConfig, image_size: int, firs
 
 
 def batch_of(pictures: Sequence[bytes], plans: Sequence[ViewPlan]) -> Encoded:
-    return stack([prepare(picture, MAX_PIXELS)[0] for picture in pictures], plans)
+    return stack([picture_for_dali(picture, MAX_PIXELS)[0] for picture in pictures], plans)
 
 
 def decoder(
@@ -173,7 +173,7 @@ def test_every_format_is_decoded_to_the_bit() -> None:
         "rubbish behind its end": jpeg + b"rubbish" * 9,
         **{name: jpeg[:2] + marker + jpeg[2:] for name, marker in (RARE_MARKERS | COMMON_MARKERS).items()},
     }
-    prepared = [prepare(picture, MAX_PIXELS) for picture in pictures.values()]
+    prepared = [picture_for_dali(picture, MAX_PIXELS) for picture in pictures.values()]
     assert [shape for _, *shape in prepared] == [[200, 320]] * len(pictures)
     decoded = whole_pictures([data for data, *_ in prepared], 200)
     for (name, picture), ours in zip(pictures.items(), decoded, strict=True):
@@ -183,12 +183,12 @@ def test_every_format_is_decoded_to_the_bit() -> None:
 def test_plain_jpegs_stay_as_they_are() -> None:
     for name in ("jpeg", "progressive", "jpeg 4:4:4", "jpeg 4:2:2", "grey jpeg"):
         picture = FORMATS[name]()
-        assert prepare(picture, MAX_PIXELS) == (picture, 200, 320)
+        assert picture_for_dali(picture, MAX_PIXELS) == (picture, 200, 320)
     for marker in COMMON_MARKERS.values():
         picture = JPEG[:2] + marker + JPEG[2:]
-        assert prepare(picture, MAX_PIXELS)[0] == picture
+        assert picture_for_dali(picture, MAX_PIXELS)[0] == picture
     for marker in RARE_MARKERS.values():
-        assert prepare(JPEG[:2] + marker + JPEG[2:], MAX_PIXELS)[0].startswith(b"P6 130 96 255\n")
+        assert picture_for_dali(JPEG[:2] + marker + JPEG[2:], MAX_PIXELS)[0].startswith(b"P6 130 96 255\n")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -196,7 +196,7 @@ def test_plain_jpegs_stay_as_they_are() -> None:
 def test_a_truncated_picture_does_not_enter(name: str, share: float) -> None:
     data = FORMATS[name]()
     with pytest.raises(DamagedSample, match="the picture"):
-        prepare(data[: int(len(data) * share)], MAX_PIXELS)
+        picture_for_dali(data[: int(len(data) * share)], MAX_PIXELS)
 
 
 def test_a_header_may_end_anywhere() -> None:
@@ -204,13 +204,13 @@ def test_a_header_may_end_anywhere() -> None:
     data = JPEG[:2] + marker + JPEG[2:]
     for length in range(data.index(b"\xff\xda") + 20):
         with pytest.raises(DamagedSample, match="the picture"):
-            prepare(data[:length], MAX_PIXELS)
+            picture_for_dali(data[:length], MAX_PIXELS)
 
 
 def test_too_many_pixels_do_not_enter() -> None:
     for name in ("jpeg", "cmyk jpeg", "png", "webp"):
         with pytest.raises(DamagedSample, match="320 x 200 pixels, more than max_pixels 63999"):
-            prepare(FORMATS[name](), 200 * 320 - 1)
+            picture_for_dali(FORMATS[name](), 200 * 320 - 1)
 
 
 def flipped(picture: bytes, count: int, seed: int) -> Iterator[bytes]:
@@ -240,9 +240,9 @@ def test_what_enters_is_sound(options: dict[str, Any]) -> None:
         except DamagedSample:
             refused += 1
             with pytest.raises(DamagedSample):
-                prepare(picture, MAX_PIXELS)
+                picture_for_dali(picture, MAX_PIXELS)
             continue
-        data, height, width = prepare(picture, MAX_PIXELS)
+        data, height, width = picture_for_dali(picture, MAX_PIXELS)
         assert (height, width) == pixels.shape[:2]
         # A wrong bit may make the picture smaller; what is left of it is compared.
         if min(height, width) >= 32:
@@ -327,7 +327,7 @@ def test_views_stay_when_the_next_come() -> None:
 def test_a_batch_travels_in_one_block() -> None:
     batch = mixed_batch(0, 3)
     decode = decoder(SMALL, 48, 3)
-    assert_same(decode(Encoded(*Block.of(batch, shared=True).tensors())), decode(batch))
+    assert_same(decode(Encoded(*TensorBlock.of(batch, shared=True).tensors())), decode(batch))
 
 
 def test_an_error_of_dali_is_one_line() -> None:

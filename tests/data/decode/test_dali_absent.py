@@ -23,12 +23,12 @@ sys.meta_path.insert(0, Hidden())
 
 import torch
 from cosmos_scale.config import DaliConfig, ViewsConfig
-from cosmos_scale.data.decode.dali import DaliDecoder, prepare, stack
+from cosmos_scale.data.decode.dali import DaliDecoder, picture_for_dali, stack
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 
 try:
-    prepare(b"no picture", 100)
+    picture_for_dali(b"no picture", 100)
 except DamagedSample:
     print("prepared")
 for torch.version.cuda in (None, "11.8", "12.4", "13.0"):

@@ -13,11 +13,11 @@ import pytest
 from cosmos_scale.config import CaptionSampling
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.manifest import Prepared
-from cosmos_scale.data.prepare.prepare import prepare
+from cosmos_scale.data.prepare.prepare import prepare_dataset
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import open_folder, picture, tiny_config
+from cosmos_scale.testing.shard_files import open_folder, picture, shards_config
 from tests.data.prepare.downloads import (
     DREAMLIP_HEADER,
     Download,
@@ -45,7 +45,7 @@ def run(
 ) -> Prepared:
     """Prepare what lies in `images` with the captions files that lie in `captions`."""
     captions, images = tmp_path / "captions", tmp_path / "images"
-    return prepare(
+    return prepare_dataset(
         dataset, [captions], [images], tmp_path / out, join=join, split=split, workers=workers, progress=False
     )
 
@@ -261,7 +261,7 @@ def test_prepared_shards_train(
         write_parquet(captions / "a.parquet", [pixelprose_row(number) for number in range(8)])
     write_tar(tmp_path / "images", "00000", [download(number) for number in range(8)])
     run(tmp_path, dataset, split=split)
-    config = tiny_config(tmp_path / "out", captions={"count": 3, "sampling": sampling})
+    config = shards_config(tmp_path / "out", captions={"count": 3, "sampling": sampling})
     tokenizer = Tokenizer(config.model.text.context_length)
     loader = TrainLoader(config, open_folder(tmp_path / "out"), tokenizer, 0, 1)
     with closing(loader.batches(0)) as batches:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.config import RemoteConfig
-from cosmos_scale.data.samples.sample import DamagedSample, LostShard
+from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.reader import Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.errors import UserError
@@ -194,16 +194,16 @@ def test_a_stale_or_missing_shard_is_noticed(tmp_path: Path) -> None:
     scan = scan_shard(path)
     write_shard(path, [sample(number) for number in range(9)])
     place = location(path, scan, 0)
-    with pytest.raises(LostShard, match=r"a\.tar: .*: has \d+ bytes, but its index was made when it had \d+"):
+    with pytest.raises(UnreachableShard, match=r"a\.tar: .*: has \d+ bytes, but its index was made when it had \d+"):
         ShardReader().read(place)
     with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, .* run `cosmos-scale data index` again") as error:
         ShardReader().check([place.file])
-    assert not isinstance(error.value, LostShard)
+    assert not isinstance(error.value, UnreachableShard)
     path.unlink()
     place = location(path, scan, 0)
     with pytest.raises(UserError, match=r"a\.tar: shard of source test cannot be opened: No such file"):
         ShardReader().check([place.file])
-    with pytest.raises(LostShard, match=r"a\.tar: shard of source test cannot be opened any more: No such file"):
+    with pytest.raises(UnreachableShard, match=r"a\.tar: shard of source test cannot be opened any more: No such file"):
         ShardReader(RemoteConfig(retries=0)).read(place)
 
 

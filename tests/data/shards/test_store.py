@@ -20,7 +20,7 @@ from cosmos_scale.data.shards.store import (
     Transient,
     WebStore,
     WrongSize,
-    join,
+    join_url,
     redact,
     retried,
 )
@@ -201,9 +201,9 @@ def test_secrets_are_left_out(text: str, address: str, shown: str) -> None:
 
 
 def test_a_folders_query_stays_at_the_end() -> None:
-    assert join("https://h/a/?t=1", "b.tar") == "https://h/a/b.tar?t=1"
-    assert join("s3://b/a", "b.tar") == "s3://b/a/b.tar"
-    assert join("memory://", "b.tar") == "memory:///b.tar"
+    assert join_url("https://h/a/?t=1", "b.tar") == "https://h/a/b.tar?t=1"
+    assert join_url("s3://b/a", "b.tar") == "s3://b/a/b.tar"
+    assert join_url("memory://", "b.tar") == "memory:///b.tar"
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.tools.inspect import picture_header
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, sample, tiny_config, write_shard
+from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, sample, shards_config, write_shard
 from tests.conftest import REPOSITORY
 from tests.data.decode.damaged_pictures import (
     MAX_PIXELS,
@@ -47,7 +47,7 @@ ODD: dict[str, dict[str, bytes]] = {
 
 
 def config_of(folder: Path, **data: Any) -> RunConfig:
-    return tiny_config(folder, max_pixels=MAX_PIXELS, **data)
+    return shards_config(folder, max_pixels=MAX_PIXELS, **data)
 
 
 def take(
@@ -220,7 +220,7 @@ def test_a_tar_that_was_cut_off_after_indexing_is_lost(tmp_path: Path) -> None:
     """Not only the samples behind the cut: what lies before it may be another's by now."""
     _, after = both_ways(tmp_path, {})
     cut_off(after / "0.tar")
-    with pytest.raises(ShardsLost) as loss:
+    with pytest.raises(ShardsToGiveUp) as loss:
         take(after, config_of(after), 0, 6)
     (reason,) = loss.value.shards.values()
     assert re.fullmatch(r"has \d+ bytes, but its index was made when it had \d+", reason)

@@ -17,11 +17,11 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.shard_files import open_folder, tiny_config, write_shards
+from cosmos_scale.testing.shard_files import open_folder, shards_config, write_shards
 
 COUNTS = [5, 7, 3, 6]  # 21 samples: five batches of 4, one over
 NAMES = [f"test/{shard:05d}.tar" for shard in range(4)]
@@ -30,7 +30,7 @@ SHARES = ("global_crops", "local_crops", "captions", "caption_lengths")  # [_, B
 
 
 def config_of(folder: Path, **data: Any) -> RunConfig:
-    return tiny_config(folder, **{"max_damaged": 0.5, "remote": AT_ONCE, **data})
+    return shards_config(folder, **{"max_damaged": 0.5, "remote": AT_ONCE, **data})
 
 
 def make(folder: Path, config: RunConfig, rank: int = 0, world_size: int = 1, **options: Any) -> TrainLoader:
@@ -46,7 +46,7 @@ def take(loader: TrainLoader, start: int, count: int) -> tuple[list[Batch], dict
         with closing(loader.batches(step)) as batches:
             try:
                 taken += islice(batches, count - len(taken))
-            except ShardsLost as loss:
+            except ShardsToGiveUp as loss:
                 # What was yielded before stays: `+=` adds as it goes.
                 lost[start + len(taken)] = loss.shards
                 loader.lose([loss.shards], start + len(taken))

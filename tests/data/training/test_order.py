@@ -135,11 +135,11 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
     st.sampled_from([("drop", 1), ("pad", 1), ("pad", 2), ("pad", 3)]),
 )
 def test_batches_are_the_same_at_every_world_size_and_from_every_restart(
-    sources: Sources, window: int, world_size: int, micro_batch: int, workers: int, cut: tuple[str, int]
+    sources: Sources, window: int, world_size: int, samples_per_rank: int, workers: int, cut: tuple[str, int]
 ) -> None:
     """Two epochs, resumed at every step by processes that know nothing: each rank's loaders take its steps in turn."""
     reference = EpochOrder(sources, 3, window)
-    samples, global_batch = reference.samples, world_size * micro_batch
+    samples, global_batch = reference.samples, world_size * samples_per_rank
     last_batch, multiple = cut
     if last_batch == "drop" and global_batch > samples:
         return
@@ -161,9 +161,9 @@ def test_batches_are_the_same_at_every_world_size_and_from_every_restart(
         for step in range(start, stop):
             epoch, epoch_step = divmod(step, steps)
             for rank in range(world_size):
-                first = epoch_step * global_batch + rank * micro_batch
+                first = epoch_step * global_batch + rank * samples_per_rank
                 loader = loaders[rank][(step - start) % workers]
-                share = loader.visits(epoch, np.arange(first, first + micro_batch))
+                share = loader.visits(epoch, np.arange(first, first + samples_per_rank))
                 seen += pairs(share)
         assert seen == expected[start * global_batch : stop * global_batch]
 

@@ -13,7 +13,7 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import tiny_config, write_shards
+from cosmos_scale.testing.shard_files import shards_config, write_shards
 
 GLOBAL_BATCH = 12
 
@@ -26,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         {"name": name, "shards": str(write_shards(root / name, counts)), "weight": weight}
         for name, counts, weight in (("a", [4, 5], 2.5), ("b", [7, 3, 6], 1.0), ("c", [12, 8], 0.2))
     ]
-    return tiny_config(root, global_batch=GLOBAL_BATCH, sources=sources, last_batch="pad", window=16)
+    return shards_config(root, global_batch=GLOBAL_BATCH, sources=sources, last_batch="pad", window=16)
 
 
 def batches(config: RunConfig, world_size: int, start: int, count: int) -> list[Batch]:

@@ -16,7 +16,7 @@ import torch
 
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import RemoteConfig, SourceConfig
-from cosmos_scale.data.samples.sample import LostShard
+from cosmos_scale.data.samples.sample import UnreachableShard
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
@@ -25,7 +25,7 @@ from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import gallery_batches
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
+from cosmos_scale.testing.shard_files import open_folder, picture, sample, shards_config, write_shard, write_shards
 from tests.data.web_server import Fault, WebServer, web_server
 
 COUNTS = [5, 4, 6]
@@ -154,7 +154,7 @@ def test_a_server_that_dies_loses_its_shards(shards: Path, tmp_path: Path, serve
     assert reader.read(index.locate(0))[0] == picture(0)
     server.stop()
     for _ in range(2):
-        with pytest.raises(LostShard, match="Connection refused") as lost:
+        with pytest.raises(UnreachableShard, match="Connection refused") as lost:
             reader.read(index.locate(0))
         assert (lost.value.source, lost.value.shard) == ("test", f"{server.url}/00000.tar?***")
         assert "secret" not in str(lost.value)
@@ -166,7 +166,7 @@ def test_a_server_that_hangs_is_left_after_all_tries(shards: Path, tmp_path: Pat
         index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
         reader = ShardReader(quick(retries=2, timeout_s=0.5))
         for _ in range(2):
-            with pytest.raises(LostShard, match=r"no answer for 0\.5 s"):
+            with pytest.raises(UnreachableShard, match=r"no answer for 0\.5 s"):
                 reader.read(index.locate(0))
         assert len(server.requests()) == 3  # what is lost is not asked for again
         with pytest.raises(UserError, match=r"shard of source test cannot be opened: no answer for 0\.5 s"):
@@ -178,13 +178,13 @@ def test_what_was_never_there_is_an_error_at_the_start(shards: Path, server: Web
         index = open_remote(f"{folder}/{{00000..00002}}.tar", shards)
         with pytest.raises(UserError, match=r"00000\.tar: shard of source test cannot be opened: not found") as error:
             ShardReader(RemoteConfig()).check(index.shard_files())
-        assert not isinstance(error.value, LostShard)
+        assert not isinstance(error.value, UnreachableShard)
     assert len(server.requests()) == 1  # nothing to wait for
     (shards / "00001.tar").unlink()  # of a remote source only the first shard is looked for
     index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
     reader = ShardReader(quick(retries=2))
     reader.check(index.shard_files())
-    with pytest.raises(LostShard, match="not found"):
+    with pytest.raises(UnreachableShard, match="not found"):
         reader.read(index.locate(5))
     local = open_folder(shards)
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
@@ -200,7 +200,7 @@ def test_a_shard_of_another_size_is_lost(shards: Path, tmp_path: Path, server: W
         write_shard(shards / "00000.tar", [sample(number) for number in range(count)])
         reader = ShardReader(quick(retries=1, cache=str(tmp_path / "cache")))
         found = (shards / "00000.tar").stat().st_size if (kind, count) != ("pipe", 9) else "more than"
-        with pytest.raises(LostShard, match=rf"00000\.tar.*: has {found}.* bytes, but its index was made"):
+        with pytest.raises(UnreachableShard, match=rf"00000\.tar.*: has {found}.* bytes, but its index was made"):
             reader.read(index.locate(0))
 
 
@@ -217,10 +217,10 @@ def test_a_file_that_comes_back_in_time_was_not_lost(shards: Path) -> None:
     hidden.unlink()
     reader = ShardReader(quick(retries=2))
     for _ in range(2):
-        with pytest.raises(LostShard, match="No such file or directory"):
+        with pytest.raises(UnreachableShard, match="No such file or directory"):
             reader.read(index.locate(0))
     write_shards(shards, COUNTS)
-    with pytest.raises(LostShard):  # the ranks have agreed by now
+    with pytest.raises(UnreachableShard):  # the ranks have agreed by now
         reader.read(index.locate(0))
 
 
@@ -235,7 +235,7 @@ def test_a_failing_read_of_an_open_file_is_tried_again_and_then_lost(
         raise OSError(errno.EIO, "Input/output error")  # as a disk that breaks
 
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(LostShard, match="Input/output error"):
+    with pytest.raises(UnreachableShard, match="Input/output error"):
         ShardReader(quick(retries=2)).read(location)
     assert tries == [location.shard] * 3
     assert not [link for link in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{link}") == tries[0]]
@@ -315,9 +315,9 @@ def test_a_remote_shard_that_cannot_be_scanned_is_named(shards: Path, server: We
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_batches_are_those_of_files(shards: Path, tmp_path: Path, server: WebServer, workers: int) -> None:
     tokenizer = Tokenizer(16)
-    expected = TrainLoader(tiny_config(shards), open_folder(shards), tokenizer, 0, 1).batches(0)
+    expected = TrainLoader(shards_config(shards), open_folder(shards), tokenizer, 0, 1).batches(0)
     sources = [{"name": "test", "shards": f"{server.url}/{{00000..00002}}.tar", "index": str(shards)}]
-    config = tiny_config(shards, sources=sources, workers=workers, remote={"backoff_s": 0.01})
+    config = shards_config(shards, sources=sources, workers=workers, remote={"backoff_s": 0.01})
     index = open_sources(config.data.sources)
     batches = TrainLoader(config, index, tokenizer, 0, 1).batches(0)
     for batch, local in islice(zip(batches, expected, strict=True), 6):
