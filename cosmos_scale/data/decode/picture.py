@@ -7,11 +7,14 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from cosmos_scale.config import DataConfig
 from cosmos_scale.data.samples.sample import DamagedSample
 
 Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
+# data.max_pixels of a run whose config says nothing else.
+DEFAULT_MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 
 # Every size is compared with data.max_pixels before Pillow sees the picture. Pillow's own limit would warn of, or
 # refuse, what the config allows.

@@ -45,11 +45,6 @@ PIXELPROSE = Dataset(
 )
 
 
-def plain(column: str) -> str:
-    """Return a column's name as it is compared."""
-    return column.strip().lower().replace(" ", "_")
-
-
 def join_value(join: Join, text: str) -> str:
     """Return what two values that mean the same image have in common.
 

@@ -17,6 +17,7 @@ from cosmos_scale.data.prepare.datasets import Join, join_value
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.patterns import COMPRESSED_ENDINGS
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
+from cosmos_scale.data.shards.scan import torn_end
 from cosmos_scale.errors import UserError
 
 SUCCESS = "success"
@@ -201,12 +202,12 @@ def _read(archive: tarfile.TarFile | None, member: _Member) -> bytes | None:
 
 
 def _break_off(archive: tarfile.TarFile | None) -> str | None:
-    """What is wrong where an archive's members end: only a block of zeros ends it."""
+    """What is wrong where an archive's members end."""
     if archive is None:
         return "torn shard: not a tar file"
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    block = archive.fileobj.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return f"torn shard: it ends at byte {archive.offset + len(block)} without an end mark"
-    return None if block.count(0) == len(block) else f"torn shard: no header at byte {archive.offset}"
+    end = torn_end(archive)
+    if end is None:
+        return None
+    if end.is_short:
+        return f"torn shard: it ends at byte {end.byte} without an end mark"
+    return f"torn shard: no header at byte {end.byte}"

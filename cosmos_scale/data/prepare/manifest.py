@@ -16,6 +16,7 @@ from cosmos_scale.data.prepare.matching import UNSEEN
 from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
 from cosmos_scale.data.prepare.writing import read_report
+from cosmos_scale.data.samples.sample import reason_class
 from cosmos_scale.data.shards.index import REJECTED
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file, whole_file, writing
@@ -119,7 +120,7 @@ def _row(samples: int, size: int, digest: str) -> dict[str, Any]:
 
 def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
     for reject in rejects:
-        counts[reject["reason"].split(": ")[0]] += 1
+        counts[reason_class(reject["reason"])] += 1
         file.write(json.dumps(reject) + "\n")
 
 

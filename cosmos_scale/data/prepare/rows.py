@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from cosmos_scale.data.prepare import parquet
-from cosmos_scale.data.prepare.datasets import Dataset, Join, plain
+from cosmos_scale.data.prepare.datasets import Dataset, Join
+from cosmos_scale.data.samples.captions import plain_column
 from cosmos_scale.errors import UserError
 
 # Characters of one cell; a quotation mark that is never closed would otherwise swallow the file into memory.
@@ -67,7 +68,7 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
 
     Raises: UserError where the header lacks it, or every column of captions.
     """
-    names = {plain(name) for name in header}
+    names = {plain_column(name) for name in header}
     shown = ", ".join(header) or "nothing"
     wanted = dataset.joins[join]
     column = next((name for name in wanted if name in names), None)
@@ -101,7 +102,7 @@ def _scan_csv(
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
     column = join_column(path, header, dataset, join)
-    names = [plain(name) for name in header]
+    names = [plain_column(name) for name in header]
     kept: list[str | None] = [name if name == column or name in dataset.captions else None for name in names]
     return RowFile(path, "csv", kept), _csv_rows(path, len(header), names.index(column), advance)
 
@@ -162,8 +163,8 @@ def _scan_parquet(
 ) -> tuple[RowFile, Iterator[PlacedRow]]:
     header = parquet.column_names(path)
     column = join_column(path, header, dataset, join)
-    chosen = [name for name in header if plain(name) == column or plain(name) in dataset.captions]
-    names: list[str | None] = [plain(name) for name in chosen]
+    chosen = [name for name in header if plain_column(name) == column or plain_column(name) in dataset.captions]
+    names: list[str | None] = [plain_column(name) for name in chosen]
     return RowFile(copy, "json", names), _parquet_rows(path, copy, chosen, names.index(column), advance)
 
 

@@ -9,19 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
-from cosmos_scale.config import DataConfig
-from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.prepare.datasets import Document, join_value, make_document, plain
+from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
+from cosmos_scale.data.prepare.datasets import Document, join_value, make_document
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
 from cosmos_scale.data.prepare.matching import DUPLICATE
 from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
+from cosmos_scale.data.samples.captions import plain_column
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file, whole_file, writing
-
-MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 
 
 class Written(NamedTuple):
@@ -128,7 +126,7 @@ def _check(image: Image) -> None:
     if image.fault is not None:
         raise DamagedSample(image.fault)
     try:
-        decode_rgbx(image.data, MAX_PIXELS)
+        decode_rgbx(image.data, DEFAULT_MAX_PIXELS)
     except DamagedSample as damage:
         raise DamagedSample(f"damaged image: {damage}") from damage
 
@@ -171,7 +169,7 @@ class _Captions:
         place = self._table.places[position]
         cells = self._reader.read(int(place["file"]), int(place["offset"]), int(place["size"]))
         # The table holds hashes: here the values themselves are compared.
-        values = (cells[plain(name)] for name in task.form.joins[task.join] if plain(name) in cells)
+        values = (cells[plain_column(name)] for name in task.form.joins[task.join] if plain_column(name) in cells)
         if join_value(task.join, str(next(values))) != image.value:
             raise DamagedSample(f"image without captions: no row has its {task.join}")
         document = make_document(task.form, cells, task.split)

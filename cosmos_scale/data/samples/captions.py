@@ -27,6 +27,11 @@ POOL_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
+def plain_column(name: str) -> str:
+    """Return the name of a captions file's column in the form in which columns are compared."""
+    return name.strip().lower().replace(" ", "_")
+
+
 def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleKey) -> list[str]:
     """Draw `config.count` texts, global captions first, from a sample's caption document.
 

@@ -1,5 +1,6 @@
 """What identifies one draw of one sample, and how a damaged one is reported."""
 
+import re
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
@@ -20,6 +21,15 @@ class SampleKey(NamedTuple):
 
 class DamagedSample(Exception):
     """This sample cannot be used; the text says why. The loader counts it, logs shard and key, and substitutes."""
+
+
+def reason_class(reason: str, *, numbers: bool = True) -> str:
+    """Return the part of a reason that samples share: "damaged JPEG: 3 bytes missing" counts as "damaged JPEG".
+
+    numbers: False puts N in the place of each number.
+    """
+    shared = reason.split(": ")[0]
+    return shared if numbers else re.sub(r"\d+", "N", shared)
 
 
 class UnreachableShard(UserError):

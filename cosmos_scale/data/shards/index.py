@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.samples.sample import UnreachableShard
+from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
 from cosmos_scale.data.shards.scan import scan_shard
@@ -99,7 +99,7 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
             if unfinished and done.name not in known:
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
-            rejected.update(_reason_class(reason) for _, reason in done.rejected)
+            rejected.update(reason_class(reason) for _, reason in done.rejected)
             faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
             if done.torn is not None:
                 torn += 1
@@ -381,8 +381,3 @@ def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | No
     lines = kept + [json.dumps(fault) for fault in faults]
     if lines or path.exists():
         replace_file(path, "".join(line + "\n" for line in lines).encode())
-
-
-def _reason_class(reason: str) -> str:
-    """The part of a reason that samples share: "damaged JPEG: 3 bytes missing" counts as "damaged JPEG"."""
-    return reason.split(": ")[0]

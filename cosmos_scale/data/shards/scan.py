@@ -130,14 +130,31 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[_
                 yield _Member(match[1], match[2].lower(), info.offset_data, info.size)
     except (tarfile.TarError, ValueError):
         pass  # the end marker is missing too, which the check below reports with its place
-    # tarfile takes any broken header but the first for the end of the archive: only a block of zeros is one.
+    end = torn_end(archive)
+    if end is not None and end.is_short:
+        torn.append(f"truncated: ends at byte {size} without an end-of-archive block")
+    elif end is not None:
+        torn.append(f"damaged: no tar header at byte {end.byte}; the rest cannot be reached")
+
+
+class TornEnd(NamedTuple):
+    """How an archive breaks off: the file ends at a byte (`is_short`), or what stands at the byte is no header."""
+
+    byte: int
+    is_short: bool
+
+
+def torn_end(archive: tarfile.TarFile) -> TornEnd | None:
+    """Return how an archive breaks off after its last member was read; None where it ends as archives do.
+
+    tarfile takes any broken header but the first for the end of the archive: only a block of zeros is the end.
+    """
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     block = archive.fileobj.read(BLOCK)
     if len(block) < BLOCK:
-        torn.append(f"truncated: ends at byte {size} without an end-of-archive block")
-    elif block.count(0) != BLOCK:
-        torn.append(f"damaged: no tar header at byte {archive.offset}; the rest cannot be reached")
+        return TornEnd(archive.offset + len(block), is_short=True)
+    return None if block.count(0) == BLOCK else TornEnd(archive.offset, is_short=False)
 
 
 def _split_repeats(members: list[_Member]) -> tuple[list[_Member], list[_Member]]:

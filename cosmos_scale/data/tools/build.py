@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from cosmos_scale.config import DataConfig
-from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
 from cosmos_scale.data.tools.captions_file import CaptionRow, count_lines, read_rows
@@ -25,7 +24,6 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, whole_file, writing
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: next to no loss
-MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 
 
 class BuildReport(NamedTuple):
@@ -91,7 +89,7 @@ def build_shards(
         for written in results:
             samples += written.samples
             for reject in written.rejected:
-                rejected[reject.reason.split(": ")[0]] += 1
+                rejected[reason_class(reject.reason)] += 1
                 log.write(json.dumps(reject._asdict()) + "\n")
             advance(written.rows)
     if samples == 0:
@@ -138,7 +136,7 @@ def _jpeg(images: Path, row: CaptionRow) -> bytes:
     if row.fault is not None:
         raise DamagedSample(row.fault)
     data = _find(images, str(row.image))
-    pixels = decode_rgbx(data, MAX_PIXELS)
+    pixels = decode_rgbx(data, DEFAULT_MAX_PIXELS)
     if picture_format(data[:12]) == "jpeg":
         return data
     buffer = io.BytesIO()

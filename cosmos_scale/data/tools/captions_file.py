@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.samples.captions import POOL_KEYS
+from cosmos_scale.data.samples.captions import POOL_KEYS, plain_column
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
@@ -75,7 +75,7 @@ def _read_csv(path: Path) -> Iterator[CaptionRow]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
-        columns = {_plain(name) for name in header}
+        columns = {plain_column(name) for name in header}
         for needed, known in (("picture", IMAGE_COLUMNS), ("caption", tuple(CAPTION_COLUMNS))):
             if columns.isdisjoint(known):
                 raise UserError(
@@ -86,7 +86,7 @@ def _read_csv(path: Path) -> Iterator[CaptionRow]:
             if not cells:
                 continue
             if fault := next(filter(None, map(_undecoded, cells)), None):
-                yield CaptionRow(number, _named(dict(zip(map(_plain, header), cells, strict=False))), {}, fault)
+                yield CaptionRow(number, _named(dict(zip(map(plain_column, header), cells, strict=False))), {}, fault)
             elif len(cells) != len(header):
                 yield CaptionRow(number, None, {}, f"wrong number of cells: {len(cells)}, the header has {len(header)}")
             else:
@@ -94,7 +94,7 @@ def _read_csv(path: Path) -> Iterator[CaptionRow]:
 
 
 def _row(number: int, values: dict[str, Any]) -> CaptionRow:
-    plain = {_plain(name): value for name, value in values.items()}
+    plain = {plain_column(name): value for name, value in values.items()}
     image = _named(plain)
     if image is None:
         return CaptionRow(number, None, {}, f"no picture named: expected one of {', '.join(IMAGE_COLUMNS)}")
@@ -124,10 +124,6 @@ def _undecoded(cell: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"not UTF-8: byte 0x{ord(cell[error.start]) - 0xDC00:02x} in a cell; save the file as UTF-8"
     return None
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace(" ", "_")
 
 
 def _listed(cell: str) -> str | list[str]:

@@ -4,7 +4,6 @@ Everything is counted by value, so that the tallies of many processes add up exa
 samples. Pictures are not decoded: their headers tell size and format. `data verify` reads them whole.
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_scale.batch import caption_lengths
-from cosmos_scale.config import DataConfig, RunConfig
+from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
-from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.samples.view_plan import plan_views
-from cosmos_scale.data.shards.index import MergedIndex, open_sources
+from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet
-from cosmos_scale.data.tools.verify import reason_class
+from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.data.training.worker import Tokenize
@@ -87,13 +86,6 @@ class Survey(NamedTuple):
     tally: Tally
 
 
-class _Pass(NamedTuple):
-    """One pass over samples; number tells it from others of the same process."""
-
-    data: DataConfig
-    number: int
-
-
 def survey(
     config: RunConfig,
     tokenize: Tokenize,
@@ -123,7 +115,7 @@ def survey(
         for source in index.sources
     ]
     chosen = len(index) if samples is None else min(samples, len(index))
-    work = partial(_tally, _Pass(config.data, time.monotonic_ns()), config.seed, epoch, tokenize)
+    work = partial(_tally, begin_pass(config.data), config.seed, epoch, tokenize)
     tally = Tally()
     with progress_bar("reading samples", chosen, show=progress) as advance:
         for part in map_jobs(work, _jobs(len(index), chosen, config.seed), workers):
@@ -144,13 +136,13 @@ def _jobs(total: int, chosen: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 
 @lru_cache(maxsize=1)
-def _opened(pass_: _Pass) -> tuple[MergedIndex, ShardReader]:
-    """The index and a reader, once a process and pass: a pass has many jobs."""
-    return open_sources(pass_.data.sources), ShardReader(pass_.data.remote)
+def _opened_reader(pass_: Pass) -> ShardReader:
+    """One reader a process, which keeps shards and connections open from job to job."""
+    return ShardReader(pass_.data.remote)
 
 
-def _tally(pass_: _Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDArray[np.int64]) -> Tally:
-    index, reader = _opened(pass_)
+def _tally(pass_: Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDArray[np.int64]) -> Tally:
+    index, reader = opened_index(pass_), _opened_reader(pass_)
     captions = pass_.data.captions
     tally = Tally()
     for sample in samples.tolist():
@@ -161,7 +153,7 @@ def _tally(pass_: _Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDA
             pool = caption_pool(captions.sampling, document)
             texts = draw_captions(captions, document, SampleKey(seed, epoch, sample))
         except DamagedSample as damage:
-            tally.damaged[reason_class(str(damage))] += 1
+            tally.damaged[reason_class(str(damage), numbers=False)] += 1
             continue
         tally.samples += 1
         tally.image_bytes += location.entry.image_size

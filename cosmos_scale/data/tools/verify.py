@@ -8,9 +8,7 @@ its index: what breaks off, what the index left out, what it does not know; and 
 
 import hashlib
 import json
-import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -25,11 +23,12 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.samples.captions import draw_captions
-from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
+from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import writing
 
@@ -77,7 +76,7 @@ class Verdict:
 
     def note(self, fault: Fault) -> None:
         """Count a fault."""
-        self.reasons[reason_class(fault.reason)] += 1
+        self.reasons[reason_class(fault.reason, numbers=False)] += 1
         if fault.key is None:
             self.shards_damaged += 1
         elif fault.indexed:
@@ -124,11 +123,6 @@ class Verdict:
         return {**vars(self), "first": [fault._asdict() for fault in self.first], "sound": self.sound}
 
 
-def reason_class(reason: str) -> str:
-    """Return the part of a reason that samples share, with N for its numbers."""
-    return re.sub(r"\d+", "N", reason.split(": ")[0])
-
-
 class _Job(NamedTuple):
     """Samples `first` to `last` of one shard of one source."""
 
@@ -148,13 +142,6 @@ class _Checked(NamedTuple):
     checksum: bool = False  # whether there was one to compare with
 
 
-class _Pass(NamedTuple):
-    """One pass over all samples; number tells it from others of the same process."""
-
-    data: DataConfig
-    number: int
-
-
 def verify_shards(
     data: DataConfig, *, log: Path | None = None, workers: int | None = None, progress: bool = True
 ) -> Verdict:
@@ -169,7 +156,7 @@ def verify_shards(
         samples=sum(row.samples for index in indexes for row in index.rows),
         size=sum(row.size for index in indexes for row in index.rows),
     )
-    check = partial(_check, _Pass(data, time.monotonic_ns()))
+    check = partial(_check, begin_pass(data))
     with ExitStack() as stack:
         file = None if log is None else stack.enter_context(_open_log(log))
         advance = stack.enter_context(progress_bar("verifying samples", verdict.samples, show=progress))
@@ -215,26 +202,24 @@ def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
 
 
 @lru_cache(maxsize=1)
-def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], list[dict[str, str]]]:
-    """The indexes and their shards' checksums, once a process and pass: a pass has many jobs."""
-    indexes = open_sources(pass_.data.sources).sources
-    return indexes, [_checksums(index) for index in indexes]
+def _checksums(pass_: Pass) -> list[dict[str, str]]:
+    """For each source, the SHA-256 of its shards by name, read once a process."""
+    return [_noted_checksums(Path(index.folder)) for index in opened_index(pass_).sources]
 
 
-def _checksums(index: SourceIndex) -> dict[str, str]:
-    """The SHA-256 of the shards that a manifest beside the index names; none without one that says so."""
+def _noted_checksums(folder: Path) -> dict[str, str]:
+    """The checksums in the manifest beside an index; none where no readable manifest stands there."""
     try:
-        shards = json.loads((Path(index.folder) / MANIFEST).read_bytes())["shards"]
+        shards = json.loads((folder / MANIFEST).read_bytes())["shards"]
         return {str(shard["shard"]): str(shard["sha256"]) for shard in shards}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _check(pass_: _Pass, job: _Job) -> _Checked:
-    indexes, checksums = _opened(pass_)
-    index = indexes[job.source]
+def _check(pass_: Pass, job: _Job) -> _Checked:
+    index = opened_index(pass_).sources[job.source]
     row, file = index.rows[job.shard], index.shard_file(job.shard)
-    checksum = checksums[job.source].get(row.name)
+    checksum = _checksums(pass_)[job.source].get(row.name)
     structure: list[Fault] = []
     try:
         with _here(file, pass_.data.remote) as local:
