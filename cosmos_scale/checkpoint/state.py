@@ -158,7 +158,7 @@ def load_model(model: nn.Module, folder: Path, which: Literal["student", "teache
 
 
 class FragmentReader:
-    """Reads parameters out of the files of a checkpoint; `bytes_read` counts what came from the disk."""
+    """Reads parameters out of the files of a checkpoint; a context that closes the files."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -171,11 +171,6 @@ class FragmentReader:
     def __exit__(self, *_: object) -> None:
         for file in self._open.values():
             file.close()
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all files, headers included."""
-        return sum(file.bytes_read for file in self._open.values())
 
     @torch.no_grad()
     def fill(self, fragments: Iterable[Fragment]) -> None:

@@ -2,8 +2,12 @@
 
 import functools
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -105,16 +109,30 @@ def resume(folder: Path, case: Case, ranks: Ranks) -> Outcome:
     teacher_model.load_state_dict(model.state_dict())
     student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
     manifest = read_manifest(folder)
-    with FragmentReader(folder, manifest) as reader:
+    with FragmentReader(folder, manifest) as reader, counted_reads() as sizes:
         reader.fill(student.fragments)
-        read = reader.bytes_read
     student.updates = manifest.state.updates
     student.set_loss_scaler(manifest.state.loss_scaler)
     student.weights_changed()
     tiny = Tiny(student, Teacher(teacher_model, student, config), CosmosLoss(config.optimizer.gradient_scale))
     outcome = go_on(tiny)
     student.engine.destroy()
-    return outcome._replace(read=read, most=most_bytes(folder, manifest, student.fragments))
+    return outcome._replace(read=sum(sizes), most=most_bytes(folder, manifest, student.fragments))
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Gather the sizes of all reads of a checkpoint's files, headers included."""
+    sizes: list[int] = []
+    pread = os.pread
+
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        data = pread(descriptor, size, offset)
+        sizes.append(len(data))
+        return data
+
+    with patch.object(os, "pread", counting):
+        yield sizes
 
 
 def most_bytes(folder: Path, manifest: Manifest, fragments: list[Fragment]) -> int:

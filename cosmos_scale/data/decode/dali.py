@@ -141,19 +141,12 @@ class DaliDecoder:
         self._pipeline = define_pipeline(views, image_size, batch, device.type, device_id, options)
         self._pipeline.build()
 
-    def __call__(self, encoded: Encoded) -> Views:
-        """Return the views of a batch: [V, B, 3, H, W] float32, normalised, on the device; the host waits for no GPU.
-
-        On a GPU they are valid on the stream that is current now.
-        """
-        (views, _), *_ = self.stream(iter([(encoded, None)]))
-        return views
-
     def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Generator[tuple[Views, T], None, None]:
         """Yield the views of batch after batch, each with what came with it, while DALI works on the next ones.
 
-        As __call__, but data.dali.prefetch batches are asked for ahead. One stream at a time. Raises UserError where
-        DALI fails, as it does where a GPU has no memory left.
+        Views: [V, B, 3, H, W] float32, normalised, on the device. The host waits for no GPU: on a GPU the views are
+        valid on the stream that was current when they were asked for. data.dali.prefetch batches are asked for ahead.
+        One stream at a time. Raises UserError where DALI fails, as where a GPU has no memory left.
         """
         waiting: list[tuple[Encoded, T]] = []
         try:
