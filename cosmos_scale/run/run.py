@@ -14,6 +14,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import changed_on_resume, dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, gather_rows, raise_together
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.student import Student
@@ -33,6 +34,7 @@ class Run:
     ranks: Ranks
     folder: Path
     index: MergedIndex
+    tokenizer: Tokenizer
     loader: TrainLoader
     retrieval: PeriodicRetrieval | None
     start: Start
@@ -149,7 +151,7 @@ class Run:
             known = (*self.start.broken, PassedOver(self.start.checkpoint, broken))
             self.start = find_start(self.config, self.checkpoints, self.index.fingerprint(), known)
             assert self.start.state is not None
-            self.loader.lost_shards = self.start.state.lost_shards
+            self.loader = _open_loader(self.config, self.ranks, self.folder, self.index, self.tokenizer, self.start)
         except UserError as failure:
             error = failure
         raise_together(self.ranks, error)
@@ -177,22 +179,29 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         tokenizer = Tokenizer(config.model.text.context_length)
         index = open_sources(config.data.sources, config.data.remote)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
-        lost = {} if start.state is None else start.state.lost_shards
-        damaged = folder / "damaged.jsonl"
-        loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device)
-        loader.check_shards(resumed=start.state is not None)
+        loader = _open_loader(config, ranks, folder, index, tokenizer, start)
+        check_shards(index, config, loader.lost_shards, resumed=start.state is not None)
         retrieval = None
         if config.eval.retrieval is not None and config.eval.every:
             retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
         if ranks.is_main:
             _write_config(config, folder)
-        run = Run(config, ranks, folder, index, loader, retrieval, start)
+        run = Run(config, ranks, folder, index, tokenizer, loader, retrieval, start)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
     assert run is not None
     _require_one_run(run)
     return run
+
+
+def _open_loader(
+    config: RunConfig, ranks: Ranks, folder: Path, index: MergedIndex, tokenizer: Tokenizer, start: Start
+) -> TrainLoader:
+    """Make the loader of a run's rank, which knows the shards that the run had given up at its start."""
+    lost = {} if start.state is None else start.state.lost_shards
+    damaged = folder / "damaged.jsonl"
+    return TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, ranks.device)
 
 
 def _require_one_run(run: Run) -> None:

@@ -44,6 +44,10 @@ MAY_PASS = (
 )
 
 
+# Servers of which this process has said that they send whole shards only; forked processes know it too.
+_SAID_WITHOUT_PARTS: set[str] = set()
+
+
 class Entry(NamedTuple):
     """One usable sample of a shard: where its picture and text lie, in bytes."""
 
@@ -249,9 +253,10 @@ class ShardReader:
         if self._cache is None:
             raise UserError(f"data.remote.cache: null; must name a folder: {shard.shown} comes whole only")
         server = _server(shard.address)
-        if server not in self._without_parts and server != PIPE and self._remote.fetch == "parts":
+        if server not in _SAID_WITHOUT_PARTS and server != PIPE and self._remote.fetch == "parts":
             note = f"serves no byte ranges, so that whole shards are kept in data.remote.cache, {self._cache.folder}"
             print(f"{redact(server)}: {note}", file=sys.stderr)
+            _SAID_WITHOUT_PARTS.add(server)
         self._without_parts.add(server)
 
     def _local_bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:

@@ -80,34 +80,10 @@ class TrainLoader:
         self._unlogged: list[Damage] = []
         self._count = DamageCount(config.data.max_damaged, damaged_log)
 
-    def check_shards(self, *, resumed: bool) -> None:
-        """Look for the shards before the first step.
-
-        Raises: UserError where one is missing: it was never there. Shards of a resumed run were, so that they are lost
-        when they are needed; there it is an error that more is missing than data.max_damaged allows, which no disk
-        that was forgotten should cost the time to find out shard by shard.
-        """
-        if not resumed:
-            self._dataset.check_shards()
-            return
-        missing, limit = self._lost.missing(), self._config.data.max_damaged
-        share = self._lost.share(missing)
-        if missing and share > limit:
-            name = next(iter(missing))
-            raise UserError(
-                f"shard {name} is missing: {missing[name]}; {len(missing)} missing shards, and those lost before, hold "
-                f"{share:.2%} of all samples, more than data.max_damaged {limit:g} allows"
-            )
-
     @property
     def lost_shards(self) -> dict[str, int]:
         """The shards given up so far, each with the step from which on its samples are replaced."""
         return dict(self._lost.steps)
-
-    @lost_shards.setter
-    def lost_shards(self, steps: Mapping[str, int]) -> None:
-        """Replace them by those of a checkpoint; before the first batch."""
-        self._lost.steps = dict(steps)
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Yield this rank's batch of step `start_step` and of every step after it, without end.

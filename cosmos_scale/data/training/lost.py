@@ -5,13 +5,16 @@ Shards are named by their source and their place in it: the name is the same on 
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
 
+from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import MergedIndex
-from cosmos_scale.data.shards.reader import Folders, ShardFile
+from cosmos_scale.data.shards.reader import Folders, ShardFile, ShardReader
 from cosmos_scale.data.shards.store import is_remote
+from cosmos_scale.errors import UserError
 
 
 class LostShards:
@@ -38,6 +41,10 @@ class LostShards:
         """Where a shard lies."""
         return next(islice(self._index.shard_files(), self._numbers[name], None))
 
+    def kept(self) -> list[int]:
+        """The shards that were not given up, by their places in the index."""
+        return [place for place, name in enumerate(self.names) if name not in self.steps]
+
     def missing(self) -> dict[str, str]:
         """Reasons by name of the shards of this machine that are not there now, less those given up."""
         folders, reasons = Folders(), {}
@@ -60,3 +67,29 @@ class LostShards:
     def share(self, more: Iterable[str] = ()) -> float:
         """The share of all samples that is lost, or would be with some more shards."""
         return self.samples({*self.steps, *more}) / int(self._ends[-1])
+
+
+def check_shards(index: MergedIndex, config: RunConfig, lost_shards: Mapping[str, int], *, resumed: bool) -> None:
+    """Look for the shards of a run before its first step, and for the tables of their samples.
+
+    lost_shards: the shards that the run has given up, which may be missing. resumed: whether the run goes on from a
+    checkpoint.
+    Raises: UserError where a shard of a new run is missing: the shard was never there. A resumed run gives a missing
+    shard up when the shard is needed. So there it is an error only that more is missing than data.max_damaged allows: a
+    forgotten disk shows at once, and not shard by shard.
+    """
+    lost = LostShards(index, lost_shards)
+    if not resumed:
+        files = list(index.shard_files())
+        with closing(ShardReader(config.data.remote)) as reader:
+            reader.check(files[place] for place in lost.kept())
+        index.check_tables(lost.kept())
+        return
+    missing, limit = lost.missing(), config.data.max_damaged
+    share = lost.share(missing)
+    if missing and share > limit:
+        name = next(iter(missing))
+        raise UserError(
+            f"shard {name} is missing: {missing[name]}; {len(missing)} missing shards, and those lost before, hold "
+            f"{share:.2%} of all samples, more than data.max_damaged {limit:g} allows"
+        )

@@ -83,12 +83,6 @@ class StepBatches(Dataset[Loaded]):
         self._order = EpochOrder(index.source_shards(), config.seed, config.data.window)
         self._reader = ShardReader(config.data.remote)
 
-    def check_shards(self) -> None:
-        """Raise UserError where a shard, or the table of its samples, is missing that was not given up."""
-        kept = [place for place, name in enumerate(self._lost.names) if name not in self._lost.steps]
-        self._reader.check(map(list(self._index.shard_files()).__getitem__, kept))
-        self._index.check_tables(kept)
-
     def __getitem__(self, step: int) -> Loaded:
         damages: list[Damage] = []
         try:

@@ -26,6 +26,7 @@ from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader, default_workers
+from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
 from cosmos_scale.testing.shard_files import (
@@ -241,16 +242,16 @@ def test_a_lost_or_changed_shard_reaches_the_training_process(tmp_path: Path, wo
         take(loader, 0, 3)
     assert changed.value.shards["test/00001.tar"].startswith(f"has {(folder / '00001.tar').stat().st_size} bytes, but")
     with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when"):
-        loader.check_shards(resumed=False)
+        check_shards(open_folder(folder), config, {}, resumed=False)
     (folder / "00001.tar").unlink()
     loader = make(folder, config)  # the one above has given the shard up
     with pytest.raises(ShardsToGiveUp) as loss:  # between the ranks: it was there when the run began
         take(loader, 0, 3)
     assert loss.value.shards == {"test/00001.tar": "No such file or directory"}
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
-        make(folder, shards_config(folder, workers=workers)).check_shards(resumed=False)
+        check_shards(open_folder(folder), config, {}, resumed=False)
     loader.lose([loss.value.shards], 0)
-    loader.check_shards(resumed=False)  # known to be lost
+    check_shards(open_folder(folder), config, loader.lost_shards, resumed=False)  # known to be lost
 
 
 class Finalised:

@@ -15,7 +15,7 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.data.training.lost import LostShards
+from cosmos_scale.data.training.lost import LostShards, check_shards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -167,25 +167,27 @@ def test_a_shard_whose_table_is_lost_is_lost(
     assert all(shard_of(sample) != 1 for batch in batches for sample in batch.sample_ids.tolist())
 
 
+def check(folder: Path, lost: dict[str, int] | None = None, *, resumed: bool, **data: Any) -> None:
+    check_shards(open_folder(folder), config_of(folder, **data), lost or {}, resumed=resumed)
+
+
 def test_before_a_run_a_missing_table_was_never_there(shards: Path) -> None:
     (shards / "00001.index.npy").unlink()
-    loader = make(shards, config_of(shards))
     with pytest.raises(UserError, match=r"00001\.index\.npy: index cannot be read: No such file or directory; run "):
-        loader.check_shards(resumed=False)
-    loader.lose([{NAMES[1]: "as a resumed run knows"}], 0)
-    loader.check_shards(resumed=False)
+        check(shards, resumed=False)
+    check(shards, {NAMES[1]: 0}, resumed=False)
 
 
 def test_a_resumed_run_may_miss_what_it_may_lose(shards: Path) -> None:
     (shards / "00001.tar").unlink()
     (shards / "00003.tar").unlink()  # 13 of 21 samples with the other
     for limit in (0.62, 1.0):
-        make(shards, config_of(shards, max_damaged=limit)).check_shards(resumed=True)
+        check(shards, resumed=True, max_damaged=limit)
     for limit, lost in ((0.61, {}), (0.61, {NAMES[1]: 3}), (0.74, {NAMES[0]: 3, NAMES[1]: 3}), (0.0, {})):
         with pytest.raises(UserError, match=r"^shard test/0000[13]\.tar is missing: No such file .* allows$") as error:
-            make(shards, config_of(shards, max_damaged=limit), lost_shards=lost).check_shards(resumed=True)
+            check(shards, lost, resumed=True, max_damaged=limit)
         assert f"{len({NAMES[1], NAMES[3]} - set(lost))} missing shards" in str(error.value)
-    make(shards, config_of(shards, max_damaged=0.0), lost_shards={NAMES[1]: 0, NAMES[3]: 0}).check_shards(resumed=True)
+    check(shards, {NAMES[1]: 0, NAMES[3]: 0}, resumed=True, max_damaged=0.0)
 
 
 def test_a_lost_shard_leaves_one_record(shards: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sourc
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import gallery_batches
@@ -326,6 +328,21 @@ def test_training_batches_are_those_of_files(shards: Path, tmp_path: Path, serve
     batches.close()
     expected.close()
     assert len({request.client for request in server.requests()}) == max(1, workers)  # a connection each
+
+
+def test_a_server_without_ranges_is_told_of_once(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the look for the shards before the run, and by none of the loader's processes."""
+    with web_server(shards, tmp_path / "log", ranges=False) as server:
+        sources = [{"name": "test", "shards": f"{server.url}/{{00000..00002}}.tar", "index": str(shards)}]
+        remote = {"cache": str(tmp_path / "cache"), "backoff_s": 0.01}
+        config = shards_config(shards, sources=sources, workers=2, remote=remote)
+        index = open_sources(config.data.sources)
+        check_shards(index, config, {}, resumed=False)
+        with closing(TrainLoader(config, index, Tokenizer(16), 0, 1).batches(0)) as batches:
+            assert len(list(islice(batches, 4))) == 4
+    assert capfd.readouterr().err.count("serves no byte ranges") == 1
 
 
 def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> None:
