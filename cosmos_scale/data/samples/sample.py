@@ -1,4 +1,4 @@
-"""What identifies one draw of one sample, and how a damaged one is reported."""
+"""What identifies one draw of one sample, and how damaged samples and unreachable shards are reported."""
 
 import re
 from typing import NamedTuple
@@ -20,7 +20,10 @@ class SampleKey(NamedTuple):
 
 
 class DamagedSample(Exception):
-    """This sample cannot be used; the text says why. The loader counts it, logs shard and key, and substitutes."""
+    """A sample that cannot be used; the text says why.
+
+    The loader counts the sample, logs its shard and key, and puts another sample in its place.
+    """
 
 
 def reason_class(reason: str, *, numbers: bool = True) -> str:
@@ -33,9 +36,9 @@ def reason_class(reason: str, *, numbers: bool = True) -> str:
 
 
 class UnreachableShard(UserError):
-    """This shard cannot be reached any more, after all retries: none of its samples can be used.
+    """A shard that cannot be reached any more, after all retries: none of its samples can be used.
 
-    shard: its path or URL, secrets left out. Where nobody goes on without the shard, it is the user's error.
+    A UserError, for callers that cannot go on without the shard. shard: its path or URL, secrets left out.
     """
 
     def __init__(self, source: str, shard: str, reason: str) -> None:

@@ -1,8 +1,9 @@
 """The index of shards: how many samples each holds, and where each sample lies.
 
-On disk, in one folder (beside the shards, or elsewhere): `index.json`, one line a shard with its name, samples and
-bytes, which is all that the order needs; and one `.index.npy` a shard, a table of its samples, memory-mapped when a
-sample of that shard is first asked for. So any position of a large data set costs one small file and a page or two.
+An index lies in one folder, beside the shards or elsewhere. `index.json` has one line a shard, with the shard's name,
+samples and bytes: the order of the data needs no more. For each shard there is a `.index.npy`, a table of its samples,
+which is memory-mapped when a sample of the shard is first asked for. So any position of a large dataset costs one small
+file and a page or two.
 """
 
 import hashlib
@@ -71,12 +72,12 @@ class ShardRow(NamedTuple):
 def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, progress: bool = True) -> IndexReport:
     """Index the shards of a folder or a glob or brace pattern, without repacking them.
 
-    Shards at a URL or from a command are read once, each through a temporary file; where that breaks off, the next call
-    goes on after the shards that are done.
-    out: folder of the index; default: the folder of the shards. Shards that it knows already, but not by this pattern,
-    stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
-    Raises: UserError where there is no shard, a shard is compressed or unreadable, or no sample is left; where the
-    shards are not on this machine and `out` is not given.
+    Shards at a URL or from a command are read once, each through a temporary file. Where the reading breaks off, the
+    next call goes on after the shards that are done.
+    out: folder of the index; default: the folder of the shards. If the folder has an index already, shards in it that
+    the pattern does not mean stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
+    Raises: UserError where there is no shard, a shard is compressed or unreadable, no sample is left, or the shards are
+    not on this machine and `out` is not given.
     """
     shards = parse_pattern(pattern)
     if out is None and is_remote(pattern):
@@ -128,9 +129,9 @@ class SourceShards(NamedTuple):
 
 
 class SourceIndex:
-    """The index of one source: its shards, and the tables of those shards that were asked for.
+    """The index of one source: its shards, and the tables of the shards that were asked for.
 
-    folder: where the tables lie, a path or URL. remote: how often to try again; None: a missing file is not waited for.
+    folder: where the tables lie, a path or URL. remote: how often to try again; None: do not wait for missing files.
     """
 
     def __init__(
@@ -154,7 +155,8 @@ class SourceIndex:
     def locate(self, shard: int, place: int) -> Location:
         """Say where the sample at one place of one shard lies.
 
-        Raises: UnreachableShard where the shard's table cannot be read in the end; UserError where it does not fit.
+        Raises: UnreachableShard where the shard's table cannot be read after all retries; UserError where the table
+        does not fit the summary.
         """
         return Location(self.shard_file(shard), entry_of(self._table(shard), place))
 
@@ -193,7 +195,7 @@ class SourceIndex:
 
 
 class MergedIndex:
-    """The samples of all sources, one after the other: sample ids are positions in it.
+    """The samples of all sources, one after the other; a sample's id is its position among them.
 
     shard_samples: [shards] int64, the samples of every shard of every source.
     """
@@ -225,7 +227,7 @@ class MergedIndex:
 
     @property
     def epoch_samples(self) -> int:
-        """Visits in an epoch: as many as there are samples, unless a source has a weight."""
+        """Visits in an epoch: as many as there are samples, unless a source has a weight other than 1."""
         return sum(source.visits for source in self.source_shards())
 
     def source_shards(self) -> list[SourceShards]:
@@ -272,7 +274,7 @@ def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> Sour
         raise UserError(f"data source {source.name}: no index at {summary}; {hint}")
     means = shards.means()
     rows = [row for row in read_index_summary(summary) if means(row.name)]
-    # A shard that is named in full and known may be out of reach for now; reading it would say so.
+    # A shard that is named in full and indexed may be out of reach for now. Reading the shard would say so.
     unknown = sorted({*names, *missing} - {row.name for row in rows})
     if unknown:
         raise UserError(
@@ -351,19 +353,19 @@ def _may_exist(address: str) -> bool:
 
 
 def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
-    """The rows of an index that stands already, less those about to be made anew; none where it is unreadable."""
+    """The rows of an existing index without the rows of some shards; none where the index is unreadable."""
     path = folder / SUMMARY
     if not path.exists():
         return []
     try:
         return [row for row in _parse_summary(path.read_bytes()) if row.name not in names]
-    except _UNREADABLE as error:  # what mends it is to index again, which is what is being done
+    except _UNREADABLE as error:  # to index again mends the file, and that is being done
         print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
         return []
 
 
 def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
-    """Rewrite rejected.jsonl: lines of other shards, and of the pictures that a build refused, stay."""
+    """Rewrite rejected.jsonl; lines of other shards stay, and lines of the pictures that a build refused."""
     kept, unreadable = [], 0
     try:
         old_lines = path.read_bytes().splitlines() if path.exists() else []

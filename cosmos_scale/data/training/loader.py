@@ -1,7 +1,8 @@
 """Batches for training: the data order, cut over ranks, read and turned into views and token ids by worker processes.
 
-The global batch of step s is one stretch of the order, and each rank's share a contiguous part of it. So the shares of
-all ranks, one after the other, are the same batch at any world size, and nothing here depends on the number of workers.
+The global batch of step s is one stretch of the order, and each rank's share is a contiguous part of the stretch. So
+the shares of all ranks, one after the other, are the same batch at any world size. Nothing depends on the number of
+workers.
 """
 
 import itertools
@@ -28,7 +29,7 @@ from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 
-MOST_WORKERS = 8  # by default: what lies above is the user's choice
+MOST_WORKERS = 8  # by default; the config may say more
 SHARED_MEMORY = Path("/dev/shm")
 CPU = torch.device("cpu")
 ENCODED = len(Encoded._fields)
@@ -37,9 +38,9 @@ ENCODED = len(Encoded._fields)
 class TrainLoader:
     """The training batches of one rank.
 
-    tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples and lost shards are appended to, by all
-    ranks. lost_shards: the shards that the run has given up so far, by the step from which on they are replaced.
-    device: where `decoder: dali` decodes.
+    tokenizer: texts to [N, L] int32 ids. damaged_log: the file to which all ranks append damaged samples and lost
+    shards. lost_shards: the shards that the run has given up so far, each with the step from which on its samples are
+    replaced. device: where `decoder: dali` decodes.
     Raises: UserError where the world size does not divide the batch, an epoch holds no batch, or DALI is missing.
     """
 
@@ -115,7 +116,7 @@ class TrainLoader:
             yield loaded.block.tensors()
 
     def _decode(self, batches: Iterator[list[Tensor]]) -> Iterator[Batch]:
-        """Let DALI make the views; it works ahead, so that an error waits for the batches before it."""
+        """Let DALI make the views. DALI works ahead, so an error is raised after the batches before it."""
         failures: list[Exception] = []
 
         def encoded() -> Iterator[tuple[Encoded, list[Tensor]]]:
@@ -133,10 +134,10 @@ class TrainLoader:
         raise failures[0]
 
     def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
-        """Give up shards from a step on, those that each rank found lost: reasons by name, by rank. A line for each.
+        """Give up shards from a step on; returns a line on each, for people.
 
-        Call it with the same on all ranks. Raises UserError, on all of them alike, where more is lost than
-        data.max_damaged allows.
+        found: for each rank the shards that it found lost, with reasons by name. All ranks call this with the same.
+        Raises: UserError, on all ranks alike, where more is lost than data.max_damaged allows.
         """
         reasons: dict[str, str] = {}
         for rank, shards in enumerate(found):
@@ -174,9 +175,9 @@ class TrainLoader:
             prefetch_factor=prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=start_worker,
-            # Forked workers share the index's pages and start at once; they touch neither CUDA nor the process group.
+            # Forked workers share the index's pages and start at once. They touch neither CUDA nor the process group.
             multiprocessing_context="fork" if workers else None,
-            generator=torch.Generator(),  # its own: torch's global generator stays as it was
+            generator=torch.Generator(),  # of the loader's own, so that torch's global generator stays as it was
         )
         return _without_child_signals(loader)
 
@@ -187,24 +188,24 @@ class TrainLoader:
             workers, text = self._workers, str(error)
             if workers == 0:
                 raise
-            if text.startswith("Caught"):  # a worker's own exception, its traceback in the text
+            if text.startswith("Caught"):  # an exception of a worker's code, with its traceback in the text
                 cause = text.strip().rpartition("\n")[2]
                 if "memory" not in cause:
                     raise
             elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
                 raise
-            else:  # EOFError, OSError: a batch was ready, but who held its memory is gone
+            else:  # EOFError, OSError: a batch was ready, but the worker that held its memory is gone
                 cause = text.partition("\n")[0].strip(" .") or type(error).__name__
             raise UserError(
                 f"a loader process died ({cause}); if memory ran out, lower data.workers ({workers}) or data.prefetch"
             ) from error
 
     def _check_shared_memory(self) -> None:
-        """Raise UserError where the batches that may be ready do not fit: a worker would die of it at any time."""
+        """Raise UserError where shared memory is too small for all batches that may be ready: a worker would die."""
         if not SHARED_MEMORY.is_dir():
             return
         system = os.statvfs(SHARED_MEMORY)
-        size = system.f_blocks * system.f_frsize  # 0: without a limit
+        size = system.f_blocks * system.f_frsize  # 0: no limit
         workers, prefetch = self._workers, self._config.data.prefetch
         needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._samples_per_rank))
         if 0 < size < needed:
@@ -222,14 +223,14 @@ def ranks_of_this_host(*, unknown: int) -> int:
 
 
 def default_workers(world_size: int, device: torch.device) -> int:
-    """Return the loader processes of each rank where the config leaves them open: this host's cores shared out."""
+    """Return the loader processes of each rank where the config does not say: this host's cores shared out."""
     cores = len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size)
-    fewest = 0 if device.type == "cpu" else 1  # a GPU works on while the core that feeds it loads
+    fewest = 0 if device.type == "cpu" else 1  # so that loading and the GPU's work overlap
     return max(fewest, min(MOST_WORKERS, cores - 1))
 
 
 class _StepsFrom(Sampler[int]):
-    """All steps of a run from one on."""
+    """All steps of a run from a step on."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -239,10 +240,10 @@ class _StepsFrom(Sampler[int]):
 
 
 def _without_child_signals(loader: "DataLoader[Loaded]") -> Iterator[Loaded]:
-    """Start a loader's workers, and leave SIGCHLD as it was.
+    """Start a loader's workers, and leave the handler of SIGCHLD as it was.
 
-    torch's handler raises a dead worker's error wherever the training process happens to be, be it in a collective.
-    Without it the death is noticed, within seconds, where a batch is asked for.
+    torch's handler raises a dead worker's error at any place in the training process, even in a collective. Without
+    the handler the death is noticed where a batch is asked for, within seconds.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)

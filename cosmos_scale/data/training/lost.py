@@ -1,7 +1,7 @@
 """Shards that the run has given up: from which step on, and which samples lie in them.
 
-That a shard is lost changes what the order yields, so all ranks must say it of the same shards from the same step on.
-Shards are named by their source and their place in it: the name is the same on every rank, wherever its files lie.
+A lost shard changes the batches, so all ranks must give up the same shards from the same step on. A shard's name is its
+source's name and its own name within the source: the same on every rank, wherever the rank's files lie.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from cosmos_scale.errors import UserError
 
 
 class LostShards:
-    """Shards by name, each with the step from which on substitutes take its samples' places."""
+    """The shards that were given up, by name, each with the step from which on substitutes replace its samples."""
 
     def __init__(self, index: MergedIndex, steps: Mapping[str, int]) -> None:
         self.steps = dict(steps)
@@ -29,24 +29,24 @@ class LostShards:
         self._ends = np.cumsum(index.shard_samples)
 
     def add(self, names: Iterable[str], step: int) -> None:
-        """Give up shards from a step on; those given up already keep their step."""
+        """Give up shards from a step on; shards that were given up before keep their step."""
         for name in names:
             self.steps.setdefault(name, step)
 
     def shard_of(self, sample: int) -> str:
-        """The name of the shard that a sample lies in."""
+        """Return the name of the shard that a sample lies in."""
         return self.names[int(np.searchsorted(self._ends, sample, side="right"))]
 
     def file(self, name: str) -> ShardFile:
-        """Where a shard lies."""
+        """Return where a shard lies."""
         return next(islice(self._index.shard_files(), self._numbers[name], None))
 
     def kept(self) -> list[int]:
-        """The shards that were not given up, by their places in the index."""
+        """Return the places in the index of the shards that were not given up."""
         return [place for place, name in enumerate(self.names) if name not in self.steps]
 
     def missing(self) -> dict[str, str]:
-        """Reasons by name of the shards of this machine that are not there now, less those given up."""
+        """Return the shards that this machine lacks and that were not given up: by name, the reasons."""
         folders, reasons = Folders(), {}
         for name, file in zip(self.names, self._index.shard_files(), strict=True):
             try:
@@ -57,15 +57,15 @@ class LostShards:
         return reasons
 
     def holds(self, sample: int, step: int) -> bool:
-        """Whether a sample lies in a shard that is lost at a step."""
+        """Return whether a sample lies in a shard that is lost at a step."""
         return bool(self.steps) and self.steps.get(self.shard_of(sample), step + 1) <= step
 
     def samples(self, names: Iterable[str]) -> int:
-        """How many samples some shards hold."""
+        """Return how many samples some shards hold."""
         return sum(int(self._samples[self._numbers[name]]) for name in names)
 
     def share(self, more: Iterable[str] = ()) -> float:
-        """The share of all samples that is lost, or would be with some more shards."""
+        """Return the share of all samples that is lost, or that would be lost with some more shards."""
         return self.samples({*self.steps, *more}) / int(self._ends[-1])
 
 

@@ -1,6 +1,6 @@
 """What a loader process does: the steps' batches of one rank, made from shards into shared memory.
 
-Whatever goes wrong comes back as a value: an exception would reach the training process as a traceback's text.
+Failures come back as values: an exception would reach the training process only as the text of a traceback.
 """
 
 import gc
@@ -32,18 +32,18 @@ from cosmos_scale.errors import ShardsToGiveUp, UserError
 Tokenize = Callable[[Sequence[str]], Tensor]
 PutPicture = Callable[[bytes, SampleKey], None]
 
-# A damaged sample's substitute may be damaged too. So many in a row are no accident.
+# A damaged sample's substitute may be damaged too. So many damaged samples in a row are no accident.
 MOST_SUBSTITUTES = 20
-# A lost shard may fill its window of the order: after so many tries substitutes come from another one.
+# A lost shard may fill its window of the order: after so many tries substitutes come from another window.
 SUBSTITUTES_A_WINDOW = 4
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What comes out of a worker for one step: a batch's tensors, or what prevented it: lost shards or an error.
+    """What a worker makes for one step: the tensors of a batch, or else the lost shards or the error that prevented it.
 
-    block: the views or what the decoder makes them of, then the other fields of Batch. lost: reasons by the shards'
-    names. error: the text of a UserError.
+    block: the views, or what the decoder needs to make them, then the other fields of Batch. lost: reasons by the
+    shards' names. error: the text of a UserError.
     """
 
     block: TensorBlock | None = None
@@ -52,7 +52,7 @@ class Loaded:
     error: str | None = None
 
     def pin_memory(self) -> "Loaded":
-        """Called by torch's loader where there is a GPU."""
+        """Copy the block into pinned memory; torch's loader calls this where there is a GPU."""
         return self if self.block is None else replace(self, block=self.block.pin_memory())
 
 
@@ -71,7 +71,7 @@ class StepBatches(Dataset[Loaded]):
         steps_per_epoch: int,
         shared: bool,
     ) -> None:
-        """lost: as it is when a worker starts. shared: whether batches leave the process that makes them."""
+        """lost: the shards given up when a worker starts. shared: whether batches leave the process that makes them."""
         self._config = config
         self._index = index
         self._tokenizer = tokenizer
@@ -116,9 +116,9 @@ class StepBatches(Dataset[Loaded]):
     def _sample(
         self, step: int, position: int, key: SampleKey, put: PutPicture, damages: list[Damage]
     ) -> tuple[int, list[str]]:
-        """Put in one sample, or where it cannot be used its first sound substitute: (its id, its captions).
+        """Put in one sample, or its first sound substitute where it cannot be used; returns (id, captions).
 
-        Raises: ShardsToGiveUp where a shard turns out to be lost that was not.
+        Raises: ShardsToGiveUp where a shard that was not given up cannot be read any more.
         """
         known = len(damages)
         for attempt in range(MOST_SUBSTITUTES + 1):
@@ -152,9 +152,9 @@ class StepBatches(Dataset[Loaded]):
 
 
 def start_worker(worker: int) -> None:
-    """Make a loader process outlive signals to all processes: the training process decides what becomes of it."""
-    # What was garbage at the fork is the training process's: its finalisers, such as those that end an older loader's
-    # processes, must not run here. And memory that no collection looks at stays shared.
+    """Make a loader process outlive signals to all processes: the training process alone decides when it ends."""
+    # Garbage from before the fork belongs to the training process. Its finalisers, such as those that end an older
+    # loader's processes, must not run here. And memory that no garbage collection looks at stays shared.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
