@@ -48,9 +48,9 @@ class Prepared(NamedTuple):
 
 
 def read_prepare_manifest(task: Task) -> Prepared | None:
-    """Return what a finished preparation made, None where there is none.
+    """Return what a finished preparation made; None where no preparation is finished.
 
-    Raises: UserError where it was made with other options.
+    Raises: UserError where the preparation was made with other options.
     """
     path = task.out / MANIFEST
     if not path.exists():
@@ -75,7 +75,7 @@ def read_prepare_manifest(task: Task) -> Prepared | None:
 
 
 def write_rejected(task: Task) -> Counter[str]:
-    """Gather what every shard rejected, and the rows of captions that no image has; returns counts by reason."""
+    """Write what every shard rejected, and the rows of captions without image; returns counts by reason."""
     counts: Counter[str] = Counter()
     path = task.out / REJECTED
     with writing(path), whole_file(path) as part, part.open("w") as file:

@@ -1,7 +1,7 @@
 """Which captions row each image takes, decided from the downloads' listings before an image is read.
 
-The decision is made in the order of the shards, by one process: the first image of a join value takes its row, any
-further one is a duplicate. So it does not depend on the number of processes, and a wrong folder shows in seconds.
+One process decides, in the order of the shards: the first image with a join value takes the value's row, and any other
+image with it is a duplicate. So the number of processes does not matter, and a wrong folder shows in seconds.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ class _Found(NamedTuple):
 
 
 def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
-    """Write the plan of every shard, and what became of every row of the table; plans that stand are kept.
+    """Write the plan of every shard, and what became of every row of the table; finished plans are kept.
 
     Raises: UserError where no image at all has captions.
     """
@@ -66,7 +66,7 @@ def _find(task: Task, shard: ImageShard) -> _Found:
 
 
 def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Mark the rows that a shard's images take; returns its plan."""
+    """Mark the rows that a shard's images take; returns the shard's plan."""
     positions: NDArray[np.int64] = found.positions.copy()
     candidates = np.flatnonzero(found.downloaded & (positions != MISSING))
     rows = positions[candidates]

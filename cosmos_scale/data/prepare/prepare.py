@@ -32,8 +32,8 @@ def prepare_dataset(
     """Join caption files with img2dataset's output, and write indexed shards, `rejected.jsonl` and `manifest.json`.
 
     captions: .csv or .parquet files, or folders of them. images: folders of img2dataset's shards, or single tars.
-    Each shard of images becomes one shard of samples; images are kept byte for byte. A run that was stopped goes on
-    where it was: the bytes of the output are those of an unbroken run, and do not depend on `workers`.
+    Each shard of images becomes one shard of samples; images are kept byte for byte. A preparation that was stopped
+    goes on where it was. The bytes of its output are those of an unbroken one, and do not depend on `workers`.
     Raises: UserError where an input is missing or unusable, nothing can be joined, or `out` is of another preparation.
     """
     task = Task(dataset.name, caption_files(captions), list_images(images), out, join, split)
@@ -48,7 +48,7 @@ def prepare_dataset(
             for written in map_jobs(partial(write_prepared_shard, task.for_worker()), task.images, workers):
                 samples += written.samples
                 advance(1)
-        for name in (SUMMARY, REJECTED):  # what a stopped run left would go into the new ones
+        for name in (SUMMARY, REJECTED):  # lines that a stopped run left would stay in the new files
             (out / name).unlink(missing_ok=True)
         if samples:
             index_shards(str(out), None, workers=workers, progress=progress)

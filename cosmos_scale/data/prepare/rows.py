@@ -1,7 +1,7 @@
-"""The rows of caption files, each with its place, so that it can be read again without the rows before it.
+"""The rows of caption files, each with its place, so that a row can be read again without the rows before it.
 
-CSV stays where it is: a row's place is its bytes. Parquet has no address for a row: the columns that are needed are
-copied into a file of json lines, one row a line.
+A row of a CSV file is read again from the file itself: the place is the row's bytes. A row of a parquet file has no
+address, so the needed columns are copied into a file of json lines, one row a line.
 """
 
 import csv
@@ -23,7 +23,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class RowFile(NamedTuple):
-    """A file whose rows can be read by place. columns: plain names of the columns, None for those that are left out."""
+    """A file whose rows can be read by place. columns: the plain names, None for columns that are left out."""
 
     path: Path
     kind: Literal["csv", "json"]
@@ -36,7 +36,11 @@ class RowFile(NamedTuple):
 
 
 class PlacedRow(NamedTuple):
-    """One row: its number (from 1, header left out), its bytes' place, its join value, and what is wrong with it."""
+    """One row of a captions file, found by its place.
+
+    number: from 1, header left out. offset, size: the row's bytes. value: its join value. fault: what is wrong with the
+    row, if anything is.
+    """
 
     number: int
     offset: int
@@ -46,7 +50,7 @@ class PlacedRow(NamedTuple):
 
 
 def caption_files(paths: list[Path]) -> list[Path]:
-    """List the .csv and .parquet files that paths mean: files, or folders of them; raises UserError for others."""
+    """List the .csv and .parquet files that paths mean: files, or folders of them; raises UserError for other paths."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -83,9 +87,10 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
 def scan_captions(
     path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
 ) -> tuple[RowFile, Iterator[PlacedRow]]:
-    """Return a captions file as one that is read by place, and its rows in order. `advance` takes bytes read.
+    """Return a captions file as a file that is read by place, and the file's rows in order.
 
-    copy: where a parquet file's rows are copied. Raises: UserError where the file cannot be used.
+    copy: the file that a parquet file's rows are copied to. advance: is told of bytes as they are read.
+    Raises: UserError where the file cannot be used.
     """
     if path.suffix.lower() == ".parquet":
         return _scan_parquet(path, copy, dataset, join, advance)
@@ -118,7 +123,7 @@ def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], No
                 cells = next(reader, None)
                 if cells is None:
                     return
-            except csv.Error as error:  # if its cells hold line breaks, the rest of them are read as rows
+            except csv.Error as error:  # if the row's cells hold line breaks, its other lines are read as rows
                 fault = f"not csv: {error}"
             offset, size, start = start, lines.position - start, lines.position
             advance(size)
@@ -136,7 +141,7 @@ def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], No
 
 
 class _Lines:
-    """Feeds a csv reader with a file's lines. position: bytes taken. foreign: a byte among them that is not UTF-8."""
+    """Feeds a csv reader with a file's lines. position: bytes read. foreign: a byte among them that is not UTF-8."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.position = 0
@@ -155,7 +160,7 @@ class _Lines:
             return line.decode()
         except UnicodeDecodeError as error:
             self.foreign = line[error.start]
-            return line.decode("utf-8", "replace")  # the row is lost, but not where it ends
+            return line.decode("utf-8", "replace")  # the row cannot be used, but its end must still be found
 
 
 def _scan_parquet(
@@ -202,7 +207,7 @@ class RowReader:
         self._stack.close()
 
     def read(self, file: int, offset: int, size: int) -> dict[str, Any]:
-        """Return the cells of the row that lies there; raises UserError where the file has gone or changed."""
+        """Return the cells of the row at a place; raises UserError where the file is gone or has changed."""
         path = self._files[file].path
         try:
             if file not in self._descriptors:

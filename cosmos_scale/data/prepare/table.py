@@ -1,8 +1,8 @@
 """The join table: where in the captions files the row of a join value lies, on disk and sorted by hash.
 
-26 bytes a row: a 64-bit hash of the value, then offset, size, row number and file. Rows go to one of 64 files by the
-top bits of their hash; each file is sorted on its own, so that memory stays bounded at any number of rows, and the
-sorted files one after the other are one sorted table, which look-ups map into memory.
+A row takes 26 bytes: a 64-bit hash of the value, then offset, size, row number and file. The top bits of the hash send
+a row to one of 64 files. Each file is sorted on its own, so that memory stays bounded at any number of rows. The sorted
+files, one after the other, are one sorted table, which look-ups map into memory.
 """
 
 import json
@@ -49,9 +49,9 @@ class JoinTable:
         return len(self.hashes)
 
     def find(self, values: Sequence[str]) -> NDArray[np.int64]:
-        """Return the position of each join value, MISSING where it has no row.
+        """Return the position of each join value, MISSING for a value without row.
 
-        Values with equal hashes are not told apart here: whoever reads the row compares them.
+        Values with equal hashes are not told apart here: the reader of the row compares the values.
         """
         wanted = np.array([join_hash(value) for value in values], dtype=np.uint64)
         positions = np.searchsorted(self.hashes, wanted).astype(np.int64)
@@ -65,7 +65,7 @@ def join_hash(value: str) -> int:
 
 
 def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: Join, *, progress: bool) -> None:
-    """Read all captions files once and write the table; a whole one that stands is kept.
+    """Read all captions files once and write the table; a whole table from before is kept.
 
     Rows that cannot be used or whose value came before are written to `rows.jsonl`, with the reason.
     Raises: UserError where a file cannot be used, or has no row to join.
@@ -91,14 +91,14 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
 
 
 def read_table_summary(folder: Path) -> TableSummary:
-    """Return the summary of a table that stands."""
+    """Return the summary of a whole table."""
     content = json.loads((folder / "table.json").read_text())
     files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
     return TableSummary(files, content["rows"], content["examples"])
 
 
 def _in_steps(advance: Callable[[int], None], total: int) -> Callable[[int], None]:
-    """Gather small advances: drawing the bar for each row would take longer than the row."""
+    """Gather small advances: to draw the bar for each row would take longer than to read the row."""
     waiting = 0
 
     def advance_later(steps: int) -> None:
@@ -171,7 +171,7 @@ class _Builder:
             )
 
     def sort(self) -> None:
-        """Sort the buckets into the table; of rows with one value the first stays."""
+        """Sort the buckets into the table; of rows with the same value the first stays."""
         with (
             (self._folder / "hashes.bin").open("wb") as hashes,
             (self._folder / "places.bin").open("wb") as places,

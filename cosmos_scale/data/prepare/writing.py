@@ -50,7 +50,7 @@ class _Sink:
 
 
 def write_prepared_shard(task: Task, shard: ImageShard) -> Written:
-    """Write one shard under another name, rename it when it is whole, then its report; a whole one is kept.
+    """Write one shard, whole or not at all, and then its report; a shard that has a report is kept.
 
     Raises: UserError where a file cannot be read or written.
     """
@@ -75,7 +75,7 @@ def write_prepared_shard(task: Task, shard: ImageShard) -> Written:
 
 
 def read_report(task: Task, shard: str) -> Written | None:
-    """Return how a shard was written, if it was and still stands with its size."""
+    """Return how a shard was written, if it was written and still has its size."""
     path = task.report(shard)
     if not path.exists():
         return None
@@ -86,7 +86,7 @@ def read_report(task: Task, shard: str) -> Written | None:
 
 
 def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a shard in its images' order; what is no sample goes to `rejected`."""
+    """Yield the samples of a shard in its images' order; other images and rows are added to `rejected`."""
     listed = read_listing(shard, task.join)
     plan: NDArray[np.int64] = np.load(task.plan(shard.name))
     if len(plan) != len(listed):
@@ -95,7 +95,7 @@ def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> I
 
     def reject(key: str | None, reason: str, value: str | None = None, row: dict[str, Any] | None = None) -> None:
         known: dict[str, Any] = {} if value is None else {task.join: value}
-        # Not "shard": indexing the output again would take the line for one of its own, and drop it.
+        # Not "shard": indexing the output again would take the line for a line of the index, and drop it.
         rejected.append({"images": shard.path.name, "key": key, **known, **(row or {}), "reason": reason})
 
     with _Captions(task) as captions:

@@ -33,7 +33,7 @@ class SceneShards(NamedTuple):
 
 
 def split_scenes(train: int, gallery: int, seed: int) -> tuple[list[Scene], list[Scene]]:
-    """Draw training scenes and gallery scenes: gallery scenes are distinct and none of them occurs in training.
+    """Draw training scenes and gallery scenes. Gallery scenes are distinct, and no gallery scene occurs in training.
 
     Scenes are compared by their attributes. Returns (training scenes, gallery scenes).
     """
@@ -63,14 +63,14 @@ def build_scenes(
 ) -> SceneShards:
     """Write and index the shards of `train` training samples and `gallery` held-out samples under `out`.
 
-    The bytes are a function of the sizes, the seed and `permute_captions`. workers: processes; default the cores.
-    permute_captions: give each training picture the captions of another one (a control that must learn nothing);
-    the gallery keeps its own.
+    The bytes are a function of the sizes, the seed and `permute_captions`. workers: processes; None: one per core.
+    permute_captions: give each training picture the captions of another picture (a control that must learn nothing);
+    gallery pictures keep their own captions.
     """
     training_scenes, gallery_scenes = split_scenes(train, gallery, seed)
     described = list(range(train))
     if permute_captions:
-        # Each picture takes the captions of its successor on one random cycle, so that none keeps its own.
+        # Each picture takes the captions of its successor on one random cycle, so that no picture keeps its own.
         cycle = np.random.default_rng([seed, _PERMUTATION]).permutation(train)
         for picture, text in zip(cycle, np.roll(cycle, -1), strict=True):
             described[picture] = int(text)
@@ -117,7 +117,9 @@ def _write_shard(job: _ShardJob) -> int:
     with tarfile.open(job.path, "w", format=tarfile.USTAR_FORMAT) as shard:
         for number, sample in enumerate(job.samples, start=job.first):
             for extension, content in _members(sample):
-                member = tarfile.TarInfo(f"{number:06d}.{extension}")  # its time stays 0: equal runs, equal bytes
+                member = tarfile.TarInfo(
+                    f"{number:06d}.{extension}"
+                )  # its time stays 0, so that equal runs give equal bytes
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
     return len(job.samples)

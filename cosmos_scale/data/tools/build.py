@@ -23,7 +23,7 @@ from cosmos_scale.data.tools.captions_file import CaptionRow, count_lines, read_
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, whole_file, writing
 
-JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: next to no loss
+JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
 
 
 class BuildReport(NamedTuple):
@@ -71,8 +71,8 @@ def build_shards(
 ) -> BuildReport:
     """Pack pictures and their captions into shards, and index them.
 
-    JPEGs are kept byte for byte; PNG and WebP become JPEG. Each stretch of `samples_per_shard` rows becomes one shard,
-    less the rows whose picture is missing or damaged or that have no caption: those are named in `rejected.jsonl`.
+    JPEGs are kept byte for byte; PNG and WebP become JPEG. Each stretch of `samples_per_shard` rows becomes one shard.
+    Rows whose picture is missing or damaged, and rows without caption, are left out and named in `rejected.jsonl`.
     The shards' bytes do not depend on `workers`; a sample's key is its row's number.
     Raises: UserError where an input is missing or unusable, `out` holds shards already, or no row is left.
     """
@@ -107,7 +107,7 @@ def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
 
 
 def _write_shard(images: Path, job: _Job) -> _Written:
-    """Write one shard under another name, and rename it when it is whole; none where no row can be used."""
+    """Write one shard, whole or not at all; no shard where no row can be used."""
     with writing(job.shard), whole_file(job.shard) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
@@ -132,7 +132,7 @@ def _write_rows(images: Path, rows: list[CaptionRow], shard: TarWriter) -> list[
 
 
 def _jpeg(images: Path, row: CaptionRow) -> bytes:
-    """Read a row's picture as JPEG bytes, decoded once to be sure that it can be; raises DamagedSample."""
+    """Read a row's picture as JPEG bytes. The picture is decoded once as a check; raises DamagedSample."""
     if row.fault is not None:
         raise DamagedSample(row.fault)
     data = _find(images, str(row.image))
@@ -147,7 +147,7 @@ def _jpeg(images: Path, row: CaptionRow) -> bytes:
 def _find(images: Path, name: str) -> bytes:
     """Read the picture that a row names by its path in the folder, with or without its extension.
 
-    Links in the folder are followed; a path that leads out of it is refused, since a file of captions from elsewhere
+    Links in the folder are followed. A path that leads out of the folder is refused, since a foreign file of captions
     must not pull in any picture of this machine.
     """
     extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))

@@ -22,7 +22,11 @@ CAPTION_COLUMNS = {name.lower(): name for name in POOL_KEYS["textcrop"]} | {
 
 
 class CaptionRow(NamedTuple):
-    """One row: its number (from 1, header left out), the picture it names, its captions; or what is wrong with it."""
+    """One row of a captions file.
+
+    number: from 1, header left out. image: the picture that the row names. document: the row's captions. fault: what is
+    wrong with the row, if anything is.
+    """
 
     number: int
     image: str | None
@@ -31,7 +35,7 @@ class CaptionRow(NamedTuple):
 
 
 def read_rows(path: Path) -> Iterator[CaptionRow]:
-    """Yield the rows of a .jsonl or .csv file in order; rows that cannot be used come with their fault.
+    """Yield the rows of a .jsonl or .csv file in order; rows that cannot be used have a fault.
 
     Raises: UserError where the file cannot be read, is of another kind, or its header lacks a needed column.
     """
@@ -71,7 +75,7 @@ def _read_json_lines(path: Path) -> Iterator[CaptionRow]:
 
 def _read_csv(path: Path) -> Iterator[CaptionRow]:
     csv.field_size_limit(sys.maxsize)  # long captions of many sentences pass the default of 128 KiB
-    # Bytes that are not UTF-8 come through as lone surrogates, so that only the rows that hold some are lost.
+    # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
@@ -118,7 +122,7 @@ def _named(plain: dict[str, Any]) -> str | None:
 
 
 def _undecoded(cell: str) -> str | None:
-    """What is wrong with a cell of which some bytes are not UTF-8."""
+    """What is wrong with a cell that holds bytes that are not UTF-8; None for other cells."""
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -127,7 +131,7 @@ def _undecoded(cell: str) -> str | None:
 
 
 def _listed(cell: str) -> str | list[str]:
-    """A cell that spells a list of strings, in json or as Python prints it, becomes that list."""
+    """Return the list of strings that a cell spells in json or in Python's syntax, or else the cell."""
     if not (cell.startswith("[") and cell.endswith("]")):
         return cell
     for parse in (json.loads, ast.literal_eval):

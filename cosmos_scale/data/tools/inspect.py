@@ -1,7 +1,7 @@
 """What lies in shards, measured on some of their samples: `cosmos-scale data inspect`.
 
-Everything is counted by value, so that the tallies of many processes add up exactly, and stay small for any number of
-samples. Pictures are not decoded: their headers tell size and format. `data verify` reads them whole.
+Everything is counted by value. So the tallies of many processes add up exactly, and stay small for any number of
+samples. Pictures are not decoded: their headers tell size and format. `data verify` reads pictures whole.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ from cosmos_scale.errors import ShardsToGiveUp, UserError
 SAMPLES_A_JOB = 64
 SHOWN_SIDE = 224  # about the side of a global crop on a contact sheet
 SHOWN_TEXT = 1000  # characters of a caption on it: more than a text tower reads
-CHOICE_STREAM = 0x494E5350454354  # which samples are read shares no stream with what is drawn for them
+CHOICE_STREAM = 0x494E5350454354  # the choice of samples shares no random stream with the draws for a sample
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Tally:
     local_tokens: Counter[int] = field(default_factory=Counter)
 
     def add(self, other: "Tally") -> None:
-        """Add another's counts to these."""
+        """Add another tally's counts to this one's."""
         for one in fields(self):
             mine, theirs = getattr(self, one.name), getattr(other, one.name)
             if isinstance(mine, Counter):
@@ -97,8 +97,8 @@ def survey(
 ) -> Survey:
     """Read samples of the config's sources and count what they hold; captions are those of an epoch of the run.
 
-    tokenize: texts to ids [N, L], with an L that cuts nothing off. samples: how many, drawn at random
-    from the index by the run's seed; None: all.
+    tokenize: texts to ids [N, L], with an L that cuts nothing off. samples: how many are read, drawn at random from the
+    index by the run's seed; None: all.
     Raises: UserError where the index or a shard is missing or stale.
     """
     index = open_sources(config.data.sources)
@@ -125,7 +125,7 @@ def survey(
 
 
 def _jobs(total: int, chosen: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Sample ids in ascending order, some at a time: neighbours lie in one shard."""
+    """Yield sample ids in ascending order, some at a time: neighbours lie in one shard."""
     if chosen == total:
         for first in range(0, total, SAMPLES_A_JOB):
             yield np.arange(first, min(first + SAMPLES_A_JOB, total))
@@ -182,12 +182,12 @@ def picture_header(image_bytes: bytes, max_pixels: int) -> tuple[str, int, int]:
 
 
 def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int, first: int, count: int) -> None:
-    """Write a contact sheet of the samples that training visits from one position of an epoch on, as it makes them.
+    """Write a contact sheet of the samples that training visits from one position of an epoch on, with their views.
 
-    tokenize: what the loader wants; a sheet shows texts.
+    tokenize: needed by the loader alone; a sheet shows texts.
     Raises: UserError where there is no such position, a shard is missing or stale, or too many samples are damaged.
     """
-    # Batches of one sample, so that a step is a position; everything else is the run's, substitutes included.
+    # In batches of one sample a step is a position. Everything else is as in the run, substitutes included.
     one = config.train.model_copy(update={"global_batch": 1, "epoch_steps_multiple": 1})
     data = config.data.model_copy(update={"workers": 0, "max_damaged": 1.0, "decoder": "torch"})
     config = config.model_copy(update={"train": one, "data": data})
@@ -219,13 +219,13 @@ def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int
             rows.append((Views(batch.global_crops[:, 0], batch.local_crops[:, 0]), shown))
             originals.append(Original(title, picture, boxes))
     reader.close()
-    zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of a few pixels are small on a screen
+    zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of few pixels would be small on a screen
     contact_sheet(rows, path, data.captions.global_count, zoom, originals)
 
 
 @contextmanager
 def _nothing_to_lose() -> Iterator[None]:
-    """Where no run goes on without it, a lost shard is the user's error."""
+    """Turn a lost shard into the user's error: there is no run that could go on without the shard."""
     try:
         yield
     except ShardsToGiveUp as loss:

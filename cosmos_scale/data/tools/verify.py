@@ -1,9 +1,10 @@
 """Every sample of indexed shards, read whole: which are damaged, where they lie, and why. `cosmos-scale data verify`.
 
-A sample is sound where training would use it: its members lie where the index says, its picture decodes to the end and
-is not too large, its json has text for the sampling. Beside the samples, each shard's tar structure is compared with
-its index: what breaks off, what the index left out, what it does not know; and its bytes with the checksum that
-`data prepare` noted in manifest.json, where there is one: flipped bits of a JPEG often decode, to other pixels.
+A sample is sound if training would use it: its members lie where the index says, its picture decodes to the end and is
+not too large, and its json has text for the sampling. Each shard's tar structure is compared with the shard's index:
+where the shard breaks off, what the index leaves out, what the index names and the shard does not hold. The shard's
+bytes are compared with the checksum that `data prepare` noted in manifest.json, if there is one: flipped bits of a JPEG
+often decode, to other pixels.
 """
 
 import hashlib
@@ -37,9 +38,9 @@ LISTED = 20  # faults kept for the terminal; a file takes all
 
 
 class Fault(NamedTuple):
-    """One damaged sample, or with `key` None a shard.
+    """One damaged sample, or with `key` None a damaged shard.
 
-    byte: where the sample's first member starts in the shard. indexed: whether training would come upon it.
+    byte: where the sample's first member starts in the shard. indexed: whether training would read the sample.
     """
 
     shard: str
@@ -51,7 +52,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What `verify_shards` found. Samples and bytes are the indexes'.
+    """What `verify_shards` found. samples, size: of all indexes, in samples and bytes.
 
     damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
     read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
@@ -133,13 +134,13 @@ class _Job(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """What one job found: its samples' faults, from a shard's first job the structure's, or why it cannot be read."""
+    """What one job found: its samples' faults; a shard's first job: its structure's too; or why it cannot be read."""
 
     job: _Job
     samples: list[Fault]
     structure: list[Fault]
     unreadable: Fault | None
-    checksum: bool = False  # whether there was one to compare with
+    checksum: bool = False  # whether there was a checksum to compare with
 
 
 def verify_shards(
@@ -175,14 +176,14 @@ def verify_shards(
 
 
 def _faults(parts: Sequence[_Checked]) -> Iterator[Fault]:
-    """The faults of one shard: of the shard first, then of each sample once, by their place."""
+    """Yield the faults of one shard: first the shard's own, then each sample's once, by the samples' places."""
     unreadable = next((part.unreadable for part in parts if part.unreadable), None)
     if unreadable:
         yield unreadable
     structure = [fault for part in parts for fault in part.structure]
     yield from (fault for fault in structure if fault.key is None)
     samples = {(str(fault.key), fault.byte): fault for fault in structure if fault.key is not None}
-    # What reading says of a sample is what training would meet.
+    # The fault that reading found replaces the structure's: training would meet the former.
     samples.update({(str(fault.key), fault.byte): fault for part in parts for fault in part.samples})
     yield from sorted(samples.values(), key=lambda fault: fault.byte or 0)
 
@@ -237,7 +238,7 @@ def _check(pass_: Pass, job: _Job) -> _Checked:
 
 @contextmanager
 def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
-    """A shard as a file of this machine: one from elsewhere comes whole, once, into a temporary file."""
+    """A shard as a file of this machine: a shard from elsewhere is fetched whole into a temporary file."""
     if not is_remote(file.address):
         yield file
         return
@@ -253,7 +254,7 @@ def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> 
     """Read a job's samples as training does; raises UserError where the shard is missing or stale."""
     faults: list[Fault] = []
     with closing(ShardReader()) as reader:
-        reader.check([local])  # says at once where there is none: reading would wait for it to come back
+        reader.check([local])  # fails at once where the shard is missing; reading would wait for its return
         for place in range(job.first, job.last):
             location = index.locate(job.shard, place)._replace(file=local)
             try:
@@ -283,7 +284,7 @@ def _compare(index: SourceIndex, shard: int, local: ShardFile) -> list[Fault]:
         entry = index.locate(shard, place).entry
         indexed[entry.key] = entry
     if scan.size != row.size:
-        return []  # reading it says so, and no place fits
+        return []  # reading the shard says so, and no place fits
     faults = [Fault(path, None, None, scan.torn, indexed=True)] if scan.torn else []
     found = {entry.key: entry for entry in scan.entries}
     for rejected in scan.rejected:
