@@ -117,9 +117,8 @@ def _write_shard(job: _ShardJob) -> int:
     with tarfile.open(job.path, "w", format=tarfile.USTAR_FORMAT) as shard:
         for number, sample in enumerate(job.samples, start=job.first):
             for extension, content in _members(sample):
-                member = tarfile.TarInfo(
-                    f"{number:06d}.{extension}"
-                )  # its time stays 0, so that equal runs give equal bytes
+                # The member's time stays 0, so that equal runs write equal bytes.
+                member = tarfile.TarInfo(f"{number:06d}.{extension}")
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
     return len(job.samples)

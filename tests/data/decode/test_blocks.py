@@ -1,4 +1,4 @@
-"""Batches in one block of shared memory: what goes through a worker's queue is a handle, and the pixels stay put."""
+"""Batches in one block of shared memory: only a handle goes through a worker's queue; the pixels are not copied."""
 
 import pickle
 from contextlib import closing
@@ -75,7 +75,7 @@ def test_a_batch_leaves_its_worker_as_a_handle(shards: Path) -> None:
     made = loaded.block.tensors()
     where = [tensor.data_ptr() for tensor in made]
     sent = bytes(ForkingPickler.dumps(loaded))
-    # Neither sent nor copied elsewhere for sending.
+    # The pixels are neither sent nor copied.
     assert len(sent) < MOST_SENT < loaded.block.memory.nbytes
     assert [tensor.data_ptr() for tensor in loaded.block.tensors()] == where
     received: Loaded = pickle.loads(sent)
@@ -83,7 +83,7 @@ def test_a_batch_leaves_its_worker_as_a_handle(shards: Path) -> None:
     for mine, theirs in zip(made, received.block.tensors(), strict=True):
         assert torch.equal(mine, theirs)
         mine.zero_()
-        assert not theirs.any()  # one memory, seen by both
+        assert not theirs.any()  # both see the same memory
 
 
 def test_a_batch_larger_by_pixels_sends_no_more(shards: Path) -> None:

@@ -24,7 +24,7 @@ from cosmos_scale.errors import UserError
 from tests.data.decode.test_torch_cpu import PLAIN, encoded, levels, mean_difference, photo, reference_view
 
 # Mean |difference| in grey levels. Pillow and torch round between the two passes of a resize, DALI does not: 0.17 to
-# 0.25 measured. Where a picture is blown up several times its border counts, which DALI continues in another way.
+# 0.25 measured. In a picture that is enlarged several times the border counts, which DALI continues in another way.
 CROP_LEVELS = 0.3
 TINY_LEVELS = 1.5
 # Colour is Pillow's to the bit, but contrast and hue amplify the crops' difference (0.42 measured).
@@ -142,7 +142,7 @@ def test_tiny_and_long_pictures() -> None:
         image = Image.open(io.BytesIO(picture))
         for view, crop in enumerate(views_of(crops, sample)):
             assert mean_difference(levels(crop), reference_view(image, plan, view)) <= TINY_LEVELS, (sample, view)
-    # One pixel is a plane; float32's rounding of the normalisation is all that is left.
+    # One pixel becomes a plane of one colour; only float32's rounding of the normalisation remains.
     plane = np.broadcast_to(np.asarray(Image.open(io.BytesIO(pictures[0]))), (32, 32, 3))
     np.testing.assert_allclose(levels(crops.global_crops[0, 0]), plane, rtol=0, atol=1e-4)
 
@@ -160,7 +160,7 @@ SMALL = ViewsConfig(local_crops=2, local_size=32)
 
 
 def test_a_sample_does_not_see_its_batch() -> None:
-    """Bit for bit the same alone, in another place, in a smaller batch, and by another decoder with more threads."""
+    """The same bits alone, at another place, in a smaller batch, and by another decoder with more threads."""
     together = mixed_batch(0, 7)
     decode = decode_with(SMALL, 48, 7)
     crops = decode(together)
@@ -225,7 +225,7 @@ def test_a_batch_travels_in_one_block() -> None:
 
 
 def test_an_error_of_dali_is_one_line() -> None:
-    """As where a GPU has no memory left. Batches that wait behind it are given up; nothing hangs."""
+    """As when a GPU has no memory left. Batches that wait behind the error are given up; nothing hangs."""
     broken = stack([JPEG, b"\xff\xd8\xff\xe0 no JPEG"], planned([JPEG] * 2, SMALL, 48))
     stream = decoder(SMALL, 48, 2).stream((batch, 0) for batch in (mixed_batch(0, 2), broken, mixed_batch(2, 2)))
     next(stream)
@@ -262,7 +262,7 @@ def operators(device: str, options: DaliConfig) -> list[tuple[str, str]]:
 
 
 def test_the_gpu_runs_the_same_pipeline() -> None:
-    """One definition: what differs is where decoding, cutting and resizing happen. DALI checks every argument here."""
+    """One definition: only the devices of decoding, cutting and resizing differ. DALI checks every argument here."""
     options = DaliConfig(hw_decoder_load=0.4, preallocate_width=640, preallocate_height=480)
     on_cpu, on_gpu = operators("cpu", options), operators("cuda", options)
     moved = {"image": "mixed", "slice": "gpu", "resize": "gpu"}

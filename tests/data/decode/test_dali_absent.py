@@ -1,4 +1,4 @@
-"""What a user reads who asks for DALI without having it, and the limits of its options."""
+"""The messages for a user who asks for DALI and lacks it, and the limits of its options."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from cosmos_scale.data.decode.dali import DaliDecoder, require_dali
 from cosmos_scale.errors import UserError
 from tests.conftest import REPOSITORY
 
-# A Python in which DALI cannot be imported, with the torch of each version of CUDA. Preparing pictures needs no DALI.
+# A Python in which DALI cannot be imported, with the torch of each version of CUDA. To check pictures needs no DALI.
 WITHOUT_DALI = """
 import sys
 class Hidden:

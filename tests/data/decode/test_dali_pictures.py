@@ -113,7 +113,7 @@ def flipped(picture: bytes, count: int, seed: int) -> Iterator[bytes]:
 def test_what_enters_is_sound(options: dict[str, Any]) -> None:
     """Of pictures with one wrong bit, the check refuses those that decode_rgbx refuses; DALI decodes all others alike.
 
-    One that it did not decode would end the batch.
+    A picture that DALI does not decode would end the batch.
     """
     sound, expected, refused = [], [], 0
     for picture in flipped(encoded(photo(40, 56), **options), 300, seed=len(options)):
@@ -126,7 +126,7 @@ def test_what_enters_is_sound(options: dict[str, Any]) -> None:
             continue
         data, height, width = picture_for_dali(picture, MAX_PIXELS)
         assert (height, width) == pixels.shape[:2]
-        # A wrong bit may make the picture smaller; what is left of it is compared.
+        # A wrong bit may make the picture smaller; the pixels that remain are compared.
         if min(height, width) >= 32:
             sound.append(data)
             expected.append(pixels[:32, :32, :3])

@@ -57,7 +57,7 @@ def captions(tmp_path: Path) -> Path:
 
 
 def read_all(folder: Path) -> Samples:
-    """Every sample of the shards, read with nothing of the package."""
+    """Every sample of the shards, read without the package's code."""
     samples: Samples = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as archive:
@@ -151,7 +151,7 @@ def test_pixelprose_from_several_parquet_files(tmp_path: Path, captions: Path, s
 
 
 def test_join_by_key_and_by_uid(tmp_path: Path, captions: Path) -> None:
-    """Keys may have lost their leading zeros in a table; uids come along in the download as an extra column."""
+    """A table may have lost leading zeros of keys; the download holds uids as an extra column."""
     write_parquet(captions / "a.parquet", [pixelprose_row(number) | {"url": "another"} for number in range(2)])
     items = [download(number, key=number + 700)._replace(more=(("uid", f"{number:032x}"),)) for number in range(2)]
     write_tar(tmp_path / "images", "00000", items)
@@ -217,7 +217,7 @@ def test_every_reject_has_its_reason(tmp_path: Path, captions: Path) -> None:
     ]
     assert sorted(rejected(report.folder), key=str) == sorted(expected, key=str)
     assert report.rejected == dict(Counter(reason for *_, reason in expected))
-    # Each row of captions is a sample, or rejected once.
+    # Each row of captions is a sample or is rejected once.
     named = [row for _, row, _, _ in expected if row is not None]
     assert sorted(named) == [3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15]
     assert report.samples + len(named) == report.rows == 15

@@ -196,7 +196,7 @@ def test_missing_and_stale_indexes_are_errors(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
-    """As tars from before UTF-8 have them: they must not end a run, nor the print of a message."""
+    """Old tars have such names: they must not end a run, and messages must be printable."""
     with tarfile.open(tmp_path / "0.tar", "w") as shard:
         for kind in ("jpg", "json"):
             info = tarfile.TarInfo(f"caf\udce9.{kind}")
@@ -232,7 +232,7 @@ def test_the_fingerprint_tells_what_the_order_depends_on(tmp_path: Path) -> None
 
 
 def test_an_index_needs_no_shards_until_a_sample_is_read(tmp_path: Path) -> None:
-    """30 million samples in 6,388 shards: index files of two shards suffice to reach what lies in them."""
+    """30 million samples in 6,388 shards: the tables of two shards suffice to reach samples in these shards."""
     folder = write_shards(tmp_path, [4])
     table = np.load(folder / "00000.index.npy")
     count = 4697

@@ -51,7 +51,7 @@ def test_samples_are_read_back_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_grouped_by_webdatasets_rule(tmp_path: Path, tar_format: int) -> None:
-    long_name = "folder/" + "n" * 90  # with its extension past 100 bytes: a header of its own in GNU and pax format
+    long_name = "folder/" + "n" * 90  # over 100 bytes with its extension: GNU and pax formats write an extra header
     webp, png = picture(1, "WEBP"), picture(2, "PNG")
     path = write_tar(
         tmp_path / "a.tar",
@@ -220,7 +220,7 @@ def test_a_changed_shard_of_the_same_size_is_noticed(tmp_path: Path) -> None:
 
 
 def test_sizes_in_headers_may_be_filled_up_with_spaces(tmp_path: Path) -> None:
-    """As some writers do it; Python's own fills up with zeros."""
+    """Some writers of tars pad with spaces; Python's own pads with zeros."""
     path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
     entry = scan_shard(path).entries[1]
     data = bytearray(path.read_bytes())

@@ -21,8 +21,8 @@ from cosmos_scale.testing.shard_files import shards_config, write_shards
 
 pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI, which has no wheel for this machine")
 
-# Grey levels, mean over a batch's values: DALI's resize rounds otherwise than torch's (0.2 on photos), and colour in
-# floating point moves what 8-bit steps in between cut off (1.6).
+# Grey levels, mean over a batch's values. DALI's resize rounds in another way than torch's (0.2 on photos), and colour
+# in floating point keeps the fractions that 8-bit steps cut off (1.6).
 MOST_DIFFERENCE = 1.6
 LEVELS = 255 * torch.tensor(STD).view(3, 1, 1)  # grey levels in one unit of a normalised view
 

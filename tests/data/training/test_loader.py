@@ -92,9 +92,9 @@ def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_and_restarts_leave_no_trace(shards: Path, workers: int) -> None:
     config = shards_config(shards)
-    whole = take(make(shards, config), 0, 12)  # two epochs and a bit
+    whole = take(make(shards, config), 0, 12)  # more than two epochs
     with_workers = shards_config(shards, workers=workers, prefetch=2)
-    for start in (0, 3, 7):  # 7: in the middle of the second epoch
+    for start in (0, 3, 7):  # step 7 lies in the middle of the second epoch
         for left, right in zip(take(make(shards, with_workers), start, 12 - start), whole[start:], strict=True):
             assert_equal(left, right)
 
@@ -131,7 +131,7 @@ def test_loading_leaves_the_global_random_numbers_alone(shards: Path) -> None:
 
 
 def damage(folder: Path, numbers: set[int]) -> None:
-    """Flip the first bytes of some pictures, in place: the index is made, its sizes still fit."""
+    """Flip the first bytes of some pictures in place, so that the index and its sizes still fit."""
     for path in sorted(folder.glob("*.tar")):
         for entry in scan_shard(path).entries:
             if int(entry.key) in numbers:
@@ -173,7 +173,7 @@ def test_a_resumed_run_lists_damage_once(tmp_path: Path) -> None:
     damage(folder, {2, 5, 11})
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     take(make(folder, shards_config(folder), log=whole), 0, 8)
-    for start in (0, 0, 2, 5):  # each launch of three steps but the last replays some
+    for start in (0, 0, 2, 5):  # every launch but the last replays some of the three steps before
         take(make(folder, shards_config(folder), log=resumed), start, 3)
     expected = whole.read_text().splitlines()
     assert len({json.loads(line)["step"] for line in expected}) > 2
@@ -224,7 +224,8 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
     write_shard(tmp_path / "0.tar", members)
     index_shards(str(tmp_path), None, workers=1, progress=False)
     data = json.dumps(document).encode()
-    padded = data + b" " * (len(members[0]["json"]) - len(data))  # the same offsets: damage behind the index's back
+    # The same offsets, so that the index still fits.
+    padded = data + b" " * (len(members[0]["json"]) - len(data))
     write_shard(tmp_path / "0.tar", [{**member, "json": padded} for member in members])
     loader = make(tmp_path, shards_config(tmp_path, captions={"count": 3, "sampling": sampling}))
     with pytest.raises(UserError, match=r"21 damaged samples in a row; the last is \d+ in .*0\.tar: ") as error:
@@ -244,8 +245,8 @@ def test_a_lost_or_changed_shard_reaches_the_training_process(tmp_path: Path, wo
     with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when"):
         check_shards(open_folder(folder), config, {}, resumed=False)
     (folder / "00001.tar").unlink()
-    loader = make(folder, config)  # the one above has given the shard up
-    with pytest.raises(ShardsToGiveUp) as loss:  # between the ranks: it was there when the run began
+    loader = make(folder, config)  # a new loader: the reader of the first has given the shard up
+    with pytest.raises(ShardsToGiveUp) as loss:  # not a UserError: the shard was there when the run began
         take(loader, 0, 3)
     assert loss.value.shards == {"test/00001.tar": "No such file or directory"}
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
@@ -255,7 +256,7 @@ def test_a_lost_or_changed_shard_reaches_the_training_process(tmp_path: Path, wo
 
 
 class Finalised:
-    """In a cycle with itself: it ends when garbage is collected, and then says in which process."""
+    """Refers to itself, so that it ends when garbage is collected; it then says in which process."""
 
     def __init__(self, said: Path) -> None:
         self.said, self.itself = said, self
@@ -271,7 +272,7 @@ def test_loader_processes_leave_the_training_processs_garbage_alone(shards: Path
         gc.collect()
         return tokenizer(texts)
 
-    gc.disable()  # or it may be collected here before the fork
+    gc.disable()  # the object must not be collected here before the fork
     try:
         Finalised(said)
         take(TrainLoader(shards_config(shards, workers=1), open_folder(shards), tokenize_and_collect, 0, 1), 0, 2)
@@ -293,7 +294,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
         (worker,) = set(children()) - before
         os.kill(worker, signal.SIGKILL)
         with pytest.raises(UserError, match=r"^a loader process died .*lower data\.workers \(1\)"):
-            list(islice(batches, 50))  # what was ready is still handed out
+            list(islice(batches, 50))  # batches that were ready are still handed out
 
 
 @pytest.mark.parametrize(

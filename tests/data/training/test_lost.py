@@ -47,7 +47,7 @@ def take(loader: TrainLoader, start: int, count: int) -> tuple[list[Batch], dict
             try:
                 taken += islice(batches, count - len(taken))
             except ShardsToGiveUp as loss:
-                # What was yielded before stays: `+=` adds as it goes.
+                # Batches that were yielded before the error stay: `+=` adds one after the other.
                 lost[start + len(taken)] = loss.shards
                 loader.lose([loss.shards], start + len(taken))
     return taken, lost
@@ -65,7 +65,7 @@ def shard_of(sample: int) -> int:
 def test_samples_of_lost_shards_by_step(shards: Path) -> None:
     lost = LostShards(open_folder(shards), {NAMES[2]: 3})
     lost.add([NAMES[0], NAMES[2]], 5)
-    assert lost.steps == {NAMES[2]: 3, NAMES[0]: 5}  # the first step stays
+    assert lost.steps == {NAMES[2]: 3, NAMES[0]: 5}  # a shard keeps its first step
     for sample in range(21):
         shard = shard_of(sample)
         assert lost.shard_of(sample) == NAMES[shard]
@@ -180,7 +180,7 @@ def test_before_a_run_a_missing_table_was_never_there(shards: Path) -> None:
 
 def test_a_resumed_run_may_miss_what_it_may_lose(shards: Path) -> None:
     (shards / "00001.tar").unlink()
-    (shards / "00003.tar").unlink()  # 13 of 21 samples with the other
+    (shards / "00003.tar").unlink()  # both shards hold 13 of 21 samples
     for limit in (0.62, 1.0):
         check(shards, resumed=True, max_damaged=limit)
     for limit, lost in ((0.61, {}), (0.61, {NAMES[1]: 3}), (0.74, {NAMES[0]: 3, NAMES[1]: 3}), (0.0, {})):
@@ -193,10 +193,10 @@ def test_a_resumed_run_may_miss_what_it_may_lose(shards: Path) -> None:
 def test_a_lost_shard_leaves_one_record(shards: Path, tmp_path: Path) -> None:
     log = tmp_path / "run" / "damaged.jsonl"
     (shards / "00001.tar").unlink()
-    for _ in range(2):  # replayed: still one
+    for _ in range(2):  # the second time replays the first: still one record
         _, lost = take(make(shards, config_of(shards), damaged_log=log), 0, 6)
     ((step, reasons),) = lost.items()
-    other = make(shards, config_of(shards), 1, 2, damaged_log=log)  # what the first rank writes, others need not
+    other = make(shards, config_of(shards), 1, 2, damaged_log=log)  # the first rank has written the record
     other.lose([reasons, {}], step)
     take(other, step, 2)
     (record,) = [json.loads(line) for line in log.read_text().splitlines()]
@@ -243,7 +243,7 @@ def test_what_one_rank_cannot_read_all_replace(shards: Path, tmp_path: Path) -> 
     (line,) = ranks[0]["said"]
     assert line.startswith(f"shard {NAMES[1]} is lost: ")
     assert "(rank 1); from step" in line
-    # The other world size, by a rank that is told of the loss, reading shards that are all there.
+    # At world size 1 a rank that is told of the loss, and reads shards that are all there, gets the same batches.
     alone, _ = take(make(shards, config_of(shards), lost_shards=ranks[0]["lost"]), 0, 12)
     for expected, *shares in zip(alone, ranks[0]["batches"], ranks[1]["batches"], strict=True):
         assert torch.equal(torch.cat([share["sample_ids"] for share in shares]), expected.sample_ids)

@@ -31,7 +31,7 @@ few_sources = st.lists(
     max_size=3,
 )
 seeds = st.integers(0, 2**63)
-# Tests share cores, so that how long one example takes says nothing; and the same examples every time.
+# No deadline, since tests share cores and an example may take long. The same examples every time.
 PLAIN = settings(deadline=None, derandomize=True)
 
 
@@ -121,7 +121,7 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
     whole = whole_epoch(EpochOrder(sources, seed, window), epoch).samples
     order = EpochOrder(sources, seed, window)
     for place in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=20)):
-        order.sample(data.draw(st.integers(0, 9)), place)  # other epochs and places in between
+        order.sample(data.draw(st.integers(0, 9)), place)  # draws at other epochs and places come in between
         assert order.sample(epoch, place) == whole[place]
 
 
@@ -137,7 +137,7 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
 def test_batches_are_the_same_at_every_world_size_and_from_every_restart(
     sources: Sources, window: int, world_size: int, samples_per_rank: int, workers: int, cut: tuple[str, int]
 ) -> None:
-    """Two epochs, resumed at every step by processes that know nothing: each rank's loaders take its steps in turn."""
+    """Two epochs, resumed at every step by new processes: each rank's loaders take the rank's steps in turn."""
     reference = EpochOrder(sources, 3, window)
     samples, global_batch = reference.samples, world_size * samples_per_rank
     last_batch, multiple = cut
@@ -150,7 +150,7 @@ def test_batches_are_the_same_at_every_world_size_and_from_every_restart(
         if last_batch == "drop":
             assert samples - global_batch < steps * global_batch <= samples
             expected += visits[: steps * global_batch]
-        else:  # filled with the epoch's first samples
+        else:  # the epoch's first samples fill the last batch
             assert steps % multiple == 0
             assert samples <= steps * global_batch < samples + multiple * global_batch
             expected += (visits * (multiple * global_batch + 1))[: steps * global_batch]
@@ -180,13 +180,13 @@ def test_windows_read_few_shards_each_shard_once_a_pass(sources: Sources, window
         of_windows = []
         for first in range(0, len(reads), window):
             here = reads[first : first + window][of_visits[first : first + window] == number]
-            if len(here):  # a small source leaves windows out
+            if len(here):  # a small source is not in every window
                 of_windows.append(set(map(tuple, here.tolist())))
         for read in set().union(*of_windows):
             at = [place for place, those in enumerate(of_windows) if read in those]
             assert at == list(range(at[0], at[-1] + 1))
         total += sum(map(len, of_windows))
-    # A shard lies in at most the windows that its stretch of a stream cuts: that bounds all reads.
+    # A shard lies at most in the windows that its stretch of a stream cuts, which bounds all reads.
     assert total <= len(np.unique(reads, axis=0)) + len(sources) * -(-len(reads) // window)
 
 

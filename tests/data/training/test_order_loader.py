@@ -87,7 +87,7 @@ def test_repeats_of_a_sample_are_different_crops_and_captions(reference: list[Ba
 
 
 def visits(epoch: list[Batch]) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Every visit of an epoch once: its sample, and the sample's crops and captions; padding left out."""
+    """Each visit of an epoch once, without padding: its sample, crops and captions."""
     left = 42
     for batch in epoch:
         for b, sample in enumerate(batch.sample_ids.tolist()[:left]):

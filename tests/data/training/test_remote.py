@@ -68,7 +68,7 @@ def test_ranges_bring_the_samples_and_no_more(shards: Path, server: WebServer) -
     index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
     check_all(index, quick())
     probe, *requests = server.requests()
-    assert (probe.range, probe.sent) == (f"bytes=0-{BLOCK - 1}", BLOCK)  # whether the source is there
+    assert (probe.range, probe.sent) == (f"bytes=0-{BLOCK - 1}", BLOCK)  # the look for the source
     assert len(requests) == SAMPLES  # picture and text come together
     assert all(request.status == 206 for request in requests)
     needed = 0
@@ -107,8 +107,8 @@ def test_a_server_without_ranges_sends_each_shard_once(
         assert line.startswith(f"{server.url}: serves no byte ranges, so that whole shards are kept in ")
         whole = [request.path for request in server.requests() if request.range is None]
         assert sorted(whole) == ["/00000.tar", "/00001.tar", "/00002.tar"]
-        assert len(server.requests()) == 3 + 2  # and one that asked for a range, of each reader
-        check_all(index, quick(cache=str(tmp_path / "cache")))  # another process, another day
+        assert len(server.requests()) == 3 + 2  # each reader asked for a range once
+        check_all(index, quick(cache=str(tmp_path / "cache")))  # a new reader, as in another process
         assert len(server.requests()) == 3 + 3
 
 
@@ -141,10 +141,10 @@ def test_every_tenth_request_fails_and_nothing_is_lost(shards: Path, tmp_path: P
         remote = quick(fetch=fetch, cache=str(tmp_path / "cache"), timeout_s=timeout_s, retries=4)
         check_all(index, remote)
         asked = len(server.requests())
-        needed = 1 + (SAMPLES if fetch == "parts" else len(COUNTS))  # one to see that the source is there
-        if fault == "wrong" and fetch == "shards":  # no other range than all
+        needed = 1 + (SAMPLES if fetch == "parts" else len(COUNTS))  # one more looks for the source
+        if fault == "wrong" and fetch == "shards":  # whole shards are asked for without a range
             assert asked == needed
-        else:  # where time runs out, a busy machine may let it run out once more
+        else:  # on a busy machine one more request may run out of time
             assert asked == needed + asked // every or (fault == "hang" and asked > needed)
             assert asked // every >= 1
 
@@ -170,7 +170,7 @@ def test_a_server_that_hangs_is_left_after_all_tries(shards: Path, tmp_path: Pat
         for _ in range(2):
             with pytest.raises(UnreachableShard, match=r"no answer for 0\.5 s"):
                 reader.read(index.locate(0))
-        assert len(server.requests()) == 3  # what is lost is not asked for again
+        assert len(server.requests()) == 3  # a lost shard is not asked for again
         with pytest.raises(UserError, match=r"shard of source test cannot be opened: no answer for 0\.5 s"):
             ShardReader(quick(retries=0, timeout_s=0.5)).check(index.shard_files())
 
@@ -181,7 +181,7 @@ def test_what_was_never_there_is_an_error_at_the_start(shards: Path, server: Web
         with pytest.raises(UserError, match=r"00000\.tar: shard of source test cannot be opened: not found") as error:
             ShardReader(RemoteConfig()).check(index.shard_files())
         assert not isinstance(error.value, UnreachableShard)
-    assert len(server.requests()) == 1  # nothing to wait for
+    assert len(server.requests()) == 1  # a shard that was never there is not waited for
     (shards / "00001.tar").unlink()  # of a remote source only the first shard is looked for
     index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
     reader = ShardReader(quick(retries=2))
@@ -191,7 +191,8 @@ def test_what_was_never_there_is_an_error_at_the_start(shards: Path, server: Web
     local = open_folder(shards)
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
         ShardReader().check(local.shard_files())
-    ShardReader().check(file for file in local.shard_files() if "00001" not in file.shown)  # it is known to be lost
+    known_to_be_lost = "00001"
+    ShardReader().check(file for file in local.shard_files() if known_to_be_lost not in file.shown)
 
 
 @pytest.mark.parametrize("kind", ["http", "file", "pipe"])
@@ -222,7 +223,7 @@ def test_a_file_that_comes_back_in_time_was_not_lost(shards: Path) -> None:
         with pytest.raises(UnreachableShard, match="No such file or directory"):
             reader.read(index.locate(0))
     write_shards(shards, COUNTS)
-    with pytest.raises(UnreachableShard):  # the ranks have agreed by now
+    with pytest.raises(UnreachableShard):  # even where the shard is back: the ranks have agreed
         reader.read(index.locate(0))
 
 
@@ -234,7 +235,7 @@ def test_a_failing_read_of_an_open_file_is_tried_again_and_then_lost(
 
     def fail(descriptor: int, size: int, offset: int) -> bytes:
         tries.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
-        raise OSError(errno.EIO, "Input/output error")  # as a disk that breaks
+        raise OSError(errno.EIO, "Input/output error")  # as of a breaking disk
 
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(UnreachableShard, match="Input/output error"):
@@ -260,7 +261,7 @@ def test_remote_shards_are_indexed_like_files(shards: Path, tmp_path: Path, serv
     for name in names:
         assert (out / name).read_bytes() == (shards / name).read_bytes()
     if kind == "http":
-        assert [request.range for request in server.requests()] == [None] * 3  # each once, whole
+        assert [request.range for request in server.requests()] == [None] * 3  # each shard once, whole
     with pytest.raises(UserError, match=r"1 shards are not in .*, the first is 00003\.tar; run .*--out"):
         open_remote(
             pattern.replace("00002", "00003") if kind != "file" else f"file://{shards}/{{00000..00003}}.tar", out
@@ -286,7 +287,7 @@ def test_an_indexing_that_broke_off_goes_on_where_it_was(shards: Path, tmp_path:
     ]  # fmt: skip
     for path in out.iterdir():
         assert path.read_bytes() == (shards / path.name).read_bytes()
-    index_shards(pattern, out, workers=1, progress=False)  # what is finished is made anew
+    index_shards(pattern, out, workers=1, progress=False)  # a finished index is made anew
     assert len(server.requests()) == 7
 
 
@@ -295,7 +296,7 @@ def test_an_index_may_lie_at_a_url_too(shards: Path, tmp_path: Path, server: Web
     assert beside.fingerprint() == open_folder(shards).fingerprint()
     check_all(beside, quick())
     tables = [request.path for request in server.requests() if request.path.endswith(".npy")]
-    assert sorted(tables) == [f"/{shard:05d}.index.npy" for shard in range(3)]  # each once
+    assert sorted(tables) == [f"/{shard:05d}.index.npy" for shard in range(3)]  # each table once
     check_all(
         open_remote(f"pipe:cat {shards}/{{00000..00002}}.tar", f"{server.url}/"), quick(cache=str(tmp_path / "c"))
     )
@@ -327,13 +328,13 @@ def test_training_batches_are_those_of_files(shards: Path, tmp_path: Path, serve
             assert torch.equal(left, right)
     batches.close()
     expected.close()
-    assert len({request.client for request in server.requests()}) == max(1, workers)  # a connection each
+    assert len({request.client for request in server.requests()}) == max(1, workers)  # a connection for each worker
 
 
 def test_a_server_without_ranges_is_told_of_once(
     shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By the look for the shards before the run, and by none of the loader's processes."""
+    """The look for the shards before the run says it, and none of the loader's processes says it again."""
     with web_server(shards, tmp_path / "log", ranges=False) as server:
         sources = [{"name": "test", "shards": f"{server.url}/{{00000..00002}}.tar", "index": str(shards)}]
         remote = {"cache": str(tmp_path / "cache"), "backoff_s": 0.01}
