@@ -23,11 +23,9 @@ from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
+from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
-from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss import CosmosLoss
-from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
@@ -39,11 +37,7 @@ class Training:
     """A run's student and teacher, and steps on one batch over and over."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
-        model.init_weights(torch.Generator().manual_seed(0))
-        teacher_model.load_state_dict(model.state_dict())
-        self.student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
-        self.teacher = Teacher(teacher_model, self.student, config)
+        self.pair = drawn_pair(config, ranks)
         self._loss = CosmosLoss(config.optimizer.gradient_scale)
         self._batch = random_batch(config).to(ranks.device)
 
@@ -51,7 +45,7 @@ class Training:
         """Take a step; returns its seconds."""
         synchronize()
         start = time.perf_counter()
-        train_step(self.student, self.teacher, self._loss, self._batch, lr=1e-4, momentum=0.99)
+        train_step(*self.pair, self._loss, self._batch, lr=1e-4, momentum=0.99)
         synchronize()
         return time.perf_counter() - start
 
@@ -115,7 +109,7 @@ class PlainCopy:
 
 def measure(training: Training, config: RunConfig, ranks: Ranks, root: Path, rounds: int) -> tuple[Times, int]:
     """Take all times in turn; returns them and the bytes of a checkpoint's tensors."""
-    student = training.student
+    student = training.pair.student
     size = sum(16 * fragment.weight.numel() for fragment in student.fragments if fragment.owned)
     copy = PlainCopy(size, ranks.device)
     times = Times(*([] for _ in Times._fields))

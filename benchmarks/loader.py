@@ -22,11 +22,11 @@ from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.config import CaptionsConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.decode.torch_cpu import blur_and_solarise, crop, execute, normalise, recolour
+from cosmos_scale.data.decode.torch_cpu import blur_and_solarise, crop, execute, normalise_pixels, recolour
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
-from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.photos import PIXELS, caption_documents, jpeg_photos
 from cosmos_scale.testing.published_views import (
@@ -103,7 +103,7 @@ class Ours:
                 lap("colour")
                 pixels = blur_and_solarise(pixels, plan, view)
                 lap("blur")
-                normalise(pixels, out)
+                normalise_pixels(pixels, out)
                 lap("normalise")
 
     def texts(self, samples: Samples, lap: Lap) -> Tensor:

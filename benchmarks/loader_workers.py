@@ -29,9 +29,9 @@ import torch
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.decode.blocks import TensorBlock
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.shards.index import index_shards, open_sources
-from cosmos_scale.data.tools.jobs import progress_bar
-from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.worker import Loaded
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def handover(config: RunConfig) -> Handover:
     block_bytes = message_bytes = 0
     for _ in range(HANDOVERS):
         for shared in seconds:
-            loaded = Loaded(Block.of(tensors, shared=shared))  # anew: what was sent once is shared from then on
+            loaded = Loaded(TensorBlock.of(tensors, shared=shared))  # anew: what was sent once is shared from then on
             assert loaded.block is not None
             start = time.perf_counter()
             message = ForkingPickler.dumps(loaded)

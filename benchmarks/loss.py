@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.data.tools.jobs import progress_bar
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.kernels import contrastive
 from cosmos_scale.testing.allocation import peak_bytes
 

@@ -28,6 +28,7 @@ from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.memory import Row, state_memory, total
+from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
@@ -181,7 +182,8 @@ def measure(config: RunConfig, ranks: Ranks) -> Measured:
     """Measure one run; collective."""
     share = random_batch(config).split(ranks.world_size)[ranks.rank]
     others = set(_storages())
-    student, teacher, loss = _build(config, ranks)
+    pair, loss = drawn_pair(config, ranks), CosmosLoss(config.optimizer.gradient_scale)
+    student, teacher = pair
 
     def step() -> None:
         train_step(student, teacher, loss, share, lr=1e-4, momentum=0.99)
@@ -200,16 +202,8 @@ def measure(config: RunConfig, ranks: Ranks) -> Measured:
         part = named.get(place, "buffers")
         parts[part] = parts.get(part, 0) + nbytes
     student.update(lr=1e-4, momentum=0.99, finite=torch.tensor(True))
-    student.engine.destroy()
+    pair.close()
     return Measured(parts, peak, forward)
-
-
-def _build(config: RunConfig, ranks: Ranks) -> tuple[Student, Teacher, CosmosLoss]:
-    model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
-    model.init_weights(torch.Generator().manual_seed(0))
-    teacher_model.load_state_dict(model.state_dict())
-    student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
-    return student, Teacher(teacher_model, student, config), CosmosLoss(config.optimizer.gradient_scale)
 
 
 def _storages() -> dict[int, int]:

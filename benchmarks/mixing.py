@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from webdataset.filters import shuffle
 
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.data.training.order import EpochOrder, SourceShards
+from cosmos_scale.data.shards.index import SourceShards
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.testing.merged import merged_sources
 
 WINDOW = 65536

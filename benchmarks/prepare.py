@@ -20,9 +20,9 @@ from webdataset.writer import TarWriter
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.data.prepare.datasets import DREAMLIP, join_value
-from cosmos_scale.data.prepare.prepare import prepare
-from cosmos_scale.data.prepare.rows import scan
-from cosmos_scale.data.prepare.table import Table, build_table, join_hash
+from cosmos_scale.data.prepare.prepare import prepare_dataset
+from cosmos_scale.data.prepare.rows import scan_captions
+from cosmos_scale.data.prepare.table import JoinTable, build_table, join_hash
 from cosmos_scale.data.samples.captions import POOL_KEYS
 from cosmos_scale.data.samples.sentences import split_published, split_sentences
 from cosmos_scale.testing.photos import caption_documents, jpeg_photos
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def sqlite_table(path: Path, captions: Path) -> None:
     """Build the same table as an SQLite table with the hash as its key."""
-    _, rows = scan(captions, path, DREAMLIP, "url", lambda _: None)
+    _, rows = scan_captions(captions, path, DREAMLIP, "url", lambda _: None)
     with sqlite3.connect(path) as base:
         base.execute("pragma journal_mode = off")
         base.execute("create table t (hash integer primary key, offset integer, size integer, row integer)")
@@ -95,10 +95,10 @@ def main() -> None:
         sqlite = seconds(lambda: sqlite_table(folder / "table.sqlite", captions))
         sqlite_bytes = (folder / "table.sqlite").stat().st_size
         wanted = [url(row) for row in range(0, rows, rows // 2000)]
-        look_up = seconds(lambda: Table(table).find(wanted))
+        look_up = seconds(lambda: JoinTable(table).find(wanted))
         pairs = SHARDS * PER_SHARD
         write = seconds(
-            lambda: prepare(
+            lambda: prepare_dataset(
                 DREAMLIP,
                 [captions],
                 [images],

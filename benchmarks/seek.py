@@ -36,6 +36,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import FORMAT, SUMMARY, index_shards, open_sources
 from cosmos_scale.data.shards.reader import Location
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.merged import MERGED
 
@@ -88,7 +89,7 @@ def run_config(folder: Path) -> RunConfig:
 def find_sample(config: RunConfig) -> Location:
     """Open the indexes and find the sample at 90 % of the third epoch, as a run does that begins there."""
     index = open_sources(config.data.sources)
-    order = index.order(config.seed, config.data.window)
+    order = EpochOrder(index.source_shards(), config.seed, config.data.window)
     return index.locate(order.sample(2, int(READ * order.samples)))
 
 

@@ -10,9 +10,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/step.py`
 
@@ -22,20 +22,18 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.batch import Batch, Features, TeacherFeatures
+from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.scenes.scene_shards import build_scenes
 from cosmos_scale.data.scenes.scenes import captions, draw_scene, render
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.tools.build import build_shards
-from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.data.training.loader import TrainLoader, default_workers
+from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
-from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import Teacher
-from cosmos_scale.loss import CosmosLoss, LossOutput
-from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.step import train_step
 
@@ -139,59 +137,30 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class TimedStudent(Student):
-    """The student, each of whose calls ends a part."""
+class Timed:
+    """A student, teacher or loss; some of its calls end a part."""
 
-    def __init__(
-        self, watch: Stopwatch, model: CosmosModel, teacher: Mapping[str, Tensor], config: RunConfig, ranks: Ranks
-    ) -> None:
-        super().__init__(model, teacher, config, ranks)
+    def __init__(self, inner: Any, watch: Stopwatch, **parts: str) -> None:
+        """parts: by the names of the methods that end them; `call` is the call itself."""
+        self._inner = inner
         self._watch = watch
+        self._parts = parts
 
-    def __call__(self, batch: Batch) -> Features:
-        """Student's, then a cut."""
-        features = super().__call__(batch)
-        self._watch.cut("student")
-        return features
+    def __call__(self, *arguments: Any) -> Any:
+        """The inner one's, then a cut."""
+        return self._timed(self._inner, self._parts["call"])(*arguments)
 
-    def backward(self, batch: Batch, features: Features, gradients: Features) -> None:
-        """Student's, then a cut."""
-        super().backward(batch, features, gradients)
-        self._watch.cut("backward")
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        return self._timed(value, self._parts[name]) if name in self._parts else value
 
-    def update(self, *, lr: float, momentum: float, finite: Tensor) -> Tensor:
-        """Student's, then a cut."""
-        finite = super().update(lr=lr, momentum=momentum, finite=finite)
-        self._watch.cut("update")
-        return finite
+    def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            result = method(*arguments, **options)
+            self._watch.cut(part)
+            return result
 
-
-class TimedTeacher(Teacher):
-    """The teacher, whose forward ends a part; its refresh belongs to the update, which the step's end ends."""
-
-    def __init__(self, watch: Stopwatch, model: CosmosModel, student: Student, config: RunConfig) -> None:
-        super().__init__(model, student, config)
-        self._watch = watch
-
-    def __call__(self, batch: Batch) -> TeacherFeatures:
-        """Teacher's, then a cut."""
-        features = super().__call__(batch)
-        self._watch.cut("teacher")
-        return features
-
-
-class TimedLoss(CosmosLoss):
-    """The loss, whose call ends a part."""
-
-    def __init__(self, watch: Stopwatch, gradient_scale: Literal["true", "published"]) -> None:
-        super().__init__(gradient_scale)
-        self._watch = watch
-
-    def __call__(self, features: Features, teacher: TeacherFeatures) -> LossOutput:
-        """CosmosLoss's, then a cut."""
-        output = super().__call__(features, teacher)
-        self._watch.cut("loss")
-        return output
+        return timed
 
 
 class Trainer:
@@ -200,12 +169,11 @@ class Trainer:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.watch = Stopwatch(ranks.device)
         self.config = config
-        model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
-        model.init_weights(torch.Generator().manual_seed(config.seed))
-        teacher_model.load_state_dict(model.state_dict())
-        self.student = TimedStudent(self.watch, model, dict(teacher_model.named_parameters()), config, ranks)
-        self.teacher = TimedTeacher(self.watch, teacher_model, self.student, config)
-        self.loss = TimedLoss(self.watch, config.optimizer.gradient_scale)
+        self.pair = drawn_pair(config, ranks)
+        # The teacher's refresh belongs to the update, which the step's end ends.
+        self.student: Any = Timed(self.pair.student, self.watch, call="student", backward="backward", update="update")
+        self.teacher: Any = Timed(self.pair.teacher, self.watch, call="teacher")
+        self.loss: Any = Timed(CosmosLoss(config.optimizer.gradient_scale), self.watch, call="loss")
 
     def step(self, batch: Batch) -> Tensor:
         """Train on a batch; returns the total loss, [] float32."""
@@ -258,7 +226,7 @@ def measure(config: RunConfig, ranks: Ranks, *, warmup: int, steps: int, label: 
                     for part in PARTS:
                         measured.parts[part].append(watch.parts[part])
             advance(1)
-    trainer.student.engine.destroy()
+    trainer.pair.close()
     return measured
 
 

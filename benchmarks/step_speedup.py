@@ -24,11 +24,10 @@ from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
-from cosmos_scale.data.tools.jobs import progress_bar
+from cosmos_scale.data.jobs import progress_bar
+from cosmos_scale.engine.pair import pair_of_models
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
-from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
@@ -119,18 +118,17 @@ class TrainerStep:
         model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
         model.load_state_dict(weights)
         teacher_model.load_state_dict(weights)
-        self.student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
-        self.teacher = Teacher(teacher_model, self.student, config)
+        self.pair = pair_of_models(config, ranks, model, teacher_model)
         self.loss = CosmosLoss(config.optimizer.gradient_scale)
 
     def __call__(self, batch: Batch, lr: float, momentum: float) -> Losses:
         """Train on a batch and return its losses."""
-        output = train_step(self.student, self.teacher, self.loss, batch, lr=lr, momentum=momentum)
+        output = train_step(*self.pair, self.loss, batch, lr=lr, momentum=momentum)
         return Losses(output.total.item(), output.clip.item(), output.distill.item())
 
     def close(self) -> None:
         """Free the engine, which otherwise keeps itself alive."""
-        self.student.engine.destroy()
+        self.pair.close()
 
 
 def initial_weights(config: RunConfig) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ class Batch(NamedTuple):
     global_crops: [V_global, B, 3, H, W] float32, normalised.
     local_crops: [V_local, B, 3, h, w] float32, normalised; V_local may be 0.
     captions: [K, B, L] int32 token ids, 0 is padding, the largest id of a row is EOT; global captions first.
-    caption_lengths: [K, B] int64, the tokens of each up to and including EOT; on the CPU wherever the batch is, so that
-    the towers can cut captions without waiting for the device.
-    sample_ids: [B] int64, the position of each sample in the merged index of all sources.
+    caption_lengths: [K, B] int64, the tokens of each caption up to and including EOT. They stay on the CPU, so that the
+    towers can cut captions without waiting for the device.
+    sample_ids: [B] int64, the position of each sample in the merged index of all sources. They stay on the CPU: nothing
+    that is computed needs them.
     substituted: [] int64, how many samples of this share replace a damaged one.
     """
 
@@ -27,11 +28,9 @@ class Batch(NamedTuple):
     substituted: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to a device, caption lengths apart; asynchronous where the tensors are pinned."""
-        fields = self._asdict()
-        lengths = fields.pop("caption_lengths")
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
-        return Batch(caption_lengths=lengths, **moved)
+        """Copy to a device what the towers and the log need there; asynchronous where the tensors are pinned."""
+        needed = ("global_crops", "local_crops", "captions", "substituted")
+        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in needed})
 
     def split(self, parts: int) -> "list[Batch]":
         """Cut into batches of equally many samples, views of this one; each says how many of all are substituted."""

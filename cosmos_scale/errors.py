@@ -1,4 +1,4 @@
-"""Errors that a user can mend, shown as one line without a traceback; and what all ranks must settle together."""
+"""Errors that a user can mend, which are shown as one line without a traceback, and what all ranks settle together."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ class UserError(Exception):
     """A wrong input; its text is one line that names the key, file or rank, the value and the rule."""
 
 
-class ShardsLost(Exception):
-    """Shards cannot be read any more, after all retries; what becomes of their samples is for all ranks to agree on.
+class ShardsToGiveUp(Exception):
+    """Some shards cannot be read any more, after all retries. All ranks must agree to give these shards up.
 
-    shards: reasons by the shards' names.
+    shards: by the shards' names, the reasons why they cannot be read.
     """
 
     def __init__(self, shards: Mapping[str, str]) -> None:

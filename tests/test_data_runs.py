@@ -1,4 +1,4 @@
-"""Whole runs over data that fails them: a shard that gets lost, at two world sizes; and runs by the other decoder."""
+"""Whole runs that lose a shard, at two world sizes, and runs by the other decoder."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from cosmos_scale.checkpoint.state import read_state
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.testing.runs import last_checkpoint, records, start, train, wait_for_step, write_run
 from cosmos_scale.testing.shard_files import sample, write_shard, write_shards
 
@@ -41,7 +42,7 @@ def shard_of_step(run: Path, step: int) -> Path:
     """The shard that a step of the first epoch reads; steps count from 0."""
     config = load_config(run)
     index = open_sources(config.data.sources)
-    order = index.order(config.seed, config.data.window)
+    order = EpochOrder(index.source_shards(), config.seed, config.data.window)
     samples = order.sample_ids(0, np.arange(step * BATCH, (step + 1) * BATCH))
     (shard,) = {index.locate(number).shard for number in samples.tolist()}
     return Path(shard)
@@ -74,7 +75,7 @@ def test_a_lost_shard_is_the_same_loss_at_every_world_size_and_after_a_restart(t
     assert_lost(run, "tiny", shard, 5, alone.output)
     pair = train(run, other, "train.max_steps=7", ranks=2).require(0)
     assert_lost(run, "other/tiny", shard, 5, pair.output)
-    # It comes back, and the run goes on as it would have without it.
+    # The shard comes back, but the run goes on without it.
     number = int(shard.stem) * BATCH
     write_shard(shard, [sample(number + place) for place in range(BATCH)])
     assert ", which has lost 1 shards; " in train(run, other).require(0).output
@@ -105,7 +106,7 @@ def test_more_lost_than_allowed_ends_all_ranks_in_one_line(tmp_path: Path, ranks
         finished = process.wait().require(2)
     (line,) = finished.errors.splitlines()
     assert "is lost: No such file or directory" in line
-    # Of 40 shards five are too many; where ranks look for substitutes, each may come upon a lost shard of its own.
+    # Five of 40 shards are too many. When ranks look for substitutes, each rank may find another shard lost.
     assert re.search(
         r"[56] lost shards hold 1[25]\.[05]0% of all samples, more than data\.max_damaged 0\.1 allows", line
     )

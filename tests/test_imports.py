@@ -10,13 +10,18 @@ from tests.conftest import REPOSITORY
 
 MOST_LINES = 400
 
-# What everything may build on: plain data, configuration, errors, files.
-FOUNDATION = {"__version__", "batch", "config", "errors", "files", "fragments"}
+# What everything may build on: plain data, configuration, errors, files. "__init__": the version.
+FOUNDATION = {"__init__", "batch", "config", "errors", "files", "fragments"}
 
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation", "step"} | FOUNDATION
 MAY_IMPORT = {
-    **dict.fromkeys(FOUNDATION, FOUNDATION),
+    "__init__": set(),
+    "batch": set(),
+    "config": {"errors"},
+    "errors": set(),
+    "files": {"errors"},
+    "fragments": set(),
     "kernels": set(),
     "model": {"kernels"} | FOUNDATION,
     "loss": {"kernels"} | FOUNDATION,
@@ -32,16 +37,22 @@ MAY_IMPORT = {
     "demo": PARTS | {"run", "cli"},
     "testing": PARTS | {"run", "train", "cli"},
 }
-# Within data: the way of a sample, from where it lies to a batch; tools, prepare and scenes stand beside it.
-MAY_IMPORT_IN_DATA = {
-    "shards": {"samples", "decode", "tools", "training"},
-    "samples": set[str](),
-    "decode": {"samples", "training"},
-    "training": {"shards", "samples", "decode"},
-    "tools": {"shards", "samples", "decode", "training", "prepare"},
-    "prepare": {"shards", "samples", "decode", "tools"},
-    "scenes": {"shards", "samples", "decode", "tools"},
+# Within data, arrows go the way of a sample: samples <- decode <- shards <- training. Three rooms stand beside it:
+# tools, prepare and scenes. The module jobs lies in no room: the long work of every room uses it.
+SAMPLE_WAY = {"jobs", "samples", "decode", "shards", "training"}
+MAY_IMPORT_IN_DATA: dict[str, set[str]] = {
+    "__init__": set(),
+    "jobs": set(),
+    "samples": {"jobs"},
+    "decode": {"jobs", "samples"},
+    "shards": {"jobs", "samples", "decode"},
+    "training": {"jobs", "samples", "decode", "shards"},
+    "tools": SAMPLE_WAY | {"prepare"},
+    "prepare": SAMPLE_WAY,
+    "scenes": SAMPLE_WAY,
 }
+# Who may import cli and train; train's own guard (`if __name__ == "__main__":`) counts as cli.
+ONLY_FROM = {"cli": {"demo", "testing"}, "train": {"cli", "testing"}}
 
 # Packages that only the named places import: whole packages of ours, or single modules.
 ONLY_IN = {
@@ -66,6 +77,11 @@ ONE_PLACE = (
 )
 NEVER_AT_IMPORT = ("flash_attn", "xformers", "nvidia.dali", "apex", "wandb")
 
+# Beside the package: no file of it imports them.
+NOT_PACKAGED = ("tests", "benchmarks", "tools")
+# Broken until the branch that mends it is merged; the test fails, too, for an entry whose file is mended.
+STILL_BROKEN = {"cosmos_scale/train.py": ["only demo and testing import cli"]}
+
 SOURCES = sorted([*REPOSITORY.glob("cosmos_scale/**/*.py"), *REPOSITORY.glob("kernels/**/*.py")])
 
 
@@ -79,9 +95,14 @@ def own_sources() -> list[Path]:
 
 
 def imported(path: Path, *, at_import_only: bool = False) -> Iterator[str]:
-    """Yield the dotted names that a file imports, those of `from a import b` as a.b."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if at_import_only else ast.walk(tree)
+    """Yield the dotted names that a file imports, those of `from a import b` as a.b.
+
+    A last `if __name__ == "__main__":` does not count: there a module only hands its command line on.
+    """
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    if body and isinstance(body[-1], ast.If) and ast.unparse(body[-1].test) == "__name__ == '__main__'":
+        del body[-1]
+    nodes = body if at_import_only else (node for statement in body for node in ast.walk(statement))
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -102,17 +123,37 @@ def part_of_house(path: Path) -> str:
     return parts[1] if len(parts) > 2 else path.stem
 
 
+def room_of_data(path: Path) -> str | None:
+    """The room of data that a file lies in, or its own name where it lies in none; None for a file outside data."""
+    parts = path.relative_to(REPOSITORY).parts
+    if parts[:2] != ("cosmos_scale", "data"):
+        return None
+    return parts[2] if len(parts) > 3 else path.stem
+
+
+def parts_imported(path: Path, package: str) -> set[str]:
+    """The parts of a package of ours that a file imports; what __init__.py defines counts as the part "__init__"."""
+    names = {name for name in imported(path) if is_under(name, package)}
+    parts = {name.removeprefix(f"{package}.").split(".")[0] for name in names if name != package}
+    return {"__init__" if part == "__version__" else part for part in parts}
+
+
 def broken_rules(path: Path) -> list[str]:
-    part = part_of_house(path)
-    ours = {name.split(".")[1] for name in imported(path) if is_under(name, "cosmos_scale") and "." in name}
-    ours.discard(part)
+    part, room = part_of_house(path), room_of_data(path)
+    ours = parts_imported(path, "cosmos_scale") - {part}
     broken = []
-    if part in MAY_IMPORT:
-        broken += [f"{part} may not import {other}" for other in sorted(ours - MAY_IMPORT[part])]
-    if part != "cli" and "cli" in ours:
-        broken.append("nothing imports cli")
-    if part not in ("cli", "demo") and "train" in ours:
-        broken.append("only cli and demo import train")
+    if part not in MAY_IMPORT:
+        broken.append(f"no rule says what {part} may import")
+    for other, users in ONLY_FROM.items():
+        if other in ours and part not in users:
+            broken.append(f"only {' and '.join(sorted(users))} import {other}")
+    broken += [f"{part} may not import {other}" for other in sorted(ours - MAY_IMPORT.get(part, ours) - {*ONLY_FROM})]
+    if room is not None and room not in MAY_IMPORT_IN_DATA:
+        broken.append(f"no rule says what data/{room} may import")
+    elif room is not None:
+        others = parts_imported(path, "cosmos_scale.data") - {room} - MAY_IMPORT_IN_DATA[room]
+        broken += [f"data/{room} may not import data/{other}" for other in sorted(others)]
+    broken += [f"imports {name}" for name in imported(path) if name.split(".")[0] in NOT_PACKAGED]
     for package, places in ONLY_IN.items():
         names = {name for name in imported(path) if is_under(name, package)}
         names.discard("torch.distributed.ProcessGroup")  # a type in signatures calls nothing
@@ -128,7 +169,7 @@ def broken_rules(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", own_sources(), ids=source_id)
 def test_imports_follow_the_house(path: Path) -> None:
-    assert broken_rules(path) == []
+    assert broken_rules(path) == STILL_BROKEN.get(source_id(path), [])
 
 
 @pytest.mark.parametrize("package", ONE_PLACE)
@@ -142,7 +183,53 @@ def test_optional_packages_have_one_place(package: str) -> None:
     [
         ("kernels/planted.py", "from cosmos_scale.batch import Batch", "kernels may not import batch"),
         ("cosmos_scale/model/planted.py", "import cosmos_scale.engine.student", "model may not import engine"),
-        ("cosmos_scale/data/planted.py", "def f():\n    from cosmos_scale import train", "data may not import train"),
+        ("cosmos_scale/data/jobs.py", "def f():\n    from cosmos_scale import step", "data may not import step"),
+        ("cosmos_scale/files.py", "from cosmos_scale.config import RunConfig", "files may not import config"),
+        ("cosmos_scale/errors.py", "from cosmos_scale import __version__", "errors may not import __init__"),
+        ("cosmos_scale/attic/planted.py", "import cosmos_scale.errors", "no rule says what attic may import"),
+        ("cosmos_scale/planted.py", "", "no rule says what planted may import"),
+        ("cosmos_scale/data/attic/planted.py", "", "no rule says what data/attic may import"),
+        ("cosmos_scale/data/planted.py", "", "no rule says what data/planted may import"),
+        (
+            "cosmos_scale/data/shards/planted.py",
+            "from cosmos_scale.data.training.order import EpochOrder",
+            "data/shards may not import data/training",
+        ),
+        (
+            "cosmos_scale/data/decode/planted.py",
+            "from cosmos_scale.data.shards import index",
+            "data/decode may not import data/shards",
+        ),
+        (
+            "cosmos_scale/data/samples/planted.py",
+            "from cosmos_scale.data import decode",
+            "data/samples may not import data/decode",
+        ),
+        (
+            "cosmos_scale/data/training/planted.py",
+            "def f():\n    import cosmos_scale.data.tools.inspect",
+            "data/training may not import data/tools",
+        ),
+        (
+            "cosmos_scale/data/prepare/planted.py",
+            "from cosmos_scale.data.scenes import scenes",
+            "data/prepare may not import data/scenes",
+        ),
+        (
+            "cosmos_scale/data/prepare/planted.py",
+            "from cosmos_scale.data.tools import build",
+            "data/prepare may not import data/tools",
+        ),
+        (
+            "cosmos_scale/data/jobs.py",
+            "from cosmos_scale.data.samples.sample import SampleKey",
+            "data/jobs may not import data/samples",
+        ),
+        ("cosmos_scale/evaluation/planted.py", "import cosmos_scale.cli.main", "only demo and testing import cli"),
+        ("cosmos_scale/train.py", "from cosmos_scale.cli.main import main", "only demo and testing import cli"),
+        ("cosmos_scale/demo.py", "from cosmos_scale.train import train", "only cli and testing import train"),
+        ("cosmos_scale/run/planted.py", "from cosmos_scale import train", "only cli and testing import train"),
+        ("cosmos_scale/testing/planted.py", "from tests.conftest import REPOSITORY", "imports tests.conftest"),
         ("cosmos_scale/model/planted.py", "import torch.distributed as dist", "torch.distributed"),
         ("cosmos_scale/train.py", "from torch import distributed", "torch.distributed"),
         ("cosmos_scale/step.py", "import deepspeed", "deepspeed"),
@@ -157,6 +244,23 @@ def test_planted_imports_are_refused(
     planted.write_text(text)
     monkeypatch.setattr("tests.test_imports.REPOSITORY", tmp_path)
     assert any(rule in broken for broken in broken_rules(planted))
+
+
+def test_a_guard_may_hand_the_command_line_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_imports.REPOSITORY", tmp_path)
+    planted = tmp_path / "cosmos_scale" / "train.py"
+    planted.parent.mkdir()
+    planted.write_text('if __name__ == "__main__":\n    from cosmos_scale.cli.main import main\n')
+    assert broken_rules(planted) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "never"), [("benchmarks", "tests"), ("tools", "tests"), ("tests", "benchmarks")], ids=str
+)
+def test_tests_and_benchmarks_share_through_the_package_alone(folder: str, never: str) -> None:
+    paths = [path for path in REPOSITORY.glob(f"{folder}/**/*.py") if path.parent.name != never]
+    assert paths, "no source found"
+    assert {source_id(path) for path in paths if any(is_under(name, never) for name in imported(path))} == set()
 
 
 def test_files_stay_short() -> None:

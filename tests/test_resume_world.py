@@ -7,6 +7,7 @@ import pytest
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.testing.runs import records, train, write_run
 from tests.recorded_train import RECORDS, recorded_samples
 
@@ -40,7 +41,7 @@ def test_two_ranks_go_on_as_four_and_as_one(
         return recorded_samples(folder, ranks)
 
     whole = launch("whole", 2)
-    order = open_sources(map(SourceConfig.model_validate, sources)).order(0, 32)
+    order = EpochOrder(open_sources(map(SourceConfig.model_validate, sources)).source_shards(), 0, 32)
     assert whole == [
         [order.sample(step // 15, place) for place in range(step % 15 * 8, step % 15 * 8 + 8)] for step in range(STEPS)
     ]

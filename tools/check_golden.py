@@ -33,10 +33,9 @@ from cosmos_scale.config import (
     VisionConfig,
     ZeroConfig,
 )
+from cosmos_scale.engine.pair import pair_of_models
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
-from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.errors import UserError
 from cosmos_scale.loss import CosmosLoss, LossOutput
 from cosmos_scale.model.cosmos import CosmosModel
@@ -243,8 +242,7 @@ def train(golden: Golden, zero_stage: int) -> Trained:
     total_steps = config.total_steps(1)
     student_model, teacher_model = golden.model("student."), golden.model("teacher.")
     ranks = start_ranks("cpu")
-    student = Student(student_model, dict(teacher_model.named_parameters()), config, ranks)
-    teacher = Teacher(teacher_model, student, config)
+    student, teacher = pair_of_models(config, ranks, student_model, teacher_model)
     rows = []
     for step in range(golden.tensor("trajectory").shape[0]):
         lr, momentum = learning_rate(step, config.optimizer, total_steps), ema_momentum(step, config.ema, total_steps)

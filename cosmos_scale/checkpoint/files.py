@@ -81,12 +81,11 @@ class _Checksums:
 
 
 class TensorFile:
-    """Reads slices of the tensors of one file and checks them; `bytes_read` counts what came from the disk."""
+    """Reads slices of the tensors of one file and checks them."""
 
     def __init__(self, folder: Path, record: FileRecord) -> None:
         """Open a file; raises BrokenCheckpoint where it is missing, of another size, or its header is damaged."""
         self.path = folder / record.name
-        self.bytes_read = 0
         self._record = record
         self._chunk: tuple[int, bytes] = (-1, b"")  # the last one read: slices that follow each other share it
         try:
@@ -153,7 +152,6 @@ class TensorFile:
                 data = os.pread(self._file.fileno(), CHUNK, chunk * CHUNK)
             except OSError as failure:
                 raise self._broken(failure.strerror or str(failure)) from failure
-            self.bytes_read += len(data)
             if zlib.crc32(data) != self._record.checksums[chunk]:
                 raise self._broken(f"is damaged between bytes {chunk * CHUNK} and {chunk * CHUNK + len(data)}")
             self._chunk = (chunk, data)

@@ -23,6 +23,7 @@ from cosmos_scale import __version__
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import sync_folder
 from cosmos_scale.fragments import Fragment
 
 FORMAT = 2
@@ -157,7 +158,7 @@ def load_model(model: nn.Module, folder: Path, which: Literal["student", "teache
 
 
 class FragmentReader:
-    """Reads parameters out of the files of a checkpoint; `bytes_read` counts what came from the disk."""
+    """Reads parameters out of the files of a checkpoint; a context that closes the files."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -170,11 +171,6 @@ class FragmentReader:
     def __exit__(self, *_: object) -> None:
         for file in self._open.values():
             file.close()
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all files, headers included."""
-        return sum(file.bytes_read for file in self._open.values())
 
     @torch.no_grad()
     def fill(self, fragments: Iterable[Fragment]) -> None:
@@ -276,12 +272,3 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Raise BrokenCheckpoint where a file is missing or of another size: what a look tells without reading them."""
     for record in manifest.files.values():
         TensorFile(folder, record).close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries; raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,11 +25,11 @@ from cosmos_scale.checkpoint.state import (
     checkpoint_name,
     checkpoints,
     step_of,
-    sync_folder,
     write_manifest,
 )
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import sync_folder, whole_file
 from cosmos_scale.fragments import Fragment
 
 POLL = 0.05  # seconds between looks for the other ranks' files
@@ -147,9 +147,9 @@ class CheckpointWriter:
             }
             record = write_tensors(path, tensors)
             pieces = [(part.name, list(part.shape), part.start, part.weight.numel()) for part in self._fragments]
-            part = _record_path(temporary, self._rank).with_suffix(".part")
-            part.write_text(json.dumps([record, pieces]))
-            part.rename(part.with_suffix(".json"))  # whole at once
+            # Whole at once: the first rank takes its appearance for its completion.
+            with whole_file(_record_path(temporary, self._rank)) as part:
+                part.write_text(json.dumps([record, pieces]))
         except Exception as failure:  # whatever it is: of a thread that just ended the ranks would not hear
             self._error = f"checkpoint {path}: {_reason(failure)} (rank {self._rank})"
         self._written.set()

@@ -161,15 +161,15 @@ def _config(arguments: argparse.Namespace) -> "RunConfig":
 def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from cosmos_scale.data.shards.index import make_folder
     from cosmos_scale.data.tools import inspect, inspect_report
+    from cosmos_scale.files import make_folder
     from cosmos_scale.model.tokenizer import Tokenizer
 
     config = _config(arguments)
     make_folder(arguments.out)
     context_length = config.model.text.context_length
     statistics, views = arguments.out / "statistics.png", arguments.out / "views.png"
-    inspect.draw_views(
+    inspect.draw_visits(
         config, Tokenizer(context_length), views, epoch=arguments.epoch, first=arguments.first, count=arguments.rows
     )
     found = inspect.survey(
@@ -180,13 +180,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         progress=not arguments.quiet,
     )
-    inspect_report.draw(found, context_length, statistics)
+    inspect_report.draw_survey(found, context_length, statistics)
     if arguments.json:
         report = inspect_report.as_json(found, context_length)
         print(json.dumps({**report, "pictures": [str(statistics), str(views)]}))
         return 0
     sampling = config.data.captions.sampling
-    inspect_report.show(found, sampling, context_length, config.seed, arguments.epoch, Console())
+    inspect_report.print_survey(found, sampling, context_length, config.seed, arguments.epoch, Console())
     print(f"\nhistograms: {statistics}\nviews and captions: {views}")
     return 0
 

@@ -86,9 +86,9 @@ def _add(parser: argparse.ArgumentParser, *, what: str, joins: tuple[str, ...], 
 
 def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE
-    from cosmos_scale.data.prepare.prepare import prepare
+    from cosmos_scale.data.prepare.prepare import prepare_dataset
 
-    report = prepare(
+    report = prepare_dataset(
         {"dreamlip": DREAMLIP, "pixelprose": PIXELPROSE}[arguments.dataset],
         arguments.captions,
         arguments.images,

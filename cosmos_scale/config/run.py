@@ -79,7 +79,7 @@ class RunConfig(Section):
             rule = f"must be less than the schedule's {total} steps"
             refuse("optimizer.warmup_steps", self.optimizer.warmup_steps, rule, ["train.schedule_steps"])
 
-    def micro_batch(self, world_size: int) -> int:
+    def samples_per_rank(self, world_size: int) -> int:
         """Return the samples per rank and step; raises UserError where the global batch does not divide evenly."""
         samples, rest = divmod(self.train.global_batch, world_size)
         if rest:

@@ -46,7 +46,7 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": config.micro_batch(world_size) // config.train.micro_batches,
+        "train_micro_batch_size_per_gpu": config.samples_per_rank(world_size) // config.train.micro_batches,
         "gradient_accumulation_steps": config.train.micro_batches,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,

@@ -262,7 +262,7 @@ class ShardedStates(_Sharded):
         return [torch.zeros_like(flat, dtype=dtype) for flat in self._wrapper.bit16_groups_flat]
 
     def _lay_into(self, flats: list[Tensor], teacher: nn.Module) -> None:
-        """Make the teacher's weights views of flat tensors, laid out as DeepSpeed laid the student's: shards line up."""
+        """Make the teacher's weights views of flat tensors, laid out as the student's are: shards line up."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         own = dict(teacher.named_parameters())
         for flat, student_flat, parameters in zip(
@@ -293,9 +293,7 @@ class ShardedWeights(_Sharded):
     @override
     def publish(self) -> None:
         self._wrapper.parameter_offload.partition_all_parameters()
-        pairs = zip(
-            self._wrapper.fp16_partitioned_groups_flat, self._wrapper.fp32_partitioned_groups_flat, strict=True
-        )
+        pairs = zip(self._wrapper.fp16_partitioned_groups_flat, self._wrapper.fp32_partitioned_groups_flat, strict=True)
         for weights, shard in pairs:
             weights.copy_(shard)
         if self._wrapper.persistent_parameters:  # small ones, which stay gathered

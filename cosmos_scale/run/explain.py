@@ -22,11 +22,9 @@ def explain(config: RunConfig, world_size: int) -> None:
     Samples per epoch come from the shards' index, as in training; where the shards are not, from data.samples.
     Raises UserError: a world size that does not divide the batch, no sample, a warm-up longer than the run.
     """
-    per_rank, micro_batches = config.micro_batch(world_size), config.train.micro_batches
+    per_rank, micro_batches = config.samples_per_rank(world_size), config.train.micro_batches
     samples, origin = _samples(config)
-    epoch_steps = steps_per_epoch(
-        samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
-    )
+    epoch_steps = steps_per_epoch(samples, config)
     steps, last = config.total_steps(epoch_steps), config.last_step(epoch_steps)
     print(f"run {config.name}")
     rows = [

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import Ranks, from_all, maxima, raise_together
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
 
 class StopRequest:
@@ -49,7 +49,7 @@ class Loader(Protocol):
     """Where batches come from: what Lookahead needs of `data.loader.TrainLoader`, which says more."""
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Yield this rank's batches from a step on; ShardsLost instead of one that needs a shard not yet given up."""
+        """Yield this rank's batches from a step on; raises ShardsToGiveUp at a batch that needs a lost shard."""
 
     def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
         """Give up shards from a step on, and say so; the same on all ranks."""
@@ -105,13 +105,11 @@ class Lookahead:
             yield Fetched(batch, waited)
             waited = 0.0
 
-    def _next(
-        self, batches: Iterator[Batch]
-    ) -> tuple[Batch | None, Mapping[str, str], UserError | None]:
+    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, Mapping[str, str], UserError | None]:
         """This rank's next batch; or the shards that it found lost, or what prevents it."""
         try:
             return next(batches).to(self._ranks.device), {}, None
-        except ShardsLost as loss:
+        except ShardsToGiveUp as loss:
             return None, loss.shards, None
         except UserError as error:
             return None, {}, error

@@ -94,9 +94,7 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
     The loader comes last, when it is settled where the run goes on: it knows the shards lost until then.
     """
     opened = open_run(config, ranks)
-    epoch_steps = steps_per_epoch(
-        opened.index.epoch_samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
-    )
+    epoch_steps = steps_per_epoch(opened.index.epoch_samples, config)
     total_steps, last_step = config.total_steps(epoch_steps), config.last_step(epoch_steps)
     pair, start, said = build_pair(config, opened, ranks)
     loader = TrainLoader(

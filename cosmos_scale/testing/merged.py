@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cosmos_scale.data.training.order import SourceShards
+from cosmos_scale.data.shards.index import SourceShards
 
 MERGED = {"CC3M": (2_823_019, 670), "CC12M": (10_010_225, 2377), "YFCC15M": (14_065_827, 3341)}
 """Samples and shards of each source."""

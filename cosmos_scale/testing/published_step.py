@@ -31,7 +31,7 @@ class Losses(NamedTuple):
     distill: float
 
 
-class Block(nn.Module):
+class PublishedBlock(nn.Module):
     """A pre-norm residual block on [L, B, D], the layout that torch's attention has by default."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -56,7 +56,7 @@ class Blocks(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(PublishedBlock(width, heads) for _ in range(layers))
 
     def forward(self, x_BLD: Tensor, mask_LL: Tensor | None = None) -> Tensor:
         """Return [B, L, D]."""

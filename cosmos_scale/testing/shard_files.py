@@ -65,7 +65,7 @@ def open_folder(folder: Path) -> MergedIndex:
     return open_sources([SourceConfig(name="test", shards=str(folder))])
 
 
-def tiny_config(folder: Path, *, global_batch: int = 4, **data: Any) -> RunConfig:
+def shards_config(folder: Path, *, global_batch: int = 4, **data: Any) -> RunConfig:
     """A run over these shards with few, small views."""
     return RunConfig.model_validate(
         {

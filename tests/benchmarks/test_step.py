@@ -27,8 +27,8 @@ def test_timed_steps_are_the_trainers_bit_for_bit() -> None:
         assert torch.equal(weight, weights[name]), name
     for name, weight in trainer.teacher.model.state_dict().items():
         assert torch.equal(weight, teacher[name]), name
-    plain.student.engine.destroy()
-    trainer.student.engine.destroy()
+    plain.close()
+    trainer.pair.close()
 
 
 def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_time_goes_to_the_part_that_took_it(monkeypatch: pytest.MonkeyPatch) -> 
     trainer.step(tiny_batch(1))
     assert trainer.watch.parts == dict.fromkeys(expected, 0)
     assert trainer.watch.stop() == sum(expected.values())
-    trainer.student.engine.destroy()
+    trainer.pair.close()
 
 
 def test_shares_come_from_medians_and_leave_no_time_out() -> None:

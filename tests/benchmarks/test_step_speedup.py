@@ -73,7 +73,10 @@ def test_trainer_and_restatement_take_the_same_steps(zero_stage: int) -> None:
         compare_losses({"trainer": losses[0], "restatement": losses[1]}, "trainer", number)
         totals.append(losses[0].total)
     assert abs(totals[2] - totals[0]) > 100 * TOLERANCE, "one batch twice: unless weights move, nothing was compared"
-    for ours, theirs in ((trainer.student.model, restatement.student), (trainer.teacher.model, restatement.teacher)):
+    for ours, theirs in (
+        (trainer.pair.student.model, restatement.student),
+        (trainer.pair.teacher.model, restatement.teacher),
+    ):
         # Rounding of gradients near zero, which Adam divides by themselves.
         worst, name = worst_difference(_flat(ours.state_dict()), _flat(theirs.state_dict()))
         assert worst <= 2e-4, name

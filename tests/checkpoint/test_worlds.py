@@ -2,23 +2,25 @@
 
 import functools
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from cosmos_scale.checkpoint import files
-from cosmos_scale.checkpoint.state import KINDS, FragmentReader, Manifest, RunState, read_manifest
+from cosmos_scale.checkpoint.state import KINDS, Manifest, RunState, read_manifest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
-from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
-from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 
@@ -85,7 +87,7 @@ def save_and_go_on(rank: int, world_size: int, root: Path, cases: list[Case]) ->
         with CheckpointWriter(folder_of(root, case), student.fragments, ranks.control, config.checkpoint) as writer:
             writer.save(state)
             outcomes[case] = go_on(tiny)  # which must not change what is being written
-        student.engine.destroy()
+        tiny.close()
     return outcomes
 
 
@@ -100,21 +102,28 @@ def load_and_go_on(
 
 def resume(folder: Path, case: Case, ranks: Ranks) -> Outcome:
     config = case.config()
-    model, teacher_model = CosmosModel(config.model), CosmosModel(config.model)
-    model.init_weights(torch.Generator().manual_seed(7))  # nothing of which may be left
-    teacher_model.load_state_dict(model.state_dict())
-    student = Student(model, dict(teacher_model.named_parameters()), config, ranks)
-    manifest = read_manifest(folder)
-    with FragmentReader(folder, manifest) as reader:
-        reader.fill(student.fragments)
-        read = reader.bytes_read
-    student.updates = manifest.state.updates
-    student.set_loss_scaler(manifest.state.loss_scaler)
-    student.publish()
-    tiny = Tiny(student, Teacher(teacher_model, student, config), CosmosLoss(config.optimizer.gradient_scale))
-    outcome = go_on(tiny)
-    student.engine.destroy()
-    return outcome._replace(read=read, most=most_bytes(folder, manifest, student.fragments))
+    other_seed = config.model_copy(update={"seed": 7})  # nothing of what is drawn may be left
+    pair = drawn_pair(other_seed, ranks)
+    with counted_reads() as sizes:
+        pair.restore(folder)
+    outcome = go_on(Tiny(pair.student, pair.teacher, CosmosLoss(config.optimizer.gradient_scale)))
+    pair.close()
+    return outcome._replace(read=sum(sizes), most=most_bytes(folder, read_manifest(folder), pair.student.fragments))
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Gather the sizes of all reads of a checkpoint's files, headers included."""
+    sizes: list[int] = []
+    pread = os.pread
+
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        data = pread(descriptor, size, offset)
+        sizes.append(len(data))
+        return data
+
+    with patch.object(os, "pread", counting):
+        yield sizes
 
 
 def most_bytes(folder: Path, manifest: Manifest, fragments: list[Fragment]) -> int:

@@ -73,10 +73,10 @@ def test_gradient_scale_accepts_a_yaml_boolean() -> None:
 
 def test_micro_batch_divides_or_is_refused_by_name() -> None:
     config = RunConfig.model_validate({"train": {"global_batch": 96}})
-    assert [config.micro_batch(world_size) for world_size in (1, 2, 32, 96)] == [96, 48, 3, 1]
+    assert [config.samples_per_rank(world_size) for world_size in (1, 2, 32, 96)] == [96, 48, 3, 1]
     for world_size in (5, 97):
         with pytest.raises(UserError, match=rf"train\.global_batch: 96 must be a multiple of the {world_size} ranks"):
-            config.micro_batch(world_size)
+            config.samples_per_rank(world_size)
 
 
 def test_total_and_last_step() -> None:

@@ -1,4 +1,4 @@
-"""A small web server of files in a process of its own, with the faults that tests ask for; writes down each request."""
+"""A small web server of files in its own process, with the faults that tests ask for; it writes down each request."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ Fault = Literal["500", "drop", "cut", "hang", "wrong"]
 
 
 class Request(NamedTuple):
-    """What came: its path, its Range header, the status and bytes of the answer, the client's port."""
+    """One request: its path, its Range header, the status and bytes of the answer, the client's port."""
 
     path: str
     range: str | None
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, data: bytes, content_range: str | None = None, cut: bool = False) -> None:
         sent = data[: len(data) // 2] if cut else data
         if len(sent) <= PIECE:
-            self._note(status, len(sent))  # before the client can have it all and look
+            self._note(status, len(sent))  # before the client has the whole answer and the test looks
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if content_range is not None:
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, len(sent), PIECE):
                 taken += self.wfile.write(sent[start : start + PIECE])
         except (BrokenPipeError, ConnectionResetError):
-            cut = True  # the client wanted a part, and hung up
+            cut = True  # the client wanted only a part, and hung up
         if len(sent) > PIECE:
             self._note(status, taken)
         self.close_connection = self.close_connection or cut
@@ -130,7 +130,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # a client that hangs up is no news
+        pass  # clients may hang up
 
 
 if __name__ == "__main__":

@@ -29,17 +29,16 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
         )
         tiny = build_tiny(config, ranks, teacher_seed=1)
         output = tiny.step(0)
-        norm = tiny.student.gradient_norm.item()
         after = tiny.fragments()
         bad = tiny_batch(1)
         bad.local_crops[0, -1] = torch.inf
         bad_output = tiny.step(1, batch=bad)
         results[stage, scale] = {
             "losses": [output.total.item(), output.clip.item(), output.distill.item()],
-            "norm": norm,
+            "norm": output.gradient_norm.item(),
             "fragments": after,
             "after_bad": tiny.fragments(),
-            "bad_finite": (bool(bad_output.finite), bool(bad_output.finite_here)),
+            "bad_finite": (bool(bad_output.finite), bool(bad_output.features_finite)),
             "updates": tiny.student.updates,
         }
         with tiny.teacher.whole_model() as model:

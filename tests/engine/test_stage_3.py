@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine import student as student_module
-from cosmos_scale.engine.deepspeed_config import deepspeed_config
+from cosmos_scale.engine import zero
+from cosmos_scale.engine.deepspeed_config import stage_3_keys
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
@@ -55,16 +55,11 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
     results = {}
     for case in [REFERENCE, *CASES]:
 
-        def smaller(config: RunConfig, world_size: int, elements: int, case: Case = case) -> dict[str, Any]:
-            full = deepspeed_config(config, world_size, elements)
-            if case.stage == 3:
-                full["zero_optimization"] |= {
-                    "sub_group_size": case.shard,
-                    "stage3_param_persistence_threshold": case.kept,
-                }
-            return full
+        def smaller(config: RunConfig, elements: int, case: Case = case) -> dict[str, Any]:
+            own = {"sub_group_size": case.shard, "stage3_param_persistence_threshold": case.kept}
+            return stage_3_keys(elements) | own
 
-        student_module.deepspeed_config = smaller  # type: ignore[attr-defined]
+        zero.ShardedWeights.zero_keys = smaller  # type: ignore[method-assign]
         tiny = build_tiny(case.config(), ranks, teacher_seed=1)
         results[case] = run_case(tiny, rank)
         results[case]["shards"] = len(tiny.student.optimizer.shards[0])
@@ -91,8 +86,9 @@ def run_case(tiny: Tiny, rank: int) -> dict[str, Any]:
                     key = (fragment.name, fragment.start)
                     fragment.weight.copy_(before[key]["weight"] if weights is None else weights[key])
                 tiny.student.publish()
-        losses.append(tiny.step(step, batch=tiny_batch(step, GLOBAL_BATCH)).total.item())
-        norms.append(tiny.student.gradient_norm.item())
+        output = tiny.step(step, batch=tiny_batch(step, GLOBAL_BATCH))
+        losses.append(output.total.item())
+        norms.append(output.gradient_norm.item())
     return {"losses": losses, "norms": norms}
 
 

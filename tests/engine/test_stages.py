@@ -73,10 +73,11 @@ def run_case(case: Case, ranks: Ranks) -> dict[str, Any]:
         with tiny.student.whole_model() as model:
             for name, weight in model.named_parameters():
                 average[name] = MOMENTUM * average[name] + (1 - MOMENTUM) * weight.detach().double()
-        losses.append(tiny.step(step, lr=LR, momentum=MOMENTUM).total.item())
+        output = tiny.step(step, lr=LR, momentum=MOMENTUM)
+        losses.append(output.total.item())
     with tiny.teacher.whole_model() as model:
         distances = [(weight.double() - average[name]).abs().max().item() for name, weight in model.named_parameters()]
-    result = {"losses": losses, "distance": max(distances), "norm": tiny.student.gradient_norm.item()}
+    result = {"losses": losses, "distance": max(distances), "norm": output.gradient_norm.item()}
     if case.micro_batches == 1 and not case.recompute:
         result["scales"] = scales_at_their_bound(tiny)
     tiny.close()

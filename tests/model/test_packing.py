@@ -127,11 +127,11 @@ def test_position_tables_are_interpolated_once_per_resolution(monkeypatch: pytes
     assert sizes == [(24, 24), (16, 16)]
 
 
-def test_caption_lengths_stay_on_the_host_when_a_batch_moves() -> None:
+def test_caption_lengths_and_sample_ids_stay_on_the_host_when_a_batch_moves() -> None:
     batch = random_batch(3)
     moved = batch.to(torch.device("meta"))
     devices = {name: tensor.device.type for name, tensor in moved._asdict().items()}
-    assert devices.pop("caption_lengths") == "cpu"
+    assert (devices.pop("caption_lengths"), devices.pop("sample_ids")) == ("cpu", "cpu")
     assert set(devices.values()) == {"meta"}
     assert torch.equal(moved.caption_lengths, batch.caption_lengths)
 

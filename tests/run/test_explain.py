@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training.order import steps_per_epoch
@@ -43,7 +44,7 @@ def test_every_shipped_config_passes_the_dry_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where no shards lie: plans need none
     rows = dry_run(capsys, path, 2)
-    assert rows["global batch"].endswith(f"= 2 ranks x {load_config(path).micro_batch(2):,}")
+    assert rows["global batch"].endswith(f"= 2 ranks x {load_config(path).samples_per_rank(2):,}")
     assert load_config(path).name == path.stem
 
 
@@ -58,7 +59,7 @@ def test_published_runs_have_the_published_numbers(
     config = load_config(path)
     assert [source.name for source in config.data.sources] == sources
     assert (config.train.epochs, config.train.global_batch, config.ema.momentum) == (32, batch, momentum)
-    assert config.micro_batch(ranks) == {1024: 64, 4096: 32}[batch]
+    assert config.samples_per_rank(ranks) == {1024: 64, 4096: 32}[batch]
     assert config.data.captions.sampling == ("textcrop_pixelprose" if dataset == "pixelprose" else "textcrop")
     rows = dry_run(capsys, path, ranks)
     assert rows["samples per epoch"].startswith(f"{samples:,} (data.samples; ")
@@ -70,7 +71,9 @@ def test_published_runs_have_the_published_numbers(
 
 def test_published_steps_come_from_whole_epochs_and_16_workers() -> None:
     for samples, steps, batch, *_ in PUBLISHED.values():
-        assert steps_per_epoch(samples, batch, "pad", 16) == steps
+        train = {"global_batch": batch, "epoch_steps_multiple": 16}
+        config = RunConfig.model_validate({"data": {"last_batch": "pad"}, "train": train})
+        assert steps_per_epoch(samples, config) == steps
 
 
 def test_parameters_of_the_published_model() -> None:

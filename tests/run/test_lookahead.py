@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import islice
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import distributed as dist
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import lost_contact, start_ranks
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import tiny_batch
@@ -39,8 +40,8 @@ class Batches:
         return [f"lost {name}" for name in names]
 
 
-def look_ahead(make: Callable[[int, Mapping[str, int]], Batch], stop: StopRequest, first_step: int = 0) -> Lookahead:
-    return Lookahead(Batches(make), first_step, start_ranks("cpu"), stop, print)
+def look_ahead(make: Callable[[int, Mapping[str, int]], Batch], stop: StopRequest, first: int = 0) -> Lookahead:
+    return Lookahead(Batches(make), start_ranks("cpu"), stop, print, first=first, last=100)
 
 
 def test_waits_are_counted_once_where_they_occur(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,24 +52,35 @@ def test_waits_are_counted_once_where_they_occur(monkeypatch: pytest.MonkeyPatch
         return tiny_batch(0)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    ahead = look_ahead(make, StopRequest(None))
-    ahead.fetch()
-    ahead.take()
-    ahead.fetch()
-    assert ahead.waited() == 8.0
-    ahead.take()
-    assert ahead.waited() == 0.0
+    waits = []
+    for fetched in islice(look_ahead(make, StopRequest(None)), 2):
+        waits.append(fetched.wait_seconds)
+        clock[0] += 100.0  # the step's own time
+    assert waits == [3.0, 5.0]
+
+
+def test_the_last_batch_is_that_of_the_last_step() -> None:
+    made: list[int] = []
+
+    def make(step: int, lost: Mapping[str, int]) -> Batch:
+        made.append(step)
+        return tiny_batch(0)
+
+    ahead = Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=3, last=5)
+    assert len(list(ahead)) == 2
+    assert made == [3, 4]
+    assert list(Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5)) == []
+    assert made == [3, 4]
 
 
 def take_until_error(ahead: Lookahead) -> tuple[int, str]:
     taken = 0
     try:
-        while True:
-            ahead.fetch()
-            ahead.take()
+        for _ in ahead:
             taken += 1
     except UserError as error:
         return taken, str(error)
+    raise AssertionError("no rank failed")
 
 
 def second_batch_fails(rank: int, world_size: int) -> tuple[int, str]:
@@ -91,12 +103,12 @@ def each_rank_loses_shards(rank: int, world_size: int) -> tuple[list[int], list[
         needs = [(6, 1, "a"), (6, 0, "b"), (8, 0, "c"), (8, 1, "c")]
         for at, who, shard in needs:
             if (step, rank) == (at, who) and shard not in lost and not (shard == "b" and "a" not in lost):
-                raise ShardsLost({shard: "gone"})
+                raise ShardsToGiveUp({shard: "gone"})
         return tiny_batch(step)
 
     said: list[str] = []
     loader = Batches(make)
-    ahead = Lookahead(loader, 5, start_ranks("cpu"), StopRequest(None), said.append)
+    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), said.append, first=5, last=100)
     end = take_until_error(ahead)
     return loader.starts, said, loader.lost, end
 
@@ -111,16 +123,14 @@ def stops_on_one_rank(rank: int, world_size: int) -> list[bool]:
 
     def make(step: int, lost: Mapping[str, int]) -> Batch:
         if (rank, step) == (0, 1):
-            raise ShardsLost({"a": "gone"})
+            raise ShardsToGiveUp({"a": "gone"})
         return tiny_batch(0)
 
     stopped = []
-    for first_step in (0, 1):
+    for first in (0, 1):
         stop = StopRequest(max_minutes=1e-9 if rank == 1 else None)
         time.sleep(1e-3)
-        ahead = look_ahead(make, stop, first_step)
-        ahead.fetch()
-        stopped.append(ahead.take() is None)
+        stopped.append(list(look_ahead(make, stop, first)) == [])
     return stopped
 
 

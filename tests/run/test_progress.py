@@ -21,7 +21,7 @@ from cosmos_scale.run.metrics import console_line
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
-from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config
+from cosmos_scale.testing.tiny import build_tiny, tiny_config
 from tests.checkpoint.edit import content_of, replace_tensors
 
 
@@ -126,7 +126,7 @@ def test_records_hold_what_the_steps_did(run: Path) -> None:
 def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
     """Follow four real steps with given waits, a record every second one; return the exchanges among ranks."""
     ranks, config = start_ranks("cpu"), tiny_config(zero={"stage": 0}, log={"every": 2, "progress": False})
-    tiny, batch, exchanges = build_tiny(config, ranks), tiny_batch(0), 0
+    tiny, exchanges = build_tiny(config, ranks), 0
     from_all = collectives.from_all
 
     def counted(value: Any, ranks: Ranks) -> list[Any]:
@@ -139,7 +139,7 @@ def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
         patch.setattr("cosmos_scale.run.progress.from_all", counted)
         for step, wait in enumerate(waits, start=1):
             output = tiny.step(step)
-            progress.after_step(step, output, batch, tiny.student, lr=0.0, momentum=0.0, data_wait=wait)
+            progress.after_step(step, output, lr=0.0, momentum=0.0, wait_seconds=wait)
         progress.read_pending()
     return exchanges
 

@@ -6,7 +6,7 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.run import prepare
+from cosmos_scale.run.start import open_run
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.runs import write_run
 from cosmos_scale.testing.shard_files import write_shards
@@ -18,7 +18,7 @@ def prepared(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]
     for case in cases:
         run, overrides = case[rank]
         try:
-            prepare(load_config(run, overrides), start_ranks("cpu"))
+            open_run(load_config(run, overrides), start_ranks("cpu"))
             said.append("prepared")
         except UserError as error:
             said.append(str(error))

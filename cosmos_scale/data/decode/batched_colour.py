@@ -1,7 +1,7 @@
 """Colour of many crops at once, on any device: Pillow's and torchvision's 8-bit arithmetic in batched torch.
 
 Levels are whole numbers 0..255 held as float32, rounded wherever the published pipeline stores 8 bits. Products and
-sums of such numbers stay below 2^24, so that nearly all of it is exact: a crop gets the same bits in any batch.
+sums of such numbers stay below 2^24, so that nearly all arithmetic is exact: a crop gets the same bits in any batch.
 """
 
 import torch
@@ -25,8 +25,8 @@ def colour_(
 ) -> None:
     """Jitter, grey, blur and solarise N crops in place, each by its own plan.
 
-    levels: [N, 3, H, W] float32, whole numbers 0..255. The others, with N rows, are the fields of a ViewPlan, on the
-    CPU: which crops an operation concerns is decided there, so that nothing waits for the device.
+    levels: [N, 3, H, W] float32, whole numbers 0..255. The other arguments, with N rows, are the fields of a ViewPlan
+    on the CPU. The CPU decides which crops an operation concerns, so that nothing waits for the device.
     """
     _jitter_(levels_NCHW, jitter_order, jitter_factors)
     for chosen, parameters, operation in (
@@ -53,7 +53,7 @@ def _jitter_(levels_NCHW: Tensor, order_N4: Tensor, factors_N4: Tensor) -> None:
     """Each crop's operations in its own order: in every position, all crops that have the same operation there."""
     active_N4 = factors_N4 != factors_N4.new_tensor(NO_JITTER)
     factors_N4 = factors_N4.clone()
-    # Towards zero: what torchvision's cast to 8 bits does with the shift.
+    # torchvision's cast of the shift to 8 bits truncates towards zero.
     factors_N4[:, HUE] = (factors_N4[:, HUE] * 255).trunc()
     operations, rows, factors = [], [], []
     for order_N in order_N4.unbind(1):
@@ -108,7 +108,7 @@ def _turn_hue(levels_NCHW: Tensor, turn: Tensor) -> Tensor:
     value = levels_NCHW.amax(1)
     chroma = value - levels_NCHW.amin(1)
     divisor = chroma.clamp(min=1)
-    # Pillow mixes single and double precision; so must this, where exact sixths and 255ths meet the truncation.
+    # Pillow mixes single and double precision. The same mix is needed here: exact sixths and 255ths are truncated.
     to_red, to_green, to_blue = (((value - channel) / divisor).double() for channel in (red, green, blue))
     sixths = torch.where(
         red == value,

@@ -1,8 +1,8 @@
 """Colour and blur of 8-bit RGB pictures, as Pillow and torchvision define them, in OpenCV's vector instructions.
 
-Pillow truncates where OpenCV rounds; a shift by almost half a level makes them agree. What remains: hues are rounded
-and not truncated, a blur rounds once and not six times, and the grey of contrast and saturation is not rounded on the
-way. That is 0.1 to 0.5 grey levels on average.
+Pillow truncates where OpenCV rounds; a shift by almost half a level makes them agree. Three differences remain: hues
+are rounded and not truncated, a blur rounds once and not six times, and the grey of contrast and saturation is not
+rounded on the way. Together they are 0.1 to 0.5 grey levels on average.
 """
 
 import math
@@ -18,13 +18,13 @@ from cosmos_scale.data.samples.view_plan import BRIGHTNESS, CONTRAST, HUE, SATUR
 cv2.setNumThreads(0)  # a loader has as many processes as it may use cores
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's "L"
-# A hair less than a half, so that whole numbers stay what they are.
+# Slightly less than a half, so that whole numbers do not change.
 TRUNCATE = -0.4999
-# Saturation is affine in its factor: [3, 4] matrices of its value at 0 and of what each unit adds.
+# Saturation is affine in its factor: [3, 4] matrices of the value at factor 0, and of what each unit of factor adds.
 UNSATURATED = np.column_stack([np.tile(GREY, (3, 1)), np.full(3, TRUNCATE)])
 SATURATED = np.column_stack([np.eye(3) - GREY, np.zeros(3)])
 KERNEL_UNIT = 256  # OpenCV filters 8-bit pictures with multiples of 1/256
-RADIUS_DIGITS = 2  # finer radii make no difference to such kernels
+RADIUS_DIGITS = 2  # finer radii do not change kernels of such steps
 
 Kernel = npt.NDArray[np.float32]
 
@@ -78,14 +78,14 @@ def blur_kernel(radius: float) -> Kernel:
 
     Widths: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering", eq. 14.
     """
-    variance = radius * radius / 3  # of each of the three
+    variance = radius * radius / 3  # of each of the three box blurs
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     box = np.array([edge, *[1.0] * (2 * whole + 1), edge])
     box /= box.sum()
     kernel = np.rint(np.convolve(np.convolve(box, box), box) * KERNEL_UNIT)
     middle = len(kernel) // 2
-    kernel[middle] += KERNEL_UNIT - kernel.sum()  # else the picture would become darker or brighter
+    kernel[middle] += KERNEL_UNIT - kernel.sum()  # with another sum the picture would become darker or brighter
     reach = np.flatnonzero(kernel)
     result: Kernel = (kernel[reach[0] : reach[-1] + 1] / KERNEL_UNIT).astype(np.float32)
     return result
@@ -94,7 +94,7 @@ def blur_kernel(radius: float) -> Kernel:
 def _turn_hue(pixels: Pixels, shift: int) -> Pixels:
     """Turn the hues of [H, W, 3] by `shift` 255ths.
 
-    OpenCV's way back from HSV is not used: it takes whole hues only, which cannot make up for Pillow's truncated ones.
+    OpenCV's conversion from HSV is not used: it takes whole hues only, which cannot express Pillow's truncated hues.
     A pixel of value V and chroma C is V - C * w in each channel, with the weights w a function of hue alone.
     """
     hue, saturation, value = cv2.split(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL))
@@ -106,7 +106,7 @@ def _turn_hue(pixels: Pixels, shift: int) -> Pixels:
 @lru_cache(maxsize=512)
 def _hue_weights(shift: int) -> Pixels:
     """How far below the largest channel each channel lies, in 255ths of the chroma: [256 hues of OpenCV, 1, 3]."""
-    # Pillow truncates hue to 255ths of a turn, half of one on average; torchvision adds modulo 256.
+    # Pillow truncates hue to 255ths of a turn, by half a 255th on average; torchvision adds modulo 256.
     hue = np.arange(256) * (255 / 256) - 0.5
     sixths = (hue + shift) % 256 * (6 / 255)
     below = [np.minimum((sixths + channel) % 6, 4 - (sixths + channel) % 6) for channel in (5, 3, 1)]

@@ -1,7 +1,8 @@
 """The DALI decoder: executes view plans of a whole batch, on a GPU where there is one.
 
-Workers hand over encoded pictures with their plans. DALI decodes, crops and resizes; colour follows in batched torch on
-the same device, because DALI's own is no HSV and knows no order. Nothing is drawn here, so there is no state to save.
+Workers hand over encoded pictures with their plans. DALI decodes, crops and resizes. Colour follows in batched torch on
+the same device, because DALI's own colour operations do not use HSV and have no order. Nothing is drawn at random here,
+so there is no state to save.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -31,25 +32,25 @@ PACKAGES = {"12": "nvidia-dali-cuda120", "13": "nvidia-dali-cuda130"}  # by the 
 OLDEST, TOO_NEW = (2, 3), (3,)
 
 # JPEG markers that every decoder of DALI takes: Huffman-coded frames, tables, applications' data, comments. libjpeg
-# skips others, DALI's parser ends the whole batch at them.
+# skips other markers; DALI's parser fails at them, and with it the whole batch.
 PLAIN_MARKERS = {0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
 START_OF_SCAN, ADOBE = 0xDA, 0xEE
 PLAIN_SAMPLING = ("444", "422", "440", "420", "411", "Gray")
 
 
-def prepare(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
-    """Check a picture and return (what DALI decodes bit for bit as decode_rgbx does, height, width).
+def picture_for_dali(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
+    """Check a picture, and return (a file that DALI decodes bit for bit as decode_rgbx does, height, width).
 
-    Plain JPEGs stay as they are. All else is decoded here and goes on as PPM: DALI reads palettes, alpha, 16 bits, inks
-    and rare markers in its own way or not at all. Raises DamagedSample, as decode_rgbx does: one damaged picture in a
-    batch would cost the batch.
+    Plain JPEGs stay as they are. Any other picture is decoded here and becomes a PPM file: DALI reads palettes, alpha,
+    16 bits, inks and rare markers in its own way or not at all. Raises DamagedSample, as decode_rgbx does: with one
+    damaged picture in a batch the whole batch would fail.
     """
     shape = _plain_jpeg_shape(image_bytes)
     if shape is not None and shape[0] * shape[1] <= max_pixels:
         try:
-            # Reads every coefficient, but computes an eighth of the picture's height and width, in grey.
+            # Reads every coefficient, but computes only an eighth of the picture's height and width, in grey.
             simplejpeg.decode_jpeg(image_bytes, "GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1)
-        except Exception as error:  # as decode_rgbx: no sort of broken byte may end the run
+        except Exception as error:  # of any type, as in decode_rgbx: no broken byte may end the run
             raise DamagedSample(f"the picture does not decode: {error}") from error
         return image_bytes, *shape
     pixels = decode_rgbx(image_bytes, max_pixels)
@@ -58,12 +59,12 @@ def prepare(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
 
 
 def _plain_jpeg_shape(image_bytes: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that DALI reads as libjpeg does; None for anything else, damaged headers included."""
+    """Height and width of a JPEG that DALI reads as libjpeg does; None for any other file or a damaged header."""
     if not image_bytes.startswith(JPEG_START) or not _has_plain_markers(image_bytes):
         return None
     try:
         height, width, colourspace, sampling = simplejpeg.decode_jpeg_header(image_bytes)
-    except Exception:  # of whatever type: decode_rgbx will say what is wrong
+    except Exception:  # of any type: decode_rgbx will say what is wrong
         return None
     is_plain = colourspace in ("YCbCr", "Gray") and sampling in PLAIN_SAMPLING
     return (height, width) if is_plain else None
@@ -87,10 +88,10 @@ def _has_plain_markers(jpeg: bytes) -> bool:
 
 
 class Encoded(NamedTuple):
-    """A batch of prepared pictures with their plans; tensors only, so that workers share it without pickling.
+    """A batch of checked pictures with their plans; tensors only, so that workers share the batch without pickling.
 
-    image_bytes: [N] uint8, all pictures one after another. offsets: [B + 1] int64, where each begins and the last ends.
-    The others are the fields of B ViewPlans with leading shape [V, B], global crops first.
+    image_bytes: [N] uint8, all pictures one after another. offsets: [B + 1] int64, the beginning of each picture and
+    the end of the last. The other fields are those of B ViewPlans with leading shape [V, B], global crops first.
     """
 
     image_bytes: Tensor
@@ -104,13 +105,13 @@ class Encoded(NamedTuple):
     solarise: Tensor
 
     def colour(self, views: slice) -> list[Tensor]:
-        """What `colour_` takes for the crops of some views, [N, ...] each: view by view, then sample by sample."""
+        """Arguments of `colour_` for the crops of some views, [N, ...] each: view by view, then sample by sample."""
         fields = (self.jitter_order, self.jitter_factors, self.grey, self.blur_radius, self.solarise)
         return [field[views].flatten(0, 1) for field in fields]
 
 
 def stack(pictures: Sequence[bytes], plans: Sequence[ViewPlan]) -> Encoded:
-    """Put prepared pictures and their plans, of equal views, into one batch."""
+    """Put checked pictures and their plans, of equal views, into one batch."""
     image_bytes = np.frombuffer(bytearray(b"".join(pictures)), dtype=np.uint8)
     offsets = np.cumsum([0, *(len(picture) for picture in pictures)])
     fields = {
@@ -141,19 +142,12 @@ class DaliDecoder:
         self._pipeline = define_pipeline(views, image_size, batch, device.type, device_id, options)
         self._pipeline.build()
 
-    def __call__(self, encoded: Encoded) -> Views:
-        """Return the views of a batch: [V, B, 3, H, W] float32, normalised, on the device; the host waits for no GPU.
-
-        On a GPU they are valid on the stream that is current now.
-        """
-        (views, _), *_ = self.stream(iter([(encoded, None)]))
-        return views
-
     def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Generator[tuple[Views, T], None, None]:
         """Yield the views of batch after batch, each with what came with it, while DALI works on the next ones.
 
-        As __call__, but data.dali.prefetch batches are asked for ahead. One stream at a time. Raises UserError where
-        DALI fails, as it does where a GPU has no memory left.
+        Views: [V, B, 3, H, W] float32, normalised, on the device. The host waits for no GPU: on a GPU the views are
+        valid on the stream that was current when they were asked for. data.dali.prefetch batches are asked for ahead.
+        One stream at a time. Raises UserError where DALI fails, as where a GPU has no memory left.
         """
         waiting: list[tuple[Encoded, T]] = []
         try:
@@ -165,7 +159,7 @@ class DaliDecoder:
             while waiting:
                 yield self._take(waiting[0][0]), waiting.pop(0)[1]
         finally:
-            # Whoever stopped in between must not find these in the next stream.
+            # If the caller stopped early, the next stream must not yield the batches that DALI still holds.
             for _ in range(self._submitted):
                 self._outputs()
 
@@ -225,7 +219,7 @@ def define_pipeline(
     from nvidia.dali import Pipeline, fn, types
 
     on_gpu = device == "cuda"
-    # Queues of one: batches wait in the inputs' own queues, so that none need be there before the first can run.
+    # Queues of one batch: further batches wait in the inputs' own queues, so that the first batch can run alone.
     pipeline = Pipeline(
         batch_size=batch,
         num_threads=options.threads,
@@ -248,13 +242,13 @@ def define_pipeline(
             pictures,
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
-            adjust_orientation=False,  # as Pillow, which leaves EXIF's to its caller
-            jpeg_fancy_upsampling=True,  # as libjpeg; CUDA's decoder takes a shortcut otherwise
+            adjust_orientation=False,  # Pillow ignores EXIF's orientation too
+            jpeg_fancy_upsampling=True,  # as libjpeg does; without it CUDA's decoder takes a shortcut
             **gpu_options,
         )
         crops = []
         for view in range(views.global_crops + views.local_crops):
-            # Cut first: a resize of a region would read beyond its border, which the published pipeline does not.
+            # Cut, then resize: a resize of a region reads beyond the region's border; the published pipeline does not.
             box = fn.slice(decoded, start=boxes[view, 0:2], shape=boxes[view, 2:4], axes=[0, 1])
             crops.append(fn.resize(box, size=sides[view], interp_type=types.INTERP_CUBIC, antialias=True))
         pipeline.set_outputs(*crops)
@@ -275,7 +269,7 @@ def require_dali() -> None:
 
 def _remedy() -> str:
     cuda = torch.version.cuda
-    # Without CUDA any of them runs: pictures are decoded on the CPU.
+    # Without CUDA any of the packages runs: pictures are decoded on the CPU.
     major = "13" if cuda is None else cuda.split(".")[0]
     if major not in PACKAGES:
         return f"there is none for this torch's CUDA {cuda}; install a torch for CUDA 12 or 13, or take decoder: torch"

@@ -7,21 +7,24 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from cosmos_scale.config import DataConfig
 from cosmos_scale.data.samples.sample import DamagedSample
 
 Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
+# data.max_pixels of a run whose config says nothing else.
+DEFAULT_MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 
-# Every size is compared with data.max_pixels before Pillow sees the picture. Pillow's own limit would warn of, or
-# refuse, what the config allows.
+# Every size is compared with data.max_pixels before Pillow sees the picture. Pillow's own limit would warn of pictures
+# that the config allows, or refuse them.
 Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_rgbx(image_bytes: bytes, max_pixels: int) -> Pixels:
     """Decode JPEG, PNG or WebP to [H, W, 4] uint8: RGB and a fourth channel without meaning.
 
-    Four channels because resizing them is two to three times faster than three. Raises DamagedSample for anything that
+    To resize four channels is two to three times faster than to resize three. Raises DamagedSample for a picture that
     does not decode completely, or has more than `max_pixels` pixels.
     """
     if not image_bytes:
@@ -38,14 +41,14 @@ def decode_rgbx(image_bytes: bytes, max_pixels: int) -> Pixels:
 
 
 def _decode_jpeg(image_bytes: bytes, max_pixels: int) -> Pixels:
-    """Decode strictly: libjpeg alone fills what is missing with grey, and Pillow does not tell."""
+    """Decode strictly: libjpeg by itself fills missing parts with grey, and Pillow does not report it."""
     height, width, colourspace, _ = simplejpeg.decode_jpeg_header(image_bytes)
     _check_size(height, width, max_pixels)
     if colourspace in ("CMYK", "YCCK"):
-        # Strictly first, for its errors; then Pillow, which knows Adobe's inverted inks.
+        # First a strict decoding, for its errors; then Pillow's, which knows Adobe's inverted inks.
         simplejpeg.decode_jpeg(image_bytes, colorspace="CMYK")
         return _decode_other(image_bytes, max_pixels)
-    # Neither shortcut: with both off the pixels equal Pillow's bit for bit.
+    # Without both shortcuts (fastdct, fastupsample) the pixels equal Pillow's bit for bit.
     pixels: Pixels = simplejpeg.decode_jpeg(image_bytes, colorspace="RGBX", fastdct=False, fastupsample=False)
     return pixels
 
@@ -53,24 +56,24 @@ def _decode_jpeg(image_bytes: bytes, max_pixels: int) -> Pixels:
 def _decode_other(image_bytes: bytes, max_pixels: int) -> Pixels:
     image = open_picture(image_bytes, max_pixels)
     if image.format == "PNG":
-        # Checks every chunk's checksum, which decoding leaves out. It uses the file up: open it again.
+        # Checks every chunk's checksum, which decoding does not. The check uses the file up, so open it again.
         image.verify()
         image = Image.open(io.BytesIO(image_bytes))
     if image.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion clips it at 255: almost white.
+        # 16-bit grey. Pillow's own conversion clips values at 255, which makes the picture almost white.
         return _rgbx(Image.fromarray((np.asarray(image) // 256).astype(np.uint8)))
-    # A palette goes through RGBA: Pillow warns of its transparency otherwise. Transparent pixels keep their colour.
+    # A palette goes through RGBA, or Pillow warns of the palette's transparency. Transparent pixels keep their colour.
     return _rgbx(image.convert("RGBA") if image.mode == "P" else image)
 
 
 def open_picture(image_bytes: bytes, max_pixels: int) -> Image.Image:
-    """Read a picture's header; pixels come when they are asked for.
+    """Read a picture's header; pixels are read when they are asked for.
 
-    Raises DamagedSample where it has more than `max_pixels` pixels or is none, and whatever Pillow does where it is
-    broken.
+    Raises DamagedSample where the file is no picture or has more than `max_pixels` pixels, and any exception of Pillow
+    where the file is broken.
     """
     stated = _stated_size(image_bytes)
-    if stated is not None:  # before opening: that allocates a WebP's whole canvas
+    if stated is not None:  # before the file is opened, since opening allocates a WebP's whole canvas
         _check_size(*stated, max_pixels)
     try:
         image = Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP"))
@@ -94,13 +97,13 @@ def _stated_size(image_bytes: bytes) -> tuple[int, int] | None:
     if head[12:16] == b"VP8L":  # 14 bits each
         sizes = int.from_bytes(head[21:25], "little")
         return 1 + (sizes >> 14 & 0x3FFF), 1 + (sizes & 0x3FFF)
-    if head[12:16] == b"VP8 ":  # 14 bits each, and two of scaling
+    if head[12:16] == b"VP8 ":  # 14 bits each, and two bits of scaling
         return int.from_bytes(head[28:30], "little") & 0x3FFF, int.from_bytes(head[26:28], "little") & 0x3FFF
     return None
 
 
 def _rgbx(image: Image.Image) -> Pixels:
-    # A copy: Pillow's own memory is read-only, and torch takes no such arrays.
+    # A copy: Pillow's own memory is read-only, and torch takes no read-only arrays.
     return np.array(image.convert("RGB").convert("RGBX"))
 
 

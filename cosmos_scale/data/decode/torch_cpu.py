@@ -10,7 +10,7 @@ from cosmos_scale.data.decode import MEAN, STD, colour
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.samples.view_plan import NO_JITTER, NO_SOLARISE, ViewPlan
 
-# The normalised value of each of the 256 levels, a table a channel.
+# For each channel, the normalised value of each of the 256 levels.
 TABLES = [
     ((np.arange(256) / 255 - mean) / std).astype(np.float32).reshape(256, 1)
     for mean, std in zip(MEAN, STD, strict=True)
@@ -24,7 +24,7 @@ def execute(picture: Pixels, plan: ViewPlan, global_crops: Tensor, local_crops: 
     be slices of a batch; they are overwritten, normalised.
     """
     for view, out in enumerate([*global_crops, *local_crops]):
-        normalise(execute_view(picture, plan, view), out)
+        normalise_pixels(execute_view(picture, plan, view), out)
 
 
 def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
@@ -35,16 +35,16 @@ def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
 def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int) -> Tensor:
     """Resize the shortest side to `image_size` (bicubic, antialiased), crop the centre, normalise: [3, H, W] float32.
 
-    Raises DamagedSample.
+    Raises DamagedSample where the picture does not decode.
     """
     picture = decode_rgbx(image_bytes, max_pixels)
     height, width = picture.shape[:2]
     shortest = min(height, width)
     resized = _resize(picture, image_size * height // shortest, image_size * width // shortest)
-    # Python's rounding of the margin, as torchvision's CenterCrop.
+    # Python rounds the margin as torchvision's CenterCrop does.
     top, left = (round((side - image_size) / 2) for side in resized.shape[:2])
     centre = resized[top : top + image_size, left : left + image_size]
-    return normalise(colour.rgb(centre), torch.empty(3, image_size, image_size))
+    return normalise_pixels(colour.rgb(centre), torch.empty(3, image_size, image_size))
 
 
 def crop(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
@@ -56,7 +56,7 @@ def crop(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
 
 
 def recolour(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
-    """Jitter the colours of a [side, side, 3] view, or take them away."""
+    """Jitter the colours of a [side, side, 3] view, and make grey views grey."""
     for operation in plan.jitter_order[view].tolist():
         factor = float(plan.jitter_factors[view, operation])
         if factor != NO_JITTER[operation]:
@@ -65,7 +65,7 @@ def recolour(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
 
 
 def blur_and_solarise(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
-    """What comes last in a [side, side, 3] view."""
+    """Blur and solarise a [side, side, 3] view, the last of a view's operations."""
     if plan.blur_radius[view] > 0:
         pixels = colour.blur(pixels, float(plan.blur_radius[view]))
     if plan.solarise[view] < NO_SOLARISE:
@@ -73,11 +73,13 @@ def blur_and_solarise(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
     return pixels
 
 
-def normalise(pixels: Pixels, out: Tensor) -> Tensor:
+def normalise_pixels(pixels: Pixels, out: Tensor) -> Tensor:
     """Write [H, W, 3] uint8 into `out` [3, H, W] float32, contiguous, normalised; returns it."""
     if out.dtype != torch.float32 or not out.is_contiguous() or out.shape[1:] != pixels.shape[:2]:
-        # OpenCV would make an array of its own.
-        raise ValueError(f"{tuple(out.shape)} {out.dtype} cannot take a view of {pixels.shape[:2]}: see normalise")
+        # OpenCV would write to a new array instead of `out`.
+        raise ValueError(
+            f"{tuple(out.shape)} {out.dtype} cannot take a view of {pixels.shape[:2]}: see normalise_pixels"
+        )
     for plane, levels, table in zip(out.numpy(), cv2.split(pixels), TABLES, strict=True):
         cv2.LUT(levels, table, dst=plane)
     return out
@@ -85,7 +87,7 @@ def normalise(pixels: Pixels, out: Tensor) -> Tensor:
 
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
     """Resize [h, w, 4] bicubically with antialiasing; channels stay last in memory, which torch's fast path needs."""
-    # The batch dimension first: added behind the permutation it gets a stride that hides the order from torch.
+    # The batch dimension is added before the permutation. Added after, its stride would hide the order from torch.
     source = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
     resized = F.interpolate(source, (height, width), mode="bicubic", antialias=True)
     result: Pixels = resized[0].permute(1, 2, 0).numpy()

@@ -14,10 +14,10 @@ Document = dict[str, str | list[str]]
 class Dataset(NamedTuple):
     """One published form of captions; column names are compared in lower case with "_" for spaces.
 
-    joins: per way of joining, the columns that may hold the value, in order of preference.
-    captions: columns of captions and the keys that they become in a sample's json.
-    whole: those keys that stay one string.
-    split_in_training: whether captions stay strings where none are split here, since training splits them.
+    joins: for each way of joining, the columns that may hold the join value, in order of preference.
+    captions: columns of captions, and the keys that they become in a sample's json.
+    whole: the keys among them that stay one string.
+    split_in_training: whether captions stay strings with --split none, because training splits them.
     """
 
     name: str
@@ -27,7 +27,8 @@ class Dataset(NamedTuple):
     split_in_training: bool
 
 
-# The released files say "Image Path" and hold URLs there; early ones held paths, which name img2dataset's keys at best.
+# The column "Image Path" of the released files holds URLs. Early files held paths there, which may name img2dataset's
+# keys.
 DREAMLIP = Dataset(
     "dreamlip",
     {"url": ("image_path", "image_url", "url"), "key": ("key", "image_path")},
@@ -35,7 +36,7 @@ DREAMLIP = Dataset(
     whole=frozenset(),
     split_in_training=False,
 )
-# `key` is the one of PixelProse's own download: it means an image of yours only if you took their shards.
+# The column `key` holds keys of PixelProse's own download: they mean your images only if you took PixelProse's shards.
 PIXELPROSE = Dataset(
     "pixelprose",
     {"url": ("url",), "key": ("key",), "uid": ("uid",)},
@@ -45,13 +46,8 @@ PIXELPROSE = Dataset(
 )
 
 
-def plain(column: str) -> str:
-    """Return a column's name as it is compared."""
-    return column.strip().lower().replace(" ", "_")
-
-
 def join_value(join: Join, text: str) -> str:
-    """Return what two values that mean the same image have in common.
+    """Return the form of a join value in which two values that mean the same image are equal.
 
     Raises: DamagedSample where a path names no key of img2dataset.
     """
@@ -68,7 +64,7 @@ def join_value(join: Join, text: str) -> str:
 
 
 def make_document(dataset: Dataset, cells: Mapping[str, object], split: Split) -> Document:
-    """Make a sample's captions from one row's cells by plain column name; empty where it has none.
+    """Make a sample's captions from one row's cells by plain column name; the document is empty without captions.
 
     Raises: DamagedSample where a cell is neither text nor a list of texts.
     """

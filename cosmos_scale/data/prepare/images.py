@@ -1,7 +1,7 @@
 """What img2dataset left: shards of images, as tars or as folders of files, and what it wrote down about each image.
 
-A shard NAME is NAME.tar, or a folder NAME/ whose name is a number; NAME.parquet beside it lists every URL that was
-tried. Tars of the same form from elsewhere, without that list, are read too: their .json members say the same.
+A shard NAME is NAME.tar, or a folder NAME/ whose name is a number. NAME.parquet beside the shard lists every URL that
+was tried. Tars of the same form without such a list are read too: their .json members say the same.
 """
 
 import json
@@ -17,6 +17,7 @@ from cosmos_scale.data.prepare.datasets import Join, join_value
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.patterns import COMPRESSED_ENDINGS
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
+from cosmos_scale.data.shards.scan import torn_end
 from cosmos_scale.errors import UserError
 
 SUCCESS = "success"
@@ -31,7 +32,7 @@ class ImageShard(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """What is known of an image before it is read. value: what joins it; None where that is not known."""
+    """What is known of an image before it is read. value: its join value; None where it is not known."""
 
     key: str
     value: str | None
@@ -55,9 +56,9 @@ class _Member(NamedTuple):
 
 
 def list_images(paths: list[Path]) -> list[ImageShard]:
-    """List the shards of images that paths mean, by name: folders of them, or single tars.
+    """List the shards of images that paths mean, by name. A path is a folder of shards or a single tar.
 
-    Raises: UserError where a path is missing, holds none, or two shards have one name.
+    Raises: UserError where a path is missing or holds no shard, or two shards have one name.
     """
     shards: dict[str, ImageShard] = {}
     for path in paths:
@@ -95,9 +96,9 @@ def _shard(path: Path) -> ImageShard:
 
 
 def read_listing(shard: ImageShard, join: Join) -> list[Listed]:
-    """Return what is known of every image of a shard, also of those that could not be downloaded.
+    """Return what is known of every image of a shard, of images that could not be downloaded too.
 
-    From the parquet where it tells the join value; else from each image's .json.
+    The parquet says it if it has the join value; else each image's .json does.
     Raises: UserError where a file cannot be read.
     """
     if shard.listing is not None:
@@ -137,7 +138,7 @@ def _joined(join: Join, value: object) -> str | None:
 
 
 def read_images(shard: ImageShard) -> Iterator[Image]:
-    """Yield the images of a shard in order, as their bytes are; at the end a fault without key if it breaks off."""
+    """Yield the images of a shard in order, as they were downloaded; at last a fault without key if it breaks off."""
     with _open(shard) as archive:
         seen: set[str] = set()
         for key, group in groupby(_members(shard, archive), key=lambda member: member.key):
@@ -156,7 +157,7 @@ def read_images(shard: ImageShard) -> Iterator[Image]:
 
 @contextmanager
 def _open(shard: ImageShard) -> Iterator[tarfile.TarFile | None]:
-    """Open a shard's tar; nothing for a folder, and for a tar of which not even the first header can be read."""
+    """Open a shard's tar; yields None for a folder, and for a tar whose first header cannot be read."""
     if shard.path.is_dir():
         yield None
         return
@@ -184,7 +185,7 @@ def _members(shard: ImageShard, archive: tarfile.TarFile | None) -> Iterator[_Me
             if entry.isfile() and key:
                 yield _Member(key, extension.lower(), entry)
     except (tarfile.TarError, ValueError):
-        return  # said by _break_off
+        return  # _break_off says so
 
 
 def _read(archive: tarfile.TarFile | None, member: _Member) -> bytes | None:
@@ -201,12 +202,12 @@ def _read(archive: tarfile.TarFile | None, member: _Member) -> bytes | None:
 
 
 def _break_off(archive: tarfile.TarFile | None) -> str | None:
-    """What is wrong where an archive's members end: only a block of zeros ends it."""
+    """What is wrong where an archive's members end."""
     if archive is None:
         return "torn shard: not a tar file"
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    block = archive.fileobj.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return f"torn shard: it ends at byte {archive.offset + len(block)} without an end mark"
-    return None if block.count(0) == len(block) else f"torn shard: no header at byte {archive.offset}"
+    end = torn_end(archive)
+    if end is None:
+        return None
+    if end.is_short:
+        return f"torn shard: it ends at byte {end.byte} without an end mark"
+    return f"torn shard: no header at byte {end.byte}"

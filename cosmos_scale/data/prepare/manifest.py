@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 import cosmos_scale
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.matching import UNSEEN
-from cosmos_scale.data.prepare.table import Table, read_summary
+from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
 from cosmos_scale.data.prepare.writing import read_report
-from cosmos_scale.data.shards.index import REJECTED, replace_file
+from cosmos_scale.data.samples.sample import reason_class
+from cosmos_scale.data.shards.index import REJECTED
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import replace_file, whole_file, writing
 
 FORMAT = "cosmos-scale prepared dataset 1"
 _CHUNK = 1 << 16  # table rows looked at together
@@ -45,10 +47,10 @@ class Prepared(NamedTuple):
         return "\n".join(lines)
 
 
-def read_manifest(task: Task) -> Prepared | None:
-    """Return what a finished preparation made, None where there is none.
+def read_prepare_manifest(task: Task) -> Prepared | None:
+    """Return what a finished preparation made; None where no preparation is finished.
 
-    Raises: UserError where it was made with other options.
+    Raises: UserError where the preparation was made with other options.
     """
     path = task.out / MANIFEST
     if not path.exists():
@@ -73,21 +75,20 @@ def read_manifest(task: Task) -> Prepared | None:
 
 
 def write_rejected(task: Task) -> Counter[str]:
-    """Gather what every shard rejected, and the rows of captions that no image has; returns counts by reason."""
+    """Write what every shard rejected, and the rows of captions without image; returns counts by reason."""
     counts: Counter[str] = Counter()
-    part = task.out / f"{REJECTED}.part"
-    with part.open("w") as file:
+    path = task.out / REJECTED
+    with writing(path), whole_file(path) as part, part.open("w") as file:
         for shard in task.images:
             report = read_report(task, shard.name)
             _write(file, [] if report is None else report.rejected, counts)
         with (task.table / "rows.jsonl").open() as rows:
             _write(file, map(json.loads, rows), counts)
         _write(file, _rows_without_image(task), counts)
-    part.replace(task.out / REJECTED)
     return counts
 
 
-def write_manifest(task: Task, rejected: Counter[str]) -> None:
+def write_prepare_manifest(task: Task, rejected: Counter[str]) -> None:
     """Write the manifest, which says that the preparation is done."""
     reports = [report for shard in task.images if (report := read_report(task, shard.name)) and report.samples]
     content = {
@@ -99,7 +100,7 @@ def write_manifest(task: Task, rejected: Counter[str]) -> None:
             "numpy": np.__version__,
             "pyarrow": parquet.version(),
         },
-        "captions_rows": read_summary(task.table).rows,
+        "captions_rows": read_table_summary(task.table).rows,
         "samples": sum(report.samples for report in reports),
         "bytes": sum(report.size for report in reports),
         "rejected": dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
@@ -119,13 +120,13 @@ def _row(samples: int, size: int, digest: str) -> dict[str, Any]:
 
 def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
     for reject in rejects:
-        counts[reject["reason"].split(": ")[0]] += 1
+        counts[reason_class(reject["reason"])] += 1
         file.write(json.dumps(reject) + "\n")
 
 
 def _rows_without_image(task: Task) -> Iterator[dict[str, Any]]:
     """Yield the table's rows that no listing has, in the order of their files."""
-    table = Table(task.table)
+    table = JoinTable(task.table)
     state: NDArray[np.uint8] = np.load(task.work / "states.npy", mmap_mode="r")
     names = [path.name for path in task.captions]
     reason = f"no image: no shard lists its {task.join}"

@@ -1,7 +1,7 @@
 """Which captions row each image takes, decided from the downloads' listings before an image is read.
 
-The decision is made in the order of the shards, by one process: the first image of a join value takes its row, any
-further one is a duplicate. So it does not depend on the number of processes, and a wrong folder shows in seconds.
+One process decides, in the order of the shards: the first image with a join value takes the value's row, and any other
+image with it is a duplicate. So the number of processes does not matter, and a wrong folder shows in seconds.
 """
 
 from functools import partial
@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
-from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
+from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_file, writing
 
 DUPLICATE = -2  # in a plan: the image's row belongs to an image before it
 # What became of each row of the table.
@@ -29,14 +30,14 @@ class _Found(NamedTuple):
 
 
 def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
-    """Write the plan of every shard, and what became of every row of the table; plans that stand are kept.
+    """Write the plan of every shard, and what became of every row of the table; finished plans are kept.
 
     Raises: UserError where no image at all has captions.
     """
     states = task.work / "states.npy"
     if states.exists():
         return
-    state = np.zeros(len(Table(task.table)), dtype=np.uint8)
+    state = np.zeros(len(JoinTable(task.table)), dtype=np.uint8)
     examples: list[str] = []
     images = matched = without_value = 0
     results = map_jobs(partial(_find, task.for_worker()), task.images, workers)
@@ -51,14 +52,13 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
             advance(1)
     if matched == 0:
         raise UserError(_no_overlap(task, images, without_value, examples))
-    part = task.work / "states.part.npy"
-    np.save(part, state)
-    part.replace(states)
+    with writing(states), whole_file(states) as part, part.open("wb") as file:
+        np.save(file, state)
 
 
 def _find(task: Task, shard: ImageShard) -> _Found:
     listed = read_listing(shard, task.join)
-    positions = Table(task.table).find([image.value or "" for image in listed])
+    positions = JoinTable(task.table).find([image.value or "" for image in listed])
     values = [image.value for image in listed if image.value is not None]
     positions[[image.value is None for image in listed]] = MISSING
     downloaded = np.array([image.status == SUCCESS for image in listed], dtype=bool)
@@ -66,7 +66,7 @@ def _find(task: Task, shard: ImageShard) -> _Found:
 
 
 def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Mark the rows that a shard's images take; returns its plan."""
+    """Mark the rows that a shard's images take; returns the shard's plan."""
     positions: NDArray[np.int64] = found.positions.copy()
     candidates = np.flatnonzero(found.downloaded & (positions != MISSING))
     rows = positions[candidates]
@@ -89,7 +89,7 @@ def _no_overlap(task: Task, images: int, without_value: int, examples: list[str]
             f"{folder}: its images do not say their {task.join}: neither a .parquet beside the shards nor a .json with "
             f"each image has it"
         )
-    theirs = ", ".join(read_summary(task.table).examples)
+    theirs = ", ".join(read_table_summary(task.table).examples)
     return (
         f"{folder}: none of its {images} images has captions in {task.captions[0].name}: {task.join}s there are such "
         f"as {theirs}, here such as {', '.join(examples)}"

@@ -4,21 +4,21 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.datasets import Dataset, Join
 from cosmos_scale.data.prepare.images import list_images
-from cosmos_scale.data.prepare.manifest import Prepared, read_manifest, write_manifest, write_rejected
+from cosmos_scale.data.prepare.manifest import Prepared, read_prepare_manifest, write_prepare_manifest, write_rejected
 from cosmos_scale.data.prepare.matching import match_images
 from cosmos_scale.data.prepare.rows import caption_files
 from cosmos_scale.data.prepare.table import build_table
 from cosmos_scale.data.prepare.work import Task, open_work
-from cosmos_scale.data.prepare.writing import write_shard
+from cosmos_scale.data.prepare.writing import write_prepared_shard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.shards.index import REJECTED, SUMMARY, index_shards
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 
 
-def prepare(
+def prepare_dataset(
     dataset: Dataset,
     captions: list[Path],
     images: list[Path],
@@ -32,12 +32,12 @@ def prepare(
     """Join caption files with img2dataset's output, and write indexed shards, `rejected.jsonl` and `manifest.json`.
 
     captions: .csv or .parquet files, or folders of them. images: folders of img2dataset's shards, or single tars.
-    Each shard of images becomes one shard of samples; images are kept byte for byte. A run that was stopped goes on
-    where it was: the bytes of the output are those of an unbroken run, and do not depend on `workers`.
+    Each shard of images becomes one shard of samples; images are kept byte for byte. A preparation that was stopped
+    goes on where it was. The bytes of its output are those of an unbroken one, and do not depend on `workers`.
     Raises: UserError where an input is missing or unusable, nothing can be joined, or `out` is of another preparation.
     """
     task = Task(dataset.name, caption_files(captions), list_images(images), out, join, split)
-    if (done := read_manifest(task)) is not None:
+    if (done := read_prepare_manifest(task)) is not None:
         shutil.rmtree(task.work, ignore_errors=True)
         return done
     with open_work(task):
@@ -45,18 +45,18 @@ def prepare(
         match_images(task, workers=workers, progress=progress)
         samples = 0
         with progress_bar("writing shards", len(task.images), show=progress) as advance:
-            for written in map_jobs(partial(write_shard, task.for_worker()), task.images, workers):
+            for written in map_jobs(partial(write_prepared_shard, task.for_worker()), task.images, workers):
                 samples += written.samples
                 advance(1)
-        for name in (SUMMARY, REJECTED):  # what a stopped run left would go into the new ones
+        for name in (SUMMARY, REJECTED):  # lines that a stopped run left would stay in the new files
             (out / name).unlink(missing_ok=True)
         if samples:
             index_shards(str(out), None, workers=workers, progress=progress)
         rejected = write_rejected(task)
         if not samples:
             raise UserError(f"{out}: no image could be used; see {out / REJECTED}")
-        write_manifest(task, rejected)
+        write_prepare_manifest(task, rejected)
     shutil.rmtree(task.work)
-    prepared = read_manifest(task)
+    prepared = read_prepare_manifest(task)
     assert prepared is not None
     return prepared

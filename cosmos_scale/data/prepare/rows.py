@@ -1,7 +1,7 @@
-"""The rows of caption files, each with its place, so that it can be read again without the rows before it.
+"""The rows of caption files, each with its place, so that a row can be read again without the rows before it.
 
-CSV stays where it is: a row's place is its bytes. Parquet has no address for a row: the columns that are needed are
-copied into a file of json lines, one row a line.
+A row of a CSV file is read again from the file itself: the place is the row's bytes. A row of a parquet file has no
+address, so the needed columns are copied into a file of json lines, one row a line.
 """
 
 import csv
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from cosmos_scale.data.prepare import parquet
-from cosmos_scale.data.prepare.datasets import Dataset, Join, plain
+from cosmos_scale.data.prepare.datasets import Dataset, Join
+from cosmos_scale.data.samples.captions import plain_column
 from cosmos_scale.errors import UserError
 
 # Characters of one cell; a quotation mark that is never closed would otherwise swallow the file into memory.
@@ -22,7 +23,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class RowFile(NamedTuple):
-    """A file whose rows can be read by place. columns: plain names of the columns, None for those that are left out."""
+    """A file whose rows can be read by place. columns: the plain names, None for columns that are left out."""
 
     path: Path
     kind: Literal["csv", "json"]
@@ -34,8 +35,12 @@ class RowFile(NamedTuple):
         return {name: value for name, value in zip(self.columns, values, strict=True) if name is not None}
 
 
-class Row(NamedTuple):
-    """One row: its number (from 1, header left out), its bytes' place, its join value, and what is wrong with it."""
+class PlacedRow(NamedTuple):
+    """One row of a captions file, found by its place.
+
+    number: from 1, header left out. offset, size: the row's bytes. value: its join value. fault: what is wrong with the
+    row, if anything is.
+    """
 
     number: int
     offset: int
@@ -45,7 +50,7 @@ class Row(NamedTuple):
 
 
 def caption_files(paths: list[Path]) -> list[Path]:
-    """List the .csv and .parquet files that paths mean: files, or folders of them; raises UserError for others."""
+    """List the .csv and .parquet files that paths mean: files, or folders of them; raises UserError for other paths."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -67,7 +72,7 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
 
     Raises: UserError where the header lacks it, or every column of captions.
     """
-    names = {plain(name) for name in header}
+    names = {plain_column(name) for name in header}
     shown = ", ".join(header) or "nothing"
     wanted = dataset.joins[join]
     column = next((name for name in wanted if name in names), None)
@@ -79,12 +84,13 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
     return column
 
 
-def scan(
+def scan_captions(
     path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
-) -> tuple[RowFile, Iterator[Row]]:
-    """Return a captions file as one that is read by place, and its rows in order. `advance` takes bytes read.
+) -> tuple[RowFile, Iterator[PlacedRow]]:
+    """Return a captions file as a file that is read by place, and the file's rows in order.
 
-    copy: where a parquet file's rows are copied. Raises: UserError where the file cannot be used.
+    copy: the file that a parquet file's rows are copied to. advance: is told of bytes as they are read.
+    Raises: UserError where the file cannot be used.
     """
     if path.suffix.lower() == ".parquet":
         return _scan_parquet(path, copy, dataset, join, advance)
@@ -93,7 +99,7 @@ def scan(
 
 def _scan_csv(
     path: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
-) -> tuple[RowFile, Iterator[Row]]:
+) -> tuple[RowFile, Iterator[PlacedRow]]:
     csv.field_size_limit(FIELD_LIMIT)
     try:
         with path.open("rb") as file:
@@ -101,12 +107,12 @@ def _scan_csv(
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
     column = join_column(path, header, dataset, join)
-    names = [plain(name) for name in header]
+    names = [plain_column(name) for name in header]
     kept: list[str | None] = [name if name == column or name in dataset.captions else None for name in names]
     return RowFile(path, "csv", kept), _csv_rows(path, len(header), names.index(column), advance)
 
 
-def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], None]) -> Iterator[Row]:
+def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], None]) -> Iterator[PlacedRow]:
     with path.open("rb") as file:
         lines = _Lines(file)
         reader = csv.reader(lines)
@@ -117,7 +123,7 @@ def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], No
                 cells = next(reader, None)
                 if cells is None:
                     return
-            except csv.Error as error:  # if its cells hold line breaks, the rest of them are read as rows
+            except csv.Error as error:  # if the row's cells hold line breaks, its other lines are read as rows
                 fault = f"not csv: {error}"
             offset, size, start = start, lines.position - start, lines.position
             advance(size)
@@ -131,11 +137,11 @@ def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], No
             if lines.foreign is not None:
                 fault = f"not UTF-8: byte 0x{lines.foreign:02x}; save the file as UTF-8"
                 lines.foreign = None
-            yield Row(number, offset, size, "" if cells is None or fault else cells[position], fault)
+            yield PlacedRow(number, offset, size, "" if cells is None or fault else cells[position], fault)
 
 
 class _Lines:
-    """Feeds a csv reader with a file's lines. position: bytes taken. foreign: a byte among them that is not UTF-8."""
+    """Feeds a csv reader with a file's lines. position: bytes read. foreign: a byte among them that is not UTF-8."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.position = 0
@@ -154,22 +160,22 @@ class _Lines:
             return line.decode()
         except UnicodeDecodeError as error:
             self.foreign = line[error.start]
-            return line.decode("utf-8", "replace")  # the row is lost, but not where it ends
+            return line.decode("utf-8", "replace")  # the row cannot be used, but its end must still be found
 
 
 def _scan_parquet(
     path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
-) -> tuple[RowFile, Iterator[Row]]:
+) -> tuple[RowFile, Iterator[PlacedRow]]:
     header = parquet.column_names(path)
     column = join_column(path, header, dataset, join)
-    chosen = [name for name in header if plain(name) == column or plain(name) in dataset.captions]
-    names: list[str | None] = [plain(name) for name in chosen]
+    chosen = [name for name in header if plain_column(name) == column or plain_column(name) in dataset.captions]
+    names: list[str | None] = [plain_column(name) for name in chosen]
     return RowFile(copy, "json", names), _parquet_rows(path, copy, chosen, names.index(column), advance)
 
 
 def _parquet_rows(
     path: Path, copy: Path, columns: list[str], position: int, advance: Callable[[int], None]
-) -> Iterator[Row]:
+) -> Iterator[PlacedRow]:
     rows, size = max(parquet.count_rows(path), 1), path.stat().st_size
     number = offset = 0
     with copy.open("wb") as file:
@@ -180,7 +186,7 @@ def _parquet_rows(
                 line = json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
                 file.write(line)
                 fault = None if isinstance(value, str) else f"wrong type: its {columns[position]} is no text"
-                yield Row(number, offset, len(line), value if isinstance(value, str) else "", fault)
+                yield PlacedRow(number, offset, len(line), value if isinstance(value, str) else "", fault)
                 offset += len(line)
             advance(len(batch[0]) * size // rows)
 
@@ -201,7 +207,7 @@ class RowReader:
         self._stack.close()
 
     def read(self, file: int, offset: int, size: int) -> dict[str, Any]:
-        """Return the cells of the row that lies there; raises UserError where the file has gone or changed."""
+        """Return the cells of the row at a place; raises UserError where the file is gone or has changed."""
         path = self._files[file].path
         try:
             if file not in self._descriptors:

@@ -1,8 +1,8 @@
 """The join table: where in the captions files the row of a join value lies, on disk and sorted by hash.
 
-26 bytes a row: a 64-bit hash of the value, then offset, size, row number and file. Rows go to one of 64 files by the
-top bits of their hash; each file is sorted on its own, so that memory stays bounded at any number of rows, and the
-sorted files one after the other are one sorted table, which look-ups map into memory.
+A row takes 26 bytes: a 64-bit hash of the value, then offset, size, row number and file. The top bits of the hash send
+a row to one of 64 files. Each file is sorted on its own, so that memory stays bounded at any number of rows. The sorted
+files, one after the other, are one sorted table, which look-ups map into memory.
 """
 
 import json
@@ -16,11 +16,12 @@ from typing import NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.prepare.datasets import Dataset, Join, join_value
-from cosmos_scale.data.prepare.rows import Row, RowFile, scan
+from cosmos_scale.data.prepare.rows import PlacedRow, RowFile, scan_captions
 from cosmos_scale.data.samples.sample import DamagedSample
-from cosmos_scale.data.tools.jobs import progress_bar
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, replace_file
 
 PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
 RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
@@ -37,7 +38,7 @@ class TableSummary(NamedTuple):
     examples: list[str]
 
 
-class Table:
+class JoinTable:
     """The table on disk; positions in it stand for rows of captions."""
 
     def __init__(self, folder: Path) -> None:
@@ -48,9 +49,9 @@ class Table:
         return len(self.hashes)
 
     def find(self, values: Sequence[str]) -> NDArray[np.int64]:
-        """Return the position of each join value, MISSING where it has no row.
+        """Return the position of each join value, MISSING for a value without row.
 
-        Values with equal hashes are not told apart here: whoever reads the row compares them.
+        Values with equal hashes are not told apart here: the reader of the row compares the values.
         """
         wanted = np.array([join_hash(value) for value in values], dtype=np.uint64)
         positions = np.searchsorted(self.hashes, wanted).astype(np.int64)
@@ -64,7 +65,7 @@ def join_hash(value: str) -> int:
 
 
 def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: Join, *, progress: bool) -> None:
-    """Read all captions files once and write the table; a whole one that stands is kept.
+    """Read all captions files once and write the table; a whole table from before is kept.
 
     Rows that cannot be used or whose value came before are written to `rows.jsonl`, with the reason.
     Raises: UserError where a file cannot be used, or has no row to join.
@@ -72,7 +73,7 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
     summary = folder / "table.json"
     if summary.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     builder = _Builder(folder, captions, dataset, join)
     total = sum(path.stat().st_size for path in captions)
     with progress_bar("reading captions (bytes)", total, show=progress) as advance:
@@ -86,20 +87,18 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
         "rows": builder.rows,
         "examples": builder.examples,
     }
-    part = folder / "table.json.part"
-    part.write_text(json.dumps(content))
-    part.replace(summary)
+    replace_file(summary, json.dumps(content).encode())
 
 
-def read_summary(folder: Path) -> TableSummary:
-    """Return the summary of a table that stands."""
+def read_table_summary(folder: Path) -> TableSummary:
+    """Return the summary of a whole table."""
     content = json.loads((folder / "table.json").read_text())
     files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
     return TableSummary(files, content["rows"], content["examples"])
 
 
 def _in_steps(advance: Callable[[int], None], total: int) -> Callable[[int], None]:
-    """Gather small advances: drawing the bar for each row would take longer than the row."""
+    """Gather small advances: to draw the bar for each row would take longer than to read the row."""
     waiting = 0
 
     def advance_later(steps: int) -> None:
@@ -130,7 +129,7 @@ class _Builder:
             faults = stack.enter_context((self._folder / "rows.jsonl").open("w"))
             for number, path in enumerate(self._captions):
                 copy = self._folder / f"captions-{number:05d}.jsonl"
-                file, rows = scan(path, copy, self._dataset, self._join, advance)
+                file, rows = scan_captions(path, copy, self._dataset, self._join, advance)
                 self.files.append(file)
                 usable = self._usable(number, path, rows, faults)
                 while chunk := list(islice(usable, _CHUNK)):
@@ -142,7 +141,7 @@ class _Builder:
                         bucket.write(part.tobytes())
 
     def _usable(
-        self, number: int, path: Path, rows: Iterator[Row], faults: TextIO
+        self, number: int, path: Path, rows: Iterator[PlacedRow], faults: TextIO
     ) -> Iterator[tuple[int, int, int, int, int]]:
         for row in rows:
             self.rows += 1
@@ -164,7 +163,7 @@ class _Builder:
                 self.examples.append(value)
             yield join_hash(value), row.offset, row.size, row.number, number
 
-    def _check_url(self, path: Path, row: Row, value: str) -> None:
+    def _check_url(self, path: Path, row: PlacedRow, value: str) -> None:
         if self.usable == 0 and self._join == "url" and value and "://" not in value:
             raise UserError(
                 f"{path}: row {row.number} names its image {value}, which is no URL; take the release with URLs, or "
@@ -172,7 +171,7 @@ class _Builder:
             )
 
     def sort(self) -> None:
-        """Sort the buckets into the table; of rows with one value the first stays."""
+        """Sort the buckets into the table; of rows with the same value the first stays."""
         with (
             (self._folder / "hashes.bin").open("wb") as hashes,
             (self._folder / "places.bin").open("wb") as places,

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.samples.sentences import Split
-from cosmos_scale.data.shards.index import make_folder, replace_file
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, replace_file
 
 MANIFEST = "manifest.json"
 _WORK = ".prepare"
 
 
 class Task(NamedTuple):
-    """One preparation: all that its output depends on. out: the folder of the shards."""
+    """One preparation: everything that its output depends on. out: the folder of the shards."""
 
     dataset: str
     captions: list[Path]
@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
     @property
     def work(self) -> Path:
-        """The folder of what is under way; it goes when all is done."""
+        """The folder of work under way; it is deleted when all is done."""
         return self.out / _WORK
 
     @property
@@ -45,7 +45,7 @@ class Task(NamedTuple):
         return self.work / "table"
 
     def for_worker(self) -> "Task":
-        """Return the task without its list of images, which need not travel with every shard."""
+        """Return the task without its list of images, which no worker needs."""
         return self._replace(images=[])
 
     def plan(self, shard: str) -> Path:
@@ -53,11 +53,11 @@ class Task(NamedTuple):
         return self.work / "plan" / f"{shard}.npy"
 
     def report(self, shard: str) -> Path:
-        """Return the file that says how a shard was written; it stands once the shard does."""
+        """Return the file that says how a shard was written; it is written after the shard."""
         return self.work / "shards" / f"{shard}.json"
 
     def options(self) -> dict[str, Any]:
-        """Return what must be the same for a preparation to go on, in words for json."""
+        """Return, as json values, what must stay the same for a preparation to go on."""
         digest = sha256()
         for shard in self.images:
             size = shard.path.stat().st_size if shard.path.is_file() else 0
@@ -74,7 +74,7 @@ class Task(NamedTuple):
 
 @contextmanager
 def open_work(task: Task) -> Iterator[None]:
-    """Begin a preparation or go on with it, alone.
+    """Begin a preparation or go on with one, as its only process.
 
     Raises: UserError where the folder holds other shards or a preparation with other options, or another process
     prepares it now.
@@ -85,7 +85,7 @@ def open_work(task: Task) -> Iterator[None]:
     make_folder(task.work)
     with (task.work / "lock").open("w") as lock:
         try:
-            # Not flock: workers inherit that, and would hold the lock after their parent was killed.
+            # Not flock: workers inherit such a lock, and would hold it after their parent was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{task.out}: another process is preparing it now") from error
@@ -104,10 +104,10 @@ def open_work(task: Task) -> Iterator[None]:
 
 
 def _begin_anew(task: Task, before: dict[str, Any]) -> None:
-    """Forget a preparation with other options that has not written a shard: nothing of it is worth an error."""
+    """Forget a preparation with other options that has not written a shard: its loss is not worth an error."""
     if before == task.options():
         return
-    for shard in task.out.glob("*.tar"):  # whole, but killed ahead of its report
+    for shard in task.out.glob("*.tar"):  # a whole shard whose writer was killed before the report
         shard.unlink()
     for item in task.work.iterdir():
         if item.is_dir():

@@ -1,7 +1,6 @@
 """One shard of images and its captions to one shard of samples."""
 
 import json
-import os
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any, BinaryIO, NamedTuple
@@ -10,19 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
-from cosmos_scale.config import DataConfig
-from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.prepare.datasets import Document, join_value, make_document, plain
+from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
+from cosmos_scale.data.prepare.datasets import Document, join_value, make_document
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
 from cosmos_scale.data.prepare.matching import DUPLICATE
 from cosmos_scale.data.prepare.rows import RowReader
-from cosmos_scale.data.prepare.table import MISSING, Table, read_summary
+from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
+from cosmos_scale.data.samples.captions import plain_column
 from cosmos_scale.data.samples.sample import DamagedSample
-from cosmos_scale.data.shards.index import replace_file
 from cosmos_scale.errors import UserError
-
-MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
+from cosmos_scale.files import replace_file, whole_file, writing
 
 
 class Written(NamedTuple):
@@ -52,18 +49,17 @@ class _Sink:
         """The file is closed by its owner."""
 
 
-def write_shard(task: Task, shard: ImageShard) -> Written:
-    """Write one shard under another name, rename it when it is whole, then its report; a whole one is kept.
+def write_prepared_shard(task: Task, shard: ImageShard) -> Written:
+    """Write one shard, whole or not at all, and then its report; a shard that has a report is kept.
 
     Raises: UserError where a file cannot be read or written.
     """
     if (standing := read_report(task, shard.name)) is not None:
         return standing
     target = task.out / f"{shard.name}.tar"
-    part = target.with_suffix(f".{os.getpid()}.part")  # a worker of a killed run may still write its own
     rejected: list[dict[str, Any]] = []
     samples = 0
-    try:
+    with writing(target), whole_file(target) as part:
         with part.open("wb") as file:
             sink = _Sink(file)
             # A fixed time: the same input gives the same bytes.
@@ -71,19 +67,15 @@ def write_shard(task: Task, shard: ImageShard) -> Written:
                 for sample in _samples(task, shard, rejected):
                     archive.write(sample)
                     samples += 1
-        if samples:
-            part.replace(target)
-        else:
+        if not samples:
             part.unlink()
-    except OSError as error:
-        raise UserError(f"{part}: cannot be written: {error.strerror or error}") from error
     written = Written(shard.name, samples, sink.size if samples else 0, sink.digest.hexdigest(), rejected)
     replace_file(task.report(shard.name), json.dumps(written).encode())
     return written
 
 
 def read_report(task: Task, shard: str) -> Written | None:
-    """Return how a shard was written, if it was and still stands with its size."""
+    """Return how a shard was written, if it was written and still has its size."""
     path = task.report(shard)
     if not path.exists():
         return None
@@ -94,7 +86,7 @@ def read_report(task: Task, shard: str) -> Written | None:
 
 
 def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a shard in its images' order; what is no sample goes to `rejected`."""
+    """Yield the samples of a shard in its images' order; other images and rows are added to `rejected`."""
     listed = read_listing(shard, task.join)
     plan: NDArray[np.int64] = np.load(task.plan(shard.name))
     if len(plan) != len(listed):
@@ -103,7 +95,7 @@ def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> I
 
     def reject(key: str | None, reason: str, value: str | None = None, row: dict[str, Any] | None = None) -> None:
         known: dict[str, Any] = {} if value is None else {task.join: value}
-        # Not "shard": indexing the output again would take the line for one of its own, and drop it.
+        # Not "shard": indexing the output again would take the line for a line of the index, and drop it.
         rejected.append({"images": shard.path.name, "key": key, **known, **(row or {}), "reason": reason})
 
     with _Captions(task) as captions:
@@ -134,7 +126,7 @@ def _check(image: Image) -> None:
     if image.fault is not None:
         raise DamagedSample(image.fault)
     try:
-        decode_rgbx(image.data, MAX_PIXELS)
+        decode_rgbx(image.data, DEFAULT_MAX_PIXELS)
     except DamagedSample as damage:
         raise DamagedSample(f"damaged image: {damage}") from damage
 
@@ -150,8 +142,8 @@ class _Captions:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._table = Table(task.table)
-        self._reader = RowReader(read_summary(task.table).files)
+        self._table = JoinTable(task.table)
+        self._reader = RowReader(read_table_summary(task.table).files)
 
     def __enter__(self) -> "_Captions":
         self._reader.__enter__()
@@ -177,7 +169,7 @@ class _Captions:
         place = self._table.places[position]
         cells = self._reader.read(int(place["file"]), int(place["offset"]), int(place["size"]))
         # The table holds hashes: here the values themselves are compared.
-        values = (cells[plain(name)] for name in task.form.joins[task.join] if plain(name) in cells)
+        values = (cells[plain_column(name)] for name in task.form.joins[task.join] if plain_column(name) in cells)
         if join_value(task.join, str(next(values))) != image.value:
             raise DamagedSample(f"image without captions: no row has its {task.join}")
         document = make_document(task.form, cells, task.split)

@@ -27,6 +27,11 @@ POOL_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
+def plain_column(name: str) -> str:
+    """Return the name of a captions file's column in the form in which columns are compared."""
+    return name.strip().lower().replace(" ", "_")
+
+
 def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleKey) -> list[str]:
     """Draw `config.count` texts, global captions first, from a sample's caption document.
 
@@ -38,7 +43,8 @@ def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleK
     generator = sample_generator(key, CAPTION_STREAM)
     if config.sampling not in ("textcrop", "textcrop_pixelprose"):
         return _choose(pool, config.count, generator)
-    # Both sentence counts come before any sentence, as published: the law is the same, but it is easier to compare.
+    # Both sentence counts are drawn before any sentence, as in the published code. Another order would follow the same
+    # law, but this order is easier to compare.
     counts = [1 + int(u * config.max_sentences) for u in generator.random(config.global_count)]
     global_captions = [". ".join(_choose(pool, count, generator)) for count in counts]
     return global_captions + _choose(pool, config.count - config.global_count, generator)
@@ -58,7 +64,7 @@ def caption_pool(sampling: str, document: Any) -> list[str]:
         _require_any(("original_caption",), document, sampling)
         return _text(document, "original_caption")
     _require_any(("original_caption", "caption"), document, sampling)
-    # A string is split in the published way; a list was split before, when the shards were made.
+    # A string is split in the published way. A list was split when the shards were made.
     return _text(document, "original_caption") + _sentences(document, "caption", split_published)
 
 

@@ -1,5 +1,6 @@
-"""What identifies one draw of one sample, and how a damaged one is reported."""
+"""What identifies one draw of one sample, and how damaged samples and unreachable shards are reported."""
 
+import re
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
@@ -19,13 +20,25 @@ class SampleKey(NamedTuple):
 
 
 class DamagedSample(Exception):
-    """This sample cannot be used; the text says why. The loader counts it, logs shard and key, and substitutes."""
+    """A sample that cannot be used; the text says why.
+
+    The loader counts the sample, logs its shard and key, and puts another sample in its place.
+    """
 
 
-class LostShard(UserError):
-    """This shard cannot be reached any more, after all retries: none of its samples can be used.
+def reason_class(reason: str, *, numbers: bool = True) -> str:
+    """Return the part of a reason that samples share: "damaged JPEG: 3 bytes missing" counts as "damaged JPEG".
 
-    shard: its path or URL, secrets left out. Where nobody goes on without the shard, it is the user's error.
+    numbers: False puts N in the place of each number.
+    """
+    shared = reason.split(": ")[0]
+    return shared if numbers else re.sub(r"\d+", "N", shared)
+
+
+class UnreachableShard(UserError):
+    """A shard that cannot be reached any more, after all retries: none of its samples can be used.
+
+    A UserError, for callers that cannot go on without the shard. shard: its path or URL, secrets left out.
     """
 
     def __init__(self, source: str, shard: str, reason: str) -> None:

@@ -1,7 +1,7 @@
 """Running text to sentences: by rules for English captions, as the published code does it, or not at all.
 
-`tests/data/samples/test_sentences.py` began with 63 hard cases. Of these the libraries for sentences keep 50 (blingfire
-0.1.8), 53 (pysbd 0.3.4), 54 (syntok 1.4.4) and 55 (sentencex 1.0.32): each cuts file names, list numbers or "vol. 2".
+`tests/data/samples/test_sentences.py` began with 63 hard cases. The public libraries solve fewer of them: blingfire
+0.1.8 solves 50, pysbd 0.3.4 53, syntok 1.4.4 54, sentencex 1.0.32 55. Each cuts file names, list numbers or "vol. 2".
 """
 
 import re
@@ -10,8 +10,9 @@ from typing import Literal
 
 Split = Literal["sentences", "published", "none"]
 
-# Abbreviations by what follows them: always more of the sentence; a number; or possibly a new sentence, as after an
-# acronym, if it opens with one of the words below. Those that are words too ("co", "col") are left out.
+# Abbreviations, in three kinds by what follows them. LEADING: the sentence always goes on. NUMBERING: a number.
+# TRAILING: possibly a new sentence, as after an acronym, if it opens with one of the STARTERS. Abbreviations that are
+# words too ("co", "col") are left out.
 LEADING = {"mr", "mrs", "ms", "dr", "prof", "mt", "rev", "hon", "gen", "capt", "lt", "sgt", "gov", "sen", "rep"} | {
     *("vs", "ca", "cf", "approx", "e.g", "i.e")
 }
@@ -28,23 +29,23 @@ STARTERS = {
 }
 OPENING = "\"'\u201c\u2018\u00ab(["
 CLOSING = "\"'\u201d\u2019\u00bb)\\]"
-# Three kinds of ends. A terminator with closing quotes or brackets, and the space after it (spaced dots are one
-# ellipsis). Full-width CJK ones, which need no space. A stop with the next sentence right after it, if that opens with
-# one of the words that do, so that "Node.js", "IMG_1.JPG" and "example.com" stay whole.
+# A sentence ends in three ways. mark: a terminator with closing quotes or brackets, and the space after it (spaced dots
+# are one ellipsis). cjk: full-width terminators, which need no space. glued: a full stop with no space after it, if one
+# of the STARTERS comes next; "Node.js", "IMG_1.JPG" and "example.com" stay whole.
 SENTENCE_END = re.compile(
     rf"(?P<mark>[.!?\u2026]+(?:\s+\.(?=\s|$))*[{CLOSING}]*)\s+"
     r"|(?P<cjk>[\u3002\uff01\uff1f]+[\u300d\u300f\u201d]*)"
     rf"|(?P<glued>(?<=[a-z0-9{CLOSING}])\.(?=(?:{'|'.join(sorted(STARTERS))})\s))"
 )
-# Where an end may be. Only the first of a run is tried: from each of them, a run of 100,000 would take minutes.
+# Where an end may be. Of a run of terminators only the first is tried: trying each in a run of 100,000 takes minutes.
 TERMINATORS = re.compile(r"[.!?\u2026]+|[\u3002\uff01\uff1f]+")
 ACRONYM = re.compile(r"(?:[A-Z][a-z]\.|[^\W\d_]\.)*[^\W\d_]")
 FIRST_WORD = re.compile(r"\S{1,40}")
 # A quotation mark that opens or closes; after a digit it means inches.
 QUOTE = re.compile(r'(?<!\d)"|\u201c|\u201d')
 _LOOK_BACK = 80  # characters before a mark that are read for its word
-_LONGEST_QUOTE = 300  # characters; a quotation that is not closed in so many is a stray mark
-END_TOKEN = "</s>"  # generated captions hold some
+_LONGEST_QUOTE = 300  # characters; a quotation mark that is not closed within them is a stray mark
+END_TOKEN = "</s>"  # some generated captions contain it
 PUBLISHED_END = re.compile(rf"\n|{END_TOKEN}|\.")
 
 

@@ -1,8 +1,9 @@
 """What happens to each view of one image, decided before a pixel is touched: the plan that every decoder executes.
 
 All randomness is counter-based (Philox), so a plan is a pure function of its key, the config and the picture's size:
-no worker, rank, restart or other sample can change it. Each view owns one row of uniform numbers and each decision one
-column of it, so that a changed probability, or another number of views, leaves all other decisions as they were.
+no worker, rank, restart or other sample can change the plan. Each view has its own row of uniform numbers, and each
+decision its own column of the row. So a changed probability, or another number of views, leaves all other decisions as
+they were.
 """
 
 import math
@@ -34,7 +35,7 @@ GREY, BLUR, BLUR_RADIUS, SOLARISE = 32, 33, 34, 35
 DRAWS_PER_VIEW = 36
 
 Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+WholeNumbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -54,14 +55,14 @@ class ViewPlan:
     solarise: [V] int64: values from this threshold on are inverted; 256: none.
     """
 
-    boxes: Integers
-    sides: Integers
+    boxes: WholeNumbers
+    sides: WholeNumbers
     flip: Flags
-    jitter_order: Integers
+    jitter_order: WholeNumbers
     jitter_factors: Floats
     grey: Flags
     blur_radius: Floats
-    solarise: Integers
+    solarise: WholeNumbers
 
 
 def sample_generator(key: SampleKey, stream: int) -> np.random.Generator:
@@ -74,12 +75,15 @@ def sample_generator(key: SampleKey, stream: int) -> np.random.Generator:
     # Arrays, not lists: NumPy reads a list that mixes integers below and above 2^63 as floats.
     key_words = np.array([key.seed, key.epoch], dtype=np.uint64)
     counter = np.array([0, key.repeat, key.sample, stream], dtype=np.uint64)
-    as_key: Any = _AsKey(key_words)  # NumPy's annotations know only its own class of the kind
+    as_key: Any = _AsKey(key_words)  # NumPy's annotations know only NumPy's own class for seeds
     return np.random.Generator(np.random.Philox(as_key, counter=counter))
 
 
 class _AsKey(ISeedSequence):
-    """Words that become Philox's key as they are. Given as `key`, NumPy still gathers entropy first, for nothing."""
+    """Words that become Philox's key as they are.
+
+    NumPy's own argument `key` does the same, but gathers entropy before, for nothing.
+    """
 
     def __init__(self, words: npt.NDArray[np.uint64]) -> None:
         self._words = words
@@ -95,7 +99,7 @@ def plan_views(views: ViewsConfig, image_size: int, key: SampleKey, height: int,
     """
     V = views.global_crops + views.local_crops
     draws = sample_generator(key, VIEW_STREAM).random((V, DRAWS_PER_VIEW)).tolist()
-    # Plain floats: arrays of so few views take longer.
+    # Plain floats: arrays are slower for so few views.
     rows = [_plan_view(views, image_size, view, row, height, width) for view, row in enumerate(draws)]
     boxes, sides, flip, jitter_order, jitter_factors, grey, blur_radius, solarise = zip(*rows, strict=True)
     return ViewPlan(

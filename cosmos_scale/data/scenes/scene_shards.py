@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.scenes.scenes import CLASSES, Scene, captions, draw_scene, render
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
+from cosmos_scale.files import make_folder
 
 SAMPLES_PER_SHARD = 128
 
@@ -32,7 +33,7 @@ class SceneShards(NamedTuple):
 
 
 def split_scenes(train: int, gallery: int, seed: int) -> tuple[list[Scene], list[Scene]]:
-    """Draw training scenes and gallery scenes: gallery scenes are distinct and none of them occurs in training.
+    """Draw training scenes and gallery scenes. Gallery scenes are distinct, and no gallery scene occurs in training.
 
     Scenes are compared by their attributes. Returns (training scenes, gallery scenes).
     """
@@ -62,14 +63,14 @@ def build_scenes(
 ) -> SceneShards:
     """Write and index the shards of `train` training samples and `gallery` held-out samples under `out`.
 
-    The bytes are a function of the sizes, the seed and `permute_captions`. workers: processes; default the cores.
-    permute_captions: give each training picture the captions of another one (a control that must learn nothing);
-    the gallery keeps its own.
+    The bytes are a function of the sizes, the seed and `permute_captions`. workers: processes; None: one per core.
+    permute_captions: give each training picture the captions of another picture (a control that must learn nothing);
+    gallery pictures keep their own captions.
     """
     training_scenes, gallery_scenes = split_scenes(train, gallery, seed)
     described = list(range(train))
     if permute_captions:
-        # Each picture takes the captions of its successor on one random cycle, so that none keeps its own.
+        # Each picture takes the captions of its successor on one random cycle, so that no picture keeps its own.
         cycle = np.random.default_rng([seed, _PERMUTATION]).permutation(train)
         for picture, text in zip(cycle, np.roll(cycle, -1), strict=True):
             described[picture] = int(text)
@@ -78,7 +79,7 @@ def build_scenes(
         *_shard_jobs(out / "gallery", "gallery", gallery_scenes, list(range(gallery)), seed),
     ]
     for folder in (out / "train", out / "gallery"):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for stale in folder.glob("*.tar"):
             stale.unlink()
     with progress_bar("painting scenes", train + gallery, show=progress) as advance:
@@ -116,7 +117,8 @@ def _write_shard(job: _ShardJob) -> int:
     with tarfile.open(job.path, "w", format=tarfile.USTAR_FORMAT) as shard:
         for number, sample in enumerate(job.samples, start=job.first):
             for extension, content in _members(sample):
-                member = tarfile.TarInfo(f"{number:06d}.{extension}")  # its time stays 0: equal runs, equal bytes
+                # The member's time stays 0, so that equal runs write equal bytes.
+                member = tarfile.TarInfo(f"{number:06d}.{extension}")
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
     return len(job.samples)

@@ -1,7 +1,7 @@
 """Generated scenes: coloured, textured shapes with sizes, places and relations, as JPEG with captions and masks.
 
-Everything is drawn from the random generator handed in, so that a scene is a function of its seed. The demo and the
-tests train on these scenes: they need no network, and what a caption says can be read off the picture.
+Everything is drawn from the caller's random generator, so that a scene is a function of its seed. The demo and the
+tests train on these scenes: scenes need no network, and what a caption says can be seen in the picture.
 """
 
 import io
@@ -80,7 +80,7 @@ class Scene(NamedTuple):
 
     @property
     def attributes(self) -> tuple[str, frozenset[SceneObject]]:
-        """What the scene shows, whatever the order of its objects: equal for two scenes that differ in nothing."""
+        """What the scene shows, in no order: equal for two scenes that differ only in the order of their objects."""
         return self.background, frozenset(self.objects)
 
     @property

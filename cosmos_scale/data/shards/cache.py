@@ -1,9 +1,10 @@
 """A folder of whole remote shards, shared by all processes of a host and kept below a limit of bytes.
 
-While a shard is downloaded its file is called `.part`, has its full size at once (so that the limit counts it), and is
-locked: whoever else wants the shard waits for the lock, and nobody downloads it twice. A part without a lock was left
-by a process that died, and is never taken for a shard. Whole shards are not locked and not kept open between reads, so
-the least recently used can go at any time: who reads it at that moment still holds the file itself.
+While a shard is downloaded, its file is called `.part`, has its full size at once (so that the limit counts it), and is
+locked. Another process that wants the shard waits for the lock, so that no shard is downloaded twice. A part without a
+lock was left by a process that died; it is never taken for a shard. Whole shards are not locked and not kept open
+between reads. So the least recently used shard can be deleted at any time: a process that reads it at that moment still
+has the open file.
 """
 
 import fcntl
@@ -20,8 +21,8 @@ from cosmos_scale.data.shards.store import Transient, WrongSize
 from cosmos_scale.errors import UserError
 
 WHOLE, PART = ".shard", ".part"  # only files with these endings are counted and deleted
-_FAILED = b"failed"  # what a part holds after its download failed, for those who wait for it
-_WAIT = 0.05  # seconds between looks for room that other downloads hold
+_FAILED = b"failed"  # what a part holds after its download failed, for the processes that wait for it
+_WAIT = 0.05  # seconds between two looks for room, while other downloads hold it
 
 Pieces = Callable[[], Generator[bytes, None, None]]
 
@@ -34,7 +35,9 @@ class ShardCache:
         self._limit = limit
 
     def read(self, address: str, total: int, offset: int, size: int, pieces: Pieces) -> bytes:
-        """Read a part of a shard of `total` bytes, after downloading it (`pieces` yields it) where it is not here.
+        """Read a part of a shard of `total` bytes. A shard that is not in the folder is downloaded before.
+
+        pieces: yields the whole shard.
 
         Raises: UserError where the folder cannot be written or the shard is larger than the limit; Transient,
         WrongSize, and what `pieces` raises, where the download fails.
@@ -51,7 +54,7 @@ class ShardCache:
             raise UserError(f"data.remote.cache: {self.folder}: {error.strerror or error}") from error
 
     def _download(self, path: Path, total: int, pieces: Pieces) -> BinaryIO | None:
-        """Return the shard's file, downloaded here or by who had begun; None where one has to look again."""
+        """Return the shard's file, downloaded by this process or another; None where the caller must look again."""
         if total > self._limit:
             raise UserError(
                 f"data.remote.cache_gb: {self._limit / 1e9:g} is less than one shard, which has {total / 1e9:g}"
@@ -63,11 +66,11 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is(file, part):
                 return self._of_another(file, total)
-            if path.exists():  # it came between our look for it and the new part
+            if path.exists():  # another process finished the shard after this one had looked for it
                 part.unlink()
             else:
                 self._fill(file, part, total, pieces)
-                with self._locked():  # a rename during a look at the folder could hide the file from it
+                with self._locked():  # a rename could hide the file from a process that lists the folder meanwhile
                     part.rename(path)
                 fcntl.flock(file, fcntl.LOCK_UN)
                 return file
@@ -78,18 +81,18 @@ class ShardCache:
         return None
 
     def _of_another(self, file: BinaryIO, total: int) -> BinaryIO | None:
-        """What became of the part that another process had locked."""
+        """Return the shard's file from a part that another process had locked; None where that process gave it up."""
         size = os.fstat(file.fileno()).st_size
-        if size == total:  # whole; perhaps gone from the folder by now, but this is it
+        if size == total:  # whole, even if its name is gone from the folder by now
             fcntl.flock(file, fcntl.LOCK_UN)
             return file
         file.close()
         if size:
             raise Transient("another process failed to download it")
-        return None  # cleared away
+        return None  # the part was cleared away
 
     def _fill(self, file: BinaryIO, part: Path, total: int, pieces: Pieces) -> None:
-        """Download into the locked part; where that fails, leave nothing but a word for those who wait."""
+        """Download into the locked part; where the download fails, leave only a word for the processes that wait."""
         try:
             file.truncate(0)
             self._reserve(file, total)
@@ -104,7 +107,7 @@ class ShardCache:
                         view = view[file.write(view) :]
             if came != total:
                 raise WrongSize(str(came), final=False)
-            os.fdatasync(file.fileno())  # the name must not outlive the bytes in a crash of the machine
+            os.fdatasync(file.fileno())  # in a crash of the machine the name must not outlive the bytes
         except BaseException:
             file.truncate(0)
             os.pwrite(file.fileno(), _FAILED, 0)
@@ -112,7 +115,7 @@ class ShardCache:
             raise
 
     def _reserve(self, file: BinaryIO, total: int) -> None:
-        """Give the part its full size, once there is room: whole shards go, other downloads are waited for."""
+        """Give the part its full size once there is room: delete whole shards, and wait for other downloads."""
         while True:
             with self._locked():
                 used, whole = self._contents()
@@ -127,7 +130,7 @@ class ShardCache:
             time.sleep(_WAIT)
 
     def _contents(self) -> tuple[int, list[tuple[int, Path, int]]]:
-        """Return the bytes in the folder, less those of dead parts, which go; and whole shards: (used, path, bytes)."""
+        """Delete dead parts; return the bytes that remain, and the whole shards: (time of last use, path, bytes)."""
         used, whole = 0, []
         for entry in os.scandir(self.folder):
             try:
@@ -150,7 +153,7 @@ class ShardCache:
 
 
 def _name(address: str, total: int) -> str:
-    """Name a shard's file: its address may hold secrets, so only its end is shown, and a digest of all of it."""
+    """Name a shard's file by the end of its address and a digest of the whole: an address may hold secrets."""
     digest = hashlib.sha256(f"{total} {address}".encode()).hexdigest()[:24]
     shown = re.findall(r"[\w-]+(?=\.tar)", address)
     return f"{shown[-1][-40:] if shown else 'shard'}-{digest}{WHOLE}"
@@ -164,7 +167,7 @@ def _open_whole(path: Path, total: int) -> BinaryIO | None:
     if os.fstat(file.fileno()).st_size == total:
         return file
     file.close()
-    path.unlink(missing_ok=True)  # somebody cut it
+    path.unlink(missing_ok=True)  # something has cut the file
     return None
 
 
@@ -177,7 +180,7 @@ def _is(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear_dead(part: Path) -> bool:
-    """Delete a part that no process holds; False where one does, or it has become a shard."""
+    """Delete a part that no process holds; False where a process holds it, or where it has become a shard."""
     with part.open("r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

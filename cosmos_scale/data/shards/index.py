@@ -1,8 +1,9 @@
 """The index of shards: how many samples each holds, and where each sample lies.
 
-On disk, in one folder (beside the shards, or elsewhere): `index.json`, one line a shard with its name, samples and
-bytes, which is all that the order needs; and one `.index.npy` a shard, a table of its samples, memory-mapped when a
-sample of that shard is first asked for. So any position of a large data set costs one small file and a page or two.
+An index lies in one folder, beside the shards or elsewhere. `index.json` has one line a shard, with the shard's name,
+samples and bytes: the order of the data needs no more. For each shard there is a `.index.npy`, a table of its samples,
+which is memory-mapped when a sample of the shard is first asked for. So any position of a large dataset costs one small
+file and a page or two.
 """
 
 import hashlib
@@ -18,18 +19,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cosmos_scale.config import RemoteConfig, SourceConfig
-from cosmos_scale.data.samples.sample import LostShard
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
 from cosmos_scale.data.shards.scan import scan_shard
-from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join, redact
-from cosmos_scale.data.shards.table import Table, entry_of, open_table, pack_table
+from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join_url, redact
+from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
-from cosmos_scale.data.training.order import EpochOrder, SourceShards
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, replace_file
 
 SUMMARY = "index.json"
 REJECTED = "rejected.jsonl"
@@ -70,12 +72,12 @@ class ShardRow(NamedTuple):
 def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, progress: bool = True) -> IndexReport:
     """Index the shards of a folder or a glob or brace pattern, without repacking them.
 
-    Shards at a URL or from a command are read once, each through a temporary file; where that breaks off, the next call
-    goes on after the shards that are done.
-    out: folder of the index; default: the folder of the shards. Shards that it knows already, but not by this pattern,
-    stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
-    Raises: UserError where there is no shard, a shard is compressed or unreadable, or no sample is left; where the
-    shards are not on this machine and `out` is not given.
+    Shards at a URL or from a command are read once, each through a temporary file. Where the reading breaks off, the
+    next call goes on after the shards that are done.
+    out: folder of the index; default: the folder of the shards. If the folder has an index already, shards in it that
+    the pattern does not mean stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
+    Raises: UserError where there is no shard, a shard is compressed or unreadable, no sample is left, or the shards are
+    not on this machine and `out` is not given.
     """
     shards = parse_pattern(pattern)
     if out is None and is_remote(pattern):
@@ -98,7 +100,7 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
             if unfinished and done.name not in known:
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
-            rejected.update(_reason_class(reason) for _, reason in done.rejected)
+            rejected.update(reason_class(reason) for _, reason in done.rejected)
             faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
             if done.torn is not None:
                 torn += 1
@@ -114,10 +116,22 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     return IndexReport(folder, len(rows), samples, rejected, torn)
 
 
-class SourceIndex:
-    """The index of one source: its shards, and the tables of those shards that were asked for.
+class SourceShards(NamedTuple):
+    """What the order of the data needs of a source: the samples in each shard, [shards] int64, and the weight."""
 
-    folder: where the tables lie, a path or URL. remote: how often to try again; None: a missing file is not waited for.
+    samples: NDArray[np.int64]
+    weight: float = 1.0
+
+    @property
+    def visits(self) -> int:
+        """Visits to this source in an epoch: weight x samples, rounded, and one at least."""
+        return max(1, round(self.weight * int(self.samples.sum())))
+
+
+class SourceIndex:
+    """The index of one source: its shards, and the tables of the shards that were asked for.
+
+    folder: where the tables lie, a path or URL. remote: how often to try again; None: do not wait for missing files.
     """
 
     def __init__(
@@ -133,15 +147,16 @@ class SourceIndex:
         self.shards = shards
         self.folder = folder
         self.rows = rows
-        self.weight = weight  # see EpochOrder
+        self.weight = weight  # see training.order.EpochOrder
         self._remote = remote
-        self._tables: OrderedDict[int, Table] = OrderedDict()
+        self._tables: OrderedDict[int, SampleTable] = OrderedDict()
         self._files: dict[int, ShardFile] = {}
 
     def locate(self, shard: int, place: int) -> Location:
         """Say where the sample at one place of one shard lies.
 
-        Raises: LostShard where the shard's table cannot be read in the end; UserError where it does not fit.
+        Raises: UnreachableShard where the shard's table cannot be read after all retries; UserError where the table
+        does not fit the summary.
         """
         return Location(self.shard_file(shard), entry_of(self._table(shard), place))
 
@@ -156,7 +171,7 @@ class SourceIndex:
         """Say where a shard's table lies, a path or URL."""
         return _place(self.folder, _table_name(self.rows[shard].name))
 
-    def _table(self, shard: int) -> Table:
+    def _table(self, shard: int) -> SampleTable:
         table = self._tables.get(shard)
         if table is None:
             row = self.rows[shard]
@@ -166,7 +181,7 @@ class SourceIndex:
             except Transient as failure:
                 file = self.shard_file(shard)
                 reason = f"its index {redact(path)} cannot be read: {failure}; run `cosmos-scale data index`"
-                raise LostShard(file.source, file.shown, reason) from failure
+                raise UnreachableShard(file.source, file.shown, reason) from failure
             if len(table) != row.samples:
                 raise UserError(
                     f"{redact(path)}: holds {len(table)} samples, but {SUMMARY} says {row.samples}; "
@@ -180,7 +195,7 @@ class SourceIndex:
 
 
 class MergedIndex:
-    """The samples of all sources, one after the other: sample ids are positions in it.
+    """The samples of all sources, one after the other; a sample's id is its position among them.
 
     shard_samples: [shards] int64, the samples of every shard of every source.
     """
@@ -212,14 +227,11 @@ class MergedIndex:
 
     @property
     def epoch_samples(self) -> int:
-        """Visits in an epoch: as many as there are samples, unless a source has a weight."""
-        return sum(part.visits for part in self._parts())
+        """Visits in an epoch: as many as there are samples, unless a source has a weight other than 1."""
+        return sum(source.visits for source in self.source_shards())
 
-    def order(self, seed: int, window: int) -> EpochOrder:
-        """Return the order of every epoch over these shards."""
-        return EpochOrder(self._parts(), seed, window)
-
-    def _parts(self) -> list[SourceShards]:
+    def source_shards(self) -> list[SourceShards]:
+        """Return what the order of the data needs of every source."""
         return [
             SourceShards(np.array([row.samples for row in source.rows], dtype=np.int64), source.weight)
             for source in self.sources
@@ -261,8 +273,8 @@ def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> Sour
             raise UserError(f"data source {source.name}: no .tar shards match {source.shards}")
         raise UserError(f"data source {source.name}: no index at {summary}; {hint}")
     means = shards.means()
-    rows = [row for row in read_summary(summary) if means(row.name)]
-    # A shard that is named in full and known may be out of reach for now; reading it would say so.
+    rows = [row for row in read_index_summary(summary) if means(row.name)]
+    # A shard that is named in full and indexed may be out of reach for now. Reading the shard would say so.
     unknown = sorted({*names, *missing} - {row.name for row in rows})
     if unknown:
         raise UserError(
@@ -286,7 +298,7 @@ def open_sources(sources: Iterable[SourceConfig], remote: RemoteConfig | None = 
     return merged
 
 
-def read_summary(path: str) -> list[ShardRow]:
+def read_index_summary(path: str) -> list[ShardRow]:
     """Read an index's summary: a row for each shard, in the order that sample ids follow. path: may be a URL.
 
     Raises: UserError where it is unreadable or of another format.
@@ -322,32 +334,12 @@ def _index_one(shards: ShardPattern, folder: Path, name: str) -> IndexedShard:
     return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; raises UserError where it cannot be written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for output; raises UserError where that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made: {error.strerror or error}; name another folder with --out"
-        ) from error
-
-
 def _table_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".index.npy"
 
 
 def _place(folder: str, name: str) -> str:
-    return join(folder, name) if is_remote(folder) else str(Path(folder) / name)
+    return join_url(folder, name) if is_remote(folder) else str(Path(folder) / name)
 
 
 def _fetch(address: str) -> bytes:
@@ -361,19 +353,19 @@ def _may_exist(address: str) -> bool:
 
 
 def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
-    """The rows of an index that stands already, less those about to be made anew; none where it is unreadable."""
+    """The rows of an existing index without the rows of some shards; none where the index is unreadable."""
     path = folder / SUMMARY
     if not path.exists():
         return []
     try:
         return [row for row in _parse_summary(path.read_bytes()) if row.name not in names]
-    except _UNREADABLE as error:  # what mends it is to index again, which is what is being done
+    except _UNREADABLE as error:  # to index again mends the file, and that is being done
         print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
         return []
 
 
 def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
-    """Rewrite rejected.jsonl: lines of other shards, and of the pictures that a build refused, stay."""
+    """Rewrite rejected.jsonl; lines of other shards stay, and lines of the pictures that a build refused."""
     kept, unreadable = [], 0
     try:
         old_lines = path.read_bytes().splitlines() if path.exists() else []
@@ -391,8 +383,3 @@ def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | No
     lines = kept + [json.dumps(fault) for fault in faults]
     if lines or path.exists():
         replace_file(path, "".join(line + "\n" for line in lines).encode())
-
-
-def _reason_class(reason: str) -> str:
-    """The part of a reason that samples share: "damaged JPEG: 3 bytes missing" counts as "damaged JPEG"."""
-    return reason.split(": ")[0]

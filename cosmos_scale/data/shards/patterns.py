@@ -1,8 +1,8 @@
 """Which shards a user means: a folder, one path, or a glob or brace pattern such as `cc3m/{00000..00331}.tar`.
 
-The same at a URL: folders and wildcards where fsspec can list (s3://bucket/cc3m), braces everywhere. A web server has
-no list of its files, so its shards are named in full. `pipe:COMMAND` means one shard for each command that its braces
-make, named after the last .tar in the command; the command's output is the shard.
+A URL may have the same forms: folders and wildcards where fsspec can list files (s3://bucket/cc3m), braces everywhere.
+A web server has no list of its files, so its shards are named in full. `pipe:COMMAND` means one shard for each command
+that its braces make. The command's output is the shard, which is named after the last .tar in the command.
 """
 
 import glob
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
-from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join, list_filesystem, redact
+from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join_url, list_filesystem, redact
 from cosmos_scale.errors import UserError
 
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -31,7 +31,7 @@ class ShardPattern(ABC):
 
     @abstractmethod
     def known_names(self) -> tuple[list[str], list[str]]:
-        """List the shards that can be told without asking a server: (names, sorted; paths named in full but not there).
+        """List the shards that are known without asking a server: (sorted names, missing paths that are named in full).
 
         Names are relative to the deepest folder before any wildcard or brace.
         Raises: UserError where a folder holds compressed tars, or the pattern is not one.
@@ -39,11 +39,11 @@ class ShardPattern(ABC):
 
     @abstractmethod
     def list_names(self) -> list[str]:
-        """List all shards, sorted; raises UserError, too, where one named in full is known not to exist."""
+        """List all shards, sorted; raises UserError, too, where a shard named in full is known to be missing."""
 
     @abstractmethod
     def means(self) -> Callable[[str], bool]:
-        """Return a test of whether the pattern means a shard's name; it does not look for the shard."""
+        """Return a test of whether the pattern means a shard's name; the test does not look for the shard."""
 
     @abstractmethod
     def address(self, name: str) -> str:
@@ -55,7 +55,7 @@ class ShardPattern(ABC):
 
 
 def parse_pattern(pattern: str) -> ShardPattern:
-    """Tell what kind of place a pattern means; raises UserError where it is not a valid one."""
+    """Return a pattern's kind of shards; raises UserError where the pattern is not valid."""
     if pattern.startswith(PIPE):
         return _Commands(*_named_commands(pattern))
     if is_remote(pattern):
@@ -136,7 +136,7 @@ class _Urls(ShardPattern):
         return _name_test(_expand(self.below))
 
     def address(self, name: str) -> str:
-        return join(self.folder, name)
+        return join_url(self.folder, name)
 
     def show(self, name: str) -> str:
         return redact(self.address(name))
@@ -144,7 +144,7 @@ class _Urls(ShardPattern):
 
 @dataclass(frozen=True)
 class _Commands(ShardPattern):
-    """Outputs of commands, by the shards' names; nothing lies beside them, so their index needs a place of its own."""
+    """Outputs of commands, by the shards' names. Nothing lies beside them, so their index needs a place of its own."""
 
     shown: str
     commands: dict[str, str]
@@ -208,7 +208,7 @@ def _named_commands(pattern: str) -> tuple[str, dict[str, str]]:
 
 
 def _refuse_parents(shown: str, names: Iterable[str]) -> None:
-    """Index files are called after shards: names that others chose must not lead out of the index's folder."""
+    """Refuse shard names with .. in them: index files are named after shards, and must not leave the index's folder."""
     if any(".." in name.split("/") for name in names):
         raise UserError(f"{shown}: a shard's path must not lead through ..")
 
@@ -235,7 +235,7 @@ def _name_test(patterns: list[str]) -> Callable[[str], bool]:
     wild = [PurePosixPath(pattern) for pattern in patterns if _has_wildcard(pattern)]
 
     def means(name: str) -> bool:
-        # `match` compares from the right: equal depths make it compare the whole name
+        # `match` compares from the right, so that only with equal depths the whole name is compared.
         parts = PurePosixPath(name)
         return name in named or any(len(parts.parts) == len(w.parts) and parts.match(str(w)) for w in wild)
 

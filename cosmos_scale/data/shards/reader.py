@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
-from cosmos_scale.data.samples.sample import DamagedSample, LostShard
+from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.cache import ShardCache
 from cosmos_scale.data.shards.store import (
     PIPE,
@@ -29,9 +29,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes both, and the json says more
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 OPEN_SHARDS = 64  # files kept open per process: a window of the order spans a few dozen shards
-CLOSE = 64 * 1024  # bytes between a sample's members that are read along, rather than asked for twice
+CLOSE = 64 * 1024  # most bytes between a sample's members that are read along with them, in one request for both
 DEFAULT_REMOTE = RemoteConfig()
-# What a file on a network mount may say while its server is away; of the mount itself, that nothing is there.
+# Errors of files on a network mount while its server is away. ENOENT: the mount itself is gone.
 MAY_PASS = (
     errno.ENOENT,
     errno.ESTALE,
@@ -42,6 +42,10 @@ MAY_PASS = (
     errno.EHOSTDOWN,
     errno.EREMOTEIO,
 )
+
+
+# Servers of which this process has said that they send whole shards only; forked processes know it too.
+_SAID_WITHOUT_PARTS: set[str] = set()
 
 
 class Entry(NamedTuple):
@@ -124,7 +128,7 @@ def parse_text(data: bytes, kind: str) -> dict[str, Any]:
 
 
 class Folders:
-    """Looks for files by listing their folders: where those are far away, asking for each of thousands takes long."""
+    """Looks for files by listing their folders: on a far disk, to ask for thousands of files one by one takes long."""
 
     def __init__(self) -> None:
         self._names: dict[str, set[str]] = {}
@@ -135,18 +139,20 @@ class Folders:
         if folder not in self._names:
             self._names[folder] = set(os.listdir(folder or "."))
         if name not in self._names[folder]:
-            os.stat(path)  # most likely says why not
+            os.stat(path)  # raises, with the reason
 
 
 class ShardReader:
     """Reads samples by offset, and knows which shards can no longer be reached.
 
-    A shard of this machine is a file kept open, as long as it is among those used most recently. Of one elsewhere, a
-    sample's bytes come by themselves where its store has ranges (picture and text in one request where they lie side
-    by side); else, or with data.remote.fetch: shards, the whole shard comes into data.remote.cache and is read there.
-    What may pass (see `Transient`; of files, also that they are not there) is tried again after waits that double.
+    Shards of this machine: the files that were used most recently are kept open.
+    Shards elsewhere: where the store has ranges, only a sample's bytes are fetched, picture and text in one request
+    where they lie side by side. Otherwise, or with data.remote.fetch: shards, the whole shard is fetched into
+    data.remote.cache and read there.
+    Errors that may pass (see `Transient`; a missing file is such an error) are followed by another try, after waits
+    that double.
 
-    Belongs to one process: make one in each worker, or hand one over by forking.
+    A reader belongs to one process. Each worker makes its own reader, or gets one by forking.
     """
 
     def __init__(self, remote: RemoteConfig = DEFAULT_REMOTE, open_shards: int = OPEN_SHARDS) -> None:
@@ -159,12 +165,12 @@ class ShardReader:
         self._lost: dict[str, str] = {}
 
     def check(self, shards: Iterable[ShardFile]) -> None:
-        """Look for shards before a run: one that is not as its index says now never was, and is the user's error.
+        """Look for shards before a run.
 
-        Of shards that go missing or change later, `read` says that they are lost. Looked for are all files of this
-        machine (by listing their folders), and of shards elsewhere the first of each source: asking for thousands
-        takes minutes.
-        Raises: UserError where a shard is missing, or has another size, or needs a cache where there is none.
+        A shard that differs from its index before the run never fitted it, which is the user's error. Shards that go
+        missing or change later are lost, which `read` says. The look covers all files of this machine (by listing
+        their folders), and the first shard of each source that lies elsewhere: to ask for thousands takes minutes.
+        Raises: UserError where a shard is missing, has another size, or needs a cache and there is none.
         """
         folders = Folders()
         asked: set[str] = set()
@@ -186,11 +192,12 @@ class ShardReader:
     def read(self, location: Location) -> tuple[bytes, dict[str, Any]]:
         """Return a sample's picture, undecoded, and its document.
 
-        Raises: LostShard where the shard cannot be reached, after all retries, or has another size than its index
-        says; UserError where it must not be read; DamagedSample where the members do not lie where the index says.
+        Raises: UnreachableShard where the shard cannot be reached after all retries, or has another size than its
+        index says; UserError where the shard must not be read; DamagedSample where the members do not lie where the
+        index says.
         """
         entry = location.entry
-        # The header before the data comes along: it tells whether the index still fits.
+        # The member's header, just before its data, is read too: the header tells whether the index still fits.
         image = entry.image_offset - BLOCK, BLOCK + entry.image_size
         text = entry.text_offset - BLOCK, BLOCK + entry.text_size
         start, end = min(image[0], text[0]), max(sum(image), sum(text))
@@ -212,14 +219,14 @@ class ShardReader:
 
     def _bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
         if shard.address in self._lost:
-            raise LostShard(shard.source, shard.shown, self._lost[shard.address])
+            raise UnreachableShard(shard.source, shard.shown, self._lost[shard.address])
         read = self._remote_bytes if is_remote(shard.address) else self._local_bytes
         try:
             return retried(lambda: read(shard, offset, size), self._remote, await_missing=True)
         except Transient as failure:
             reason = _other_size(shard, failure.found) if isinstance(failure, WrongSize) else str(failure)
-            self._lost[shard.address] = reason  # the next sample of it need not try again
-            raise LostShard(shard.source, shard.shown, reason) from failure
+            self._lost[shard.address] = reason  # for the shard's next sample nothing is tried again
+            raise UnreachableShard(shard.source, shard.shown, reason) from failure
 
     def _remote_bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
         store = self._stores.of(shard.address)
@@ -228,7 +235,7 @@ class ShardReader:
                 return store.read(shard.address, offset, size, shard.size)
             except NoParts:
                 self._note_without_parts(shard)
-        assert self._cache is not None  # by the rule between the keys, or else by the note
+        assert self._cache is not None  # a rule between config keys, or else _note_without_parts, has made sure
         return self._cache.read(
             shard.address, shard.size, offset, size, lambda: store.pieces(shard.address, shard.size)
         )
@@ -248,9 +255,10 @@ class ShardReader:
         if self._cache is None:
             raise UserError(f"data.remote.cache: null; must name a folder: {shard.shown} comes whole only")
         server = _server(shard.address)
-        if server not in self._without_parts and server != PIPE and self._remote.fetch == "parts":
+        if server not in _SAID_WITHOUT_PARTS and server != PIPE and self._remote.fetch == "parts":
             note = f"serves no byte ranges, so that whole shards are kept in data.remote.cache, {self._cache.folder}"
             print(f"{redact(server)}: {note}", file=sys.stderr)
+            _SAID_WITHOUT_PARTS.add(server)
         self._without_parts.add(server)
 
     def _local_bytes(self, shard: ShardFile, offset: int, size: int) -> bytes:
@@ -281,7 +289,7 @@ class ShardReader:
 
 
 def _member(data: bytes, offset: int, size: int) -> bytes:
-    """Return a member's data from a stretch that starts with its header; raises DamagedSample where it does not."""
+    """Return a member's data from bytes that start with the member's header; raises DamagedSample where they do not."""
     # Bytes 124 to 135 of a header hold the member's size in octal digits (POSIX ustar).
     if len(data) != BLOCK + size or _octal(data[124:136]) != size:
         raise DamagedSample(f"no member of {size} bytes at byte {offset}: the shard has changed or is damaged")
@@ -289,7 +297,7 @@ def _member(data: bytes, offset: int, size: int) -> bytes:
 
 
 def _octal(field: bytes) -> int | None:
-    """The number in a header's field, which some writers of tars fill up with zeros and some with spaces."""
+    """The number in a header's field; some writers of tars pad the field with zeros, some with spaces."""
     try:
         return int(field.strip(b" \0"), 8)
     except ValueError:

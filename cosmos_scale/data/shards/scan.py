@@ -40,7 +40,10 @@ _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 class Rejected(NamedTuple):
-    """A sample that cannot be used; the header of its first member, picture or text if it has any, starts at `byte`."""
+    """A sample that cannot be used.
+
+    byte: where its picture's or text's header starts, whichever comes first; the first member's where it has neither.
+    """
 
     key: str
     reason: str
@@ -66,7 +69,7 @@ class _Member(NamedTuple):
 def scan_shard(address: Path | str, shown: str | None = None, remote: RemoteConfig = DEFAULT_REMOTE) -> ShardScan:
     """Read a shard's headers and texts, not its pixels, and list its samples in order.
 
-    A shard that is not a file of this machine is read once, through a temporary file. shown: its name in messages.
+    A shard that is not a file of this machine is read once, through a temporary file. shown: the shard in messages.
     Raises: UserError where the shard is missing, compressed or cannot be read.
     """
     name = shown or str(address)
@@ -120,7 +123,7 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[_
         for info in archive:
             if not info.isfile() or info.issparse():
                 continue
-            # Bytes that are not UTF-8 come as lone surrogates; they are spelled out (\xe9), since names are printed.
+            # tarfile turns bytes that are not UTF-8 into lone surrogates. They are spelled out (\xe9) to be printed.
             name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             if info.offset_data + info.size > size:
                 torn.append(f"truncated: member {name} should end at byte {info.offset_data + info.size}, not {size}")
@@ -129,19 +132,36 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[_
             if match:
                 yield _Member(match[1], match[2].lower(), info.offset_data, info.size)
     except (tarfile.TarError, ValueError):
-        pass  # the end marker is missing too, which the check below reports with its place
-    # tarfile takes any broken header but the first for the end of the archive: only a block of zeros is one.
+        pass  # the end marker is missing too: torn_end reports the place
+    end = torn_end(archive)
+    if end is not None and end.is_short:
+        torn.append(f"truncated: ends at byte {size} without an end-of-archive block")
+    elif end is not None:
+        torn.append(f"damaged: no tar header at byte {end.byte}; the rest cannot be reached")
+
+
+class TornEnd(NamedTuple):
+    """How an archive breaks off: the file ends at a byte (`is_short`), or what stands at the byte is no header."""
+
+    byte: int
+    is_short: bool
+
+
+def torn_end(archive: tarfile.TarFile) -> TornEnd | None:
+    """Return how an archive breaks off after its last member was read; None where it ends as archives do.
+
+    tarfile takes any broken header but the first for the end of the archive: only a block of zeros is the end.
+    """
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     block = archive.fileobj.read(BLOCK)
     if len(block) < BLOCK:
-        torn.append(f"truncated: ends at byte {size} without an end-of-archive block")
-    elif block.count(0) != BLOCK:
-        torn.append(f"damaged: no tar header at byte {archive.offset}; the rest cannot be reached")
+        return TornEnd(archive.offset + len(block), is_short=True)
+    return None if block.count(0) == BLOCK else TornEnd(archive.offset, is_short=False)
 
 
 def _split_repeats(members: list[_Member]) -> tuple[list[_Member], list[_Member]]:
-    """Cut members of one key where an extension of samples comes again: (first sample, first member of the others)."""
+    """Cut the members of one key where an extension of samples comes again: (first sample, others' first members)."""
     first: list[_Member] = []
     repeats: list[_Member] = []
     seen: set[str] = set()
@@ -157,19 +177,19 @@ def _split_repeats(members: list[_Member]) -> tuple[list[_Member], list[_Member]
 
 
 def _first(members: list[_Member], extensions: tuple[str, ...]) -> _Member | None:
-    """The first member with one of these extensions, which are in order of preference."""
+    """The first member with one of some extensions, which are in order of preference."""
     return next((member for extension in extensions for member in members if member.extension == extension), None)
 
 
 def _picture_fault(file: BinaryIO, member: _Member) -> str | None:
-    """What is wrong with a picture as far as its ends tell: damage inside shows when it is decoded."""
+    """What is wrong with a picture, judged by its first and last bytes. Decoding shows damage between them."""
     descriptor = file.fileno()
     kind = picture_format(os.pread(descriptor, min(12, member.size), member.offset))
     if kind is None:
         return "not a JPEG, PNG or WebP picture"
     tail = min(JPEG_TAIL, member.size)
     if kind == "jpeg" and b"\xff\xd9" not in os.pread(descriptor, tail, member.offset + member.size - tail):
-        try:  # no end marker: cut off, or followed by a camera's own data
+        try:  # without an end marker the picture is cut off, or a camera's own data follows it
             decode_rgbx(os.pread(descriptor, member.size, member.offset), sys.maxsize)
         except DamagedSample as damage:
             return f"damaged JPEG: {damage}"
@@ -181,7 +201,7 @@ def _text_fault(file: BinaryIO, member: _Member) -> str | None:
         document = parse_text(os.pread(file.fileno(), member.size, member.offset), member.extension)
     except DamagedSample as damage:
         return str(damage)
-    # Which keys hold captions depends on the run's sampling; without any string no sampling finds one.
+    # Which keys hold captions depends on the run's sampling. Without any string no sampling finds a caption.
     return None if _holds_text(document) else f"empty text: no string in its {member.extension}"
 
 

@@ -1,8 +1,8 @@
 """Shards that are not files of this machine: on web servers, where fsspec reaches, or the output of commands.
 
-A store reads parts of a shard, or all of it piece by piece. What may pass is raised as `Transient`, and `retried` waits
-and tries again; what no retry mends is a UserError. No message holds a secret: user names, passwords and queries of
-URLs are left out of them, and of commands all but the shard's name.
+A store reads parts of a shard, or the whole shard piece by piece. An error that may pass is raised as `Transient`, and
+`retried` waits and tries again; an error that no retry mends is a UserError. No message holds a secret: messages leave
+out user names, passwords and queries of URLs, and everything of a command but the shard's name.
 """
 
 import os
@@ -38,20 +38,20 @@ _NO_ACCESS = (401, 403, 407)
 
 
 class Transient(Exception):
-    """A read failed in a way that may pass; the text says how. `final`: another try would find the same."""
+    """A failure of a read that may pass; the text says how the read failed. final: another try would fail alike."""
 
     final = False
 
 
 class Missing(Transient):
-    """A shard is not there. Before a run that is final; later its server may be about to come back."""
+    """A shard is missing. Before a run the failure is final; during a run the shard's server may come back."""
 
     def __init__(self, how: str = "not found") -> None:
         super().__init__(how)
 
 
 class WrongSize(Transient):
-    """A shard has another size than its index says; `found` words it."""
+    """A shard has another size than its index says. found: the size, in words for messages."""
 
     def __init__(self, found: str, *, final: bool) -> None:
         super().__init__(f"{found} bytes came")
@@ -69,30 +69,30 @@ class Store(Protocol):
         """Read `size` bytes from `offset` on; `total`: bytes that the shard must have. Raises NoParts."""
 
     def pieces(self, address: str, total: int | None) -> Generator[bytes, None, None]:
-        """Yield all of a shard; raises WrongSize as soon as another `total` is known, else leaves counting to you."""
+        """Yield a whole shard. Raises WrongSize where the store says another total; the caller counts the bytes."""
 
     def close(self) -> None:
         """Close connections; the next read opens new ones."""
 
 
 def is_remote(address: str) -> bool:
-    """Whether this is a URL or a command rather than a path."""
+    """Whether an address is a URL or a command rather than a path."""
     return address.startswith(PIPE) or _URL.match(address) is not None
 
 
 def is_web(address: str) -> bool:
-    """Whether this is the URL of a web server, which has ranges at best, and no list of its files."""
+    """Whether an address is a web server's URL: such servers have ranges at best, and no list of their files."""
     return address.lower().startswith(("http://", "https://"))
 
 
-def join(folder: str, name: str) -> str:
+def join_url(folder: str, name: str) -> str:
     """Return the URL of a file in a folder; the folder's query, such as a token, stays at the end."""
     base, mark, query = folder.partition("?") if is_web(folder) else (folder, "", "")
     return f"{base if base.endswith('://') else base.rstrip('/')}/{name}{mark}{query}"
 
 
 def redact(text: str, address: str = "") -> str:
-    """Leave the secrets of URLs out of a text; address: one whose secrets may stand in it by themselves."""
+    """Leave the secrets of URLs out of a text. address: a URL whose secrets may stand in the text without the URL."""
     if is_web(address):
         parts = urlsplit(address)
         for secret in (parts.query, parts.netloc.rpartition("@")[0], parts.password):
@@ -103,8 +103,8 @@ def redact(text: str, address: str = "") -> str:
 def retried(action: Callable[[], Result], remote: RemoteConfig, *, await_missing: bool = False) -> Result:
     """Return what `action` returns, trying again, after waits that double, where it raises Transient.
 
-    await_missing: whether what is not there may come back.
-    Raises: the last Transient, and all else that `action` raises, at once.
+    await_missing: whether a missing shard may come back.
+    Raises: the last Transient; any other exception of `action` at once.
     """
     wait = remote.backoff_s
     for _ in range(remote.retries):

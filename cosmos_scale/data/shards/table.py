@@ -1,4 +1,4 @@
-"""The table of one shard's samples, a `.index.npy`: where each lies, so that any is reached without the others."""
+"""The table of one shard's samples, a `.index.npy`: where each sample lies, so that no other need be read."""
 
 import io
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, MAY_PASS, Entry
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, redact, retried
 from cosmos_scale.errors import UserError
 
-Table = NDArray[np.void]
+SampleTable = NDArray[np.void]
 
 _NUMBERS = ("image_offset", "image_size", "text_offset", "text_size")
 _ONCE = RemoteConfig(retries=0)
 
 
 class NoTable(Transient):
-    """A file is there, but is no table, or a damaged one."""
+    """A file that is no table, or a damaged table."""
 
     final = True
 
@@ -37,11 +37,11 @@ def pack_table(entries: Sequence[Entry]) -> bytes:
     return buffer.getvalue()
 
 
-def open_table(path: str, remote: RemoteConfig | None = None) -> Table:
-    """Memory-map a table, or fetch it where it lies at a URL.
+def open_table(path: str, remote: RemoteConfig | None = None) -> SampleTable:
+    """Memory-map a table, or fetch a table that lies at a URL.
 
     remote: how often to try again; None: do not wait for a file to come back.
-    Raises: Transient where it cannot be read in the end; UserError where it must not be read.
+    Raises: Transient where the table cannot be read after all retries; UserError where it must not be read.
     """
     if is_remote(path):
         file = io.BytesIO()
@@ -50,17 +50,17 @@ def open_table(path: str, remote: RemoteConfig | None = None) -> Table:
     return retried(lambda: _parsed(path), remote or _ONCE, await_missing=True)
 
 
-def entry_of(table: Table, place: int) -> Entry:
-    """Return one sample of a table; bytes of its key that are no UTF-8 are spelled out (\\xe9)."""
+def entry_of(table: SampleTable, place: int) -> Entry:
+    """Return one sample of a table; bytes of the sample's key that are no UTF-8 are spelled out (\\xe9)."""
     key, image_offset, image_size, text_offset, text_size, kind = table[place].item()
     shown = key.decode("utf-8", "backslashreplace")
     return Entry(shown, image_offset, image_size, text_offset, text_size, kind.decode("ascii", "replace"))
 
 
-def _parsed(file: str | io.BytesIO) -> Table:
+def _parsed(file: str | io.BytesIO) -> SampleTable:
     try:
         if isinstance(file, str):
-            table: Table = np.lib.format.open_memmap(file, mode="r")
+            table: SampleTable = np.lib.format.open_memmap(file, mode="r")
         else:
             table = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
@@ -68,7 +68,7 @@ def _parsed(file: str | io.BytesIO) -> Table:
         if error.errno in MAY_PASS:
             raise Transient(reason) from error
         raise UserError(f"{redact(str(file))}: index cannot be read: {reason}") from error
-    except Exception as error:  # of bytes that are no table numpy raises errors of many kinds
+    except Exception as error:  # numpy raises errors of many kinds for bytes that are no table
         raise NoTable("damaged") from error
     if table.ndim != 1 or table.dtype.names != ("key", *_NUMBERS, "text_kind"):
         raise NoTable("no table of samples")

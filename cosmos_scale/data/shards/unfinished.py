@@ -1,11 +1,11 @@
-"""What an unfinished indexing of far shards has done: terabytes are not read again for the last shard's sake."""
+"""What an unfinished indexing of far shards has done, so that no shard is read twice: they may be terabytes."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from cosmos_scale.errors import UserError
+from cosmos_scale.files import writing
 
 
 class IndexedShard(NamedTuple):
@@ -19,13 +19,13 @@ class IndexedShard(NamedTuple):
 
 
 class Unfinished:
-    """A file of shards that are done, a line each; it is there only while others are not."""
+    """A file of shards that are done, a line each. The file is deleted when all shards are done."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self, names: Iterable[str]) -> dict[str, IndexedShard]:
-        """Return those of some shards that are done, by name; a torn line means one that is not."""
+        """Return the shards that are done among some shards, by name. A shard whose line is torn is not done."""
         wanted = set(names)
         done = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
@@ -39,12 +39,9 @@ class Unfinished:
 
     def append(self, shard: IndexedShard) -> None:
         """Write down that a shard is done."""
-        try:
-            with self._path.open("ab") as file:
-                file.write(json.dumps(shard).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+        with writing(self._path), self._path.open("ab") as file:
+            file.write(json.dumps(shard).encode() + b"\n")
 
     def remove(self) -> None:
-        """All are done, and the index says so."""
+        """Delete the file: all shards are done, and the index says so."""
         self._path.unlink(missing_ok=True)

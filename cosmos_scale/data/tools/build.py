@@ -14,17 +14,16 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from cosmos_scale.config import DataConfig
-from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.samples.sample import DamagedSample
-from cosmos_scale.data.shards.index import REJECTED, index_shards, make_folder
+from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
+from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.samples.sample import DamagedSample, reason_class
+from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
-from cosmos_scale.data.tools.captions_file import Row, count_lines, read_rows
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
+from cosmos_scale.data.tools.captions_file import CaptionRow, count_lines, read_rows
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, whole_file, writing
 
-JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: next to no loss
-MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
+JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
 
 
 class BuildReport(NamedTuple):
@@ -52,7 +51,7 @@ class _Reject(NamedTuple):
 
 class _Job(NamedTuple):
     shard: Path
-    rows: list[Row]
+    rows: list[CaptionRow]
 
 
 class _Written(NamedTuple):
@@ -72,8 +71,8 @@ def build_shards(
 ) -> BuildReport:
     """Pack pictures and their captions into shards, and index them.
 
-    JPEGs are kept byte for byte; PNG and WebP become JPEG. Each stretch of `samples_per_shard` rows becomes one shard,
-    less the rows whose picture is missing or damaged or that have no caption: those are named in `rejected.jsonl`.
+    JPEGs are kept byte for byte; PNG and WebP become JPEG. Each stretch of `samples_per_shard` rows becomes one shard.
+    Rows whose picture is missing or damaged, and rows without caption, are left out and named in `rejected.jsonl`.
     The shards' bytes do not depend on `workers`; a sample's key is its row's number.
     Raises: UserError where an input is missing or unusable, `out` holds shards already, or no row is left.
     """
@@ -90,7 +89,7 @@ def build_shards(
         for written in results:
             samples += written.samples
             for reject in written.rejected:
-                rejected[reject.reason.split(": ")[0]] += 1
+                rejected[reason_class(reject.reason)] += 1
                 log.write(json.dumps(reject._asdict()) + "\n")
             advance(written.rows)
     if samples == 0:
@@ -108,23 +107,18 @@ def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
 
 
 def _write_shard(images: Path, job: _Job) -> _Written:
-    """Write one shard under another name, and rename it when it is whole; none where no row can be used."""
-    part = job.shard.with_suffix(".part")
-    try:
+    """Write one shard, whole or not at all; no shard where no row can be used."""
+    with writing(job.shard), whole_file(job.shard) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
             rejected = _write_rows(images, job.rows, shard)
         samples = len(job.rows) - len(rejected)
-        if samples:
-            part.replace(job.shard)
-        else:
+        if not samples:
             part.unlink()
-    except OSError as error:
-        raise UserError(f"{part}: cannot be written: {error.strerror or error}") from error
     return _Written(len(job.rows), samples, rejected)
 
 
-def _write_rows(images: Path, rows: list[Row], shard: TarWriter) -> list[_Reject]:
+def _write_rows(images: Path, rows: list[CaptionRow], shard: TarWriter) -> list[_Reject]:
     rejected = []
     for row in rows:
         try:
@@ -137,12 +131,12 @@ def _write_rows(images: Path, rows: list[Row], shard: TarWriter) -> list[_Reject
     return rejected
 
 
-def _jpeg(images: Path, row: Row) -> bytes:
-    """Read a row's picture as JPEG bytes, decoded once to be sure that it can be; raises DamagedSample."""
+def _jpeg(images: Path, row: CaptionRow) -> bytes:
+    """Read a row's picture as JPEG bytes. The picture is decoded once as a check; raises DamagedSample."""
     if row.fault is not None:
         raise DamagedSample(row.fault)
     data = _find(images, str(row.image))
-    pixels = decode_rgbx(data, MAX_PIXELS)
+    pixels = decode_rgbx(data, DEFAULT_MAX_PIXELS)
     if picture_format(data[:12]) == "jpeg":
         return data
     buffer = io.BytesIO()
@@ -153,7 +147,7 @@ def _jpeg(images: Path, row: Row) -> bytes:
 def _find(images: Path, name: str) -> bytes:
     """Read the picture that a row names by its path in the folder, with or without its extension.
 
-    Links in the folder are followed; a path that leads out of it is refused, since a file of captions from elsewhere
+    Links in the folder are followed. A path that leads out of the folder is refused, since a foreign file of captions
     must not pull in any picture of this machine.
     """
     extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.samples.captions import POOL_KEYS
+from cosmos_scale.data.samples.captions import POOL_KEYS, plain_column
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
@@ -21,8 +21,12 @@ CAPTION_COLUMNS = {name.lower(): name for name in POOL_KEYS["textcrop"]} | {
 }
 
 
-class Row(NamedTuple):
-    """One row: its number (from 1, header left out), the picture it names, its captions; or what is wrong with it."""
+class CaptionRow(NamedTuple):
+    """One row of a captions file.
+
+    number: from 1, header left out. image: the picture that the row names. document: the row's captions. fault: what is
+    wrong with the row, if anything is.
+    """
 
     number: int
     image: str | None
@@ -30,8 +34,8 @@ class Row(NamedTuple):
     fault: str | None
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a .jsonl or .csv file in order; rows that cannot be used come with their fault.
+def read_rows(path: Path) -> Iterator[CaptionRow]:
+    """Yield the rows of a .jsonl or .csv file in order; rows that cannot be used have a fault.
 
     Raises: UserError where the file cannot be read, is of another kind, or its header lacks a needed column.
     """
@@ -53,7 +57,7 @@ def count_lines(path: Path) -> int:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
+def _read_json_lines(path: Path) -> Iterator[CaptionRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -61,21 +65,21 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
             try:
                 values = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as error:
-                yield Row(number, None, {}, f"not json: {error}")
+                yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
             if isinstance(values, dict):
                 yield _row(number, values)
             else:
-                yield Row(number, None, {}, f"not an object: json is a {type(values).__name__}")
+                yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[CaptionRow]:
     csv.field_size_limit(sys.maxsize)  # long captions of many sentences pass the default of 128 KiB
-    # Bytes that are not UTF-8 come through as lone surrogates, so that only the rows that hold some are lost.
+    # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file)
         header = next(reader, [])
-        columns = {_plain(name) for name in header}
+        columns = {plain_column(name) for name in header}
         for needed, known in (("picture", IMAGE_COLUMNS), ("caption", tuple(CAPTION_COLUMNS))):
             if columns.isdisjoint(known):
                 raise UserError(
@@ -86,18 +90,18 @@ def _read_csv(path: Path) -> Iterator[Row]:
             if not cells:
                 continue
             if fault := next(filter(None, map(_undecoded, cells)), None):
-                yield Row(number, _named(dict(zip(map(_plain, header), cells, strict=False))), {}, fault)
+                yield CaptionRow(number, _named(dict(zip(map(plain_column, header), cells, strict=False))), {}, fault)
             elif len(cells) != len(header):
-                yield Row(number, None, {}, f"wrong number of cells: {len(cells)}, the header has {len(header)}")
+                yield CaptionRow(number, None, {}, f"wrong number of cells: {len(cells)}, the header has {len(header)}")
             else:
                 yield _row(number, {name: _listed(cell) for name, cell in zip(header, cells, strict=True)})
 
 
-def _row(number: int, values: dict[str, Any]) -> Row:
-    plain = {_plain(name): value for name, value in values.items()}
+def _row(number: int, values: dict[str, Any]) -> CaptionRow:
+    plain = {plain_column(name): value for name, value in values.items()}
     image = _named(plain)
     if image is None:
-        return Row(number, None, {}, f"no picture named: expected one of {', '.join(IMAGE_COLUMNS)}")
+        return CaptionRow(number, None, {}, f"no picture named: expected one of {', '.join(IMAGE_COLUMNS)}")
     document: dict[str, str | list[str]] = {}
     for column, key in CAPTION_COLUMNS.items():
         value = plain.get(column)
@@ -108,8 +112,8 @@ def _row(number: int, values: dict[str, Any]) -> Row:
             if any(sentence.strip() for sentence in value):
                 document[key] = value
         elif value is not None:
-            return Row(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
-    return Row(number, image, document, None if document else "no caption")
+            return CaptionRow(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
+    return CaptionRow(number, image, document, None if document else "no caption")
 
 
 def _named(plain: dict[str, Any]) -> str | None:
@@ -118,7 +122,7 @@ def _named(plain: dict[str, Any]) -> str | None:
 
 
 def _undecoded(cell: str) -> str | None:
-    """What is wrong with a cell of which some bytes are not UTF-8."""
+    """What is wrong with a cell that holds bytes that are not UTF-8; None for other cells."""
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -126,12 +130,8 @@ def _undecoded(cell: str) -> str | None:
     return None
 
 
-def _plain(name: str) -> str:
-    return name.strip().lower().replace(" ", "_")
-
-
 def _listed(cell: str) -> str | list[str]:
-    """A cell that spells a list of strings, in json or as Python prints it, becomes that list."""
+    """Return the list of strings that a cell spells in json or in Python's syntax, or else the cell."""
     if not (cell.startswith("[") and cell.endswith("]")):
         return cell
     for parse in (json.loads, ast.literal_eval):

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cosmos_scale.data.decode import MEAN, STD, Views
+from cosmos_scale.files import make_folder
 
 MARGIN, GAP, LINE, LABEL = 20, 8, 18, 18
 CAPTION_WIDTH = 620
@@ -23,9 +24,10 @@ Cell = tuple[str, str, Image.Image]
 
 
 class Original(NamedTuple):
-    """What a row's views come from: its name, the decoded picture [H, W, 3 or more] uint8, each view's box in it.
+    """What a row's views are made of.
 
-    boxes: [V, 4] top, left, height, width in pixels, global crops first.
+    title: the row's name. picture: decoded, [H, W, 3 or more] uint8. boxes: [V, 4], each view's top, left, height and
+    width in the picture's pixels, global crops first.
     """
 
     title: str
@@ -44,7 +46,7 @@ def contact_sheet(
 
     samples: one (views, captions) a row, as `execute` and `draw_captions` return them. global_captions: how many of the
     captions are marked as global. zoom: side of the square, in pixels of the PNG, that shows one pixel of a view.
-    originals: one a row, shown before its views, with a frame around what each view is cut from.
+    originals: one a row, shown before the row's views, with a frame around the box of each view.
     """
     if not samples:
         raise ValueError("a contact sheet needs at least one sample")
@@ -67,7 +69,7 @@ def contact_sheet(
         sheet.paste(row, (MARGIN, top + MARGIN))
         top += row.height + 2 * MARGIN
         draw.line((MARGIN, top, width - MARGIN, top), fill=RULE)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     sheet.save(path, format="PNG")
 
 
@@ -85,7 +87,7 @@ def _row(views: Views, captions: list[str], global_captions: int, zoom: int, fon
     global_cells, local_cells = cells("global", GLOBAL, views.global_crops), cells("local", LOCAL, views.local_crops)
     blocks = [_grid(global_cells, len(global_cells), zoom, font)]
     if local_cells:
-        # About as many rows of local crops as stand beside one global crop.
+        # As many rows of local crops as fit beside one global crop.
         local_rows = max(1, round(blocks[0].height / (LABEL + local_cells[0][2].height + GAP)))
         blocks.append(_grid(local_cells, -(-len(local_cells) // local_rows), zoom, font))
     blocks.append(_captions(captions, global_captions, font, bold))
@@ -111,7 +113,7 @@ def _beside(row: Image.Image, original: Original, global_crops: int, font: Font,
         corners = [round(scale * edge) for edge in (left, top, left + width, top + height)]
         right, bottom = min(corners[2], size[0]) - 1, min(corners[3], size[1]) - 1
         frame = (corners[0], corners[1], max(right, corners[0]), max(bottom, corners[1]))
-        pen.rectangle(frame, outline=PAPER, width=3)  # a white edge, to be seen on dark and on coloured ground
+        pen.rectangle(frame, outline=PAPER, width=3)  # a white edge, so that the frame shows on dark ground too
         pen.rectangle(frame, outline=GLOBAL if view < global_crops else LOCAL, width=2)
 
     title_lines = list(_wrap(original.title, bold, row.width + ORIGINAL_WIDTH))

@@ -1,12 +1,11 @@
 """What lies in shards, measured on some of their samples: `cosmos-scale data inspect`.
 
-Everything is counted by value, so that the tallies of many processes add up exactly, and stay small for any number of
-samples. Pictures are not decoded: their headers tell size and format. `data verify` reads them whole.
+Everything is counted by value. So the tallies of many processes add up exactly, and stay small for any number of
+samples. Pictures are not decoded: their headers tell size and format. `data verify` reads pictures whole.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -16,29 +15,28 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cosmos_scale.batch import caption_lengths
-from cosmos_scale.config import DataConfig, RunConfig
+from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
-from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.samples.view_plan import plan_views
-from cosmos_scale.data.shards.index import MergedIndex, open_sources
+from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
-from cosmos_scale.data.tools.verify import reason_class
+from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.errors import ShardsLost, UserError
-
-Tokenize = Callable[[Sequence[str]], Tensor]
+from cosmos_scale.data.training.order import EpochOrder
+from cosmos_scale.data.training.worker import Tokenize
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
 SAMPLES_A_JOB = 64
 SHOWN_SIDE = 224  # about the side of a global crop on a contact sheet
 SHOWN_TEXT = 1000  # characters of a caption on it: more than a text tower reads
-CHOICE_STREAM = 0x494E5350454354  # which samples are read shares no stream with what is drawn for them
+CHOICE_STREAM = 0x494E5350454354  # the choice of samples shares no random stream with the draws for a sample
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Tally:
     local_tokens: Counter[int] = field(default_factory=Counter)
 
     def add(self, other: "Tally") -> None:
-        """Add another's counts to these."""
+        """Add another tally's counts to this one's."""
         for one in fields(self):
             mine, theirs = getattr(self, one.name), getattr(other, one.name)
             if isinstance(mine, Counter):
@@ -88,13 +86,6 @@ class Survey(NamedTuple):
     tally: Tally
 
 
-class _Pass(NamedTuple):
-    """One pass over samples; number tells it from others of the same process."""
-
-    data: DataConfig
-    number: int
-
-
 def survey(
     config: RunConfig,
     tokenize: Tokenize,
@@ -106,8 +97,8 @@ def survey(
 ) -> Survey:
     """Read samples of the config's sources and count what they hold; captions are those of an epoch of the run.
 
-    tokenize: texts to ids [N, L], with an L that cuts nothing off. samples: how many, drawn at random
-    from the index by the run's seed; None: all.
+    tokenize: texts to ids [N, L], with an L that cuts nothing off. samples: how many are read, drawn at random from the
+    index by the run's seed; None: all.
     Raises: UserError where the index or a shard is missing or stale.
     """
     index = open_sources(config.data.sources)
@@ -124,7 +115,7 @@ def survey(
         for source in index.sources
     ]
     chosen = len(index) if samples is None else min(samples, len(index))
-    work = partial(_tally, _Pass(config.data, time.monotonic_ns()), config.seed, epoch, tokenize)
+    work = partial(_tally, begin_pass(config.data), config.seed, epoch, tokenize)
     tally = Tally()
     with progress_bar("reading samples", chosen, show=progress) as advance:
         for part in map_jobs(work, _jobs(len(index), chosen, config.seed), workers):
@@ -134,7 +125,7 @@ def survey(
 
 
 def _jobs(total: int, chosen: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Sample ids in ascending order, some at a time: neighbours lie in one shard."""
+    """Yield sample ids in ascending order, some at a time: neighbours lie in one shard."""
     if chosen == total:
         for first in range(0, total, SAMPLES_A_JOB):
             yield np.arange(first, min(first + SAMPLES_A_JOB, total))
@@ -145,13 +136,13 @@ def _jobs(total: int, chosen: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 
 @lru_cache(maxsize=1)
-def _opened(pass_: _Pass) -> tuple[MergedIndex, ShardReader]:
-    """The index and a reader, once a process and pass: a pass has many jobs."""
-    return open_sources(pass_.data.sources), ShardReader(pass_.data.remote)
+def _opened_reader(pass_: Pass) -> ShardReader:
+    """One reader a process, which keeps shards and connections open from job to job."""
+    return ShardReader(pass_.data.remote)
 
 
-def _tally(pass_: _Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDArray[np.int64]) -> Tally:
-    index, reader = _opened(pass_)
+def _tally(pass_: Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDArray[np.int64]) -> Tally:
+    index, reader = opened_index(pass_), _opened_reader(pass_)
     captions = pass_.data.captions
     tally = Tally()
     for sample in samples.tolist():
@@ -162,7 +153,7 @@ def _tally(pass_: _Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDA
             pool = caption_pool(captions.sampling, document)
             texts = draw_captions(captions, document, SampleKey(seed, epoch, sample))
         except DamagedSample as damage:
-            tally.damaged[reason_class(str(damage))] += 1
+            tally.damaged[reason_class(str(damage), numbers=False)] += 1
             continue
         tally.samples += 1
         tally.image_bytes += location.entry.image_size
@@ -190,18 +181,18 @@ def picture_header(image_bytes: bytes, max_pixels: int) -> tuple[str, int, int]:
         raise DamagedSample(f"no picture header: {error}") from error
 
 
-def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int, first: int, count: int) -> None:
-    """Write a contact sheet of the samples that training visits from one position of an epoch on, as it makes them.
+def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int, first: int, count: int) -> None:
+    """Write a contact sheet of the samples that training visits from one position of an epoch on, with their views.
 
-    tokenize: what the loader wants; a sheet shows texts.
+    tokenize: needed by the loader alone; a sheet shows texts.
     Raises: UserError where there is no such position, a shard is missing or stale, or too many samples are damaged.
     """
-    # Batches of one sample, so that a step is a position; everything else is the run's, substitutes included.
+    # In batches of one sample a step is a position. Everything else is as in the run, substitutes included.
     one = config.train.model_copy(update={"global_batch": 1, "epoch_steps_multiple": 1})
     data = config.data.model_copy(update={"workers": 0, "max_damaged": 1.0, "decoder": "torch"})
     config = config.model_copy(update={"train": one, "data": data})
     index = open_sources(data.sources)
-    order = index.order(config.seed, data.window)
+    order = EpochOrder(index.source_shards(), config.seed, data.window)
     if first >= order.samples:
         raise UserError(f"--first {first}: an epoch of this data has {order.samples} positions, counted from 0")
     count = min(count, order.samples - first)
@@ -228,14 +219,14 @@ def draw_views(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int,
             rows.append((Views(batch.global_crops[:, 0], batch.local_crops[:, 0]), shown))
             originals.append(Original(title, picture, boxes))
     reader.close()
-    zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of a few pixels are small on a screen
+    zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of few pixels would be small on a screen
     contact_sheet(rows, path, data.captions.global_count, zoom, originals)
 
 
 @contextmanager
 def _nothing_to_lose() -> Iterator[None]:
-    """Where no run goes on without it, a lost shard is the user's error."""
+    """Turn a lost shard into the user's error: there is no run that could go on without the shard."""
     try:
         yield
-    except ShardsLost as loss:
+    except ShardsToGiveUp as loss:
         raise UserError(str(loss)) from loss

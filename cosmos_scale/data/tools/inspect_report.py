@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_scale.data.tools.inspect import Survey, Tally
+from cosmos_scale.files import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
 BAR = 40  # characters of the longest bar of a terminal's histogram
 BINS = 12
 COLUMNS = 4  # of the picture
-FEWEST_BINS = 7  # that a panel of it has room for
+FEWEST_BINS = 7  # a panel of the picture has room for so many bins at least
 BLUE, PALE, RED, INK = "#1e5a8a", "#8fb3cf", "#9a3412", "#1c1c22"
-TAIL = 0.995  # values above this quantile share the last bin: one sample must not squeeze all others into one bar
+TAIL = 0.995  # values above this quantile share the last bin, or one sample could squeeze all others into one bar
 SHARES = (0.0, 0.05, 0.5, 0.95, 1.0)
 SHARE_NAMES = ("least", "5%", "median", "95%", "most")
 
 
 class Bin(NamedTuple):
-    """A bar of a histogram: first and last whole number in it, and how many values; `last` None: no end."""
+    """A bar of a histogram: its first and last whole number (None: no end), and its height, the number of values."""
 
     first: int
     last: int | None
@@ -32,7 +33,7 @@ class Bin(NamedTuple):
 
 
 def histogram(values: Counter[int], most_bins: int = BINS) -> list[Bin]:
-    """Sort whole numbers into bins of one round width; none for no values."""
+    """Sort whole numbers into bins of one round width; returns no bins for no values."""
     if not values:
         return []
     low, high = min(values), quantile(values, TAIL)
@@ -113,7 +114,7 @@ def _figures(values: Counter[int]) -> dict[str, Any]:
     return {"mean": mean(values), **shares, "histogram": {str(value): values[value] for value in sorted(values)}}
 
 
-def show(survey: Survey, sampling: str, context_length: int, seed: int, epoch: int, console: Console) -> None:
+def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, epoch: int, console: Console) -> None:
     """Print a survey on a terminal."""
     tally = survey.tally
     _show_sources(survey, console)
@@ -189,7 +190,7 @@ def _shares(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count / total:.1%}" for name, count in common)
 
 
-def draw(survey: Survey, context_length: int, path: Path) -> None:
+def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
     """Write a PNG with a histogram of every measure, and the shares of picture formats."""
     from matplotlib.figure import Figure  # here: it takes half a second
 
@@ -208,7 +209,7 @@ def draw(survey: Survey, context_length: int, path: Path) -> None:
     for axes in panels:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     figure.savefig(path)
 
 
@@ -220,11 +221,11 @@ def _draw_histogram(axes: "Axes", name: str, values: Counter[int]) -> None:
     width = ends[0] - bins[0].first + 1 if ends else 1
     pale = bins[-1].last is None
     colours = [BLUE] * (len(bins) - 1) + [PALE if pale else BLUE]
-    # Half a unit to the left: a whole number stands in the middle of its bar.
+    # Half a unit to the left, so that a whole number stands in the middle of its bar.
     lefts, heights = [bar.first - 0.5 for bar in bins], [bar.height / values.total() for bar in bins]
     axes.bar(lefts, heights, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
     axes.axvline(quantile(values, 0.5), color=INK, linewidth=0.9, linestyle=":")
-    if len(bins) < FEWEST_BINS:  # or one bar fills the panel
+    if len(bins) < FEWEST_BINS:  # otherwise one bar would fill the panel
         middle = lefts[0] + width * len(bins) / 2
         axes.set_xlim(middle - width * FEWEST_BINS / 2, middle + width * FEWEST_BINS / 2)
     axes.set_xlabel(f"{name} (pale: {bins[-1].first:,} and more)" if pale else name, fontsize=9)
@@ -234,7 +235,7 @@ def _draw_histogram(axes: "Axes", name: str, values: Counter[int]) -> None:
 
 
 def _mark_cut(axes: "Axes", context_length: int) -> None:
-    """Draw a line behind the last token that a caption keeps, where the axis reaches so far."""
+    """Draw a line behind the last token that a caption keeps, if the axis reaches so far."""
     if axes.get_xlim()[1] <= context_length:
         return
     axes.axvline(context_length + 0.5, color=RED, linewidth=1)

@@ -1,16 +1,15 @@
 """Every sample of indexed shards, read whole: which are damaged, where they lie, and why. `cosmos-scale data verify`.
 
-A sample is sound where training would use it: its members lie where the index says, its picture decodes to the end and
-is not too large, its json has text for the sampling. Beside the samples, each shard's tar structure is compared with
-its index: what breaks off, what the index left out, what it does not know; and its bytes with the checksum that
-`data prepare` noted in manifest.json, where there is one: flipped bits of a JPEG often decode, to other pixels.
+A sample is sound if training would use it: its members lie where the index says, its picture decodes to the end and is
+not too large, and its json has text for the sampling. Each shard's tar structure is compared with the shard's index:
+where the shard breaks off, what the index leaves out, what the index names and the shard does not hold. The shard's
+bytes are compared with the checksum that `data prepare` noted in manifest.json, if there is one: flipped bits of a JPEG
+often decode, to other pixels.
 """
 
 import hashlib
 import json
-import re
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -22,24 +21,26 @@ from typing import Any, NamedTuple, TextIO
 
 from cosmos_scale.config import DataConfig, RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.samples.captions import draw_captions
-from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
+from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import writing
 
 SAMPLES_A_JOB = 128
 LISTED = 20  # faults kept for the terminal; a file takes all
 
 
 class Fault(NamedTuple):
-    """One damaged sample, or with `key` None a shard.
+    """One damaged sample, or with `key` None a damaged shard.
 
-    byte: where the sample's first member starts in the shard. indexed: whether training would come upon it.
+    byte: where the sample's first member starts in the shard. indexed: whether training would read the sample.
     """
 
     shard: str
@@ -51,7 +52,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What `verify_shards` found. Samples and bytes are the indexes'.
+    """What `verify_shards` found. samples, size: of all indexes, in samples and bytes.
 
     damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
     read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
@@ -76,7 +77,7 @@ class Verdict:
 
     def note(self, fault: Fault) -> None:
         """Count a fault."""
-        self.reasons[reason_class(fault.reason)] += 1
+        self.reasons[reason_class(fault.reason, numbers=False)] += 1
         if fault.key is None:
             self.shards_damaged += 1
         elif fault.indexed:
@@ -123,11 +124,6 @@ class Verdict:
         return {**vars(self), "first": [fault._asdict() for fault in self.first], "sound": self.sound}
 
 
-def reason_class(reason: str) -> str:
-    """Return the part of a reason that samples share, with N for its numbers."""
-    return re.sub(r"\d+", "N", reason.split(": ")[0])
-
-
 class _Job(NamedTuple):
     """Samples `first` to `last` of one shard of one source."""
 
@@ -138,20 +134,13 @@ class _Job(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """What one job found: its samples' faults, from a shard's first job the structure's, or why it cannot be read."""
+    """What one job found: its samples' faults; a shard's first job: its structure's too; or why it cannot be read."""
 
     job: _Job
     samples: list[Fault]
     structure: list[Fault]
     unreadable: Fault | None
-    checksum: bool = False  # whether there was one to compare with
-
-
-class _Pass(NamedTuple):
-    """One pass over all samples; number tells it from others of the same process."""
-
-    data: DataConfig
-    number: int
+    checksum: bool = False  # whether there was a checksum to compare with
 
 
 def verify_shards(
@@ -168,7 +157,7 @@ def verify_shards(
         samples=sum(row.samples for index in indexes for row in index.rows),
         size=sum(row.size for index in indexes for row in index.rows),
     )
-    check = partial(_check, _Pass(data, time.monotonic_ns()))
+    check = partial(_check, begin_pass(data))
     with ExitStack() as stack:
         file = None if log is None else stack.enter_context(_open_log(log))
         advance = stack.enter_context(progress_bar("verifying samples", verdict.samples, show=progress))
@@ -187,24 +176,22 @@ def verify_shards(
 
 
 def _faults(parts: Sequence[_Checked]) -> Iterator[Fault]:
-    """The faults of one shard: of the shard first, then of each sample once, by their place."""
+    """Yield the faults of one shard: first the shard's own, then each sample's once, by the samples' places."""
     unreadable = next((part.unreadable for part in parts if part.unreadable), None)
     if unreadable:
         yield unreadable
     structure = [fault for part in parts for fault in part.structure]
     yield from (fault for fault in structure if fault.key is None)
     samples = {(str(fault.key), fault.byte): fault for fault in structure if fault.key is not None}
-    # What reading says of a sample is what training would meet.
+    # The fault that reading found replaces the structure's: training would meet the former.
     samples.update({(str(fault.key), fault.byte): fault for part in parts for fault in part.samples})
     yield from sorted(samples.values(), key=lambda fault: fault.byte or 0)
 
 
 def _open_log(path: Path) -> TextIO:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
@@ -216,26 +203,24 @@ def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
 
 
 @lru_cache(maxsize=1)
-def _opened(pass_: _Pass) -> tuple[Sequence[SourceIndex], list[dict[str, str]]]:
-    """The indexes and their shards' checksums, once a process and pass: a pass has many jobs."""
-    indexes = open_sources(pass_.data.sources).sources
-    return indexes, [_checksums(index) for index in indexes]
+def _checksums(pass_: Pass) -> list[dict[str, str]]:
+    """For each source, the SHA-256 of its shards by name, read once a process."""
+    return [_noted_checksums(Path(index.folder)) for index in opened_index(pass_).sources]
 
 
-def _checksums(index: SourceIndex) -> dict[str, str]:
-    """The SHA-256 of the shards that a manifest beside the index names; none without one that says so."""
+def _noted_checksums(folder: Path) -> dict[str, str]:
+    """The checksums in the manifest beside an index; none where no readable manifest stands there."""
     try:
-        shards = json.loads((Path(index.folder) / MANIFEST).read_bytes())["shards"]
+        shards = json.loads((folder / MANIFEST).read_bytes())["shards"]
         return {str(shard["shard"]): str(shard["sha256"]) for shard in shards}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _check(pass_: _Pass, job: _Job) -> _Checked:
-    indexes, checksums = _opened(pass_)
-    index = indexes[job.source]
+def _check(pass_: Pass, job: _Job) -> _Checked:
+    index = opened_index(pass_).sources[job.source]
     row, file = index.rows[job.shard], index.shard_file(job.shard)
-    checksum = checksums[job.source].get(row.name)
+    checksum = _checksums(pass_)[job.source].get(row.name)
     structure: list[Fault] = []
     try:
         with _here(file, pass_.data.remote) as local:
@@ -253,7 +238,7 @@ def _check(pass_: _Pass, job: _Job) -> _Checked:
 
 @contextmanager
 def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
-    """A shard as a file of this machine: one from elsewhere comes whole, once, into a temporary file."""
+    """A shard as a file of this machine: a shard from elsewhere is fetched whole into a temporary file."""
     if not is_remote(file.address):
         yield file
         return
@@ -269,7 +254,7 @@ def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> 
     """Read a job's samples as training does; raises UserError where the shard is missing or stale."""
     faults: list[Fault] = []
     with closing(ShardReader()) as reader:
-        reader.check([local])  # says at once where there is none: reading would wait for it to come back
+        reader.check([local])  # fails at once where the shard is missing; reading would wait for its return
         for place in range(job.first, job.last):
             location = index.locate(job.shard, place)._replace(file=local)
             try:
@@ -299,7 +284,7 @@ def _compare(index: SourceIndex, shard: int, local: ShardFile) -> list[Fault]:
         entry = index.locate(shard, place).entry
         indexed[entry.key] = entry
     if scan.size != row.size:
-        return []  # reading it says so, and no place fits
+        return []  # reading the shard says so, and no place fits
     faults = [Fault(path, None, None, scan.torn, indexed=True)] if scan.torn else []
     found = {entry.key: entry for entry in scan.entries}
     for rejected in scan.rejected:

@@ -1,4 +1,4 @@
-"""What a run says of data that it could not use: one line a damaged sample or lost shard in damaged.jsonl."""
+"""What a run says of data that it could not use: damaged.jsonl, with a line for each damaged sample and lost shard."""
 
 import json
 from collections.abc import Sequence
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import writing
 
-# The share of damaged samples is taken of at least so many: one damaged picture in the first batch proves nothing.
+# The damaged share is taken of at least so many samples: one damaged picture in the first batch proves nothing.
 FEWEST_JUDGED = 1000
 
 
 class Damage(NamedTuple):
-    """One damaged sample, or where `sample` and `key` are None a lost shard, as it is written to damaged.jsonl."""
+    """One line of damaged.jsonl: a damaged sample, or a lost shard, whose `sample` and `key` are None."""
 
     step: int
     epoch: int
@@ -32,9 +33,9 @@ class DamageLog:
         self._listed: set[Damage] = set()
 
     def start(self, step: int) -> None:
-        """Take note of what the file says of steps from this one on: a resumed run comes upon it again.
+        """Take note of the file's lines on a step and the steps after it, since a resumed run meets their damage again.
 
-        Left out when it comes again, rather than deleted now: other ranks may be appending by now.
+        `append` then leaves this damage out. The lines are not deleted: other ranks may be appending already.
         """
         self._listed.clear()
         if not self.path.exists():
@@ -49,32 +50,30 @@ class DamageLog:
                 continue  # a torn line
 
     def append(self, damages: Sequence[Damage]) -> None:
-        """Write what is not in the file yet; raises UserError where that is impossible."""
+        """Write the damages that are not in the file yet; raises UserError where the file cannot be written."""
         new = [damage for damage in damages if damage not in self._listed]
         if not new:
             return
         lines = [json.dumps({**damage._asdict(), "rank": self._rank}) + "\n" for damage in new]
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write: ranks that append at the same time do not cut each other's lines.
+            # In one write, so that ranks that append at the same time do not cut each other's lines.
             with self.path.open("ab", buffering=0) as log:
                 log.write("".join(lines).encode())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
 
 class DamageCount:
-    """Counts samples tried and damaged by this rank, and says when these are too many."""
+    """Counts the samples that this rank has tried, and those among them that are damaged, up to a limit."""
 
     def __init__(self, limit: float, log: Path | None) -> None:
-        """limit: data.max_damaged. log: where the damage is named, for the message."""
+        """limit: data.max_damaged. log: the file that names the damage, for the message."""
         self._limit = limit
         self._log = log
         self._tried = 0
         self._damaged = 0
 
     def add(self, sound: int, damages: Sequence[Damage], lost_share: float) -> None:
-        """Count a batch; raise UserError where more is damaged than what lost shards leave of the limit."""
+        """Count a batch; raises UserError where more is damaged than the limit allows beside what lost shards hold."""
         self._tried += sound + len(damages)
         self._damaged += len(damages)
         allowed = max(0.0, self._limit - lost_share)

@@ -1,7 +1,8 @@
 """Batches for training: the data order, cut over ranks, read and turned into views and token ids by worker processes.
 
-The global batch of step s is one stretch of the order, and each rank's share a contiguous part of it. So the shares of
-all ranks, one after the other, are the same batch at any world size, and nothing here depends on the number of workers.
+The global batch of step s is one stretch of the order, and each rank's share is a contiguous part of the stretch. So
+the shares of all ranks, one after the other, are the same batch at any world size. Nothing depends on the number of
+workers.
 """
 
 import itertools
@@ -18,17 +19,17 @@ from torch.utils.data import DataLoader, Sampler
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.decode.blocks import block_bytes
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, require_dali
 from cosmos_scale.data.decode.pictures import batch_fields
 from cosmos_scale.data.shards.index import MergedIndex
-from cosmos_scale.data.training.blocks import block_bytes
 from cosmos_scale.data.training.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
-MOST_WORKERS = 8  # by default: what lies above is the user's choice
+MOST_WORKERS = 8  # by default; the config may say more
 SHARED_MEMORY = Path("/dev/shm")
 CPU = torch.device("cpu")
 ENCODED = len(Encoded._fields)
@@ -37,9 +38,9 @@ ENCODED = len(Encoded._fields)
 class TrainLoader:
     """The training batches of one rank.
 
-    tokenizer: texts to [N, L] int32 ids. damaged_log: file that damaged samples and lost shards are appended to, by all
-    ranks. lost_shards: the shards that the run has given up so far, by the step from which on they are replaced.
-    device: where `decoder: dali` decodes.
+    tokenizer: texts to [N, L] int32 ids. damaged_log: the file to which all ranks append damaged samples and lost
+    shards. lost_shards: the shards that the run has given up so far, each with the step from which on its samples are
+    replaced. device: where `decoder: dali` decodes.
     Raises: UserError where the world size does not divide the batch, an epoch holds no batch, or DALI is missing.
     """
 
@@ -56,9 +57,7 @@ class TrainLoader:
     ) -> None:
         if config.data.decoder == "dali":
             require_dali()
-        self.steps_per_epoch = steps_per_epoch(
-            index.epoch_samples, config.train.global_batch, config.data.last_batch, config.train.epoch_steps_multiple
-        )
+        self.steps_per_epoch = steps_per_epoch(index.epoch_samples, config)
         self._config = config
         self._rank = rank
         self._device = device
@@ -66,7 +65,7 @@ class TrainLoader:
         self._ranks_here = ranks_of_this_host(unknown=1)
         workers = config.data.workers
         self._workers = default_workers(world_size, device) if workers is None else workers
-        self._micro_batch = config.micro_batch(world_size)
+        self._samples_per_rank = config.samples_per_rank(world_size)
         self._lost = LostShards(index, lost_shards or {})
         self._dataset = StepBatches(
             config,
@@ -74,7 +73,7 @@ class TrainLoader:
             tokenizer,
             self._lost,
             rank=rank,
-            micro_batch=self._micro_batch,
+            samples_per_rank=self._samples_per_rank,
             steps_per_epoch=self.steps_per_epoch,
             shared=self._workers > 0,
         )
@@ -82,42 +81,18 @@ class TrainLoader:
         self._unlogged: list[Damage] = []
         self._count = DamageCount(config.data.max_damaged, damaged_log)
 
-    def check_shards(self, *, resumed: bool) -> None:
-        """Look for the shards before the first step.
-
-        Raises: UserError where one is missing: it was never there. Shards of a resumed run were, so that they are lost
-        when they are needed; there it is an error that more is missing than data.max_damaged allows, which no disk
-        that was forgotten should cost the time to find out shard by shard.
-        """
-        if not resumed:
-            self._dataset.check_shards()
-            return
-        missing, limit = self._lost.missing(), self._config.data.max_damaged
-        share = self._lost.share(missing)
-        if missing and share > limit:
-            name = next(iter(missing))
-            raise UserError(
-                f"shard {name} is missing: {missing[name]}; {len(missing)} missing shards, and those lost before, hold "
-                f"{share:.2%} of all samples, more than data.max_damaged {limit:g} allows"
-            )
-
     @property
     def lost_shards(self) -> dict[str, int]:
         """The shards given up so far, each with the step from which on its samples are replaced."""
         return dict(self._lost.steps)
 
-    @lost_shards.setter
-    def lost_shards(self, steps: Mapping[str, int]) -> None:
-        """Replace them by those of a checkpoint; before the first batch."""
-        self._lost.steps = dict(steps)
-
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Yield this rank's batch of step `start_step` and of every step after it, without end.
 
         Tensors are on the CPU, pinned where CUDA is available; crops made by DALI are on its device.
-        Raises: ShardsLost instead of the batch of a step that needs a shard which cannot be read any more: `lose` it on
-        all ranks, and begin again at this step. UserError where an index is missing or stale, where more than
-        data.max_damaged of the samples are damaged, or where a worker process dies; the caller adds which rank it is.
+        Raises: ShardsToGiveUp instead of the batch of a step that needs a shard which cannot be read any more: `lose`
+        the shard on all ranks, and begin again at this step. UserError where an index is missing or stale, where more
+        than data.max_damaged of the samples are damaged, or where a worker process dies; the caller adds the rank.
         """
         if self._log is not None:
             self._log.start(start_step)
@@ -134,35 +109,35 @@ class TrainLoader:
             if self._log is not None:
                 self._log.append(loaded.damages)
             if loaded.lost:
-                raise ShardsLost(loaded.lost)
+                raise ShardsToGiveUp(loaded.lost)
             if loaded.block is None:
                 raise UserError(loaded.error)
-            self._count.add(self._micro_batch, loaded.damages, self._lost.share())
+            self._count.add(self._samples_per_rank, loaded.damages, self._lost.share())
             yield loaded.block.tensors()
 
     def _decode(self, batches: Iterator[list[Tensor]]) -> Iterator[Batch]:
-        """Let DALI make the views; it works ahead, so that an error waits for the batches before it."""
+        """Let DALI make the views. DALI works ahead, so an error is raised after the batches before it."""
         failures: list[Exception] = []
 
         def encoded() -> Iterator[tuple[Encoded, list[Tensor]]]:
             try:
                 for tensors in batches:
                     yield Encoded(*tensors[:ENCODED]), tensors[ENCODED:]
-            except (ShardsLost, UserError) as failure:
+            except (ShardsToGiveUp, UserError) as failure:
                 failures.append(failure)
 
         if self._decoder is None:
             views, side = self._config.data.views, self._config.model.vision.image_size
-            self._decoder = DaliDecoder(views, side, self._micro_batch, self._device, self._config.data.dali)
+            self._decoder = DaliDecoder(views, side, self._samples_per_rank, self._device, self._config.data.dali)
         for made, others in self._decoder.stream(encoded()):
             yield Batch(*made, *others)
         raise failures[0]
 
     def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
-        """Give up shards from a step on, those that each rank found lost: reasons by name, by rank. A line for each.
+        """Give up shards from a step on; returns a line on each, for people.
 
-        Call it with the same on all ranks. Raises UserError, on all of them alike, where more is lost than
-        data.max_damaged allows.
+        found: for each rank the shards that it found lost, with reasons by name. All ranks call this with the same.
+        Raises: UserError, on all ranks alike, where more is lost than data.max_damaged allows.
         """
         reasons: dict[str, str] = {}
         for rank, shards in enumerate(found):
@@ -200,9 +175,9 @@ class TrainLoader:
             prefetch_factor=prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=start_worker,
-            # Forked workers share the index's pages and start at once; they touch neither CUDA nor the process group.
+            # Forked workers share the index's pages and start at once. They touch neither CUDA nor the process group.
             multiprocessing_context="fork" if workers else None,
-            generator=torch.Generator(),  # its own: torch's global generator stays as it was
+            generator=torch.Generator(),  # of the loader's own, so that torch's global generator stays as it was
         )
         return _without_child_signals(loader)
 
@@ -213,26 +188,26 @@ class TrainLoader:
             workers, text = self._workers, str(error)
             if workers == 0:
                 raise
-            if text.startswith("Caught"):  # a worker's own exception, its traceback in the text
+            if text.startswith("Caught"):  # an exception of a worker's code, with its traceback in the text
                 cause = text.strip().rpartition("\n")[2]
                 if "memory" not in cause:
                     raise
             elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
                 raise
-            else:  # EOFError, OSError: a batch was ready, but who held its memory is gone
+            else:  # EOFError, OSError: a batch was ready, but the worker that held its memory is gone
                 cause = text.partition("\n")[0].strip(" .") or type(error).__name__
             raise UserError(
                 f"a loader process died ({cause}); if memory ran out, lower data.workers ({workers}) or data.prefetch"
             ) from error
 
     def _check_shared_memory(self) -> None:
-        """Raise UserError where the batches that may be ready do not fit: a worker would die of it at any time."""
+        """Raise UserError where shared memory is too small for all batches that may be ready: a worker would die."""
         if not SHARED_MEMORY.is_dir():
             return
         system = os.statvfs(SHARED_MEMORY)
-        size = system.f_blocks * system.f_frsize  # 0: without a limit
+        size = system.f_blocks * system.f_frsize  # 0: no limit
         workers, prefetch = self._workers, self._config.data.prefetch
-        needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._micro_batch))
+        needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._samples_per_rank))
         if 0 < size < needed:
             raise UserError(
                 f"data.prefetch: {prefetch} batches ready in each of {workers} workers of each of {self._ranks_here} "
@@ -248,14 +223,14 @@ def ranks_of_this_host(*, unknown: int) -> int:
 
 
 def default_workers(world_size: int, device: torch.device) -> int:
-    """Return the loader processes of each rank where the config leaves them open: this host's cores shared out."""
+    """Return the loader processes of each rank where the config does not say: this host's cores shared out."""
     cores = len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size)
-    fewest = 0 if device.type == "cpu" else 1  # a GPU works on while the core that feeds it loads
+    fewest = 0 if device.type == "cpu" else 1  # so that loading and the GPU's work overlap
     return max(fewest, min(MOST_WORKERS, cores - 1))
 
 
 class _StepsFrom(Sampler[int]):
-    """All steps of a run from one on."""
+    """All steps of a run from a step on."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -265,10 +240,10 @@ class _StepsFrom(Sampler[int]):
 
 
 def _without_child_signals(loader: "DataLoader[Loaded]") -> Iterator[Loaded]:
-    """Start a loader's workers, and leave SIGCHLD as it was.
+    """Start a loader's workers, and leave the handler of SIGCHLD as it was.
 
-    torch's handler raises a dead worker's error wherever the training process happens to be, be it in a collective.
-    Without it the death is noticed, within seconds, where a batch is asked for.
+    torch's handler raises a dead worker's error at any place in the training process, even in a collective. Without
+    the handler the death is noticed where a batch is asked for, within seconds.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)

@@ -1,14 +1,14 @@
 """The order of the data: the k-th visit of epoch e as a pure function of (seed, e, k).
 
-World size, workers and restarts have no part in it. Per epoch each source is a stream of its own: its shards, shuffled
-and laid end to end, pass after pass where its weight asks for several. The epoch is cut into windows of a fixed number
-of samples; every window takes from each stream, where the window before stopped, the source's share of the epoch, and
-is shuffled in itself. So each window holds the sources in their proportions, to a sample or two; it reads few shards,
-each of them once a pass; and any position is reached by arithmetic: no pass over samples, nothing read but the shards'
-counts.
+World size, workers and restarts do not change the order. In each epoch every source is a stream of its own: the
+source's shards, shuffled and laid end to end, in several passes where the source's weight asks for them. The epoch is
+cut into windows of a fixed number of samples. A window takes from each stream the source's share of the epoch, going on
+where the window before it stopped, and is shuffled in itself. So each window holds the sources in their proportions, to
+a sample or two, and reads few shards, each of them once a pass. Any position is reached by arithmetic: there is no pass
+over samples, and only the shards' counts are read.
 
-Shuffles are the order of raw 64-bit draws of the counter-based generator Philox. Its draws are the same in every numpy
-version (those of `Generator.permutation` need not be), so a run can be resumed after an upgrade.
+A shuffle is the order of raw 64-bit draws of the counter-based generator Philox. Philox's draws are the same in every
+numpy version (the draws of `Generator.permutation` need not be), so a run can be resumed after an upgrade.
 """
 
 from collections import OrderedDict
@@ -18,6 +18,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.shards.index import SourceShards
 from cosmos_scale.errors import UserError
 
 Positions = NDArray[np.int64]
@@ -26,22 +28,10 @@ Positions = NDArray[np.int64]
 _SHARD_STREAM, _WINDOW_STREAM, _SUBSTITUTE_STREAM = 0x5348415244, 0x57494E444F57, 0x53554253
 _PART_STREAM, _ROUNDING_STREAM = 0x50415254, 0x524F554E44
 _FEWEST_SUBSTITUTES = 1024  # an epoch's last window may hold a single sample
-_KEPT = 4  # windows and epochs kept: a batch touches at most two of each unless it is larger than a window
+_KEPT = 4  # windows and epochs kept: a batch touches at most two of each, unless the batch is larger than a window
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Made = TypeVar("_Made")
-
-
-class SourceShards(NamedTuple):
-    """What the order needs of a source: the samples in each of its shards, [shards] int64, and its weight."""
-
-    samples: Positions
-    weight: float = 1.0
-
-    @property
-    def visits(self) -> int:
-        """Visits to this source in an epoch: weight x samples, rounded, and one at least."""
-        return max(1, round(self.weight * int(self.samples.sum())))
 
 
 class Visits(NamedTuple):
@@ -52,7 +42,7 @@ class Visits(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """One source's epoch as stretches end to end: of which shard, in which pass, and where in the stream."""
+    """One source's epoch as stretches end to end: each stretch's shard, its pass, and its place in the stream."""
 
     shards: Positions
     passes: Positions
@@ -63,13 +53,14 @@ class _Stream(NamedTuple):
 class EpochOrder:
     """The order of every epoch over sources of given shards.
 
-    A source of weight w is visited `SourceShards.visits` times an epoch: in whole passes, in each of which every
-    sample comes once, and where w is no whole number in one more of a part of the samples. Of this part every shard
-    gives its share, rounded up or down; which samples it is, is drawn anew each epoch, each as likely as any other.
-    Passes follow one another: a sample's visits lie far apart, unless its source is smaller than its share of a window.
+    A source of weight w is visited `SourceShards.visits` times an epoch, in passes. In a whole pass every sample comes
+    once. Where w is no whole number, a last pass visits a part of the samples. Every shard gives its share of this
+    part, rounded up or down; the samples are drawn anew each epoch, each as likely as any other. Passes follow one
+    another: a sample's visits lie far apart, unless its source is smaller than the source's share of a window.
 
     sources: sample ids count through their shards in this order.
-    window: samples shuffled together. Larger mixes better and reads more shards at a time; costs 24 bytes a sample.
+    window: samples shuffled together. A larger window mixes better, reads more shards at a time, and costs 24 bytes a
+    sample.
     """
 
     def __init__(self, sources: Sequence[SourceShards], seed: int, window: int) -> None:
@@ -99,7 +90,7 @@ class EpochOrder:
     def visits(self, epoch: int, positions: Positions) -> Visits:
         """Return which samples come at some positions of an epoch.
 
-        Positions past the epoch's end stand for its first samples again: so an incomplete last batch is padded.
+        Positions past the epoch's end stand for the epoch's first samples again, which pads an incomplete last batch.
         """
         positions = np.asarray(positions, dtype=np.int64) % self.samples
         windows = positions // self.window
@@ -112,16 +103,17 @@ class EpochOrder:
         return found
 
     def substitute(self, epoch: int, position: int, attempt: int) -> int:
-        """Return the id of the sample that stands in for a damaged one; attempts count from 0.
+        """Return the id of the sample that replaces a damaged sample; attempts count from 0.
 
-        It is another sample (where there is one) of about the same window, so from shards that are being read anyway.
+        The substitute is another sample (if there is another) of about the same window, so that it lies in shards that
+        are being read anyway.
         """
         position %= self.samples
         reach = min(max(self.window, _FEWEST_SUBSTITUTES), self.samples)
         first = min(position // self.window * self.window, self.samples - reach)
         distance = 1 + _below(reach - 1, self.seed, _SUBSTITUTE_STREAM, (attempt, position, epoch))
         wanted = self.sample(epoch, position)
-        for step in range(reach):  # more than one only where the place drawn holds a repeat of the sample itself
+        for step in range(reach):  # more than one step only where the drawn place repeats the sample itself
             other = self.sample(epoch, first + (position - first + distance + step) % reach)
             if other != wanted:
                 return other
@@ -143,8 +135,8 @@ class EpochOrder:
     def _shares(self, position: int) -> Iterator[int]:
         """Say how many of an epoch's first `position` visits are each source's, in proportion to its visits.
 
-        Each source takes its share, rounded down, of what those before it left. So no share ever shrinks as the
-        position grows, all end at their visits, and each is off by less than the number of sources.
+        Each source takes its share, rounded down, of the visits that the sources before it left. So no share shrinks as
+        the position grows, every share ends at its source's visits, and each is off by less than the number of sources.
         """
         left, total = position, self.samples
         for visits in self._visits:
@@ -187,26 +179,28 @@ class EpochOrder:
         return _Stream(np.concatenate(orders), passes, ends - np.concatenate(lengths), ends)
 
 
-def steps_per_epoch(samples: int, global_batch: int, last_batch: str, multiple: int) -> int:
-    """Return the steps of an epoch of `samples` samples, repeats counted.
+def steps_per_epoch(samples: int, config: RunConfig) -> int:
+    """Return the steps of an epoch of `samples` visits.
 
-    last_batch: "drop" leaves an incomplete last batch out, "pad" fills it. multiple: the steps are rounded up to a
-    multiple of it; positions past the epoch's end then stand for its first samples again.
+    With data.last_batch: pad, and where train.epoch_steps_multiple rounds the steps up, positions past the epoch's end
+    stand for its first samples again.
     Raises: UserError where not one step is left.
     """
-    steps = samples // global_batch if last_batch == "drop" else -(-samples // global_batch)
+    global_batch = config.train.global_batch
+    steps = samples // global_batch if config.data.last_batch == "drop" else -(-samples // global_batch)
     if steps == 0:
         raise UserError(
             f"train.global_batch is {global_batch}, but the data has {samples} samples: "
             "with data.last_batch: drop an epoch must hold at least one batch"
         )
+    multiple = config.train.epoch_steps_multiple
     return -(-steps // multiple) * multiple
 
 
 def _split(part: int, counts: Positions, offset: int) -> Positions:
     """Split `part` samples over shards in proportion to their counts, each share rounded up or down.
 
-    offset: 0 .. samples - 1 decides which way; over all offsets each share averages to the exact proportion.
+    offset: 0 .. samples - 1 decides between up and down; over all offsets each share averages to the exact proportion.
     """
     total = int(counts.sum())
     shares, remainders = np.divmod(counts * part, total)
@@ -222,7 +216,7 @@ def _draws(seed: int, stream: int, place: tuple[int, int, int], count: int) -> N
 
 
 def _below(limit: int, seed: int, stream: int, place: tuple[int, int, int]) -> int:
-    """Draw an integer from 0 to limit - 1; 0 where there is no such."""
+    """Draw an integer from 0 to limit - 1; 0 where limit is 0."""
     return int(_draws(seed, stream, place, 1)[0]) * limit >> 64
 
 
@@ -231,7 +225,7 @@ def _permutation(seed: int, stream: int, place: tuple[int, int, int], length: in
 
 
 def _recall(kept: "OrderedDict[_Key, _Made]", key: _Key, make: Callable[[], _Made]) -> _Made:
-    """Return kept[key], made where it is missing; the least recently used of more than a few is let go."""
+    """Return kept[key], which is made where it is missing; of more than a few the least recently used is dropped."""
     if key not in kept:
         kept[key] = make()
         if len(kept) > _KEPT:

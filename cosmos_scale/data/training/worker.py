@@ -1,6 +1,6 @@
 """What a loader process does: the steps' batches of one rank, made from shards into shared memory.
 
-Whatever goes wrong comes back as a value: an exception would reach the training process as a traceback's text.
+Failures come back as values: an exception would reach the training process only as the text of a traceback.
 """
 
 import gc
@@ -18,40 +18,41 @@ from torch.utils.data import Dataset
 
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.decode.blocks import TensorBlock
 from cosmos_scale.data.decode.pictures import start_pictures
 from cosmos_scale.data.samples.captions import draw_captions
-from cosmos_scale.data.samples.sample import DamagedSample, LostShard, SampleKey
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, UnreachableShard
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.reader import Location, ShardReader
-from cosmos_scale.data.training.blocks import Block
 from cosmos_scale.data.training.damage import Damage
 from cosmos_scale.data.training.lost import LostShards
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.data.training.order import EpochOrder
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 PutPicture = Callable[[bytes, SampleKey], None]
 
-# A damaged sample's substitute may be damaged too. So many in a row are no accident.
+# A damaged sample's substitute may be damaged too. So many damaged samples in a row are no accident.
 MOST_SUBSTITUTES = 20
-# A lost shard may fill its window of the order: after so many tries substitutes come from another one.
+# A lost shard may fill its window of the order: after so many tries substitutes come from another window.
 SUBSTITUTES_A_WINDOW = 4
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What comes out of a worker for one step: a batch's tensors, or what prevented it: lost shards or an error.
+    """What a worker makes for one step: the tensors of a batch, or else the lost shards or the error that prevented it.
 
-    block: the views or what the decoder makes them of, then the other fields of Batch. lost: reasons by the shards'
-    names. error: the text of a UserError.
+    block: the views, or what the decoder needs to make them, then the other fields of Batch. lost: reasons by the
+    shards' names. error: the text of a UserError.
     """
 
-    block: Block | None = None
+    block: TensorBlock | None = None
     damages: list[Damage] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
     def pin_memory(self) -> "Loaded":
-        """Called by torch's loader where there is a GPU."""
+        """Copy the block into pinned memory; torch's loader calls this where there is a GPU."""
         return self if self.block is None else replace(self, block=self.block.pin_memory())
 
 
@@ -66,39 +67,33 @@ class StepBatches(Dataset[Loaded]):
         lost: LostShards,
         *,
         rank: int,
-        micro_batch: int,
+        samples_per_rank: int,
         steps_per_epoch: int,
         shared: bool,
     ) -> None:
-        """lost: as it is when a worker starts. shared: whether batches leave the process that makes them."""
+        """lost: the shards given up when a worker starts. shared: whether batches leave the process that makes them."""
         self._config = config
         self._index = index
         self._tokenizer = tokenizer
         self._lost = lost
         self._rank = rank
-        self._micro_batch = micro_batch
+        self._samples_per_rank = samples_per_rank
         self._steps_per_epoch = steps_per_epoch
         self._shared = shared
-        self._order = index.order(config.seed, config.data.window)
+        self._order = EpochOrder(index.source_shards(), config.seed, config.data.window)
         self._reader = ShardReader(config.data.remote)
-
-    def check_shards(self) -> None:
-        """Raise UserError where a shard, or the table of its samples, is missing that was not given up."""
-        kept = [place for place, name in enumerate(self._lost.names) if name not in self._lost.steps]
-        self._reader.check(map(list(self._index.shard_files()).__getitem__, kept))
-        self._index.check_tables(kept)
 
     def __getitem__(self, step: int) -> Loaded:
         damages: list[Damage] = []
         try:
             return Loaded(self._batch(step, damages), damages)
-        except ShardsLost as loss:
+        except ShardsToGiveUp as loss:
             return Loaded(damages=damages, lost=loss.shards)
         except UserError as error:
             return Loaded(damages=damages, error=str(error))
 
-    def _batch(self, step: int, damages: list[Damage]) -> Block:
-        config, B, K = self._config, self._micro_batch, self._config.data.captions.count
+    def _batch(self, step: int, damages: list[Damage]) -> TensorBlock:
+        config, B, K = self._config, self._samples_per_rank, self._config.data.captions.count
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
         first = epoch_step * config.train.global_batch + self._rank * B
         positions = np.arange(first, first + B)
@@ -121,9 +116,9 @@ class StepBatches(Dataset[Loaded]):
     def _sample(
         self, step: int, position: int, key: SampleKey, put: PutPicture, damages: list[Damage]
     ) -> tuple[int, list[str]]:
-        """Put in one sample, or where it cannot be used its first sound substitute: (its id, its captions).
+        """Put in one sample, or its first sound substitute where it cannot be used; returns (id, captions).
 
-        Raises: ShardsLost where a shard turns out to be lost that was not.
+        Raises: ShardsToGiveUp where a shard that was not given up cannot be read any more.
         """
         known = len(damages)
         for attempt in range(MOST_SUBSTITUTES + 1):
@@ -134,8 +129,8 @@ class StepBatches(Dataset[Loaded]):
                 except DamagedSample as damage:
                     place = (location.source, str(location.shard), location.entry.key)
                     damages.append(Damage(step, key.epoch, key.sample, *place, str(damage)))
-                except LostShard as loss:
-                    raise ShardsLost({self._lost.shard_of(key.sample): loss.reason}) from loss
+                except UnreachableShard as loss:
+                    raise ShardsToGiveUp({self._lost.shard_of(key.sample): loss.reason}) from loss
             windows_on = 2 ** (attempt // SUBSTITUTES_A_WINDOW) - 1
             beside = position + windows_on * self._config.data.window
             key = key._replace(sample=self._order.substitute(key.epoch, beside, attempt))
@@ -157,9 +152,9 @@ class StepBatches(Dataset[Loaded]):
 
 
 def start_worker(worker: int) -> None:
-    """Make a loader process outlive signals to all processes: the training process decides what becomes of it."""
-    # What was garbage at the fork is the training process's: its finalisers, such as those that end an older loader's
-    # processes, must not run here. And memory that no collection looks at stays shared.
+    """Make a loader process outlive signals to all processes: the training process alone decides when it ends."""
+    # Garbage from before the fork belongs to the training process. Its finalisers, such as those that end an older
+    # loader's processes, must not run here. And memory that no garbage collection looks at stays shared.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,4 +1,4 @@
-"""Pictures and texts as they come in crawled data: odd but sound ones, and damaged ones with what is said of them."""
+"""Pictures and texts as in crawled data: odd but sound, or damaged, then with the beginning of the reason."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def odd_pictures() -> dict[str, bytes]:
-    """What trains as it is."""
+    """Pictures that can be trained on as they are."""
     noise = np.random.default_rng(0).integers(0, 256, (3, 20, 24, 3), dtype=np.uint8)
     first, *others = (Image.fromarray(frame) for frame in noise)
     deep = Image.fromarray(noise[0, :, :, 0].astype(np.uint16) * 257)
@@ -44,7 +44,7 @@ def odd_pictures() -> dict[str, bytes]:
 
 
 def damaged_pictures() -> dict[str, tuple[bytes, str]]:
-    """What costs one sample, and the beginning of the reason."""
+    """Pictures that cost one sample each, with the beginning of the reason."""
     jpeg, png, webp = (picture(1, kind) for kind in ("JPEG", "PNG", "WEBP"))
     size = f"the picture has {'{0}'} x {'{0}'} pixels, more than max_pixels {MAX_PIXELS}"
     none, broken = "the picture is not a JPEG, PNG or WebP", "the picture does not decode"

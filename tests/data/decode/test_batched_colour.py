@@ -32,7 +32,7 @@ ADJUST: dict[int, Callable[[Image.Image, float], Image.Image]] = {
     SATURATION: TF.adjust_saturation,
     HUE: TF.adjust_hue,
 }
-# Blurs add in float32 where Pillow adds in integers. Over all radii a value in 20,000 falls on the other side of .5.
+# Blurs add in float32, Pillow adds in integers. Over all radii one value in 20,000 falls on the other side of .5.
 BLUR_MISSES = 1e-4
 
 
@@ -49,7 +49,7 @@ def plan(count: int, **changes: Any) -> Plan:
 
 
 def coloured(images: list[Image.Image], **fields: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """What colour_ makes of pictures of one size: [N, H, W, 3]."""
+    """The result of colour_ on pictures of one size: [N, H, W, 3]."""
     levels_NCHW = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
     levels_NCHW = levels_NCHW.contiguous()
     colour_(levels_NCHW, **fields)
@@ -63,7 +63,7 @@ def test_each_jitter_operation_is_pillows(operation: int) -> None:
     images = [photo(24, 41, seed=seed) for seed in range(len(factors))]
     fields = plan(len(images))
     fields["jitter_factors"][:, operation] = torch.from_numpy(factors)
-    # A neutral factor leaves the operation out; torchvision's hue passes through 8-bit HSV even then.
+    # A neutral factor leaves the operation out; torchvision's hue goes through 8-bit HSV even with a neutral factor.
     expected = [
         image if factor == NO_JITTER[operation] else ADJUST[operation](image, float(factor))
         for image, factor in zip(images, factors, strict=True)
@@ -97,7 +97,7 @@ def test_grey_and_solarise_are_pillows(threshold: int) -> None:
 @pytest.mark.parametrize(("low", "high"), [(0.1, 2.0), (0.01, 0.1), (2.0, 9.0)])
 def test_blur_is_pillows(size: tuple[int, int], low: float, high: float) -> None:
     generator = np.random.default_rng(0)
-    radii = generator.uniform(low, high, 25)  # as plans draw them: round numbers would make many a tie
+    radii = generator.uniform(low, high, 25)  # as plans draw them; round numbers would make many ties
     images = [Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)) for _ in radii]
     ours = coloured(images, **plan(25, blur_radius=torch.from_numpy(radii)))
     expected = [
@@ -109,7 +109,7 @@ def test_blur_is_pillows(size: tuple[int, int], low: float, high: float) -> None
 
 
 def test_whole_plans_in_every_order_are_pillows() -> None:
-    """Where no resize has anything to do, all operations of a plan, of 60 pictures in one batch."""
+    """All operations of a plan but the resize, on 60 pictures in one batch."""
     views = ViewsConfig(global_crops=2, local_crops=2, local_size=48, solarise=1.0)
     images = [photo(48, 48, seed=seed) for seed in range(60)]
     plans = [plan_views(views, 48, SampleKey(0, 0, seed), 48, 48) for seed in range(60)]
@@ -127,7 +127,7 @@ def test_whole_plans_in_every_order_are_pillows() -> None:
 
 
 def test_a_crop_does_not_see_its_batch() -> None:
-    """Bit for bit the same alone, among others, and in another place."""
+    """The same bits alone, among other pictures, and at another place."""
     images = [photo(33, 33, seed=seed) for seed in range(12)]
     plans = [plan_views(ViewsConfig(solarise=1.0), 33, SampleKey(7, 0, seed), 99, 99) for seed in range(12)]
     fields = {name: torch.from_numpy(np.stack([getattr(each, name)[1] for each in plans])) for name in plan(0)}
@@ -150,5 +150,5 @@ def test_normalisation() -> None:
         STD
     ).double().view(3, 1, 1)
     normalise_(levels_NCHW)
-    # float32: a few units of 2^-24 of values up to 2.7
+    # float32: a few units of 2^-24, relative to values up to 2.7
     torch.testing.assert_close(levels_NCHW.double(), expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What a user reads who asks for DALI without having it, and the limits of its options."""
+"""The messages for a user who asks for DALI and lacks it, and the limits of its options."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from cosmos_scale.data.decode.dali import DaliDecoder, require_dali
 from cosmos_scale.errors import UserError
 from tests.conftest import REPOSITORY
 
-# A Python in which DALI cannot be imported, with the torch of each version of CUDA. Preparing pictures needs no DALI.
+# A Python in which DALI cannot be imported, with the torch of each version of CUDA. To check pictures needs no DALI.
 WITHOUT_DALI = """
 import sys
 class Hidden:
@@ -23,12 +23,12 @@ sys.meta_path.insert(0, Hidden())
 
 import torch
 from cosmos_scale.config import DaliConfig, ViewsConfig
-from cosmos_scale.data.decode.dali import DaliDecoder, prepare, stack
+from cosmos_scale.data.decode.dali import DaliDecoder, picture_for_dali, stack
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 
 try:
-    prepare(b"no picture", 100)
+    picture_for_dali(b"no picture", 100)
 except DamagedSample:
     print("prepared")
 for torch.version.cuda in (None, "11.8", "12.4", "13.0"):

@@ -109,7 +109,7 @@ def test_views_equal_torchvisions(views: ViewsConfig, limit: float, size: tuple[
 
 
 def test_every_order_of_operations() -> None:
-    """Where the resize has nothing to do, colour and blur in every order come close to Pillow's."""
+    """Without any resize, colour and blur in every order come close to Pillow's."""
     image = photo(96, 96)
     picture: Pixels = np.array(image.convert("RGBX"))
     views = ViewsConfig(global_crops=2, local_crops=2, local_size=96, solarise=1.0)
@@ -129,7 +129,7 @@ def test_every_order_of_operations() -> None:
 
 
 def one_operation(**changes: Any) -> tuple[Image.Image, Pixels, ViewPlan]:
-    """A picture, the same as an array, and a plan that leaves its first view alone but for `changes`."""
+    """A picture, its array, and a plan that changes nothing in the first view but `changes`."""
     image = photo(64, 64, seed=3)
     plan = plan_views(PLAIN, 64, SampleKey(0, 0, 0), 64, 64)
     plan.boxes[0] = (0, 0, 64, 64)
@@ -141,8 +141,8 @@ def one_operation(**changes: Any) -> tuple[Image.Image, Pixels, ViewPlan]:
 
 FACTORS = (0.0, 0.3, 0.6, 0.999, 1.0, 1.001, 1.4, 2.0)
 TURNS = (-0.5, -0.1, -0.003, 0.0, 0.003, 0.1, 0.5)
-# Brightness is exact but for a level at whole numbers, contrast but for the rounding of its mean grey, which moves a
-# picture by up to |1 - factor|; saturation leaves out the rounding of the grey that it mixes in: half a level of it.
+# Brightness is exact, apart from one level at whole numbers. Contrast is exact, apart from the rounding of its mean
+# grey, which moves a picture by up to |1 - factor|. Saturation does not round the grey that it mixes in: half a level.
 FACTOR_LEVELS = (0.02, 0.02, 0.55)
 # Hue and saturation are rounded where Pillow truncates them, and there are 256 hues for its 255.
 HUE_LEVELS = 0.8
@@ -159,7 +159,7 @@ def test_each_jitter_operation(operation: int, factor: float) -> None:
     apply = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)[operation]
     ours = execute_view(picture, plan, 0)
     if factor == neutral[operation]:
-        # Skipped: torchvision leaves a switched-off operation out too, hue's 8-bit HSV included.
+        # Skipped, as in torchvision: it leaves out a switched-off operation too, hue's way through 8-bit HSV included.
         np.testing.assert_array_equal(ours, np.asarray(image))
     else:
         assert mean_difference(ours, apply(image, factor)) <= (*FACTOR_LEVELS, HUE_LEVELS)[operation]
@@ -171,9 +171,9 @@ def test_blur_is_pillows(radius: float) -> None:
     difference = np.asarray(execute_view(picture, plan, 0), dtype=np.float64) - np.asarray(
         image.filter(ImageFilter.GaussianBlur(radius))
     )
-    # Pillow rounds six times; we round once, and the kernel to 1/256. Without the blur they differ by 2 to 15.
+    # Pillow rounds six times; here pixels are rounded once, and the kernel to 1/256. Without a blur: 2 to 15.
     assert np.abs(difference).mean() <= 0.8
-    # Neither brighter nor darker: Pillow's own roundings are not even, the kernel's are, to 1/256 of itself.
+    # Neither brighter nor darker. Pillow's own roundings do not cancel; the kernel's do, to 1/256.
     assert abs(difference.mean()) <= 0.55
 
 
@@ -209,7 +209,7 @@ def test_same_key_same_bits() -> None:
 
 
 def test_views_are_written_into_slices_of_a_batch() -> None:
-    """Bit for bit what a single picture gets, whatever else is in the batch, and nothing beside its own place."""
+    """A picture gets the same bits in any batch, and nothing is written beside its own place."""
     views = ViewsConfig(local_crops=3)
     expected = make_views(JPEG, views, 64, KEYS[1])
     picture = decode_rgbx(JPEG, MAX_PIXELS)
@@ -249,7 +249,7 @@ def test_other_sizes_and_counts() -> None:
     assert crops.global_crops.shape == (3, 3, 64, 64)
     assert crops.local_crops.shape == (0, 3, 32, 32)
     one_pixel = make_views(encoded(Image.new("RGB", (1, 1), "#ff8000"), "PNG"), PLAIN, 8, KEYS[0])
-    # Exact but for the float32 of the normalisation.
+    # Exact, apart from the normalisation's float32.
     np.testing.assert_allclose(levels(one_pixel.local_crops[0]), np.broadcast_to([255, 128, 0], (96, 96, 3)), atol=1e-4)
 
 
@@ -275,7 +275,7 @@ ODD_PICTURES: dict[str, Callable[[], bytes]] = {
     "palette": lambda: encoded(photo().convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
     "transparent": lambda: encoded(photo().convert("RGBA"), "PNG"),
     "black": lambda: encoded(Image.new("RGB", (90, 60)), "PNG"),
-    # One step of hue in every pixel at once: of a fully saturated colour it is up to 1.7 levels.
+    # One step of hue in every pixel at once is up to 1.7 levels in a fully saturated colour.
     "one colour": lambda: encoded(Image.new("RGB", (90, 60), "#c06040"), "PNG"),
     "moving webp": lambda: encoded(photo(), "WEBP", save_all=True, append_images=[photo(seed=1)], lossless=True),
     "moving png": lambda: encoded(photo(), "PNG", save_all=True, append_images=[photo(seed=1)]),
@@ -286,7 +286,7 @@ ODD_PICTURES: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize(("views", "limit"), [(PLAIN, CROP_LEVELS), (ViewsConfig(), JITTER_LEVELS)])
 def test_views_of_odd_pictures_equal_torchvisions(views: ViewsConfig, limit: float, name: str) -> None:
     data = ODD_PICTURES[name]()
-    image = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGB")  # of moving pictures the first
+    image = Image.open(io.BytesIO(data)).convert("RGBA").convert("RGB")  # the first frame of moving pictures
     picture = decode_rgbx(data, MAX_PIXELS)
     for key in KEYS[:4]:
         plan = plan_views(views, 224, key, image.height, image.width)
@@ -344,7 +344,7 @@ def test_a_truncated_picture_is_damaged(name: str, share: float) -> None:
 
 @pytest.mark.parametrize("name", ["jpeg", "progressive", "grey jpeg", "cmyk jpeg"])
 def test_a_jpeg_cut_short_and_closed_is_damaged(name: str) -> None:
-    """Pillow decodes these without a word, grey from the cut on."""
+    """Pillow decodes such pictures without an error, grey from the cut on."""
     data = FORMATS[name]()
     closed = data[: len(data) * 2 // 3] + b"\xff\xd9"
     Image.open(io.BytesIO(closed)).load()
@@ -354,9 +354,9 @@ def test_a_jpeg_cut_short_and_closed_is_damaged(name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P"])
 def test_every_flipped_bit_of_a_png_is_found(mode: str) -> None:
-    """Pillow alone lets some through where there is alpha, and leaves most of the picture black."""
+    """Pillow by itself accepts some such pictures with alpha, and leaves most of the picture black."""
     data = encoded(photo(40, 64).convert(mode), "PNG")
-    end_marker = 12  # bytes without pixels, behind all that is read
+    end_marker = 12  # bytes without pixels, behind everything that is read
     for position in range(8, len(data) - end_marker, 23):
         broken = bytearray(data)
         broken[position] ^= 1 << (position % 8)
@@ -387,7 +387,7 @@ def test_what_is_no_picture_is_damaged(data: bytes, reason: str) -> None:
 def test_pictures_with_too_many_pixels_are_damaged(name: str) -> None:
     data = FORMATS[name]()
     assert decode_rgbx(data, 200 * 320).shape == (200, 320, 4)
-    # All but WebP (whose size Pillow reads last) are cut off behind the header: they are refused before decoding.
+    # All formats but WebP (whose size Pillow reads last) are cut off behind the header, and refused before decoding.
     start = data if name == "webp" else data[:-1000]
     with pytest.raises(DamagedSample, match="320 x 200 pixels, more than max_pixels 63999"):
         decode_rgbx(start, 200 * 320 - 1)

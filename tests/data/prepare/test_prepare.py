@@ -13,11 +13,11 @@ import pytest
 from cosmos_scale.config import CaptionSampling
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
 from cosmos_scale.data.prepare.manifest import Prepared
-from cosmos_scale.data.prepare.prepare import prepare
+from cosmos_scale.data.prepare.prepare import prepare_dataset
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import open_folder, picture, tiny_config
+from cosmos_scale.testing.shard_files import open_folder, picture, shards_config
 from tests.data.prepare.downloads import (
     DREAMLIP_HEADER,
     Download,
@@ -45,7 +45,7 @@ def run(
 ) -> Prepared:
     """Prepare what lies in `images` with the captions files that lie in `captions`."""
     captions, images = tmp_path / "captions", tmp_path / "images"
-    return prepare(
+    return prepare_dataset(
         dataset, [captions], [images], tmp_path / out, join=join, split=split, workers=workers, progress=False
     )
 
@@ -57,7 +57,7 @@ def captions(tmp_path: Path) -> Path:
 
 
 def read_all(folder: Path) -> Samples:
-    """Every sample of the shards, read with nothing of the package."""
+    """Every sample of the shards, read without the package's code."""
     samples: Samples = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as archive:
@@ -151,7 +151,7 @@ def test_pixelprose_from_several_parquet_files(tmp_path: Path, captions: Path, s
 
 
 def test_join_by_key_and_by_uid(tmp_path: Path, captions: Path) -> None:
-    """Keys may have lost their leading zeros in a table; uids come along in the download as an extra column."""
+    """A table may have lost leading zeros of keys; the download holds uids as an extra column."""
     write_parquet(captions / "a.parquet", [pixelprose_row(number) | {"url": "another"} for number in range(2)])
     items = [download(number, key=number + 700)._replace(more=(("uid", f"{number:032x}"),)) for number in range(2)]
     write_tar(tmp_path / "images", "00000", items)
@@ -217,7 +217,7 @@ def test_every_reject_has_its_reason(tmp_path: Path, captions: Path) -> None:
     ]
     assert sorted(rejected(report.folder), key=str) == sorted(expected, key=str)
     assert report.rejected == dict(Counter(reason for *_, reason in expected))
-    # Each row of captions is a sample, or rejected once.
+    # Each row of captions is a sample or is rejected once.
     named = [row for _, row, _, _ in expected if row is not None]
     assert sorted(named) == [3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15]
     assert report.samples + len(named) == report.rows == 15
@@ -261,7 +261,7 @@ def test_prepared_shards_train(
         write_parquet(captions / "a.parquet", [pixelprose_row(number) for number in range(8)])
     write_tar(tmp_path / "images", "00000", [download(number) for number in range(8)])
     run(tmp_path, dataset, split=split)
-    config = tiny_config(tmp_path / "out", captions={"count": 3, "sampling": sampling})
+    config = shards_config(tmp_path / "out", captions={"count": 3, "sampling": sampling})
     tokenizer = Tokenizer(config.model.text.context_length)
     loader = TrainLoader(config, open_folder(tmp_path / "out"), tokenizer, 0, 1)
     with closing(loader.batches(0)) as batches:

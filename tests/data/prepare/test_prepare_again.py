@@ -66,7 +66,7 @@ def test_workers_make_the_same_bytes(inputs: Path) -> None:
 
 
 def start_slowly(folder: Path, workers: int) -> "subprocess.Popen[bytes]":
-    """A preparation that is slow where a shard is written, so that it can be met there at any speed of the machine."""
+    """A preparation that writes shards slowly, so that a test on any machine can stop it there."""
     program = (
         "import sys, time\n"
         "from cosmos_scale.data.prepare import writing\n"
@@ -113,7 +113,7 @@ def test_only_one_process_prepares_a_folder(inputs: Path) -> None:
     [(".prepare/table/table.json", 1), (".prepare/states.npy", 1), ("00001.tar", 2), ("00008.tar", 1)],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(inputs: Path, stop_at: str, workers: int) -> None:
-    """Its workers are not killed: they end by themselves, and do not disturb the run that goes on at once."""
+    """A killed preparation's workers end by themselves, and do not disturb the preparation that goes on at once."""
     whole = run(inputs, out="whole")
     out = inputs / "out"
     process = start_slowly(inputs, workers)
@@ -128,10 +128,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(inputs: Path, stop_at: str, work
     report = run(inputs, workers=2)
     assert report[1:] == whole[1:]
     assert contents(out) == contents(inputs / "whole")
-    # A shard whose report was written stays the file that it was; the last of each worker may be made again.
+    # A shard with a report stays the same file; the last shard of each worker may be written again.
     again = [name for name, inode in kept.items() if (out / name).stat().st_ino != inode]
     assert len(again) <= workers
-    while group_lives(process.pid):  # ended by the time limit
+    while group_lives(process.pid):  # the test's time limit ends the loop
         time.sleep(0.05)
 
 
@@ -267,6 +267,6 @@ def test_the_commands_of_the_page_are_understood(capsys: pytest.CaptureFixture[s
     for command in commands:
         assert cli.main(shlex.split(command)) == 2  # there are no such files here; argparse would exit
         assert re.search(r"no such captions file or folder\n$", capsys.readouterr().err), command
-    # What is prepared is verified with the sampling that its captions are for, of which textcrop is the default.
+    # Each dataset is verified with the sampling of its captions; textcrop is the default.
     for name, sampling in (("cc3m", ""), ("pixelprose", " --captions textcrop_pixelprose")):
         assert f"$ cosmos-scale data verify /data/{name}{sampling}\n" in page

@@ -12,7 +12,7 @@ from cosmos_scale.config import CaptionSampling, CaptionsConfig
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 
-# A right law falls below this in one choice of seeds of a thousand; the seeds here are fixed.
+# A right law gives a p-value below this limit for one of a thousand seeds; the seeds here are fixed.
 P_VALUE = 1e-3
 
 DREAMLIP: dict[str, Any] = {
@@ -51,12 +51,12 @@ def assert_law(outcomes: list[Any], law: dict[Any, Fraction]) -> None:
     expected = [float(probability) * len(outcomes) for probability in law.values()]
     assert min(expected) >= 5, "chi-square wants at least five expected counts a cell"
     if len(law) == 1:
-        return  # the subset above says it all
+        return  # the assertion above says everything
     assert stats.chisquare([counts[outcome] for outcome in law], expected).pvalue > P_VALUE
 
 
 def choice_law(pool: list[str], count: int) -> dict[tuple[str, ...], Fraction]:
-    """Every way to take `count` of a pool, with its probability, straight from the published rule."""
+    """Every way to take `count` of a pool, with its probability, directly from the published rule."""
     n = len(pool)
     head, rest = ((), count) if n >= count else (tuple(pool) * (count // n), count % n)
     tails = list(itertools.permutations(pool, rest))
@@ -170,7 +170,7 @@ def test_a_plain_caption_stands_for_the_raw_one(sampling: CaptionSampling) -> No
 
 
 def test_a_generated_caption_that_is_a_list_was_split_before() -> None:
-    """What the preparation of PixelProse writes; a string is split at every full stop, as published."""
+    """As the preparation of PixelProse writes them; a string is split at every full stop, as published."""
     document = {"original_caption": "a. b", "caption": ["It weighs 3.5 kg", "It sleeps"]}
     seen = {caption for captions in draws(config("random_pixelprose", count=2), document, 40) for caption in captions}
     assert seen == {"a. b", "It weighs 3.5 kg", "It sleeps"}

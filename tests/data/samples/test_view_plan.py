@@ -23,10 +23,10 @@ from cosmos_scale.data.samples.view_plan import (
 
 VIEWS = ViewsConfig()
 DRAWS = 4000
-# With fixed seeds these tests cannot flicker. A right law gives a p-value below this in one choice of seed of a
-# thousand; a law that is off by a few hundredths gives far smaller ones at 4,000 draws.
+# With fixed seeds these tests always give the same result. A right law gives a p-value below this limit in one of a
+# thousand seeds; at 4,000 draws a law that is off by a few hundredths gives far smaller p-values.
 P_VALUE = 1e-3
-# Standard deviations of a share that is right: exceeded by chance once in 15,000 choices of seed.
+# In standard deviations: a right share exceeds the limit by chance in one of 15,000 seeds.
 SIGMAS = 4.0
 
 
@@ -107,13 +107,13 @@ def test_neighbouring_samples_and_decisions_are_uncorrelated(many: list[ViewPlan
     # Within a view the box's corner depends on its size by law, so decisions are compared between views.
     view = np.repeat(np.arange(features_NVF.shape[1]), features_NVF.shape[2])
     correlation = np.corrcoef(columns.T)[view[:, None] != view[None, :]]
-    # 5 sigmas, because some 6,000 pairs are looked at.
+    # 5 standard deviations, because some 6,000 pairs are compared.
     assert np.abs(correlation).max() < 5 / np.sqrt(DRAWS)
     following = [np.corrcoef(column[:-1], column[1:])[0, 1] for column in columns.T]
     assert np.abs(following).max() < 5 / np.sqrt(DRAWS)
 
 
-# The smallest shows an end of the range that is off by one.
+# The smallest size shows a range whose end is off by one.
 @pytest.mark.parametrize(("height", "width"), [(416, 576), (480, 320), (150, 400), (12, 16)])
 @pytest.mark.parametrize("kind", ["global", "local"])
 def test_crops_follow_random_resized_crop(kind: str, height: int, width: int) -> None:

@@ -132,7 +132,7 @@ def test_gallery_is_held_out_and_distinct() -> None:
     texts = [captions(scene, np.random.default_rng(i))["raw_caption"][0] for i, scene in enumerate(gallery)]
     ids = Tokenizer(77)(texts)
     assert len({tuple(row) for row in ids.tolist()}) == 512
-    # Nothing that tells scenes apart may be cut off at the demo's context length.
+    # The demo's context length must not cut off words that tell scenes apart.
     assert int((ids != 0).sum(1).max()) <= CONTEXT_OF_DEMO
 
 

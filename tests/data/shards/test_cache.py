@@ -1,4 +1,4 @@
-"""The cache of whole shards: one download, a limit that holds, nothing half taken for whole, several processes."""
+"""The cache of whole shards: one download, a limit that holds, no half shard taken for whole, several processes."""
 
 import fcntl
 import hashlib
@@ -23,7 +23,7 @@ def content(name: str) -> bytes:
 
 
 def pieces(name: str, log: Path, wait: float = 0.0, fail: bool = False) -> Callable[[], Generator[bytes, None, None]]:
-    """A download in four pieces that writes its name down first; `fail`: after two of them."""
+    """A download in four pieces that first writes its name to the log; `fail`: it fails after two pieces."""
 
     def download() -> Generator[bytes, None, None]:
         with log.open("a") as file:
@@ -43,7 +43,7 @@ def files(folder: Path, ending: str) -> list[Path]:
 
 
 def used(folder: Path) -> int:
-    """Bytes in a cache at one moment: room is taken, and files are renamed, under its lock only."""
+    """Bytes in a cache at one moment, under its lock: only under the lock room is taken and files are renamed."""
     with (folder / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(path.stat().st_size for path in [*files(folder, PART), *files(folder, WHOLE)] if path.exists())
@@ -67,11 +67,11 @@ def test_the_least_recently_used_shards_go_first(tmp_path: Path) -> None:
     def read(names: str) -> None:
         for name in names:
             assert cache.read(f"pipe:cat {name}.tar", SIZE, 0, SIZE, pieces(name, log)) == content(name)
-            time.sleep(0.02)  # file times may be that coarse
+            time.sleep(0.02)  # file times may be so coarse
 
     read("abcacd")  # b was used longest ago
     assert [path.name[0] for path in files(tmp_path / "cache", WHOLE)] == ["a", "c", "d"]
-    (tmp_path / "cache" / "notes.txt").write_bytes(bytes(5 * SIZE))  # not ours: neither counted nor deleted
+    (tmp_path / "cache" / "notes.txt").write_bytes(bytes(5 * SIZE))  # a foreign file: neither counted nor deleted
     read("b")
     assert [path.name[0] for path in files(tmp_path / "cache", WHOLE)] == ["b", "c", "d"]
     assert (tmp_path / "cache" / "notes.txt").exists()
@@ -108,7 +108,7 @@ def test_a_shard_that_somebody_cut_is_downloaded_again(tmp_path: Path) -> None:
 
 
 def read_all(folder: Path, limit: int, names: str, wait: float) -> None:
-    """What each of several processes does; a difference ends it with another exit code than 0."""
+    """What each of several processes does; a wrong byte ends the process with an exit code other than 0."""
     cache = ShardCache(folder / "cache", limit)
     for name in names:
         data = cache.read(f"{name}.tar", SIZE, 7, 5000, pieces(name, folder / "log", wait))
@@ -128,7 +128,7 @@ def test_processes_that_want_a_shard_at_once_download_it_once(tmp_path: Path) ->
 
 @pytest.mark.timeout(60)
 def test_the_limit_holds_while_processes_download_and_evict(tmp_path: Path) -> None:
-    """Four processes, six shards, room for two and a half: all read what is right, and never is more there."""
+    """Four processes, six shards, room for two and a half: all bytes are right, and the limit always holds."""
     limit = 5 * SIZE // 2
     (tmp_path / "cache").mkdir()
     orders = ["abcdef", "fedcba", "cdefab", "badcfe"]
@@ -148,7 +148,7 @@ def test_the_limit_holds_while_processes_download_and_evict(tmp_path: Path) -> N
 @pytest.mark.timeout(60)
 def test_a_killed_download_is_never_taken_for_whole(tmp_path: Path) -> None:
     cache, log = ShardCache(tmp_path / "cache", 5 * SIZE // 2), tmp_path / "log"
-    for again in ("a", "b"):  # first who wants the same shard meets what was left, then who needs its room
+    for again in ("a", "b"):  # first a reader of the same shard meets the dead part, then a reader that needs its room
         killed = FORK.Process(target=read_all, args=(tmp_path, 5 * SIZE // 2, "a", 100.0))
         killed.start()
         part = tmp_path / "cache"
@@ -170,7 +170,7 @@ def fail_to_read(folder: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_who_waits_for_a_download_hears_that_it_failed(tmp_path: Path) -> None:
-    """So that many workers do not try a dead server one after the other, each with all its time-outs."""
+    """Otherwise many workers would try a dead server one after the other, each with all its time-outs."""
     log = tmp_path / "log"
     first = FORK.Process(target=fail_to_read, args=(tmp_path,))
     first.start()

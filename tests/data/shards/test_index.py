@@ -14,6 +14,7 @@ from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.shards.index import FORMAT, index_shards, open_index, open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
@@ -195,7 +196,7 @@ def test_missing_and_stale_indexes_are_errors(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
-    """As tars from before UTF-8 have them: they must not end a run, nor the print of a message."""
+    """Old tars have such names: they must not end a run, and messages must be printable."""
     with tarfile.open(tmp_path / "0.tar", "w") as shard:
         for kind in ("jpg", "json"):
             info = tarfile.TarInfo(f"caf\udce9.{kind}")
@@ -231,7 +232,7 @@ def test_the_fingerprint_tells_what_the_order_depends_on(tmp_path: Path) -> None
 
 
 def test_an_index_needs_no_shards_until_a_sample_is_read(tmp_path: Path) -> None:
-    """30 million samples in 6,388 shards: index files of two shards suffice to reach what lies in them."""
+    """30 million samples in 6,388 shards: the tables of two shards suffice to reach samples in these shards."""
     folder = write_shards(tmp_path, [4])
     table = np.load(folder / "00000.index.npy")
     count = 4697
@@ -240,7 +241,7 @@ def test_an_index_needs_no_shards_until_a_sample_is_read(tmp_path: Path) -> None
     (folder / "00000.tar").unlink()
     index = open_folder(folder)
     assert len(index) == 6388 * count
-    sample_id = index.order(0, 65536).sample(1, int(0.9 * len(index)))
+    sample_id = EpochOrder(index.source_shards(), 0, 65536).sample(1, int(0.9 * len(index)))
     np.save(folder / f"{sample_id // count:05d}.index.npy", np.resize(table, count))
     location = index.locate(sample_id)
     assert location.shard == str(folder / f"{sample_id // count:05d}.tar")

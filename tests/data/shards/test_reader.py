@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.config import RemoteConfig
-from cosmos_scale.data.samples.sample import DamagedSample, LostShard
+from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.reader import Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.errors import UserError
@@ -51,7 +51,7 @@ def test_samples_are_read_back_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_grouped_by_webdatasets_rule(tmp_path: Path, tar_format: int) -> None:
-    long_name = "folder/" + "n" * 90  # with its extension past 100 bytes: a header of its own in GNU and pax format
+    long_name = "folder/" + "n" * 90  # over 100 bytes with its extension: GNU and pax formats write an extra header
     webp, png = picture(1, "WEBP"), picture(2, "PNG")
     path = write_tar(
         tmp_path / "a.tar",
@@ -194,16 +194,16 @@ def test_a_stale_or_missing_shard_is_noticed(tmp_path: Path) -> None:
     scan = scan_shard(path)
     write_shard(path, [sample(number) for number in range(9)])
     place = location(path, scan, 0)
-    with pytest.raises(LostShard, match=r"a\.tar: .*: has \d+ bytes, but its index was made when it had \d+"):
+    with pytest.raises(UnreachableShard, match=r"a\.tar: .*: has \d+ bytes, but its index was made when it had \d+"):
         ShardReader().read(place)
     with pytest.raises(UserError, match=r"a\.tar: has \d+ bytes, .* run `cosmos-scale data index` again") as error:
         ShardReader().check([place.file])
-    assert not isinstance(error.value, LostShard)
+    assert not isinstance(error.value, UnreachableShard)
     path.unlink()
     place = location(path, scan, 0)
     with pytest.raises(UserError, match=r"a\.tar: shard of source test cannot be opened: No such file"):
         ShardReader().check([place.file])
-    with pytest.raises(LostShard, match=r"a\.tar: shard of source test cannot be opened any more: No such file"):
+    with pytest.raises(UnreachableShard, match=r"a\.tar: shard of source test cannot be opened any more: No such file"):
         ShardReader(RemoteConfig(retries=0)).read(place)
 
 
@@ -220,7 +220,7 @@ def test_a_changed_shard_of_the_same_size_is_noticed(tmp_path: Path) -> None:
 
 
 def test_sizes_in_headers_may_be_filled_up_with_spaces(tmp_path: Path) -> None:
-    """As some writers do it; Python's own fills up with zeros."""
+    """Some writers of tars pad with spaces; Python's own pads with zeros."""
     path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
     entry = scan_shard(path).entries[1]
     data = bytearray(path.read_bytes())

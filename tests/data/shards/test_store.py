@@ -1,4 +1,4 @@
-"""Stores: what may pass and what does not, waits between tries, secrets; and the patterns that name remote shards."""
+"""Stores: errors that may pass and others, waits between tries, secrets; patterns that name remote shards."""
 
 import os
 import time
@@ -20,7 +20,7 @@ from cosmos_scale.data.shards.store import (
     Transient,
     WebStore,
     WrongSize,
-    join,
+    join_url,
     redact,
     retried,
 )
@@ -101,16 +101,16 @@ def test_a_server_without_ranges_is_told_by_its_answer_and_not_listened_to(folde
     with web_server(folder, tmp_path / "log", ranges=False) as server:
         with pytest.raises(NoParts):
             web.read(f"{server.url}/large.tar", 0, 1000, 50_000_000)
-        while not server.requests():  # it is written down once the server notices
+        while not server.requests():  # the server writes the request down when it notices the hang-up
             time.sleep(0.01)
-        assert server.requests()[0].sent < 20_000_000  # what buffers took before the client hung up
+        assert server.requests()[0].sent < 20_000_000  # the buffers' size, not the file's
         assert b"".join(web.pieces(f"{server.url}/a.tar", len(DATA))) == DATA
     web.close()
 
 
 def test_waits_double_up_to_a_limit_and_then_the_last_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)  # minutes, otherwise
+    monkeypatch.setattr(time, "sleep", waits.append)  # the waits would be minutes
     tries: list[int] = []
 
     def fail() -> None:
@@ -201,9 +201,9 @@ def test_secrets_are_left_out(text: str, address: str, shown: str) -> None:
 
 
 def test_a_folders_query_stays_at_the_end() -> None:
-    assert join("https://h/a/?t=1", "b.tar") == "https://h/a/b.tar?t=1"
-    assert join("s3://b/a", "b.tar") == "s3://b/a/b.tar"
-    assert join("memory://", "b.tar") == "memory:///b.tar"
+    assert join_url("https://h/a/?t=1", "b.tar") == "https://h/a/b.tar?t=1"
+    assert join_url("s3://b/a", "b.tar") == "s3://b/a/b.tar"
+    assert join_url("memory://", "b.tar") == "memory:///b.tar"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_folders_and_wildcards_where_they_can_be_listed(memory: str) -> None:
     assert parse_pattern(f"{memory}/b-*.tar").list_names() == ["b-1.tar", "b-2.tar"]
     assert parse_pattern(f"{memory}/{{a,b-?}}.tar").list_names() == ["a.tar", "b-1.tar", "b-2.tar"]
     assert parse_pattern(f"{memory}/*/e.tar").list_names() == ["d/e.tar"]
-    assert parse_pattern(f"{memory}/b-*.tar").known_names() == ([], [])  # nobody was asked
+    assert parse_pattern(f"{memory}/b-*.tar").known_names() == ([], [])  # no server was asked
     means = parse_pattern(f"{memory}/b-*.tar").means()
     assert [name for name in ("a.tar", "b-1.tar", "d/b-1.tar") if means(name)] == ["b-1.tar"]
 

@@ -99,7 +99,7 @@ def test_workers_make_the_same_bytes(images: Path) -> None:
     rows = [{"image": f"{number % 4}.jpg", "caption": str(number)} for number in range(11)]
     one, two = build(images, rows, out="one"), build(images, rows, workers=2, out="two")
     names = sorted(path.name for path in one.folder.iterdir())
-    assert len(names) == 10  # four shards, four tables, the summary, no rejects but their file
+    assert len(names) == 10  # four shards, four tables, the summary, and the empty file of rejects
     for name in names:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 
@@ -136,7 +136,7 @@ def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
 
 
 def test_rows_that_are_not_utf8_are_rejected(images: Path) -> None:
-    """A Latin-1 file must lose the rows that say so, not quietly the letters in them."""
+    """Of a Latin-1 file the rows with such letters must be rejected; letters must not vanish silently."""
     path = images.parent / "captions.csv"
     rows = ["image,caption,note", "0.jpg,a café,", "1.jpg,a dog,", "2.jpg,a cat,père", "é.jpg,a cow,", "é,a,b,c"]
     path.write_bytes("\n".join(rows).encode("latin-1"))

@@ -1,4 +1,4 @@
-"""The contact sheet: every view stands in it pixel by pixel, and nothing of a caption is cut off."""
+"""The contact sheet: every view is in it pixel by pixel, and no caption is cut off."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def test_originals_show_the_box_of_every_view(tmp_path: Path, picture_size: tupl
     original = Original("000007 in a.tar " + "far/" * 200, np.full((height, width, 4), 128, dtype=np.uint8), boxes)
     contact_sheet(samples, tmp_path / "sheet.png", 1, originals=[original])
     plain, sheet = (np.asarray(Image.open(tmp_path / name)) for name in ("plain.png", "sheet.png"))
-    # The row as it is without original, less its margins, stands at the right; the title above it.
+    # At the right is the row as drawn without original, less the margins; above it is the title.
     row = plain[20:-20, 20:-20]
     tops = [
         top

@@ -1,4 +1,4 @@
-"""`data inspect`: its numbers against counts of one's own, its contact sheet against what the loader yields."""
+"""`data inspect`: its numbers against the test's own counts, its contact sheet against the loader's views."""
 
 import io
 import json
@@ -23,6 +23,7 @@ from cosmos_scale.data.tools import inspect
 from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet, to_image
 from cosmos_scale.data.tools.inspect_report import histogram, mean, quantile
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, picture, write_shard, write_shards
 from tests.data.web_server import web_server
@@ -228,11 +229,11 @@ def test_the_sheet_shows_what_training_makes(
     config = load_config(path, ["train.global_batch=10", "data.workers=0"])
     index = open_sources(config.data.sources)
     loader = TrainLoader(config, index, tokenizer := Tokenizer(16), 0, 1)
-    assert loader.steps_per_epoch == 27  # 70 visits to the one, 200 to the other
+    assert loader.steps_per_epoch == 27  # 70 visits to the first source, 200 to the second
     with closing(loader.batches(27 + 20)) as batches:
         batch = next(batches)
     assert len(drawn) == 10
-    assert index.order(config.seed, 32).visits(1, np.arange(200, 210)).repeats.max() > 0
+    assert EpochOrder(index.source_shards(), config.seed, 32).visits(1, np.arange(200, 210)).repeats.max() > 0
     for place, ((views, captions), original) in enumerate(zip(drawn, originals, strict=True)):
         assert original.title.startswith(f"{int(batch.sample_ids[place]):06d} in ")
         assert original.title.endswith(f", position {200 + place} of epoch 1")
@@ -244,7 +245,7 @@ def test_the_sheet_shows_what_training_makes(
             crop = Image.fromarray(original.picture[top : top + height, left : left + width, :3])
             side = view.shape[-1]
             resized = np.asarray(crop.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int64)
-            # Two resizers of 8-bit pixels, which round differently. Noise in another box is off by tens of levels.
+            # Two resizers of 8-bit pixels round differently. Noise in another box would differ by tens of levels.
             assert np.abs(np.asarray(to_image(view)) - resized).mean() <= 1.0
     sheet = Image.open(tmp_path / "views.png")
     assert sheet.width > 224 * 2
@@ -259,7 +260,7 @@ def test_the_sheet_names_substitutes(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "contact_sheet", lambda *arguments: titles.extend(row.title for row in arguments[-1]))
         run(capsys, tmp_path, "--rows", 20, "--out", tmp_path)
-    assert len(titles) == 12  # no more than there are positions
+    assert len(titles) == 12  # as many as there are positions
     (substitute,) = [title for title in titles if "damaged" in title]
     assert substitute.endswith(", in place of damaged 000005")
     assert not any(title.startswith("000005") for title in titles)
@@ -281,7 +282,7 @@ def test_quantiles_and_bins_of_counts(spread: int) -> None:
     assert mean(counts) == pytest.approx(values.mean())
     bins = histogram(counts, most_bins=12)
     assert sum(bar.height for bar in bins) == 2000
-    assert len(bins) <= 13  # one more where the first starts below the least value, at a round one
+    assert len(bins) <= 13  # one more if the first bin starts at a round value below the least
     for bar in bins:
         last = bar.last if bar.last is not None else values.max()
         assert bar.height == ((values >= bar.first) & (values <= last)).sum()

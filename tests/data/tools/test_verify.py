@@ -59,13 +59,13 @@ def replace_json(path: Path, key: str, document: Any) -> None:
 
 
 def end_early(path: Path, key: str) -> None:
-    """An end marker amid the picture's data: other flipped bits of a JPEG may pass for other pixels."""
+    """Put an end marker into the picture's data: other flipped bits of a JPEG may decode to other pixels."""
     offset, size = data_of(path, f"{key}.jpg")
     overwrite(path, offset + 3 * size // 4, b"\xff\xd9")
 
 
 def break_header(path: Path, key: str) -> None:
-    """Another size in the header: what follows cannot be found by walking, but by the index."""
+    """Put another size into the header: members behind it are found by the index, but not by walking the tar."""
     offset, _ = data_of(path, f"{key}.json")
     overwrite(path, offset - 512 + 124, b"77777777777")
 
@@ -85,7 +85,7 @@ def test_sound_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
-# What is done to sample 000003 of the shard behind its index's back, and the beginning of the reason.
+# Damage to sample 000003 after indexing, and the beginning of the reason.
 DAMAGE: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "a picture that ends early": (end_early, "the picture does not decode"),
     "no picture": (lambda path, key: overwrite(path, data_of(path, f"{key}.jpg")[0], b"GIF89a"), "the picture is not"),
@@ -166,7 +166,7 @@ def test_a_walk_that_breaks_off_is_the_shards_own_fault(tmp_path: Path, capsys: 
     start = starts(shard)["000002"]
     break_header(shard, "000002")
     found = as_json(capsys, folder)
-    # The samples behind it are read by their offsets, and are sound.
+    # The samples behind the damage are read by their offsets, and are sound.
     assert (found["damaged"], found["shards_damaged"], found["unreadable"]) == (1, 1, 0)
     of_shard, of_sample = found["first"]
     assert (of_shard["key"], of_shard["byte"]) == (None, None)
@@ -200,7 +200,7 @@ def test_bytes_that_still_decode_are_found_by_a_manifests_checksum(
         "reason": "bytes have changed since manifest.json was written",
         "indexed": True,
     }
-    (folder / "manifest.json").write_text("[]")  # somebody else's
+    (folder / "manifest.json").write_text("[]")  # a manifest of another program
     assert as_json(capsys, folder)["checksums"] == 0
 
 

@@ -20,9 +20,9 @@ from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.tools.inspect import picture_header
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, sample, tiny_config, write_shard
+from cosmos_scale.testing.shard_files import Member, flip_bytes, open_folder, sample, shards_config, write_shard
 from tests.conftest import REPOSITORY
 from tests.data.decode.damaged_pictures import (
     MAX_PIXELS,
@@ -33,12 +33,12 @@ from tests.data.decode.damaged_pictures import (
     odd_texts,
 )
 
-SAMPLES, BAD = 24, 9  # in two shards; the damaged one lies amid the first
+SAMPLES, BAD = 24, 9  # in two shards; the damaged sample lies in the middle of the first shard
 DAMAGED: dict[str, tuple[dict[str, bytes], str]] = {
     **{f"picture: {name}": ({"jpg": data}, reason) for name, (data, reason) in damaged_pictures().items()},
     **{f"text: {name}": ({"json": data}, reason) for name, (data, reason) in damaged_texts().items()},
 }
-# Zeros take the place of what is cut off; to a WebP's decoder these are pixels too, and it has no checksum.
+# Zeros replace the bytes that are cut off. A WebP's decoder takes zeros for pixels too, and WebP has no checksum.
 IN_PLACE = {name: damage for name, damage in DAMAGED.items() if name != "picture: WebP without its end"}
 ODD: dict[str, dict[str, bytes]] = {
     **{f"picture: {name}": {"jpg": data} for name, data in odd_pictures().items()},
@@ -47,7 +47,7 @@ ODD: dict[str, dict[str, bytes]] = {
 
 
 def config_of(folder: Path, **data: Any) -> RunConfig:
-    return tiny_config(folder, max_pixels=MAX_PIXELS, **data)
+    return shards_config(folder, max_pixels=MAX_PIXELS, **data)
 
 
 def take(
@@ -83,7 +83,7 @@ def index(folder: Path) -> Path:
 def both_ways(
     folder: Path, bad: dict[int, dict[str, bytes]], odd: dict[int, dict[str, bytes]] | None = None
 ) -> tuple[Path, Path]:
-    """The same shards sound and damaged, with the same index: the damage came after indexing. odd: other sound ones."""
+    """The same shards, sound and damaged after indexing, with the same index. odd: other samples that are sound."""
     odd = odd or {}
     sound = {number: {extension: sample(number)[extension] for extension in bad[number]} for number in bad}
     before = index(write(folder / "before", odd | padded(sound, bad)))
@@ -95,7 +95,7 @@ def both_ways(
 
 
 def padded(members: dict[int, dict[str, bytes]], others: dict[int, dict[str, bytes]]) -> dict[int, dict[str, bytes]]:
-    """Fill members up to the size of others, so that all lie at the same places: with what is no damage by itself."""
+    """Pad members to the sizes of others, so that all lie at the same places; the padding is no damage by itself."""
     fill = {"json": b" ", "jpg": b"\x00"}
     return {
         number: {
@@ -106,7 +106,7 @@ def padded(members: dict[int, dict[str, bytes]], others: dict[int, dict[str, byt
 
 
 def assert_one_lost(before: list[Batch], after: list[Batch], bad: set[int]) -> int:
-    """All but the damaged samples stand where they stood, bit for bit; returns how many were substituted."""
+    """All sound samples are the same at the same places, bit for bit; returns how many were substituted."""
     substituted = 0
     for left, right in zip(before, after, strict=True):
         hit = torch.tensor([number in bad for number in left.sample_ids.tolist()])
@@ -124,13 +124,13 @@ def assert_one_lost(before: list[Batch], after: list[Batch], bad: set[int]) -> i
 def test_damage_behind_a_good_index_costs_one_sample(tmp_path: Path, name: str) -> None:
     members, reason = DAMAGED[name]
     if members.get("jpg") == b"":
-        reason = "the picture is not"  # zeros fill its place
+        reason = "the picture is not"  # zeros replace the picture
     before, after = both_ways(tmp_path, {BAD: members})
     sound = take(before, config_of(before), 0, 12)
     log = tmp_path / "damaged.jsonl"
     damaged = take(after, config_of(after), 0, 12, log=log)
     assert sorted(torch.cat([batch.sample_ids for batch in sound]).tolist()) == sorted([*range(SAMPLES)] * 2)
-    assert assert_one_lost(sound, damaged, {BAD}) == 2  # once an epoch
+    assert assert_one_lost(sound, damaged, {BAD}) == 2  # once in each epoch
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(line["epoch"], line["sample"]) for line in lines] == [(0, BAD), (1, BAD)]
     for line in lines:
@@ -140,7 +140,7 @@ def test_damage_behind_a_good_index_costs_one_sample(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_before_indexing_costs_one_sample(tmp_path: Path, name: str) -> None:
-    """The index rejects what it can see without decoding; the rest is the loader's."""
+    """The index rejects damage that shows without decoding; the loader finds all other damage."""
     members, reason = DAMAGED[name]
     folder = index(write(tmp_path / "shards", {BAD: members}))
     rejected = folder / "rejected.jsonl"
@@ -194,7 +194,7 @@ def test_missing_members_and_cut_tars_before_indexing(tmp_path: Path) -> None:
     assert keys_of_an_epoch(index(folder)) == {*range(SAMPLES)} - {BAD}
     folder = write(tmp_path / "cut", {})
     cut_off(folder / "0.tar")
-    assert keys_of_an_epoch(index(folder)) == {*range(BAD), *range(13, SAMPLES)}  # what lies before the cut is kept
+    assert keys_of_an_epoch(index(folder)) == {*range(BAD), *range(13, SAMPLES)}  # the samples before the cut are kept
 
 
 def keys_of_an_epoch(folder: Path) -> set[int]:
@@ -217,10 +217,10 @@ def test_a_tar_header_that_was_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_tar_that_was_cut_off_after_indexing_is_lost(tmp_path: Path) -> None:
-    """Not only the samples behind the cut: what lies before it may be another's by now."""
+    """Not only the samples behind the cut: the bytes before the cut may belong to other samples by now."""
     _, after = both_ways(tmp_path, {})
     cut_off(after / "0.tar")
-    with pytest.raises(ShardsLost) as loss:
+    with pytest.raises(ShardsToGiveUp) as loss:
         take(after, config_of(after), 0, 6)
     (reason,) = loss.value.shards.values()
     assert re.fullmatch(r"has \d+ bytes, but its index was made when it had \d+", reason)
@@ -254,7 +254,7 @@ def test_substitutes_are_the_same_everywhere(half_damaged: tuple[Path, Path, set
             for name, dim in (("global_crops", 1), ("local_crops", 1), ("captions", 1), ("sample_ids", 0)):
                 assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim), getattr(batch, name)), name
             assert sum(int(part.substituted) for part in parts) == int(batch.substituted)
-        # Workers read ahead of the batches that were asked for, but what they find there is not written yet.
+        # Workers read ahead, but damage in batches that were not asked for is not written yet.
         assert named(log) == {line for line in expected if json.loads(line)["step"] >= start}
 
 
@@ -266,7 +266,7 @@ def test_both_decoders_find_the_same_damage(half_damaged: tuple[Path, Path, set[
         log = tmp_path / f"{decoder}.jsonl"
         made.append(take(after, config_of(after, max_damaged=1.0, decoder=decoder), 0, 12, log=log))
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        # DALI reads some batches ahead of those asked for.
+        # DALI reads some batches ahead of the batches that were asked for.
         found.append([(line["step"], line["sample"], line["key"]) for line in lines if line["step"] < 12])
     assert found[0] == found[1]
     for one, other in zip(*made, strict=True):
@@ -284,7 +284,7 @@ def named(log: Path) -> set[str]:
 
 def test_training_goes_on_up_to_the_limit_and_stops_past_it(half_damaged: tuple[Path, Path, set[int]]) -> None:
     _, after, _ = half_damaged
-    # Of at least 1,000 tries: 24 visits in 12 steps meet 24 damaged samples or more, their substitutes included.
+    # A share of at least 1,000 tries: 24 visits in 12 steps meet 24 damaged samples or more, substitutes included.
     for limit, steps in ((0.2, 12), (1.0, 40)):
         assert len(take(after, config_of(after, max_damaged=limit), 0, steps)) == steps
     with pytest.raises(UserError, match=r"samples are damaged, more than data\.max_damaged 0\.01 allows"):
@@ -311,7 +311,7 @@ for name, (data, side) in huge_pictures().items():
 
 
 def test_huge_pictures_are_refused_before_anything_is_allocated() -> None:
-    """In a process that may take 48 MiB more: the least of these needs 190 MB for its pixels."""
+    """In a process that may take 48 MiB more: the smallest of the pictures needs 190 MB for its pixels."""
     done = subprocess.run([sys.executable, "-c", PROBE], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     said = f"{MAX_PIXELS}"
     expected = [
@@ -323,7 +323,7 @@ def test_huge_pictures_are_refused_before_anything_is_allocated() -> None:
 
 
 def test_the_configs_limit_alone_decides() -> None:
-    """Pillow's own would warn of a large picture and refuse a larger one, whatever the config allows."""
+    """Pillow's own limit would warn of a large picture and refuse a larger picture, whatever the config allows."""
     png, side = huge_pictures()["PNG"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -15,14 +15,14 @@ from cosmos_scale.data.decode import STD
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import tiny_config, write_shards
+from cosmos_scale.testing.shard_files import shards_config, write_shards
 
 pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI, which has no wheel for this machine")
 
-# Grey levels, mean over a batch's values: DALI's resize rounds otherwise than torch's (0.2 on photos), and colour in
-# floating point moves what 8-bit steps in between cut off (1.6).
+# Grey levels, mean over a batch's values. DALI's resize rounds in another way than torch's (0.2 on photos), and colour
+# in floating point keeps the fractions that 8-bit steps cut off (1.6).
 MOST_DIFFERENCE = 1.6
 LEVELS = 255 * torch.tensor(STD).view(3, 1, 1)  # grey levels in one unit of a normalised view
 
@@ -48,9 +48,9 @@ def assert_alike(torch_batches: list[Batch], dali_batches: list[Batch]) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_both_decoders_make_the_same_batches(scenes: SceneShards, workers: int) -> None:
     sections: dict[str, Any] = {"views": {"local_crops": 2, "local_size": 16}, "workers": workers}
-    config = tiny_config(scenes.train, global_batch=8, **sections)
+    config = shards_config(scenes.train, global_batch=8, **sections)
     expected = take(config, 3, 5)
-    config = tiny_config(scenes.train, global_batch=8, decoder="dali", **sections)
+    config = shards_config(scenes.train, global_batch=8, decoder="dali", **sections)
     assert_alike(expected, take(config, 3, 5))
     assert_alike(expected[2:4], take(config, 5, 2))
 
@@ -62,10 +62,10 @@ def test_a_lost_shard_is_told_at_the_step_that_needs_it(tmp_path: Path, prefetch
     taken = []
     (folder / "00001.tar").unlink()
     for decoder in ("torch", "dali"):
-        config = tiny_config(folder, decoder=decoder, window=12, remote=at_once, dali={"prefetch": prefetch})
+        config = shards_config(folder, decoder=decoder, window=12, remote=at_once, dali={"prefetch": prefetch})
         loader = TrainLoader(config, open_sources(config.data.sources), Tokenizer(16), 0, 1)
         ids: list[list[int]] = []
-        with closing(loader.batches(0)) as batches, pytest.raises(ShardsLost) as loss:
+        with closing(loader.batches(0)) as batches, pytest.raises(ShardsToGiveUp) as loss:
             ids.extend(batch.sample_ids.tolist() for batch in batches)
         assert list(loss.value.shards) == ["test/00001.tar"]
         taken.append(ids)
@@ -78,7 +78,7 @@ def test_without_dali_the_loader_says_what_to_install(monkeypatch: pytest.Monkey
 
     monkeypatch.delattr(nvidia, "dali")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    config = tiny_config(write_shards(tmp_path, [4]), decoder="dali")
+    config = shards_config(write_shards(tmp_path, [4]), decoder="dali")
     with pytest.raises(UserError, match=r"^data\.decoder: dali needs NVIDIA DALI .*pip install") as error:
         take(config, 0, 1)
     assert "\n" not in str(error.value)

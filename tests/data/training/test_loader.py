@@ -26,14 +26,15 @@ from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader, default_workers
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.data.training.lost import check_shards
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import END_OF_TEXT, Tokenizer
 from cosmos_scale.testing.shard_files import (
     flip_bytes,
     open_folder,
     picture,
     sample,
-    tiny_config,
+    shards_config,
     write_shard,
     write_shards,
 )
@@ -60,7 +61,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
-    config = tiny_config(shards)
+    config = shards_config(shards)
     index, tokenizer = open_folder(shards), Tokenizer(16)
     for epoch in range(2):
         seen = []
@@ -90,17 +91,17 @@ def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_and_restarts_leave_no_trace(shards: Path, workers: int) -> None:
-    config = tiny_config(shards)
-    whole = take(make(shards, config), 0, 12)  # two epochs and a bit
-    with_workers = tiny_config(shards, workers=workers, prefetch=2)
-    for start in (0, 3, 7):  # 7: in the middle of the second epoch
+    config = shards_config(shards)
+    whole = take(make(shards, config), 0, 12)  # more than two epochs
+    with_workers = shards_config(shards, workers=workers, prefetch=2)
+    for start in (0, 3, 7):  # step 7 lies in the middle of the second epoch
         for left, right in zip(take(make(shards, with_workers), start, 12 - start), whole[start:], strict=True):
             assert_equal(left, right)
 
 
 @pytest.mark.parametrize("last_batch", ["drop", "pad"])
 def test_the_global_batch_is_the_same_at_every_world_size(shards: Path, last_batch: str) -> None:
-    config = tiny_config(shards, last_batch=last_batch)
+    config = shards_config(shards, last_batch=last_batch)
     alone = make(shards, config)
     assert alone.steps_per_epoch == (5 if last_batch == "drop" else 6)
     whole = take(alone, 2, 6)
@@ -115,7 +116,7 @@ def test_the_global_batch_is_the_same_at_every_world_size(shards: Path, last_bat
 
 
 def test_a_padded_epoch_visits_every_sample_and_then_its_first_ones(shards: Path) -> None:
-    batches = take(make(shards, tiny_config(shards, last_batch="pad")), 0, 6)
+    batches = take(make(shards, shards_config(shards, last_batch="pad")), 0, 6)
     ids = torch.cat([batch.sample_ids for batch in batches]).tolist()
     assert sorted(ids[:21]) == list(range(21))
     assert ids[21:] == ids[:3]
@@ -125,12 +126,12 @@ def test_loading_leaves_the_global_random_numbers_alone(shards: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    take(make(shards, tiny_config(shards, workers=1)), 0, 2)
+    take(make(shards, shards_config(shards, workers=1)), 0, 2)
     assert torch.equal(torch.rand(3), expected)
 
 
 def damage(folder: Path, numbers: set[int]) -> None:
-    """Flip the first bytes of some pictures, in place: the index is made, its sizes still fit."""
+    """Flip the first bytes of some pictures in place, so that the index and its sizes still fit."""
     for path in sorted(folder.glob("*.tar")):
         for entry in scan_shard(path).entries:
             if int(entry.key) in numbers:
@@ -139,12 +140,12 @@ def damage(folder: Path, numbers: set[int]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_sample_costs_one_sample(tmp_path: Path, workers: int) -> None:
-    sound = take(make(write_shards(tmp_path / "sound", [9, 8]), tiny_config(tmp_path / "sound")), 0, 8)
+    sound = take(make(write_shards(tmp_path / "sound", [9, 8]), shards_config(tmp_path / "sound")), 0, 8)
     folder = write_shards(tmp_path / "shards", [9, 8])
     broken = {2, 5, 11}
     damage(folder, broken)
     log = tmp_path / "run" / "damaged.jsonl"
-    config = tiny_config(folder, workers=workers)
+    config = shards_config(folder, workers=workers)
     batches = take(make(folder, config, log=log), 0, 8)
     expected_log = []
     for step, (batch, original) in enumerate(zip(batches, sound, strict=True)):
@@ -171,15 +172,15 @@ def test_a_resumed_run_lists_damage_once(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", [9, 7])
     damage(folder, {2, 5, 11})
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
-    take(make(folder, tiny_config(folder), log=whole), 0, 8)
-    for start in (0, 0, 2, 5):  # each launch of three steps but the last replays some
-        take(make(folder, tiny_config(folder), log=resumed), start, 3)
+    take(make(folder, shards_config(folder), log=whole), 0, 8)
+    for start in (0, 0, 2, 5):  # every launch but the last replays some of the three steps before
+        take(make(folder, shards_config(folder), log=resumed), start, 3)
     expected = whole.read_text().splitlines()
     assert len({json.loads(line)["step"] for line in expected}) > 2
     assert sorted(resumed.read_text().splitlines()) == sorted(expected)
     with resumed.open("a") as log:
         log.write("{\n[1]\n")  # torn
-    replayed = [take(make(folder, tiny_config(folder), rank, 2, resumed), 4, 4) for rank in range(2)]
+    replayed = [take(make(folder, shards_config(folder), rank, 2, resumed), 4, 4) for rank in range(2)]
     assert sum(int(batch.substituted) for batches in replayed for batch in batches) > 0
     assert sorted(resumed.read_text().splitlines()[:-2]) == sorted(expected)
 
@@ -189,7 +190,7 @@ def test_too_much_damage_stops_with_one_line(tmp_path: Path, workers: int) -> No
     folder = write_shards(tmp_path, [12])
     damage(folder, {3})
     log = tmp_path / "damaged.jsonl"
-    loader = make(folder, tiny_config(folder, workers=workers, max_damaged=0.0), log=log)
+    loader = make(folder, shards_config(folder, workers=workers, max_damaged=0.0), log=log)
     with pytest.raises(UserError, match=r"^1 of \d+ samples are damaged, more than data\.max_damaged 0") as error:
         take(loader, 0, 3)
     assert "000003 in " in str(error.value)
@@ -201,7 +202,7 @@ def test_too_much_damage_stops_with_one_line(tmp_path: Path, workers: int) -> No
 def test_a_few_damaged_samples_at_the_start_are_no_verdict(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, [12])
     damage(folder, {3})
-    loader = make(folder, tiny_config(folder, max_damaged=0.002))  # 2 in the first 1,000
+    loader = make(folder, shards_config(folder, max_damaged=0.002))  # 2 in the first 1,000
     with pytest.raises(UserError, match=r"^3 of 3\d samples"):
         take(loader, 0, 20)
 
@@ -223,9 +224,10 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
     write_shard(tmp_path / "0.tar", members)
     index_shards(str(tmp_path), None, workers=1, progress=False)
     data = json.dumps(document).encode()
-    padded = data + b" " * (len(members[0]["json"]) - len(data))  # the same offsets: damage behind the index's back
+    # The same offsets, so that the index still fits.
+    padded = data + b" " * (len(members[0]["json"]) - len(data))
     write_shard(tmp_path / "0.tar", [{**member, "json": padded} for member in members])
-    loader = make(tmp_path, tiny_config(tmp_path, captions={"count": 3, "sampling": sampling}))
+    loader = make(tmp_path, shards_config(tmp_path, captions={"count": 3, "sampling": sampling}))
     with pytest.raises(UserError, match=r"21 damaged samples in a row; the last is \d+ in .*0\.tar: ") as error:
         take(loader, 0, 1)
     assert reason in str(error.value)
@@ -234,27 +236,27 @@ def test_captions_of_the_wrong_shape_stop_with_one_line(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_lost_or_changed_shard_reaches_the_training_process(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, [6, 6])
-    config = tiny_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
+    config = shards_config(folder, workers=workers, remote={"retries": 1, "backoff_s": 0.01}, max_damaged=0.5)
     loader = make(folder, config)
     write_shard(folder / "00001.tar", [sample(0)])
-    with pytest.raises(ShardsLost) as changed:
+    with pytest.raises(ShardsToGiveUp) as changed:
         take(loader, 0, 3)
     assert changed.value.shards["test/00001.tar"].startswith(f"has {(folder / '00001.tar').stat().st_size} bytes, but")
     with pytest.raises(UserError, match=rf"^{folder}/00001\.tar: has \d+ bytes, but its index was made when"):
-        loader.check_shards(resumed=False)
+        check_shards(open_folder(folder), config, {}, resumed=False)
     (folder / "00001.tar").unlink()
-    loader = make(folder, config)  # the one above has given the shard up
-    with pytest.raises(ShardsLost) as loss:  # between the ranks: it was there when the run began
+    loader = make(folder, config)  # a new loader: the reader of the first has given the shard up
+    with pytest.raises(ShardsToGiveUp) as loss:  # not a UserError: the shard was there when the run began
         take(loader, 0, 3)
     assert loss.value.shards == {"test/00001.tar": "No such file or directory"}
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
-        make(folder, tiny_config(folder, workers=workers)).check_shards(resumed=False)
+        check_shards(open_folder(folder), config, {}, resumed=False)
     loader.lose([loss.value.shards], 0)
-    loader.check_shards(resumed=False)  # known to be lost
+    check_shards(open_folder(folder), config, loader.lost_shards, resumed=False)  # known to be lost
 
 
 class Finalised:
-    """In a cycle with itself: it ends when garbage is collected, and then says in which process."""
+    """Refers to itself, so that it ends when garbage is collected; it then says in which process."""
 
     def __init__(self, said: Path) -> None:
         self.said, self.itself = said, self
@@ -270,10 +272,10 @@ def test_loader_processes_leave_the_training_processs_garbage_alone(shards: Path
         gc.collect()
         return tokenizer(texts)
 
-    gc.disable()  # or it may be collected here before the fork
+    gc.disable()  # the object must not be collected here before the fork
     try:
         Finalised(said)
-        take(TrainLoader(tiny_config(shards, workers=1), open_folder(shards), tokenize_and_collect, 0, 1), 0, 2)
+        take(TrainLoader(shards_config(shards, workers=1), open_folder(shards), tokenize_and_collect, 0, 1), 0, 2)
         assert not said.exists()
         gc.collect()
     finally:
@@ -287,12 +289,12 @@ def children() -> list[int]:
 
 def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
     before = set(children())
-    with closing(make(shards, tiny_config(shards, workers=1)).batches(0)) as batches:
+    with closing(make(shards, shards_config(shards, workers=1)).batches(0)) as batches:
         next(batches)
         (worker,) = set(children()) - before
         os.kill(worker, signal.SIGKILL)
         with pytest.raises(UserError, match=r"^a loader process died .*lower data\.workers \(1\)"):
-            list(islice(batches, 50))  # what was ready is still handed out
+            list(islice(batches, 50))  # batches that were ready are still handed out
 
 
 @pytest.mark.parametrize(
@@ -317,7 +319,7 @@ def test_a_workers_own_exception_keeps_its_traceback(
     def fail(texts: Sequence[str]) -> torch.Tensor:
         raise error
 
-    loader = TrainLoader(tiny_config(shards, workers=1), open_folder(shards), fail, 0, 1)
+    loader = TrainLoader(shards_config(shards, workers=1), open_folder(shards), fail, 0, 1)
     with pytest.raises(raised, match=text):
         take(loader, 0, 1)
 
@@ -343,11 +345,11 @@ def test_default_workers_share_the_hosts_cores(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(shards: Path) -> None:
     with pytest.raises(UserError, match="global_batch"):
-        make(shards, tiny_config(shards), 0, 3)
+        make(shards, shards_config(shards), 0, 3)
 
 
 def test_more_batch_than_data_is_refused(shards: Path) -> None:
     with pytest.raises(UserError, match=r"train\.global_batch is 32, but the data has 21 samples"):
-        make(shards, tiny_config(shards, global_batch=32))
-    batch = take(make(shards, tiny_config(shards, global_batch=32, last_batch="pad")), 0, 1)[0]
+        make(shards, shards_config(shards, global_batch=32))
+    batch = take(make(shards, shards_config(shards, global_batch=32, last_batch="pad")), 0, 1)[0]
     assert np.bincount(batch.sample_ids).tolist().count(2) == 32 - 21

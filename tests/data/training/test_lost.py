@@ -1,7 +1,7 @@
 """Lost shards: substitutes from one step on, the same at any world size and after a restart; a record; a limit."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from itertools import islice
 from multiprocessing import active_children
@@ -15,13 +15,13 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.data.training.lost import LostShards
+from cosmos_scale.data.training.lost import LostShards, check_shards
 from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.errors import ShardsLost, UserError
+from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.shard_files import open_folder, tiny_config, write_shards
+from cosmos_scale.testing.shard_files import open_folder, shards_config, write_shards
 
 COUNTS = [5, 7, 3, 6]  # 21 samples: five batches of 4, one over
 NAMES = [f"test/{shard:05d}.tar" for shard in range(4)]
@@ -30,7 +30,7 @@ SHARES = ("global_crops", "local_crops", "captions", "caption_lengths")  # [_, B
 
 
 def config_of(folder: Path, **data: Any) -> RunConfig:
-    return tiny_config(folder, **{"max_damaged": 0.5, "remote": AT_ONCE, **data})
+    return shards_config(folder, **{"max_damaged": 0.5, "remote": AT_ONCE, **data})
 
 
 def make(folder: Path, config: RunConfig, rank: int = 0, world_size: int = 1, **options: Any) -> TrainLoader:
@@ -46,8 +46,8 @@ def take(loader: TrainLoader, start: int, count: int) -> tuple[list[Batch], dict
         with closing(loader.batches(step)) as batches:
             try:
                 taken += islice(batches, count - len(taken))
-            except ShardsLost as loss:
-                # What was yielded before stays: `+=` adds as it goes.
+            except ShardsToGiveUp as loss:
+                # Batches that were yielded before the error stay: `+=` adds one after the other.
                 lost[start + len(taken)] = loss.shards
                 loader.lose([loss.shards], start + len(taken))
     return taken, lost
@@ -65,7 +65,7 @@ def shard_of(sample: int) -> int:
 def test_samples_of_lost_shards_by_step(shards: Path) -> None:
     lost = LostShards(open_folder(shards), {NAMES[2]: 3})
     lost.add([NAMES[0], NAMES[2]], 5)
-    assert lost.steps == {NAMES[2]: 3, NAMES[0]: 5}  # the first step stays
+    assert lost.steps == {NAMES[2]: 3, NAMES[0]: 5}  # a shard keeps its first step
     for sample in range(21):
         shard = shard_of(sample)
         assert lost.shard_of(sample) == NAMES[shard]
@@ -167,34 +167,36 @@ def test_a_shard_whose_table_is_lost_is_lost(
     assert all(shard_of(sample) != 1 for batch in batches for sample in batch.sample_ids.tolist())
 
 
+def check(folder: Path, lost: dict[str, int] | None = None, *, resumed: bool, **data: Any) -> None:
+    check_shards(open_folder(folder), config_of(folder, **data), lost or {}, resumed=resumed)
+
+
 def test_before_a_run_a_missing_table_was_never_there(shards: Path) -> None:
     (shards / "00001.index.npy").unlink()
-    loader = make(shards, config_of(shards))
     with pytest.raises(UserError, match=r"00001\.index\.npy: index cannot be read: No such file or directory; run "):
-        loader.check_shards(resumed=False)
-    loader.lose([{NAMES[1]: "as a resumed run knows"}], 0)
-    loader.check_shards(resumed=False)
+        check(shards, resumed=False)
+    check(shards, {NAMES[1]: 0}, resumed=False)
 
 
 def test_a_resumed_run_may_miss_what_it_may_lose(shards: Path) -> None:
     (shards / "00001.tar").unlink()
-    (shards / "00003.tar").unlink()  # 13 of 21 samples with the other
+    (shards / "00003.tar").unlink()  # both shards hold 13 of 21 samples
     for limit in (0.62, 1.0):
-        make(shards, config_of(shards, max_damaged=limit)).check_shards(resumed=True)
+        check(shards, resumed=True, max_damaged=limit)
     for limit, lost in ((0.61, {}), (0.61, {NAMES[1]: 3}), (0.74, {NAMES[0]: 3, NAMES[1]: 3}), (0.0, {})):
         with pytest.raises(UserError, match=r"^shard test/0000[13]\.tar is missing: No such file .* allows$") as error:
-            make(shards, config_of(shards, max_damaged=limit), lost_shards=lost).check_shards(resumed=True)
+            check(shards, lost, resumed=True, max_damaged=limit)
         assert f"{len({NAMES[1], NAMES[3]} - set(lost))} missing shards" in str(error.value)
-    make(shards, config_of(shards, max_damaged=0.0), lost_shards={NAMES[1]: 0, NAMES[3]: 0}).check_shards(resumed=True)
+    check(shards, {NAMES[1]: 0, NAMES[3]: 0}, resumed=True, max_damaged=0.0)
 
 
 def test_a_lost_shard_leaves_one_record(shards: Path, tmp_path: Path) -> None:
     log = tmp_path / "run" / "damaged.jsonl"
     (shards / "00001.tar").unlink()
-    for _ in range(2):  # replayed: still one
+    for _ in range(2):  # the second time replays the first: still one record
         _, lost = take(make(shards, config_of(shards), damaged_log=log), 0, 6)
     ((step, reasons),) = lost.items()
-    other = make(shards, config_of(shards), 1, 2, damaged_log=log)  # what the first rank writes, others need not
+    other = make(shards, config_of(shards), 1, 2, damaged_log=log)  # the first rank has written the record
     other.lose([reasons, {}], step)
     take(other, step, 2)
     (record,) = [json.loads(line) for line in log.read_text().splitlines()]
@@ -218,16 +220,9 @@ def look_ahead(rank: int, world_size: int, folders: list[Path], steps: int) -> d
     """Take batches with the ranks' agreement, each rank reading from its own folder of the same shards."""
     config, said = config_of(folders[rank]), list[str]()
     loader = make(folders[rank], config, rank, world_size)
-    ahead = Lookahead(loader, 0, start_ranks("cpu"), StopRequest(None), said.append)
-
-    def batches() -> Iterator[Batch]:
-        for _ in range(steps):
-            ahead.fetch()
-            batch = ahead.take()
-            assert batch is not None
-            yield batch
-
-    taken = [{name: getattr(batch, name).clone() for name in (*SHARES, "sample_ids")} for batch in batches()]
+    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), said.append, first=0, last=steps)
+    taken = [{name: getattr(batch, name).clone() for name in (*SHARES, "sample_ids")} for batch, _ in ahead]
+    assert len(taken) == steps
     return {"batches": taken, "lost": loader.lost_shards, "said": said}
 
 
@@ -241,7 +236,7 @@ def test_what_one_rank_cannot_read_all_replace(shards: Path, tmp_path: Path) -> 
     (line,) = ranks[0]["said"]
     assert line.startswith(f"shard {NAMES[1]} is lost: ")
     assert "(rank 1); from step" in line
-    # The other world size, by a rank that is told of the loss, reading shards that are all there.
+    # At world size 1 a rank that is told of the loss, and reads shards that are all there, gets the same batches.
     alone, _ = take(make(shards, config_of(shards), lost_shards=ranks[0]["lost"]), 0, 12)
     for expected, *shares in zip(alone, ranks[0]["batches"], ranks[1]["batches"], strict=True):
         assert torch.equal(torch.cat([share["sample_ids"] for share in shares]), expected.sample_ids)

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cosmos_scale.data.training.order import EpochOrder, SourceShards, Visits, steps_per_epoch
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.shards.index import SourceShards
+from cosmos_scale.data.training.order import EpochOrder, Visits, steps_per_epoch
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.merged import merged_sources
 
@@ -29,12 +31,17 @@ few_sources = st.lists(
     max_size=3,
 )
 seeds = st.integers(0, 2**63)
-# Tests share cores, so that how long one example takes says nothing; and the same examples every time.
+# No deadline, since tests share cores and an example may take long. The same examples every time.
 PLAIN = settings(deadline=None, derandomize=True)
 
 
 def one_source(counts: list[int], seed: int, window: int) -> EpochOrder:
     return EpochOrder([SourceShards(np.array(counts))], seed, window)
+
+
+def batches_of(global_batch: int, last_batch: str, multiple: int) -> RunConfig:
+    train = {"global_batch": global_batch, "epoch_steps_multiple": multiple}
+    return RunConfig.model_validate({"data": {"last_batch": last_batch}, "train": train})
 
 
 def whole_epoch(order: EpochOrder, epoch: int) -> Visits:
@@ -114,7 +121,7 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
     whole = whole_epoch(EpochOrder(sources, seed, window), epoch).samples
     order = EpochOrder(sources, seed, window)
     for place in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=20)):
-        order.sample(data.draw(st.integers(0, 9)), place)  # other epochs and places in between
+        order.sample(data.draw(st.integers(0, 9)), place)  # draws at other epochs and places come in between
         assert order.sample(epoch, place) == whole[place]
 
 
@@ -128,22 +135,22 @@ def test_a_position_depends_on_nothing_that_was_asked_before(
     st.sampled_from([("drop", 1), ("pad", 1), ("pad", 2), ("pad", 3)]),
 )
 def test_batches_are_the_same_at_every_world_size_and_from_every_restart(
-    sources: Sources, window: int, world_size: int, micro_batch: int, workers: int, cut: tuple[str, int]
+    sources: Sources, window: int, world_size: int, samples_per_rank: int, workers: int, cut: tuple[str, int]
 ) -> None:
-    """Two epochs, resumed at every step by processes that know nothing: each rank's loaders take its steps in turn."""
+    """Two epochs, resumed at every step by new processes: each rank's loaders take the rank's steps in turn."""
     reference = EpochOrder(sources, 3, window)
-    samples, global_batch = reference.samples, world_size * micro_batch
+    samples, global_batch = reference.samples, world_size * samples_per_rank
     last_batch, multiple = cut
     if last_batch == "drop" and global_batch > samples:
         return
-    steps = steps_per_epoch(samples, global_batch, last_batch, multiple)
+    steps = steps_per_epoch(samples, batches_of(global_batch, last_batch, multiple))
     expected: list[tuple[int, int]] = []
     for epoch in range(2):
         visits = pairs(whole_epoch(reference, epoch))
         if last_batch == "drop":
             assert samples - global_batch < steps * global_batch <= samples
             expected += visits[: steps * global_batch]
-        else:  # filled with the epoch's first samples
+        else:  # the epoch's first samples fill the last batch
             assert steps % multiple == 0
             assert samples <= steps * global_batch < samples + multiple * global_batch
             expected += (visits * (multiple * global_batch + 1))[: steps * global_batch]
@@ -154,9 +161,9 @@ def test_batches_are_the_same_at_every_world_size_and_from_every_restart(
         for step in range(start, stop):
             epoch, epoch_step = divmod(step, steps)
             for rank in range(world_size):
-                first = epoch_step * global_batch + rank * micro_batch
+                first = epoch_step * global_batch + rank * samples_per_rank
                 loader = loaders[rank][(step - start) % workers]
-                share = loader.visits(epoch, np.arange(first, first + micro_batch))
+                share = loader.visits(epoch, np.arange(first, first + samples_per_rank))
                 seen += pairs(share)
         assert seen == expected[start * global_batch : stop * global_batch]
 
@@ -173,13 +180,13 @@ def test_windows_read_few_shards_each_shard_once_a_pass(sources: Sources, window
         of_windows = []
         for first in range(0, len(reads), window):
             here = reads[first : first + window][of_visits[first : first + window] == number]
-            if len(here):  # a small source leaves windows out
+            if len(here):  # a small source is not in every window
                 of_windows.append(set(map(tuple, here.tolist())))
         for read in set().union(*of_windows):
             at = [place for place, those in enumerate(of_windows) if read in those]
             assert at == list(range(at[0], at[-1] + 1))
         total += sum(map(len, of_windows))
-    # A shard lies in at most the windows that its stretch of a stream cuts: that bounds all reads.
+    # A shard lies at most in the windows that its stretch of a stream cuts, which bounds all reads.
     assert total <= len(np.unique(reads, axis=0)) + len(sources) * -(-len(reads) // window)
 
 
@@ -293,9 +300,9 @@ def test_seeking_in_thirty_million_samples_reads_no_samples() -> None:
     ],
 )
 def test_steps_per_epoch(samples: int, batch: int, last_batch: str, multiple: int, steps: int) -> None:
-    assert steps_per_epoch(samples, batch, last_batch, multiple) == steps
+    assert steps_per_epoch(samples, batches_of(batch, last_batch, multiple)) == steps
 
 
 def test_an_epoch_without_a_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.global_batch is 10, but the data has 9 samples"):
-        steps_per_epoch(9, 10, "drop", 1)
+        steps_per_epoch(9, batches_of(10, "drop", 1))

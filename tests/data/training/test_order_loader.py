@@ -11,8 +11,9 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import tiny_config, write_shards
+from cosmos_scale.testing.shard_files import shards_config, write_shards
 
 GLOBAL_BATCH = 12
 
@@ -25,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         {"name": name, "shards": str(write_shards(root / name, counts)), "weight": weight}
         for name, counts, weight in (("a", [4, 5], 2.5), ("b", [7, 3, 6], 1.0), ("c", [12, 8], 0.2))
     ]
-    return tiny_config(root, global_batch=GLOBAL_BATCH, sources=sources, last_batch="pad", window=16)
+    return shards_config(root, global_batch=GLOBAL_BATCH, sources=sources, last_batch="pad", window=16)
 
 
 def batches(config: RunConfig, world_size: int, start: int, count: int) -> list[Batch]:
@@ -64,7 +65,7 @@ def test_the_loader_makes_the_visits_of_the_order(config: RunConfig, reference: 
     index = open_sources(config.data.sources)
     assert (len(index), index.epoch_samples) == (45, 22 + 16 + 4)
     assert TrainLoader(config, index, Tokenizer(16), 0, 1).steps_per_epoch == 4
-    order = index.order(config.seed, config.data.window)
+    order = EpochOrder(index.source_shards(), config.seed, config.data.window)
     for step, batch in enumerate(reference):
         epoch, epoch_step = divmod(step, 4)
         positions = range(epoch_step * GLOBAL_BATCH, (epoch_step + 1) * GLOBAL_BATCH)
@@ -86,7 +87,7 @@ def test_repeats_of_a_sample_are_different_crops_and_captions(reference: list[Ba
 
 
 def visits(epoch: list[Batch]) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Every visit of an epoch once: its sample, and the sample's crops and captions; padding left out."""
+    """Each visit of an epoch once, without padding: its sample, crops and captions."""
     left = 42
     for batch in epoch:
         for b, sample in enumerate(batch.sample_ids.tolist()[:left]):

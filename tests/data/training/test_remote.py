@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ import torch
 
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import RemoteConfig, SourceConfig
-from cosmos_scale.data.samples.sample import LostShard
+from cosmos_scale.data.samples.sample import UnreachableShard
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.lost import check_shards
+from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.gallery import gallery_batches
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
+from cosmos_scale.testing.shard_files import open_folder, picture, sample, shards_config, write_shard, write_shards
 from tests.data.web_server import Fault, WebServer, web_server
 
 COUNTS = [5, 4, 6]
@@ -54,7 +57,7 @@ def check_all(index: MergedIndex, remote: RemoteConfig) -> None:
     """Every sample is the one that was written, byte for byte, in the order of training."""
     reader = ShardReader(remote)
     reader.check(index.shard_files())
-    for number in index.order(0, 8).visits(0, np.arange(SAMPLES)).samples.tolist():
+    for number in EpochOrder(index.source_shards(), 0, 8).visits(0, np.arange(SAMPLES)).samples.tolist():
         image, document = reader.read(index.locate(number))
         assert image == sample(number)["jpg"]
         assert document == json.loads(sample(number)["json"])
@@ -65,7 +68,7 @@ def test_ranges_bring_the_samples_and_no_more(shards: Path, server: WebServer) -
     index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
     check_all(index, quick())
     probe, *requests = server.requests()
-    assert (probe.range, probe.sent) == (f"bytes=0-{BLOCK - 1}", BLOCK)  # whether the source is there
+    assert (probe.range, probe.sent) == (f"bytes=0-{BLOCK - 1}", BLOCK)  # the look for the source
     assert len(requests) == SAMPLES  # picture and text come together
     assert all(request.status == 206 for request in requests)
     needed = 0
@@ -104,8 +107,8 @@ def test_a_server_without_ranges_sends_each_shard_once(
         assert line.startswith(f"{server.url}: serves no byte ranges, so that whole shards are kept in ")
         whole = [request.path for request in server.requests() if request.range is None]
         assert sorted(whole) == ["/00000.tar", "/00001.tar", "/00002.tar"]
-        assert len(server.requests()) == 3 + 2  # and one that asked for a range, of each reader
-        check_all(index, quick(cache=str(tmp_path / "cache")))  # another process, another day
+        assert len(server.requests()) == 3 + 2  # each reader asked for a range once
+        check_all(index, quick(cache=str(tmp_path / "cache")))  # a new reader, as in another process
         assert len(server.requests()) == 3 + 3
 
 
@@ -138,10 +141,10 @@ def test_every_tenth_request_fails_and_nothing_is_lost(shards: Path, tmp_path: P
         remote = quick(fetch=fetch, cache=str(tmp_path / "cache"), timeout_s=timeout_s, retries=4)
         check_all(index, remote)
         asked = len(server.requests())
-        needed = 1 + (SAMPLES if fetch == "parts" else len(COUNTS))  # one to see that the source is there
-        if fault == "wrong" and fetch == "shards":  # no other range than all
+        needed = 1 + (SAMPLES if fetch == "parts" else len(COUNTS))  # one more looks for the source
+        if fault == "wrong" and fetch == "shards":  # whole shards are asked for without a range
             assert asked == needed
-        else:  # where time runs out, a busy machine may let it run out once more
+        else:  # on a busy machine one more request may run out of time
             assert asked == needed + asked // every or (fault == "hang" and asked > needed)
             assert asked // every >= 1
 
@@ -153,7 +156,7 @@ def test_a_server_that_dies_loses_its_shards(shards: Path, tmp_path: Path, serve
     assert reader.read(index.locate(0))[0] == picture(0)
     server.stop()
     for _ in range(2):
-        with pytest.raises(LostShard, match="Connection refused") as lost:
+        with pytest.raises(UnreachableShard, match="Connection refused") as lost:
             reader.read(index.locate(0))
         assert (lost.value.source, lost.value.shard) == ("test", f"{server.url}/00000.tar?***")
         assert "secret" not in str(lost.value)
@@ -165,9 +168,9 @@ def test_a_server_that_hangs_is_left_after_all_tries(shards: Path, tmp_path: Pat
         index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
         reader = ShardReader(quick(retries=2, timeout_s=0.5))
         for _ in range(2):
-            with pytest.raises(LostShard, match=r"no answer for 0\.5 s"):
+            with pytest.raises(UnreachableShard, match=r"no answer for 0\.5 s"):
                 reader.read(index.locate(0))
-        assert len(server.requests()) == 3  # what is lost is not asked for again
+        assert len(server.requests()) == 3  # a lost shard is not asked for again
         with pytest.raises(UserError, match=r"shard of source test cannot be opened: no answer for 0\.5 s"):
             ShardReader(quick(retries=0, timeout_s=0.5)).check(index.shard_files())
 
@@ -177,18 +180,19 @@ def test_what_was_never_there_is_an_error_at_the_start(shards: Path, server: Web
         index = open_remote(f"{folder}/{{00000..00002}}.tar", shards)
         with pytest.raises(UserError, match=r"00000\.tar: shard of source test cannot be opened: not found") as error:
             ShardReader(RemoteConfig()).check(index.shard_files())
-        assert not isinstance(error.value, LostShard)
-    assert len(server.requests()) == 1  # nothing to wait for
+        assert not isinstance(error.value, UnreachableShard)
+    assert len(server.requests()) == 1  # a shard that was never there is not waited for
     (shards / "00001.tar").unlink()  # of a remote source only the first shard is looked for
     index = open_remote(f"{server.url}/{{00000..00002}}.tar", shards)
     reader = ShardReader(quick(retries=2))
     reader.check(index.shard_files())
-    with pytest.raises(LostShard, match="not found"):
+    with pytest.raises(UnreachableShard, match="not found"):
         reader.read(index.locate(5))
     local = open_folder(shards)
     with pytest.raises(UserError, match=r"00001\.tar: shard of source test cannot be opened: No such file"):
         ShardReader().check(local.shard_files())
-    ShardReader().check(file for file in local.shard_files() if "00001" not in file.shown)  # it is known to be lost
+    known_to_be_lost = "00001"
+    ShardReader().check(file for file in local.shard_files() if known_to_be_lost not in file.shown)
 
 
 @pytest.mark.parametrize("kind", ["http", "file", "pipe"])
@@ -199,7 +203,7 @@ def test_a_shard_of_another_size_is_lost(shards: Path, tmp_path: Path, server: W
         write_shard(shards / "00000.tar", [sample(number) for number in range(count)])
         reader = ShardReader(quick(retries=1, cache=str(tmp_path / "cache")))
         found = (shards / "00000.tar").stat().st_size if (kind, count) != ("pipe", 9) else "more than"
-        with pytest.raises(LostShard, match=rf"00000\.tar.*: has {found}.* bytes, but its index was made"):
+        with pytest.raises(UnreachableShard, match=rf"00000\.tar.*: has {found}.* bytes, but its index was made"):
             reader.read(index.locate(0))
 
 
@@ -216,10 +220,10 @@ def test_a_file_that_comes_back_in_time_was_not_lost(shards: Path) -> None:
     hidden.unlink()
     reader = ShardReader(quick(retries=2))
     for _ in range(2):
-        with pytest.raises(LostShard, match="No such file or directory"):
+        with pytest.raises(UnreachableShard, match="No such file or directory"):
             reader.read(index.locate(0))
     write_shards(shards, COUNTS)
-    with pytest.raises(LostShard):  # the ranks have agreed by now
+    with pytest.raises(UnreachableShard):  # even where the shard is back: the ranks have agreed
         reader.read(index.locate(0))
 
 
@@ -231,10 +235,10 @@ def test_a_failing_read_of_an_open_file_is_tried_again_and_then_lost(
 
     def fail(descriptor: int, size: int, offset: int) -> bytes:
         tries.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
-        raise OSError(errno.EIO, "Input/output error")  # as a disk that breaks
+        raise OSError(errno.EIO, "Input/output error")  # as of a breaking disk
 
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(LostShard, match="Input/output error"):
+    with pytest.raises(UnreachableShard, match="Input/output error"):
         ShardReader(quick(retries=2)).read(location)
     assert tries == [location.shard] * 3
     assert not [link for link in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{link}") == tries[0]]
@@ -257,7 +261,7 @@ def test_remote_shards_are_indexed_like_files(shards: Path, tmp_path: Path, serv
     for name in names:
         assert (out / name).read_bytes() == (shards / name).read_bytes()
     if kind == "http":
-        assert [request.range for request in server.requests()] == [None] * 3  # each once, whole
+        assert [request.range for request in server.requests()] == [None] * 3  # each shard once, whole
     with pytest.raises(UserError, match=r"1 shards are not in .*, the first is 00003\.tar; run .*--out"):
         open_remote(
             pattern.replace("00002", "00003") if kind != "file" else f"file://{shards}/{{00000..00003}}.tar", out
@@ -283,7 +287,7 @@ def test_an_indexing_that_broke_off_goes_on_where_it_was(shards: Path, tmp_path:
     ]  # fmt: skip
     for path in out.iterdir():
         assert path.read_bytes() == (shards / path.name).read_bytes()
-    index_shards(pattern, out, workers=1, progress=False)  # what is finished is made anew
+    index_shards(pattern, out, workers=1, progress=False)  # a finished index is made anew
     assert len(server.requests()) == 7
 
 
@@ -292,7 +296,7 @@ def test_an_index_may_lie_at_a_url_too(shards: Path, tmp_path: Path, server: Web
     assert beside.fingerprint() == open_folder(shards).fingerprint()
     check_all(beside, quick())
     tables = [request.path for request in server.requests() if request.path.endswith(".npy")]
-    assert sorted(tables) == [f"/{shard:05d}.index.npy" for shard in range(3)]  # each once
+    assert sorted(tables) == [f"/{shard:05d}.index.npy" for shard in range(3)]  # each table once
     check_all(
         open_remote(f"pipe:cat {shards}/{{00000..00002}}.tar", f"{server.url}/"), quick(cache=str(tmp_path / "c"))
     )
@@ -314,9 +318,9 @@ def test_a_remote_shard_that_cannot_be_scanned_is_named(shards: Path, server: We
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_batches_are_those_of_files(shards: Path, tmp_path: Path, server: WebServer, workers: int) -> None:
     tokenizer = Tokenizer(16)
-    expected = TrainLoader(tiny_config(shards), open_folder(shards), tokenizer, 0, 1).batches(0)
+    expected = TrainLoader(shards_config(shards), open_folder(shards), tokenizer, 0, 1).batches(0)
     sources = [{"name": "test", "shards": f"{server.url}/{{00000..00002}}.tar", "index": str(shards)}]
-    config = tiny_config(shards, sources=sources, workers=workers, remote={"backoff_s": 0.01})
+    config = shards_config(shards, sources=sources, workers=workers, remote={"backoff_s": 0.01})
     index = open_sources(config.data.sources)
     batches = TrainLoader(config, index, tokenizer, 0, 1).batches(0)
     for batch, local in islice(zip(batches, expected, strict=True), 6):
@@ -324,7 +328,22 @@ def test_training_batches_are_those_of_files(shards: Path, tmp_path: Path, serve
             assert torch.equal(left, right)
     batches.close()
     expected.close()
-    assert len({request.client for request in server.requests()}) == max(1, workers)  # a connection each
+    assert len({request.client for request in server.requests()}) == max(1, workers)  # a connection for each worker
+
+
+def test_a_server_without_ranges_is_told_of_once(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The look for the shards before the run says it, and none of the loader's processes says it again."""
+    with web_server(shards, tmp_path / "log", ranges=False) as server:
+        sources = [{"name": "test", "shards": f"{server.url}/{{00000..00002}}.tar", "index": str(shards)}]
+        remote = {"cache": str(tmp_path / "cache"), "backoff_s": 0.01}
+        config = shards_config(shards, sources=sources, workers=2, remote=remote)
+        index = open_sources(config.data.sources)
+        check_shards(index, config, {}, resumed=False)
+        with closing(TrainLoader(config, index, Tokenizer(16), 0, 1).batches(0)) as batches:
+            assert len(list(islice(batches, 4))) == 4
+    assert capfd.readouterr().err.count("serves no byte ranges") == 1
 
 
 def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Independent pieces of work over worker processes, with a progress bar on a terminal."""
+"""Independent pieces of work over worker processes, with a progress bar on a terminal.
+
+Lies in no room of `data`: the long work of every room (indexing, verifying, preparing, scenes) uses it.
+"""
 
 import os
 import sys
@@ -20,14 +23,14 @@ from cosmos_scale.errors import UserError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_AHEAD = 4  # jobs in flight per worker: enough that none waits, few enough that results do not pile up
+_AHEAD = 4  # jobs in flight per worker: enough that no worker waits, few enough that results do not pile up
 _WATCH_SECONDS = 0.5
 
 
 def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None) -> Iterator[Result]:
-    """Yield function(job) for each job, in the jobs' order, which is read no further than needed.
+    """Yield function(job) for each job, in the jobs' order; jobs are read only as far ahead as needed.
 
-    function, jobs and results must be picklable. workers: processes; default the cores; 0 or 1: this process.
+    function, jobs and results must be picklable. workers: processes; None: one per core; 0 or 1: this process.
     Raises: what `function` raises; UserError where a worker process is killed.
     """
     if workers is None:
@@ -53,9 +56,9 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
 
 
 def _end_with_parent(parent: int) -> None:
-    """In a worker: end soon after the process that started it, which may be killed without a word.
+    """In a worker: end soon after the process that started the worker, which may be killed without a word.
 
-    A worker would wait for its next job for ever otherwise, since the other workers keep the queue open.
+    Otherwise a worker would wait for its next job for ever, since the other workers keep the queue open.
     """
 
     def watch() -> None:
@@ -68,11 +71,12 @@ def _end_with_parent(parent: int) -> None:
 
 @contextmanager
 def progress_bar(label: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """Draw a bar on stderr where that is a terminal and `show`; the value given is called with each advance."""
+    """Draw a bar on stderr if stderr is a terminal and `show` is true; yields a function that takes each advance."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     shown = show and sys.stderr.isatty()
-    # Drawn at each advance, not by a thread: workers are forked while the bar stands, and a lock held then stays shut.
+    # Drawn at each advance, not by a thread: workers are forked while the bar stands, and a lock that the thread held
+    # at a fork would stay locked in the worker.
     with Progress(
         *columns,
         TimeElapsedColumn(),

@@ -1,7 +1,7 @@
-"""Tensors that lie in one block of memory: how a batch gets from a worker to the training process without a copy.
+"""Tensors that lie in one block of memory, so that a batch gets from a worker to the training process without a copy.
 
-A worker allocates the block in shared memory and fills it in place; through the queue go its handle and the layout, a
-few hundred bytes. One block a batch is one file handle, one mapping and, where a GPU wants it, one copy into pinned
+A worker allocates the block in shared memory and fills it in place. Only the block's handle and layout go through the
+queue, a few hundred bytes. One block a batch means one file handle, one mapping and, for a GPU, one copy into pinned
 memory.
 """
 
@@ -29,18 +29,18 @@ class Field(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
-    """memory: [bytes] uint8. fields: the tensors in it, one after the other."""
+class TensorBlock:
+    """Tensors in one block. memory: [bytes] uint8. fields: the tensors, one after the other."""
 
     memory: Tensor
     fields: tuple[Field, ...]
 
     @classmethod
-    def empty(cls, fields: Sequence[Field], *, shared: bool) -> "Block":
+    def empty(cls, fields: Sequence[Field], *, shared: bool) -> "TensorBlock":
         """Allocate a block, in memory that other processes can map or in this process's own."""
         total = block_bytes(fields)
         if shared:
-            # As torch's own collate does it: `share_memory_` would copy what is not even written yet.
+            # As torch's own collate does. `share_memory_` would copy memory that is not even written yet.
             storage = torch.UntypedStorage._new_shared(total)
             memory = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (total,))  # type: ignore[call-overload]
         else:
@@ -48,7 +48,7 @@ class Block:
         return cls(memory, tuple(fields))
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], *, shared: bool) -> "Block":
+    def of(cls, tensors: Sequence[Tensor], *, shared: bool) -> "TensorBlock":
         """Copy tensors into a new block."""
         block = cls.empty([Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors], shared=shared)
         for place, tensor in zip(block.tensors(), tensors, strict=True):
@@ -63,7 +63,7 @@ class Block:
             start += _aligned(field.bytes)
         return found
 
-    def pin_memory(self) -> "Block":
+    def pin_memory(self) -> "TensorBlock":
         """Copy the block into memory from which a GPU copies by itself."""
         return replace(self, memory=self.memory.pin_memory())
 

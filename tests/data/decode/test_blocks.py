@@ -1,4 +1,4 @@
-"""Batches in one block of shared memory: what goes through a worker's queue is a handle, and the pixels stay put."""
+"""Batches in one block of shared memory: only a handle goes through a worker's queue; the pixels are not copied."""
 
 import pickle
 from contextlib import closing
@@ -11,13 +11,13 @@ import torch
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.training.blocks import ALIGNMENT, Block, Field, block_bytes
+from cosmos_scale.data.decode.blocks import ALIGNMENT, Field, TensorBlock, block_bytes
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.worker import Loaded, StepBatches
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.testing.shard_files import open_folder, tiny_config, write_shards
+from cosmos_scale.testing.shard_files import open_folder, shards_config, write_shards
 
 MOST_SENT = 2048  # bytes a batch: a handle, six shapes and the names of classes
 
@@ -35,7 +35,7 @@ def test_tensors_of_a_block_are_apart_and_aligned(shared: bool) -> None:
         Field((), torch.int64),
         Field((7,), torch.int32),
     ]
-    block = Block.empty(fields, shared=shared)
+    block = TensorBlock.empty(fields, shared=shared)
     assert block.memory.is_shared() == shared
     assert block.memory.nbytes == block_bytes(fields) == 3 * ALIGNMENT
     for number, tensor in enumerate(block.tensors()):
@@ -48,7 +48,7 @@ def test_tensors_of_a_block_are_apart_and_aligned(shared: bool) -> None:
 
 def test_copied_tensors_equal_the_originals() -> None:
     tensors = [torch.arange(24.0).view(2, 3, 4).transpose(0, 2), torch.tensor(7), torch.empty(0, 2)]
-    for copy, original in zip(Block.of(tensors, shared=True).tensors(), tensors, strict=True):
+    for copy, original in zip(TensorBlock.of(tensors, shared=True).tensors(), tensors, strict=True):
         assert copy.is_shared()
         assert (copy.shape, copy.dtype) == (original.shape, original.dtype)
         assert torch.equal(copy, original)
@@ -62,20 +62,20 @@ def steps(config: RunConfig, shards: Path, *, shared: bool) -> StepBatches:
         Tokenizer(config.model.text.context_length),
         LostShards(index, {}),
         rank=0,
-        micro_batch=config.train.global_batch,
+        samples_per_rank=config.train.global_batch,
         steps_per_epoch=4,
         shared=shared,
     )
 
 
 def test_a_batch_leaves_its_worker_as_a_handle(shards: Path) -> None:
-    config = tiny_config(shards, views={"local_crops": 1, "local_size": 64})
+    config = shards_config(shards, views={"local_crops": 1, "local_size": 64})
     loaded = steps(config, shards, shared=True)[0]
     assert loaded.block is not None
     made = loaded.block.tensors()
     where = [tensor.data_ptr() for tensor in made]
     sent = bytes(ForkingPickler.dumps(loaded))
-    # Neither sent nor copied elsewhere for sending.
+    # The pixels are neither sent nor copied.
     assert len(sent) < MOST_SENT < loaded.block.memory.nbytes
     assert [tensor.data_ptr() for tensor in loaded.block.tensors()] == where
     received: Loaded = pickle.loads(sent)
@@ -83,19 +83,19 @@ def test_a_batch_leaves_its_worker_as_a_handle(shards: Path) -> None:
     for mine, theirs in zip(made, received.block.tensors(), strict=True):
         assert torch.equal(mine, theirs)
         mine.zero_()
-        assert not theirs.any()  # one memory, seen by both
+        assert not theirs.any()  # both see the same memory
 
 
 def test_a_batch_larger_by_pixels_sends_no_more(shards: Path) -> None:
     sent = []
     for side in (8, 80):
-        loaded = steps(tiny_config(shards, views={"local_crops": 6, "local_size": side}), shards, shared=True)[0]
+        loaded = steps(shards_config(shards, views={"local_crops": 6, "local_size": side}), shards, shared=True)[0]
         sent.append(len(bytes(ForkingPickler.dumps(loaded))))
     assert sent[1] - sent[0] < 16  # the digits of the shapes
 
 
 def test_a_loaders_batch_is_one_shared_block(shards: Path) -> None:
-    config = tiny_config(shards, workers=1)
+    config = shards_config(shards, workers=1)
     loader = TrainLoader(config, open_folder(shards), Tokenizer(16), 0, 1)
     with closing(loader.batches(0)) as batches:
         for batch in islice(batches, 3):
@@ -107,14 +107,14 @@ def test_a_loaders_batch_is_one_shared_block(shards: Path) -> None:
 @pytest.mark.gpu
 def test_batches_for_a_gpu_are_pinned(shards: Path) -> None:
     for workers in (0, 1):
-        loader = TrainLoader(tiny_config(shards, workers=workers), open_folder(shards), Tokenizer(16), 0, 1)
+        loader = TrainLoader(shards_config(shards, workers=workers), open_folder(shards), Tokenizer(16), 0, 1)
         with closing(loader.batches(0)) as batches:
             batch: Batch = next(batches)
             assert all(tensor.is_pinned() for tensor in batch)
 
 
 def test_more_prefetching_than_shared_memory_is_refused(shards: Path) -> None:
-    config = tiny_config(shards, workers=1, prefetch=10**9)
+    config = shards_config(shards, workers=1, prefetch=10**9)
     with (
         closing(TrainLoader(config, open_folder(shards), Tokenizer(16), 0, 1).batches(0)) as batches,
         pytest.raises(UserError, match=r"^data\.prefetch: 1000000000 batches .* /dev/shm has .*--shm-size\)$"),

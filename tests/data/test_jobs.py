@@ -1,4 +1,4 @@
-"""Work over processes: results in order, jobs read no further than needed, a killed worker is one line."""
+"""Work over processes: results in order, jobs read only as far as needed, one line on a killed worker."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cosmos_scale.data.tools.jobs import map_jobs, progress_bar
+from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 
 

@@ -1,0 +1,77 @@
+"""Files that are whole or not there: what stands after a block that fails, and what is said of it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, replace_file, sync_folder, whole_file, writing
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    with whole_file(path) as part:
+        part.write_bytes(b"one")
+        assert not path.exists()
+        assert part.parent == tmp_path, "a rename is whole at once within one file system only"
+    assert path.read_bytes() == b"one"
+    assert os.listdir(tmp_path) == ["table"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_block_leaves_the_file_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "table"
+    path.write_bytes(b"old")
+    with pytest.raises(error), whole_file(path) as part:  # noqa: PT012 - the block fails after a write
+        part.write_bytes(b"ne")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["table"]
+
+
+def test_a_block_may_decide_against_the_file(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "table") as part:
+        part.write_bytes(b"nothing of use")
+        part.unlink()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    for data in (b"one", b"two"):
+        replace_file(path, data)
+        assert path.read_bytes() == data
+    assert os.listdir(tmp_path) == ["table"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"folder: cannot be written: Is a directory"):
+        replace_file(tmp_path / "folder", b"one")
+    assert os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(UserError, match=r"none/table: cannot be written: No such file"):
+        replace_file(tmp_path / "none" / "table", b"one")
+
+
+def test_other_errors_than_of_writing_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mine"), writing(tmp_path):
+        raise ValueError("mine")
+
+
+def test_folders_are_made_with_those_above_them(tmp_path: Path) -> None:
+    make_folder(tmp_path / "deep" / "folder")
+    make_folder(tmp_path / "deep" / "folder")
+    assert (tmp_path / "deep" / "folder").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/folder: cannot be made: Not a directory; name another folder with --out"):
+        make_folder(tmp_path / "file" / "folder")
+
+
+def test_the_disk_is_told_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: told.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    before = os.listdir("/proc/self/fd")
+    sync_folder(tmp_path)
+    assert told == [str(tmp_path)]
+    assert len(os.listdir("/proc/self/fd")) == len(before), "the folder must be closed again"
