@@ -49,7 +49,7 @@ class CopiedTeacher(TeacherWeights):
 
 
 class GatheredTeacher(TeacherWeights):
-    """Flat whole weights, gathered from the ranks' shards of the average: one all-gather a group, beside what follows."""
+    """Flat whole weights, gathered from the ranks' shards of the average; one all-gather a group runs beside the rest."""
 
     def __init__(
         self, forward: Callable[[Batch], TeacherFeatures], flats: list[Tensor], averages: list[Tensor]
