@@ -49,7 +49,7 @@ class CopiedTeacher(TeacherWeights):
 
 
 class GatheredTeacher(TeacherWeights):
-    """Flat whole weights, gathered from the ranks' shards of the average; one all-gather a group runs beside the rest."""
+    """Flat whole weights, gathered from the ranks' shards of the average by one all-gather a group."""
 
     def __init__(
         self, forward: Callable[[Batch], TeacherFeatures], flats: list[Tensor], averages: list[Tensor]
