@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.memory import Row, state_memory, total
+from cosmos_scale.engine.memory import MemoryRow, state_memory, total_bytes
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.engine.student import Student
@@ -144,7 +144,7 @@ def run_config(case: Case, model: Model) -> RunConfig:
     )
 
 
-def formula(case: Case, model: Model, world_size: int) -> list[Row]:
+def formula(case: Case, model: Model, world_size: int) -> list[MemoryRow]:
     """Return the formula's rows for a case."""
     config = run_config(case, model)
     with torch.device("meta"):
@@ -266,7 +266,7 @@ def main() -> None:
         results = run_ranks(measure_all, world_size, STATES, model, timeout=SECONDS)
         for number, case in enumerate(STATES):
             measured = max((result[number] for result in results), key=lambda found: found.states)
-            expected = total(formula(case, model, world_size))
+            expected = total_bytes(formula(case, model, world_size))
             ratio, name = measured.states / expected, f"{case.name}_ranks{world_size}"
             sizes = [f"{nbytes / MIB:,.1f}" for nbytes in (measured.states, expected)]
             table.add_row(str(world_size), case.name, *sizes, f"{ratio:.3f}", f"{measured.step / MIB:,.1f}")

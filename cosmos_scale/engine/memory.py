@@ -1,6 +1,6 @@
 """The bytes that a rank holds of student, optimizer and teacher, by formula; benchmarks/memory.py measures the same.
 
-Bytes per parameter, with b = 4 in fp32 and 2 in bf16 and fp16; W marks what is cut into one share a rank:
+Bytes for each parameter, with b = 4 in fp32 and b = 2 in bf16 and fp16. `/ W`: each of W ranks holds one share.
 
 | stage       | weights | gradients | masters          | moments | average | teacher          |
 |-------------|---------|-----------|------------------|---------|---------|------------------|
@@ -10,10 +10,10 @@ Bytes per parameter, with b = 4 in fp32 and 2 in bf16 and fp16; W marks what is 
 | 1, 2 + host | b       | 4 / W     | 4 / W            | 8 / W   | 4 / W   | b                |
 | 3 + host    | b / W   | (b + 4)/W | 4 / W            | 8 / W   | 4 / W   | b / W            |
 
-The fp32 masters are the weights themselves where DeepSpeed keeps both whole or flat, and the fp32 teacher is the
-average itself where a rank holds all of it (stage 0, and one process up to stage 2). With `zero.offload` masters,
-moments, average and the masters' gradients lie on the host. This is between backward and update: during the backward
-stage 1 holds whole gradients and stage 2 a bucket of them.
+Masters take nothing in fp32 at stages 0 to 2: they are the weights themselves. The teacher takes nothing in fp32 where
+a rank holds the whole average (stage 0, and one process up to stage 2): the teacher is the average itself. With
+`zero.offload` the masters, the moments, the average and the masters' gradients lie on the host. The table holds between
+backward and update. During the backward, stage 1 holds whole gradients, and stage 2 a bucket of them.
 """
 
 import math
@@ -22,22 +22,40 @@ from typing import Literal, NamedTuple
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.deepspeed_config import PERSISTENT_WEIGHTS, gradient_bucket
 from cosmos_scale.engine.optimizer import build_optimizer
+from cosmos_scale.engine.zero import LAYOUTS, ShardedStates, ShardedWeights, Unsharded
 from cosmos_scale.model.cosmos import CosmosModel
 
 Part = Literal["weights", "gradients", "masters", "moments", "average", "teacher", "buffers", "padding"]
 FLAT_ALIGNMENT = 2  # stages 1 and 2 pad each group of the optimizer to a multiple of this many elements a rank
 
 
-class Row(NamedTuple):
-    """Some of what a rank holds. on_host: not on the device."""
+class MemoryRow(NamedTuple):
+    """Some of what a rank holds: so many bytes for each of so many elements. on_host: not on the device."""
 
     part: Part
     what: str
-    nbytes: int
+    element_bytes: int
+    elements: int
     on_host: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """All bytes of the row."""
+        return self.element_bytes * self.elements
 
-def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list[Row]:
+
+class _Sizes(NamedTuple):
+    """What the formulas are made of: elements of each tensor by optimizer group, of all, and of a rank's share."""
+
+    groups: list[list[int]]
+    elements: int
+    share: int
+    world_size: int
+    low: int  # bytes of an element in compute precision
+    exact: bool  # whether the compute precision is fp32
+
+
+def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list[MemoryRow]:
     """Return what the rank that holds most holds between backward and update; activations come on top.
 
     model: on any device, the meta device too; not yet taken over by DeepSpeed.
@@ -46,98 +64,95 @@ def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list
         [parameter.numel() for parameter in group["params"]]
         for group in build_optimizer(model.named_parameters(), config.optimizer, config.ema).param_groups
     ]
-    elements = sum(map(sum, groups))
-    if config.zero.stage == 0:
-        return _unsharded(elements, config)
-    if config.zero.stage == 3:
-        return _sharded_weights(groups, elements, config, world_size)
-    return _sharded_states(groups, elements, config, world_size)
+    elements, exact = sum(map(sum, groups)), config.precision == "fp32"
+    sizes = _Sizes(groups, elements, elements // world_size, world_size, 4 if exact else 2, exact)
+    formulas = {Unsharded: _unsharded, ShardedStates: _sharded_states, ShardedWeights: _sharded_weights}
+    return formulas[LAYOUTS[config.zero.stage]](sizes, config)
 
 
-def total(rows: list[Row], *, on_host: bool | None = None) -> int:
+def total_bytes(rows: list[MemoryRow], *, on_host: bool | None = None) -> int:
     """Return the bytes of rows: those on the host, those on the device, or (None) both."""
     return sum(row.nbytes for row in rows if on_host is None or row.on_host == on_host)
 
 
-def _unsharded(elements: int, config: RunConfig) -> list[Row]:
-    exact, low = config.precision == "fp32", _itemsize(config)
+def _unsharded(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
+    elements, low, exact = sizes.elements, sizes.low, sizes.exact
     return [
-        Row("weights", "whole", low * elements),
-        Row("gradients", "whole", low * elements),
-        Row("masters", "the weights themselves" if exact else "whole", 0 if exact else 4 * elements),
-        Row("moments", "whole", 8 * elements),
-        Row("average", "whole", 4 * elements),
-        Row("teacher", "the average itself" if exact else "whole", 0 if exact else low * elements),
+        MemoryRow("weights", "whole", low, elements),
+        MemoryRow("gradients", "whole", low, elements),
+        MemoryRow("masters", "the weights themselves" if exact else "whole", 0 if exact else 4, elements),
+        MemoryRow("moments", "whole", 8, elements),
+        MemoryRow("average", "whole", 4, elements),
+        MemoryRow("teacher", "the average itself" if exact else "whole", 0 if exact else low, elements),
     ]
 
 
-def _sharded_states(groups: list[list[int]], elements: int, config: RunConfig, world_size: int) -> list[Row]:
-    exact, low, host = config.precision == "fp32", _itemsize(config), config.zero.offload
-    alignment = FLAT_ALIGNMENT * world_size
-    flat = [math.ceil(sum(group) / alignment) * alignment for group in groups]
-    shared_masters = exact and not host
-    is_average = exact and world_size == 1 and not host
-    weights_and_teacher = low if is_average else 2 * low
-    shard = (4 if host else low) + (0 if shared_masters else 4) + 12
-    padding = sum(flat) - elements
+def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
+    low, host, W = sizes.low, config.zero.offload, sizes.world_size
+    are_weights = sizes.exact and not host  # the masters
+    is_average = are_weights and W == 1  # the teacher
+    gradient = 4 if host else low
+    teacher = 0 if is_average else low
     rows = [
-        Row("weights", "whole", low * elements),
-        Row("gradients", "shard", (4 if host else low) * elements // world_size, host),
-        Row(
-            "masters",
-            "views of the weights" if shared_masters else "shard",
-            0 if shared_masters else 4 * elements // world_size,
-            host,
+        MemoryRow("weights", "whole", low, sizes.elements),
+        MemoryRow("gradients", "shard", gradient, sizes.share, host),
+        MemoryRow(
+            "masters", "views of the weights" if are_weights else "shard", 0 if are_weights else 4, sizes.share, host
         ),
-        Row("moments", "shards", 8 * elements // world_size, host),
-        Row("average", "shard", 4 * elements // world_size, host),
-        Row("teacher", "the average itself" if is_average else "whole", 0 if is_average else low * elements),
-        Row("padding", "of the flat groups", padding * weights_and_teacher + padding * shard // world_size),
+        MemoryRow("moments", "shards", 8, sizes.share, host),
+        MemoryRow("average", "shard", 4, sizes.share, host),
+        MemoryRow("teacher", "the average itself" if is_average else "whole", teacher, sizes.elements),
     ]
-    if host:
-        largest = max(map(max, groups))
-        rows += [
-            Row("buffers", "shard in compute precision, on its way back", low * elements // world_size, True),
-            Row("buffers", "one gradient on its way", low * largest),
-            Row("buffers", "one gradient on its way", low * largest, True),
-        ]
-    shares = [group // world_size for group in flat]
-    cut = max(
-        sum(_beyond_share(group, share, rank) for group, share in zip(groups, shares, strict=True))
-        for rank in range(world_size)
+    # Each group is padded, so that it has equal shares: the weights and the teacher hold all padding, a shard its part.
+    alignment = FLAT_ALIGNMENT * W
+    flats = [math.ceil(sum(group) / alignment) * alignment for group in sizes.groups]
+    padding, masters = sum(flats) - sizes.elements, 0 if are_weights else 4
+    rows.append(MemoryRow("padding", "of whole flat groups", low + teacher, padding))
+    rows.append(MemoryRow("padding", "of shards", gradient + masters + 8 + 4, padding // W))
+    beyond = max(
+        sum(_beyond_share(group, flat // W, rank) for group, flat in zip(sizes.groups, flats, strict=True))
+        for rank in range(W)
     )
-    if host and config.train.micro_batches > 1:
-        earlier = low * (elements // world_size + cut)
-        rows.append(Row("buffers", "gradients of earlier micro-batches, of whole tensors", earlier, True))
-    elif not host:
-        rows.append(Row("gradients", "other ranks' ends of tensors that a shard's limit cuts", low * cut))
+    if not host:
+        rows.append(MemoryRow("gradients", "other ranks' ends of tensors that a shard's limit cuts", low, beyond))
+        return rows
+    largest = max(map(max, sizes.groups))
+    rows += [
+        MemoryRow("buffers", "shard in compute precision, on its way back", low, sizes.share, True),
+        MemoryRow("buffers", "one gradient on its way", low, largest),
+        MemoryRow("buffers", "one gradient on its way", low, largest, True),
+    ]
+    if config.train.micro_batches > 1:
+        whole = sizes.share + beyond
+        rows.append(MemoryRow("buffers", "gradients of earlier micro-batches, of whole tensors", low, whole, True))
     return rows
 
 
-def _sharded_weights(groups: list[list[int]], elements: int, config: RunConfig, world_size: int) -> list[Row]:
-    low, host = _itemsize(config), config.zero.offload
-    tensors = [elements for group in groups for elements in group]
+def _sharded_weights(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
+    low, host, W = sizes.low, config.zero.offload, sizes.world_size
+    tensors = [elements for group in sizes.groups for elements in group]
     # One process's share is all of a tensor already.
-    persistent = sum(tensor for tensor in tensors if tensor < PERSISTENT_WEIGHTS) if world_size > 1 else 0
-    padding = sum(math.ceil(tensor / world_size) for tensor in tensors) - elements // world_size
+    persistent = sum(tensor for tensor in tensors if tensor < PERSISTENT_WEIGHTS) if W > 1 else 0
+    padding = sum(math.ceil(tensor / W) for tensor in tensors) - sizes.share
     rows = [
-        Row("weights", "shard", low * elements // world_size),
-        Row("weights", f"tensors of under {PERSISTENT_WEIGHTS:,} elements, whole", low * persistent),
-        Row("gradients", "shard", low * elements // world_size),
-        Row("masters", "shard", 4 * elements // world_size, host),
-        Row("moments", "shards", 8 * elements // world_size, host),
-        Row("average", "shard", 4 * elements // world_size, host),
-        Row("teacher", "shard", low * elements // world_size),
-        Row("buffers", "gradient bucket, fp32", 4 * gradient_bucket(elements)),
-        Row("padding", "of tensors", padding * (3 * low + 16)),
+        MemoryRow("weights", "shard", low, sizes.share),
+        MemoryRow("weights", f"tensors of under {PERSISTENT_WEIGHTS:,} elements, whole", low, persistent),
+        MemoryRow("gradients", "shard", low, sizes.share),
+        MemoryRow("masters", "shard", 4, sizes.share, host),
+        MemoryRow("moments", "shards", 8, sizes.share, host),
+        MemoryRow("average", "shard", 4, sizes.share, host),
+        MemoryRow("teacher", "shard", low, sizes.share),
+        MemoryRow("buffers", "gradient bucket, fp32", 4, gradient_bucket(sizes.elements)),
+        # Weights, gradients and teacher in compute precision; masters, moments and average in fp32.
+        MemoryRow("padding", "of tensors", 3 * low + 4 + 8 + 4, padding),
     ]
     if host:
-        rows.append(Row("gradients", "masters'", 4 * elements // world_size, True))
+        rows.append(MemoryRow("gradients", "masters'", 4, sizes.share, True))
     return rows
 
 
 def _beyond_share(tensors: list[int], share: int, rank: int) -> int:
-    """Elements of the tensors that lie partly in a rank's share of a flat group, outside of it."""
+    """Count the elements outside a rank's share of a flat group, of those tensors that lie partly inside."""
     begin, end, place, beyond = rank * share, (rank + 1) * share, 0, 0
     for tensor in tensors:
         inside = min(place + tensor, end) - max(place, begin)
@@ -145,7 +160,3 @@ def _beyond_share(tensors: list[int], share: int, rank: int) -> int:
             beyond += tensor - inside
         place += tensor
     return beyond
-
-
-def _itemsize(config: RunConfig) -> int:
-    return 4 if config.precision == "fp32" else 2

@@ -8,7 +8,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.order import steps_per_epoch
-from cosmos_scale.engine.memory import state_memory, total
+from cosmos_scale.engine.memory import state_memory, total_bytes
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel, parameter_decays
@@ -62,8 +62,8 @@ def _memory(config: RunConfig, world_size: int) -> str:
     for row in rows:
         parts[row.part] = parts.get(row.part, 0) + row.nbytes
     shown = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in parts.items() if nbytes >= MIB / 10)
-    host = f" and {_size(total(rows, on_host=True))} on the host" if config.zero.offload else ""
-    return f"{_size(total(rows, on_host=False))}{host} by formula ({shown}), and activations on top"
+    host = f" and {_size(total_bytes(rows, on_host=True))} on the host" if config.zero.offload else ""
+    return f"{_size(total_bytes(rows, on_host=False))}{host} by formula ({shown}), and activations on top"
 
 
 def _size(nbytes: int) -> str:

@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from benchmarks.memory import STEPS, Case, Measured, Model, formula, measure_all
-from cosmos_scale.engine.memory import total
+from cosmos_scale.engine.memory import total_bytes
 from cosmos_scale.testing.ranks import run_ranks
 
 # 2.6 million parameters, of which the blocks' matrices are too large to stay whole at stage 3.
@@ -31,7 +31,7 @@ def results_of(world_size: int) -> dict[Case, list[Measured]]:
 def test_states_take_the_formulas_bytes(world_size: int, case: Case) -> None:
     most = max(results_of(world_size)[case], key=lambda measured: measured.states)
     rows = formula(case, MODEL, world_size)
-    assert most.states == pytest.approx(total(rows), rel=TOLERANCE)
+    assert most.states == pytest.approx(total_bytes(rows), rel=TOLERANCE)
     for part in {row.part for row in rows} - {"padding"}:  # which lies in the other parts, and is little here
         expected = sum(row.nbytes for row in rows if row.part == part)
         # Flags, step counters and caches of a few KiB count as buffers.
