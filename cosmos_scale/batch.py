@@ -13,11 +13,11 @@ class Batch(NamedTuple):
     global_crops: [V_global, B, 3, H, W] float32, normalised.
     local_crops: [V_local, B, 3, h, w] float32, normalised; V_local may be 0.
     captions: [K, B, L] int32 token ids, 0 is padding, the largest id of a row is EOT; global captions first.
-    caption_lengths: [K, B] int64, the tokens of each caption up to and including EOT. They stay on the CPU, so that the
-    towers can cut captions without waiting for the device.
-    sample_ids: [B] int64, the position of each sample in the merged index of all sources. They stay on the CPU: nothing
-    that is computed needs them.
+    caption_lengths: [K, B] int64, the tokens of each caption up to and including EOT.
+    sample_ids: [B] int64, the position of each sample in the merged index of all sources.
     substituted: [] int64, how many samples of this share replace a damaged one.
+    Lengths, ids and the count stay on the CPU: the towers cut captions by the lengths without waiting for the device,
+    and no device needs the others.
     """
 
     global_crops: Tensor
@@ -28,8 +28,8 @@ class Batch(NamedTuple):
     substituted: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to a device what the towers and the log need there; asynchronous where the tensors are pinned."""
-        needed = ("global_crops", "local_crops", "captions", "substituted")
+        """Copy to a device what the towers need there; asynchronous where the tensors are pinned."""
+        needed = ("global_crops", "local_crops", "captions")
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in needed})
 
     def split(self, parts: int) -> "list[Batch]":

@@ -16,7 +16,7 @@ class StepOutput(NamedTuple):
     total, clip, distill: [] float32, over the global batch. finite: [] bool, whether loss and gradient are, on all
     ranks; where they are not, the step changed nothing. features_finite: [] bool, whether this rank's features are.
     logit_scale, distill_logit_scale: [1], before the update. gradient_norm: [] float32, over all parameters, before
-    clipping. substituted: [] int64, how many samples of this rank's batch replace a damaged one.
+    clipping. substituted: [] int64 on the CPU, how many samples of this rank's batch replace a damaged one.
     """
 
     total: Tensor

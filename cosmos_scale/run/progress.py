@@ -1,5 +1,6 @@
 """What is read of the steps, a step late so that the host never waits for the device: metrics, and a bad loss."""
 
+import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,7 +8,6 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
@@ -18,22 +18,56 @@ from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.step import StepOutput
 
 
+class _Figures(NamedTuple):
+    """What is read of a step's output, as numbers: see StepOutput. scale, distill_scale: no logarithms."""
+
+    finite: float
+    features_finite: float
+    loss: float
+    clip: float
+    distill: float
+    scale: float
+    distill_scale: float
+    grad_norm: float
+
+
 class _Measured(NamedTuple):
-    """What a record holds beside the step's own output; seconds are means over the steps since the last record."""
+    """What a record holds beside the step's figures; seconds are means over the steps since the last record."""
 
     lr: float
     momentum: float
     step_seconds: float
     wait_seconds: float
-    substituted: Tensor
 
 
-class _Pending(NamedTuple):
-    """A step whose numbers were not read yet; measured is None where it writes no record."""
+class _Pending:
+    """A step whose figures are on their way to the host; measured is None where the step writes no record."""
 
-    step: int
-    output: StepOutput
-    measured: _Measured | None
+    def __init__(self, step: int, output: StepOutput, measured: _Measured | None) -> None:
+        self.step = step
+        self.measured = measured
+        self.substituted = int(output.substituted)  # on the host already
+        figures = [
+            output.finite,
+            output.features_finite,
+            output.total,
+            output.clip,
+            output.distill,
+            output.logit_scale[0].exp(),
+            output.distill_logit_scale[0].exp(),
+            output.gradient_norm,
+        ]
+        # From a GPU into pinned memory, in the order of its stream: no later step is waited for.
+        self._copy = torch.stack([figure.detach().float() for figure in figures]).to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if output.total.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> _Figures:
+        """Wait for the step, not for later ones, and return its figures."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return _Figures(*self._copy.tolist())
 
 
 class Progress:
@@ -61,7 +95,7 @@ class Progress:
         self._stack = ExitStack()
         self._pending: _Pending | None = None
         self._skipped = 0
-        self._substituted: list[Tensor] = []
+        self._substituted = 0  # of this rank, since the last record
         self._data_wait = 0.0
         self._marked_step = first_step
         self._marked_time = time.perf_counter()
@@ -86,32 +120,24 @@ class Progress:
         """Note step number `step` (from 1) and read the one before it; collective. wait_seconds: for its batch."""
         self.read_pending()
         self._data_wait += wait_seconds
-        self._substituted.append(output.substituted)
-        if step % self._config.log.every and step != self._last_step:
-            self._pending = _Pending(step, output, None)
-            return
-        now = time.perf_counter()
-        steps = step - self._marked_step
-        measured = _Measured(
-            lr=lr,
-            momentum=momentum,
-            step_seconds=(now - self._marked_time) / steps,
-            wait_seconds=self._data_wait / steps,
-            substituted=torch.stack(self._substituted).sum(),
-        )
+        measured = None
+        if step % self._config.log.every == 0 or step == self._last_step:
+            now, steps = time.perf_counter(), step - self._marked_step
+            measured = _Measured(lr, momentum, (now - self._marked_time) / steps, self._data_wait / steps)
+            self._marked_time, self._marked_step, self._data_wait = now, step, 0.0
         self._pending = _Pending(step, output, measured)
-        self._substituted.clear()
-        self._marked_time, self._marked_step, self._data_wait = now, step, 0.0
 
     def read_pending(self) -> None:
         """Read the last step noted; collective. Raises UserError on all ranks where its loss was not finite."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if not pending.output.finite.item():
-            self._not_finite(pending)
+        figures = pending.read()
+        self._substituted += pending.substituted
+        if not figures.finite:
+            self._not_finite(pending.step, figures)
         if pending.measured is not None:
-            self._write(pending.step, pending.output, pending.measured)
+            self._write(pending.step, figures, pending.measured)
         if self._log is not None:
             self._log.advance(pending.step)
 
@@ -130,8 +156,9 @@ class Progress:
         """Leave a span out of the step times."""
         self._marked_time += seconds
 
-    def _write(self, step: int, output: StepOutput, measured: _Measured) -> None:
-        numbers = from_all((measured.step_seconds, measured.wait_seconds, int(measured.substituted)), self._ranks)
+    def _write(self, step: int, figures: _Figures, measured: _Measured) -> None:
+        numbers = from_all((measured.step_seconds, measured.wait_seconds, self._substituted), self._ranks)
+        self._substituted = 0
         if self._log is None:
             return
         step_times, waits, substituted = zip(*numbers, strict=True)
@@ -139,14 +166,14 @@ class Progress:
             {
                 "step": step,
                 "samples": step * self._config.train.global_batch,
-                "loss": output.total.item(),
-                "clip": output.clip.item(),
-                "distill": output.distill.item(),
-                "scale": output.logit_scale.exp().item(),
-                "distill_scale": output.distill_logit_scale.exp().item(),
+                "loss": figures.loss,
+                "clip": figures.clip,
+                "distill": figures.distill,
+                "scale": figures.scale,
+                "distill_scale": figures.distill_scale,
                 "lr": measured.lr,
                 "momentum": measured.momentum,
-                "grad_norm": output.gradient_norm.item(),
+                "grad_norm": figures.grad_norm,
                 "samples_per_second": self._config.train.global_batch / max(step_times),
                 "step_seconds_min": min(step_times),
                 "step_seconds_max": max(step_times),
@@ -158,13 +185,13 @@ class Progress:
             }
         )
 
-    def _not_finite(self, pending: _Pending) -> None:
-        here = from_all(bool(pending.output.features_finite.item()), self._ranks)
+    def _not_finite(self, step: int, figures: _Figures) -> None:
+        here = from_all(bool(figures.features_finite), self._ranks)
         bad = [rank for rank, finite in enumerate(here) if not finite]
         whose = f"features are not finite on rank {', '.join(map(str, bad))}" if bad else "all features are finite"
-        values = f"clip {pending.output.clip.item()}, distill {pending.output.distill.item()}"
-        part = "gradient" if pending.output.total.isfinite().item() else "loss"
-        what = f"step {pending.step}: the {part} is not finite ({values}; {whose})"
+        values = f"clip {figures.clip}, distill {figures.distill}"
+        part = "gradient" if math.isfinite(figures.loss) else "loss"
+        what = f"step {step}: the {part} is not finite ({values}; {whose})"
         if self._config.non_finite == "skip":
             self._skipped += 1
             self.say(f"{what}; its update was skipped, {self._skipped} so far")
