@@ -20,9 +20,6 @@ from cosmos_scale.errors import UserError
 
 Value = TypeVar("Value")
 
-# Newer torch (2.14) warns of the name by which older torch knows it.
-all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
 
 @dataclass(frozen=True)
 class Ranks:

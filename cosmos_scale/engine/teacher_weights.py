@@ -9,8 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from cosmos_scale.batch import Batch, TeacherFeatures
-from cosmos_scale.engine.ranks import all_gather_flat
 from cosmos_scale.fragments import Fragment
+from cosmos_scale.loss.gather import all_gather_flat
 
 
 class TeacherWeights:

@@ -29,9 +29,10 @@ from cosmos_scale.engine.deepspeed_config import (
     teacher_deepspeed_config,
 )
 from cosmos_scale.engine.optimizer import SCALES_GROUP, AdamWEma
-from cosmos_scale.engine.ranks import Ranks, all_gather_flat
+from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.teacher_weights import CopiedTeacher, GatheredTeacher, ShardedTeacher, TeacherWeights
 from cosmos_scale.fragments import Fragment
+from cosmos_scale.loss.gather import all_gather_flat
 
 NORM_PIECE = 2**14  # elements
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 # Newer torch (2.14) warns of the names by which older torch knows these two.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
@@ -41,7 +41,7 @@ class BatchRanks:
             return local_TBE
         T, B, E = local_TBE.shape
         gathered_WTBE = local_TBE.new_empty(self.size, T, B, E)
-        _all_gather(gathered_WTBE.view(-1), local_TBE.view(-1), group=self.group)
+        all_gather_flat(gathered_WTBE.view(-1), local_TBE.view(-1), group=self.group)
         return gathered_WTBE.transpose(0, 1).reshape(T, self.size * B, E)
 
     def combine_columns(self, maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
