@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_scale.checkpoint import newest
+from cosmos_scale.cli.main import exit_status
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.decode import Views
@@ -299,15 +300,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a shortened run of about a minute")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: demo_out")
     arguments = parser.parse_args(argv)
-    try:
+
+    def demo() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         return 0 if run_demo(arguments.out, arguments.quick) else 1
-    except UserError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("demo: interrupted", file=sys.stderr)
-        return 130  # as shells number it
+
+    return exit_status("demo", demo, tell_interrupt=True)
 
 
 if __name__ == "__main__":
