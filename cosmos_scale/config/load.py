@@ -1,4 +1,4 @@
-"""Reading a run's YAML into a RunConfig, writing it back, and comparing two of them.
+"""Reading a run's YAML into a RunConfig, and writing it back.
 
 A file may name others under `extends` (a path or a list of paths, relative to the file): their keys come first, its own
 win. Mappings merge key by key, everything else is replaced. Dotted overrides come last: `train.epochs=4`,
@@ -9,17 +9,17 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.keys import nearest_key
-from cosmos_scale.config.section import RESUME_MAY_CHANGE, RuleBroken
+from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -60,28 +60,6 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
 def dump_config(config: RunConfig) -> str:
     """Return the whole config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
-
-
-def changed_on_resume(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return the dotted keys that differ between a checkpoint's config and the resuming run's, and may not."""
-    return list(_changes(old, new, ""))
-
-
-def _changes(old: Any, new: Any, key: str) -> Iterator[str]:
-    if isinstance(old, BaseModel) and isinstance(new, BaseModel):
-        for name, field in type(old).model_fields.items():
-            if field.json_schema_extra == RESUME_MAY_CHANGE:
-                continue
-            yield from _changes(getattr(old, name), getattr(new, name), f"{key}.{name}" if key else name)
-    elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        for position, (old_item, new_item) in enumerate(zip(old, new, strict=True)):
-            if isinstance(old_item, BaseModel):
-                yield from _changes(old_item, new_item, f"{key}.{position}")
-            elif old_item != new_item:
-                yield key
-                return
-    elif old != new:
-        yield key
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:

@@ -11,7 +11,8 @@ from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_as
 from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config.load import changed_on_resume, dump_config
+from cosmos_scale.config.compare import different_between_hosts
+from cosmos_scale.config.load import dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, gather_rows, raise_together
@@ -200,9 +201,9 @@ def _require_one_run(run: Run) -> None:
     found = from_all((run.config, run.index.fingerprint()), run.ranks)
     configs, indexes = zip(*found, strict=True)
     for rank, config in enumerate(configs):
-        if changed := changed_on_resume(configs[0], config):
+        if different := different_between_hosts(configs[0], config):
             raise UserError(
-                f"rank {rank} and rank 0 differ in {', '.join(changed)}; rule: all ranks share one run's keys"
+                f"rank {rank} and rank 0 differ in {', '.join(different)}; rule: all ranks share one run's keys"
             )
     rule = "rule: every host has the same index, so copy it along with the shards"
     _require_same("data.sources: ranks see different indexes", indexes, rule)
