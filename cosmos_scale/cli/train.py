@@ -13,6 +13,7 @@ EXAMPLES = """\
 examples:
   cosmos-scale train configs/run/demo.yaml train.max_steps=20
   cosmos-scale train --dry-run --world-size 128 configs/run/merged30m_vitb16.yaml
+  cosmos-scale train --help-keys data.remote
   deepspeed --num_accelerators 2 --module cosmos_scale.train configs/run/demo.yaml
 """
 
@@ -26,7 +27,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         EXAMPLES,
     )
     parser.description = "Train a COSMOS model in one process, or in many under the deepspeed launcher."
-    parser.add_argument("file", type=Path, metavar="RUN.yaml", help="the run's YAML file")
+    file = parser.add_argument("file", type=Path, metavar="RUN.yaml", help="the run's YAML file")
+    file.required = False  # --help-keys needs no file; `_run` asks for it otherwise
     # argparse requires a list of positional arguments that has no default.
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
@@ -35,11 +37,29 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--world-size", type=positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
     )
+    parser.add_argument(
+        "--help-keys",
+        nargs="?",
+        const="",
+        metavar="PREFIX",
+        help="print what the config's keys mean, those of PREFIX or all, and exit",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.set_defaults(command="train", run=_run, parser=parser, tell_interrupt=True)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.help_keys is not None:
+        from cosmos_scale.config.reference import help_keys
+
+        print(help_keys(arguments.help_keys))
+        return 0
+    if arguments.file is None:
+        arguments.parser.error("the following arguments are required: RUN.yaml")
+    return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
     from cosmos_scale.config.load import load_config
 
