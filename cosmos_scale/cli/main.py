@@ -108,18 +108,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser, tell_interrupt=False)
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    train.add_parser(commands)
+    train.add_train_command(commands)
 
     data_parser = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")
     with_examples(data_parser, data.EXAMPLES)
-    data.add_parsers(data_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    data.add_data_commands(data_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint")
     _add_eval_commands(with_examples(evaluate, EVAL_EXAMPLES))
 
     checkpoint_parser = commands.add_parser("checkpoint", help="look at checkpoints")
     with_examples(checkpoint_parser, checkpoint.EXAMPLES)
-    checkpoint.add_parsers(checkpoint_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    checkpoint.add_checkpoint_commands(
+        checkpoint_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    )
 
     setup = commands.add_parser("setup", help="compile what DeepSpeed needs on CPUs, once, before the first launch")
     setup.set_defaults(command="setup", run=_setup)

@@ -18,8 +18,8 @@ examples:
 """
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command; its defaults name it (`command`) and say what runs it (`run`)."""
+def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command; the defaults of its parser are its name (`command`) and its function (`run`)."""
     parser = with_examples(
         commands.add_parser(
             "train", help="train a run in this process (many ranks: deepspeed --module cosmos_scale.train)"

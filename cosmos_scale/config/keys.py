@@ -54,8 +54,8 @@ def with_positions_named(dotted: str) -> str:
 def nearest_key(dotted: str) -> str:
     """Return the valid dotted key that is most like a wrong one.
 
-    A neighbour in the same section that differs by a slip comes first, then a key of the same last name elsewhere
-    (`lr` -> `optimizer.lr`), then whatever reads most alike.
+    The first choice is a key of the same section with a similar name, the second a key of another section with the same
+    last name (`lr` -> `optimizer.lr`), the third the most similar key of all.
     """
     parts = dotted.split(".")
     pattern = with_positions_named(dotted)
@@ -69,7 +69,7 @@ def nearest_key(dotted: str) -> str:
         nearest = difflib.get_close_matches(pattern, namesakes, n=1, cutoff=0.0)[0]
     else:
         nearest = difflib.get_close_matches(pattern, keys, n=1, cutoff=0.0)[0]
-    # Positions in lists come back where they stood.
+    # The positions in lists that the wrong key has replace `N` again.
     nearest_parts = nearest.split(".")
     return ".".join(
         parts[place] if part == "N" and place < len(parts) and parts[place].isdecimal() else part

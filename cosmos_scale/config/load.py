@@ -1,8 +1,9 @@
 """Reading a run's YAML into a RunConfig, and writing it back.
 
-A file may name others under `extends` (a path or a list of paths, relative to the file): their keys come first, its own
-win. Mappings merge key by key, everything else is replaced. Dotted overrides come last: `train.epochs=4`,
-`data.sources.0.shards=/data/cc3m`. Every error is one line that names the file, the dotted key, the value and the rule.
+A file may name other files under `extends` (a path or a list of paths, relative to the file): their keys come first,
+and the keys of the file itself replace them. Mappings merge key by key; every other value is replaced. Dotted overrides
+come last: `train.epochs=4`, `data.sources.0.shards=/data/cc3m`. Every error is one line that names the file, the dotted
+key, the value and the rule.
 """
 
 import copy
@@ -38,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """Validate keys that a command sets, with `dotted.key=value` overrides, as `load_config` does a file's."""
+    """Validate the keys of a tree, with `dotted.key=value` overrides, as `load_config` validates the keys of a file."""
     return _resolve(copy.deepcopy(tree), {}, overrides, COMMAND_LINE)
 
 
@@ -50,8 +51,8 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
         _set(tree, key, _parse(text, f"{COMMAND_LINE}: {key}"))
         _record(origins, key, COMMAND_LINE)
     try:
-        # Strict, and by way of JSON: YAML's numbers and booleans keep their types (`epochs: true` is no 1), while lists
-        # still become tuples and strings paths.
+        # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
+        # since there strict validation still makes tuples of lists and paths of strings.
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         _refuse(error.errors(), origins, default)
@@ -184,15 +185,15 @@ def _dotted_keys(tree: Any, prefix: str = "") -> list[str]:
 
 
 def _record(origins: Origins, key: str, origin: str) -> None:
-    # What lay below a replaced key is gone, and so is where it came from.
+    # A replaced key has no keys of its old value below it any more.
     for older in [older for older in origins if older.startswith(f"{key}.")]:
         del origins[older]
-    origins.pop(key, None)  # so that the newest stands last
+    origins.pop(key, None)  # so that the key that was set last stands last
     origins[key] = origin
 
 
 def _refuse(errors: list[ErrorDetails], origins: Origins, default: str) -> NoReturn:
-    # An unknown key first: it is often the misspelt form of one that is then missed.
+    # An unknown key comes first: it is often a misspelt key, and the correct key is then reported as missing.
     details = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in details["loc"]]
     broken = details.get("ctx", {}).get("error")
@@ -215,7 +216,10 @@ def _describe(details: ErrorDetails, key: str) -> str:
 
 
 def _origin_of(key: str, others: Sequence[str], origins: Origins, default: str) -> str:
-    """Who set a key, or another of its rule, or the section around it; the one set last is the likely culprit."""
+    """Return which file, or the command line, set a key or another key of its rule; else who set the section around it.
+
+    Of several keys the one that was set last counts, since it most likely broke the rule.
+    """
     setters = [origin for set_key, origin in origins.items() if any(_overlap(set_key, one) for one in (key, *others))]
     if setters:
         return setters[-1]
@@ -228,7 +232,7 @@ def _origin_of(key: str, others: Sequence[str], origins: Origins, default: str) 
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Tell whether one dotted key is the other, or lies in it."""
+    """Tell whether two dotted keys are the same, or one lies below the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
