@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 requirement = $(shell sed -n 's/^ *"\($(1)[<>=][^"]*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-quick test test-all check bench clean
+.PHONY: help venv demo demo-quick test test-all check docs bench clean
 
 help:  ## list the targets
 	@echo "targets:"
@@ -36,6 +36,9 @@ check: $(VENV)/.test-extras  ## format, lint, types (for Python 3.10, 3.11 and 3
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	set -e; for version in 3.10 3.11 3.12; do $(VENV)/bin/mypy --python-version $$version; done
+
+docs: $(VENV)/.project  ## write docs/config.md anew, from the config's types and descriptions
+	$(VENV)/bin/python -m cosmos_scale.config.reference > docs/config.md
 
 bench: $(VENV)/.test-extras venv  ## run every benchmark: some minutes; numbers go to bench_out/NAME.json
 	@mkdir -p bench_out

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_scale.checkpoint import newest
+from cosmos_scale.cli.main import exit_status
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.decode import Views
@@ -43,8 +44,8 @@ SAMPLES_SHOWN = 4
 DIRECTIONS = {"image_to_text_R@1": "image to text", "text_to_image_R@1": "text to image"}
 MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 
-# What the student must reach in both directions, in multiples of chance. A model that knows nothing but the background
-# and the number of objects reaches 12; one trained on permuted captions stays below 3.
+# The least recall at 1 of the student in both directions, in multiples of chance. A model that only sees the background
+# and the number of objects reaches 12. A model that is trained on permuted captions stays below 3.
 REQUIRED = 20.0
 REQUIRED_QUICK = 3.0
 
@@ -52,15 +53,15 @@ Recalls = dict[str, dict[str, float]]
 """Recall at 1 by model ("student", "teacher") and direction."""
 
 
-class Training(NamedTuple):
-    """What a run's metrics.jsonl says: records of training and evaluation, in the order of steps."""
+class TrainingRecords(NamedTuple):
+    """The records of a run's metrics.jsonl: those of training and those of evaluation, in the order of steps."""
 
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
 
     @property
     def seconds(self) -> float:
-        """Time of all steps, data wait included; start-up, evaluation and checkpoints are not."""
+        """The seconds of all steps with their waits for data, without start-up, evaluation and checkpoints."""
         # A record holds the mean over the steps since the record before it.
         counts = (after - before for before, after in pairwise([0, *(record["step"] for record in self.steps)]))
         times = [count * record["step_seconds_max"] for count, record in zip(counts, self.steps, strict=True)]
@@ -68,7 +69,7 @@ class Training(NamedTuple):
 
 
 def run_demo(out: Path, quick: bool) -> bool:
-    """Build, train, evaluate and report under `out`; returns whether the student learned what it must.
+    """Build the data, train, evaluate and report in the folder `out`; return whether the student learned enough.
 
     Raises UserError where the training fails.
     """
@@ -81,18 +82,18 @@ def run_demo(out: Path, quick: bool) -> bool:
     ]
     config = load_config(file, overrides)
     gallery = config.eval.retrieval
-    assert gallery is not None  # both of the demo's configs say so
+    assert gallery is not None  # both configs of the demo have it
     assert gallery.max_samples is not None
     assert config.data.samples is not None
     run_folder = config.output / config.name
-    shutil.rmtree(run_folder, ignore_errors=True)  # an earlier demo's
+    shutil.rmtree(run_folder, ignore_errors=True)  # of an earlier demo
 
     console.print(
         f"\n[bold]1. Data.[/] Painting {config.data.samples:,} scenes with captions to train on, and "
         f"{gallery.max_samples} held-out ones: JPEG files in webdataset shards under {out / 'data'}."
     )
     build_scenes(out / "data", train=config.data.samples, gallery=gallery.max_samples, seed=config.seed, progress=True)
-    draw_views(config, out / "views.png")
+    draw_first_views(config, out / "views.png")
     console.print(f"   What the model will see of {SAMPLES_SHOWN} of them: {out / 'views.png'}")
 
     ranks, device = _ranks_and_device()
@@ -137,8 +138,8 @@ def run_demo(out: Path, quick: bool) -> bool:
     return learned(summary, REQUIRED_QUICK if quick else REQUIRED, console)
 
 
-def draw_views(config: RunConfig, path: Path) -> None:
-    """Draw the views and captions that the first samples of the data have in the first epoch."""
+def draw_first_views(config: RunConfig, path: Path) -> None:
+    """Draw the views and captions of the data's first samples, as the first epoch has them."""
     index, reader = open_sources(config.data.sources), ShardReader()
     rows = []
     for sample in range(SAMPLES_SHOWN):
@@ -150,12 +151,12 @@ def draw_views(config: RunConfig, path: Path) -> None:
         execute(picture, plan, *views)
         rows.append((views, draw_captions(config.data.captions, document, key)))
     reader.close()
-    contact_sheet(rows, path, config.data.captions.global_count, zoom=3)  # 64 pixels are small on a screen
+    contact_sheet(rows, path, config.data.captions.global_count, zoom=3)  # a crop of 64 pixels is small on a screen
 
 
-def draw_curves(training: Training, summary: dict[str, Any], path: Path) -> None:
-    """Draw both losses, and the recall of student and teacher as a multiple of chance, over the steps."""
-    import matplotlib as mpl  # here: it takes a second, and the demo's user waits for the first words
+def draw_curves(training: TrainingRecords, summary: dict[str, Any], path: Path) -> None:
+    """Draw both losses over the steps, and the recall of student and teacher in multiples of chance."""
+    import matplotlib as mpl  # here: the import takes a second, and the demo should print its first line at once
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -194,7 +195,7 @@ def draw_curves(training: Training, summary: dict[str, Any], path: Path) -> None
 
 
 def prepare_launch(device: str, console: Console) -> None:
-    """Let the launcher find this environment's programs, and compile what DeepSpeed's ranks on CPUs need, if not done.
+    """Let the launcher find this environment's programs; compile DeepSpeed's communication for CPUs where it is absent.
 
     Raises UserError where there is no C++ compiler.
     """
@@ -205,14 +206,14 @@ def prepare_launch(device: str, console: Console) -> None:
 
 
 def _ranks_and_device() -> tuple[int, str]:
-    """Two ranks; one where the machine has a single GPU, which two ranks cannot share."""
+    """The number of ranks and their device: two ranks, or one on a single GPU, which two ranks cannot share."""
     if torch.cuda.is_available():
         return min(2, torch.cuda.device_count()), "GPU"
     return 2, "CPU"
 
 
 def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -> None:
-    """Train under the deepspeed launcher; its output goes to this terminal."""
+    """Train under the deepspeed launcher, whose output goes to this terminal."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     if not torch.cuda.is_available():
@@ -232,16 +233,17 @@ def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -
     command = ["deepspeed", *arguments, str(run), *overrides]
     console.print("   The ranks take some seconds to start.")
     console.print("   $ " + " ".join(command), style="dim", highlight=False, soft_wrap=True)
-    # Through -m: the `deepspeed` script need not be on PATH.
+    # Through -m, since the `deepspeed` script may not be on PATH.
     status = run_in_session([sys.executable, "-m", "deepspeed.launcher.runner", *command[1:]], environment)
     if status:
         raise UserError(f"training ended with exit status {status}; its output above says why")
 
 
 def run_in_session(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a program with all that it starts, and end all of them where this process is interrupted."""
-    # The launcher's first process knows no better than to die of an interrupt, with a traceback and ahead of its ranks.
-    # It inherits that interrupts are ignored; the second one, and the ranks, set what they do themselves.
+    """Run a program to its end and return its exit status; an interrupt also ends all processes that it started."""
+    # An interrupt would end the launcher's first process before its ranks, with a traceback. So this process ignores
+    # interrupts while it starts the launcher, and the launcher inherits that. The launcher's second process and the
+    # ranks set their own handlers.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         signal.signal(signal.SIGINT, handler)
@@ -261,10 +263,10 @@ def _recalls(checkpoint: Path, shards: str, captions_key: str) -> Recalls:
     return recalls
 
 
-def read_metrics(path: Path) -> Training:
+def read_metrics(path: Path) -> TrainingRecords:
     """Read a run's metrics.jsonl."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return Training(*([record for record in records if record["kind"] == kind] for kind in ("train", "eval")))
+    return TrainingRecords(*([record for record in records if record["kind"] == kind] for kind in ("train", "eval")))
 
 
 def _table(summary: dict[str, Any]) -> Table:
@@ -280,7 +282,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def learned(summary: dict[str, Any], required: float, console: Console) -> bool:
-    """Say, and return, whether the student's R@1 is `required` times chance or more in both directions."""
+    """Print and return whether the student's R@1 is at least `required` times chance in both directions."""
     reached = float(min(summary["after"]["student"].values()) / summary["chance_R@1"])
     enough = reached >= required
     verdict = "[green]It learned[/]" if enough else "[red]It did not learn enough[/]"
@@ -299,15 +301,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a shortened run of about a minute")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: demo_out")
     arguments = parser.parse_args(argv)
-    try:
+
+    def demo() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         return 0 if run_demo(arguments.out, arguments.quick) else 1
-    except UserError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("demo: interrupted", file=sys.stderr)
-        return 130  # as shells number it
+
+    return exit_status("demo", demo, tell_interrupt=True)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,13 @@
 """Training: build everything, loop, done. `cosmos-scale train`, or `deepspeed --module cosmos_scale.train`."""
 
-import argparse
-import logging
-import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from cosmos_scale.checkpoint import newest
-from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config.load import load_config
-from cosmos_scale.engine.ranks import Ranks, lost_contact, start_ranks
+from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
-from cosmos_scale.errors import UserError
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
-from cosmos_scale.run.explain import explain
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.run.run import start_run
 from cosmos_scale.step import train_step
-
-EXAMPLES = """examples:
-  cosmos-scale train configs/run/demo.yaml train.max_steps=20
-  cosmos-scale train --dry-run --world-size 128 configs/run/merged30m_vitb16.yaml
-  deepspeed --num_accelerators 2 --module cosmos_scale.train configs/run/demo.yaml
-"""
 
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
@@ -60,64 +42,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
             progress.say(f"checkpoint: {checkpoints.wait()}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 where the user has something to mend."""
-    arguments = _parser().parse_intermixed_args(argv)
-    ranks = None
-    try:
-        config = load_config(arguments.run, arguments.overrides)
-        if arguments.dry_run:
-            explain(config, arguments.world_size)
-            return 0
-        ranks = start_ranks(config.device)
-        if ranks.is_main:  # what the package tells of its choices, attention's back end for one
-            logging.basicConfig(stream=sys.stdout, format="%(message)s")
-            logging.getLogger("cosmos_scale").setLevel(logging.INFO)
-        with StopRequest(config.train.max_minutes) as stop:
-            train(config, ranks, stop)
-    except UserError as error:
-        # All ranks agree on an error once they run together; before that each machine tells its own.
-        if ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"cosmos-scale train: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read our output (head, a pager) has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        return 141
-    except KeyboardInterrupt:
-        print("cosmos-scale train: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if ranks is None or not lost_contact(error):
-            raise
-        newest_checkpoint = newest(config.output / config.name / "checkpoints")
-        print(
-            f"cosmos-scale train: rank {ranks.rank} lost contact with another rank, which ended or cannot be reached "
-            f"({str(error).splitlines()[0]}); newest checkpoint: {newest_checkpoint or 'none'}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cosmos-scale train",
-        description="Train a COSMOS model in one process, or in many under the deepspeed launcher.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the run's YAML file")
-    # With a default of its own, or argparse calls it required.
-    parser.add_argument(
-        "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
-    parser.add_argument(
-        "--world-size", type=positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    import sys
+
+    from cosmos_scale.cli.main import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from cosmos_scale import train as program
+from cosmos_scale import train
 from cosmos_scale.batch import Batch
+from cosmos_scale.cli import main as cli
 from cosmos_scale.step import StepOutput, train_step
 
 RECORDS = "RECORDED_SAMPLES"  # environment variable: folder of the records
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `cosmos_scale.train`; every rank appends the sample ids of each step that it takes to a file of its own."""
+    """Run `cosmos-scale train`; every rank appends the sample ids of each of its steps to a file of its own."""
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     file = Path(os.environ[RECORDS]) / f"{world_size}-{rank}.jsonl"
 
@@ -26,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
         return train_step(student, teacher, loss, batch, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "train_step", recorded_step)
-        return program.main(argv)
+        patch.setattr(train, "train_step", recorded_step)
+        return cli.main(argv)
 
 
 def recorded_samples(folder: Path, world_size: int) -> list[list[int]]:

@@ -79,8 +79,6 @@ NEVER_AT_IMPORT = ("flash_attn", "xformers", "nvidia.dali", "apex", "wandb")
 
 # Beside the package: no file of it imports them.
 NOT_PACKAGED = ("tests", "benchmarks", "tools")
-# Broken until the branch that mends it is merged; the test fails, too, for an entry whose file is mended.
-STILL_BROKEN = {"cosmos_scale/train.py": ["only demo and testing import cli"]}
 
 SOURCES = sorted([*REPOSITORY.glob("cosmos_scale/**/*.py"), *REPOSITORY.glob("kernels/**/*.py")])
 
@@ -169,7 +167,7 @@ def broken_rules(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", own_sources(), ids=source_id)
 def test_imports_follow_the_house(path: Path) -> None:
-    assert broken_rules(path) == STILL_BROKEN.get(source_id(path), [])
+    assert broken_rules(path) == []
 
 
 @pytest.mark.parametrize("package", ONE_PLACE)

@@ -18,7 +18,7 @@ from cosmos_scale.checkpoint.state import (
     step_of,
 )
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config.load import changed_on_resume
+from cosmos_scale.config.compare import changed_on_resume
 from cosmos_scale.errors import UserError
 
 

@@ -1,17 +1,17 @@
-"""What the commands' parsers share: types of arguments, and examples below the help."""
+"""What the parsers of several commands use: types of arguments, and examples below the help."""
 
 import argparse
 
 
 def positive(text: str) -> int:
-    """Return the whole number that a text holds; argparse refuses it where it is below 1."""
+    """Return the whole number that a text holds; a number below 1, or another text, is refused."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
 
 
 def with_examples(parser: argparse.ArgumentParser, examples: str) -> argparse.ArgumentParser:
-    """Return the parser, which now shows the examples, as they are written, below its help."""
+    """Return the parser, changed to print the examples below its help, line by line as they are written."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = examples
     return parser

@@ -1,4 +1,4 @@
-"""The command `cosmos-scale checkpoint inspect`: its arguments, and calling what does the work."""
+"""The command `cosmos-scale checkpoint inspect`: its arguments, and the call of the function that does the work."""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ examples:
 """
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add every checkpoint command; each parser's defaults say its name (`command`) and what runs it (`run`)."""
+def add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add every checkpoint command; the defaults of its parser are its name (`command`) and its function (`run`)."""
     inspect = with_examples(
         commands.add_parser("inspect", help="what is in a checkpoint, and whether it is whole"), EXAMPLES
     )

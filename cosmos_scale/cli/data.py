@@ -1,4 +1,4 @@
-"""The commands `cosmos-scale data ...`: their arguments, and calling what does the work."""
+"""The commands `cosmos-scale data ...`: their arguments, and the calls of the functions that do the work."""
 
 import argparse
 import json
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import positive, with_examples
-from cosmos_scale.cli.prepare import add_parsers as add_prepare
+from cosmos_scale.cli.prepare import add_prepare_commands
 from cosmos_scale.errors import UserError
 
-if TYPE_CHECKING:  # imported where it is needed: it takes a second
+if TYPE_CHECKING:  # the import takes a second, so functions import it
     from cosmos_scale.config import RunConfig
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -28,13 +28,13 @@ examples:
   cosmos-scale data verify '/data/pixelprose/*.tar' --captions textcrop_pixelprose
 """
 
-# More tokens than any caption needs: what is longer counts as so long.
+# More tokens than any caption needs; a longer text counts as one of this length.
 LONGEST_CAPTION = 2048
 
 
-def add_parsers(commands: "Commands") -> None:
-    """Add every data command; each parser's defaults say its name (`command`) and what runs it (`run`)."""
-    add_prepare(commands)
+def add_data_commands(commands: "Commands") -> None:
+    """Add every data command; the defaults of its parser are its name (`command`) and its function (`run`)."""
+    add_prepare_commands(commands)
 
     build = _add(commands, "build", _build, "pictures and a captions file to shards")
     build.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures")
@@ -76,7 +76,7 @@ def add_parsers(commands: "Commands") -> None:
         "Exit status: 0 all are sound, 1 some are damaged, 2 wrong use."
     )
     _add_data(verify)
-    verify.set_defaults(seed=None)  # nothing that is drawn decides whether a sample is sound
+    verify.set_defaults(seed=None)  # no random draw decides whether a sample is sound
     verify.add_argument("--out", type=Path, metavar="FILE", help=".jsonl for all that is found, a line each")
 
     for command in (build, index, inspect, verify):
@@ -110,7 +110,7 @@ def _index(arguments: argparse.Namespace) -> int:
 def _add(
     commands: "Commands", name: str, run: Callable[[argparse.Namespace], int], help: str
 ) -> argparse.ArgumentParser:
-    """Add one command, with those of the examples that are its own."""
+    """Add one command, with the examples of this command below its help."""
     own = [line for line in EXAMPLES.splitlines(keepends=True) if line.startswith(f"  cosmos-scale data {name} ")]
     parser = with_examples(commands.add_parser(name, help=help), "".join(["examples:\n", *own]))
     parser.set_defaults(command=f"data {name}", run=run)
@@ -121,7 +121,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", metavar="PATTERN|RUN.yaml", help="indexed shards (folder, glob or brace pattern), or a run's YAML file"
     )
-    # With a default of its own, or argparse calls it required.
+    # argparse requires a list of positional arguments that has no default.
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
@@ -139,7 +139,7 @@ def _count(text: str) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> "RunConfig":
-    """The run that a command is to look at: one from a file, or the defaults over a pattern of shards."""
+    """The run that a command looks at: the run of a YAML file, or the default run on a pattern of shards."""
     from cosmos_scale.config.load import load_config, make_config
     from cosmos_scale.config.section import redact_urls
 

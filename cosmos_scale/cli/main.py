@@ -6,11 +6,12 @@ Each command imports what it needs when it runs, so that `--help` and mistyped c
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cosmos_scale import __version__
-from cosmos_scale.cli import checkpoint, data
+from cosmos_scale.cli import checkpoint, data, train
 from cosmos_scale.cli.arguments import positive, with_examples
 from cosmos_scale.errors import UserError
 
@@ -35,36 +36,42 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0; 1 where `data verify` or `checkpoint inspect` finds damage; 2 where the user has something to mend; 130 if
-    interrupted; 141 if whoever reads the output leaves early.
+    0; 1 where `data verify` or `checkpoint inspect` finds damage, or where `train` loses contact with another rank; 2,
+    130 and 141 as `exit_status` says.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:
-        # Parsed by the trainer itself, which also runs without this command, under the launcher.
-        from cosmos_scale import train
+    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    return exit_status(
+        f"cosmos-scale {arguments.command}", partial(arguments.run, arguments), tell_interrupt=arguments.tell_interrupt
+    )
 
-        return train.main(arguments[1:])
-    parsed = _parse(arguments)
+
+def exit_status(label: str, command: Callable[[], int], *, tell_interrupt: bool = False) -> int:
+    """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
+
+    The command's own status; 2 where it raises UserError, which is printed on one line after the label; 130 where it is
+    interrupted, which is printed with tell_interrupt only; 141 where the reader of its output leaves early.
+    """
     try:
-        status: int = parsed.run(parsed)
+        status = command()
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"cosmos-scale {parsed.command}: {error}", file=sys.stderr)
+        print(f"{label}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our output (head, a pager) has enough of it
+    except BrokenPipeError:  # the reader of the output (head, a pager) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        return 141  # as shells number a command that wrote to nobody
+        return 141
     except KeyboardInterrupt:
-        return 130  # as shells number an interrupted command
+        if tell_interrupt:
+            print(f"{label}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    parsed, rest = _parser().parse_known_args(arguments)
     # argparse ends a list of positional arguments at the first option, but key=value may stand anywhere.
     if rest and ("overrides" not in parsed or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parsed.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     return parsed
@@ -97,21 +104,24 @@ def _setup(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = with_examples(argparse.ArgumentParser(prog="cosmos-scale", description=_DESCRIPTION), EXAMPLES)
+    # Commands override these: the parser that refuses arguments, and whether an interrupt is worth a line.
+    parser.set_defaults(parser=parser, tell_interrupt=False)
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    # For the list of commands only: `main` hands its arguments to the trainer.
-    commands.add_parser("train", help="train a run in this process (many ranks: deepspeed --module cosmos_scale.train)")
+    train.add_train_command(commands)
 
     data_parser = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")
     with_examples(data_parser, data.EXAMPLES)
-    data.add_parsers(data_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    data.add_data_commands(data_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     evaluate = commands.add_parser("eval", help="evaluate a checkpoint")
     _add_eval_commands(with_examples(evaluate, EVAL_EXAMPLES))
 
     checkpoint_parser = commands.add_parser("checkpoint", help="look at checkpoints")
     with_examples(checkpoint_parser, checkpoint.EXAMPLES)
-    checkpoint.add_parsers(checkpoint_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    checkpoint.add_checkpoint_commands(
+        checkpoint_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    )
 
     setup = commands.add_parser("setup", help="compile what DeepSpeed needs on CPUs, once, before the first launch")
     setup.set_defaults(command="setup", run=_setup)

@@ -28,8 +28,8 @@ manifest.json has counts, options and a checksum for each shard. Stopped at any 
 """
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `prepare` and its datasets; their parsers' defaults say what runs them (`run`)."""
+def add_prepare_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `prepare` and its datasets; a parser's defaults are its name (`command`) and its function (`run`)."""
     prepare = commands.add_parser("prepare", help="published captions and downloaded images to shards")
     with_examples(prepare, DREAMLIP_EXAMPLES + PIXELPROSE_EXAMPLES.removeprefix("examples:\n"))
     datasets = prepare.add_subparsers(title="datasets", metavar="DATASET", required=True)

@@ -1,7 +1,8 @@
 """The typed configuration of a run, one file a section: every key, its default, its unit and the rules between keys.
 
-`cosmos_scale.config.load` reads it from YAML (extends, dotted overrides). Keys marked RESUME_MAY_CHANGE may differ
-between a checkpoint and the run that resumes it; every other key belongs to the run's identity.
+`cosmos_scale.config.load` reads it from YAML (extends, dotted overrides). The marks of `section.py` say which keys may
+change on resume and which may differ by host; every other key belongs to the run's identity. `docs/config.md` lists all
+keys; `reference.py` makes it.
 """
 
 from cosmos_scale.config.checkpoint import CheckpointConfig

@@ -8,12 +8,18 @@ from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section
 class CheckpointConfig(Section):
     """When checkpoints are written, and how many stay; they lie under output/checkpoints."""
 
-    every: int = Field(1000, ge=0, description="steps; 0: only at the end", json_schema_extra=RESUME_MAY_CHANGE)
-    keep_last: int = Field(3, ge=1, json_schema_extra=RESUME_MAY_CHANGE)
+    every: int = Field(
+        1000, ge=0, description="steps between checkpoints; 0: only at the end", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    keep_last: int = Field(
+        3, ge=1, description="newest checkpoints that stay; older ones are deleted", json_schema_extra=RESUME_MAY_CHANGE
+    )
     keep_every: int | None = Field(
         None,
         gt=0,
-        description="checkpoints of steps that are multiples of it stay for good",
+        description="steps; checkpoints at multiples of this number are never deleted; null: none are kept for good",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    at_start: bool = Field(False, description="also write step 0", json_schema_extra=RESUME_MAY_CHANGE)
+    at_start: bool = Field(
+        False, description="whether to write a checkpoint of step 0 too", json_schema_extra=RESUME_MAY_CHANGE
+    )

@@ -5,26 +5,37 @@ from typing import Literal
 
 from pydantic import Field
 
-from cosmos_scale.config.section import RESUME_MAY_CHANGE, Fraction, Place, Range, Section, check_range, refuse
+from cosmos_scale.config.section import (
+    MAY_DIFFER_BY_HOST,
+    RESUME_MAY_CHANGE,
+    Fraction,
+    Place,
+    Range,
+    Section,
+    check_range,
+    refuse,
+)
 
 
 class JitterConfig(Section):
-    """Colour jitter: each factor is drawn from 1 - x .. 1 + x, the hue shift from -hue .. hue (turns)."""
+    """Colour jitter: the four changes are made together, in random order."""
 
-    probability: Fraction = 0.8
-    brightness: float = Field(0.4, ge=0.0, le=1.0)
-    contrast: float = Field(0.4, ge=0.0, le=1.0)
-    saturation: float = Field(0.2, ge=0.0, le=1.0)
-    hue: float = Field(0.1, ge=0.0, le=0.5)
+    probability: Fraction = Field(0.8, description="probability that a crop is jittered")
+    brightness: Fraction = Field(0.4, description="the factor is drawn from 1 - brightness to 1 + brightness")
+    contrast: Fraction = Field(0.4, description="the factor is drawn from 1 - contrast to 1 + contrast")
+    saturation: Fraction = Field(0.2, description="the factor is drawn from 1 - saturation to 1 + saturation")
+    hue: float = Field(
+        0.1, ge=0.0, le=0.5, description="the shift is drawn from -hue to hue, in turns of the colour circle"
+    )
 
 
 class BlurConfig(Section):
-    """Gaussian blur: radius in pixels, and its probability per kind of view."""
+    """Gaussian blur: its radius, and its probability for each kind of crop."""
 
-    radius: Range = (0.1, 2.0)
-    first_global: Fraction = 1.0
-    other_globals: Fraction = 0.1
-    local: Fraction = 0.5
+    radius: Range = Field((0.1, 2.0), description="smallest and largest radius in pixels")
+    first_global: Fraction = Field(1.0, description="probability that the first global crop is blurred")
+    other_globals: Fraction = Field(0.1, description="probability that another global crop is blurred")
+    local: Fraction = Field(0.5, description="probability that a local crop is blurred")
 
     def _check_rules(self) -> None:
         check_range("radius", self.radius, above=0.0)
@@ -33,18 +44,28 @@ class BlurConfig(Section):
 class ViewsConfig(Section):
     """The crops of one image; the side of global crops is model.vision.image_size."""
 
-    global_crops: int = Field(2, ge=1)
-    local_crops: int = Field(6, ge=0)
+    global_crops: int = Field(2, ge=1, description="crops that the teacher and the student see")
+    local_crops: int = Field(6, ge=0, description="smaller crops that only the student sees")
     local_size: int = Field(96, gt=0, description="side of the local crops in pixels")
-    global_scale: Range = (0.4, 1.0)
-    local_scale: Range = (0.05, 0.4)
-    ratio: Range = (3 / 4, 4 / 3)
-    flip: Fraction = 0.5
+    global_scale: Range = Field(
+        (0.4, 1.0), description="smallest and largest area of a global crop, as shares of the picture's"
+    )
+    local_scale: Range = Field(
+        (0.05, 0.4), description="smallest and largest area of a local crop, as shares of the picture's"
+    )
+    ratio: Range = Field(
+        (3 / 4, 4 / 3), description="smallest and largest width / height of a crop's part of the picture"
+    )
+    flip: Fraction = Field(0.5, description="probability that a crop is mirrored, left to right")
     jitter: JitterConfig = JitterConfig()
-    grey: Fraction = 0.2
+    grey: Fraction = Field(0.2, description="probability that a crop loses its colours")
     blur: BlurConfig = BlurConfig()
-    solarise: Fraction = Field(0.2, description="second global crop only")
-    solarise_threshold: int = Field(128, ge=0, le=256)
+    solarise: Fraction = Field(
+        0.2, description="probability that the second global crop is solarised; others never are"
+    )
+    solarise_threshold: int = Field(
+        128, ge=0, le=256, description="solarising inverts pixel values from this one on, out of 0 to 255"
+    )
 
     def _check_rules(self) -> None:
         check_range("global_scale", self.global_scale, above=0.0, most=1.0)
@@ -61,8 +82,13 @@ class CaptionsConfig(Section):
     """The captions of one sample."""
 
     count: int = Field(8, ge=1, description="captions per sample, global ones included")
-    global_count: int = Field(2, ge=1)
-    sampling: CaptionSampling = "textcrop"
+    global_count: int = Field(2, ge=1, description="captions that the teacher and the student see; the rest are local")
+    sampling: CaptionSampling = Field(
+        "textcrop",
+        description="textcrop: a global caption has 1 to max_sentences sentences of all texts, a local one has one; "
+        "random, raw, short, long: each caption is one sentence, of all texts, the raw text, the raw and short texts, "
+        "the long texts; a name that ends in _pixelprose: the same with PixelProse's texts",
+    )
     max_sentences: int = Field(5, ge=1, description="most sentences in a global caption")
 
     def _check_rules(self) -> None:
@@ -73,19 +99,19 @@ class CaptionsConfig(Section):
 class SourceConfig(Section):
     """Shards of one dataset, indexed by `cosmos-scale data index` or `data build`."""
 
-    name: str
+    name: str = Field(description="what messages call the source; belongs to the run's identity")
     shards: Place = Field(
         description="folder or glob / brace pattern of .tar files, here or at a URL; or pipe:COMMAND, with braces",
-        json_schema_extra=RESUME_MAY_CHANGE,
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     index: Place | None = Field(
-        None, description="folder of the index files; default: beside the shards", json_schema_extra=RESUME_MAY_CHANGE
+        None, description="folder of the index files; null: beside the shards", json_schema_extra=MAY_DIFFER_BY_HOST
     )
     weight: float = Field(
         1.0,
         gt=0.0,
-        description="an epoch visits weight x the source's samples, rounded: at 2.5 each twice and half of them a "
-        "third time, at 0.1 a tenth of them; which ones is drawn anew each epoch",
+        description="how often an epoch visits a sample of the source: at 2.5 each twice and half of them a third "
+        "time, at 0.1 a tenth of them; each epoch draws these samples anew",
     )
 
 
@@ -94,28 +120,31 @@ class RemoteConfig(Section):
 
     fetch: Literal["parts", "shards"] = Field(
         "parts",
-        description="parts: of a shard, sample by sample, where its server can; shards: whole, through the cache",
-        json_schema_extra=RESUME_MAY_CHANGE,
+        description="parts: read a shard sample by sample, where its server can; shards: read it whole, by the cache",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     cache: Path | None = Field(
         None,
-        description="local folder for whole shards, shared by a host's processes; null: none",
-        json_schema_extra=RESUME_MAY_CHANGE,
+        description="local folder for whole shards, shared by the host's processes; null: none",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     cache_gb: float = Field(
         100.0,
         gt=0.0,
-        description="most that the cache holds, in 10^9 bytes; what was used least recently goes first",
-        json_schema_extra=RESUME_MAY_CHANGE,
+        description="most that the cache holds, in 10^9 bytes; the least recently used shards go first",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     retries: int = Field(
-        5, ge=0, description="tries after the first, of local shards too", json_schema_extra=RESUME_MAY_CHANGE
+        5, ge=0, description="tries after the first, of local shards too", json_schema_extra=MAY_DIFFER_BY_HOST
     )
     backoff_s: float = Field(
-        0.5, ge=0.0, description="wait before the first retry; doubles each time", json_schema_extra=RESUME_MAY_CHANGE
+        0.5,
+        ge=0.0,
+        description="seconds before the first retry; they double each time, up to 30",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     timeout_s: float = Field(
-        60.0, gt=0.0, description="most seconds without a byte (http, pipe:)", json_schema_extra=RESUME_MAY_CHANGE
+        60.0, gt=0.0, description="most seconds without a byte (http, pipe:)", json_schema_extra=MAY_DIFFER_BY_HOST
     )
 
     def _check_rules(self) -> None:
@@ -124,25 +153,31 @@ class RemoteConfig(Section):
 
 
 class DaliConfig(Section):
-    """NVIDIA DALI, where it decodes."""
+    """NVIDIA DALI, where data.decoder is dali."""
 
-    threads: int = Field(4, ge=1, le=256, description="CPU threads per rank", json_schema_extra=RESUME_MAY_CHANGE)
+    threads: int = Field(4, ge=1, le=256, description="CPU threads per rank", json_schema_extra=MAY_DIFFER_BY_HOST)
     prefetch: int = Field(
-        1, ge=0, le=16, description="batches decoded ahead of the one in use", json_schema_extra=RESUME_MAY_CHANGE
+        1, ge=0, le=16, description="batches decoded ahead of the one in use", json_schema_extra=MAY_DIFFER_BY_HOST
     )
     hw_decoder_load: Fraction = Field(
         0.65,
-        description="share of the pictures for the GPU's JPEG hardware, where it has any",
-        json_schema_extra=RESUME_MAY_CHANGE,
+        description="share of the pictures that the GPU's JPEG hardware decodes, where the GPU has any",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     preallocate_width: int = Field(
         0,
         ge=0,
         le=65500,
-        description="of the largest pictures expected, so that a GPU's memory is asked for once; 0: as they come",
-        json_schema_extra=RESUME_MAY_CHANGE,
+        description="width in pixels of the largest picture expected, to allocate GPU memory once; 0: as needed",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
-    preallocate_height: int = Field(0, ge=0, le=65500, json_schema_extra=RESUME_MAY_CHANGE)
+    preallocate_height: int = Field(
+        0,
+        ge=0,
+        le=65500,
+        description="height in pixels of the largest picture expected; 0: as needed",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
+    )
 
     def _check_rules(self) -> None:
         if (self.preallocate_width == 0) != (self.preallocate_height == 0):
@@ -158,37 +193,42 @@ class DataConfig(Section):
     samples: int | None = Field(
         None,
         gt=0,
-        description="samples per epoch, weights included, to plan a run where the shards are not; else from the index",
+        description="samples per epoch, weights included, for a dry run where the shards are not; null: from the index",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     views: ViewsConfig = ViewsConfig()
     captions: CaptionsConfig = CaptionsConfig()
     window: int = Field(
-        65536, gt=0, description="samples shuffled together; larger mixes better, smaller reads more sequentially"
+        65536, gt=0, description="samples that are shuffled together; more mix better, fewer read more sequentially"
     )
     last_batch: Literal["drop", "pad"] = Field(
-        "drop", description="an epoch's incomplete last batch: dropped, or filled with the epoch's first samples"
+        "drop", description="an epoch's incomplete last batch: drop it, or pad it with the epoch's first samples"
     )
     max_damaged: Fraction = Field(
         0.01,
-        description="share of damaged samples past which training stops: of those that a rank has read since it "
-        "started, 1,000 at least; all samples of a lost shard count",
+        description="training stops where more than this share of samples is damaged, out of those that a rank has "
+        "read since it started, at least 1,000; all samples of a lost shard count as damaged",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     max_pixels: int = Field(
-        178_956_970, gt=0, description="larger images count as damaged", json_schema_extra=RESUME_MAY_CHANGE
+        178_956_970,
+        gt=0,
+        description="most pixels of a picture; larger pictures count as damaged",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     workers: int | None = Field(
         None,
         ge=0,
-        description="loader processes per rank; 0 loads in the training process; default: cores / ranks - 1, "
-        "at most 8, and with a GPU 1 at least",
-        json_schema_extra=RESUME_MAY_CHANGE,
+        description="loader processes per rank; 0: the training process loads; null: cores / ranks of the host - 1, "
+        "at most 8, and at least 1 with a GPU",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
-    prefetch: int = Field(4, ge=1, description="batches ready per worker", json_schema_extra=RESUME_MAY_CHANGE)
+    prefetch: int = Field(
+        4, ge=1, description="batches that each worker makes ahead", json_schema_extra=MAY_DIFFER_BY_HOST
+    )
     decoder: Literal["torch", "dali"] = Field(
         "torch",
-        description="torch: workers decode and cut, on CPUs; dali: the training process does, on its device",
+        description="torch: the workers decode and crop pictures, on CPUs; dali: the training process, on its device",
     )
     dali: DaliConfig = DaliConfig()
 

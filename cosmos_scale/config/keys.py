@@ -1,27 +1,64 @@
-"""The names of all config keys, and the nearest valid one to a wrong one."""
+"""The names of all config keys, the sections that hold them, and the nearest valid key to a wrong one."""
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 
 from cosmos_scale.config import RunConfig
 
 
+class PlacedSection(NamedTuple):
+    """A section and its dotted place in a run: "" for the run itself; an element of a list has the name `N`."""
+
+    place: str
+    type: type[BaseModel]
+
+    def key(self, name: str) -> str:
+        """Return the dotted key of one of the section's fields."""
+        return f"{self.place}.{name}" if self.place else name
+
+
+def sections(root: type[BaseModel] = RunConfig, place: str = "") -> Iterator[PlacedSection]:
+    """Yield a section and all sections below it, each before its own; a place may have sections of several types."""
+    here = PlacedSection(place, root)
+    yield here
+    for name, field in root.model_fields.items():
+        for inner, in_list in sections_in(field.annotation):
+            yield from sections(inner, here.key(f"{name}.N" if in_list else name))
+
+
+def sections_in(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
+    """Yield the section types inside a field's annotation, and whether they are elements of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, False
+        return
+    in_list = get_origin(annotation) is tuple
+    for argument in get_args(annotation):
+        for section, nested in sections_in(argument):
+            yield section, nested or in_list
+
+
 def valid_keys() -> list[str]:
     """Return every dotted key of a run, sections included; an element of a list has the name `N`."""
-    return list(_keys_of(RunConfig, ""))
+    keys = (section.key(name) for section in sections() for name in section.type.model_fields)
+    return list(dict.fromkeys(keys))
+
+
+def with_positions_named(dotted: str) -> str:
+    """Return a dotted key with `N` for each position in a list: data.sources.0.shards is data.sources.N.shards."""
+    return ".".join("N" if part.isdecimal() else part for part in dotted.split("."))
 
 
 def nearest_key(dotted: str) -> str:
     """Return the valid dotted key that is most like a wrong one.
 
-    A neighbour in the same section that differs by a slip comes first, then a key of the same last name elsewhere
-    (`lr` -> `optimizer.lr`), then whatever reads most alike.
+    The first choice is a key of the same section with a similar name, the second a key of another section with the same
+    last name (`lr` -> `optimizer.lr`), the third the most similar key of all.
     """
     parts = dotted.split(".")
-    pattern = ".".join("N" if part.isdecimal() else part for part in parts)
+    pattern = with_positions_named(dotted)
     section, _, name = pattern.rpartition(".")
     keys = valid_keys()
     neighbours = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
@@ -32,27 +69,9 @@ def nearest_key(dotted: str) -> str:
         nearest = difflib.get_close_matches(pattern, namesakes, n=1, cutoff=0.0)[0]
     else:
         nearest = difflib.get_close_matches(pattern, keys, n=1, cutoff=0.0)[0]
-    # Positions in lists come back where they stood.
+    # The positions in lists that the wrong key has replace `N` again.
     nearest_parts = nearest.split(".")
     return ".".join(
         parts[place] if part == "N" and place < len(parts) and parts[place].isdecimal() else part
         for place, part in enumerate(nearest_parts)
     )
-
-
-def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
-    """Yield the section classes inside an annotation, and whether they are elements of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, False
-        return
-    in_list = getattr(annotation, "__origin__", None) is tuple
-    for argument in get_args(annotation):
-        for section, nested in _sections(argument):
-            yield section, nested or in_list
-
-
-def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield f"{prefix}{name}"
-        for inner, in_list in _sections(field.annotation):
-            yield from _keys_of(inner, f"{prefix}{name}.N." if in_list else f"{prefix}{name}.")

@@ -1,25 +1,26 @@
-"""Reading a run's YAML into a RunConfig, writing it back, and comparing two of them.
+"""Reading a run's YAML into a RunConfig, and writing it back.
 
-A file may name others under `extends` (a path or a list of paths, relative to the file): their keys come first, its own
-win. Mappings merge key by key, everything else is replaced. Dotted overrides come last: `train.epochs=4`,
-`data.sources.0.shards=/data/cc3m`. Every error is one line that names the file, the dotted key, the value and the rule.
+A file may name other files under `extends` (a path or a list of paths, relative to the file): their keys come first,
+and the keys of the file itself replace them. Mappings merge key by key; every other value is replaced. Dotted overrides
+come last: `train.epochs=4`, `data.sources.0.shards=/data/cc3m`. Every error is one line that names the file, the dotted
+key, the value and the rule.
 """
 
 import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.keys import nearest_key
-from cosmos_scale.config.section import RESUME_MAY_CHANGE, RuleBroken
+from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -38,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """Validate keys that a command sets, with `dotted.key=value` overrides, as `load_config` does a file's."""
+    """Validate the keys of a tree, with `dotted.key=value` overrides, as `load_config` validates the keys of a file."""
     return _resolve(copy.deepcopy(tree), {}, overrides, COMMAND_LINE)
 
 
@@ -50,8 +51,8 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
         _set(tree, key, _parse(text, f"{COMMAND_LINE}: {key}"))
         _record(origins, key, COMMAND_LINE)
     try:
-        # Strict, and by way of JSON: YAML's numbers and booleans keep their types (`epochs: true` is no 1), while lists
-        # still become tuples and strings paths.
+        # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
+        # since there strict validation still makes tuples of lists and paths of strings.
         return RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         _refuse(error.errors(), origins, default)
@@ -60,28 +61,6 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
 def dump_config(config: RunConfig) -> str:
     """Return the whole config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
-
-
-def changed_on_resume(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return the dotted keys that differ between a checkpoint's config and the resuming run's, and may not."""
-    return list(_changes(old, new, ""))
-
-
-def _changes(old: Any, new: Any, key: str) -> Iterator[str]:
-    if isinstance(old, BaseModel) and isinstance(new, BaseModel):
-        for name, field in type(old).model_fields.items():
-            if field.json_schema_extra == RESUME_MAY_CHANGE:
-                continue
-            yield from _changes(getattr(old, name), getattr(new, name), f"{key}.{name}" if key else name)
-    elif isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
-        for position, (old_item, new_item) in enumerate(zip(old, new, strict=True)):
-            if isinstance(old_item, BaseModel):
-                yield from _changes(old_item, new_item, f"{key}.{position}")
-            elif old_item != new_item:
-                yield key
-                return
-    elif old != new:
-        yield key
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
@@ -206,15 +185,15 @@ def _dotted_keys(tree: Any, prefix: str = "") -> list[str]:
 
 
 def _record(origins: Origins, key: str, origin: str) -> None:
-    # What lay below a replaced key is gone, and so is where it came from.
+    # A replaced key has no keys of its old value below it any more.
     for older in [older for older in origins if older.startswith(f"{key}.")]:
         del origins[older]
-    origins.pop(key, None)  # so that the newest stands last
+    origins.pop(key, None)  # so that the key that was set last stands last
     origins[key] = origin
 
 
 def _refuse(errors: list[ErrorDetails], origins: Origins, default: str) -> NoReturn:
-    # An unknown key first: it is often the misspelt form of one that is then missed.
+    # An unknown key comes first: it is often a misspelt key, and the correct key is then reported as missing.
     details = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in details["loc"]]
     broken = details.get("ctx", {}).get("error")
@@ -237,7 +216,10 @@ def _describe(details: ErrorDetails, key: str) -> str:
 
 
 def _origin_of(key: str, others: Sequence[str], origins: Origins, default: str) -> str:
-    """Who set a key, or another of its rule, or the section around it; the one set last is the likely culprit."""
+    """Return which file, or the command line, set a key or another key of its rule; else who set the section around it.
+
+    Of several keys the one that was set last counts, since it most likely broke the rule.
+    """
     setters = [origin for set_key, origin in origins.items() if any(_overlap(set_key, one) for one in (key, *others))]
     if setters:
         return setters[-1]
@@ -250,7 +232,7 @@ def _origin_of(key: str, others: Sequence[str], origins: Origins, default: str) 
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Tell whether one dotted key is the other, or lies in it."""
+    """Tell whether two dotted keys are the same, or one lies below the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 

@@ -8,16 +8,33 @@ from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section
 
 
 class WandbConfig(Section):
-    """Weights & Biases."""
+    """Records at Weights & Biases; null: none."""
 
-    project: str = Field("cosmos-scale", json_schema_extra=RESUME_MAY_CHANGE)
-    mode: Literal["online", "offline"] = Field("online", json_schema_extra=RESUME_MAY_CHANGE)
+    project: str = Field(
+        "cosmos-scale", description="project that the run appears in", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    mode: Literal["online", "offline"] = Field(
+        "online",
+        description="online: send records as they come; offline: keep them in the run's folder",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
 
 
 class LogConfig(Section):
-    """What is written down; metrics.jsonl always is."""
+    """What is written down; metrics.jsonl is always written."""
 
-    every: int = Field(10, gt=0, description="steps between lines", json_schema_extra=RESUME_MAY_CHANGE)
-    tensorboard: bool = Field(False, json_schema_extra=RESUME_MAY_CHANGE)
+    every: int = Field(
+        10,
+        gt=0,
+        description="steps between records in metrics.jsonl and lines on the console",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    tensorboard: bool = Field(
+        False,
+        description="whether to write TensorBoard files too, in the run's folder",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     wandb: WandbConfig | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
-    progress: bool = Field(True, description="progress bar on a terminal", json_schema_extra=RESUME_MAY_CHANGE)
+    progress: bool = Field(
+        True, description="whether to show a progress bar on a terminal", json_schema_extra=RESUME_MAY_CHANGE
+    )

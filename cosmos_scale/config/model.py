@@ -13,10 +13,10 @@ class VisionConfig(Section):
     """The image tower (ViT)."""
 
     image_size: int = Field(224, gt=0, description="side of the global crops in pixels")
-    patch_size: int = Field(16, gt=0)
-    width: int = Field(768, gt=0)
-    layers: int = Field(12, gt=0)
-    head_width: int = Field(64, gt=0)
+    patch_size: int = Field(16, gt=0, description="side of a patch in pixels")
+    width: int = Field(768, gt=0, description="numbers per token")
+    layers: int = Field(12, gt=0, description="transformer blocks")
+    head_width: int = Field(64, gt=0, description="numbers per attention head; width / head_width heads")
 
     def _check_rules(self) -> None:
         if self.width % self.head_width:
@@ -30,11 +30,13 @@ class VisionConfig(Section):
 class TextConfig(Section):
     """The causal text tower."""
 
-    context_length: int = Field(77, gt=2)
-    vocab_size: int = Field(TOKENIZER_VOCABULARY, gt=2)
-    width: int = Field(512, gt=0)
-    layers: int = Field(12, gt=0)
-    heads: int = Field(8, gt=0)
+    context_length: int = Field(
+        77, gt=2, description="most tokens of a caption, start and end included; longer captions are cut"
+    )
+    vocab_size: int = Field(TOKENIZER_VOCABULARY, gt=2, description="rows of the token embedding")
+    width: int = Field(512, gt=0, description="numbers per token")
+    layers: int = Field(12, gt=0, description="transformer blocks")
+    heads: int = Field(8, gt=0, description="attention heads of a block")
 
     def _check_rules(self) -> None:
         if self.width % self.heads:
@@ -44,19 +46,19 @@ class TextConfig(Section):
 class ModelConfig(Section):
     """Both towers and the cross-modality heads."""
 
-    embed_dim: int = Field(512, gt=0)
-    pooler_heads: int = Field(8, gt=0)
+    embed_dim: int = Field(512, gt=0, description="numbers per feature, of pictures and captions alike")
+    pooler_heads: int = Field(8, gt=0, description="attention heads of the cross-modality poolers")
     text_padding: Literal["attend", "mask"] = Field(
-        "attend", description="whether the text pooler's keys include padding (published) or not"
+        "attend", description="attend: the text pooler also reads a caption's padding (published); mask: it does not"
     )
     attention: Literal["auto", "flash_attn_4", "flash_attn_2", "torch_varlen", "xformers", "sdpa"] = Field(
         "auto",
-        description="back end of attention; auto: the first that runs with device, precision and head sizes",
+        description="back end of attention; auto: the first that runs on this device, in this precision",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     compile: bool = Field(
         False,
-        description="compile the towers' blocks by torch.compile: meant for GPUs; a CPU gains nothing measurable",
+        description="whether torch.compile compiles the towers' blocks: meant for GPUs; a CPU gains nothing measurable",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     vision: VisionConfig = VisionConfig()

@@ -10,15 +10,21 @@ from cosmos_scale.config.section import Fraction, Section, refuse
 class OptimizerConfig(Section):
     """AdamW with warm-up and cosine decay."""
 
-    lr: float = Field(5e-4, gt=0.0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0.0)
-    weight_decay: float = Field(0.5, ge=0.0)
-    warmup_steps: int = Field(2000, ge=0)
-    clip_norm: float | None = Field(None, gt=0.0, description="gradient norm clipping; null: none")
+    lr: float = Field(5e-4, gt=0.0, description="learning rate at the end of the warm-up, its highest value")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.98), description="AdamW's decay per step of the means of gradients and of their squares; below 1"
+    )
+    eps: float = Field(1e-8, gt=0.0, description="AdamW's addition to the denominator")
+    weight_decay: float = Field(
+        0.5, ge=0.0, description="AdamW's weight decay; biases, norms, class token and scales have none"
+    )
+    warmup_steps: int = Field(2000, ge=0, description="steps in which the learning rate rises from near 0 to lr")
+    clip_norm: float | None = Field(
+        None, gt=0.0, description="larger gradient norms are scaled down to this one; null: never"
+    )
     gradient_scale: Literal["true", "published"] = Field(
         "true",
-        description="the gradient of the global loss, or the published 1 / world size of it (not for the scales)",
+        description="true: the global loss's gradient; published: 1 / world size of it, except for the logit scales",
     )
 
     @field_validator("gradient_scale", mode="before")

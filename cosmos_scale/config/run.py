@@ -22,23 +22,38 @@ from cosmos_scale.errors import UserError
 class RunConfig(Section):
     """One training run."""
 
-    name: str = Field("run", description="one path component; see output")
-    output: Path = Field(Path("runs"), description="the run writes to output/name", json_schema_extra=RESUME_MAY_CHANGE)
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything that is drawn; fits torch's generators")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", json_schema_extra=RESUME_MAY_CHANGE)
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    name: str = Field("run", description="name of the run and of its folder in output")
+    output: Path = Field(
+        Path("runs"),
+        description="folder of runs, shared by all hosts; the run writes to output/name",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="seed of every random draw: first weights, order of samples, crops, captions"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="auto: a GPU for each rank where torch sees any, else CPUs",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    precision: Literal["bf16", "fp32", "fp16"] = Field(
+        "bf16", description="number format of forward and backward; updates, teacher average and losses are fp32"
+    )
     non_finite: Literal["stop", "skip"] = Field(
         "stop",
-        description="a loss that is not finite stops the run, or its step is skipped",
+        description="stop: a loss or gradient that is not finite stops the run; skip: its step changes nothing",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     resume: str = Field(
         "auto",
-        description="auto: newest checkpoint of output/name if any; never; or a folder",
+        description="checkpoint to go on from; auto: the newest of output/name, if any; never: none; or a folder: "
+        "a checkpoint's, or a run's",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     init_from: Path | None = Field(
-        None, description="checkpoint whose weights start a new run", json_schema_extra=RESUME_MAY_CHANGE
+        None,
+        description="checkpoint, or folder of checkpoints, whose weights a new run starts from; null: drawn weights",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
+# The marks of a key, given to its Field as json_schema_extra. A key without a mark belongs to the run's identity.
+# A run that is resumed from a checkpoint may have another value of the key than the checkpoint's run had.
 RESUME_MAY_CHANGE: dict[str, Any] = {"resume_may_change": True}
+# The hosts of one run may have different values of the key: each host uses the key for its own work only, such as the
+# path of a folder on its own disk. Such a key may also change on resume.
+MAY_DIFFER_BY_HOST: dict[str, Any] = RESUME_MAY_CHANGE | {"may_differ_by_host": True}
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -21,12 +27,18 @@ def redact_urls(text: str) -> str:
     return _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
-# A path, URL or command; what is written of a configuration (run folder, checkpoints, trackers) holds no secret of it.
+# A path, URL or command; its secrets are left out where a configuration is written (run folder, checkpoints, trackers).
 Place = Annotated[str, PlainSerializer(redact_urls, when_used="json")]
 
 
+def has_mark(field: FieldInfo, mark: dict[str, Any]) -> bool:
+    """Tell whether a key's field has a mark: RESUME_MAY_CHANGE or MAY_DIFFER_BY_HOST."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and mark.items() <= extra.items()
+
+
 class RuleBroken(ValueError):
-    """A broken rule: the dotted key below the section that found it, its value, the rule, and the rule's other keys."""
+    """A broken rule: the dotted key below the section that checks it, the key's value, the rule, and its other keys."""
 
     def __init__(self, key: str, value: object, rule: str, others: Sequence[str]) -> None:
         super().__init__(f"{key}: {value} {rule}")
@@ -48,7 +60,7 @@ class Section(BaseModel):
 
 
 def refuse(key: str, value: object, rule: str, others: Sequence[str] = ()) -> NoReturn:
-    """Raise RuleBroken; `others` are the keys beside `key` that the rule compares, any of which may be the culprit."""
+    """Raise RuleBroken; `others` are the other keys that the rule compares, any of which may be the wrong one."""
     raise RuleBroken(key, value, rule, others)
 
 

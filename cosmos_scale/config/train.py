@@ -12,7 +12,7 @@ class TrainConfig(Section):
     micro_batches: int = Field(
         1,
         gt=0,
-        description="parts that each rank cuts its share of a batch into, to save memory; the loss stays the batch's",
+        description="parts that a rank cuts its share of a batch into, to save memory; the loss is of the whole batch",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     recompute: int = Field(
@@ -21,19 +21,22 @@ class TrainConfig(Section):
         description="every n-th block of the towers is computed again in the backward, to save memory; 1: all; 0: none",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    epochs: int = Field(32, gt=0)
+    epochs: int = Field(32, gt=0, description="epochs that the schedules span, where schedule_steps is null")
     epoch_steps_multiple: int = Field(
-        1, gt=0, description="an epoch's steps are rounded up to this multiple (published runs: 16, their worker count)"
+        1, gt=0, description="an epoch's steps are rounded up to a multiple of this (published runs: 16, their workers)"
     )
     max_steps: int | None = Field(
         None,
         gt=0,
-        description="stop after this step; the schedule keeps its length",
+        description="stop after this step; the schedules keep their length; null: at their end",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     max_minutes: float | None = Field(
-        None, gt=0.0, description="stop after this wall time of this launch", json_schema_extra=RESUME_MAY_CHANGE
+        None,
+        gt=0.0,
+        description="minutes after its start at which a launch stops, with a checkpoint; null: never",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     schedule_steps: int | None = Field(
-        None, gt=0, description="length of the schedules; default: epochs x steps per epoch"
+        None, gt=0, description="length of the schedules in steps; null: epochs x steps per epoch"
     )

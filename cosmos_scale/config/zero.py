@@ -12,12 +12,13 @@ class ZeroConfig(Section):
 
     stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="shards the fp32 states from 1 on, gradients from 2 on, weights at 3",
+        description="what is sharded over the ranks; 0: nothing; 1: fp32 masters, moments and teacher's average; "
+        "2: gradients too; 3: weights too",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     offload: bool = Field(
         False,
-        description="keep masters, moments and average in the host's memory and update them there",
+        description="whether masters, moments and average stay in the host's memory and are updated there",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
 

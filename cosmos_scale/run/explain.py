@@ -1,4 +1,4 @@
-"""What a run will do, without doing it: `cosmos-scale train --dry-run --world-size N RUN.yaml`."""
+"""The dry run, which prints what a run will do: `cosmos-scale train --dry-run --world-size N RUN.yaml`."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ MIB, GIB = 2**20, 2**30
 def explain(config: RunConfig, world_size: int) -> None:
     """Print the resolved run at a world size: batch, steps, parameters, views, files, and the schedules at a few steps.
 
-    Samples per epoch come from the shards' index, as in training; where the shards are not, from data.samples.
+    Samples per epoch come from the shards' index, as in training, or from data.samples where the shards are absent.
     Raises UserError: a world size that does not divide the batch, no sample, a warm-up longer than the run.
     """
     per_rank, micro_batches = config.samples_per_rank(world_size), config.train.micro_batches
@@ -55,7 +55,7 @@ def _recomputed(every: int) -> str:
 
 
 def _memory(config: RunConfig, world_size: int) -> str:
-    """The formula's bytes for student, optimizer and teacher."""
+    """How much memory student, optimizer and teacher take by the formulas of engine/memory.py, part by part."""
     with torch.device("meta"):
         rows = state_memory(CosmosModel(config.model), config, world_size)
     parts: dict[str, int] = {}
@@ -134,7 +134,7 @@ def _output_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _telling_steps(warmup: int, total: int) -> list[int]:
-    """First, end of warm-up, quarters, last."""
+    """The steps that show the schedules: the first, the end of the warm-up, the quarters, the last."""
     return sorted({0, max(warmup - 1, 0), warmup, total // 4, total // 2, 3 * total // 4, total - 1})
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard, Weights & Biases, console lines, a progress bar."""
+"""The records of a run while it trains: metrics.jsonl, TensorBoard, Weights & Biases, console lines, a progress bar."""
 
 import json
 import math
@@ -18,12 +18,15 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricLog:
-    """Writes records of numbers by step; only the main rank makes one. A context manager."""
+    """Writes the records of training and evaluation, each with its step; on the main rank only. A context manager."""
 
     def __init__(
         self, folder: Path, config: LogConfig, *, name: str, run_config: dict[str, Any], first_step: int, last_step: int
     ) -> None:
-        """Open everything; on resume (first_step > 0) records of later steps, which will come again, are dropped."""
+        """Open all files and services.
+
+        first_step: steps done before. Records of later steps are dropped, since the run takes these steps again.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
         _drop_from(self._path, first_step)
@@ -66,7 +69,7 @@ class MetricLog:
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def training(self, record: dict[str, float]) -> None:
-        """Write one training record (keys as in `train.py`) and its console line."""
+        """Write one training record (its keys are made in `progress.py`) and print its console line."""
         self._progress.update(self._task, loss=f"{record['loss']:.3f}")
         self._write(record, "train")
         self.say(console_line(record))
@@ -79,7 +82,7 @@ class MetricLog:
 
     def _write(self, record: dict[str, float], prefix: str) -> None:
         step = int(record["step"])
-        # JSON knows no nan: a skipped step's loss is null.
+        # JSON has no nan, so that the loss of a skipped step is null.
         written = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._file.write(json.dumps({"kind": prefix, **written}) + "\n")
         self._file.flush()
@@ -92,7 +95,7 @@ class MetricLog:
 
 
 def console_line(record: dict[str, float]) -> str:
-    """One line of what a person watches during training."""
+    """Return the numbers of a training record that a person watches, on one line."""
     waited = f"data wait {record['data_wait_min']:.3f}-{record['data_wait_max']:.3f} s"
     if record["data_wait_min"] < record["data_wait_max"]:
         waited += f" (rank {record['data_wait_rank']})"
@@ -106,7 +109,7 @@ def console_line(record: dict[str, float]) -> str:
 
 
 def _drop_from(path: Path, step: int) -> None:
-    """Keep only the records up to `step`, none where it is 0; a torn last line goes too."""
+    """Delete a file's records of steps after `step`, all of them where it is 0, and lines that are torn."""
     if not path.exists():
         return
     kept = []
@@ -120,17 +123,17 @@ def _drop_from(path: Path, step: int) -> None:
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # here: it takes a second and few runs ask for it
+    from torch.utils.tensorboard import SummaryWriter  # here: the import takes a second, and few runs need it
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
 
 def _wandb(folder: Path, config: LogConfig, name: str, run_config: dict[str, Any]) -> Any:
-    import wandb  # here: it takes a second and few runs ask for it
+    import wandb  # here: the import takes a second, and few runs need it
 
     assert config.wandb is not None
     identity = folder / "wandb_id"
-    if not identity.exists():  # a resumed run goes on in the same record
+    if not identity.exists():  # a resumed run continues the same record
         identity.write_text(secrets.token_hex(4))
     try:
         return wandb.init(

@@ -7,7 +7,8 @@ from pathlib import Path
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
 from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config.load import changed_on_resume, dump_config
+from cosmos_scale.config.compare import different_between_hosts
+from cosmos_scale.config.load import dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
@@ -115,9 +116,9 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
     found = from_all((config, opened.index.fingerprint()), ranks)
     configs, indexes = zip(*found, strict=True)
     for rank, other in enumerate(configs):
-        if changed := changed_on_resume(configs[0], other):
+        if different := different_between_hosts(configs[0], other):
             raise UserError(
-                f"rank {rank} and rank 0 differ in {', '.join(changed)}; rule: all ranks share one run's keys"
+                f"rank {rank} and rank 0 differ in {', '.join(different)}; rule: all ranks share one run's keys"
             )
     rule = "rule: every host has the same index, so copy it along with the shards"
     _require_same("data.sources: ranks see different indexes", indexes, rule)

@@ -139,10 +139,10 @@ def write_run(folder: Path, scenes: SceneShards, **sections: Any) -> Path:
     return path
 
 
-def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.train") -> Run:
-    """Start a program with a command line, in processes that only lack the launcher above them.
+def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Run:
+    """Start `cosmos-scale train` or a program like it, in processes that only lack the launcher above them.
 
-    program: a module with a `main` that takes the command line and returns the exit status.
+    program: a module whose `main` takes the command line, `train` first, and returns the exit status.
     """
     context = get_context("forkserver")
     # Imported once for all runs of this test process. Its choice of device is made as it is imported, so that it must
@@ -157,7 +157,7 @@ def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_sca
         started: list[BaseProcess] = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            argv = [str(run), *overrides]
+            argv = ["train", str(run), *overrides]
             arguments = (program, argv, environment | own, folder / str(rank))
             process = context.Process(target=_main, args=arguments, daemon=False)
             process.start()
@@ -167,7 +167,7 @@ def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_sca
     return Run(processes)
 
 
-def train(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.train") -> Finished:
+def train(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Finished:
     """Run the training program, or one like it, to its end."""
     with start(run, *overrides, ranks=ranks, program=program) as process:
         return process.wait()

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cosmos_scale.cli import main as cli
+from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import write_shards
 from tests.conftest import REPOSITORY
 
@@ -48,9 +50,78 @@ def test_help_explains_every_command(arguments: tuple[str, ...], capsys: pytest.
     assert arguments == ("setup",) or "examples:" in help_text
 
 
-def test_help_imports_no_torch() -> None:
-    code = "import sys; from cosmos_scale.cli import main as cli; cli._parser(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["train", "--help"], 0), (["train", "configs/run/demo.yaml", "train.epoch=2"], 2)],
+)
+def test_help_and_mistyped_keys_wait_for_no_torch(arguments: list[str], status: int) -> None:
+    code = (
+        "import sys; from cosmos_scale.cli.main import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as end: status = end.code\n"
+        "sys.exit(99 if 'torch' in sys.modules else status)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=REPOSITORY, capture_output=True, check=False)
+    assert ended.returncode == status
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def command() -> int:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("command", "tell_interrupt", "status", "errors"),
+    [
+        (lambda: 0, False, 0, ""),
+        (lambda: 1, True, 1, ""),
+        (raising(UserError("seed: -1 is wrong")), False, 2, "cosmos-scale data: seed: -1 is wrong\n"),
+        (raising(KeyboardInterrupt()), False, 130, ""),
+        (raising(KeyboardInterrupt()), True, 130, "cosmos-scale data: interrupted\n"),
+    ],
+)
+def test_one_place_turns_errors_into_exit_statuses(
+    command: Callable[[], int], tell_interrupt: bool, status: int, errors: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.exit_status("cosmos-scale data", command, tell_interrupt=tell_interrupt) == status
+    assert capsys.readouterr().err == errors
+
+
+def test_mistakes_in_the_program_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.exit_status("cosmos-scale data", raising(ZeroDivisionError()))
+
+
+def test_train_says_that_it_was_interrupted_and_data_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cosmos_scale.config.load.load_config", interrupted)
+    for command, errors in (("train", "cosmos-scale train: interrupted\n"), ("data inspect", "")):
+        assert cli.main([*command.split(), "run.yaml"]) == 130
+        assert capsys.readouterr().err == errors
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_before_ranks_start_one_process_of_a_machine_tells(
+    local_rank: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert cli.main(["train", "absent.yaml"]) == 2
+    assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_train_names_an_unknown_option_with_its_own_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "run.yaml", "--dryrun"])
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("usage: cosmos-scale train ")
+    assert errors.endswith("cosmos-scale train: error: unrecognized arguments: --dryrun\n")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.keys import nearest_key, valid_keys
-from cosmos_scale.config.load import changed_on_resume, dump_config, load_config
+from cosmos_scale.config.load import dump_config, load_config
 from cosmos_scale.errors import UserError
 
 
@@ -226,26 +226,6 @@ def test_valid_keys_are_their_own_nearest() -> None:
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
 def test_any_unknown_key_gets_a_valid_suggestion(key: str) -> None:
     assert re.sub(r"\.\d+\.", ".N.", nearest_key(key)) in valid_keys()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "changed"),
-    [
-        ([], []),
-        (["output=elsewhere", "data.workers=3", "log.every=1", "train.max_steps=7", "device=cpu"], []),
-        (["data.sources.0.shards=moved", "data.sources.1.index=other"], []),
-        (["eval.every=5", "eval.retrieval.shards=held"], []),
-        (["non_finite=skip", "data.samples=640"], []),
-        (["seed=1"], ["seed"]),
-        (["optimizer.lr=1", "train.global_batch=16"], ["train.global_batch", "optimizer.lr"]),
-        (["optimizer.betas=[0.5, 0.5]", "data.views.ratio=[1, 1]"], ["data.views.ratio", "optimizer.betas"]),
-        (["data.sources.1.name=c"], ["data.sources.1.name"]),
-        (["data.sources=[{name: a, shards: x}]"], ["data.sources"]),
-        (["model.vision.layers=3"], ["model.vision.layers"]),
-    ],
-)
-def test_only_marked_keys_may_change_on_resume(run: Path, overrides: list[str], changed: list[str]) -> None:
-    assert changed_on_resume(load_config(run), load_config(run, overrides)) == changed
 
 
 def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,16 @@ from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.runs import write_run
 from cosmos_scale.testing.shard_files import write_shards
 
+# Keys that may change on resume, but decide when ranks meet: ranks that differ would wait for one another forever.
+OF_ALL_RANKS = (
+    "log.every=7",
+    "checkpoint.every=7",
+    "zero.stage=1",
+    "train.micro_batches=2",
+    "train.max_steps=7",
+    "non_finite=skip",
+)
+
 
 def prepared(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:
     """Prepare runs, for each rank from its own file and overrides: what each case ended with."""
@@ -39,9 +49,15 @@ def test_hosts_with_other_indexes_or_keys_are_refused(tmp_path: Path) -> None:
             [(same, []), (copied, [])],  # files of each host's own, but the same ones
             [(same, []), (other, [])],
             [(same, []), (same, ["seed=1", "data.views.flip=0.1"])],
+            [(same, []), (same, ["data.workers=1", "data.prefetch=1", "data.remote.retries=0"])],
+            *([(same, []), (same, [override])] for override in OF_ALL_RANKS),
         ],
     )
     assert one == two
     assert one[0] == "prepared"
     assert one[1].startswith("data.sources: ranks see different indexes (rank 0: ")
     assert one[2] == "rank 1 and rank 0 differ in seed, data.views.flip; rule: all ranks share one run's keys"
+    assert one[3] == "prepared"
+    for override, said in zip(OF_ALL_RANKS, one[4:], strict=True):
+        key = override.partition("=")[0]
+        assert said == f"rank 1 and rank 0 differ in {key}; rule: all ranks share one run's keys"

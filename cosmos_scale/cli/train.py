@@ -1,0 +1,111 @@
+"""The command `cosmos-scale train`: its arguments, the start of the ranks, and what it prints where training fails."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from cosmos_scale.cli.arguments import positive, with_examples
+from cosmos_scale.errors import UserError
+
+EXAMPLES = """\
+examples:
+  cosmos-scale train configs/run/demo.yaml train.max_steps=20
+  cosmos-scale train --dry-run --world-size 128 configs/run/merged30m_vitb16.yaml
+  cosmos-scale train --help-keys data.remote
+  deepspeed --num_accelerators 2 --module cosmos_scale.train configs/run/demo.yaml
+"""
+
+
+def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command; the defaults of its parser are its name (`command`) and its function (`run`)."""
+    parser = with_examples(
+        commands.add_parser(
+            "train", help="train a run in this process (many ranks: deepspeed --module cosmos_scale.train)"
+        ),
+        EXAMPLES,
+    )
+    parser.description = "Train a COSMOS model in one process, or in many under the deepspeed launcher."
+    file = parser.add_argument("file", type=Path, metavar="RUN.yaml", help="the run's YAML file")
+    file.required = False  # --help-keys needs no file; `_run` asks for it otherwise
+    # argparse requires a list of positional arguments that has no default.
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
+    parser.add_argument(
+        "--world-size", type=positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
+    )
+    parser.add_argument(
+        "--help-keys",
+        nargs="?",
+        const="",
+        metavar="PREFIX",
+        help="print what the config's keys mean, those of PREFIX or all, and exit",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.set_defaults(command="train", run=_run, parser=parser, tell_interrupt=True)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.help_keys is not None:
+        from cosmos_scale.config.reference import help_keys
+
+        print(help_keys(arguments.help_keys))
+        return 0
+    if arguments.file is None:
+        arguments.parser.error("the following arguments are required: RUN.yaml")
+    return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
+    from cosmos_scale.config.load import load_config
+
+    ranks = None
+    try:
+        config = load_config(arguments.file, arguments.overrides)
+        # These imports take seconds. The config comes first, so that its mistakes are told at once.
+        from cosmos_scale.engine.ranks import lost_contact, start_ranks
+        from cosmos_scale.run.explain import explain
+        from cosmos_scale.run.lookahead import StopRequest
+        from cosmos_scale.train import train
+
+        if arguments.dry_run:
+            explain(config, arguments.world_size)
+            return 0
+        ranks = start_ranks(config.device)
+        if ranks.is_main:
+            _print_choices()
+        with StopRequest(config.train.max_minutes) as stop:
+            train(config, ranks, stop)
+        return 0
+    except UserError:
+        # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
+        # of one machine alone, so local rank 0 of each machine prints it.
+        prints = ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0"
+        if not prints:
+            return 2
+        raise
+    except Exception as error:
+        if ranks is None or not lost_contact(error):
+            raise
+        _print_lost_contact(error, ranks.rank, config.output / config.name / "checkpoints")
+        return 1
+
+
+def _print_choices() -> None:
+    """Print what the package's modules choose by themselves, such as the back end of attention."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("cosmos_scale").setLevel(logging.INFO)
+
+
+def _print_lost_contact(error: Exception, rank: int, checkpoints: Path) -> None:
+    from cosmos_scale.checkpoint import newest
+
+    print(
+        f"cosmos-scale train: rank {rank} lost contact with another rank, which ended or cannot be reached "
+        f"({str(error).splitlines()[0]}); newest checkpoint: {newest(checkpoints) or 'none'}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,154 @@
+"""Which keys may change on resume or differ by host: every key of the config, changed alone, is named or marked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config.compare import changed_on_resume, different_between_hosts
+from cosmos_scale.config.keys import valid_keys, with_positions_named
+from cosmos_scale.config.load import load_config
+
+# Every section is there, so that each key can be changed.
+WHOLE = {
+    "data": {"sources": [{"name": "a", "shards": "x"}, {"name": "b", "shards": "y"}]},
+    "eval": {"every": 5, "retrieval": {"shards": "held"}},
+    "log": {"wandb": {}},
+}
+MAY_DIFFER_BY_HOST = {
+    "data.sources.N.shards",
+    "data.sources.N.index",
+    "data.remote.fetch",
+    "data.remote.cache",
+    "data.remote.cache_gb",
+    "data.remote.retries",
+    "data.remote.backoff_s",
+    "data.remote.timeout_s",
+    "data.dali.threads",
+    "data.dali.prefetch",
+    "data.dali.hw_decoder_load",
+    "data.dali.preallocate_width",
+    "data.dali.preallocate_height",
+    "data.workers",
+    "data.prefetch",
+    "eval.retrieval.shards",
+    "eval.retrieval.index",
+}
+MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
+    "output",
+    "device",
+    "non_finite",
+    "resume",
+    "init_from",
+    "model.attention",
+    "model.compile",
+    "data.samples",
+    "data.max_damaged",
+    "data.max_pixels",
+    "train.micro_batches",
+    "train.recompute",
+    "train.max_steps",
+    "train.max_minutes",
+    "zero.stage",
+    "zero.offload",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "checkpoint.at_start",
+    "eval.every",
+    "eval.retrieval",
+    "eval.retrieval.captions",
+    "eval.retrieval.max_samples",
+    "eval.retrieval.batch",
+    "log.every",
+    "log.tensorboard",
+    "log.wandb",
+    "log.wandb.project",
+    "log.wandb.mode",
+    "log.progress",
+}
+
+
+def keys_of(value: Any, key: str = "") -> list[str]:
+    """All keys of a config that hold no keys themselves; positions in lists are numbers."""
+    if isinstance(value, BaseModel):
+        parts = {f"{key}.{name}" if key else name: getattr(value, name) for name in type(value).model_fields}
+    elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+        parts = {f"{key}.{position}": item for position, item in enumerate(value)}
+    else:
+        return [key]
+    return [inner for name, part in parts.items() for inner in keys_of(part, name)]
+
+
+def changed(value: Any, names: list[str], new: object) -> Any:
+    """A copy of a section or list with another value of one key; no rule is checked, so any value will do."""
+    if not names:
+        return new
+    if isinstance(value, tuple):
+        position = int(names[0])
+        return (*value[:position], changed(value[position], names[1:], new), *value[position + 1 :])
+    return value.model_copy(update={names[0]: changed(getattr(value, names[0]), names[1:], new)})
+
+
+def whole() -> RunConfig:
+    return RunConfig.model_validate(WHOLE)
+
+
+def test_the_whole_config_has_every_key() -> None:
+    leaves = {with_positions_named(key) for key in keys_of(whole())}
+    sections = {key for key in valid_keys() if any(leaf.startswith(f"{key}.") for leaf in leaves)}
+    assert leaves | sections == set(valid_keys())
+
+
+@pytest.mark.parametrize("key", keys_of(whole()))
+def test_every_key_is_marked_or_named(key: str) -> None:
+    config = whole()
+    other = changed(config, key.split("."), object())
+    name = with_positions_named(key)
+    assert different_between_hosts(config, other) == ([] if name in MAY_DIFFER_BY_HOST else [key])
+    assert changed_on_resume(config, other) == ([] if name in MAY_CHANGE_ON_RESUME else [key])
+
+
+def test_a_section_or_source_that_one_host_lacks_is_named() -> None:
+    config = whole()
+    for key, value in (("eval.retrieval", None), ("log.wandb", None), ("data.sources", config.data.sources[:1])):
+        assert different_between_hosts(config, changed(config, key.split("."), value)) == [key]
+
+
+def test_of_two_kinds_of_section_the_place_is_named() -> None:
+    config = whole()
+    other = changed(config, ["data", "sources", "1"], config.data.views)
+    assert different_between_hosts(config, other) == ["data.sources.1"]
+    assert different_between_hosts(other, config) == ["data.sources.1"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "train: {epochs: 4, global_batch: 8}\n"
+        "data: {sources: [{name: a, shards: x}, {name: b, shards: y}], views: {flip: 0.1}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        ([], []),
+        (["output=elsewhere", "data.workers=3", "log.every=1", "train.max_steps=7", "device=cpu"], []),
+        (["data.sources.0.shards=moved", "data.sources.1.index=other"], []),
+        (["eval.every=5", "eval.retrieval.shards=held"], []),
+        (["non_finite=skip", "data.samples=640"], []),
+        (["seed=1"], ["seed"]),
+        (["optimizer.lr=1", "train.global_batch=16"], ["train.global_batch", "optimizer.lr"]),
+        (["optimizer.betas=[0.5, 0.5]", "data.views.ratio=[1, 1]"], ["data.views.ratio", "optimizer.betas"]),
+        (["data.sources.1.name=c"], ["data.sources.1.name"]),
+        (["data.sources=[{name: a, shards: x}]"], ["data.sources"]),
+        (["model.vision.layers=3"], ["model.vision.layers"]),
+    ],
+)
+def test_only_marked_keys_may_change_on_resume(run: Path, overrides: list[str], changed: list[str]) -> None:
+    assert changed_on_resume(load_config(run), load_config(run, overrides)) == changed
