@@ -15,8 +15,8 @@ class Batch(NamedTuple):
     captions: [K, B, L] int32 token ids, 0 is padding, the largest id of a row is EOT; global captions first.
     caption_lengths: [K, B] int64, the tokens of each caption up to and including EOT. They stay on the CPU, so that the
     towers can cut captions without waiting for the device.
-    sample_ids: [B] int64, the position of each sample in the merged index of all sources. They stay on the CPU: nothing
-    that is computed needs them.
+    sample_ids: [B] int64, the position of each sample in the merged index of all sources. They stay on the CPU, since
+    no computation needs them.
     substituted: [] int64, how many samples of this share replace a damaged one.
     """
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in needed})
 
     def split(self, parts: int) -> "list[Batch]":
-        """Cut into batches of equally many samples, views of this one; each says how many of all are substituted."""
+        """Cut into batches of equally many samples, views of this batch; each keeps this batch's `substituted`."""
         cut = zip(
             self.global_crops.chunk(parts, dim=1),
             self.local_crops.chunk(parts, dim=1),
@@ -79,5 +79,5 @@ class GalleryBatch(NamedTuple):
 
 
 def caption_lengths(ids: Tensor) -> Tensor:
-    """Return the tokens up to and including EOT, the largest id, of every row: [..., L] to [...] int64."""
+    """Return how many tokens each row of ids has up to EOT, its largest id, EOT included: [..., L] to [...] int64."""
     return ids.argmax(dim=-1) + 1
