@@ -1,7 +1,7 @@
 """What checkpoints cost a run: how long the step that asks for one stalls, and how much slower the steps beside it are.
 
-Trains for real in one process, on random samples, and saves with the trainer's own writer. The stall is compared with a
-plain copy of as many bytes from memory to memory, taken in turn with it.
+The benchmark trains in one process, on random samples, and saves with the trainer's own writer. The stall is compared
+with a plain copy of as many bytes from memory to memory; stalls and copies take turns.
 """
 
 import statistics
@@ -30,11 +30,11 @@ from cosmos_scale.step import train_step
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 MODELS = {"vitb16": ("ViT-B/16", "cc3m_vitb16.yaml"), "tiny": ("the demo's model", "demo.yaml")}
-PIECE = 1 << 27  # floats that the plain copy moves at a time: two buffers of half a gigabyte, far beyond any cache
+PIECE = 1 << 27  # floats that the plain copy moves at a time: two buffers of half a gigabyte, larger than any cache
 
 
 class Training:
-    """A run's student and teacher, and steps on one batch over and over."""
+    """A run's student and teacher, which take steps on the same batch again and again."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.pair = drawn_pair(config, ranks)
@@ -51,7 +51,7 @@ class Training:
 
 
 class Times(NamedTuple):
-    """Seconds of each round. writes: from the save's begin to the checkpoint's being whole, without steps beside it."""
+    """Seconds of each round. writes: from the start of a save until the checkpoint is whole, without steps beside."""
 
     copies: list[float]
     stalls: list[float]
@@ -63,7 +63,7 @@ class Times(NamedTuple):
 
 
 def random_batch(config: RunConfig) -> Batch:
-    """A global batch of noise, with captions of full length."""
+    """Return a global batch of noise, with captions of full length."""
     generator = torch.Generator().manual_seed(0)
     samples, captions = config.train.global_batch, config.data.captions.count
     text, views = config.model.text, config.data.views
@@ -81,6 +81,7 @@ def random_batch(config: RunConfig) -> Batch:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -92,10 +93,10 @@ class PlainCopy:
         self._floats = size // 4
         count = min(self._floats, PIECE)
         self._source = torch.ones(count, device=device)
-        self._target = torch.zeros(count, pin_memory=device.type == "cuda").fill_(0.0)  # its pages touched
+        self._target = torch.zeros(count, pin_memory=device.type == "cuda").fill_(0.0)  # touches its pages
 
     def seconds(self) -> float:
-        """Copy once; the buffers over and over, where the checkpoint is larger."""
+        """Copy once and return the seconds; a checkpoint larger than the buffers is copied buffer by buffer."""
         synchronize()
         start = time.perf_counter()
         left = self._floats
@@ -123,7 +124,7 @@ def measure(training: Training, config: RunConfig, ranks: Ranks, root: Path, rou
             writer.save(RunState(step, step, student.updates, 1, student.loss_scaler(), "random", plain))
             times.stalls.append(time.perf_counter() - start)
 
-        save(0)  # the first touches the copies again, and makes the folder
+        save(0)  # not counted: it makes the folder, and touches the copies' memory again
         writer.wait()
         times.stalls.clear()
         for number in range(1, rounds + 1):

@@ -1,7 +1,8 @@
 """What DALI takes from a loader's worker, and what it costs where it runs: the GPU, or this CPU without one.
 
-Photos are those of benchmarks/loader.py, 2 views of 224 and 6 of 96 pixels. Both decoders take turns batch by batch.
-A worker's work is processor time of one thread; so is DALI's on a CPU, and on a GPU it is time until all is done there.
+The photos are those of benchmarks/loader.py, with 2 views of 224 and 6 of 96 pixels. Both decoders take turns batch by
+batch. A worker's work is measured as processor time of one thread. So is DALI's work on a CPU; on a GPU the time until
+the GPU has done all is measured.
 """
 
 import statistics
@@ -39,7 +40,7 @@ Batches = Sequence[tuple[int, list[bytes]]]
 
 
 def by_torch(first: int, photos: list[bytes], batch: Views) -> None:
-    """All of the CPU decoder's work, which a worker does."""
+    """Do all of the CPU decoder's work, as a worker does."""
     for place, photo in enumerate(photos):
         picture = decode_rgbx(photo, MAX_PIXELS)
         plan = plan_views(VIEWS, SIDE, SampleKey(0, 0, first + place), *picture.shape[:2])
@@ -47,7 +48,7 @@ def by_torch(first: int, photos: list[bytes], batch: Views) -> None:
 
 
 def for_dali(first: int, photos: list[bytes]) -> Encoded:
-    """A worker's work for DALI: check, plan, and put together."""
+    """Do a worker's work for DALI: check photos, plan views, and put both together."""
     pictures, plans = [], []
     for sample, photo in enumerate(photos, first):
         picture, height, width = picture_for_dali(photo, MAX_PIXELS)
@@ -57,7 +58,7 @@ def for_dali(first: int, photos: list[bytes]) -> Encoded:
 
 
 def colour_global_crops(encoded: Encoded, device: torch.device) -> Callable[[], None]:
-    """The colour of a batch's global crops alone, ready to run on noise."""
+    """Return a call that changes only the colour of a batch's global crops, which are noise here."""
     rows = encoded.colour(slice(VIEWS.global_crops))
     levels_NCHW = torch.randint(0, 256, (len(rows[0]), 3, SIDE, SIDE), device=device).float()
     return lambda: colour_(levels_NCHW, *rows)

@@ -2,7 +2,7 @@
 
 One process, one thread, 256 photos of about 0.24 megapixels. Both sides decode once and make 2 views of 224 and 6 of 96
 pixels as float32 tensors; ours writes them into a batch. Captions are drawn from parsed json. The sides take turns
-every few photos, so that whatever else runs here slows both; processor time counts, not the wall's.
+every few photos, so that other programs slow both sides alike. Processor time counts, not the time of day.
 """
 
 import statistics
@@ -41,7 +41,7 @@ from cosmos_scale.testing.published_views import (
 )
 
 PHOTOS, ROUNDS = 256, 5
-TURN = 16  # photos of one side before it is the other's turn; also our batch
+TURN = 16  # photos that one side takes before the other's turn; also our batch
 MAX_PIXELS = 10 * PIXELS
 CONTEXT_LENGTH = 77
 VIEWS = ViewsConfig(global_crops=GLOBAL_CROPS, local_crops=LOCAL_CROPS, local_size=LOCAL_SIDE)
@@ -89,7 +89,7 @@ class Ours:
             execute(picture, plan, *(crops[:, place] for crops in self.batch))
 
     def views_by_parts(self, samples: Samples, lap: Lap) -> None:
-        """Make the same views, calling `lap` behind each part."""
+        """Make the same views, calling `lap` after each part."""
         for place, (number, photo, _) in enumerate(samples):
             picture = decode_rgbx(photo, MAX_PIXELS)
             lap("decode")
@@ -118,7 +118,7 @@ class Ours:
 def measure(photos: int, rounds: int) -> tuple[dict[str, list[Seconds]], float]:
     """Return each side's seconds by part in each round, and the mean size of a photo in bytes.
 
-    "pixels" is all of a side's work on pixels, timed without a stop between parts; the parts are timed apart.
+    "pixels" is all of a side's work on pixels, timed without a stop between parts; a second pass times the parts.
     """
     samples = list(zip(range(photos), jpeg_photos(photos), caption_documents(photos), strict=True))
     turns = [samples[start : start + TURN] for start in range(0, photos, TURN)]
@@ -160,7 +160,7 @@ def _published_turn(turn: Samples, watch: Stopwatch) -> None:
 
 
 def _go_on(part: str) -> None:
-    """A lap of which no time is taken."""
+    """Take no time: a lap for work that is timed as a whole."""
 
 
 def figures(photos: int, rounds: int) -> list[Figure]:

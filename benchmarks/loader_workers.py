@@ -1,10 +1,10 @@
 """Samples a second of the whole training loader with 0, 1, 2, ... worker processes, and what a batch's handover costs.
 
 Shards of 256 photos of about 0.24 megapixels with DreamLIP's captions, batches of 32 samples with 2 views of 224 and 6
-of 96 pixels; nothing is done with a batch. The numbers of workers take turns in every round, so that whatever else runs
-here slows all of them; each is timed from a batch on by which all its workers are busy. Handing over is timed in one
-process: what a worker does to send a finished batch, which our shared block needs little of, and beside it the same
-block in a worker's own memory, which is copied into shared memory on its way.
+of 96 pixels; batches are thrown away. The numbers of workers take turns in every round, so that other programs slow all
+of them alike. Timing starts at a batch by which all workers are busy. The handover is timed in one process: the work of
+a worker that sends a finished batch. A batch in our shared block needs little work. The same block in a worker's own
+memory is timed for comparison: it is copied into shared memory when it is sent.
 """
 
 import io
@@ -38,12 +38,12 @@ from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.photos import PIXELS, caption_documents, jpeg_photos
 
 PHOTOS, SHARDS, BATCH, ROUNDS = 256, 4, 32, 5
-BATCHES = 4  # timed, for each worker
+BATCHES = 4  # timed batches for each worker
 HANDOVERS = 20
 
 
 class Handover(NamedTuple):
-    """Of one batch: the bytes of its block and of the message about it; milliseconds in place and with a copy."""
+    """Sending one batch: the bytes of its block and of the message about it; milliseconds in place and with a copy."""
 
     block_bytes: int
     message_bytes: int
@@ -66,14 +66,14 @@ def write_photos(folder: Path, photos: int) -> None:
 
 
 def config_of(folder: Path, workers: int, batch: int) -> RunConfig:
-    """A run that reads these shards."""
+    """Return a run that reads a folder's shards."""
     source = {"name": "photos", "shards": str(folder)}
     sections = {"data": {"sources": [source], "workers": workers, "prefetch": 2}, "train": {"global_batch": batch}}
     return RunConfig.model_validate(sections)
 
 
 def samples_per_second(config: RunConfig) -> float:
-    """Measure one loader from its start on."""
+    """Start a loader, wait until its workers are busy, and return its samples a second."""
     workers = max(1, config.data.workers or 0)
     loader = TrainLoader(config, open_sources(config.data.sources), Tokenizer(config.model.text.context_length), 0, 1)
     with closing(loader.batches(0)) as batches:
@@ -98,7 +98,7 @@ def handover(config: RunConfig) -> Handover:
     block_bytes = message_bytes = 0
     for _ in range(HANDOVERS):
         for shared in seconds:
-            loaded = Loaded(TensorBlock.of(tensors, shared=shared))  # anew: what was sent once is shared from then on
+            loaded = Loaded(TensorBlock.of(tensors, shared=shared))  # a new one: a block that was sent stays shared
             assert loaded.block is not None
             start = time.perf_counter()
             message = ForkingPickler.dumps(loaded)
@@ -109,7 +109,7 @@ def handover(config: RunConfig) -> Handover:
 
 
 def numbers_of_workers(most: int) -> list[int]:
-    """0, 1, 2, 4, ... and the most."""
+    """Return 0, 1, 2, 4, ... up to `most`, and `most`."""
     return sorted({0, *(2**power for power in range(most.bit_length()) if 2**power <= most), most})
 
 

@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 
 def random_problem(views: int, targets: int, samples: int, width: int) -> Problem:
-    """Features of which the views of one sample resemble each other, and the scale at which training starts."""
+    """Return features, alike in all views of a sample, and the scale at which training starts."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(samples, width, generator=generator)
     students, teachers = (
@@ -58,7 +58,7 @@ def random_problem(views: int, targets: int, samples: int, width: int) -> Proble
 
 
 def fused(problem: Problem) -> Answer:
-    """The trainer's form for one rank."""
+    """Use the trainer's form for one rank."""
     students, teachers, scale = problem
     weights = torch.full((len(students), len(teachers)), 1 / (len(students) * len(teachers)), dtype=torch.float64)
     loss, gradients = contrastive.whole_batch(students, teachers, scale, weights, column_gradients=False)
@@ -66,7 +66,7 @@ def fused(problem: Problem) -> Answer:
 
 
 def published(problem: Problem) -> Answer:
-    """Two matrix products a pair."""
+    """Take two matrix products for each pair."""
 
     def pair(student: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return scale * student @ teacher.T, scale * teacher @ student.T
@@ -75,7 +75,7 @@ def published(problem: Problem) -> Answer:
 
 
 def transposed(problem: Problem) -> Answer:
-    """One matrix product a pair."""
+    """Take one matrix product for each pair."""
 
     def pair(student: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         logits = scale * student @ teacher.T
@@ -85,7 +85,7 @@ def transposed(problem: Problem) -> Answer:
 
 
 def _by_autograd(problem: Problem, pair: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Answer:
-    """Both cross-entropies of every pair, from the logits of both directions."""
+    """Compute both cross-entropies of every pair from the logits of both directions."""
     students = problem.students.detach().requires_grad_()
     log_scale = problem.scale.log().requires_grad_()
     scale = log_scale.exp()
@@ -103,7 +103,7 @@ FORMS: dict[str, Callable[[Problem], Answer]] = {"fused": fused, "published": pu
 
 
 def seconds(problem: Problem, rounds: int) -> dict[str, list[float]]:
-    """Time every form once a round, after a round that does not count: what else runs here slows all of them."""
+    """Time every form once a round, so that other programs slow all forms alike; a first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in FORMS}
     with progress_bar("rounds", rounds + 1, show=True) as advance:
         for number in range(rounds + 1):

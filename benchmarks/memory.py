@@ -1,14 +1,14 @@
 """Memory per rank at each stage of ZeRO against the formula, and what recomputing and micro-batches save.
 
-States: every rank of 1, 2 and 4 gloo processes trains a step, goes through the next up to its update, and counts the
-memory of all tensors that came since before the model: each piece of memory once, however many tensors lie in it. They
-are found through Python's garbage collector, with the gradients beside the parameters, which it may not know; whatever
-only autograd holds is gone by then. DeepSpeed holds what it has in Python, so nothing is missed, its buffers included.
-The formula is cosmos_scale/engine/memory.py.
+States: every rank of 1, 2 and 4 gloo processes trains a step and then goes through the next step up to its update.
+There it counts the memory of all tensors that did not exist before the model: each piece of memory once, however many
+tensors lie in it. Python's garbage collector knows these tensors. It may not know gradients, so these are looked for
+beside their parameters. Tensors that only autograd holds are gone by then. DeepSpeed holds all its tensors in Python,
+so nothing is missed, its buffers included. The formula is cosmos_scale/engine/memory.py.
 
-Steps: the most bytes at one time of a whole step beside what lay there before, by torch's allocator.
+Steps: the most bytes that a whole step holds at one time, beside those that were held before it, by torch's allocator.
 
-Nothing here depends on the machine's speed. The host's and the device's memory are one on a CPU.
+Nothing here depends on the machine's speed. On a CPU the host's and the device's memory are the same.
 """
 
 import gc
@@ -45,7 +45,7 @@ SECONDS = 400.0
 
 
 class Load(NamedTuple):
-    """What a step works on; local crops have half the side of global ones, of which there are two."""
+    """What a step works on: two global crops, local crops of half their side, and captions."""
 
     samples: int
     image_size: int
@@ -53,7 +53,7 @@ class Load(NamedTuple):
     captions: int
 
 
-LITTLE = Load(8, 32, 1, 2)  # states do not depend on it, and bf16 takes its time on a CPU
+LITTLE = Load(8, 32, 1, 2)  # enough for states, which do not depend on the load; bf16 is slow on a CPU
 MUCH = Load(16, 64, 6, 8)
 
 
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in a figure's name; full precision on the device goes without saying."""
+        """The case's name in figures, which leaves out fp32."""
         return (
             f"stage{self.stage}"
             + ("" if self.precision == "fp32" else f"_{self.precision}")
@@ -90,7 +90,7 @@ STEPS = {
 
 
 class Model(NamedTuple):
-    """The size of the towers, which are alike."""
+    """The size of each tower; both are equal."""
 
     width: int
     layers: int
@@ -98,9 +98,10 @@ class Model(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Bytes on one rank. parts: by part of the formula; what belongs to none counts as buffers.
+    """Bytes on one rank. parts: by part of the formula; memory of no known part counts as buffers.
 
-    step: the most of a step beside what lay there before. forward: what the student's forward leaves for the backward.
+    step: the most that a step holds, beside what was held before it. forward: what the student's forward leaves for the
+    backward.
     """
 
     parts: dict[str, int]
@@ -187,7 +188,7 @@ def measure(config: RunConfig, ranks: Ranks) -> Measured:
 
     def step() -> None:
         train_step(student, teacher, loss, share, lr=1e-4, momentum=0.99)
-        _ = teacher.model  # waits for its refresh: threads that are recorded must not outlive the recording
+        _ = teacher.model  # waits for the refresh: recorded threads must not outlive the recording
 
     step()  # DeepSpeed makes some of its buffers now
     peak = peak_bytes(step)
@@ -207,11 +208,11 @@ def measure(config: RunConfig, ranks: Ranks) -> Measured:
 
 
 def _storages() -> dict[int, int]:
-    """The bytes of each piece of memory that some tensor lies in, by address."""
+    """Return the bytes of each piece of memory that some tensor lies in, by address."""
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor):  # isinstance would ask objects that answer with warnings
+        if issubclass(type(thing), Tensor):  # isinstance would run code of some objects, which warns
             tensors = [thing, thing.grad] if thing.is_leaf else [thing]
             for storage in (tensor.untyped_storage() for tensor in tensors if tensor is not None):
                 if storage.nbytes():
@@ -220,7 +221,7 @@ def _storages() -> dict[int, int]:
 
 
 def _named(student: Student, teacher: Teacher) -> dict[int, str]:
-    """The part that each known piece of memory belongs to, by address; the first of those that share one."""
+    """Return the part that each known piece of memory belongs to, by address; of parts that share memory the first."""
     wrapper = student.engine.optimizer
     shards = [shard for group in student.optimizer.shards for shard in group]
     states = [student.optimizer.state[shard] for shard in shards]
@@ -248,7 +249,7 @@ def _values(wrapper: Any, name: str) -> Iterator[Any]:
 
 
 def _sharded(parameters: Iterable[Any]) -> Iterator[Tensor]:
-    """This rank's parts of parameters, which DeepSpeed keeps beside them at stage 3."""
+    """Yield this rank's parts of parameters, which DeepSpeed keeps beside the parameters at stage 3."""
     return (parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor"))
 
 

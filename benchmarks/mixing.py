@@ -1,9 +1,9 @@
 """How evenly three sources are mixed through an epoch: our order, and the buffer shuffle of the published loader.
 
 Sources and shards have the sizes of Merged30M. The published loader lists the sources one after the other and shuffles
-this list of shards with a buffer (2,000 shards, starting at 500) before it reads them; its second buffer, of 5,000
-samples, is below a window's width and left out here. Compared is each source's share of every stretch of 65,536
-samples with its share of the epoch.
+this list of shards with a buffer (2,000 shards, starting at 500) before it reads them. Its second buffer, of 5,000
+samples, is smaller than a window and left out here. Each source's share of every stretch of 65,536 samples is compared
+with its share of the epoch.
 """
 
 import random
@@ -27,7 +27,7 @@ SHARD_BUFFER, SHARDS_FIRST = 2000, 500
 
 
 def share_errors(of_visits: NDArray[np.int64], sources: Sequence[SourceShards]) -> NDArray[np.float64]:
-    """Return by how much each source's share of each whole window is off; of_visits: the source of every visit."""
+    """Return by how much each source's share of each whole window is off. of_visits: the source of every visit."""
     of_windows = of_visits[: len(of_visits) // WINDOW * WINDOW].reshape(-1, WINDOW)
     counts = np.stack([(of_windows == number).sum(axis=1) for number in range(len(sources))], axis=1)
     sizes = np.array([source.samples.sum() for source in sources])

@@ -1,17 +1,19 @@
 """The floating-point operations that a training step needs in matrix products, at the captions' real lengths.
 
-A product of [m, k] and [k, n] counts 2 m n k. Counted is what the method's numbers depend on, whoever computes it:
+A product of [m, k] and [k, n] counts 2 m n k. Only operations that the method's numbers depend on are counted, the same
+for every implementation:
 
-- tokens: every crop's class token and patches; a caption up to its EOT, the first one with its padding where the text
-  pooler attends to it. The last block of a tower needs keys and values of all tokens, and the rest of it (queries,
-  output projection, MLP) only of the tokens that are read: class tokens and EOTs; the first view's tokens too.
+- tokens: every crop's class token and patches; a caption up to its EOT; the first caption's padding too where the text
+  pooler attends to padding. The last block of a tower needs keys and values of all tokens. Its other parts (queries,
+  output projection, MLP) are needed only for the tokens that are read: class tokens, EOTs and the first view's tokens.
 - attention: both products, over the pairs of a query and a key that the mask lets through.
-- backward: each product of the student's forward again for either factor, so 3 times its forward; 2 times where one
-  factor is data (pixels; the teacher's features), whose gradient nobody needs. The teacher: 1 time.
+- backward: each product of the student's forward has two more in the backward, for the gradient of each factor, so it
+  counts 3 times. It counts 2 times where one factor is data (pixels; the teacher's features), which needs no gradient.
+  The teacher has no backward: its products count once.
 - a pair of views in the loss: one B x B product, which serves both directions.
 
 Not counted: recomputation, padding, norms, softmaxes, GELUs, biases, embeddings, the interpolation of positions and the
-update, which are no products or are not needed as such.
+update. They are no matrix products, or the method does not need them.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ WITH_BACKWARD, ONE_FACTOR_DATA = 3, 2
 
 
 class Tokens(NamedTuple):
-    """A segment of a tower. read: how many of its tokens are read behind the last block: all, or one."""
+    """A segment of a tower. read: how many of its tokens are read after the last block: all, or one."""
 
     length: int
     read: int
@@ -97,7 +99,7 @@ def blocks(segments: Sequence[Tokens], width: int, layers: int, *, causal: bool)
     total = 0
     for length, read in segments:
         pairs = length * (length + 1) // 2 if causal else length * length
-        # A token that alone is read is the last one under the causal mask: it sees all.
+        # Where one token is read it sees all: a class token, or under the causal mask the last token.
         last_pairs = pairs if read == length else read * length
         weights = (layers - 1) * 12 * length + 2 * length + 10 * read
         total += 2 * width * width * weights + 4 * width * ((layers - 1) * pairs + last_pairs)

@@ -1,7 +1,7 @@
 """What the preparation of published captions costs: the join table, beside one in SQLite, and writing the shards.
 
-The captions file is made here in DreamLIP's form, at about the size of a row of the real files; photos of about 0.24
-megapixels stand in shards as img2dataset leaves them. Seconds are CPU seconds of one process.
+The captions file is made here in DreamLIP's form, with rows of about the real size. Photos of about 0.24 megapixels lie
+in shards as img2dataset writes them. Seconds are CPU seconds of one process.
 """
 
 import csv
@@ -33,7 +33,7 @@ KEYS = POOL_KEYS["textcrop"]
 
 
 def write_captions(path: Path, rows: int) -> None:
-    """Write so many rows in DreamLIP's form, every URL another one."""
+    """Write so many rows in DreamLIP's form, each with a URL of its own."""
     texts = [[". ".join(document[key]) + "." for key in KEYS] for document in caption_documents(500)]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

@@ -69,7 +69,7 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name; Linux tells it here and `platform` only its architecture."""
+    """Return the processor's name: Linux has it in a file; `platform` knows the architecture only."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,14 +1,14 @@
 """Resuming at 90 % of an epoch of 30 million samples in 6,388 shards: time, files opened and bytes read until a sample.
 
-The index is of the size of Merged30M: three sources, a summary each and a table a shard. All shards are links to one,
-and so are their tables, so that whichever is asked for is there. Measured is what a resumed run does: open the indexes,
-compute the place in the order, find the sample; and with it, read and decode one batch. Counted are the index files
-opened (by an audit hook) and bytes: all that the process reads meanwhile (/proc/self/io, on Linux), and every mapped
-file as if it were read whole.
+The index is of the size of Merged30M: three sources with a summary each, and a table for each shard. All shards are
+links to one shard, and all tables are links to its table, so that every shard is there. What a resumed run does is
+measured: open the indexes, compute the place in the order, find the sample; then the same, and read and decode one
+batch. The benchmark counts the index files opened (by an audit hook) and bytes: all that the process reads meanwhile
+(/proc/self/io, on Linux), and every mapped file as if it were read whole.
 
-Beside it, in turns, a pass over one shard with webdataset, as a loader without an index skips what was seen: it reads
-every sample and decodes none. It is scaled up to 90 % of the epoch, for one reader. Many readers share that time; the
-samples are tiny, and the bytes of real ones come on top.
+A pass over one shard with webdataset takes turns with it. A loader without an index skips in this way what was seen: it
+reads every sample and decodes none. The time is scaled up to 90 % of the epoch, for one reader; several readers share
+it. The samples are tiny, and the bytes of real samples come on top.
 """
 
 import io
@@ -107,7 +107,7 @@ def pass_over(shard: Path) -> int:
 
 def count(folder: Path, reach: Callable[[], object]) -> Reached:
     """Count the files under a folder that something opens, and the bytes that it reads."""
-    reach()  # so that modules are loaded and summaries in no other cache than the system's
+    reach()  # not counted: it loads modules, and fills the system's file cache
     with _audited(folder) as seen:
         before = _bytes_read()
         reach()
@@ -168,7 +168,7 @@ def _write_shard(path: Path) -> Path:
 
 
 def _bytes_read() -> int:
-    """What this process has read so far through system calls, from whatever."""
+    """Return the bytes that this process has read so far through system calls, from any file."""
     status = Path("/proc/self/io").read_text(encoding="ascii")
     return int(status.partition("rchar: ")[2].partition("\n")[0])
 

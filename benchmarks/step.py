@@ -47,11 +47,11 @@ PARTS = {
     "backward": "student backward from those gradients",
     "update": "AdamW, moving average, teacher refresh, flags",
 }
-"""The parts of a step, in the trainer's order but for `data`, which it fetches last, for the step to come."""
+"""The parts of a step, in the trainer's order. Only `data` comes last: it is the batch of the next step."""
 
 
 class Case(NamedTuple):
-    """A run to take steps of. steps: measured by default. write_shards: makes its shards, returns their folder."""
+    """A run to take steps of. steps: measured by default. write_shards: writes its shards, returns their folder."""
 
     title: str
     file: str
@@ -62,6 +62,7 @@ class Case(NamedTuple):
 
 
 def demo_shards(folder: Path) -> Path:
+    """Write the demo's shards and return their folder."""
     return build_scenes(folder, train=256, gallery=1).train
 
 
@@ -70,7 +71,7 @@ LARGE_NOISE = 5.0  # grey levels: a smooth picture would decode faster than a ph
 
 
 def large_shards(folder: Path) -> Path:
-    """Pictures of a photograph's size, which the demo's are not: the demo's scenes enlarged, noise added."""
+    """Write shards of pictures as large as photographs: the demo's scenes, enlarged, with noise added."""
     (folder / "pictures").mkdir()
     lines = []
     for number in range(64):
@@ -103,9 +104,9 @@ CASES = {
 
 
 class Stopwatch:
-    """Cuts a step's time into parts: what passed since the cut before belongs to the part that a cut names.
+    """Cuts a step's time into parts: a cut names the part that the time since the cut before belongs to.
 
-    Where `cutting` is off only the whole step is timed: on a GPU each cut waits for the device, which a step does not.
+    Where `cutting` is off only the whole step is timed: on a GPU each cut waits for the device, a step does not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -141,13 +142,13 @@ class Timed:
     """A student, teacher or loss; some of its calls end a part."""
 
     def __init__(self, inner: Any, watch: Stopwatch, **parts: str) -> None:
-        """parts: by the names of the methods that end them; `call` is the call itself."""
+        """parts: the part that each method ends, by the method's name; `call` is a call of the object itself."""
         self._inner = inner
         self._watch = watch
         self._parts = parts
 
     def __call__(self, *arguments: Any) -> Any:
-        """The inner one's, then a cut."""
+        """Call the object, then cut."""
         return self._timed(self._inner, self._parts["call"])(*arguments)
 
     def __getattr__(self, name: str) -> Any:
@@ -164,20 +165,20 @@ class Timed:
 
 
 class Trainer:
-    """What takes a training step, the watch running."""
+    """Takes training steps while a watch runs."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.watch = Stopwatch(ranks.device)
         self.config = config
         self.pair = drawn_pair(config, ranks)
-        # The teacher's refresh belongs to the update, which the step's end ends.
+        # The teacher's refresh belongs to the update, which ends with the step.
         self.student: Any = Timed(self.pair.student, self.watch, call="student", backward="backward", update="update")
         self.teacher: Any = Timed(self.pair.teacher, self.watch, call="teacher")
         self.loss: Any = Timed(CosmosLoss(config.optimizer.gradient_scale), self.watch, call="loss")
 
     def step(self, batch: Batch) -> Tensor:
         """Train on a batch; returns the total loss, [] float32."""
-        # Constants: what the learning rate and the momentum are makes no step slower.
+        # Constants: a step takes the same time with any learning rate and momentum.
         lr, momentum = self.config.optimizer.lr, self.config.ema.momentum
         output = train_step(self.student, self.teacher, self.loss, batch, lr=lr, momentum=momentum)
         self.watch.cut("update")
@@ -210,7 +211,7 @@ def measure(config: RunConfig, ranks: Ranks, *, warmup: int, steps: int, label: 
 
     with progress_bar(label, warmup + steps, show=True) as advance:
         for number in range(warmup + steps):
-            # On a GPU whole steps and cut ones take turns. A CPU's steps are cut at no cost: one serves for both.
+            # On a GPU whole steps and cut steps take turns. On a CPU cuts cost nothing, so a step serves for both.
             for cutting in (False, True) if on_gpu else (True,):
                 watch.start(cutting=cutting)
                 total = trainer.step(batch)

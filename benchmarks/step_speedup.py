@@ -1,9 +1,10 @@
 """The trainer's step against the published step restated: time, memory, and the share of what the machine can do.
 
 Both sides start from the same weights and take the same batches in turns, in float32: the trainer through DeepSpeed and
-`train_step`, the restatement (testing/published_step.py) in plain torch. Their losses must agree. The share is of the
-rate at which torch.mm multiplies large matrices here, and counts only operations that a step needs
-(benchmarks/needed_flops.py). On CPUs the trainer's layers may multiply faster than torch.mm (kernels/linear.py).
+`train_step`, the restatement (cosmos_scale/testing/published_step.py) in plain torch. Their losses must agree. The
+share compares the trainer's rate with the rate at which torch.mm multiplies large matrices on this machine. It counts
+only operations that a step needs (benchmarks/needed_flops.py). On CPUs the trainer's layers may multiply faster than
+torch.mm (kernels/linear.py).
 """
 
 import gc
@@ -37,7 +38,7 @@ from cosmos_scale.testing.published_step import Losses, PublishedStep
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 GLOBAL_TOKENS, LOCAL_TOKENS = (20, 75), (8, 28)  # of captions, both ends included
 TOLERANCE = 1e-4  # of each loss: float32 rounding is below 1e-5
-COMPARED_STEPS = 5  # later, rounding of one side's earlier steps may have grown
+COMPARED_STEPS = 5  # after more steps, rounding may have grown past the tolerance
 MATRIX, PRODUCTS = 2048, 2
 
 Side = Callable[[Batch, float, float], Losses]
@@ -67,11 +68,11 @@ CASES = {
         5,
     ),
 }
-MEASURED = ("vitb32", "vitb16")  # what runs where no model is named
+MEASURED = ("vitb32", "vitb16")  # the cases that run where no model is named
 
 
 def case_config(case: Case, zero_stage: int = 0) -> RunConfig:
-    """Return the run of a case, with a schedule of any length: shards, which would tell it, are not read.
+    """Return the run of a case, with a schedule of arbitrary length: no shards are read, which would give the length.
 
     zero_stage: stage 1 in one process shards nothing, but copies gradients as if it did.
     """
@@ -139,11 +140,12 @@ def initial_weights(config: RunConfig) -> dict[str, Tensor]:
 
 
 def restated_step(config: RunConfig, weights: dict[str, Tensor]) -> PublishedStep:
+    """Return the published step restated, for both models' weights."""
     return PublishedStep(config.model, weights, weights, config.optimizer)
 
 
 class LossesDifferError(Exception):
-    """Two sides, which should compute the same, do not."""
+    """Two sides compute different losses."""
 
 
 class Race(NamedTuple):
@@ -166,13 +168,13 @@ class Race(NamedTuple):
         return PRODUCTS * 2 * MATRIX**3 / statistics.median(self.products)
 
     def sgemm_share(self, side: str) -> float:
-        """Return the share of that rate at which a side does what its steps need."""
+        """Return a side's rate of needed operations, as a share of the rate of large products."""
         rates = [flops / seconds for flops, seconds in zip(self.flops, self.seconds[side], strict=True)]
         return statistics.median(rates) / self.sgemm_rate()
 
 
 def race(config: RunConfig, sides: Mapping[str, Side], steps: int, label: str) -> Race:
-    """Let the sides take the same steps in turns, one step that is not timed first.
+    """Let the sides take the same steps in turns; a first step is not timed.
 
     Raises LossesDifferError where the losses of the first steps are not the first side's.
     """
@@ -181,7 +183,7 @@ def race(config: RunConfig, sides: Mapping[str, Side], steps: int, label: str) -
     with progress_bar(label, steps + 1, show=True) as advance:
         for step, (batch, lr, momentum) in enumerate(step_inputs(config, steps + 1)):
             losses = {}
-            # Each goes first in turn: what a side leaves in the caches is the next one's.
+            # The sides go first by turns, since a side finds in the caches what the side before left there.
             for name in list(sides) if step % 2 else reversed(list(sides)):
                 began = time.perf_counter()
                 losses[name] = sides[name](batch, lr, momentum)
@@ -220,7 +222,7 @@ def compare_losses(losses: Mapping[str, Losses], expected: str, step: int) -> No
 def peak_memory(config: RunConfig, build: Callable[[], Side]) -> int:
     """Return the most bytes of tensors that exist at one time while a side is built and takes two steps.
 
-    In the first step the optimizer makes its moments, so only the second has all there is.
+    The optimizer makes its moments in the first step, so only the second step holds everything.
     """
 
     def run() -> None:

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in needed})
 
     def split(self, parts: int) -> "list[Batch]":
-        """Cut into batches of equally many samples, views of this one; each says how many of all are substituted."""
+        """Cut into batches of equally many samples, views of this batch; each keeps this batch's `substituted`."""
         cut = zip(
             self.global_crops.chunk(parts, dim=1),
             self.local_crops.chunk(parts, dim=1),
@@ -79,5 +79,5 @@ class GalleryBatch(NamedTuple):
 
 
 def caption_lengths(ids: Tensor) -> Tensor:
-    """Return the tokens up to and including EOT, the largest id, of every row: [..., L] to [...] int64."""
+    """Return how many tokens each row of ids has up to EOT, its largest id, EOT included: [..., L] to [...] int64."""
     return ids.argmax(dim=-1) + 1

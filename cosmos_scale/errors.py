@@ -1,4 +1,4 @@
-"""Errors that a user can mend, which are shown as one line without a traceback, and what all ranks settle together."""
+"""Errors that a user can mend, shown as one line without a traceback, and an error that all ranks settle together."""
 
 from collections.abc import Mapping
 

@@ -13,10 +13,11 @@ from cosmos_scale.loss.cosmos_loss import CosmosLoss
 class StepOutput(NamedTuple):
     """What a step leaves behind, on the device; reading it on the host waits for the step.
 
-    total, clip, distill: [] float32, over the global batch. finite: [] bool, whether loss and gradient are, on all
-    ranks; where they are not, the step changed nothing. features_finite: [] bool, whether this rank's features are.
-    logit_scale, distill_logit_scale: [1], before the update. gradient_norm: [] float32, over all parameters, before
-    clipping. substituted: [] int64 on the CPU, how many samples of this rank's batch replace a damaged one.
+    total, clip, distill: [] float32, over the global batch. finite: [] bool, equal on all ranks: whether loss and
+    gradient are finite (in fp16 the loss alone); where they are not, the step changed nothing. features_finite: []
+    bool: whether the features of student and teacher are finite on this rank. logit_scale, distill_logit_scale: [1],
+    before the update. gradient_norm: [] float32, over all parameters, before clipping. substituted: [] int64 on the CPU,
+    how many samples of this rank's batch replace a damaged one.
     """
 
     total: Tensor
@@ -33,16 +34,17 @@ class StepOutput(NamedTuple):
 def train_step(
     student: Student, teacher: Teacher, cosmos_loss: CosmosLoss, batch: Batch, *, lr: float, momentum: float
 ) -> StepOutput:
-    """Train on one batch: batch on the device, lr and momentum of this step. Collective.
+    """Train on one batch. Collective.
 
-    Nothing here waits for the host. DeepSpeed (0.19) does, around the update: at stage 3, with clipping or offloading,
-    in fp16, and at stage 0 in bf16.
+    batch: this rank's share, on the device. lr: learning rate. momentum: the share of itself that the teacher keeps.
+    Nothing here makes the host wait for the device. DeepSpeed (0.19) makes it wait around the update: at stage 3, with
+    clipping or offloading, in fp16, and at stage 0 in bf16.
     """
     features = student(batch)
     teacher_features = teacher(batch)
     exact = student.with_full_scales(features)
     loss = cosmos_loss(exact, teacher_features)
-    # Copies: at stage 0 these are the masters themselves, which the update changes in place.
+    # Copies, since at stage 0 these scales are the masters themselves, which the update changes in place.
     scales = [scale.clone() for scale in (exact.logit_scale, exact.distill_logit_scale)]
     student.backward(batch, features, loss.gradients)
     update = student.update(lr=lr, momentum=momentum, finite=loss.finite)

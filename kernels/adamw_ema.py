@@ -26,10 +26,10 @@ def adamw_ema_(
     """Update weights by AdamW (decoupled decay) and averages by a <- momentum a + (1 - momentum) w, all in place.
 
     weights, gradients, first_moments, second_moments, averages: lists of equal length; the tensors of one index share
-    their shape, float32, one device. steps: [] float32, updates done so far, raised by one.
+    their shape, float32, one device. steps: [] float32 each: the updates done so far, raised by one here.
     average_first: the average takes the weights before (True) or after (False) the AdamW update.
-    skip: [] float32 on the same device; 1 leaves everything as it was whatever the gradients, 0 updates; weights are
-    finite. It is never read by the host.
+    skip: [] float32 on the same device: 0 updates; 1 leaves everything as it was, whatever the gradients hold. The
+    host never reads skip. The weights must be finite: with skip 1 the averages still take 0 times a difference to them.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2.
     """
     if average_first:

@@ -1,7 +1,7 @@
 """Attention over segments of packed tokens: one function for both towers and both poolers, and its back ends.
 
-A segment is one view: its queries attend to its own keys only. Lengths live on the host, so that no back end waits for
-the device to learn them.
+A segment is one view: a segment's queries attend to the same segment's keys only. The lengths of segments live on the
+host, so that no back end waits for the device to learn them.
 """
 
 import inspect
@@ -20,12 +20,17 @@ from torch.nn import functional
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "torch_varlen", "xformers", "sdpa"]
-# SDPA's buckets may hold so much padding per token. A call costs some 0.1 ms on a CPU, padded attention far less.
+# The most padding in one of SDPA's batches, as a share of the batch's tokens. Less padding would need more calls: a
+# call takes some 0.1 ms on a CPU, and attention over the padding takes far less.
 MOST_PADDING = 0.25
 
 
 class Group(NamedTuple):
-    """Neighbouring segments that SDPA takes as one batch, padded to the longest: `size` segments from `first` on."""
+    """Neighbouring segments that SDPA takes as one batch, padded to the longest: `size` segments from `first` on.
+
+    queries, keys: tokens of the longest segment. even_queries, even_keys: whether all segments have as many, so that
+    none is padded.
+    """
 
     first: int
     size: int
@@ -38,8 +43,9 @@ class Group(NamedTuple):
 class Segments:
     """The lengths of the segments in packed queries and keys, and what back ends derive from them, made once.
 
-    queries, keys: tokens of each segment, in packed order; keys None where they are the queries' own (self-attention).
-    A segment may be empty; one with queries needs keys. Raises ValueError for other lengths.
+    queries, keys: how many tokens each segment has, in packed order. keys is None where queries and keys belong to the
+    same tokens (self-attention). A segment may be empty, but a segment with queries needs keys. Raises ValueError for
+    other lengths.
     """
 
     def __init__(self, queries: Sequence[int], keys: Sequence[int] | None = None) -> None:
@@ -67,7 +73,7 @@ class Segments:
         return max(self.keys, default=0)
 
     def cu_seqlens(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return where segments of queries and of keys begin and the last ends: [segments + 1] int32 each."""
+        """Return the segments' starts and the last segment's end, in queries and in keys: [segments + 1] int32 each."""
         if device not in self._cu_seqlens:
             queries = keys = to_device(_ends(self.queries), device)
             if self.keys != self.queries:
@@ -77,15 +83,15 @@ class Segments:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """SDPA's batches, in packed order: runs of equal lengths, neighbouring runs together where padding is little.
+        """SDPA's batches, in packed order: runs of equally long segments, several together where padding is little.
 
-        Sorted segments of any lengths so come to few groups. Segments without queries are never padded: a padded query
-        must find a key.
+        So sorted segments form few groups, whatever their lengths. Segments without queries join no other run: padding
+        would give them queries, and a query must find a key.
         """
         lengths = list(zip(self.queries, self.keys, strict=True))
         runs = [(pair, sum(1 for _ in run)) for pair, run in itertools.groupby(lengths)]
         groups: list[Group] = []
-        tokens = 0  # of the last group, queries and keys, without padding
+        tokens = 0  # queries and keys of the last group, without padding
         for (queries, keys), count in runs:
             first = groups[-1].first + groups[-1].size if groups else 0
             own_tokens = count * (queries + keys)
@@ -108,7 +114,7 @@ class Segments:
         return groups
 
     def padding(self, lengths: tuple[int, ...], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return where tokens of segments padded to `longest` lie: their rows [T] int64, a mask [segments, longest]."""
+        """Return where tokens lie in segments padded to `longest`: rows [T] int64, mask [segments, longest] bool."""
         key = (lengths, longest, device)
         if key not in self._padding:
             mask = np.arange(longest) < np.array(lengths)[:, None]
@@ -121,10 +127,11 @@ def attention(
 ) -> Tensor:
     """Attend inside each segment, in every head; returns [T, H, D].
 
-    q: [T, H, D]; k, v: [S, H, D], the packed tokens of all segments, D the width of one head; one floating dtype.
-    causal: query i of a segment sees its keys 0..i; needs as many queries as keys. Logits are scaled by D^-1/2.
-    backend: `auto` takes the first that runs with the tensors' device, dtype and D, and logs it once.
-    Raises ValueError for shapes or dtypes that do not go together, and for a back end that cannot run here.
+    q: [T, H, D]; k, v: [S, H, D]: the packed tokens of all segments, in one floating dtype. D is the width of one head.
+    causal: query i of a segment sees the segment's keys 0..i; each segment then needs as many queries as keys. Logits
+    are scaled by D^-1/2.
+    backend: `auto` takes the first of BACKENDS that runs with the tensors' device, dtype and D, and logs it once.
+    Raises ValueError for shapes or dtypes that do not fit one another, and for a back end that cannot run here.
     """
     shapes = [list(tensor.shape) for tensor in (q_THD, k_SHD, v_SHD)]
     if q_THD.dim() != 3 or not shapes[0][1:] == shapes[1][1:] == shapes[2][1:]:
@@ -146,7 +153,10 @@ def attention(
 
 @lru_cache(maxsize=64)
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """Return the back end to run: the named one, or for `auto` the first that can; raises ValueError if it cannot."""
+    """Return the name of the back end to run: for `auto` the first that can run here.
+
+    Raises ValueError where a named back end does not exist or cannot run here.
+    """
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"attention: no back end {backend!r}; there are auto, {', '.join(BACKENDS)}")
@@ -156,7 +166,7 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, h
         return backend
     reasons = {name: obstacle(name, device, dtype, head_size) for name in BACKENDS}
     chosen = next(name for name, reason in reasons.items() if not reason)
-    # Off CUDA the others' obstacle goes without saying.
+    # Off CUDA all others lack the same, a CUDA device: the log need not say so.
     passed_over = reasons.items() if device.type == "cuda" else ()
     others = "; ".join(f"{name}: {reason}" for name, reason in passed_over if reason)
     logger.info(
@@ -166,7 +176,7 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, h
 
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """Say why a back end cannot run here, or None where it can."""
+    """Return in a line why a back end cannot run here, or None where it can."""
     if backend == "sdpa":
         return None
     if device.type != "cuda":
@@ -187,9 +197,10 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
 
 @lru_cache(maxsize=8)
 def find_function(backend: str) -> Callable[..., Any] | str:
-    """Return the function behind a back end, or in a line why there is none: not installed, or it does not load.
+    """Return the function of a back end, or in a line why there is none: its package is missing or does not load.
 
-    Packages may be there without it: flash-attn 4 alone leaves `flash_attn` an empty namespace.
+    A package may be there without the function: where only flash-attn 4 is installed, `flash_attn` is an empty
+    namespace.
     """
     try:
         if backend == "flash_attn_4":
@@ -236,7 +247,7 @@ def _flash_attn_2(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
 def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
     function = find_function("torch_varlen")
     assert not isinstance(function, str), function
-    # torch 2.10 called it is_causal, later ones a window that ends at the query.
+    # torch 2.10 asks for a causal mask by is_causal, later versions by a window that ends at the query.
     if "window_size" in inspect.signature(function).parameters:
         keyword: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     else:
@@ -266,13 +277,13 @@ def xformers_mask(segments: Segments, causal: bool, device: torch.device) -> Any
     """Return xformers' block-diagonal mask of the segments; cached, since every block of a tower asks for it."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    with torch.inference_mode(False):  # it is kept, and serves later backward passes
+    with torch.inference_mode(False):  # the mask is kept and serves later backward passes
         mask = BlockDiagonalMask.from_seqlens(list(segments.queries), list(segments.keys), device=device)
     return mask.make_causal() if causal else mask
 
 
 def _sdpa(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """Run each group as one batch: as a view where its segments are equally long, else padded."""
+    """Run each group as one batch: a view of the packed tokens where the segments are equally long, else padded."""
     lengths = [
         (segments.queries[group.first : group.first + group.size], segments.keys[group.first :][: group.size])
         for group in segments.groups
@@ -294,7 +305,7 @@ def _sdpa(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causa
         else:
             key_rows, visible = segments.padding(keys, group.keys, k.device)
             k, v = _pad(k, key_rows, group.size, group.keys), _pad(v, key_rows, group.size, group.keys)
-            # Causal queries do not see behind themselves, so not behind their segment either.
+            # A causal query sees no key after its own place, so no padding: padding follows the segment's tokens.
             mask = None if causal else visible[:, None, None, :]
         output_BHLD = functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal
@@ -315,15 +326,15 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments, bool], Tensor]] 
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device; pinned where that lets the host go on."""
-    # Outside inference mode, whoever asks first: what is kept serves later backward passes.
+    """Copy an array to a device; to CUDA from pinned memory, so that the host does not wait for the copy."""
+    # Outside inference mode, even where the first caller is inside it: the tensor is kept for later backward passes.
     with torch.inference_mode(False):
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _pad(x_THD: Tensor, rows_T: Tensor, count: int, length: int) -> Tensor:
-    """Spread packed tokens to [count, length, H, D], zeros between: what nobody may see must still be finite."""
+    """Spread packed tokens to [count, length, H, D] with zeros between: masked keys and values must be finite too."""
     padded = x_THD.new_zeros(count * length, *x_THD.shape[1:]).index_copy(0, rows_T, x_THD)
     return padded.view(count, length, *x_THD.shape[1:])
 

@@ -6,18 +6,21 @@ scale * rows[v] @ columns[t].T; row i's positive is column `first_row + i`. The 
     sum over pairs of weights[v, t] * mean over samples of (row cross-entropy + column cross-entropy) / 2.
 
 Where this process holds all rows, `whole_batch` gives the loss and its gradients at once: a pair's gradient is formed
-in the place of its logits, so each pair costs two matrix products (three with column gradients).
+in the memory of the pair's logits, so each pair costs two matrix products (three with column gradients).
 
-Otherwise three calls: `forward_partials` reduces this rank's logits to one number a row and two a column; the caller
-combines the columns' numbers of all ranks (`column_lse`); then `finish` gives the loss and `backward` the gradients,
-computing the logits again (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
-section 3, is the same idea on one rank).
+Otherwise there are three steps. `forward_partials` reduces this rank's logits of each pair to two numbers a row and two
+numbers a column. The caller combines the columns' numbers of all ranks, and `column_lse` makes one number of the two.
+Then `finish` gives the loss and `backward` the gradients; `backward` computes the logits again. On one rank this is the
+idea of Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
 
 Scratch memory, beside statistics and results: at most SCRATCH_BLOCKS * BLOCK_ELEMENTS elements, whatever the batch.
 
-All arithmetic runs in float32 (float64 for float64 features): low-precision features are widened before the matmul,
-which is their exact product with float32 accumulation. No exponential is taken less one maximum of a whole pair: at
-scale 100 its logits lie up to 200 apart, and a whole row or column would be 0 in float32, as exp(-104) is.
+All arithmetic runs in float32 (float64 for float64 features). Low-precision features are widened before the matmul, so
+that each product of two features is exact and is added up in float32.
+
+A maximum is subtracted before logits are exponentiated. One maximum for a whole pair would not do: at scale 100 the
+logits of a pair lie up to 200 apart, and exp(-104) is 0 in float32, so a whole row or column could become 0. So every
+row and every column has a maximum of its own.
 """
 
 from collections.abc import Iterator
@@ -30,10 +33,11 @@ from torch import Tensor
 BLOCK_ELEMENTS = 2**22
 # Blocks alive at a time: the softmax of rows and of columns, and then the next block's logits.
 SCRATCH_BLOCKS = 3
-# Logits of a pair from which `whole_batch` takes pairs one by one: with less, launching the operations is the cost.
+# `whole_batch` takes pairs of this many logits or more one by one. With fewer, launching operations takes most of the
+# time, so that many pairs at once are faster.
 PAIR_ELEMENTS = 2**14
-# Elements of a pair that are multiplied by their factors at a time: the most that torch leaves to one CPU thread, as
-# waiting for the other threads after each small operation takes longer where the cores are shared.
+# How many elements of a pair are multiplied by their factors at a time: the most that torch computes in one CPU thread.
+# With several threads each small operation waits for all of them, which takes longer where the cores are shared.
 FACTOR_ELEMENTS = 2**15
 
 
@@ -54,8 +58,8 @@ class Partials(NamedTuple):
 class Gradients(NamedTuple):
     """Derivatives of the loss; float32 (float64 for float64 features).
 
-    rows: [V, B, E] complete. columns: [T, G, E] from this rank's rows alone, or None where not asked for.
-    log_scale: [] float64, from this rank's rows alone, by the logarithm of the scale.
+    rows: [V, B, E] complete. columns: [T, G, E] from this rank's rows alone, or None where the caller wants none.
+    log_scale: [] float64, the derivative by the logarithm of the scale, from this rank's rows alone.
     """
 
     rows: Tensor
@@ -69,7 +73,8 @@ def forward_partials(
     """Reduce this rank's logits to row and column statistics.
 
     rows: [V, B, E]; columns: [T, G, E]; any floating dtype. scale: [] factor of the logits, not its logarithm.
-    first_row: column of the positive of row 0. block_elements: most logits alive at a time (at least one row's).
+    first_row: the column that holds the positive of row 0. block_elements: the most logits that exist at a time (but
+    one row's at least).
     Raises ValueError on shapes that do not fit.
     """
     V, B, T, G = _check(rows, columns, scale, first_row)
@@ -91,17 +96,17 @@ def forward_partials(
 
 
 def column_lse(column_max: Tensor, column_sum: Tensor) -> Tensor:
-    """Logsumexp of each column.
+    """Return the logsumexp of each column: [V, T, G].
 
-    column_max, column_sum: [V, T, G] over all rows of all ranks, or over one rank's for its share.
+    column_max, column_sum: [V, T, G] over the rows of all ranks, or over one rank's rows for that rank's share.
     """
     return column_max + column_sum.log()
 
 
 def finish(partials: Partials, column_lse_VTG: Tensor, weights: Tensor, *, first_row: int) -> Tensor:
-    """This rank's share of the loss: the shares of all ranks add up to it.
+    """Return this rank's share of the loss, [] float64; the shares of all ranks add up to the loss.
 
-    column_lse_VTG: [V, T, G] over all ranks' rows; weights: [V, T]. Returns [] float64.
+    column_lse_VTG: [V, T, G] over all ranks' rows; weights: [V, T].
     """
     B = partials.row_lse.shape[2]
     own_columns_VTB = column_lse_VTG[:, :, first_row : first_row + B]
@@ -120,7 +125,7 @@ def backward(
     column_gradients: bool,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Gradients:
-    """Derivatives of the loss by this rank's rows, by the scale and, if asked for, by all columns.
+    """Return the loss's derivatives by this rank's rows, by the log-scale and, with column_gradients, by all columns.
 
     rows, columns, scale, first_row, block_elements: as for `forward_partials`. weights: [V, T].
     row_lse: [V, T, B]; column_lse_VTG: [V, T, G] over all ranks' rows.
@@ -155,10 +160,10 @@ def whole_batch(
     block_elements: int = BLOCK_ELEMENTS,
     pair_elements: int = PAIR_ELEMENTS,
 ) -> tuple[Tensor, Gradients]:
-    """Loss [] float64 and gradients where this process holds all rows.
+    """Return the loss, [] float64, and its gradients where this process holds all rows.
 
     rows: [V, B, E]; columns: [T, B, E]; scale, weights, column_gradients: as for `backward`. Pairs of pair_elements to
-    block_elements logits are taken one by one; smaller and larger ones by `forward_partials` and `backward`.
+    block_elements logits are computed one by one, smaller and larger pairs by `forward_partials` and `backward`.
     Raises ValueError on shapes that do not fit.
     """
     _, B, _, G = _check(rows, columns, scale, 0)
@@ -185,7 +190,7 @@ def whole_batch(
 def _pair_by_pair(
     rows: Tensor, columns: Tensor, scale: Tensor, weights: Tensor, column_gradients: bool
 ) -> tuple[Tensor, Gradients]:
-    """`whole_batch` with every pair's gradient formed while its logits live, in their place."""
+    """Do what `whole_batch` does, pair by pair: a pair's gradient takes the place of the pair's logits in memory."""
     (V, B, _), T = rows.shape, columns.shape[0]
     columns_TBE = columns.to(_arithmetic_dtype(rows, columns))
     weights_VT = (weights * (0.5 / B)).to(columns_TBE.dtype)
@@ -204,7 +209,7 @@ def _pair_by_pair(
             by_rows[v].addmm_(block, columns_TBE[t])
             if by_columns is not None:
                 by_columns[t].addmm_(block.T, rows_BE)
-    del block, factors  # not needed at the last moment, where a view's products stand beside everything else
+    del block, factors  # freed before the last lines, which need memory for a view's products
     by_rows *= scale
     if by_columns is not None:
         by_columns *= scale
@@ -215,13 +220,14 @@ def _pair_by_pair(
 def _cosines_to_slope(block: Tensor, scale: Tensor, weight: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Turn a pair's logits / scale [B, B] into weight * (softmax of rows + softmax of columns - 2 at the positives).
 
-    Returns the logsumexp of rows [B] and of columns [B]. factors: scratch [any, B].
+    block: [B, B], changed in place. weight: []. factors: scratch [any, B]. Returns the logsumexp of rows [B] and of
+    columns [B].
 
-    Each logit is exponentiated once, less half its row's and half its column's maximum; less the row's alone, a whole
-    column could come out as 0 where logits lie 200 apart. Where |logit| <= scale, as with normalised features, the
-    exponents lie in scale * [-0.6, 0.4] at each row's and each column's maximum, nowhere above, and those of the two
-    factors in scale * [-0.7, 0.3]. Float32 holds exp(-87) to exp(88): at scale 100, the largest, a term that is
-    exp(-27) of its sum still counts.
+    Each logit is exponentiated once, after half its row's and half its column's maximum is subtracted. If the row's
+    maximum alone were subtracted, a whole column could become 0 where logits lie 200 apart. With normalised features
+    |logit| <= scale. Then no exponent is above 0.4 * scale, and the exponents at a row's or a column's maximum are at
+    least -0.6 * scale. The exponents of the two factors lie in scale * [-0.7, 0.3]. Float32 holds exp(-87) to exp(88).
+    So at scale 100, the largest, a term that is exp(-27) of its sum still counts.
     """
     margin = 0.2 * scale
     row_shift, column_shift = (block.amax(dim=dim) * (0.5 * scale) - margin for dim in (1, 0))
@@ -240,15 +246,16 @@ def _cosines_to_slope(block: Tensor, scale: Tensor, weight: Tensor, factors: Ten
 
 def _loss(row_lse_VTB: Tensor, positive_VTB: Tensor, column_lse_VTB: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean [] float64 over the samples of these rows and columns."""
-    # Differences first: at scale 100 the terms are near 100 and the loss may be near 0.
+    # Differences first, which keeps digits: at scale 100 the terms are near 100, and the loss may be near 0.
     terms_VTB = (row_lse_VTB - positive_VTB) + (column_lse_VTB - positive_VTB)
     return (terms_VTB.sum(dim=2, dtype=torch.float64) * weights).sum() * (0.5 / terms_VTB.shape[2])
 
 
 def _by_log_scale(rows: Tensor, by_rows: Tensor) -> Tensor:
-    """dL/dlog(scale) [] float64.
+    """Return dL/dlog(scale), [] float64.
 
-    Rows enter the loss only as scale * rows, so it is <rows, dL/drows>; view by view, to hold no copy of all.
+    Rows enter the loss only as scale * rows, so this derivative is <rows, dL/drows>. The product is taken view by view,
+    so that no widened copy of all rows is held.
     """
     dots_VB = [torch.linalg.vecdot(row.to(slope.dtype), slope) for row, slope in zip(rows, by_rows, strict=True)]
     return torch.stack(dots_VB).sum(dtype=torch.float64)
@@ -272,7 +279,7 @@ def _check(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> tupl
 
 
 def _blocks(V: int, B: int, row_elements: int, block_elements: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of views and of samples whose logits fit a block: several whole views, or part of one."""
+    """Yield slices of views and of samples whose logits fit into a block: several whole views, or a part of one."""
     block_rows = max(1, block_elements // row_elements)
     block_views = max(1, block_rows // B)
     for view in range(0, V, block_views):
@@ -287,6 +294,6 @@ def _logits(scaled_rows_VBE: Tensor, columns_NE: Tensor, T: int) -> Tensor:
 
 
 def _positives(block_VBTG: Tensor, first_column: int) -> Tensor:
-    """View [V, T, B] of a block's positives; those of its first row stand in `first_column`."""
+    """Return a view [V, T, B] of a block's positives; `first_column` holds the positive of the block's first row."""
     B = block_VBTG.shape[1]
     return block_VBTG[..., first_column : first_column + B].diagonal(dim1=1, dim2=3)

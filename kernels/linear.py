@@ -1,12 +1,12 @@
-"""A linear map that keeps its weight by name, not by memory, and on CPUs multiplies in float32 through oneDNN.
+"""A linear map that saves the parameter itself for the backward, and on CPUs multiplies in float32 through oneDNN.
 
-torch.nn.functional.linear saves a transposed view of the weight, which holds the weight's memory until the backward,
-whatever becomes of the parameter meanwhile. Here the parameter itself is saved: where it is sharded (ZeRO stage 3), it
-is gathered for the forward, given up behind it, and gathered again for the backward.
+torch.nn.functional.linear saves a transposed view of the weight. The view holds the weight's memory until the backward,
+even where the parameter was given other memory meanwhile. This map saves the parameter. So a sharded parameter (ZeRO
+stage 3) can be gathered for the forward, released after it, and gathered again for the backward.
 
-oneDNN's products are faster on CPUs than those that torch takes by itself. It prepares each new number of rows and
-keeps that for good: 0.5 to 1 MB for each product was seen, without a bound and whatever
-ONEDNN_PRIMITIVE_CACHE_CAPACITY says. So only layers take it that see the same few numbers at every step.
+On CPUs oneDNN multiplies faster than what torch uses by itself. But oneDNN prepares code for each new number of rows
+and keeps it for good: 0.5 to 1 MB for each product was seen, without a bound and whatever
+ONEDNN_PRIMITIVE_CACHE_CAPACITY says. So oneDNN serves only layers that see the same few numbers of rows at every step.
 """
 
 from typing import Any
@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Multiplications below which oneDNN gains nothing. It also prepares each new shape once, for some milliseconds.
+# With fewer multiplications oneDNN is no faster. It also prepares each new shape once, which takes some milliseconds.
 LEAST_WORK = 2**27
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, steady: bool = False) -> Tensor:
     """Return x @ weight.T + bias: [T, O], with a graph; differentiable once.
 
-    x: [T, I]; weight: [O, I]; bias: [O] or None. steady: whether T is the same at every step, or one of a few. Numbers
-    are torch's own bit for bit where oneDNN is not taken.
+    x: [T, I]; weight: [O, I]; bias: [O] or None. steady: whether T is the same at every step, or one of a few numbers.
+    Where oneDNN is not used, results equal those of torch.nn.functional.linear bit for bit.
     """
-    if torch.compiler.is_compiling():  # the compiler has products of its own, which no size may split into graphs
+    if torch.compiler.is_compiling():  # the compiler chooses products itself; a branch on sizes would split its graph
         return functional.linear(x_TI, weight_OI, bias_O)
     output: Tensor = _Linear.apply(x_TI, weight_OI, bias_O, steady)
     return output
@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         return (
             _product(gradient_TO, weight_OI.t(), None, ctx.steady) if for_x else None,
-            # oneDNN is no faster here.
+            # oneDNN is no faster for this product.
             gradient_TO.t() @ x_TI if for_weight else None,
             gradient_TO.sum(0) if for_bias else None,
             None,
@@ -68,5 +68,5 @@ def _gains(x_TI: Tensor, weight_OI: Tensor) -> bool:
         and x_TI.shape[0] * weight_OI.numel() >= LEAST_WORK
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile uses too, but no public function
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # torch.compile uses it too, but it is not public
     )

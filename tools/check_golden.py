@@ -47,7 +47,7 @@ STUDENT_FEATURES = {
     "image_crossmodal": "img_crossmodal_features",
     "text_crossmodal": "txt_crossmodal_features",
 }
-# The published poolers' heads and the image tower's head width are no part of the files: they are always these.
+# Golden files do not say how many heads poolers have and how wide the image tower's heads are: always this.
 POOLER_HEADS, VISION_HEAD_WIDTH = 8, 64
 
 
@@ -130,7 +130,7 @@ class Golden:
         """Return a run with the file's model, batch, optimizer and average."""
         model = self.model_config()
         count, global_count = self.batch(0).captions.shape[0], self.global_captions()
-        # No crop is made, since the file holds them: any size that fits the patches will do.
+        # No crops are made, since the file holds them: any size that fits the patches will do.
         views = ViewsConfig(local_size=model.vision.patch_size)
         before_step = "before" in self.metadata("ema_order").lower()
         try:
@@ -220,7 +220,7 @@ def check_gradients(golden: Golden, zero_stage: int) -> list[Difference]:
     student = golden.model("student.")
     features, teacher = _forward(student, golden.model("teacher."), golden)
     torch.autograd.backward(features, _losses(features, teacher).gradients)
-    # Through a state dict, for the shapes that files have; a weight that the loss does not reach has gradient 0.
+    # A state dict gives gradients the shapes that files have. A weight that the loss does not reach has gradient 0.
     for parameter in student.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     ours = student.state_dict()
@@ -277,8 +277,8 @@ class Group(NamedTuple):
     measure: str
 
 
-# About 16 times (features, losses), 30 times (gradients) and 100 times (weights) what repeating the computation in
-# float64 differed by.
+# Tolerances are about 16 times (features, losses), 30 times (gradients) and 100 times (weights) the difference from the
+# same computation in float64.
 GROUPS = {
     "features": Group(check_features, 1e-5, "absolute"),
     "losses": Group(check_losses, 1e-5, "absolute"),
@@ -368,7 +368,7 @@ def _same_shape(golden: Golden, name: str, ours: Tensor, theirs: Tensor) -> Tens
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):  # whose own text ends in a link to pydantic's pages
+    if isinstance(error, ValidationError):  # pydantic's own text ends in a link to its pages
         return "; ".join(" ".join([*map(str, details["loc"]), details["msg"]]) for details in error.errors())
     return " ".join(str(error).split())
 

@@ -88,7 +88,7 @@ class OneBatch:
 
     @property
     def dataloader(self) -> "OneBatch":
-        """The loop asks the data for their loader."""
+        """This loader itself: the public loop asks the data for their loader."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -163,7 +163,7 @@ class ReferenceStep:
         return Losses(self._losses["loss"].item(), clip, distill)
 
     def _noted_loss(self, **features: Any) -> dict[str, Tensor]:
-        """Compute the losses; the loop adds their sum to what is noted here."""
+        """Compute the losses and note them; the loop adds their sum to the same dict."""
         self._losses = self._loss(**features)
         return self._losses
 

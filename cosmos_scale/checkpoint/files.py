@@ -1,8 +1,9 @@
 """Files of float32 tensors in the safetensors format, with a checksum for each megabyte.
 
-The format is the public one, so that other programs read these files, and no code runs when they are read. Written here
-rather than by the library because the checksums are of the bytes on their way to the disk, and read here because a
-reader must check what it reads without reading more: the chunks that its tensors lie in, each of them once.
+The format is the public one: other programs can read these files, and reading them runs no code. This module writes
+files without the library, since the checksums are taken from the bytes on their way to the disk. It also reads them
+without the library, since a reader checks all that it reads and reads no more than it needs: the chunks that its
+tensors lie in, each chunk once.
 """
 
 import json
@@ -22,11 +23,11 @@ HEADER = 8  # bytes of the header's length
 
 
 class BrokenCheckpoint(UserError):
-    """A checkpoint that is not what was written: an older one may be whole."""
+    """A checkpoint whose files are not what was written; an older checkpoint may be whole."""
 
 
 class FileRecord(NamedTuple):
-    """What a manifest says of a file: its bytes, and the CRC-32 of each of its chunks."""
+    """What a manifest says of a file: its name, its size in bytes, and the CRC-32 of each of its chunks."""
 
     name: str
     size: int
@@ -46,7 +47,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     with path.open("wb", buffering=0) as file:
         for piece in _pieces(header, tensors):
             checksums.add(piece)
-            while piece:  # an unbuffered file may take a part at a time
+            while piece:  # an unbuffered file may take only a part at a time
                 piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
     return FileRecord(path.name, HEADER + len(header) + end, checksums.finish())
@@ -55,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     yield memoryview(len(header).to_bytes(HEADER, "little") + header)
     for tensor in tensors.values():
-        # Little-endian, as the format says and every machine that torch runs on has it.
+        # The format is little-endian, and so is every machine that torch runs on.
         yield tensor.detach().numpy().data.cast("B")
 
 
@@ -87,7 +88,7 @@ class TensorFile:
         """Open a file; raises BrokenCheckpoint where it is missing, of another size, or its header is damaged."""
         self.path = folder / record.name
         self._record = record
-        self._chunk: tuple[int, bytes] = (-1, b"")  # the last one read: slices that follow each other share it
+        self._chunk: tuple[int, bytes] = (-1, b"")  # the last chunk read: slices that follow each other share it
         try:
             self._file = self.path.open("rb", buffering=0)
         except OSError as failure:
@@ -103,7 +104,7 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill out, [n] float32 without a graph, with elements from start on of a tensor; raises BrokenCheckpoint."""
+        """Fill `out`, [n] float32 without a graph, with a tensor's elements from start on; raises BrokenCheckpoint."""
         entry = self._entries.get(name)
         if entry is None:
             raise self._broken(f"has no tensor {name!r}")
@@ -116,12 +117,12 @@ class TensorFile:
             out.copy_(here)
 
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
-        """Read the whole file and check it; raises BrokenCheckpoint. advance: is told of bytes as they are checked."""
+        """Read the whole file and check it; raises BrokenCheckpoint. advance: takes the bytes of each checked chunk."""
         for chunk in range(len(self._record.checksums)):
             advance(len(self._checked(chunk)))
 
     def _header(self) -> tuple[dict[str, Any], int]:
-        """What the file says of its tensors, and where the first of them begins."""
+        """Return what the file says of its tensors, and the byte at which the first tensor begins."""
         size = os.fstat(self._file.fileno()).st_size
         if size != self._record.size or len(self._record.checksums) != -(-size // CHUNK):
             raise self._broken(f"has {size} bytes, not the {self._record.size} that were written")
@@ -139,7 +140,7 @@ class TensorFile:
         return entries, HEADER + length
 
     def _read(self, start: int, out: memoryview) -> None:
-        """Fill out with the bytes from start on."""
+        """Fill `out` with the file's bytes from start on."""
         end = start + len(out)
         for chunk in range(start // CHUNK, -(-end // CHUNK)):
             first = chunk * CHUNK

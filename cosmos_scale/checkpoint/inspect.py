@@ -13,7 +13,7 @@ from cosmos_scale.checkpoint.files import BrokenCheckpoint, TensorFile
 from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of
 from cosmos_scale.errors import UserError
 
-# The first part whose prefix a parameter's name has; the image tower's pooler is a head, like the text tower's.
+# A parameter belongs to the first part here that has a prefix of its name. So both towers' poolers are heads.
 PARTS = {
     "heads": ("visual.attn_cross_pool.", "text_attn_cross_pool.", "image_token_mapping.", "text_token_mapping."),
     "log-scales": ("logit_scale", "distill_logit_scale"),
@@ -35,7 +35,7 @@ class FileReport(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found of one checkpoint. manifest: None where it cannot be read, of which `errors` says why.
+    """What was found out about one checkpoint. manifest: None where it cannot be read; `errors` says why.
 
     verified: whether every byte was read; otherwise the files' presence, sizes and headers were looked at.
     """
@@ -48,16 +48,16 @@ class Inspection:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Whether nothing wrong was found with the checkpoint."""
         return not self.errors
 
     @property
     def size(self) -> int:
-        """Bytes of its files of tensors."""
+        """Bytes of the checkpoint's tensor files."""
         return sum(file.size for file in self.files)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data, for JSON."""
         known: dict[str, Any] = {}
         if self.manifest is not None:
             state = self.manifest.state
@@ -72,7 +72,10 @@ class Inspection:
 
 
 def find_folders(folder: Path) -> list[Path]:
-    """The checkpoint that a folder is, or all of a run, oldest first; raises UserError where there is none."""
+    """Return a folder that is a checkpoint, or all checkpoints of a run's folder, oldest first.
+
+    Raises UserError where there is none.
+    """
     if (folder / MANIFEST).exists() or (step_of(folder) >= 0 and folder.is_dir()):
         return [folder]
     found = saved_folders(folder) or saved_folders(folder / "checkpoints")
@@ -82,12 +85,12 @@ def find_folders(folder: Path) -> list[Path]:
 
 
 def total_size(folders: list[Path]) -> int:
-    """Bytes that verifying checkpoints reads."""
+    """Return how many bytes are read when these checkpoints are verified."""
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
 
 
 def inspect(folder: Path, *, verify: bool, advance: Callable[[int], None] = lambda count: None) -> Inspection:
-    """Look at a checkpoint; verify: read all of it. advance: is told of bytes as they are checked."""
+    """Look at a checkpoint. verify: read every byte. advance: takes the bytes of each checked chunk."""
     try:
         manifest = read_manifest(folder)
     except UserError as failure:  # broken, or of another version
@@ -120,13 +123,13 @@ def _check_files(
 
 
 def epoch(manifest: Manifest) -> float | None:
-    """Passes over the data so far, None where the run did not say how long one is."""
+    """Return the passes over the data so far; None where the checkpoint does not say how long a pass is."""
     steps = manifest.state.steps_per_epoch
     return None if steps is None else manifest.state.step / steps
 
 
 def parts(manifest: Manifest) -> dict[str, int]:
-    """Parameters by the part of the model."""
+    """Return how many parameters each part of the model has."""
     counts = dict.fromkeys(SHOWN, 0)
     for name, entry in manifest.parameters.items():
         counts[next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))] += Size(
@@ -169,7 +172,7 @@ def show_all(found: list[Inspection], console: Console) -> None:
 
 
 def verdict(found: Inspection) -> str:
-    """Whether it is whole, as far as was looked."""
+    """Return in words whether a checkpoint is whole, as far as it was read."""
     if not found.whole:
         return "BROKEN"
     return "whole, every checksum is right" if found.verified else "whole"

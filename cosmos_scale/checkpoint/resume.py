@@ -47,11 +47,12 @@ class Start:
 
 
 def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOver, ...] = ()) -> Start:
-    """Decide by `resume` and the checkpoints under root; data is the digest of the run's index.
+    """Decide where a run starts, by the config's `resume` and the checkpoints under root.
 
-    broken: checkpoints that were found broken when they were read; `resume: auto` passes them over too.
-    Raises UserError where `resume: never` would mix two runs, where no whole checkpoint is at the place named or left,
-    or where keys or the data differ that may not.
+    data: digest of the run's index. broken: checkpoints that were found broken when they were read; `resume: auto`
+    passes them over too.
+    Raises UserError where `resume: never` finds another run's checkpoint, where the folder named has no checkpoint,
+    where all checkpoints are broken, or where data or keys differ that must stay the same.
     """
     if config.resume == "never":
         found = newest(root)
@@ -67,7 +68,7 @@ def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOve
     state = read_state(folder)
     last = newest(root)
     if config.resume != "auto" and last is not None and step_of(last) > state.step:
-        # A later resume: auto would take the newer one and so leave what this run adds.
+        # A later `resume: auto` would start from the newer checkpoint, and what this run adds would be lost.
         raise UserError(f"resume: {folder}, but {last} is newer; rule: move newer ones away, or choose another output")
     changed = changed_on_resume(read_run_config(folder), config)
     if changed:
@@ -84,10 +85,11 @@ def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOve
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a broken checkpoint, so that it no longer counts as one, and return its new name.
+    """Rename a broken checkpoint, so that it no longer counts as a checkpoint, and return its new name.
 
-    What the run saves next is older than it; left where it is, it would be the newest again, and keep_last keep it.
-    Raises UserError.
+    The run goes on from an older checkpoint, so the steps that it saves next come before the broken checkpoint's step.
+    Under its old name the broken checkpoint would be the newest one again, and keep_last would keep it.
+    Raises UserError where it cannot be renamed.
     """
     names = (folder.with_name(f"{folder.name}.broken{'' if number == 1 else f'-{number}'}") for number in count(1))
     free = next(name for name in names if not name.exists())
@@ -99,7 +101,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def _newest_whole(root: Path, broken: tuple[PassedOver, ...]) -> tuple[Path | None, tuple[PassedOver, ...]]:
-    """The newest checkpoint under root of which nothing is known to be wrong, and what is wrong with newer ones."""
+    """Return the newest checkpoint under root without a known fault, and what is wrong with newer checkpoints."""
     known = {passed.folder for passed in broken}
     for folder in reversed(saved_folders(root)):
         if folder in known:

@@ -1,8 +1,9 @@
 """Checkpoints: a folder of safetensors fragments, one file a rank, and a manifest that is written last.
 
-A folder counts only with its manifest; it is made under a temporary name and renamed when it is whole. The manifest
-says where each element of each parameter lies, so that any number of ranks at any stage of ZeRO reads what any other
-wrote, and holds a checksum for each megabyte of the files and one of itself.
+A folder counts as a checkpoint only with its manifest. The folder is made under a temporary name and renamed when it is
+whole. The manifest says where each element of each parameter lies, so that any number of ranks at any stage of ZeRO can
+read what any other number wrote at any other stage. The manifest also holds a checksum for each megabyte of the files,
+and a checksum of itself.
 """
 
 import json
@@ -39,7 +40,7 @@ class RunState:
     step: steps done. samples: samples consumed over all ranks. updates: AdamW updates done. world_size: of the run that
     saved. loss_scaler: numbers of fp16's scaler. data: digest of the index that gives the samples' order.
     config: the run's configuration as plain data. lost_shards: the shards given up, each with the step from which on
-    its samples are replaced. steps_per_epoch: of the data at this global batch, None where nobody said.
+    its samples are replaced. steps_per_epoch: of the data at this global batch, None where that was not saved.
     """
 
     step: int
@@ -59,29 +60,29 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder, -1 where it is no such name."""
+    """Return the step in the name of a checkpoint's folder, -1 for any other name."""
     match = re.fullmatch(r"step-(\d+)", folder.name)
     return -1 if match is None else int(match[1])
 
 
 def saved_folders(root: Path) -> list[Path]:
-    """Folders under their checkpoint's final name, oldest first; they were whole when they got it."""
+    """Return the folders with a checkpoint's final name, oldest first; each was whole when it got this name."""
     return sorted((folder for folder in root.glob("step-*") if step_of(folder) >= 0), key=step_of)
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Checkpoints under a folder, oldest first: those with a manifest, of which nothing was read yet."""
+    """Return the checkpoints under a folder, oldest first: folders with a manifest, which is not read here."""
     return [folder for folder in saved_folders(root) if (folder / MANIFEST).exists()]
 
 
 def newest(root: Path) -> Path | None:
-    """The checkpoint of the highest step under a folder, None where there is none."""
+    """Return the checkpoint of the highest step under a folder, None where there is no checkpoint."""
     found = checkpoints(root)
     return found[-1] if found else None
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a folder means: itself, or the newest of a run's or of its checkpoints folder.
+    """Return the checkpoint that a folder stands for: itself, or the newest in it or in its folder `checkpoints`.
 
     Raises UserError where there is none.
     """
@@ -94,7 +95,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 class Manifest(NamedTuple):
-    """What is said of a checkpoint beside its tensors.
+    """What a checkpoint holds beside its tensors.
 
     written: when, in UTC and ISO 8601. parameters: by name, {"shape": [...], "pieces": [[file, first element,
     elements], ...]}.
@@ -108,9 +109,10 @@ class Manifest(NamedTuple):
 
 
 def load_checkpoint(folder: Path, fragments: Iterable[Fragment]) -> RunState:
-    """Fill a rank's fragments from a checkpoint, whatever world size and stage wrote it; reads only their bytes.
+    """Fill a rank's fragments from a checkpoint of any world size and stage, and return the run's state.
 
-    Raises BrokenCheckpoint where it is not what was written, UserError where it holds other parameters or shapes.
+    Only the chunks that hold the fragments are read. Raises BrokenCheckpoint where the files are not what was written,
+    UserError where the checkpoint holds other parameters or shapes.
     """
     manifest = read_manifest(folder)
     with FragmentReader(folder, manifest) as reader:
@@ -119,12 +121,12 @@ def load_checkpoint(folder: Path, fragments: Iterable[Fragment]) -> RunState:
 
 
 def read_state(folder: Path) -> RunState:
-    """The run state of a checkpoint; raises UserError where the folder is none."""
+    """Return the run state of a checkpoint; raises UserError where the folder is no readable checkpoint."""
     return read_manifest(folder).state
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """The configuration of the run that wrote a checkpoint; raises UserError where this version cannot read it."""
+    """Return the configuration of the run that wrote a checkpoint; raises UserError where it cannot be read."""
     try:
         return RunConfig.model_validate(read_state(folder).config)
     except ValidationError as failure:
@@ -136,7 +138,7 @@ def read_run_config(folder: Path) -> RunConfig:
 
 
 def load_weights(folder: Path, which: Literal["student", "teacher"]) -> dict[str, Tensor]:
-    """Whole float32 weights of one model by state-dict name; log-scales have shape [], as in public checkpoints."""
+    """Return a model's whole float32 weights by state-dict name; log-scales are [], as in public checkpoints."""
     manifest = read_manifest(folder)
     weights = {}
     with FragmentReader(folder, manifest) as reader:
@@ -148,11 +150,11 @@ def load_weights(folder: Path, which: Literal["student", "teacher"]) -> dict[str
 
 
 def load_model(model: nn.Module, folder: Path, which: Literal["student", "teacher"]) -> None:
-    """Fill a model with the weights of one; raises UserError where they are not those of such a model."""
+    """Fill a model with a checkpoint's weights; raises UserError where they do not fit the model."""
     try:
         model.load_state_dict(load_weights(folder, which))
     except RuntimeError as failure:
-        # torch lists every key and shape, a line each kind; the first one says enough.
+        # torch lists all keys and shapes that differ, a line for each kind; the first line says enough.
         first = str(failure).splitlines()[1].strip()
         raise UserError(f"checkpoint {folder}: does not fit the model: {first[:200]}") from failure
 
@@ -178,12 +180,12 @@ class FragmentReader:
         parts = list(fragments)
         for fragment in parts:
             self.check_shape(fragment.name, list(fragment.shape))
-        for kind in KINDS:  # as the files have them, so that each chunk is read once
+        for kind in KINDS:  # in the order of the files, so that each chunk is read once
             for fragment in parts:
                 self.read(fragment.name, kind, fragment.start, fragment.tensors()[kind])
 
     def check_shape(self, name: str, shape: list[int]) -> None:
-        """Raise UserError where the checkpoint has no such parameter, or of another shape."""
+        """Raise UserError where the checkpoint lacks a parameter, or has it in another shape."""
         if name not in self.manifest.parameters:
             raise UserError(f"checkpoint {self.folder}: has no parameter {name!r}; rule: the model must be the same")
         saved = self.manifest.parameters[name]["shape"]
@@ -193,7 +195,7 @@ class FragmentReader:
             )
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
-        """Fill out ([n]) with the parameter's elements start .. start + n."""
+        """Fill `out`, [n] float32, with a parameter's elements from start on; raises BrokenCheckpoint."""
         end, filled = start + out.numel(), 0
         for file, piece_start, count in self.manifest.parameters[name]["pieces"]:
             low, high = max(start, piece_start), min(end, piece_start + count)
@@ -206,7 +208,7 @@ class FragmentReader:
             )
 
     def file(self, name: str) -> TensorFile:
-        """One of the checkpoint's files, opened when it is first asked for; raises BrokenCheckpoint."""
+        """Return one of the checkpoint's files, opened when it is first asked for; raises BrokenCheckpoint."""
         if name not in self._open:
             if name not in self.manifest.files:
                 raise BrokenCheckpoint(f"checkpoint {self.folder}: {MANIFEST} does not know its file {name}")
@@ -217,7 +219,7 @@ class FragmentReader:
 def write_manifest(
     folder: Path, state: RunState, ranks: Sequence[tuple[FileRecord, Sequence[tuple[str, list[int], int, int]]]]
 ) -> None:
-    """Write what makes a folder a checkpoint, and wait for the disk; raises OSError.
+    """Write the manifest, which makes a folder a checkpoint, and wait for the disk; raises OSError.
 
     ranks: for each file its record, and (name, shape, first element, elements) of the pieces in it.
     """
@@ -243,16 +245,19 @@ def write_manifest(
 
 
 def manifest_checksum(content: dict[str, Any]) -> int:
-    """The CRC-32 of a manifest's content without its checksum."""
+    """Return the CRC-32 of a manifest's content without its checksum."""
     return zlib.crc32(json.dumps({key: value for key, value in content.items() if key != "checksum"}).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check what is said of a checkpoint; raises BrokenCheckpoint, or UserError for another version's."""
+    """Read and check a checkpoint's manifest.
+
+    Raises BrokenCheckpoint where it is missing or damaged, UserError where another version wrote it.
+    """
     path = folder / MANIFEST
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        # First the checksum, or a damaged number would pass for another version's; format 1 had none.
+        # The checksum comes first: a damaged format number would look like another version's. Format 1 had no checksum.
         if ("checksum" in content or content["format"] == FORMAT) and content["checksum"] != manifest_checksum(content):
             raise ValueError("its checksum is another")
         if content["format"] != FORMAT:
@@ -269,6 +274,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise BrokenCheckpoint where a file is missing or of another size: what a look tells without reading them."""
+    """Raise BrokenCheckpoint where a file is missing, or its size or header is wrong; no tensor is read."""
     for record in manifest.files.values():
         TensorFile(folder, record).close()

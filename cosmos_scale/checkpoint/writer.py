@@ -1,7 +1,8 @@
 """Writing checkpoints beside the training: a copy in memory, then files, manifest and rename in a thread.
 
-The step that asks for a checkpoint waits for the copy only. Ranks say by files that theirs are whole, so that no
-collective runs beside those of the training; the first rank, which sees them all, then makes the checkpoint count.
+The step that asks for a checkpoint waits for the copy only. A rank that has written its tensors says so by a small
+file, so that no collective runs beside the training's collectives. The first rank waits for the small files of all
+ranks and then turns the folder into a checkpoint.
 """
 
 import errno
@@ -34,14 +35,14 @@ from cosmos_scale.fragments import Fragment
 
 POLL = 0.05  # seconds between looks for the other ranks' files
 SEEN_WITHIN = 60.0  # seconds after which a file that another rank has written must be seen here
-LAST_SECONDS = 10.0  # for the checkpoint under way, after an error that other ranks may not share
+LAST_SECONDS = 10.0  # given to the checkpoint under way after an error that other ranks may not have
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints, one at a time, and deletes those that need not stay.
+    """Saves a run's checkpoints, one at a time, and deletes old checkpoints that need not stay.
 
-    A context: leaving it waits for the checkpoint under way; after an error that other ranks may not share, only for
-    some seconds. Holds a copy of what this rank saves: 16 bytes for each of its parameters.
+    A context: its end waits for the checkpoint under way; after an error that other ranks may not have, it waits only
+    LAST_SECONDS. Holds a copy of what this rank saves: 16 bytes for each of its elements.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._saving: Path | None = None
         self._error: str | None = None
-        self._written = threading.Event()  # this rank's file, or the error that prevented it
+        self._written = threading.Event()  # this rank's file, or else `_error` says why not
         self._all_written = threading.Event()
         self._given_up = threading.Event()
 
@@ -74,14 +75,15 @@ class CheckpointWriter:
             except UserError as failure:
                 raise UserError(f"{error}; and {failure}") from failure
         elif issubclass(kind, Exception) and self._thread is not None:
-            # Other ranks may be gone, so that what they have not written will not come; they may have written all.
+            # Other ranks may have ended. What they have not written will never come, but perhaps they have written all.
             self._thread.join(LAST_SECONDS)
 
     def save(self, state: RunState) -> None:
         """Copy this rank's fragments and start writing them as the checkpoint of a step; collective.
 
-        The step that was saved last is not saved again, as a run that stops right after a checkpoint asks for.
-        Raises UserError on every rank where the checkpoint before it could not be written, or its folder not be made.
+        The step that was saved last is not saved again: a run that stops right after a checkpoint asks for its step
+        twice. Raises UserError on every rank where the checkpoint before could not be written, or where the new
+        folder cannot be made.
         """
         final = self.root / checkpoint_name(state.step)
         if final == self._saving:
@@ -109,9 +111,9 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> Path | None:
-        """Wait for the checkpoint under way; returns the one saved last, None where there was none; collective.
+        """Wait for the checkpoint under way; returns the checkpoint saved last, None before the first; collective.
 
-        Raises UserError on every rank where one of them could not write; the checkpoints before it stand.
+        Raises UserError on every rank where any rank could not write; earlier checkpoints stay as they are.
         """
         if self._thread is None:
             return self._saving
@@ -127,17 +129,17 @@ class CheckpointWriter:
         except UserError:
             self._given_up.set()  # the first rank would wait for a file that will not come
             thread.join()
-            if self._rank == 0:  # a full disk is no place for what nobody can use
+            if self._rank == 0:  # nobody can use an unfinished folder, and the disk may be full
                 shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
             raise
-        except Exception:  # another rank is gone, and perhaps its file with it
+        except Exception:  # another rank has ended, perhaps before its file was written
             thread.join(LAST_SECONDS)
             raise
         self._saving = final
         return final
 
     def _write(self, temporary: Path, final: Path, state: RunState) -> None:
-        """In the thread: write this rank's file, then on the first rank what makes it a checkpoint."""
+        """In the thread: write this rank's file; on the first rank, then make the folder a checkpoint."""
         path = temporary / f"fragments-{self._rank:05d}.safetensors"
         try:
             tensors = {
@@ -147,10 +149,10 @@ class CheckpointWriter:
             }
             record = write_tensors(path, tensors)
             pieces = [(part.name, list(part.shape), part.start, part.weight.numel()) for part in self._fragments]
-            # Whole at once: the first rank takes its appearance for its completion.
+            # Written whole at once: the first rank takes this file as complete as soon as it exists.
             with whole_file(_record_path(temporary, self._rank)) as part:
                 part.write_text(json.dumps([record, pieces]))
-        except Exception as failure:  # whatever it is: of a thread that just ended the ranks would not hear
+        except Exception as failure:  # any: the ranks would not learn of an error that only ends this thread
             self._error = f"checkpoint {path}: {_reason(failure)} (rank {self._rank})"
         self._written.set()
         if self._rank > 0 or self._error is not None:
@@ -169,21 +171,21 @@ class CheckpointWriter:
             file, pieces = json.loads(record.read_text())
             if pieces:
                 ranks.append((FileRecord(*file), pieces))
-            else:  # this rank owns nothing that another does not save
+            else:  # the rank has no element that another rank does not save
                 (temporary / file[0]).unlink()
             record.unlink()
         write_manifest(temporary, state, ranks)
         displaced = final.with_name(f"{final.name}.old.tmp")
-        if final.exists():  # of a run that went back behind it
+        if final.exists():  # the run went back to an earlier step and comes to this step again
             final.rename(displaced)
         temporary.rename(final)
         sync_folder(self.root)
-        sync_folder(self.root.parent)  # which the folder of checkpoints may be new in
+        sync_folder(self.root.parent)  # where the folder of checkpoints may be new
         shutil.rmtree(displaced, ignore_errors=True)
         self._prune(final)
 
     def _seen(self, records: Sequence[Path]) -> bool:
-        """Wait for what the ranks leave when their files are whole; False where one of them could not write."""
+        """Wait for the small files by which ranks say that theirs are written; False where a rank could not write."""
         deadline = None
         while missing := [record for record in records if not record.exists()]:
             if self._given_up.is_set():
@@ -198,18 +200,18 @@ class CheckpointWriter:
         return True
 
     def _prune(self, final: Path) -> None:
-        """Delete all but the newest and those that are kept for good."""
+        """Delete all checkpoints but the newest and those that are kept for good."""
         for old in checkpoints(self.root)[: -self._config.keep_last]:
             for_good = self._config.keep_every is not None and step_of(old) % self._config.keep_every == 0
-            if old == final or for_good:  # a run that went back to an older checkpoint saves below the newest
+            if old == final or for_good:  # a run that went back to an older step may save below the newest
                 continue
             going = old.with_name(f"{old.name}.old.tmp")
             with suppress(OSError):  # what cannot be deleted harms no run
-                old.rename(going)  # half deleted it would pass for a damaged one
+                old.rename(going)  # under its own name, half deleted, it would look like a damaged one
                 shutil.rmtree(going)
 
     def _allocate(self) -> list[dict[str, Tensor]]:
-        """Memory for the copies, touched: a page that is first touched while the training waits costs as much again."""
+        """Return memory for the copies, each page touched: a first touch in `save` would take as long as the copy."""
         pinned = torch.cuda.is_available()
         return [
             {kind: torch.zeros(fragment.weight.numel(), pin_memory=pinned).fill_(0.0) for kind in KINDS}

@@ -1,9 +1,10 @@
-"""Gradient accumulation that is right for a contrastive loss: the loss is one of the whole batch, computed once.
+"""Gradient accumulation that is right for a contrastive loss: one loss, computed once, over the whole batch.
 
-With k micro-batches the features of all of them are computed without a graph, the loss and its gradients with respect
-to the features from all of these, and then each micro-batch is computed again and backpropagates its part (Gao et al.
-2021, "Scaling deep contrastive learning batch size under memory limited setup", section 3.2). So k micro-batches give
-the gradient of one batch k times as large, where summing k small losses would leave out the negatives among them.
+With k micro-batches a step has three parts. First the features of all micro-batches are computed without a graph. Then
+the loss and its gradients with respect to the features are computed from all features. Last, each micro-batch is
+computed again and backpropagates its part of these gradients (Gao et al. 2021, "Scaling deep contrastive learning batch
+size under memory limited setup", section 3.2). So k micro-batches give the gradient of one batch that is k times as
+large. The sum of k small losses would lack the negatives between micro-batches.
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,6 @@ def cut(gradients: Features, parts: int) -> list[Features]:
 
 
 def surrogate(features: Features, gradients: Features) -> Tensor:
-    """[] float32 whose gradient with respect to the features is `gradients`, for an engine that wants a scalar."""
+    """Return [] float32 whose gradient by the features is `gradients`: the engine backpropagates scalars only."""
     products = [(feature.float() * gradient).sum() for feature, gradient in zip(features, gradients, strict=True)]
     return torch.stack(products).sum()

@@ -11,11 +11,12 @@ from cosmos_scale.errors import UserError
 
 
 def build_cpu_communication() -> float:
-    """Compile what DeepSpeed's ranks on CPUs need, unless it lies in torch's extension cache; return the seconds taken.
+    """Compile what DeepSpeed's ranks on CPUs need, unless torch's extension cache has it; return the seconds taken.
 
-    It takes a minute or two, once per environment and torch version. Left to the first launch, all ranks wait for it
-    without a word, and under some torch versions a launch killed meanwhile leaves a lock that the next waits for: so it
-    is done here, alone. Raises UserError where there is no C++ compiler.
+    The build takes a minute or two, once for each environment and torch version. In the first launch all ranks would
+    wait for the build without a message. A launch that is killed meanwhile leaves a lock under some torch versions, and
+    the next launch waits for the lock. So the build is done here, by one process. Raises UserError where there is no
+    C++ compiler.
     """
     use_own_environment()
     compiler = os.environ.get("CXX", "g++")
@@ -34,10 +35,11 @@ def build_cpu_communication() -> float:
 def use_own_environment() -> None:
     """Let builds and subprocesses use this interpreter's environment, activated or not.
 
-    Its programs (ninja, deepspeed) come first on PATH, and extensions are built into it: DeepSpeed's build depends on
-    the place of its sources, so environments that share torch's usual cache rebuild it in turn.
+    The environment's programs (ninja, deepspeed) come first on PATH. Extensions are built into the environment:
+    DeepSpeed's build depends on where its sources lie, so two environments that share torch's usual cache would each
+    undo the other's build.
     """
-    # It warns on machines with a CUDA toolkit and no GPU.
+    # torch's module warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     folder = str(Path(sys.executable).parent)
     folders = os.environ.get("PATH", "").split(os.pathsep)

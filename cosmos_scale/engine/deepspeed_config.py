@@ -15,16 +15,21 @@ PERSISTENT_WEIGHTS = 100_000
 
 
 def gradient_bucket(elements: int) -> int:
-    """Return how many elements' gradients are reduced at a time, for a model of so many; DeepSpeed's 5e8 take 2 GB."""
+    """Return how many gradient elements are reduced at a time in a model of so many; DeepSpeed's 5e8 take 2 GB."""
     return max(1, min(GRADIENT_BUCKET, elements // 8))
 
 
 def stage_3_keys(elements: int) -> dict[str, Any]:
-    """Stage 3's keys for a model of so many elements: the defaults would keep one of 10^9 whole."""
+    """Return DeepSpeed's keys of stage 3 for a model of so many elements.
+
+    With DeepSpeed's defaults a model of up to 10^9 elements would stay whole on every rank.
+    """
     return {
-        # It would replace torch.nn.functional.linear in the whole process; the model's own needs no such thing.
+        # True would replace torch.nn.functional.linear in the whole process. The model has a linear map of its own
+        # (kernels/linear.py), which saves the same memory.
         "memory_efficient_linear": False,
-        # Elements gathered ahead, gathered at one time, and kept although they are only needed again later.
+        # In elements: how many are gathered ahead, how many may be gathered at one time, and within how many others a
+        # gathered tensor must be used again to be kept meanwhile.
         "stage3_prefetch_bucket_size": min(REUSED_WEIGHTS, elements // 8),
         "stage3_max_live_parameters": min(LIVE_WEIGHTS, elements // 3),
         "stage3_max_reuse_distance": min(REUSED_WEIGHTS, elements // 8),
@@ -35,7 +40,8 @@ def stage_3_keys(elements: int) -> dict[str, Any]:
 def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dictionary for `deepspeed.initialize`, for a model of so many elements.
 
-    zero_keys: of the stage's layout. Raises UserError where world_size does not divide the batch.
+    zero_keys: what the stage's layout adds to `zero_optimization`. Raises UserError where world_size does not divide
+    the batch.
     """
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
@@ -50,7 +56,7 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
         "gradient_accumulation_steps": config.train.micro_batches,
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
-        # Ours steps on the host as well as DeepSpeed's own, which would be compiled at the first launch.
+        # Our optimizer steps on the host too. DeepSpeed's CPU optimizer would be compiled at the first launch.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         # Our device-side gate replaces DeepSpeed's overflow check, which the host waits for.
@@ -64,9 +70,9 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
 
 
 def teacher_deepspeed_config(config: RunConfig, world_size: int, zero_keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dictionary for the engine of a teacher whose weights are sharded, and which has no optimizer.
+    """Return the dictionary for the engine of a teacher with sharded weights and without an optimizer.
 
-    zero_keys: of stage 3.
+    zero_keys: what the layout of stage 3 adds to `zero_optimization`.
     """
     student = deepspeed_config(config, world_size, 0, {})
     kept = (

@@ -56,7 +56,7 @@ class _Sizes(NamedTuple):
 
 
 def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list[MemoryRow]:
-    """Return what the rank that holds most holds between backward and update; activations come on top.
+    """Return the rows of the rank that holds most, between backward and update; activations come on top.
 
     model: on any device, the meta device too; not yet taken over by DeepSpeed.
     """
@@ -89,8 +89,8 @@ def _unsharded(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
 
 def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
     low, host, W = sizes.low, config.zero.offload, sizes.world_size
-    are_weights = sizes.exact and not host  # the masters
-    is_average = are_weights and W == 1  # the teacher
+    are_weights = sizes.exact and not host  # whether the masters are the weights
+    is_average = are_weights and W == 1  # whether the teacher is the average
     gradient = 4 if host else low
     teacher = 0 if is_average else low
     rows = [
@@ -103,7 +103,7 @@ def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
         MemoryRow("average", "shard", 4, sizes.share, host),
         MemoryRow("teacher", "the average itself" if is_average else "whole", teacher, sizes.elements),
     ]
-    # Each group is padded, so that it has equal shares: the weights and the teacher hold all padding, a shard its part.
+    # Each group is padded, so that its shares are equal. Weights and teacher hold all padding, a shard holds its part.
     alignment = FLAT_ALIGNMENT * W
     flats = [math.ceil(sum(group) / alignment) * alignment for group in sizes.groups]
     padding, masters = sum(flats) - sizes.elements, 0 if are_weights else 4
@@ -131,7 +131,7 @@ def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
 def _sharded_weights(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
     low, host, W = sizes.low, config.zero.offload, sizes.world_size
     tensors = [elements for group in sizes.groups for elements in group]
-    # One process's share is all of a tensor already.
+    # With one process a rank's share is the whole tensor already.
     persistent = sum(tensor for tensor in tensors if tensor < PERSISTENT_WEIGHTS) if W > 1 else 0
     padding = sum(math.ceil(tensor / W) for tensor in tensors) - sizes.share
     rows = [

@@ -12,11 +12,11 @@ from cosmos_scale.kernels import adamw_ema
 from cosmos_scale.model.cosmos import parameter_decays
 
 SCALE_RANGE = (0.0, math.log(100.0))
-SCALES_GROUP = 2  # of the optimizer's groups
+SCALES_GROUP = 2  # the log-scales' place among the optimizer's groups
 
 
 class _UnderWay(NamedTuple):
-    """What the update under way was asked for."""
+    """The arguments of the update under way."""
 
     momentum: float
     skip: Tensor
@@ -25,11 +25,12 @@ class _UnderWay(NamedTuple):
 class AdamWEma(torch.optim.Optimizer):
     """AdamW whose state also holds the fp32 moving average of each parameter (key "ema").
 
-    DeepSpeed replaces the parameters of the groups by the fp32 tensors that it owns (from stage 1 on flat shards), so
-    the average is sharded as the masters are, and its update issues no collective. A group with "clamp" keeps its
-    parameters in that range after each update, on the masters, before DeepSpeed copies them out.
-    `adopt` takes over those tensors. `update` is the only way to an update: DeepSpeed calls `step` inside of it, once,
-    or at stage 3, where groups are empty at other times, once for each shard.
+    DeepSpeed replaces the parameters of the groups by the fp32 tensors that it owns: the masters, which are flat shards
+    from stage 1 on. `adopt` takes over the masters. So the average is sharded like the masters, and its update needs no
+    collective. A group with "clamp" keeps its masters in that range after each update, before DeepSpeed copies them
+    into the weights.
+    `update` is the only way to an update. Inside `update` DeepSpeed calls `step` once; at stage 3 it calls `step` once
+    for each shard, and the groups of the other shards are empty during the call.
     """
 
     def __init__(
@@ -50,13 +51,14 @@ class AdamWEma(torch.optim.Optimizer):
     def update(self, step: Callable[[], bool], *, lr: float, momentum: float, skip: Tensor) -> None:
         """Let DeepSpeed do one update.
 
-        step: calls `DeepSpeedEngine.step`, and says whether DeepSpeed updated anything. Where its loss scaler drops
-        the update, only the AdamW update is lost: the averages move and the clamp holds, as in the published run.
-        lr: learning rate. momentum: of the average. skip: [] float32, 0, or 1 where nothing is to change.
+        step: calls `DeepSpeedEngine.step`, and returns whether DeepSpeed updated anything. Where DeepSpeed's loss
+        scaler drops the update, only AdamW's part is lost: the averages still move and the clamp still holds, as in the
+        published run. lr: learning rate. momentum: of the average. skip: [] float32, 0, or 1 where nothing is to
+        change.
         """
         for group in self.param_groups:
             group["lr"] = lr
-        # Offloaded states lie on the CPU: then the host waits for the flag, as for the gradients.
+        # Offloaded states lie on the CPU. Then the host waits for the flag, as it waits for the gradients.
         self._under_way = _UnderWay(momentum, skip.to(self.shards[0][0].device))
         try:
             if not step():
@@ -77,27 +79,27 @@ class AdamWEma(torch.optim.Optimizer):
     @property
     def updates(self) -> Tensor:
         """[] float32 on the states' device: the AdamW updates done."""
-        # Any shard's: a rank's own may be all padding.
+        # All shards have the same count, a shard that is all padding too.
         done: Tensor = self.state[self.shards[0][0]]["step"]
         return done
 
     def set_updates(self, count: int) -> None:
-        """Say how many AdamW updates were done."""
+        """Set how many AdamW updates were done, for the bias correction."""
         for state in self.state.values():
             state["step"].fill_(count)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the groups in place from their gradients; parameters without one count as having a zero gradient."""
+        """Update the groups in place from their gradients; a parameter without a gradient has a zero gradient."""
         assert closure is None, "DeepSpeed calls step without a closure"
         under_way = self._under_way
         if under_way is None:
-            # At stage 0 DeepSpeed's low-precision wrapper makes a trial step with zero gradients, as it is made.
+            # At stage 0 the constructor of DeepSpeed's low-precision wrapper makes a trial step with zero gradients.
             assert not self.shards, "`update` is the way to an update"
             return
         for group in self.param_groups:
             parameters = group["params"]
-            if not parameters:  # at stage 3 its turn comes in another call
+            if not parameters:  # at stage 3: the group's turn comes in another call
                 continue
             gradients = [
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters
@@ -136,7 +138,7 @@ class AdamWEma(torch.optim.Optimizer):
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], optimizer: OptimizerConfig, ema: EmaConfig
 ) -> AdamWEma:
-    """Group named parameters into decayed, not decayed and the clamped log-scales, in their order."""
+    """Build the optimizer with three groups: weight decay, no weight decay, and the log-scales, which are clamped."""
     named = list(parameters)
     scales = [parameter for name, parameter in named if name.endswith("logit_scale")]
     towers = [(name, parameter) for name, parameter in named if not name.endswith("logit_scale")]

@@ -25,7 +25,7 @@ class Pair(NamedTuple):
         """Go on from a checkpoint of any world size and stage; collective.
 
         Raises, on all ranks alike: BrokenCheckpoint where any rank finds a file that is not what was written; then
-        another checkpoint may be restored. UserError where the checkpoint is not one of such a model.
+        another checkpoint may be restored. UserError where the checkpoint holds another model.
         """
         ranks = self.student.ranks
         state, broken, error = None, None, None
@@ -56,7 +56,7 @@ def pair_of_models(config: RunConfig, ranks: Ranks, student: CosmosModel, teache
 
 
 def drawn_pair(config: RunConfig, ranks: Ranks, *, teacher_seed: int | None = None) -> Pair:
-    """Draw the student's weights from the run's seed; the teacher is a copy, or drawn from a seed of its own."""
+    """Draw the student's weights from the run's seed; the teacher is a copy, or has a seed of its own. Collective."""
     student, teacher = CosmosModel(config.model), CosmosModel(config.model)
     student.init_weights(torch.Generator().manual_seed(config.seed))
     if teacher_seed is None:

@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. control: a CPU group for small host-side messages."""
+    """This process's place among all ranks. control: a CPU group of all ranks, for small messages between hosts."""
 
     rank: int
     world_size: int
@@ -40,21 +40,22 @@ class Ranks:
 def start_ranks(device: str) -> Ranks:
     """Join the process group named by the launcher's environment, or make a group of one.
 
-    It lasts as long as the process, since DeepSpeed keeps the first group it sees; a second call returns the same.
+    The group lasts as long as the process, since DeepSpeed keeps the first group that it sees; a second call returns
+    the same ranks.
 
     device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
     use_cuda = device != "cpu" and torch.cuda.is_available()
-    # DeepSpeed probes for an accelerator otherwise and warns when it finds none.
+    # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
-    # DeepSpeed still calls it by its old name.
+    # DeepSpeed still calls torch's collectives by their old names.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
     use_own_environment()
     import deepspeed  # here, since it takes seconds and --help should not
 
-    # It warns that it has not tried our optimizer itself; our tests have.
+    # DeepSpeed warns that it was not tested with our optimizer; our tests do test both together.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
@@ -62,11 +63,11 @@ def start_ranks(device: str) -> Ranks:
     backend = "nccl" if use_cuda else "gloo"
     if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: a group of one, without a port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports on its communication library at every start
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one machine share its cores; torch would give all of them to each.
+        # Ranks of one machine share its cores; torch would give all cores to every rank.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     atexit.register(_leave)
     control = dist.new_group(backend="gloo")
@@ -99,7 +100,7 @@ def raise_together(ranks: Ranks, error: UserError | None) -> None:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether an error out of a collective means that another rank has ended or cannot be reached."""
+    """Return whether an error of a collective means that another rank has ended or cannot be reached."""
     if isinstance(error, dist.DistError):
         return True
     # gloo raises plain RuntimeErrors.
@@ -115,14 +116,14 @@ def maxima(values: Sequence[float], ranks: Ranks) -> list[float]:
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """[n, ...] of one shape on all ranks, on the group's device, to [W n, ...] in rank order. Collective."""
+    """Gather [n, ...], of one shape on all ranks, on the group's device, to [W n, ...] in rank order. Collective."""
     pieces = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(pieces, tensor.contiguous())
     return torch.cat(pieces)
 
 
 def from_all(value: Value, ranks: Ranks) -> list[Value]:
-    """Every rank's value on every rank, by rank; they are pickled. Collective."""
+    """Return the values of all ranks, in rank order, on every rank; values are pickled. Collective."""
     values = [value] * ranks.world_size
     dist.all_gather_object(values, value, group=ranks.control)
     return values

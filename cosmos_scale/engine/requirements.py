@@ -1,4 +1,4 @@
-"""What keys of a run's model need of this machine, checked before anything starts."""
+"""Checks, before anything starts, that this machine can do what the keys of a run's model ask for."""
 
 import os
 import shutil
@@ -13,9 +13,10 @@ COMMON_HEAD = 64
 
 
 def check_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError where model.attention or model.compile cannot be had on a device, in the precision `dtype`."""
+    """Raise UserError where model.attention or model.compile cannot run on a device, in the precision `dtype`."""
     if model.attention != "auto":
-        # Of heads that every back end takes first: what stands in the way of these is no head's fault.
+        # First for a head size that every back end takes: such an obstacle does not come from one of the model's heads,
+        # and the message names no key of a head.
         for key, size in {"": COMMON_HEAD, **_head_sizes(model)}.items():
             reason = obstacle(model.attention, device, dtype, size)
             if reason:
@@ -41,7 +42,7 @@ def _head_sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def _compilers(device: torch.device) -> list[str]:
-    """Return the programs any of which compiles what torch.compile writes: C++ for CPUs, Triton's C stubs for GPUs."""
+    """Return the compilers of which torch.compile needs one: for C++ on CPUs, for Triton's C stubs on GPUs."""
     if device.type == "cpu":
         return [os.environ.get("CXX", "g++")]
     return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]

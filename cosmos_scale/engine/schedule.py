@@ -29,5 +29,5 @@ def ema_momentum(step: int, ema: EmaConfig, total_steps: int) -> float:
 
 
 def _half_cosine(progress: float) -> float:
-    # Clamped: past its end a cosine would rise again.
+    # Clamped: past the schedule's end the cosine would rise again.
     return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

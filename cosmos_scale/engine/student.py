@@ -18,9 +18,10 @@ from cosmos_scale.model.cosmos import CosmosModel
 
 
 class Update(NamedTuple):
-    """What an update says of itself, on the device.
+    """What became of an update, on the device.
 
-    finite: [] bool, equal on all ranks: whether the loss and its gradient are; where they are not, nothing changed.
+    finite: [] bool, equal on all ranks: whether the loss and its gradient are finite (in fp16 the loss alone); where
+    they are not, nothing changed.
     gradient_norm: [] float32, the L2 norm of the gradient over all parameters, before clipping.
     """
 
@@ -37,7 +38,7 @@ class Student:
         self.micro_batches = config.train.micro_batches
         self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
         model.recompute_blocks(config.train.recompute)
-        # DeepSpeed makes its masters from the low-precision copy; the float32 weights are put back below.
+        # DeepSpeed makes its masters from low-precision weights. The loop below puts the float32 weights into them.
         exact = {} if config.precision == "fp32" else _copies(model)
         self.model = model
         self.layout = lay_out(model.to(ranks.device), self.optimizer, config, ranks)
@@ -52,7 +53,7 @@ class Student:
             self._scales = self.layout.scales()
 
     def __call__(self, batch: Batch) -> Features:
-        """Normalised features of every view of this rank's batch; with a graph, unless there are micro-batches."""
+        """Return the normalised features of every view of this rank's batch; with a graph if it is one micro-batch."""
         if self.micro_batches > 1:
             with torch.no_grad():
                 parts: list[Features] = [self.engine(part) for part in batch.split(self.micro_batches)]
@@ -61,11 +62,11 @@ class Student:
         return features
 
     def with_full_scales(self, features: Features) -> Features:
-        """The same features with the fp32 log-scales, which bf16 would round by up to a percent."""
+        """Return the features with the masters' fp32 log-scales: bf16 would round a scale by up to a percent."""
         return features._replace(logit_scale=self._scales[0], distill_logit_scale=self._scales[1])
 
     def backward(self, batch: Batch, features: Features, gradients: Features) -> None:
-        """Backpropagate the loss's gradients with respect to the features that this returned for this batch."""
+        """Backpropagate the loss's gradients with respect to `features`, which this student returned for `batch`."""
         if self.micro_batches == 1:
             self.layout.backward(surrogate(features, gradients))
             return
@@ -73,14 +74,14 @@ class Student:
         for number, (part, part_gradients) in enumerate(parts, start=1):
             self.layout.backward(surrogate(self.engine(part), part_gradients))
             if number < self.micro_batches:
-                self.engine.step()  # updates nothing yet: it counts the micro-batches
+                self.engine.step()  # updates nothing yet: DeepSpeed counts the micro-batches
 
     @torch.no_grad()
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Update:
-        """AdamW, moving average and clamp; nothing changes where loss or gradient are not finite. Collective.
+        """Do AdamW, moving average and clamp; nothing changes where loss or gradient is not finite. Collective.
 
-        finite: [] bool, equal on all ranks: whether the loss is. In fp16, where the loss scaler drops updates whose
-        scaled gradient is not finite, the gradient does not count.
+        finite: [] bool, equal on all ranks: whether the loss is finite. In fp16 the gradient does not count, since the
+        loss scaler drops the AdamW update where the scaled gradient is not finite.
         """
         norm = self.layout.gradient_norm()
         if self.layout.scaler is None:
@@ -112,13 +113,13 @@ class Student:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters, written from outside, into the weights that the forward uses. Collective from stage 1."""
+        """Copy masters that were changed from outside into the weights of the forward. Collective from stage 1 on."""
         self.layout.publish()
         self._scales = self.layout.scales()
 
     @contextmanager
     def whole_model(self) -> Iterator[CosmosModel]:
-        """The model with whole weights, to be called by each rank as often as it likes. Collective at stage 3."""
+        """Yield the model with whole weights; each rank may call it as often as it likes. Collective at stage 3."""
         with self.layout.whole_model():
             yield self.model
 

@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
-    """The EMA teacher, without gradients; its weights are whole at stages 0 to 2 and sharded as the student's at 3."""
+    """The EMA teacher, without gradients; its weights are whole at stages 0 to 2 and sharded at stage 3."""
 
     def __init__(self, model: CosmosModel, student: Student, config: RunConfig) -> None:
         """Take over a model whose weights are replaced by the student's average."""
@@ -28,15 +28,16 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherFeatures:
-        """Normalised features of the global crops and captions of this rank's batch. Collective at stage 3."""
+        """Return normalised features of the global crops and captions of this rank's batch. Collective at stage 3."""
         self._weights.wait()
         return join([self._weights.forward(part) for part in batch.split(self._micro_batches)])
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the average into the teacher's weights: at stages 1 and 2 one all-gather a group, else local.
+        """Copy the average into the teacher's weights. Collective at stages 1 and 2.
 
-        The all-gathers run beside what comes next, up to the teacher's next use.
+        At stages 1 and 2 each group of the optimizer takes one all-gather, which runs in the background until the
+        teacher's next use. At the other stages ranks exchange nothing.
         """
         self._weights.refresh()
 
@@ -48,14 +49,14 @@ class Teacher:
 
     @contextmanager
     def whole_model(self) -> Iterator[CosmosModel]:
-        """The model with whole weights, to be called by each rank as often as it likes. Collective at stage 3."""
+        """Yield the model with whole weights; each rank may call it as often as it likes. Collective at stage 3."""
         model = self.model
         with self._weights.whole():
             yield model
 
 
 class _GlobalViews(nn.Module):
-    """The teacher's work as a module's forward: there, and only there, DeepSpeed gathers sharded weights."""
+    """A module whose forward is the teacher's work: DeepSpeed gathers sharded weights only in a module's forward."""
 
     def __init__(self, model: CosmosModel, global_captions: int) -> None:
         super().__init__()

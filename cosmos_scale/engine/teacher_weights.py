@@ -16,7 +16,7 @@ from cosmos_scale.loss.gather import all_gather_flat
 class TeacherWeights:
     """The teacher's weights in compute precision. In this class they are the average itself: nothing is to be copied.
 
-    forward: features of a batch's global views, collective at stage 3.
+    forward: returns the features of a batch's global views; collective at stage 3.
     """
 
     def __init__(self, forward: Callable[[Batch], TeacherFeatures]) -> None:
@@ -67,13 +67,13 @@ class GatheredTeacher(TeacherWeights):
 
     @override
     def wait(self) -> None:
-        for work, _ in self._gathering:  # each shard beside its work is read until the work is done
+        for work, _ in self._gathering:  # the list keeps each shard until the all-gather that reads it is done
             work.wait()
         self._gathering.clear()
 
 
 class ShardedTeacher(CopiedTeacher):
-    """This rank's parts of the weights, written where DeepSpeed keeps them: the next gathering brings them."""
+    """This rank's parts of the weights, written where DeepSpeed keeps them, so that its next gathering reads them."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ShardedTeacher(CopiedTeacher):
         fragments: Sequence[Fragment],
         gathered: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """gathered: a context that holds the whole weights on every rank."""
+        """gathered: returns a context that holds the whole weights on every rank."""
         super().__init__(forward, weights, fragments)
         self._gathered = gathered
         self._written: torch.cuda.Event | None = None
@@ -97,7 +97,7 @@ class ShardedTeacher(CopiedTeacher):
 
     @override
     def wait(self) -> None:
-        if self._written is not None:  # the host hardly waits: the student's forward lies between
+        if self._written is not None:  # the host hardly waits: the student's forward comes between
             self._written.synchronize()
             self._written = None
 

@@ -1,8 +1,8 @@
 """The stages of ZeRO: how DeepSpeed lays student and teacher over the ranks, a class for each layout.
 
-This file alone branches on the stage and reads DeepSpeed's insides, those of the versions that pyproject.toml admits.
-DeepSpeed's public functions (deepspeed.utils.safe_get_*) gather whole parameters, or give parts at stage 3 alone, and
-never say where a part begins.
+Only this file branches on the stage and reads DeepSpeed's insides, as they are in the versions that pyproject.toml
+admits. DeepSpeed's public functions (deepspeed.utils.safe_get_*) do not do: they gather whole parameters, or give parts
+at stage 3 only, and never say where a part begins.
 
 - Unsharded (stage 0): every rank holds everything.
 - ShardedStates (stages 1 and 2): each group of the optimizer is one flat tensor, cut into one shard a rank. Masters,
@@ -54,8 +54,8 @@ class Layout(ABC):
     """What a rank holds of a student inside its DeepSpeed engine.
 
     engine: DeepSpeed's. masters: this rank's fp32 tensors for each of the optimizer's groups. placements: where the
-    elements that this rank holds lie in them. owned: whether this rank saves them; False where another rank saves the
-    same elements.
+    elements that this rank holds lie in the masters. owned: whether this rank saves these elements; False where another
+    rank saves the same elements.
     """
 
     masters: list[list[Tensor]]
@@ -63,7 +63,7 @@ class Layout(ABC):
     owned = True
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
-        """engine: of the model and the optimizer."""
+        """engine: DeepSpeed's, of the model and the optimizer."""
         self.model = model
         self.engine = engine
         self.optimizer = optimizer
@@ -85,12 +85,12 @@ class Layout(ABC):
     def backward(self, scalar: Tensor) -> None:
         """Backpropagate through the engine, which scales the scalar in fp16 and averages gradients over the ranks."""
         self._note_loss_scale()
-        # Gradients of micro-batches add up: the loss is that of the whole batch.
+        # Not divided by the number of micro-batches: the loss is the whole batch's, so their gradients add up.
         self.engine.backward(scalar, scale_wrt_gas=False)
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """The averaged gradients that this rank updates with, scaled by the loss scale in fp16."""
+        """Return the gradients that this rank updates with: averaged over ranks, in fp16 times the loss scale."""
 
     def gradient_norm(self) -> Tensor:
         """Return the L2 norm of the last gradient over all parameters, before clipping: [] float32. Collective."""
@@ -107,7 +107,7 @@ class Layout(ABC):
         """Return both log-scales as the masters have them, [1] float32 each, on every rank. Collective from stage 1."""
 
     def whole_model(self) -> AbstractContextManager[None]:
-        """Hold whole weights on every rank: inside, each rank may call the model as often as it likes. Collective."""
+        """Hold whole weights on every rank; inside, each rank may call the model as often as it likes. Collective."""
         return nullcontext()
 
     @abstractmethod
@@ -157,9 +157,9 @@ class Unsharded(Layout):
     @override
     def backward(self, scalar: Tensor) -> None:
         self._note_loss_scale()
-        # DeepSpeed (0.19) divides fp16 gradients by a loss scale that it did not multiply the loss with.
+        # DeepSpeed (0.19) divides fp16 gradients by the loss scale, but does not multiply the loss by it at stage 0.
         self.engine.backward(scalar * self._loss_scale, scale_wrt_gas=False)
-        # DeepSpeed's own reduction passes all gradients through a second copy of them, in one process too.
+        # DeepSpeed's own reduction would make a second copy of all gradients, in one process too.
         if self.ranks.world_size > 1 and self.engine.is_gradient_accumulation_boundary():
             self.engine.allreduce_gradients(bucket_size=self._bucket)
 
@@ -199,9 +199,9 @@ class _Sharded(Layout):
         if not self.config.zero.offload:
             return [gradient for group in self._wrapper.averaged_gradients.values() for gradient in group]
         if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize(self.ranks.device)  # DeepSpeed (0.19) waits for its copies to the host in its step
+            torch.cuda.synchronize(self.ranks.device)  # DeepSpeed (0.19) waits for copies to the host only in its step
         shards = [shard for group in self.masters for shard in group]
-        # In pieces: a CPU adds up all squares of a tensor in float32, and loses digits in those of large shards.
+        # In pieces: on a CPU the squares of a tensor are added up in float32, which loses digits in large shards.
         return [piece for shard in shards if shard.grad is not None for piece in shard.grad.split(NORM_PIECE)]
 
     @override
@@ -209,11 +209,11 @@ class _Sharded(Layout):
         (shard,) = self.masters[SCALES_GROUP]
         flat = torch.empty(shard.numel() * self.ranks.world_size, device=self.ranks.device)
         all_gather_flat(flat, shard.detach().to(self.ranks.device))
-        return list(flat[:2].split(1))  # the first rank's shard begins with them
+        return list(flat[:2].split(1))  # the first rank's shard begins with the two scales
 
 
 class ShardedStates(_Sharded):
-    """Stages 1 and 2: one flat shard a group and rank of masters, moments and average; weights are whole."""
+    """Stages 1 and 2: masters, moments and average are a flat shard for each group and rank; weights are whole."""
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(model, engine, optimizer, config, ranks)
@@ -226,7 +226,7 @@ class ShardedStates(_Sharded):
     @staticmethod
     @override
     def zero_keys(config: RunConfig, elements: int) -> dict[str, Any]:
-        # The host reads DeepSpeed's norm, which clipping and offloading need; only the device reads ours.
+        # The host waits for DeepSpeed's norm, which clipping and offloading need. It does not wait for ours.
         return {"compute_grad_norm": config.zero.offload or config.optimizer.clip_norm is not None}
 
     @override
@@ -242,18 +242,18 @@ class ShardedStates(_Sharded):
         return TeacherWeights(forward) if is_average else GatheredTeacher(forward, flats, averages)
 
     def _share_masters(self) -> None:
-        """Let fp32 masters be this rank's part of the weights, which are fp32 too: DeepSpeed makes a copy of them."""
+        """Make fp32 masters views of this rank's part of the fp32 weights: DeepSpeed made a copy of this part."""
         for parts, master in zip(
             self._wrapper.parallel_partitioned_bit16_groups, self._wrapper.single_partition_of_fp32_groups, strict=True
         ):
             master.data = parts[self.ranks.rank].detach()
-        self._wrapper._link_all_hp_params()  # to the new memory; DeepSpeed would keep the old
+        self._wrapper._link_all_hp_params()  # else DeepSpeed would keep to the masters' old memory
 
     def _placed(self, names: dict[int, str]) -> Iterator[Placement]:
         for parameters, (master,) in zip(self._wrapper.bit16_groups, self.masters, strict=True):
             for parameter in parameters:
                 mapping = parameter._hp_mapping
-                if mapping is None:  # another rank's
+                if mapping is None:  # the parameter lies on other ranks
                     continue
                 piece, place = mapping.lp_fragment_address, mapping.hp_fragment_address
                 name = names[id(parameter)]
@@ -263,7 +263,7 @@ class ShardedStates(_Sharded):
         return [torch.zeros_like(flat, dtype=dtype) for flat in self._wrapper.bit16_groups_flat]
 
     def _lay_into(self, flats: list[Tensor], teacher: nn.Module) -> None:
-        """Make the teacher's weights views of flat tensors, laid out as the student's are: shards line up."""
+        """Make the teacher's weights views of flat tensors, laid out like the student's, so that shards line up."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         own = dict(teacher.named_parameters())
         for flat, student_flat, parameters in zip(
@@ -276,7 +276,7 @@ class ShardedStates(_Sharded):
 
 
 class ShardedWeights(_Sharded):
-    """Stage 3: each parameter is cut into equal parts, a part a rank; last parts may be shorter, or all padding."""
+    """Stage 3: each parameter is cut into equal parts, one for each rank; the last may be shorter, or all padding."""
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(model, engine, optimizer, config, ranks)
@@ -297,7 +297,7 @@ class ShardedWeights(_Sharded):
         pairs = zip(self._wrapper.fp16_partitioned_groups_flat, self._wrapper.fp32_partitioned_groups_flat, strict=True)
         for weights, shard in pairs:
             weights.copy_(shard)
-        if self._wrapper.persistent_parameters:  # small ones, which stay gathered
+        if self._wrapper.persistent_parameters:  # small parameters, which stay gathered on every rank
             self._wrapper.persistent_parameters[0].all_gather(self._wrapper.persistent_parameters)
 
     @override
@@ -344,7 +344,7 @@ LAYOUTS: dict[int, type[Layout]] = {0: Unsharded, 1: ShardedStates, 2: ShardedSt
 
 
 def lay_out(model: nn.Module, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> Layout:
-    """Hand a model on the ranks' device to DeepSpeed, and say how its states lie at the config's stage. Collective."""
+    """Hand a model on the ranks' device to DeepSpeed; return the layout of the config's stage. Collective."""
     import deepspeed  # here, since its import takes seconds and --help should not
 
     kind = LAYOUTS[config.zero.stage]

@@ -7,8 +7,9 @@ nce(a, b) is the mean over both directions of the cross-entropy of exp(log-scale
   pairs of views.
 - total: clip + distill.
 
-Both are two-sided over the GLOBAL batch. Rows stay on the rank that made them: captions for clip, crossmodal features
-for distill. Columns are gathered: the global image views for clip, teacher features (without gradient) for distill.
+Both losses are two-sided over the GLOBAL batch. Rows stay on the rank that made them: captions for clip, crossmodal
+features for distill. Columns are gathered: the global image views for clip, teacher features (without gradient) for
+distill.
 """
 
 from collections.abc import Sequence
@@ -26,10 +27,11 @@ from cosmos_scale.loss.gather import BatchRanks
 class LossOutput(NamedTuple):
     """The loss of the global batch and its gradients; detached.
 
-    total, clip, distill: [] float32, the same on all ranks. finite: [] bool, the same on all ranks: every rank's
-    features, the loss and the scales' gradients are finite; a device flag, read it when the host must know.
-    features_finite: [] bool, of this rank alone.
-    gradients: float32 (float64 for float64 features), shapes as the features; average them over ranks (see CosmosLoss).
+    total, clip, distill: [] float32, the same on all ranks. finite: [] bool on the device, the same on all ranks:
+    whether every rank's features, the loss and the scales' gradients are finite. features_finite: [] bool on the
+    device: whether this rank's features, the teacher's too, are finite.
+    gradients: float32 (float64 for float64 features), in the features' shapes; to be averaged over ranks (see
+    CosmosLoss).
     """
 
     total: Tensor
@@ -53,10 +55,11 @@ class _Problem(NamedTuple):
 class CosmosLoss:
     """The loss over the batches of all ranks of a group.
 
-    gradient_scale: what averaging the gradients over the W ranks yields.
-        "true": the gradient of the loss, so this rank's features' gradients are W times their derivatives.
-        "published": the features' derivatives / W, as the published implementation trains (exact for powers of 2).
-        Either way the log-scales' gradients are the whole derivatives, on every rank.
+    gradient_scale: what the average of the gradients over the W ranks is.
+        "true": the gradient of the loss. So the features' gradients are W times the loss's derivatives.
+        "published": 1 / W of it, as the published implementation trains. So the features' gradients are the loss's
+        derivatives (for W a power of 2 the factor is exact).
+        Either way the log-scales' gradients are the loss's whole derivatives on every rank.
     group: the ranks; None is the default group, or this process alone where torch.distributed is not initialised.
     """
 
@@ -66,7 +69,7 @@ class CosmosLoss:
 
     @torch.no_grad()
     def __call__(self, features: Features, teacher: TeacherFeatures) -> LossOutput:
-        """Compute the loss and its gradients; nothing waits for the host. All ranks call together, with equal shapes.
+        """Compute the loss and its gradients; the host never waits. All ranks call together, with equal shapes.
 
         features, teacher: float32, bfloat16 or float16, any numbers of views and captions; the first
         teacher.image.shape[0] image views are the global ones. Raises ValueError on shapes that do not fit.
@@ -122,7 +125,7 @@ class CosmosLoss:
         )
 
     def _across_ranks(self, problems: Sequence[_Problem], first_row: int) -> list[tuple[Tensor, contrastive.Gradients]]:
-        """This rank's share of each loss and of its gradients, by the columns' statistics of all ranks."""
+        """Return this rank's share of each loss and its gradients, from the columns' statistics of all ranks."""
         partials = [contrastive.forward_partials(p.rows, p.columns, p.scale, first_row=first_row) for p in problems]
         statistics = self.ranks.combine_columns([p.column_max for p in partials], [p.column_sum for p in partials])
         results = []
@@ -143,7 +146,7 @@ class CosmosLoss:
 
 
 def _alone(problem: _Problem) -> tuple[Tensor, contrastive.Gradients]:
-    """A loss and its gradients where no other rank has a part in it."""
+    """Return a loss and its gradients where there are no other ranks."""
     return contrastive.whole_batch(
         problem.rows, problem.columns, problem.scale, problem.weights, column_gradients=problem.column_gradients
     )
@@ -183,6 +186,6 @@ def _distill_weights(features: Features, teacher: TeacherFeatures) -> Tensor:
 
 
 def _count_non_finite(features: Features, teacher: TeacherFeatures) -> Tensor:
-    """Count the tensors [] float64 that hold a NaN or an infinity: also views that enter no pair."""
+    """Return how many tensors hold a NaN or an infinity, [] float64; views that enter no pair count too."""
     flags = [tensor.isfinite().all().logical_not() for tensor in (*features, *teacher)]
     return torch.stack(flags).sum(dtype=torch.float64)

@@ -1,7 +1,8 @@
 """The loss's collectives: what one rank's rows need of the other ranks, and nothing else.
 
-Five a step, whatever the number of views: one all-gather of the column features, two all-reduces of column statistics,
-one reduce-scatter of the gathered student columns' gradients, one all-reduce of a few scalars. None with one rank.
+A step has five, whatever the number of views: one all-gather of the column features, two all-reduces of column
+statistics, one reduce-scatter of the gathered student columns' gradients, one all-reduce of a few scalars. With one
+rank there are none.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# Newer torch (2.14) warns of the names by which older torch knows these two.
+# torch 2.14 renamed these two functions and warns of their old names, which older versions need.
 all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -31,7 +32,7 @@ class BatchRanks:
     def gather_columns(self, views: Sequence[Tensor]) -> Tensor:
         """Gather each view's features of every rank in one all-gather.
 
-        views: T tensors [B, E], in their widest dtype from here on. Returns [T, G, E], samples in rank order.
+        views: T tensors [B, E]. Returns [T, G, E] in the views' widest dtype, samples in rank order.
         """
         dtype = views[0].dtype
         for view in views[1:]:
@@ -47,8 +48,9 @@ class BatchRanks:
     def combine_columns(self, maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Combine the columns' statistics of all ranks.
 
-        maxima, sums: as many tensors each, of equal shapes: the largest logit and sum(exp(logit - largest)) of every
-        column over this rank's rows. Returns (maximum, sum) pairs over all ranks' rows.
+        maxima, sums: lists of equal length; the two tensors of one index have the same shape. They hold, for each
+        column, the largest logit and sum(exp(logit - largest)) over this rank's rows. Returns the same over all ranks'
+        rows, as (maximum, sum) pairs.
         """
         if self.size == 1:
             return list(zip(maxima, sums, strict=True))
@@ -72,7 +74,7 @@ class BatchRanks:
         return own_TBE
 
     def add(self, scalars: Tensor) -> Tensor:
-        """Add a tensor over ranks; the result is the same on all, bit for bit."""
+        """Add a tensor over ranks, in place; the result is the same on all ranks, bit for bit."""
         if self.size > 1:
             dist.all_reduce(scalars, dist.ReduceOp.SUM, group=self.group)
         return scalars

@@ -1,7 +1,7 @@
-"""The COSMOS model: two towers, and two heads through which each modality's features gather from the other's tokens.
+"""The COSMOS model: two towers, and two heads through which each modality's features attend to the other's tokens.
 
-COSMOS: Cross-Modality Self-Distillation for Vision Language Pre-training (CVPR 2025). Student and teacher are the same
-model; the teacher uses its towers only.
+COSMOS: Cross-Modality Self-Distillation for Vision Language Pre-training (CVPR 2025). Student and teacher are two
+models of this class; the teacher uses its towers only.
 """
 
 import math
@@ -25,7 +25,8 @@ INITIAL_LOG_SCALE = math.log(1 / 0.07)
 class CosmosModel(TextTower):
     """Both towers, the cross-modality heads and the two log-scales; NaN until init_weights or load_state_dict.
 
-    Log-scales are [1] parameters (DeepSpeed cannot hold 0-dim ones) and [] in state dicts, as public files have them.
+    Log-scales are [1] parameters, since DeepSpeed cannot hold 0-dim parameters, and [] in state dicts, as in public
+    checkpoints.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -42,7 +43,7 @@ class CosmosModel(TextTower):
                 module.backend = config.attention
             elif isinstance(module, Block) and config.compile:
                 module.compile_parts()
-        # torch leaves both functions without annotations.
+        # torch does not annotate the types of these two functions.
         self.register_state_dict_post_hook(_scales_to_scalars)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_scales_from_scalars)  # type: ignore[no-untyped-call]
 
@@ -57,14 +58,14 @@ class CosmosModel(TextTower):
             nn.init.constant_(scale, INITIAL_LOG_SCALE)
 
     def recompute_blocks(self, every: int) -> None:
-        """Let every n-th block of both towers be computed again in the backward instead of kept; 0: none."""
+        """Let the backward compute every n-th block of both towers again, to keep no activations of it; 0: none."""
         self.transformer.recompute = self.visual.transformer.recompute = every
 
     def forward(self, batch: Batch) -> Features:
         """Return the student's features of every view, in the parameters' dtype.
 
-        Image views gather from the first caption's tokens, captions from the first global crop's; the residual adds the
-        raw pooled feature.
+        Image views attend to the first caption's tokens, captions to the first global crop's tokens. The pooled feature
+        before normalisation is added to what a view has gathered.
         """
         samples = batch.captions.shape[1]
         image_BE, patches_TD = self.visual(_by_resolution(batch.global_crops, batch.local_crops), tokens_of=samples)
@@ -105,7 +106,7 @@ class CosmosModel(TextTower):
     def encode_text(self, ids_BL: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Return the normalised features [B, E] of captions, given as token ids [B, L].
 
-        lengths: [B] int64 on the CPU, see `caption_lengths`; where None they are found, which waits for the device.
+        lengths: [B] int64 on the CPU, see `caption_lengths`. None: they are read from the ids, and the host waits.
         """
         if lengths_B is None:
             lengths_B = caption_lengths(ids_BL).cpu()
@@ -119,13 +120,13 @@ def parameter_decays(name: str, parameter: Tensor) -> bool:
 
 
 def normalise(features: Tensor) -> Tensor:
-    """Scale the last dimension to length 1, computed in float32 at least: float16 squares would overflow."""
+    """Scale the last dimension to length 1, computed in float32 at least: squares in float16 could overflow."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     return functional.normalize(features.to(dtype), dim=-1).to(features.dtype)
 
 
 def _by_resolution(global_crops: Tensor, local_crops: Tensor) -> list[Tensor]:
-    """Flatten views and samples into one batch a resolution; there may be no local crops."""
+    """Flatten views and samples into one batch for each resolution; there may be no local crops."""
     return [crops.flatten(0, 1) for crops in (global_crops, local_crops) if crops.shape[0]]
 
 

@@ -1,4 +1,4 @@
-"""The cross-modality head: features of one modality gather from the tokens of the other."""
+"""The cross-modality head: features of one modality attend to the tokens of the other modality."""
 
 from collections.abc import Sequence
 
@@ -27,8 +27,8 @@ class AttentionPooler(nn.Module):
     def forward(self, queries_VBE: Tensor, tokens_TE: Tensor, lengths: Sequence[int]) -> Tensor:
         """Pool a sample's tokens once for each of its views; returns [V, B, E].
 
-        queries: [V, B, E] pooled features, not normalised. tokens: [T, E], all samples' one after the other, mapped to
-        the embedding width; their keys and values are projected once for all V queries. lengths: each sample's tokens.
+        queries: [V, B, E] pooled features, not normalised. tokens: [T, E], mapped to the embedding width, sample after
+        sample; keys and values are projected once for all V queries. lengths: how many tokens each sample has.
         """
         views, samples = queries_VBE.shape[:2]
         queries_BVE = self.ln_q(queries_VBE).transpose(0, 1)

@@ -1,7 +1,7 @@
-"""Packed layouts: how the tokens of all views of a tower lie behind one another, and which of them are read.
+"""Packed layouts: how the tokens of all views of a tower lie one after the other, and which of them are read.
 
-The tower's blocks see one [T, D] matrix. Layouts are made on the host, by numpy, from lengths that it knows: nothing
-waits for the device.
+The tower's blocks see one [T, D] matrix. Layouts are made on the host, by numpy, from lengths that the host knows: the
+host does not wait for the device.
 """
 
 from functools import lru_cache
@@ -18,9 +18,10 @@ Integers = npt.NDArray[np.int64]
 
 
 class CropLayout(NamedTuple):
-    """Packed crops: each its class token and then its patches, resolution by resolution.
+    """Packed crops, resolution by resolution: of each crop the class token and then the patches.
 
-    read: [R] int64, the tokens that somebody reads: the class tokens of all crops, then the patches of the first ones.
+    read: [R] int64, the packed tokens that are used after the last block: the class tokens of all crops, then the
+    patches of the first crops.
     """
 
     segments: Segments
@@ -30,9 +31,10 @@ class CropLayout(NamedTuple):
 class CaptionLayout(NamedTuple):
     """Packed captions, the longest first, so that neighbours are about equally long.
 
-    ids: [T] int64, each packed token's place among the flattened [B, L] ids; places: [T] int64, its place in its
-    caption. read: [R] int64, the tokens that somebody reads: the EOT of each caption, in the captions' own order, then
-    all tokens kept of the first ones, whose lengths are `read_lengths`.
+    ids: [T] int64, each packed token's place among the flattened [B, L] ids. places: [T] int64, each packed token's
+    place in its caption. read: [R] int64, the packed tokens that are used after the last block: the EOT of each
+    caption, in the order of the rows of ids, then all kept tokens of the first captions. read_lengths: how many tokens
+    each of these first captions keeps.
     """
 
     segments: Segments
@@ -44,7 +46,7 @@ class CaptionLayout(NamedTuple):
 
 @lru_cache(maxsize=64)
 def pack_crops(crops: tuple[tuple[int, int], ...], tokens_of: int, device: torch.device) -> CropLayout:
-    """Lay out crops given as (how many, tokens of each) per resolution; patches are read of the first `tokens_of`."""
+    """Lay out crops, by resolution (how many, tokens of each); the patches of the first `tokens_of` crops are read."""
     lengths = np.repeat([length for _, length in crops], [count for count, _ in crops])
     starts = lengths.cumsum() - lengths
     patches = starts[:tokens_of, None] + np.arange(1, crops[0][1])
@@ -56,11 +58,11 @@ def pack_captions(
 ) -> CaptionLayout:
     """Lay out captions cut at their EOT.
 
-    lengths: [B] int64 on the CPU, tokens up to and including EOT. context: L of the ids. Tokens are read of the first
-    `tokens_of` captions, which keep their padding where `keep_padding`. Raises ValueError for lengths that ids of
-    L tokens cannot have, which would read another caption's tokens.
+    lengths: [B] int64 on the CPU, tokens up to and including EOT. context: L of the ids. All tokens of the first
+    `tokens_of` captions are read; with keep_padding these captions keep their padding. Raises ValueError for a length
+    below 1 or above L, which would reach into another caption's tokens.
     """
-    lengths = lengths_B.numpy()  # refuses a tensor on a device, where reading would wait
+    lengths = lengths_B.numpy()  # raises for a tensor on a device, whose reading would make the host wait
     if lengths.min() < 1 or lengths.max() > context:
         raise ValueError(f"caption lengths must be from 1 to {context}, not {lengths.tolist()}")
     kept = lengths.copy()
@@ -83,6 +85,6 @@ def pack_captions(
 
 
 def _ranges(starts: Integers, sizes: Integers) -> Integers:
-    """Join start, start + 1, ... of each size into one array."""
+    """Return start, start + 1, ... for each start, as many as its size says, in one array."""
     ends = sizes.cumsum()
     return np.arange(sizes.sum()) + np.repeat(starts - (ends - sizes), sizes)

@@ -12,8 +12,8 @@ from cosmos_scale.model.transformer import Embedding, LayerNorm, Transformer, em
 class TextTower(nn.Module):
     """Causal text transformer.
 
-    In OpenCLIP's state-dict names its parameters have no prefix of their own: the whole model is this tower with the
-    image tower and the heads beside it, so CosmosModel derives from it.
+    In OpenCLIP's state dicts the text tower's parameters have no prefix. So CosmosModel derives from this class and
+    adds the image tower and the heads.
     """
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
@@ -46,11 +46,12 @@ class TextTower(nn.Module):
     def pool_text(
         self, ids_BL: Tensor, lengths_B: Tensor, tokens_of: int = 0, keep_padding: bool = False
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Encode captions, cut at their EOT: the causal mask keeps what lies behind from everything before it.
+        """Encode captions, cut at their EOT: under the causal mask no token sees what follows it.
 
         ids: [B, L] integers; L at most the context length. lengths: [B] int64 on the CPU, see `caption_lengths`.
         Returns the pooled features [B, E], not normalised; the tokens after ln_final of the first `tokens_of` captions,
-        one after the other, [T, D]; and how many tokens each of these has: L where `keep_padding`, else its length.
+        one after the other, [T, D]; and how many tokens each of these captions has: L with keep_padding, else its
+        length.
         """
         samples, context = ids_BL.shape
         layout = pack_captions(lengths_B, context, ids_BL.device, tokens_of, keep_padding)

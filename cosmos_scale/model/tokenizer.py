@@ -1,8 +1,8 @@
 """OpenCLIP's tokenizer, id for id, with its byte-pair merging in Rust.
 
-Text is cleaned and cut into words by the same Python packages as OpenCLIP's, since a Rust pattern of the same spelling
-follows another Unicode version and cuts thousands of recent letters differently. Words recur, so each is merged once
-and remembered. The vocabulary is the one that the package open-clip-torch brings; nothing of it is imported.
+The Python packages that OpenCLIP uses clean the text and cut it into words. The same pattern in Rust would follow
+another Unicode version and cut thousands of recent letters differently. Words recur, so each word is merged once and
+remembered. The vocabulary is a file of the package open-clip-torch; the package itself is not imported.
 """
 
 import gzip
@@ -27,13 +27,13 @@ from cosmos_scale.errors import UserError
 START_OF_TEXT, END_OF_TEXT = TOKENIZER_VOCABULARY - 2, TOKENIZER_VOCABULARY - 1
 VOCABULARY_PACKAGE = "open_clip"
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
-# The file holds more merges than the vocabulary takes: 256 bytes, each also at a word's end, the merges, 2 specials.
+# The vocabulary has 256 bytes, the same at a word's end, merges, and 2 special words. The file holds more merges.
 MERGES = TOKENIZER_VOCABULARY - 2 * 256 - 2
 SPECIAL_WORDS = {"<start_of_text>": [START_OF_TEXT], "<end_of_text>": [END_OF_TEXT]}
 WORD = regex.compile(
     "|".join(SPECIAL_WORDS) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-# The same for cleaned text in ASCII, which has no white space but blanks: the standard library is twice as fast.
+# WORD for cleaned ASCII text, whose only white space is blanks: the standard library is twice as fast.
 ASCII_WORD = re.compile("|".join(SPECIAL_WORDS) + r"|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
 # Bounds of what a process remembers: about 10 MB of words.
 REMEMBERED_WORDS, REMEMBERED_LENGTH = 65_536, 32
@@ -78,14 +78,14 @@ class Tokenizer:
 
 def clean(text: str) -> str:
     """Return text with broken Unicode mended, HTML entities resolved twice, white space collapsed, in lower case."""
-    # Printable ASCII without an entity is what mending and resolving leave alone; they take longer than all the rest.
+    # Mending and resolving take longer than all the rest, and change nothing in printable ASCII without an entity.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def words(cleaned: str) -> list[str]:
-    """Cut cleaned text into the words that byte pairs are merged in."""
+    """Cut cleaned text into words; byte pairs are merged inside a word only."""
     found: list[str] = (ASCII_WORD if cleaned.isascii() else WORD).findall(cleaned)
     return found
 

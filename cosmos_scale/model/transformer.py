@@ -1,7 +1,7 @@
 """The pre-norm transformer that both towers share, and layers that are NaN until their tower initialises them.
 
-NaN makes a forgotten initialisation visible at once, and costs none of the random draws that torch's own layers make.
-Names are OpenCLIP's: they are the names in checkpoints.
+NaN makes a forgotten initialisation visible at once, and needs no random draws, which torch's own layers make. Modules
+have OpenCLIP's names, since these stand in checkpoints.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 def uniform_(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
     """Fill with draws from -bound .. bound.
 
-    They are drawn in float32 on the generator's device, so that one seed gives one model wherever and in whatever
-    dtype the parameter lives.
+    The draws are float32, on the generator's device, so that one seed gives the same model on any device and in any
+    dtype.
     """
     draws = torch.empty(parameter.shape, device=generator.device).uniform_(-bound, bound, generator=generator)
     with torch.no_grad():
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(width, width)
 
     def init_biases(self) -> None:
-        """Set both biases to 0, as every attention here starts."""
+        """Set both biases to 0, as both towers' and both poolers' attention starts."""
         nn.init.zeros_(self.in_proj_bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -158,13 +158,14 @@ class Block(nn.Module):
         enter, leave = _compiled_parts() if self.compiled else (Block._enter, Block._leave)
         q, k, v = enter(self, x_TD)
         attended_RD = _rows(self.attn.attend(q, k, v, segments, causal), read)
-        # The projection is not compiled with the rest: attention's output, at times a view, would compile that twice.
+        # The projection is not compiled with the rest: attention's output is a view at times, which would make torch
+        # compile the rest twice.
         return leave(self, _rows(x_TD, read), self.attn.out_proj(attended_RD))
 
     def compile_parts(self) -> None:
-        """Compile what lies on either side of attention, for any number of tokens.
+        """Compile the parts before and after attention, for any number of tokens.
 
-        Attention itself stays out: its segments are other numbers every step, and its back ends are fused already.
+        Attention itself is not compiled: its segments change at every step, and its back ends are fused already.
         """
         self.compiled = True
 
@@ -183,7 +184,8 @@ def _compiled_parts() -> tuple[
 ]:
     """Return both parts of a block, compiled.
 
-    They belong to the class: a block that held its own would, once copied, still compute with the original's weights.
+    The compiled functions belong to the class and not to a block. If a block held its own, a copy of the block would
+    still compute with the original's weights.
     """
     return torch.compile(Block._enter, dynamic=True), torch.compile(Block._leave, dynamic=True)
 
@@ -203,13 +205,15 @@ class Transformer(nn.Module):
     def forward(self, x_TD: Tensor, segments: Segments, read: Tensor, causal: bool = False) -> Tensor:
         """Run all views' tokens [T, D] through each block once; returns the tokens `read`: [R, D].
 
-        Tokens that nobody reads only serve as keys and values in the last block, which leaves out the rest of them.
+        In the last block a token that is not read serves as key and value only: its output projection and MLP are left
+        out.
         """
         last = len(self.resblocks) - 1
         for number, block in enumerate(self.resblocks):
             arguments = (x_TD, segments, causal, read if number == last else None)
             if self.recompute and number % self.recompute == 0 and torch.is_grad_enabled():
-                # The reentrant form: the other one compares shapes of weights, which ZeRO's stage 3 takes away between.
+                # The reentrant form: the other form compares the shapes of weights, and ZeRO stage 3 takes weights away
+                # before the backward.
                 x_TD = checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
             else:
                 x_TD = block(*arguments)

@@ -15,7 +15,7 @@ from cosmos_scale.model.transformer import Attention, LayerNorm, Linear, Transfo
 
 
 class PatchEmbedding(nn.Module):
-    """A bias-free convolution whose stride is its kernel: one matrix product over flattened patches."""
+    """A convolution without bias whose stride is its kernel's size: one matrix product over flattened patches."""
 
     def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class PatchEmbedding(nn.Module):
         self.weight = empty_parameter(width, 3, patch_size, patch_size)
 
     def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
-        """Embed crops, one tensor [B, 3, H, W] a resolution, as one token per whole patch, row by row.
+        """Embed crops, one tensor [B, 3, H, W] for each resolution: a token for each whole patch, row by row.
 
         Returns [B, rows x columns, D] for each resolution; pixels past the last whole patch are unused.
         """
@@ -54,11 +54,11 @@ class VisionTower(nn.Module):
         self.transformer = Transformer(config.width, config.layers, config.width // config.head_width)
         self.ln_post = LayerNorm(config.width)
         self.proj = empty_parameter(config.width, embed_dim)
-        # A state-dict name only: its queries are captions, so CosmosModel calls it.
+        # The pooler is here for its name in state dicts. Its queries are captions, so CosmosModel calls it.
         self.attn_cross_pool = AttentionPooler(embed_dim, pooler_heads)
         for module in self.modules():
             if isinstance(module, Linear | Attention):
-                module.steady = True  # crops are as many and as large at every step; captions' tokens are not
+                module.steady = True  # all steps have equally many crops of the same sizes, but not of captions' tokens
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise as OpenCLIP's image tower does."""
@@ -79,7 +79,7 @@ class VisionTower(nn.Module):
     def forward(self, crops: Sequence[Tensor], tokens_of: int = 0) -> tuple[Tensor, Tensor]:
         """Encode crops of one or several resolutions, all of them in one pass.
 
-        crops: one tensor [B, 3, H, W], normalised, a resolution; cast to the parameters' dtype. Returns the pooled
+        crops: a tensor [B, 3, H, W] for each resolution, normalised; cast to the parameters' dtype. Returns the pooled
         features [sum of B, E], not normalised, and the patch tokens after ln_post, without the class token, of the
         first `tokens_of` crops, one after the other: [tokens_of x patches, D].
         """
@@ -113,12 +113,12 @@ class VisionTower(nn.Module):
 def interpolation_matrix(patches: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the bicubic interpolation of a square position table as a matrix: [rows x columns, patches].
 
-    Bicubic, corners not aligned, no antialias, scale factor (rows + 0.1) / sqrt(patches) as in DINO, whose offset keeps
-    the output size from being rounded down. As a matrix it is computed once, and its gradient is a plain product
-    (torch's bicubic backward is not deterministic on CUDA).
+    Bicubic, corners not aligned, no antialias, scale factor (rows + 0.1) / sqrt(patches) as in DINO: the offset 0.1
+    keeps the output size from being rounded down. The matrix is computed once, and the backward through it is a plain
+    product (torch's bicubic backward is not deterministic on CUDA).
     """
     side = round(patches**0.5)
-    # Made outside inference mode, whoever asks first: the cached tensor serves later backward passes.
+    # Outside inference mode, even where the first caller is inside it: the cached tensor serves later backward passes.
     with torch.inference_mode(False), torch.no_grad():
         impulses = torch.eye(patches, dtype=torch.float64).reshape(1, patches, side, side)
         scale = ((rows + 0.1) / patches**0.5, (columns + 0.1) / patches**0.5)

@@ -11,8 +11,8 @@ Result = TypeVar("Result")
 def peak_bytes(call: Callable[[], object]) -> int:
     """Return the most bytes of CPU tensors that `call` holds at one time beside what it was given.
 
-    What it returns counts. Every allocation and release is recorded, those inside operations and in autograd's backward
-    too, so the number is the same on every run and every machine; a process's resident memory depends on both.
+    What `call` returns counts too. Every allocation and release is recorded, also inside operations and in autograd's
+    backward. So the number is the same in every run and on every machine, unlike a process's resident memory.
     """
     with profile(profile_memory=True) as recorded:
         result = call()
@@ -25,14 +25,14 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def held_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
-    """Return what `call` returns, and by how many bytes of CPU tensors more are held after it, its graph's included."""
+    """Return what `call` returns, and how many more bytes of CPU tensors are held after it, those of its graph too."""
     with profile(profile_memory=True) as recorded:
         result = call()
     return result, sum(_changes(recorded))
 
 
 def _changes(recorded: profile) -> Iterator[int]:
-    """Bytes allocated (positive) and released (negative), in the order of time."""
+    """Yield the bytes allocated (positive) and released (negative), in the order of time."""
     assert recorded.kineto_results is not None
     changes: list[tuple[int, int]] = [
         (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]

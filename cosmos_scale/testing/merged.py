@@ -1,4 +1,4 @@
-"""Sources with the sizes of Merged30M, without any file behind them: for the order of the data alone."""
+"""Sources with the sizes of Merged30M, without any files: enough for the order of the data."""
 
 import numpy as np
 
@@ -9,5 +9,5 @@ MERGED = {"CC3M": (2_823_019, 670), "CC12M": (10_010_225, 2377), "YFCC15M": (14_
 
 
 def merged_sources() -> list[SourceShards]:
-    """Return three sources of real sizes, each in shards of one size to a sample."""
+    """Return three sources of real sizes; a source's shards differ by one sample at most."""
     return [SourceShards(np.diff(np.arange(shards + 1) * samples // shards)) for samples, shards in MERGED.values()]

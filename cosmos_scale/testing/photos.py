@@ -9,11 +9,11 @@ from PIL import Image
 from skimage import data
 from sklearn.datasets import load_sample_image
 
-PIXELS = 240_000  # a photo's area, as those of CC3M have it on average
+PIXELS = 240_000  # a photo's area: the average of CC3M's
 JPEG_QUALITY = 90
-LEAST_AREA = 0.5  # of the picture that a photo is cut from
+LEAST_AREA = 0.5  # the least share of its picture that a photo is cut from
 RATIOS = (3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2)  # width / height
-NOT_ASCII = 0.02  # of the sentences hold other letters, quotes or dashes
+NOT_ASCII = 0.02  # the share of sentences that hold letters, quotes or dashes outside ASCII
 # DreamLIP's caption keys, each with its sentences and their shortest and longest number of words.
 CAPTIONS = {
     "raw_caption": (1, 6, 16),
@@ -34,7 +34,7 @@ def jpeg_photos(count: int) -> list[bytes]:
     for number in range(count):
         picture = pictures[number % len(pictures)]
         ratio = draw.choice(RATIOS)
-        # The largest box of this ratio, shrunk.
+        # The largest box of this ratio that fits, shrunk.
         scale = draw.uniform(LEAST_AREA, 1.0) ** 0.5
         width = min(picture.width, picture.height * ratio) * scale
         height = width / ratio
@@ -50,7 +50,7 @@ def jpeg_photos(count: int) -> list[bytes]:
 
 
 def caption_documents(count: int) -> list[dict[str, Any]]:
-    """DreamLIP's seven lists of sentences, of words as frequent as their rank among CLIP's word pieces suggests."""
+    """Return documents of DreamLIP's seven lists of sentences; words are as frequent as their rank in CLIP suggests."""
     pieces = open_clip.tokenizer.SimpleTokenizer().encoder
     ends = [piece.removesuffix("</w>") for piece in pieces if piece.endswith("</w>")]
     words = [word for word in ends if word.isascii() and word.isalpha()]

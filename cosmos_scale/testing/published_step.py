@@ -1,9 +1,9 @@
-"""The published training step restated plainly: what the trainer's own step is measured against.
+"""The published training step restated plainly: the trainer's own step is measured against it.
 
-Same weights, same losses, same updates; none of the savings. Captions keep their padding to the full context, the
-backbone runs once a resolution, position tables are interpolated under autograd, the poolers' tokens are repeated and
-projected for every view, token mappings run on tokens that nobody reads, each pair of views has two matrix products and
-two cross-entropies, the average is a loop over tensors, and the optimizer is torch's.
+Weights, losses and updates are the same; none of the savings are made. Captions keep their padding to the full context.
+The backbone runs once for each resolution. Position tables are interpolated under autograd. The poolers' tokens are
+repeated and projected for every view. Token mappings run on tokens that are never read. Each pair of views has two
+matrix products and two cross-entropies. The average is a loop over tensors, and the optimizer is torch's.
 """
 
 import math
@@ -67,7 +67,7 @@ class Blocks(nn.Module):
 
 
 class Pooler(nn.Module):
-    """Cross-attention of one query a row."""
+    """Cross-attention in which each row has one query."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class ImageTower(nn.Module):
 
 
 class PublishedModel(nn.Module):
-    """Both towers and the cross-modality heads; its state dict is CosmosModel's, from which it takes its weights."""
+    """Both towers and the cross-modality heads; state dicts of CosmosModel fit, so that weights can be taken over."""
 
     causal_mask: Tensor
 
@@ -142,12 +142,12 @@ class PublishedModel(nn.Module):
         self.register_buffer("causal_mask", mask, persistent=False)
 
     def images(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Encode crops, one tensor [B, 3, H, W] a resolution: pooled features, and mapped tokens of the first."""
+        """Encode crops, one tensor [B, 3, H, W] a resolution: pooled features, and the first tensor's mapped tokens."""
         encoded = [self.visual(images_BCHW) for images_BCHW in crops]
         return torch.cat([pooled for pooled, _ in encoded]), self.image_token_mapping(encoded[0][1])
 
     def texts(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode captions, padding and all: pooled features [B, E] and mapped tokens [B, L, E]."""
+        """Encode captions with their padding: pooled features [B, E] and mapped tokens [B, L, E]."""
         x_BLD = self.token_embedding(ids_BL) + self.positional_embedding
         x_BLD = self.ln_final(self.transformer(x_BLD, self.causal_mask))
         ends_BD = x_BLD[torch.arange(len(ids_BL)), ids_BL.argmax(dim=-1)]
@@ -192,7 +192,7 @@ class PublishedStep:
         crops = [views.flatten(0, 1) for views in (batch.global_crops, batch.local_crops) if len(views)]
         image_NE, patches = self.student.images(crops)
         text_NE, words = self.student.texts(batch.captions.flatten(0, 1))
-        # The first view's tokens, once for each view that gathers from them.
+        # The first view's tokens, repeated for each view that attends to them.
         from_text = self.student.text_attn_cross_pool(image_NE, _repeat(words[:samples], len(image_NE)))
         from_image = self.student.visual.attn_cross_pool(text_NE, _repeat(patches[:samples], len(text_NE)))
         image, text = _views(image_NE, samples), _views(text_NE, samples)
@@ -220,7 +220,7 @@ def all_pairs(views: Sequence[Tensor], targets: Sequence[Tensor], scale: Tensor)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the optimizer's two groups."""
+    """Return the optimizer's two groups: parameters without weight decay, then with it."""
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
     for name, parameter in model.named_parameters():
         groups[parameter_decays(name, parameter)]["params"].append(parameter)
@@ -232,6 +232,6 @@ def _repeat(tokens_BLE: Tensor, rows: int) -> Tensor:
 
 
 def _views(features_NE: Tensor, samples: int) -> Sequence[Tensor]:
-    """Normalise, and cut into one [B, E] a view."""
+    """Normalise, and cut into one [B, E] for each view."""
     views: Sequence[Tensor] = functional.normalize(features_NE, dim=-1).split(samples)
     return views

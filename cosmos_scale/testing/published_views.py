@@ -1,7 +1,8 @@
 """The published recipe for views and captions, written with torchvision, Pillow and open_clip's tokenizer.
 
-One decode a picture, then each view on its own: random-resized crop, flip, colour jitter, grey, blur, solarisation on
-8-bit pictures, float32 tensor, normalised. Captions: whole pools and random sentences, one tokenizer call a sample.
+A picture is decoded once. Then each view is made on its own: random-resized crop, flip, colour jitter, grey, blur and
+solarisation on 8-bit pictures, then a normalised float32 tensor. Captions are random sentences of a sample's whole
+pool; the tokenizer is called once for each sample.
 """
 
 import io
@@ -54,7 +55,7 @@ class RandomSolarise:
 
 @lru_cache(maxsize=1)
 def _stages() -> list[list[Stage]]:
-    """The stages of each view, each with the part of the work that it counts as."""
+    """Return the stages of each view, each with the name of the part that its time counts for."""
     bicubic = transforms.InterpolationMode.BICUBIC
 
     def view(side: int, scale: tuple[float, float], blur: float, solarise: float) -> list[Stage]:
@@ -75,7 +76,7 @@ def _stages() -> list[list[Stage]]:
 
 
 def published_views(image_bytes: bytes, lap: Lap) -> list[Tensor]:
-    """Decode a picture and make its 8 views; call `lap` with the name of each part of the work behind it."""
+    """Decode a picture and make its 8 views; call `lap` with a part's name after each part of the work."""
     image = Image.open(io.BytesIO(image_bytes)).convert("RGB")
     lap("decode")
     views = []
@@ -89,7 +90,7 @@ def published_views(image_bytes: bytes, lap: Lap) -> list[Tensor]:
 
 
 def published_texts(document: dict[str, list[str]], lap: Lap) -> Tensor:
-    """Draw a sample's 8 captions from all its sentences and return their ids, [8, 77]."""
+    """Draw a sample's 8 captions from all its sentences and return their ids, [8, 77]; `lap` as in published_views."""
     pool = [sentence for sentences in document.values() for sentence in sentences]
     counts = [random.randint(1, MAX_SENTENCES) for _ in range(GLOBAL_CAPTIONS)]
     texts = [". ".join(_sample(pool, count)) for count in counts] + _sample(pool, CAPTIONS - GLOBAL_CAPTIONS)

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 Result = TypeVar("Result")
 
-# Ranks that fail together report within this many seconds of one another; the others wait for them in a collective.
+# After a first failure, the seconds in which other ranks may report theirs. The rest hang in a collective by then.
 _GRACE_SECONDS = 0.5
 
 
@@ -31,9 +31,9 @@ class RankError(AssertionError):
 def run_ranks(function: Callable[..., Result], world_size: int, *args: object, timeout: float = 120.0) -> list[Result]:
     """Call `function(rank, world_size, *args)` on every rank of a fresh gloo group and return the results by rank.
 
-    function: a module-level function; it, its arguments and its results are pickled. One launch costs about as much
-        as importing what the function's module imports, so let one launch serve many cases.
-    timeout: seconds for everything, start included. All processes are gone when this returns or raises.
+    function: a module-level function. The function, its arguments and its results are pickled. A launch takes about as
+        long as the imports of the function's module, so let one launch serve many cases.
+    timeout: seconds for everything, start included. All processes have ended when this function returns or raises.
 
     In each rank: one thread, the default group initialised over a file store, RANK, LOCAL_RANK and WORLD_SIZE set,
     otherwise this process's environment. Raises RankError.
@@ -111,7 +111,7 @@ def _rank_main(
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name of a test machine need not resolve
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a test machine's host name may not resolve
     torch.set_num_threads(1)
     try:
         function, args = pickle.loads(call)
@@ -121,7 +121,7 @@ def _rank_main(
         report = pickle.dumps((True, function(rank, world_size, *args)))
     except BaseException:
         report = pickle.dumps((False, traceback.format_exc()))
-    # Plain bytes: sent as an object, a tensor would travel as shared memory, which ends with this process.
+    # Plain bytes: a tensor sent as an object would lie in shared memory, which ends with this process.
     pipe.send_bytes(report)
     pipe.recv_bytes()
     if dist.is_initialized():
@@ -129,7 +129,7 @@ def _rank_main(
 
 
 def _end_with_parent() -> None:
-    """End this process when the test process is gone, however that ended."""
+    """End this process when the test process has ended, in whatever way."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -25,7 +25,7 @@ import yaml
 from cosmos_scale.checkpoint.state import SAVED_AS, newest
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 
-SECONDS = 120.0  # for a run that takes some ten; a hang ends here
+SECONDS = 120.0  # time limit of a run, which takes about ten seconds
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -53,7 +53,7 @@ TINY: dict[str, Any] = {
 
 
 class Finished(NamedTuple):
-    """A run's exit statuses by rank (of the launcher: one), and what its processes printed."""
+    """A run's exit statuses by rank (under the launcher: its one status), and what its processes printed."""
 
     statuses: list[int]
     output: str
@@ -69,7 +69,7 @@ class Run:
     """A run under way, of one process or several; a context manager that leaves no process behind."""
 
     def __init__(self, start: Callable[[Path], Sequence[BaseProcess | subprocess.Popen[bytes]]]) -> None:
-        """start: takes a folder for files named like 0.out and 0.err and returns group-leading processes."""
+        """start: starts processes that lead their groups and write files like 0.out and 0.err to the folder given."""
         self._folder = tempfile.TemporaryDirectory()
         self.processes = start(Path(self._folder.name))
 
@@ -81,7 +81,7 @@ class Run:
         self._folder.cleanup()
 
     def signal(self, rank: int, number: signal.Signals, *, whole_group: bool = False) -> None:
-        """Signal one rank's process, or it with its loader processes."""
+        """Signal one rank's process, or the process together with its loader processes."""
         pid = self.processes[rank].pid
         assert pid is not None
         (os.killpg if whole_group else os.kill)(pid, number)
@@ -105,7 +105,7 @@ class Run:
         return finished
 
     def wait_until_gone(self, timeout: float = SECONDS) -> None:
-        """Wait until no process of the groups is left, launched ones of the launched ones included."""
+        """Wait until no process is left in the process groups, whichever process started it."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             assert process.pid is not None
@@ -140,13 +140,13 @@ def write_run(folder: Path, scenes: SceneShards, **sections: Any) -> Path:
 
 
 def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Run:
-    """Start `cosmos-scale train` or a program like it, in processes that only lack the launcher above them.
+    """Start `cosmos-scale train`, or another program, in one process for each rank, as the launcher would.
 
     program: a module whose `main` takes the command line, `train` first, and returns the exit status.
     """
     context = get_context("forkserver")
-    # Imported once for all runs of this test process. Its choice of device is made as it is imported, so that it must
-    # not be where a run may want another.
+    # Imported once for all runs of this test process. DeepSpeed chooses its device when it is imported, so it is not
+    # imported here where a run may want another device.
     slow = [] if torch.cuda.is_available() else ["deepspeed", "cosmos_scale.train"]
     context.set_forkserver_preload(["torch", *slow])
     environment = _environment()
@@ -190,7 +190,7 @@ def launch(run: Path, *overrides: str, ranks: int) -> Run:
 
 
 def records(run: Path, name: str = "tiny", kind: str = "train") -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl so far."""
+    """Return the records of one kind that a run's metrics.jsonl has so far; an unfinished last line is left out."""
     path = run.parent / name / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
@@ -202,7 +202,7 @@ def wait_for_step(process: Run, run: Path, step: int, name: str = "tiny") -> Non
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds of the model: {"name|kind": [n] float32}, whichever rank wrote it."""
+    """Return all tensors of a checkpoint as {"name|kind": [n] float32}, put together from the ranks' files."""
     from safetensors import safe_open
 
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -218,7 +218,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def last_checkpoint(run: Path, name: str = "tiny") -> Path:
-    """The newest checkpoint of a run."""
+    """Return the newest checkpoint of a run."""
     found = newest(run.parent / name / "checkpoints")
     assert found is not None
     return found
@@ -245,7 +245,7 @@ def _has_step(run: Path, step: int, name: str) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment without what a launcher sets, and safe for machines whose name does not resolve."""
+    """Return this process's environment without what a launcher sets; works where the host name does not resolve."""
     of_launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in of_launchers}
     root = str(Path(__file__).resolve().parents[2])
@@ -268,12 +268,12 @@ def _main(program: str, argv: list[str], environment: Mapping[str, str], files: 
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
-    atexit._run_exitfuncs()  # which multiprocessing leaves out
+    atexit._run_exitfuncs()  # multiprocessing does not run them
     sys.exit(status)
 
 
 def _wait(process: BaseProcess | subprocess.Popen[bytes], seconds: float) -> int | None:
-    """A process's exit status, None where it still runs after some seconds."""
+    """Return a process's exit status, None where it still runs after some seconds."""
     if isinstance(process, BaseProcess):
         process.join(max(0.0, seconds))
         return process.exitcode

@@ -17,7 +17,7 @@ Member = dict[str, Any]
 
 
 def picture(number: int, kind: str = "JPEG", size: tuple[int, int] = (24, 20)) -> bytes:
-    """An encoded picture of noise that differs from number to number."""
+    """Return an encoded picture of noise, another one for each number."""
     noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, kind)
@@ -43,7 +43,7 @@ def write_shard(path: Path, samples: Iterable[Member]) -> Path:
 
 
 def write_shards(folder: Path, counts: Iterable[int]) -> Path:
-    """Write and index shards of so many sound samples each; samples are numbered through them."""
+    """Write and index shards of so many sound samples each; samples are numbered across all shards."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     for shard, count in enumerate(counts):
@@ -66,7 +66,7 @@ def open_folder(folder: Path) -> MergedIndex:
 
 
 def shards_config(folder: Path, *, global_batch: int = 4, **data: Any) -> RunConfig:
-    """A run over these shards with few, small views."""
+    """Return a run over a folder's shards with few, small views."""
     return RunConfig.model_validate(
         {
             "model": {"vision": {"image_size": 16, "patch_size": 8}, "text": {"context_length": 16}},

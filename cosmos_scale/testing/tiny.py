@@ -18,7 +18,7 @@ GLOBAL_BATCH = 8
 
 
 def tiny_config(**changes: Any) -> RunConfig:
-    """A run of a model with 83 tensors; `changes` replace top-level sections."""
+    """Return a run of a model with 83 tensors; `changes` replace top-level sections."""
     sections: dict[str, Any] = {
         "precision": "fp32",
         "model": {
@@ -34,7 +34,7 @@ def tiny_config(**changes: Any) -> RunConfig:
 
 
 def tiny_batch(step: int, size: int = GLOBAL_BATCH) -> Batch:
-    """The global batch of a step: 2 + 6 crops, 8 captions of various lengths."""
+    """Return the global batch of a step: 2 + 6 crops, 8 captions of various lengths."""
     generator = torch.Generator().manual_seed(1000 + step)
     captions = torch.randint(1, 63, (8, size, 16), generator=generator, dtype=torch.int32)
     ends = torch.randint(3, 16, (8, size), generator=generator)
@@ -69,7 +69,7 @@ class Tiny(NamedTuple):
         Pair(self.student, self.teacher).close()
 
     def fragments(self) -> dict[tuple[str, int], dict[str, Tensor]]:
-        """Copies of all that this rank owns, by parameter and first element."""
+        """Return copies of all that this rank holds, by parameter and first element."""
         return {
             (fragment.name, fragment.start): {kind: tensor.clone() for kind, tensor in fragment.tensors().items()}
             for fragment in self.student.fragments
@@ -77,7 +77,7 @@ class Tiny(NamedTuple):
 
 
 def build_tiny(config: RunConfig, ranks: Ranks, *, teacher_seed: int = 0) -> Tiny:
-    """Student from seed 0; the teacher differs from it where it has another seed."""
+    """Draw the student from the config's seed, the teacher from its own; equal seeds give equal weights."""
     pair = drawn_pair(config, ranks, teacher_seed=teacher_seed)
     return Tiny(pair.student, pair.teacher, CosmosLoss(config.optimizer.gradient_scale))
 
@@ -92,7 +92,7 @@ def whole(parts: list[dict[tuple[str, int], dict[str, Tensor]]], kind: str) -> d
 
 
 def worst_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest norm of a difference relative to the norm of `theirs`, over tensors.
+    """Return the largest relative difference of a tensor, and its name: norm of the difference over that of `theirs`.
 
     The key third of attention biases is left out: its true gradient is zero, so Adam amplifies rounding there.
     """
