@@ -16,8 +16,8 @@ class StepOutput(NamedTuple):
     total, clip, distill: [] float32, over the global batch. finite: [] bool, equal on all ranks: whether loss and
     gradient are finite (in fp16 the loss alone); where they are not, the step changed nothing. features_finite: []
     bool: whether the features of student and teacher are finite on this rank. logit_scale, distill_logit_scale: [1],
-    before the update. gradient_norm: [] float32, over all parameters, before clipping. substituted: [] int64 on the CPU,
-    how many samples of this rank's batch replace a damaged one.
+    before the update. gradient_norm: [] float32, over all parameters, before clipping.
+    substituted: [] int64 on the CPU, how many samples of this rank's batch replace a damaged one.
     """
 
     total: Tensor
