@@ -45,7 +45,8 @@ def assert_same_checkpoints(first: Path, second: Path) -> None:
 def assert_resumes_bit_for_bit(run: Path, begin: Start, ranks: int) -> None:
     """Kill a run of loader processes mid-epoch, resume it without, and compare it with one that was left alone."""
     with begin(run, "name=killed", "data.workers=1", ranks=ranks) as killed:
-        wait_for_step(killed, run, 5, "killed")
+        # The save after step 6 waits until the checkpoint of step 3 is complete, however slow the disk.
+        wait_for_step(killed, run, 7, "killed")
         killed.kill()
     assert records(run, "killed")[-1]["step"] < STEPS, "killed too late to prove anything"
     with begin(run, "name=killed", ranks=ranks) as resumed:
