@@ -57,9 +57,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
             if step < last_step:
                 ahead.fetch()
             progress.after_step(step, output, batch, student, lr=lr, momentum=momentum, data_wait=ahead.waited())
-            if run.retrieval is not None and step % config.eval.every == 0:
+            if run.evaluations.due(step):
                 with progress.pause():
-                    progress.evaluation(step, run.evaluate(student, teacher))
+                    run.evaluations.run_due(step, student, teacher, progress)
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
                 with progress.pause():
                     checkpoints.save(run.state(step, student))

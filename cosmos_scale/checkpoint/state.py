@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cosmos_scale import __version__
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile
 from cosmos_scale.config import RunConfig
+from cosmos_scale.config.evaluation import in_new_form
 from cosmos_scale.errors import UserError
 from cosmos_scale.fragments import Fragment
 
@@ -125,7 +126,7 @@ def read_state(folder: Path) -> RunState:
 def read_run_config(folder: Path) -> RunConfig:
     """The configuration of the run that wrote a checkpoint; raises UserError where this version cannot read it."""
     try:
-        return RunConfig.model_validate(read_state(folder).config)
+        return RunConfig.model_validate(in_new_form(read_state(folder).config))
     except ValidationError as failure:
         first = failure.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -12,6 +12,8 @@ RESUME_MAY_CHANGE: dict[str, Any] = {"resume_may_change": True}
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*")  # one path component, not hidden
+
 _USER = re.compile(r"(://)[^/@\s'\"]+@")
 _QUERY = re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)
 

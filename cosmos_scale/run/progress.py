@@ -15,7 +15,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.engine.student import Student
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table
+from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.step import StepOutput
 
@@ -129,11 +129,18 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
-    def evaluation(self, step: int, results: dict[str, RetrievalResult]) -> None:
-        """Write and show retrieval results by model."""
+    def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers]) -> None:
+        """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind."""
         if self._log is not None:
-            numbers = {name: result.as_dict() for name, result in results.items()}
-            self._log.evaluation(step, numbers, results_table(results, f"step {step}: retrieval"))
+            prefix = "" if evaluator.name == evaluator.kind else f"{evaluator.name}/"
+            named = {f"{prefix}{model}": numbers for model, numbers in results.items()}
+            self._log.evaluation(step, named, evaluator.table(results, f"step {step}: {evaluator.name}"))
+
+    def evaluation_failed(self, step: int, name: str, failures: int, reason: str) -> None:
+        """Write and show that an evaluator failed, for the how-manieth time."""
+        if self._log is not None:
+            self._log.evaluation_failed(step, name, failures)
+        self.say(f"step {step}: evaluation {name} failed, {failures} so far, and the run goes on: {reason}")
 
     def pause(self) -> "_Pause":
         """Read all steps, so that a bad loss stops the run here; then a context whose time is not a step's."""

@@ -14,15 +14,14 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import changed_on_resume, dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, gather_rows, raise_together
+from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, raise_together
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import DTYPES, Teacher
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.periodic import PeriodicRetrieval
-from cosmos_scale.evaluation.retrieval import RetrievalResult
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.run.evaluations import Evaluations
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Run:
     folder: Path
     index: MergedIndex
     loader: TrainLoader
-    retrieval: PeriodicRetrieval | None
+    evaluations: Evaluations
     start: Start
     said: list[str] = field(default_factory=list)  # lines on what became of broken checkpoints
 
@@ -106,18 +105,6 @@ class Run:
             steps_per_epoch=self.loader.steps_per_epoch,
         )
 
-    def evaluate(self, student: Student, teacher: Teacher) -> dict[str, RetrievalResult]:
-        """Retrieval of student and teacher on the held-out pairs, the work shared by all ranks; collective."""
-        assert self.retrieval is not None
-        results: dict[str, RetrievalResult] = {}
-        for name, measured in (("student", student), ("teacher", teacher)):
-            with measured.whole_model() as model:
-                result, error = self.retrieval.run(model, gather_rows)
-            raise_together(self.ranks, error)
-            assert result is not None
-            results[name] = result
-        return results
-
     def _restore(self, student: Student) -> None:
         """Load the start's checkpoint; with `resume: auto` an older one where a file turns out to be damaged."""
         while True:
@@ -181,12 +168,10 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         damaged = folder / "damaged.jsonl"
         loader = TrainLoader(config, index, tokenizer, ranks.rank, ranks.world_size, damaged, lost, device=ranks.device)
         loader.check_shards(resumed=start.state is not None)
-        retrieval = None
-        if config.eval.retrieval is not None and config.eval.every:
-            retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
+        evaluations = Evaluations(config, ranks, folder)
         if ranks.is_main:
             _write_config(config, folder)
-        run = Run(config, ranks, folder, index, loader, retrieval, start)
+        run = Run(config, ranks, folder, index, loader, evaluations, start)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)

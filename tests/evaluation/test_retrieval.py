@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_scale.batch import GalleryBatch
-from cosmos_scale.evaluation.retrieval import RECALL_AT, Gather, RetrievalResult, evaluate
+from cosmos_scale.evaluation.evaluator import Gather
+from cosmos_scale.evaluation.gallery import GalleryBatch
+from cosmos_scale.evaluation.retrieval import RECALL_AT, RetrievalResult, evaluate
 
 WIDTH = 8
 

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.gallery import gallery_batches
+from cosmos_scale.evaluation.gallery import Gallery
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.shard_files import open_folder, picture, sample, tiny_config, write_shard, write_shards
 from tests.data.web_server import Fault, WebServer, web_server
@@ -330,8 +331,9 @@ def test_training_batches_are_those_of_files(shards: Path, tmp_path: Path, serve
 def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> None:
     remote = quick(cache=str(tmp_path / "cache"))
     pattern = f"pipe:cat {shards}/{{00000..00002}}.tar"
-    ours = list(gallery_batches(open_remote(pattern, shards), "raw_caption", 16, 0, 1, 4, None, 10**6, remote))
-    files = list(gallery_batches(open_folder(shards), "raw_caption", 16, 0, 1, 4, None, 10**6))
+    make = partial(Gallery, captions_key="raw_caption", image_size=16, max_pixels=10**6)
+    ours = list(make(open_remote(pattern, shards), remote=remote).batches(0, 1, 4))
+    files = list(make(open_folder(shards)).batches(0, 1, 4))
     assert len(ours) == len(files) == 4
     for batch, local in zip(ours, files, strict=True):
         assert torch.equal(batch.images, local.images)
