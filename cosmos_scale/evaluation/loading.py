@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
+from cosmos_scale.checkpoint import load_model, read_run_config
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Setting
 from cosmos_scale.model.cosmos import CosmosModel
@@ -16,14 +16,13 @@ def load_encoder(
 ) -> Encoder:
     """Load the float32 weights of one model of a checkpoint; the setting is that of its run, in one process.
 
-    folder: a checkpoint, or a run, of which the newest one counts. device: auto is CUDA where there is a device.
-    Raises UserError where there is no such checkpoint, or it does not fit, or no such device.
+    folder: the checkpoint's own (`find_checkpoint` finds that of a run). device: auto is CUDA where there is a device.
+    Raises UserError where the folder is no checkpoint, or not one of such a model, or there is no such device.
     """
-    checkpoint = find_checkpoint(folder)
-    config = read_run_config(checkpoint)
+    config = read_run_config(folder)
     # How the run computed is of no concern here: another machine may not be able to.
     model = CosmosModel(config.model.model_copy(update={"attention": "auto", "compile": False}))
-    load_model(model, checkpoint, which)
+    load_model(model, folder, which)
     place = _device(device)
     return Encoder(model.to(place).eval(), Setting.of_run(config, 0, 1, place))
 
