@@ -17,7 +17,10 @@ class EvaluatorConfig(Section):
     """The keys of an evaluator of any kind."""
 
     kind: str
-    name: str = Field(description="its numbers carry it where it is not the kind", json_schema_extra=RESUME_MAY_CHANGE)
+    name: str = Field(
+        description="stands before the names of its numbers where it is not the kind",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     every: int = Field(0, ge=0, description="steps; 0: never during training", json_schema_extra=RESUME_MAY_CHANGE)
 
     def describe(self) -> str:
@@ -34,7 +37,9 @@ class RetrievalConfig(EvaluatorConfig):
 
     kind: Literal["retrieval"] = Field(json_schema_extra=RESUME_MAY_CHANGE)
     name: str = Field(
-        "retrieval", description="its numbers carry it where it is not the kind", json_schema_extra=RESUME_MAY_CHANGE
+        "retrieval",
+        description="stands before the names of its numbers where it is not the kind",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     shards: Place = Field(json_schema_extra=RESUME_MAY_CHANGE)
     index: Place | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
@@ -78,9 +83,7 @@ def in_new_form(tree: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in old.items():
         if key not in OLD_KEYS:
             (nearest,) = difflib.get_close_matches(key, OLD_KEYS, n=1, cutoff=0.0)
-            rule = (
-                "stands under an unknown key (eval is a list of evaluators, or in its old form has every and retrieval)"
-            )
+            rule = "stands under an unknown key: eval is a list, or in its old form has every and retrieval"
             refuse(key, value, f"{rule}; did you mean eval.{nearest}?")
     retrieval = old.get(_RETRIEVAL)
     if retrieval is None:
@@ -96,9 +99,9 @@ def in_new_form(tree: Mapping[str, Any]) -> dict[str, Any]:
 def settings_of(tree: dict[str, Any], origins: dict[str, str], key: str, value: Any) -> list[tuple[str, Any]]:
     """Return the (dotted key, value) pairs that are to be set where the user sets a dotted key of a run.
 
-    They are others than the given pair only where the key is one of `eval` and the tree has that section in the other
-    form: keys of the old form become keys of the list, and for a key of the list the old form becomes a list, in the
-    tree and in origins (who set which dotted key).
+    The given pair is returned, except where the key belongs to one form of `eval` and the tree has the other form.
+    Keys of the old form become keys of the list. For a key of the list the old form becomes a list, in the tree and in
+    origins (who set which dotted key).
     Raises RuleBroken as `in_new_form` does.
     """
     section, _, below = key.partition(".")
@@ -124,11 +127,7 @@ def settings_of(tree: dict[str, Any], origins: dict[str, str], key: str, value: 
 
 def _new_key(key: str) -> str:
     """Return the dotted key that an old form's dotted key becomes in the list that `in_new_form` makes."""
-    section, _, rest = key.partition(".")
-    name, _, below = rest.partition(".")
-    if section != "eval" or name not in OLD_KEYS:
-        return key
-    return f"eval.0.{_EVERY}" if name == _EVERY else ".".join(filter(None, ["eval", "0", below]))
+    return f"eval.0.{_EVERY}" if key == f"eval.{_EVERY}" else key.replace(f"eval.{_RETRIEVAL}", "eval.0", 1)
 
 
 def written_key(key: str, section: object) -> str:

@@ -1,7 +1,7 @@
 """Evaluation on many ranks: where one of them fails, all of them stop measuring, and none of them waits for it.
 
-Before each gather the ranks tell one another how far they have come, in one small gather. A rank that fails tells so
-instead of its next gather, and the others, who come to a gather or to the end, learn of it there.
+Before each gather the ranks tell one another how far they have come, in a small gather. A rank that fails tells so
+instead of coming to its next gather. The other ranks learn of it when they come to a gather or to the end.
 """
 
 import logging
@@ -15,7 +15,8 @@ from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, measure
 
-# What a rank tells; the third possibility is a number from 0 on: it comes to gather tensors of this shape and dtype.
+# What a rank tells: that it failed, that it finished, or a number from 0 on, which stands for the shape and dtype of
+# what it comes to gather.
 _FAILED, _FINISHED = -2, -1
 _REASON = 500  # bytes of a reason that the other ranks hear
 
@@ -72,7 +73,7 @@ class _Agreement:
         self.lost: Exception | None = None  # what the handed-in gather raised
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The gather for the evaluator: it raises on all ranks where one of them does not come to the same gather."""
+        """The gather for the evaluator; raises on all ranks where one of them does not come to the same gather."""
         if not self.reached(zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode())):
             raise _Stopped
         return self._exchange(tensor)
