@@ -1,6 +1,5 @@
 """What travels between data, towers and loss. Shape letters are explained in CONTRIBUTING.md."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,17 +64,6 @@ class TeacherFeatures(NamedTuple):
 
     image: Tensor
     text: Tensor
-
-
-class GalleryBatch(NamedTuple):
-    """Some pictures of an evaluation's gallery with all texts that are correct for each of them.
-
-    images: [N, 3, H, W] float32 on the CPU. texts: N lists. sample_ids: [N] int64, unique in the whole gallery.
-    """
-
-    images: Tensor
-    texts: Sequence[Sequence[str]]
-    sample_ids: Tensor
 
 
 def caption_lengths(ids: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.cli.main import exit_status
-from cosmos_scale.config import RunConfig
+from cosmos_scale.config import RetrievalConfig, RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
@@ -37,7 +37,9 @@ from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import contact_sheet
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.command import evaluate_checkpoint
+from cosmos_scale.evaluation.evaluator import measure
+from cosmos_scale.evaluation.kinds import make_evaluator
+from cosmos_scale.evaluation.loading import load_encoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 SAMPLES_SHOWN = 4
@@ -78,11 +80,10 @@ def run_demo(out: Path, quick: bool) -> bool:
     overrides = [
         f"output={out / 'runs'}",
         f"data.sources.0.shards={out / 'data' / 'train'}",
-        f"eval.retrieval.shards={out / 'data' / 'gallery'}",
+        f"eval.0.shards={out / 'data' / 'gallery'}",
     ]
     config = load_config(file, overrides)
-    gallery = config.eval.retrieval
-    assert gallery is not None  # both configs of the demo have it
+    (gallery,) = config.eval  # both configs of the demo have one evaluator
     assert gallery.max_samples is not None
     assert config.data.samples is not None
     run_folder = config.output / config.name
@@ -109,10 +110,10 @@ def run_demo(out: Path, quick: bool) -> bool:
         f"\n[bold]3. Retrieval.[/] Of {gallery.max_samples} held-out pairs, which caption belongs to a picture, and "
         "which picture to a caption? Asking the models from before and after the training."
     )
-    before = _recalls(run_folder / "checkpoints" / "step-00000000", gallery.shards, gallery.captions)
+    before = _recalls(run_folder / "checkpoints" / "step-00000000", gallery)
     last = newest(run_folder / "checkpoints")
     assert last is not None
-    after = _recalls(last, gallery.shards, gallery.captions)
+    after = _recalls(last, gallery)
 
     training = read_metrics(run_folder / "metrics.jsonl")
     samples = training.steps[-1]["step"] * config.train.global_batch
@@ -255,11 +256,12 @@ def run_in_session(command: Sequence[str], environment: dict[str, str]) -> int:
             raise
 
 
-def _recalls(checkpoint: Path, shards: str, captions_key: str) -> Recalls:
+def _recalls(checkpoint: Path, gallery: RetrievalConfig) -> Recalls:
     recalls: Recalls = {}
     for model in MODELS:
-        result = evaluate_checkpoint(checkpoint, shards, which=model, captions_key=captions_key, batch=64)
-        recalls[model] = {key: result.as_dict()[key] for key in DIRECTIONS}
+        encoder = load_encoder(checkpoint, model)
+        numbers = measure(make_evaluator(gallery, encoder.setting), encoder)
+        recalls[model] = {key: numbers[key] for key in DIRECTIONS}
     return recalls
 
 

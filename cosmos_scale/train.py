@@ -5,7 +5,6 @@ from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.run.lookahead import Lookahead, StopRequest
-from cosmos_scale.run.progress import Progress
 from cosmos_scale.run.run import start_run
 from cosmos_scale.step import train_step
 
@@ -17,8 +16,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     cosmos_loss = CosmosLoss(config.optimizer.gradient_scale)
     step, last_step = run.first_step, run.last_step
 
-    progress = Progress(config, ranks, run.opened.folder, first_step=step, last_step=last_step)
-    with progress, run.writer() as checkpoints:
+    with run.writer() as checkpoints, run.progress(checkpoints) as progress:
         progress.say(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
@@ -28,9 +26,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
             output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)
             step += 1
             progress.after_step(step, output, lr=lr, momentum=momentum, wait_seconds=wait_seconds)
-            if run.opened.retrieval is not None and step % config.eval.every == 0:
+            if run.opened.evaluations.due(step):
                 with progress.pause():
-                    progress.evaluation(step, run.evaluate())
+                    run.opened.evaluations.run_due(step, student, teacher, progress)
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
                 with progress.pause():
                     checkpoints.save(run.state(step))

@@ -73,8 +73,7 @@ def test_configs_keep_captions_true(name: str) -> None:
     config = load_config(demo.CONFIGS / f"{name}.yaml")
     views = config.data.views
     assert (views.flip, views.grey, views.solarise, views.jitter.hue) == (0.0, 0.0, 0.0, 0.0)
-    assert config.eval.retrieval is not None
-    assert config.eval.retrieval.max_samples == 512
+    assert [(evaluator.kind, evaluator.max_samples) for evaluator in config.eval] == [("retrieval", 512)]
     assert config.checkpoint.at_start
     assert config.zero.stage == 1
 

@@ -5,12 +5,12 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.evaluation.command import evaluate_checkpoint
 from cosmos_scale.testing.runs import (
     Run,
     checkpoint_tensors,
@@ -22,7 +22,9 @@ from cosmos_scale.testing.runs import (
     wait_for_step,
     write_run,
 )
+from tests.evaluation.measured import retrieval_of
 
+MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 # All that a step computes, compared exactly: a resumed run does the same operations in the same order.
 COMPUTED = ("step", "samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm")
 STEPS = 16
@@ -83,7 +85,7 @@ def test_killed_and_resumed_under_the_launcher(tmp_path: Path, scenes: SceneShar
 
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
-    """A finished run of two ranks at stage 1 that saved and evaluated at steps 4 and 8."""
+    """A finished run of two ranks at stage 1 that saved and evaluated at steps 4 and 8; `eval` in its old form."""
     run = write_run(
         tmp_path_factory.mktemp("two"),
         scenes,
@@ -111,11 +113,9 @@ def test_ranks_share_the_evaluation(of_two_ranks: Path, scenes: SceneShards) -> 
     assert [record["step"] for record in evaluations] == [4, 8]
     for record in evaluations:
         checkpoint = of_two_ranks.parent / "tiny" / "checkpoints" / f"step-{record['step']:08d}"
-        for which in ("student", "teacher"):
-            alone = evaluate_checkpoint(
-                checkpoint, str(scenes.gallery), which=which, captions_key="raw_caption", batch=64, device="cpu"
-            )
-            assert {key: record[f"{which}/{key}"] for key in alone.as_dict()} == pytest.approx(alone.as_dict())
+        for which in MODELS:
+            alone = retrieval_of(checkpoint, scenes.gallery, which)
+            assert {key: record[f"{which}/{key}"] for key in alone} == pytest.approx(alone)
             assert record[f"{which}/images"] == 24
 
 

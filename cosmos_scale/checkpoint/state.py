@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cosmos_scale import __version__
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile
 from cosmos_scale.config import RunConfig
+from cosmos_scale.config.evaluation import in_new_form
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import sync_folder
 from cosmos_scale.fragments import Fragment
@@ -128,7 +129,7 @@ def read_state(folder: Path) -> RunState:
 def read_run_config(folder: Path) -> RunConfig:
     """Return the configuration of the run that wrote a checkpoint; raises UserError where it cannot be read."""
     try:
-        return RunConfig.model_validate(read_state(folder).config)
+        return RunConfig.model_validate(in_new_form(read_state(folder).config))
     except ValidationError as failure:
         first = failure.errors()[0]
         key = ".".join(map(str, first["loc"]))

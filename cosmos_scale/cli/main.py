@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from cosmos_scale import __version__
 from cosmos_scale.cli import checkpoint, data, train
-from cosmos_scale.cli.arguments import positive, with_examples
+from cosmos_scale.cli import eval as evaluate
+from cosmos_scale.cli.arguments import with_examples
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -25,11 +25,6 @@ examples:
   deepspeed --num_accelerators 8 --module cosmos_scale.train configs/run/cc3m_vitb16.yaml
   cosmos-scale eval retrieval --checkpoint runs/cc3m_vitb16/checkpoints --data /data/coco_val --json
   cosmos-scale checkpoint inspect runs/cc3m_vitb16 --verify
-"""
-EVAL_EXAMPLES = """\
-examples:
-  cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --data shards/held_out
-  cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --data shards/held_out --weights teacher --json
 """
 
 
@@ -77,21 +72,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def _eval_retrieval(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.evaluation import command
-
-    command.run(
-        arguments.checkpoint,
-        arguments.data,
-        which=arguments.weights,
-        captions_key=arguments.captions,
-        batch=arguments.batch,
-        device=arguments.device,
-        as_json=arguments.json,
-    )
-    return 0
-
-
 def _setup(arguments: argparse.Namespace) -> int:
     from cosmos_scale.engine.comm_build import build_cpu_communication
 
@@ -114,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     with_examples(data_parser, data.EXAMPLES)
     data.add_data_commands(data_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
-    evaluate = commands.add_parser("eval", help="evaluate a checkpoint")
-    _add_eval_commands(with_examples(evaluate, EVAL_EXAMPLES))
+    eval_parser = with_examples(commands.add_parser("eval", help="evaluate a checkpoint"), evaluate.EXAMPLES)
+    evaluate.add_eval_commands(eval_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     checkpoint_parser = commands.add_parser("checkpoint", help="look at checkpoints")
     with_examples(checkpoint_parser, checkpoint.EXAMPLES)
@@ -129,24 +109,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _DESCRIPTION = "Pre-training of COSMOS vision-language models on DeepSpeed."
-
-
-def _add_eval_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    command = commands.add_parser("retrieval", help="recall at 1, 5, 10 between images and texts")
-    with_examples(command, EVAL_EXAMPLES)
-    command.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="a step-N folder, or their parent"
-    )
-    command.add_argument(
-        "--data", required=True, metavar="PATTERN", help="indexed shards: folder, glob or brace pattern"
-    )
-    command.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
-    command.add_argument("--captions", default="raw_caption", metavar="KEY", help="json key; default: raw_caption")
-    command.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    command.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
-    command.set_defaults(command="eval retrieval", run=_eval_retrieval)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from cosmos_scale.config.data import (
     ViewsConfig,
 )
 from cosmos_scale.config.ema import EmaConfig
-from cosmos_scale.config.evaluation import EvalConfig, RetrievalConfig
+from cosmos_scale.config.evaluation import EvaluatorConfig, RetrievalConfig
 from cosmos_scale.config.log import LogConfig, WandbConfig
 from cosmos_scale.config.model import TOKENIZER_VOCABULARY, ModelConfig, TextConfig, VisionConfig
 from cosmos_scale.config.optimizer import OptimizerConfig
@@ -35,7 +35,7 @@ __all__ = [
     "DaliConfig",
     "DataConfig",
     "EmaConfig",
-    "EvalConfig",
+    "EvaluatorConfig",
     "JitterConfig",
     "LogConfig",
     "ModelConfig",

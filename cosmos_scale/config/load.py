@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cosmos_scale.config import RunConfig
+from cosmos_scale.config.evaluation import in_new_form, settings_of, written_key
 from cosmos_scale.config.keys import nearest_key
 from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
@@ -44,18 +45,22 @@ def make_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfi
 
 
 def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], default: str) -> RunConfig:
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; the form is dotted.key=value")
-        _set(tree, key, _parse(text, f"{COMMAND_LINE}: {key}"))
-        _record(origins, key, COMMAND_LINE)
     try:
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals or not key:
+                raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; the form is dotted.key=value")
+            for set_key, value in settings_of(tree, origins, key, _parse(text, f"{COMMAND_LINE}: {key}")):
+                _set(tree, set_key, value)
+                _record(origins, set_key, COMMAND_LINE)
         # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
         # since there strict validation still makes tuples of lists and paths of strings.
-        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        return RunConfig.model_validate_json(json.dumps(in_new_form(tree)), strict=True)
     except ValidationError as error:
-        _refuse(error.errors(), origins, default)
+        _refuse(error.errors(), origins, default, tree.get("eval"))
+    except RuleBroken as broken:
+        details = ErrorDetails(type="value_error", loc=("eval",), msg="", input=None, ctx={"error": broken})
+        _refuse([details], origins, default, tree.get("eval"))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -87,14 +92,21 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in bases:
-        base_tree, base_origins = _read_with_bases(path.parent / base, (*seen, resolved))
-        _merge(tree, base_tree)
-        for key, origin in base_origins.items():
-            _record(origins, key, origin)
-    _merge(tree, own)
-    for key in _dotted_keys(own):
-        _record(origins, key, os.path.normpath(path))
+        _add(tree, origins, *_read_with_bases(path.parent / base, (*seen, resolved)))
+    _add(tree, origins, own, dict.fromkeys(_dotted_keys(own), os.path.normpath(path)))
     return tree, origins
+
+
+def _add(tree: dict[str, Any], origins: Origins, newer: dict[str, Any], newer_origins: Origins) -> None:
+    """Merge a file's keys, and who set them, over those of the files before it."""
+    if isinstance(tree.get("eval"), list) and isinstance(newer.get("eval"), dict):  # the old form over the new one
+        for key, value in settings_of(tree, origins, "eval", newer.pop("eval")):
+            _set(tree, key, value)
+            _record(origins, key, _origin_of("eval", [], newer_origins, COMMAND_LINE))
+        newer_origins = {key: origin for key, origin in newer_origins.items() if not _overlap(key, "eval")}
+    _merge(tree, newer)
+    for key, origin in newer_origins.items():
+        _record(origins, key, origin)
 
 
 class _Loader(yaml.SafeLoader):
@@ -192,24 +204,28 @@ def _record(origins: Origins, key: str, origin: str) -> None:
     origins[key] = origin
 
 
-def _refuse(errors: list[ErrorDetails], origins: Origins, default: str) -> NoReturn:
+def _refuse(errors: list[ErrorDetails], origins: Origins, default: str, evaluators: object) -> NoReturn:
+    """Raise UserError of the first error that counts; evaluators: `eval` in the form in which the user wrote it."""
     # An unknown key comes first: it is often a misspelt key, and the correct key is then reported as missing.
     details = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in details["loc"]]
     broken = details.get("ctx", {}).get("error")
     if isinstance(broken, RuleBroken):
-        key, *others = (".".join([*location, name]) for name in (broken.key, *broken.others))
+        keys = [".".join([*location, name]) for name in (broken.key, *broken.others)]
+        key, *others = (written_key(one, evaluators) for one in keys)
         text = f"{key}: {_short(broken.value)} {broken.rule}"
     else:
-        key, others = ".".join(location), []
-        text = f"{key}: {_describe(details, key)}" if key else _describe(details, key)
+        found = ".".join(location)
+        key, others = written_key(found, evaluators), []
+        what = _describe(details, written_key(nearest_key(found), evaluators))
+        text = f"{key}: {what}" if key else what
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise UserError(f"{_origin_of(key, others, origins, default)}: {text}{more}") from None
 
 
-def _describe(details: ErrorDetails, key: str) -> str:
+def _describe(details: ErrorDetails, nearest: str) -> str:
     if details["type"] == "extra_forbidden":
-        return f"no such key; did you mean {nearest_key(key)}?"
+        return f"no such key; did you mean {nearest}?"
     if details["type"] == "missing":
         return "this key is required and missing"
     return f"{_short(details['input'])} {details['msg'].replace('Input should', 'should')}"

@@ -1,6 +1,5 @@
 """The configuration of a run: its own keys, its sections, and the rules between them."""
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -9,11 +8,11 @@ from pydantic import Field
 from cosmos_scale.config.checkpoint import CheckpointConfig
 from cosmos_scale.config.data import DataConfig
 from cosmos_scale.config.ema import EmaConfig
-from cosmos_scale.config.evaluation import EvalConfig
+from cosmos_scale.config.evaluation import AnyEvaluatorConfig, check_names
 from cosmos_scale.config.log import LogConfig
 from cosmos_scale.config.model import TOKENIZER_VOCABULARY, ModelConfig
 from cosmos_scale.config.optimizer import OptimizerConfig
-from cosmos_scale.config.section import RESUME_MAY_CHANGE, RuleBroken, Section, refuse
+from cosmos_scale.config.section import PLAIN_NAME, RESUME_MAY_CHANGE, RuleBroken, Section, refuse
 from cosmos_scale.config.train import TrainConfig
 from cosmos_scale.config.zero import ZeroConfig
 from cosmos_scale.errors import UserError
@@ -62,11 +61,13 @@ class RunConfig(Section):
     ema: EmaConfig = EmaConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
+    eval: tuple[AnyEvaluatorConfig, ...] = Field(
+        (), description="evaluators on student and teacher", json_schema_extra=RESUME_MAY_CHANGE
+    )
     log: LogConfig = LogConfig()
 
     def _check_rules(self) -> None:
-        if not re.fullmatch(r"[\w-][\w.-]*", self.name):
+        if not PLAIN_NAME.fullmatch(self.name):
             refuse("name", self.name, "must be a folder's plain name: letters, digits, . _ - and no leading dot")
         views, patch_size = self.data.views, self.model.vision.patch_size
         if views.local_crops and views.local_size % patch_size:
@@ -86,6 +87,7 @@ class RunConfig(Section):
         if self.init_from is not None and self.resume not in ("auto", "never"):
             rule = "must be auto or never beside init_from: a run starts from one checkpoint"
             refuse("resume", self.resume, rule, ["init_from"])
+        check_names(self.eval)
         if self.train.schedule_steps is not None:
             self._check_warmup(self.train.schedule_steps)
 

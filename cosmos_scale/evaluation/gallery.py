@@ -1,13 +1,12 @@
-"""Batches for evaluation: pictures of an index in its own order, each with all its correct texts."""
+"""The gallery of an evaluation: pictures of an index in its own order, each with all its correct texts."""
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.samples.sample import DamagedSample
@@ -16,67 +15,88 @@ from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, ShardReader
 from cosmos_scale.errors import UserError
 
 
-def gallery_batches(
-    index: MergedIndex,
-    captions_key: str,
-    image_size: int,
-    rank: int,
-    world_size: int,
-    batch: int,
-    max_samples: int | None,
-    max_pixels: int,
-    remote: RemoteConfig = DEFAULT_REMOTE,
-) -> Iterator[GalleryBatch]:
-    """Yield one rank's contiguous slice of the first `max_samples` samples, in the index's order, `batch` at a time.
+class GalleryBatch(NamedTuple):
+    """Some pictures of a gallery with all texts that are correct for each of them.
 
-    captions_key: json key of the correct texts, a string or a list of them. Ranks together cover each sample once; a
-    slice may be empty. A damaged sample, or one of more than max_pixels, is left out and named on stderr.
-    Raises: UserError where a shard is missing or stale, and what `check_captions` raises, on every rank.
+    images: [N, 3, H, W] float32 on the CPU. texts: N lists. sample_ids: [N] int64, unique in the whole gallery.
     """
-    check_captions(index, captions_key, remote)
-    reader = ShardReader(remote)
-    samples = len(index) if max_samples is None else min(len(index), max_samples)
-    images: list[Tensor] = []
-    texts: list[list[str]] = []
-    sample_ids: list[int] = []
-    for sample in range(samples * rank // world_size, samples * (rank + 1) // world_size):
-        location = index.locate(sample)
+
+    images: Tensor
+    texts: Sequence[Sequence[str]]
+    sample_ids: Tensor
+
+
+class Gallery:
+    """The first samples of an index, opened once and read as often as they are asked for."""
+
+    def __init__(
+        self,
+        index: MergedIndex,
+        captions_key: str,
+        *,
+        image_size: int,
+        max_pixels: int,
+        max_samples: int | None = None,
+        remote: RemoteConfig = DEFAULT_REMOTE,
+    ) -> None:
+        """Look for the shards, and for the captions in the first sample's document.
+
+        captions_key: json key of the correct texts, a string or a list of them. max_samples: None for all.
+        Raises: UserError where the key is not there, or a shard is missing or stale.
+        """
+        self._index = index
+        self._captions_key = captions_key
+        self._image_size, self._max_pixels = image_size, max_pixels
+        self._samples = len(index) if max_samples is None else min(len(index), max_samples)
+        self._remote = remote
+        self._check()
+
+    def batches(self, rank: int, world_size: int, batch: int) -> Iterator[GalleryBatch]:
+        """Yield one rank's contiguous slice of the samples, in the index's order, `batch` at a time.
+
+        Ranks together cover each sample once; a slice may be empty. A damaged sample, or one of more than max_pixels,
+        is left out and named on stderr.
+        Raises: LostShard where a shard cannot be reached any more, after all retries.
+        """
+        reader = ShardReader(self._remote)
+        images: list[Tensor] = []
+        texts: list[list[str]] = []
+        sample_ids: list[int] = []
         try:
-            image_bytes, document = reader.read(location)
-            texts_here = _correct_texts(document, captions_key)
-            images.append(evaluation_image(image_bytes, image_size, max_pixels))
-        except DamagedSample as damage:
-            print(f"left out: sample {location.entry.key} of {location.shard}: {damage}", file=sys.stderr)
-            continue
-        texts.append(texts_here)
-        sample_ids.append(sample)
-        if len(images) == batch:
-            yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
-            images, texts, sample_ids = [], [], []
-    if images:
-        yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
-    reader.close()
+            for sample in range(self._samples * rank // world_size, self._samples * (rank + 1) // world_size):
+                location = self._index.locate(sample)
+                try:
+                    image_bytes, document = reader.read(location)
+                    texts_here = _correct_texts(document, self._captions_key)
+                    images.append(evaluation_image(image_bytes, self._image_size, self._max_pixels))
+                except DamagedSample as damage:
+                    print(f"left out: sample {location.entry.key} of {location.shard}: {damage}", file=sys.stderr)
+                    continue
+                texts.append(texts_here)
+                sample_ids.append(sample)
+                if len(images) == batch:
+                    yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
+                    images, texts, sample_ids = [], [], []
+            if images:
+                yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
+        finally:
+            reader.close()
 
-
-def check_captions(index: MergedIndex, captions_key: str, remote: RemoteConfig = DEFAULT_REMOTE) -> None:
-    """Look for the shards, and for a key in the first sample's document.
-
-    Raises: UserError where it is not there, or a shard is missing or stale.
-    """
-    location = index.locate(0)
-    reader = ShardReader(remote)
-    try:
-        reader.check(index.shard_files())
-        _, document = reader.read(location)
-    except DamagedSample:
-        return  # left out of the batches, by the rank whose slice it is in
-    finally:
-        reader.close()
-    if captions_key not in document:
-        raise UserError(
-            f"{location.shard}: sample {location.entry.key} has no captions under {captions_key!r}; "
-            f"its keys are {', '.join(document)}"
-        )
+    def _check(self) -> None:
+        location = self._index.locate(0)
+        reader = ShardReader(self._remote)
+        try:
+            reader.check(self._index.shard_files())
+            _, document = reader.read(location)
+        except DamagedSample:
+            return  # left out of the batches, by the rank whose slice it is in
+        finally:
+            reader.close()
+        if self._captions_key not in document:
+            raise UserError(
+                f"{location.shard}: sample {location.entry.key} has no captions under {self._captions_key!r}; "
+                f"its keys are {', '.join(document)}"
+            )
 
 
 def _correct_texts(document: dict[str, Any], captions_key: str) -> list[str]:

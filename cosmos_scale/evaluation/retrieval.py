@@ -4,15 +4,21 @@ Every rank encodes its slice of the gallery, receives the features of all slices
 the collective is handed in, so that this module knows nothing of process groups.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from cosmos_scale.batch import GalleryBatch
+from cosmos_scale.config import RetrievalConfig, SourceConfig
+from cosmos_scale.config.section import redact_urls
+from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, one_process
+from cosmos_scale.evaluation.gallery import Gallery, GalleryBatch
 
 RECALL_AT = (1, 5, 10)
 
@@ -20,15 +26,8 @@ EncodeImages = Callable[[Tensor], Tensor]
 """Images [N, 3, H, W] float32 on the CPU to normalised features [N, E] on any device."""
 EncodeTexts = Callable[[Sequence[str]], Tensor]
 """Texts to normalised features [N, E] on any device."""
-Gather = Callable[[Tensor], Tensor]
-"""[n, ...] to [W * n, ...] in rank order. Every rank calls it equally often, with tensors of one shape and dtype."""
 
 _ROWS = 1024  # similarities are formed for this many rows at a time: 1024 x 25,000 captions of COCO are 100 MB
-
-
-def one_process(tensor: Tensor) -> Tensor:
-    """The gather of a run without other ranks."""
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,57 @@ class RetrievalResult:
         """Recall at 1 of a guess, from text to image; from image to text too (an image has texts / images texts)."""
         return 1 / self.images
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> Numbers:
         """Flat numbers for JSON: images, texts, chance_R@1, image_to_text_R@1 and so on."""
         directions = (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
         recalls = {f"{name}_R@{k}": value for name, recall in directions for k, value in recall.items()}
         return {"images": self.images, "texts": self.texts, "chance_R@1": self.chance, **recalls}
 
 
-def results_table(results: Mapping[str, RetrievalResult], title: str) -> Table:
-    """A table for people, in percent: two rows a model, one for each direction. Raises StopIteration for no result."""
-    chance = next(iter(results.values())).chance
-    table = Table("", "", *(f"R@{k}" for k in RECALL_AT), title=title, caption=f"chance R@1: {100 * chance:.2f} %")
-    for model, result in results.items():
-        for direction, recall in (("image to text", result.image_to_text), ("text to image", result.text_to_image)):
-            table.add_row(model, direction, *(f"{100 * recall[k]:.2f} %" for k in RECALL_AT))
-    return table
+class Retrieval(Evaluator):
+    """Recall on held-out pairs: the config's gallery, every rank on its slice."""
+
+    def __init__(self, config: RetrievalConfig, setting: Setting) -> None:
+        """Open the gallery; raises UserError where it has no index, or its first sample cannot be used as asked for."""
+        super().__init__(config, setting)
+        self._config = config
+        source = SourceConfig(name=config.name, shards=config.shards, index=config.index)
+        self._gallery = Gallery(
+            open_sources([source], setting.remote),
+            config.captions,
+            image_size=setting.image_size,
+            max_pixels=setting.max_pixels,
+            max_samples=config.max_samples,
+            remote=setting.remote,
+        )
+
+    def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+        """Yield the numbers of `RetrievalResult.as_dict`; leaves no files."""
+        batches = self._gallery.batches(self.setting.rank, self.setting.world_size, self._config.batch)
+        device = self.setting.device
+        try:
+            result = evaluate(encoder.images, encoder.texts, batches, gather=gather, device=device)
+        except EmptyGallery as error:
+            raise UserError(f"{redact_urls(self._config.shards)}: {error}") from error
+        yield from result.as_dict().items()
+
+    def table(self, results: Mapping[str, Numbers], title: str) -> Table:
+        """A table of recalls in percent: two rows a model, one for each direction."""
+        chance = next(iter(results.values()))["chance_R@1"]
+        columns = [f"R@{k}" for k in RECALL_AT]
+        table = Table("", "", *columns, title=title, caption=f"chance R@1: {100 * chance:.2f} %")
+        for model, numbers in results.items():
+            for direction in ("image_to_text", "text_to_image"):
+                recalls = (f"{100 * numbers[f'{direction}_{column}']:.2f} %" for column in columns)
+                table.add_row(model, direction.replace("_", " "), *recalls)
+        return table
 
 
-class _Features(NamedTuple):
+class EmptyGallery(ValueError):
+    """A gallery in which no image has a text."""
+
+
+class GalleryFeatures(NamedTuple):
     """Features of some images and texts: [N, E] float32, and the sample [N] that each belongs to."""
 
     image: Tensor
@@ -85,7 +117,7 @@ def evaluate(
     Slices may differ in length, and some may be empty. The ranking runs on `device` (default: CPU). A wrong candidate
     that scores the same as the best correct one, or NaN, is ranked before it: a model whose features are all equal, or
     broken, scores 0.
-    Raises ValueError, on every rank, if the whole gallery has no text.
+    Raises EmptyGallery, on every rank, if the whole gallery has no text.
     """
     own = _encode(encode_images, encode_texts, batches, device or torch.device("cpu"))
     everyone = _gather_features(own, gather)
@@ -108,7 +140,7 @@ def evaluate(
 
 def _encode(
     encode_images: EncodeImages, encode_texts: EncodeTexts, batches: Iterable[GalleryBatch], device: torch.device
-) -> _Features:
+) -> GalleryFeatures:
     """Encode this rank's slice; without any batch the width is 0."""
     image, image_sample, text, text_sample = [], [], [], []
     for batch in batches:
@@ -123,7 +155,7 @@ def _encode(
     def joined(parts: list[Tensor], *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.cat(parts).to(device, dtype) if parts else torch.zeros(0, *shape, dtype=dtype, device=device)
 
-    return _Features(
+    return GalleryFeatures(
         joined(image, width, dtype=torch.float32),
         joined(image_sample, dtype=torch.int64),
         joined(text, width, dtype=torch.float32),
@@ -131,15 +163,15 @@ def _encode(
     )
 
 
-def _gather_features(own: _Features, gather: Gather) -> _Features:
+def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
     """The features of all ranks. Slices are padded to the longest one, as collectives want equal shapes.
 
-    Raises ValueError, on every rank, if there is no image or no text.
+    Raises EmptyGallery, on every rank, if there is no image or no text.
     """
     sizes = torch.tensor([[*own.image.shape, len(own.text)]], device=own.image.device)
     images_W, widths_W, texts_W = gather(sizes).T.tolist()
     if not any(images_W) or not any(texts_W):
-        raise ValueError("retrieval needs at least one image with a text")
+        raise EmptyGallery("retrieval needs at least one image with a text")
     width = max(widths_W)
 
     def from_all(rows: Tensor, lengths_W: list[int]) -> Tensor:
@@ -148,7 +180,7 @@ def _gather_features(own: _Features, gather: Gather) -> _Features:
         slices = gather(padded).reshape(len(lengths_W), *padded.shape)
         return torch.cat([piece[:length] for piece, length in zip(slices, lengths_W, strict=True)])
 
-    return _Features(
+    return GalleryFeatures(
         from_all(own.image, images_W),
         from_all(own.image_sample, images_W),
         from_all(own.text, texts_W),

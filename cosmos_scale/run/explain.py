@@ -128,8 +128,10 @@ def _output_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "checkpoints", f"{every}at the end; the last {config.checkpoint.keep_last} are kept"
     start = f"weights of {config.init_from}" if config.init_from else "freshly drawn weights"
     yield "starts from", start if config.resume == "never" else f"resume: {config.resume}, else {start}"
-    if config.eval.retrieval is not None and config.eval.every:
-        yield "evaluates", f"retrieval on {redact_urls(config.eval.retrieval.shards)} every {config.eval.every:,} steps"
+    for evaluator in config.eval:
+        if evaluator.every:
+            name = "" if evaluator.name == evaluator.kind else f"{evaluator.name}: "
+            yield "evaluates", f"{name}{evaluator.describe()} every {evaluator.every:,} steps"
     yield "seed", str(config.seed)
 
 

@@ -80,6 +80,10 @@ class MetricLog:
         self._write({"step": step, **flat}, "eval")
         self._progress.console.print(table)
 
+    def evaluation_failed(self, step: int, name: str, failures: int) -> None:
+        """Write how often an evaluator has failed; the record's kind is another than that of results."""
+        self._write({"step": step, f"{name}/failures": failures}, "eval_failed")
+
     def _write(self, record: dict[str, float], prefix: str) -> None:
         step = int(record["step"])
         # JSON has no nan, so that the loss of a skipped step is null.

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.retrieval import RetrievalResult, results_table
+from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.step import StepOutput
 
@@ -73,11 +74,22 @@ class _Pending:
 class Progress:
     """Follows a run on every rank; the main rank writes. A context manager."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, folder: Path, *, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        folder: Path,
+        *,
+        first_step: int,
+        last_step: int,
+        finish_saving: Callable[[], object],
+    ) -> None:
+        """finish_saving: waits until the checkpoint under way is whole; collective."""
         self._config = config
         self._ranks = ranks
         self._folder = folder
         self._last_step = last_step
+        self._finish_saving = finish_saving
         self._log, error = None, None
         if ranks.is_main:
             try:
@@ -141,11 +153,18 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
-    def evaluation(self, step: int, results: dict[str, RetrievalResult]) -> None:
-        """Write and show retrieval results by model."""
+    def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers]) -> None:
+        """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind."""
         if self._log is not None:
-            numbers = {name: result.as_dict() for name, result in results.items()}
-            self._log.evaluation(step, numbers, results_table(results, f"step {step}: retrieval"))
+            prefix = "" if evaluator.name == evaluator.kind else f"{evaluator.name}/"
+            named = {f"{prefix}{model}": numbers for model, numbers in results.items()}
+            self._log.evaluation(step, named, evaluator.table(results, f"step {step}: {evaluator.name}"))
+
+    def evaluation_failed(self, step: int, name: str, failures: int, reason: str) -> None:
+        """Write and show that an evaluator failed, for the how-manieth time."""
+        if self._log is not None:
+            self._log.evaluation_failed(step, name, failures)
+        self.say(f"step {step}: evaluation {name} failed, {failures} so far, and the run goes on: {reason}")
 
     def pause(self) -> "_Pause":
         """Read all steps, so that a bad loss stops the run here; then a context whose time is not a step's."""
@@ -196,8 +215,14 @@ class Progress:
             self._skipped += 1
             self.say(f"{what}; its update was skipped, {self._skipped} so far")
             return
+        unsaved = ""
+        try:
+            self._finish_saving()  # or a good checkpoint would not be named
+        except UserError as failure:
+            unsaved = f"; and {failure}"
         last = newest(self._folder / "checkpoints")
-        raise UserError(f"{what}; last good checkpoint: {last or 'none'}; rule: non_finite: stop (skip goes on)")
+        rule = "rule: non_finite: stop (skip goes on)"
+        raise UserError(f"{what}; last good checkpoint: {last or 'none'}; {rule}{unsaved}")
 
 
 class _Pause:

@@ -9,8 +9,8 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair
-from cosmos_scale.engine.ranks import Ranks, gather_rows, raise_together
-from cosmos_scale.evaluation.retrieval import RetrievalResult
+from cosmos_scale.engine.ranks import Ranks
+from cosmos_scale.run.progress import Progress
 from cosmos_scale.run.start import Opened, build_pair, open_run
 
 
@@ -61,6 +61,17 @@ class Run:
         folder = self.opened.folder / "checkpoints"
         return CheckpointWriter(folder, self.pair.student.fragments, self.ranks.control, self.config.checkpoint)
 
+    def progress(self, checkpoints: CheckpointWriter) -> Progress:
+        """Return what follows the run's steps, and says and writes how they go; collective."""
+        return Progress(
+            self.config,
+            self.ranks,
+            self.opened.folder,
+            first_step=self.first_step,
+            last_step=self.last_step,
+            finish_saving=checkpoints.wait,
+        )
+
     def state(self, step: int) -> RunState:
         """Return what a checkpoint says of the run after a number of steps."""
         return RunState(
@@ -74,18 +85,6 @@ class Run:
             lost_shards=self.loader.lost_shards,
             steps_per_epoch=self.loader.steps_per_epoch,
         )
-
-    def evaluate(self) -> dict[str, RetrievalResult]:
-        """Retrieval of student and teacher on the held-out pairs, the work shared by all ranks; collective."""
-        assert self.opened.retrieval is not None
-        results: dict[str, RetrievalResult] = {}
-        for name, measured in (("student", self.pair.student), ("teacher", self.pair.teacher)):
-            with measured.whole_model() as model:
-                result, error = self.opened.retrieval.run(model, gather_rows)
-            raise_together(self.ranks, error)
-            assert result is not None
-            results[name] = result
-        return results
 
 
 def start_run(config: RunConfig, ranks: Ranks) -> Run:

@@ -16,8 +16,8 @@ from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, raise_to
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.teacher import DTYPES
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.periodic import PeriodicRetrieval
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.run.evaluations import Evaluations
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Opened:
     folder: Path
     index: MergedIndex
     tokenizer: Tokenizer
-    retrieval: PeriodicRetrieval | None
+    evaluations: Evaluations
     start: Start
 
 
@@ -46,12 +46,10 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         index = open_sources(config.data.sources, config.data.remote)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         check_shards(index, config, start.lost_shards, resumed=start.state is not None)
-        retrieval = None
-        if config.eval.retrieval is not None and config.eval.every:
-            retrieval = PeriodicRetrieval(config, tokenizer, ranks.rank, ranks.world_size, ranks.device)
+        evaluations = Evaluations(config, ranks, folder)
         if ranks.is_main:
             _write_config(config, folder)
-        opened = Opened(folder, index, tokenizer, retrieval, start)
+        opened = Opened(folder, index, tokenizer, evaluations, start)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from cosmos_scale.checkpoint.resume import Start, find_start, set_aside
-from cosmos_scale.checkpoint.state import RunState, newest
+from cosmos_scale.checkpoint.state import RunState, newest, read_run_config
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig, RunConfig, SourceConfig
 from cosmos_scale.errors import UserError
@@ -97,7 +97,7 @@ def test_named_folder_without_a_checkpoint_is_refused(root: Path, tmp_path: Path
         {"train": {"max_steps": 9, "max_minutes": 1.0}},
         {"train": {"micro_batches": 2, "recompute": 1}, "zero": {"stage": 3, "offload": True}},
         {"checkpoint": {"every": 1, "keep_last": 1, "keep_every": 2, "at_start": True}},
-        {"eval": {"every": 2, "retrieval": {"shards": "data/gallery"}}},
+        {"eval": [{"kind": "retrieval", "every": 2, "shards": "data/gallery"}]},
         {"log": {"every": 1, "tensorboard": True, "wandb": {"mode": "offline"}, "progress": False}},
     ],
     ids=str,
@@ -134,6 +134,18 @@ def test_other_keys_may_not_and_are_named(root: Path, sections: dict[str, Any], 
 def test_other_shards_are_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"shards of data\.sources are not those of its run.*now other"):
         find_start(CONFIG, root, "other")
+
+
+def test_a_run_that_wrote_evaluation_in_its_old_form_goes_on(root: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "checkpoints"
+    shutil.copytree(root / "step-00000006", moved / "step-00000006")
+    content = content_of(moved / "step-00000006")
+    retrieval = {"shards": "x", "index": None, "captions": "raw_caption", "max_samples": None, "batch": 64}
+    content["state"]["config"]["eval"] = {"every": 5, "retrieval": retrieval}
+    rewrite(moved / "step-00000006", content)
+    assert find_start(CONFIG, moved, DATA).checkpoint == moved / "step-00000006"
+    (evaluator,) = read_run_config(moved / "step-00000006").eval
+    assert evaluator.model_dump() == {"kind": "retrieval", "name": "retrieval", "every": 5, **retrieval}
 
 
 def test_configuration_of_another_version_is_refused(root: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from cosmos_scale.config.load import load_config
 # Every section is there, so that each key can be changed.
 WHOLE = {
     "data": {"sources": [{"name": "a", "shards": "x"}, {"name": "b", "shards": "y"}]},
-    "eval": {"every": 5, "retrieval": {"shards": "held"}},
+    "eval": [{"kind": "retrieval", "every": 5, "shards": "held"}],
     "log": {"wandb": {}},
 }
 MAY_DIFFER_BY_HOST = {
@@ -33,8 +33,8 @@ MAY_DIFFER_BY_HOST = {
     "data.dali.preallocate_height",
     "data.workers",
     "data.prefetch",
-    "eval.retrieval.shards",
-    "eval.retrieval.index",
+    "eval.N.shards",
+    "eval.N.index",
 }
 MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "output",
@@ -57,11 +57,13 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "checkpoint.keep_last",
     "checkpoint.keep_every",
     "checkpoint.at_start",
-    "eval.every",
-    "eval.retrieval",
-    "eval.retrieval.captions",
-    "eval.retrieval.max_samples",
-    "eval.retrieval.batch",
+    "eval",
+    "eval.N.kind",
+    "eval.N.name",
+    "eval.N.every",
+    "eval.N.captions",
+    "eval.N.max_samples",
+    "eval.N.batch",
     "log.every",
     "log.tensorboard",
     "log.wandb",
@@ -113,7 +115,7 @@ def test_every_key_is_marked_or_named(key: str) -> None:
 
 def test_a_section_or_source_that_one_host_lacks_is_named() -> None:
     config = whole()
-    for key, value in (("eval.retrieval", None), ("log.wandb", None), ("data.sources", config.data.sources[:1])):
+    for key, value in (("eval", ()), ("log.wandb", None), ("data.sources", config.data.sources[:1])):
         assert different_between_hosts(config, changed(config, key.split("."), value)) == [key]
 
 

@@ -66,8 +66,7 @@ def test_overrides_win_and_reach_into_lists_and_unset_sections(run: Path) -> Non
     )
     assert config.train.epochs == 5
     assert [source.shards for source in config.data.sources] == ["x", "/data/b"]
-    assert config.eval.retrieval is not None
-    assert config.eval.retrieval.shards == "held"
+    assert [evaluator.shards for evaluator in config.eval] == ["held"]
     assert config.data.views.flip == 0.2
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.output == Path("a=b")
@@ -219,7 +218,7 @@ def test_dumped_configs_read_back_equal(run: Path, tmp_path: Path) -> None:
 def test_valid_keys_are_their_own_nearest() -> None:
     keys = valid_keys()
     assert "data.sources.N.shards" in keys
-    assert "eval.retrieval.captions" in keys
+    assert "eval.N.captions" in keys
     assert {nearest_key(key) for key in keys} == set(keys)
 
 

@@ -61,7 +61,7 @@ def test_every_key_is_explained(section: PlacedSection) -> None:
         ("data.sources.N.shards", ["path, URL or command", "required"]),
         ("data.sources.N.index", ["path, URL or command, or null", "null"]),
         ("data.remote", ["section", ""]),
-        ("eval.retrieval", ["section, or null", "null"]),
+        ("eval", ["list, each section", "[]"]),
     ],
 )
 def test_types_limits_and_defaults_are_in_words(key: str, words: list[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_list_of_several_kinds_of_section_is_explained_kind_by_kind() -> None:
         ("data.remote.", ["data.remote: How shards", "  data.remote.cache_gb = 100\n"], ["data.workers"]),
         ("train.max", ["  train.max_steps = null\n", "  train.max_minutes = null\n"], ["train.epochs"]),
         ("model.text", ["  model.text.width = 512\n"], ["text_padding", "model.vision"]),
-        ("eval", ["  eval.every = 0\n", "  eval.retrieval.batch = 64\n"], ["log."]),
+        ("eval", ["  eval = []\n", "  eval.N.every = 0\n", "  eval.N.batch = 64\n"], ["log."]),
     ],
 )
 def test_a_prefix_selects_keys(prefix: str, shown: list[str], hidden: list[str]) -> None:

@@ -10,6 +10,7 @@ from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
 
 SOURCE = {"name": "a", "shards": "a"}
+GALLERY = {"kind": "retrieval", "shards": "a"}
 
 BROKEN = [
     # (keys, the section that notices, the key it names, part of the rule)
@@ -32,7 +33,8 @@ BROKEN = [
     ({"zero": {"stage": 0, "offload": True}}, "zero", "offload", "needs stage 1, 2 or 3"),
     ({"zero": {"stage": 3}, "model": {"compile": True}}, "", "model.compile", "must be false at zero.stage 3"),
     ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer", "betas.1", "less than 1"),
-    ({"eval": {"every": 5}}, "eval", "every", "needs eval.retrieval"),
+    ({"eval": [GALLERY, GALLERY]}, "", "eval.1.name", "differ from the name of eval.0"),
+    ({"eval": [GALLERY | {"name": "a/b"}]}, "eval.0", "name", "must be a folder's plain name"),
     ({"init_from": "a", "resume": "b"}, "", "resume", "auto or never beside init_from"),
 ]
 

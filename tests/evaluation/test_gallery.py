@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos_scale.batch import GalleryBatch
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.gallery import gallery_batches
+from cosmos_scale.evaluation.gallery import Gallery, GalleryBatch
 from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
 
@@ -23,7 +22,8 @@ def gallery(
     most: int | None = None,
     max_pixels: int = 10**6,
 ) -> list[GalleryBatch]:
-    return list(gallery_batches(open_folder(folder), key, 16, rank, world_size, 3, most, max_pixels))
+    opened = Gallery(open_folder(folder), key, image_size=16, max_pixels=max_pixels, max_samples=most)
+    return list(opened.batches(rank, world_size, 3))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 12])

@@ -12,7 +12,7 @@ from cosmos_scale.checkpoint import load_weights, newest, read_run_config
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 from cosmos_scale.data.shards.index import open_sources
-from cosmos_scale.evaluation.gallery import gallery_batches
+from cosmos_scale.evaluation.gallery import Gallery
 from cosmos_scale.evaluation.retrieval import evaluate
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -60,8 +60,8 @@ def times_chance(checkpoint: Path, shards: SceneShards) -> tuple[float, float]:
 
     index = open_sources([SourceConfig(name="gallery", shards=str(shards.gallery))])
     image_size, max_pixels = config.model.vision.image_size, config.data.max_pixels
-    batches = gallery_batches(index, "raw_caption", image_size, 0, 1, GROUP, None, max_pixels)
-    results = [evaluate(model.encode_image, encode_texts, [batch]) for batch in batches]
+    gallery = Gallery(index, "raw_caption", image_size=image_size, max_pixels=max_pixels)
+    results = [evaluate(model.encode_image, encode_texts, [batch]) for batch in gallery.batches(0, 1, GROUP)]
     assert [result.images for result in results] == [GROUP] * 8
     images = sum(result.image_to_text[1] for result in results) / len(results)
     texts = sum(result.text_to_image[1] for result in results) / len(results)

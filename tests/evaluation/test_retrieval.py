@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_scale.batch import GalleryBatch
-from cosmos_scale.evaluation.retrieval import RECALL_AT, Gather, RetrievalResult, evaluate
+from cosmos_scale.evaluation.evaluator import Gather
+from cosmos_scale.evaluation.gallery import GalleryBatch
+from cosmos_scale.evaluation.retrieval import RECALL_AT, RetrievalResult, evaluate
 
 WIDTH = 8
 
 
-class Gallery:
+class RandomGallery:
     """Random features: an image is a picture whose first pixels are its feature, a text is the name of its feature."""
 
     def __init__(self, counts: Sequence[int], seed: int, noise: float = 0.5) -> None:
@@ -57,7 +58,7 @@ class Gallery:
         )
 
 
-def in_ranks(gallery: Gallery, slices: Sequence[Sequence[int]]) -> list[RetrievalResult]:
+def in_ranks(gallery: RandomGallery, slices: Sequence[Sequence[int]]) -> list[RetrievalResult]:
     """Run every rank in a thread of its own; their gathers meet at a barrier and refuse unequal shapes."""
     world = len(slices)
     barrier = threading.Barrier(world, timeout=20)
@@ -90,7 +91,7 @@ def in_ranks(gallery: Gallery, slices: Sequence[Sequence[int]]) -> list[Retrieva
 
 @pytest.mark.parametrize("counts", [[1] * 40, [5] * 12, [1, 3, 2, 7, 1, 4] * 5])
 def test_recall_equals_sorting(counts: list[int]) -> None:
-    gallery = Gallery(counts, seed=len(counts))
+    gallery = RandomGallery(counts, seed=len(counts))
     result = evaluate(gallery.encode_images, gallery.encode_texts, gallery.batches(range(len(counts))))
     image_to_text, text_to_image = gallery.expected()
     assert 0.1 < image_to_text[0] < 0.9  # neither a perfect nor a hopeless gallery would tell much
@@ -102,14 +103,14 @@ def test_recall_equals_sorting(counts: list[int]) -> None:
 
 @pytest.mark.parametrize("bounds", [[0, 9, 18], [0, 5, 5, 18], [0, 18, 18], [0, 1, 2, 18]])
 def test_ranks_with_uneven_slices_agree_with_one_process(bounds: list[int]) -> None:
-    gallery = Gallery([2, 1, 3] * 6, seed=5)
+    gallery = RandomGallery([2, 1, 3] * 6, seed=5)
     alone = evaluate(gallery.encode_images, gallery.encode_texts, gallery.batches(range(18)))
     slices = [range(first, last) for first, last in itertools.pairwise(bounds)]
     assert in_ranks(gallery, slices) == [alone] * len(slices)
 
 
 def test_rows_are_ranked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    gallery = Gallery([2] * 30, seed=6)
+    gallery = RandomGallery([2] * 30, seed=6)
     whole = evaluate(gallery.encode_images, gallery.encode_texts, gallery.batches(range(30)))
     monkeypatch.setattr("cosmos_scale.evaluation.retrieval._ROWS", 7)
     assert evaluate(gallery.encode_images, gallery.encode_texts, gallery.batches(range(30))) == whole
@@ -117,7 +118,7 @@ def test_rows_are_ranked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_a_collapsed_or_broken_model_finds_nothing(value: float) -> None:
-    gallery = Gallery([1] * 30, seed=7)
+    gallery = RandomGallery([1] * 30, seed=7)
     gallery.image.fill_(value)
     gallery.text.fill_(value)
     result = evaluate(gallery.encode_images, gallery.encode_texts, gallery.batches(range(30)))
@@ -125,7 +126,7 @@ def test_a_collapsed_or_broken_model_finds_nothing(value: float) -> None:
 
 
 def test_an_image_without_text_is_never_found() -> None:
-    gallery = Gallery([1, 0, 1], seed=8, noise=0.0)
+    gallery = RandomGallery([1, 0, 1], seed=8, noise=0.0)
     result = evaluate(gallery.encode_images, gallery.encode_texts, gallery.batches(range(3)))
     assert result.image_to_text[10] == pytest.approx(2 / 3)
     assert result.text_to_image[1] == 1.0
@@ -133,7 +134,7 @@ def test_an_image_without_text_is_never_found() -> None:
 
 @pytest.mark.parametrize("counts", [[], [0, 0]])
 def test_an_empty_gallery_is_refused(counts: list[int]) -> None:
-    gallery = Gallery(counts, seed=9) if counts else Gallery([1], seed=9)
+    gallery = RandomGallery(counts, seed=9) if counts else RandomGallery([1], seed=9)
     with pytest.raises(ValueError, match="at least one image with a text"):
         evaluate(gallery.encode_images, gallery.encode_texts, gallery.batches(range(len(counts))))
 

@@ -135,7 +135,9 @@ def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
         return from_all(value, ranks)
 
     waits = ((0.1, 0.3, 1.0, 1.0), (0.5, 0.1, 0.0, 0.0))[rank]
-    with pytest.MonkeyPatch.context() as patch, Progress(config, ranks, folder, first_step=0, last_step=4) as progress:
+    steps = {"first_step": 0, "last_step": 4}
+    progress = Progress(config, ranks, folder, **steps, finish_saving=lambda: None)
+    with pytest.MonkeyPatch.context() as patch, progress:
         patch.setattr("cosmos_scale.run.progress.from_all", counted)
         for step, wait in enumerate(waits, start=1):
             output = tiny.step(step)

@@ -265,7 +265,7 @@ def test_what_is_written_of_a_configuration_holds_no_secret() -> None:
     config = RunConfig.model_validate(
         {
             "data": {"sources": [{"name": "a", "shards": url, "index": url}, {"name": "b", "shards": "/x?[ab]/*.tar"}]},
-            "eval": {"retrieval": {"shards": url, "index": url}},
+            "eval": [{"kind": "retrieval", "shards": url, "index": url}],
         }
     )
     assert config.data.sources[0].shards == url

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.gallery import gallery_batches
+from cosmos_scale.evaluation.gallery import Gallery
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.shard_files import open_folder, picture, sample, shards_config, write_shard, write_shards
 from tests.data.web_server import Fault, WebServer, web_server
@@ -349,8 +350,9 @@ def test_a_server_without_ranges_is_told_of_once(
 def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> None:
     remote = quick(cache=str(tmp_path / "cache"))
     pattern = f"pipe:cat {shards}/{{00000..00002}}.tar"
-    ours = list(gallery_batches(open_remote(pattern, shards), "raw_caption", 16, 0, 1, 4, None, 10**6, remote))
-    files = list(gallery_batches(open_folder(shards), "raw_caption", 16, 0, 1, 4, None, 10**6))
+    make = partial(Gallery, captions_key="raw_caption", image_size=16, max_pixels=10**6)
+    ours = list(make(open_remote(pattern, shards), remote=remote).batches(0, 1, 4))
+    files = list(make(open_folder(shards)).batches(0, 1, 4))
     assert len(ours) == len(files) == 4
     for batch, local in zip(ours, files, strict=True):
         assert torch.equal(batch.images, local.images)

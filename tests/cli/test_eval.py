@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from cosmos_scale.checkpoint import find_checkpoint, load_weights
+from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.command import evaluate_checkpoint, run
 from tests.checkpoint.edit import content_of, rewrite
+from tests.evaluation.measured import retrieval_of
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
 SMALL = [
@@ -47,22 +48,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, shards: SceneShards) -
     return folder / "small" / "checkpoints"
 
 
+def evaluated(capsys: pytest.CaptureFixture[str], checkpoint: Path, shards: SceneShards, *options: str) -> str:
+    """What the command prints of a checkpoint."""
+    data = ["--checkpoint", str(checkpoint), "--data", str(shards.gallery)]
+    assert cli.main(["eval", "retrieval", *data, "--device", "cpu", *options]) == 0
+    return capsys.readouterr().out
+
+
 def test_json_says_what_the_run_itself_measured(
     checkpoints: Path, shards: SceneShards, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
     measured = next(record for record in records if record["kind"] == "eval")
     for which in ("student", "teacher"):
-        run(
-            checkpoints,
-            str(shards.gallery),
-            which=which,
-            captions_key="raw_caption",
-            batch=64,
-            device="cpu",
-            as_json=True,
-        )
-        printed = json.loads(capsys.readouterr().out)
+        printed = json.loads(evaluated(capsys, checkpoints, shards, "--weights", which, "--json"))
+        assert list(printed)[:4] == ["checkpoint", "weights", "data", "captions"]
         assert printed["checkpoint"] == str(checkpoints / "step-00000002")
         assert printed["images"] == printed["texts"] == 40
         for key in ("image_to_text_R@1", "image_to_text_R@10", "text_to_image_R@1", "text_to_image_R@10"):
@@ -73,16 +73,9 @@ def test_json_says_what_the_run_itself_measured(
 def test_table_names_checkpoint_and_chance(
     checkpoints: Path, shards: SceneShards, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(
-        checkpoints / "step-00000000",
-        str(shards.gallery),
-        which="teacher",
-        captions_key="longIB_captions",
-        batch=7,
-        device="cpu",
-        as_json=False,
-    )
-    printed = capsys.readouterr().out
+    options = ["--weights", "teacher", "--captions", "longIB_captions", "--batch", "7"]
+    printed = evaluated(capsys, checkpoints / "step-00000000", shards, *options)
+    assert "step-00000000" in "".join(printed.split())  # the title is wrapped
     assert "image to text" in printed
     assert "2.50 %" in printed
 
@@ -98,25 +91,18 @@ def test_student_and_teacher_differ_after_training_only(checkpoints: Path) -> No
 
 
 def test_several_correct_texts_and_batches_do_not_matter(checkpoints: Path, shards: SceneShards) -> None:
-    results = [
-        evaluate_checkpoint(
-            checkpoints / "step-00000002",
-            str(shards.gallery),
-            which="student",
-            captions_key="longIB_captions",
-            batch=batch,
-            device="cpu",
-        )
+    one, other = (
+        retrieval_of(checkpoints / "step-00000002", shards.gallery, captions="longIB_captions", batch=batch)
         for batch in (7, 64)
-    ]
-    assert results[0].texts > results[0].images == 40
+    )
+    assert one["texts"] > one["images"] == 40
     # Batches of other sizes round differently, which may swap two near neighbours.
-    assert results[0].image_to_text[10] == pytest.approx(results[1].image_to_text[10], abs=1 / 40 + 1e-6)
+    assert one["image_to_text_R@10"] == pytest.approx(other["image_to_text_R@10"], abs=1 / 40 + 1e-6)
 
 
 def test_user_errors_name_what_is_wrong(checkpoints: Path, shards: SceneShards, tmp_path: Path) -> None:
     def evaluate_with(folder: Path, data: str, captions_key: str = "raw_caption") -> None:
-        evaluate_checkpoint(folder, data, which="student", captions_key=captions_key, batch=8, device="cpu")
+        retrieval_of(folder, data, captions=captions_key, batch=8)
 
     last = find_checkpoint(checkpoints.parent)
     assert last == checkpoints / "step-00000002"
@@ -147,7 +133,5 @@ def test_pictures_past_the_runs_max_pixels_are_left_out(
     manifest["state"]["config"]["data"]["max_pixels"] = 100
     rewrite(few, manifest)
     with pytest.raises(UserError):
-        evaluate_checkpoint(
-            few, str(shards.gallery), which="student", captions_key="raw_caption", batch=64, device="cpu"
-        )
+        retrieval_of(few, shards.gallery)
     assert capsys.readouterr().err.count("more than max_pixels 100") == 40

@@ -1,0 +1,110 @@
+"""The frame of all evaluations: what an evaluator is, what it sees, and what it gives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from cosmos_scale.config import EvaluatorConfig, RemoteConfig, RunConfig
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.tokenizer import Tokenizer
+
+Gather = Callable[[Tensor], Tensor]
+"""[n, ...] to [W * n, ...] in rank order. Every rank calls it equally often, with tensors of one shape and dtype."""
+
+Numbers = dict[str, float]
+"""What an evaluator measured, by name; counts are whole numbers."""
+
+
+def one_process(tensor: Tensor) -> Tensor:
+    """The gather of a process without other ranks."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What evaluators must know before there is a model: this rank among all, the model's inputs, the run's limits.
+
+    device: where models lie and where gathered tensors must be. image_size: side of the model's pictures in pixels.
+    max_pixels: of a picture; larger ones are left out. remote: how shards that lie elsewhere are read.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    image_size: int
+    tokenizer: Tokenizer
+    max_pixels: int
+    remote: RemoteConfig
+
+    @classmethod
+    def of_run(cls, config: RunConfig, rank: int, world_size: int, device: torch.device) -> "Setting":
+        """The setting of one rank of a run."""
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            image_size=config.model.vision.image_size,
+            tokenizer=Tokenizer(config.model.text.context_length),
+            max_pixels=config.data.max_pixels,
+            remote=config.data.remote,
+        )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A student or a teacher to measure, with its whole weights on every rank.
+
+    Calls do not communicate: each rank makes as many of them as it likes. `model` is for what the methods do not give.
+    """
+
+    model: CosmosModel
+    setting: Setting
+
+    def images(self, images: Tensor) -> Tensor:
+        """Normalised features [N, E] on the setting's device of pictures [N, 3, H, W] on any."""
+        return self.model.encode_image(images.to(self.setting.device))
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Normalised features [N, E] on the setting's device of N texts."""
+        return self.model.encode_text(self.setting.tokenizer(texts).to(self.setting.device))
+
+
+class Evaluator(ABC):
+    """Measures a model on its own data, as often as it is asked.
+
+    Its constructor takes its section of the config and the setting. It looks for all that `measure` needs, and raises
+    UserError where anything is missing or wrong: then a run ends at its start, and not at its first evaluation.
+    """
+
+    def __init__(self, config: EvaluatorConfig, setting: Setting) -> None:
+        self.name, self.kind, self.every = config.name, config.kind, config.every
+        self.setting = setting
+
+    @abstractmethod
+    def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+        """Yield (name, value) of each number; every rank yields the same.
+
+        A rank measures its share and hands it to `gather`. It may raise anything at any time, but must not catch what
+        `gather` raises: the frame sees to it that no other rank waits for it (`together.py`).
+        folder: for files that a person looks at; it may not exist yet. None: leave no files.
+        """
+
+    def table(self, results: Mapping[str, Numbers], title: str) -> Table:
+        """A table for people of the numbers of some models by the models' names: a row a number, a column a model."""
+        table = Table("", *results, title=title)
+        for name in next(iter(results.values())):
+            table.add_row(name, *(f"{numbers[name]:g}" for numbers in results.values()))
+        return table
+
+
+@torch.no_grad()
+def measure(
+    evaluator: Evaluator, encoder: Encoder, gather: Gather = one_process, folder: Path | None = None
+) -> Numbers:
+    """Return the numbers of one model; whatever the evaluator raises passes through."""
+    return dict(evaluator.measure(encoder, gather, folder))

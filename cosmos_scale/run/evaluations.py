@@ -1,0 +1,57 @@
+"""A run's evaluations: each evaluator at its own steps, on student and teacher; a failing one never ends the run."""
+
+from collections import Counter
+from pathlib import Path
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.ranks import Ranks, gather_rows
+from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher import Teacher
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Numbers, Setting
+from cosmos_scale.evaluation.kinds import make_evaluator
+from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
+from cosmos_scale.run.progress import Progress
+
+
+class Evaluations:
+    """The evaluators of a run that are due at some step, opened at the run's start."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, folder: Path) -> None:
+        """Open what the evaluators measure on; folder: the run's. Raises UserError where data is missing or wrong."""
+        self._folder = folder / "evaluation"
+        self._setting = Setting.of_run(config, ranks.rank, ranks.world_size, ranks.device)
+        self._evaluators: list[Evaluator] = []
+        self._failures: Counter[str] = Counter()  # by evaluator, since the start of this process
+        for section in config.eval:
+            if section.every:
+                try:
+                    self._evaluators.append(make_evaluator(section, self._setting))
+                except UserError as error:
+                    raise UserError(f"eval.{section.name}: {error}") from error
+
+    def due(self, step: int) -> bool:
+        """Whether anything is to be measured after a number of steps."""
+        return bool(self._due(step))
+
+    def run_due(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+        """Measure what is due after a number of steps, and tell progress of numbers and failures; collective."""
+        for evaluator in self._due(step):
+            try:
+                results = self._measure(evaluator, step, student, teacher)
+            except EvaluationFailed as failure:
+                self._failures[evaluator.name] += 1
+                progress.evaluation_failed(step, evaluator.name, self._failures[evaluator.name], str(failure))
+            else:
+                progress.evaluation(step, evaluator, results)
+
+    def _due(self, step: int) -> list[Evaluator]:
+        return [evaluator for evaluator in self._evaluators if step % evaluator.every == 0]
+
+    def _measure(self, evaluator: Evaluator, step: int, student: Student, teacher: Teacher) -> dict[str, Numbers]:
+        results = {}
+        for name, measured in (("student", student), ("teacher", teacher)):
+            folder = self._folder / evaluator.name / f"step-{step:08d}" / name
+            with measured.whole_model() as model:
+                results[name] = measure_together(evaluator, Encoder(model, self._setting), gather_rows, folder)
+        return results

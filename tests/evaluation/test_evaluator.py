@@ -1,0 +1,226 @@
+"""The frame: every kind has its class, what is wrong with its data shows when it is made, and ranks fail together."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_scale.config import EvaluatorConfig, RunConfig
+from cosmos_scale.config.evaluation import AnyEvaluatorConfig
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, measure
+from cosmos_scale.evaluation.kinds import KINDS, make_evaluator
+from cosmos_scale.evaluation.retrieval import Retrieval
+from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.testing.shard_files import write_shards
+
+CPU = torch.device("cpu")
+
+
+def config(folder: Path, captions: str = "raw_caption", max_pixels: int = 10**6) -> RunConfig:
+    vision = {"width": 64, "layers": 1, "image_size": 16, "patch_size": 8}
+    text = {"width": 64, "layers": 1, "heads": 1, "context_length": 16}
+    return RunConfig.model_validate(
+        {
+            "model": {"vision": vision, "text": text, "embed_dim": 64, "pooler_heads": 1},
+            "data": {"max_pixels": max_pixels, "remote": {"retries": 0}},
+            "eval": [{"kind": "retrieval", "shards": str(folder), "captions": captions}],
+        }
+    )
+
+
+def encoder_of(run: RunConfig, rank: int = 0, world_size: int = 1) -> Encoder:
+    model = CosmosModel(run.model)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return Encoder(model, Setting.of_run(run, rank, world_size, CPU))
+
+
+def test_every_kind_of_the_config_has_a_class() -> None:
+    kinds = get_args(AnyEvaluatorConfig) or (AnyEvaluatorConfig,)
+    assert set(KINDS) == set(kinds)
+
+
+@pytest.mark.parametrize("rank", [0, 3])  # three samples: rank 3 of 4 has some to do, rank 0 none
+def test_a_wrong_key_is_found_at_the_start_on_every_rank(tmp_path: Path, rank: int) -> None:
+    run = config(write_shards(tmp_path, [3]), captions="raw_captoin")
+    with pytest.raises(UserError, match=r"no captions under 'raw_captoin'; its keys are raw_caption$"):
+        make_evaluator(run.eval[0], Setting.of_run(run, rank, 4, CPU))
+
+
+def test_pictures_past_the_runs_max_pixels_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = config(write_shards(tmp_path, [3]), max_pixels=100)
+    encoder = encoder_of(run)
+    evaluator = make_evaluator(run.eval[0], encoder.setting)
+    with pytest.raises(UserError, match=f"^{tmp_path}: retrieval needs at least one image with a text$"):
+        measure(evaluator, encoder)
+    with pytest.raises(EvaluationFailed, match=f"^{tmp_path}: retrieval needs at least one image with a text$"):
+        measure_together(evaluator, encoder, lambda tensor: tensor, None)
+    assert capsys.readouterr().err.count("more than max_pixels 100") == 2 * 3
+
+
+def test_a_lost_shard_fails_one_measurement_and_the_next_one_sees_the_shard_again(tmp_path: Path) -> None:
+    run = config(write_shards(tmp_path, [3]))
+    encoder = encoder_of(run)
+    evaluator = make_evaluator(run.eval[0], encoder.setting)
+    before = measure(evaluator, encoder)
+    (tmp_path / "00000.tar").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="shard of source retrieval cannot be opened any more: No such file"):
+        measure(evaluator, encoder)
+    (tmp_path / "away").rename(tmp_path / "00000.tar")
+    assert measure(evaluator, encoder) == before
+
+
+class Rehearsed(Evaluator):
+    """Gathers its rank three times in a row, with something that a test does before each gather and after the last."""
+
+    def __init__(self, setting: Setting, act: Callable[[int, int], None]) -> None:
+        super().__init__(EvaluatorConfig(kind="rehearsed", name="rehearsed"), setting)
+        self.act = act
+
+    def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+        for place in range(3):
+            self.act(self.setting.rank, place)
+            yield f"sum{place}", gather(torch.tensor([self.setting.rank])).sum().item()
+        self.act(self.setting.rank, 3)
+        if folder is not None:
+            folder.mkdir(parents=True)
+            (folder / "note.txt").write_text("seen")
+
+
+Outcome = Numbers | Exception
+
+
+def together(
+    run: RunConfig,
+    world_size: int,
+    act: Callable[[int, int], None],
+    *,
+    measures: Callable[..., Numbers] = measure_together,
+) -> list[list[Outcome]]:
+    """Two measurements of each rank, in threads; a gather in which a rank is missing ends the test, not a hang."""
+    barrier = threading.Barrier(world_size, timeout=20)
+    parts: list[Tensor] = [torch.empty(0)] * world_size
+    outcomes: list[list[Outcome]] = [[] for _ in range(world_size)]
+
+    def gather_of(rank: int) -> Gather:
+        def gather(tensor: Tensor) -> Tensor:
+            parts[rank] = tensor
+            barrier.wait()
+            joined = torch.cat(parts)
+            barrier.wait()
+            return joined
+
+        return gather
+
+    def run_rank(rank: int) -> None:
+        encoder = encoder_of(run, rank, world_size)
+        evaluator = Rehearsed(encoder.setting, act)
+        for _ in range(2):
+            try:
+                outcomes[rank].append(measures(evaluator, encoder, gather_of(rank), None))
+            except Exception as error:
+                outcomes[rank].append(error)
+
+    threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+class Once:
+    """Raises the first time that a rank comes to a place."""
+
+    def __init__(self, where: set[tuple[int, int]], error: type[Exception] = UserError) -> None:
+        self.where, self.error = set(where), error
+
+    def __call__(self, rank: int, place: int) -> None:
+        if (rank, place) in self.where:
+            self.where.discard((rank, place))
+            raise self.error(f"broke at {place}, token https://me:secret@host/x")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize("failing", [{0}, {2}, {1, 2}])
+def test_what_fails_on_some_ranks_fails_on_all_and_the_next_time_all_measure(
+    tmp_path: Path, place: int, failing: set[int]
+) -> None:
+    outcomes = together(config(tmp_path), 3, Once({(rank, place) for rank in failing}))
+    for first, second in outcomes:
+        assert isinstance(first, EvaluationFailed)
+        assert str(first) == f"broke at {place}, token https://***@host/x (rank {min(failing)})"
+        assert second == {"sum0": 3, "sum1": 3, "sum2": 3}
+
+
+def test_ranks_that_fail_at_different_places_agree_on_the_first(tmp_path: Path) -> None:
+    for first, second in together(config(tmp_path), 3, Once({(0, 2), (1, 1)})):
+        assert str(first) == "broke at 1, token https://***@host/x (rank 1)"
+        # Rank 0 had stopped before it came to its own failure, which is still to come.
+        assert str(second) == "broke at 2, token https://***@host/x (rank 0)"
+
+
+def test_an_error_of_the_program_is_named_with_its_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ((first, second),) = together(config(tmp_path), 1, Once({(0, 1)}, ZeroDivisionError))
+    assert str(first) == "ZeroDivisionError: broke at 1, token https://***@host/x"
+    assert isinstance(second, dict)
+    assert "Traceback" in caplog.text
+
+
+def test_ranks_that_do_not_gather_the_same_fail_instead_of_waiting(tmp_path: Path) -> None:
+    class Uneven(Rehearsed):
+        def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+            if self.setting.rank:
+                gather(torch.zeros(2))
+            yield "one", 1.0
+
+    class OtherShapes(Rehearsed):
+        def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+            yield "one", gather(torch.zeros(1 + self.setting.rank)).sum().item()
+
+    for kind in (Uneven, OtherShapes):
+
+        def measures(evaluator: Rehearsed, *others: object, kind: type[Rehearsed] = kind) -> Numbers:
+            return measure_together(kind(evaluator.setting, evaluator.act), *others)  # type: ignore[arg-type]
+
+        for outcome in together(config(tmp_path), 2, Once(set()), measures=measures):
+            assert [str(error) for error in outcome] == [
+                "the ranks do not gather the same, which is an error of this program"
+            ] * 2
+
+
+def test_a_broken_gather_is_no_failed_evaluation(tmp_path: Path) -> None:
+    def gather(tensor: Tensor) -> Tensor:
+        raise RuntimeError("Connection reset by peer")
+
+    encoder = encoder_of(config(tmp_path))
+    with pytest.raises(RuntimeError, match="Connection reset"):
+        measure_together(Rehearsed(encoder.setting, Once(set())), encoder, gather, None)
+
+
+def test_an_evaluator_leaves_files_and_has_a_table(tmp_path: Path) -> None:
+    encoder = encoder_of(config(tmp_path))
+    evaluator = Rehearsed(encoder.setting, Once(set()))
+    numbers = measure(evaluator, encoder, folder=tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / "note.txt").read_text() == "seen"
+    table = evaluator.table({"student": numbers, "teacher": numbers}, "a title")
+    assert [column.header for column in table.columns] == ["", "student", "teacher"]
+    assert list(table.columns[0].cells) == ["sum0", "sum1", "sum2"]
+
+
+def test_retrieval_shows_percents_and_chance(tmp_path: Path) -> None:
+    run = config(write_shards(tmp_path, [4]))
+    encoder = encoder_of(run)
+    evaluator = make_evaluator(run.eval[0], encoder.setting)
+    assert isinstance(evaluator, Retrieval)
+    numbers = measure(evaluator, encoder)
+    table = evaluator.table({"student": numbers}, "a title")
+    assert table.caption == "chance R@1: 25.00 %"
+    assert list(table.columns[1].cells) == ["image to text", "text to image"]
+    recalls = [numbers["image_to_text_R@10"], numbers["text_to_image_R@10"]]
+    assert list(table.columns[4].cells) == [f"{100 * recall:.2f} %" for recall in recalls]

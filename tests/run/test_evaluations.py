@@ -1,0 +1,122 @@
+"""Evaluations in whole runs: each evaluator at its own steps, failures told and tried again, runs of the old form."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pytest
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config.load import load_config
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.errors import UserError
+from cosmos_scale.run.evaluations import Evaluations
+from cosmos_scale.run.explain import explain
+from cosmos_scale.testing.runs import Finished, records, train, write_run
+from cosmos_scale.testing.shard_files import write_shards
+from tests.checkpoint.edit import content_of, rewrite
+from tests.evaluation.measured import retrieval_of
+from tests.run.failing_train import SHARD
+
+MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+
+
+class Failing(NamedTuple):
+    """A run of eight steps in which the evaluations of steps 4 and 8 fail, on the last rank only."""
+
+    run: Path
+    gallery: Path
+    ranks: int
+    finished: Finished
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def failing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Failing:
+    ranks: int = request.param
+    folder = tmp_path_factory.mktemp(f"failing{ranks}")
+    gallery = write_shards(folder / "gallery", [5, 6])  # the second shard is the last rank's
+    other = {"kind": "retrieval", "name": "other", "every": 3, "shards": str(scenes.gallery), "max_samples": 10}
+    run = write_run(
+        folder,
+        scenes,
+        zero={"stage": 1},
+        checkpoint={"every": 2, "keep_last": 9},
+        data={"remote": {"retries": 1, "backoff_s": 0.01}},
+        eval=[{"kind": "retrieval", "every": 2, "shards": str(gallery), "batch": 4}, other],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SHARD, str(gallery / "00001.tar"))
+        finished = train(run, ranks=ranks, program="tests.run.failing_train").require(0)
+    return Failing(run, gallery, ranks, finished)
+
+
+def test_a_failing_evaluation_is_told_and_counted_and_the_run_goes_on(failing: Failing) -> None:
+    assert [record["step"] for record in records(failing.run)] == list(range(1, 9))
+    where = " (rank 1)" if failing.ranks == 2 else ""
+    shard = f"{failing.gallery}/00001.tar: shard of source retrieval"
+    told = [line for line in failing.finished.output.splitlines() if "evaluation retrieval failed, " in line]
+    assert told == [
+        "step 4: evaluation retrieval failed, 1 so far, and the run goes on: "
+        f"{shard} cannot be opened any more: No such file or directory{where}",
+        f"step 8: evaluation retrieval failed, 2 so far, and the run goes on: ZeroDivisionError: a text broke{where}",
+    ]
+    failures = records(failing.run, kind="eval_failed")
+    assert [(record["step"], record["retrieval/failures"]) for record in failures] == [(4, 1), (8, 2)]
+    assert "in texts" in failing.finished.output + failing.finished.errors  # the traceback of the program's error
+
+
+def test_evaluators_run_at_their_own_steps_and_say_what_the_command_says(failing: Failing, scenes: SceneShards) -> None:
+    found = records(failing.run, kind="eval")
+    of_retrieval = {record["step"]: record for record in found if "student/images" in record}
+    of_other = {record["step"]: record for record in found if "other/student/images" in record}
+    assert len(found) == len(of_retrieval) + len(of_other)
+    assert (list(of_retrieval), list(of_other)) == ([2, 6], [3, 6])
+    assert of_other[6]["other/teacher/images"] == 10
+    for step, record in of_retrieval.items():
+        checkpoint = failing.run.parent / "tiny" / "checkpoints" / f"step-{step:08d}"
+        for which in MODELS:
+            alone = retrieval_of(checkpoint, failing.gallery, which)
+            assert alone["images"] == 11
+            assert {key: record[f"{which}/{key}"] for key in alone} == pytest.approx(alone)
+
+
+def test_runs_that_wrote_the_old_form_resume(failing: Failing, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000004"
+    shutil.copytree(failing.run.parent / "tiny" / "checkpoints" / "step-00000004", checkpoint)
+    content = content_of(checkpoint)
+    first, _ = content["state"]["config"]["eval"]
+    old = {key: first[key] for key in ("shards", "index", "captions", "max_samples", "batch")}
+    content["state"]["config"]["eval"] = {"every": first["every"], "retrieval": old}
+    rewrite(checkpoint, content)
+    overrides = [f"output={tmp_path}", "train.max_steps=6", "eval=[]", "eval.every=1"]
+    resumed = train(failing.run, *overrides, f"eval.retrieval.shards={failing.gallery}").require(0)
+    assert f"resumed from {checkpoint}" in resumed.output
+    evaluations = records(tmp_path / "run.yaml", kind="eval")
+    assert [record["step"] for record in evaluations] == [5, 6]
+    assert evaluations[-1]["teacher/images"] == 11
+
+
+def config(tmp_path: Path, scenes: SceneShards, *evaluators: dict[str, Any]) -> RunConfig:
+    return load_config(write_run(tmp_path, scenes, eval=list(evaluators)))
+
+
+def test_what_is_wrong_with_an_evaluator_is_the_users_error_at_the_start(tmp_path: Path, scenes: SceneShards) -> None:
+    wrong = {"kind": "retrieval", "name": "held", "shards": str(scenes.gallery), "captions": "captoin"}
+    with pytest.raises(UserError, match=r"^eval\.held: .*no captions under 'captoin'"):
+        Evaluations(config(tmp_path, scenes, {**wrong, "every": 1}), start_ranks("cpu"), tmp_path)
+    # What never runs is not looked for.
+    assert not Evaluations(config(tmp_path, scenes, wrong), start_ranks("cpu"), tmp_path).due(1)
+
+
+def test_the_dry_run_names_every_evaluator_that_runs(
+    tmp_path: Path, scenes: SceneShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluators: list[dict[str, Any]] = [
+        {"kind": "retrieval", "every": 2000, "shards": "https://me:secret@host/{0..9}.tar"},
+        {"kind": "retrieval", "name": "held", "every": 3, "shards": "b"},
+        {"kind": "retrieval", "name": "never", "shards": "c"},
+    ]
+    explain(config(tmp_path, scenes, *evaluators), 1)
+    rows = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "  evaluates " in line]
+    assert rows == ["retrieval on https://***@host/{0..9}.tar every 2,000 steps", "held: retrieval on b every 3 steps"]
