@@ -1,8 +1,8 @@
 """Checkpoints: a folder of safetensors fragments, one file a rank, and a manifest that is written last.
 
 A folder counts as a checkpoint only with its manifest. The folder is made under a temporary name and renamed when it is
-whole. The manifest says where each element of each parameter lies, so that any number of ranks at any stage of ZeRO can
-read what any other number wrote at any other stage. The manifest also holds a checksum for each megabyte of the files,
+whole. The manifest says where each element of each parameter lies, so that ranks of any number, at any stage of ZeRO,
+can read a checkpoint of any other number and stage. The manifest also holds a checksum for each megabyte of the files,
 and a checksum of itself.
 """
 

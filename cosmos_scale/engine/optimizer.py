@@ -29,8 +29,8 @@ class AdamWEma(torch.optim.Optimizer):
     from stage 1 on. `adopt` takes over the masters. So the average is sharded like the masters, and its update needs no
     collective. A group with "clamp" keeps its masters in that range after each update, before DeepSpeed copies them
     into the weights.
-    `update` is the only way to an update. Inside `update` DeepSpeed calls `step` once; at stage 3 it calls `step` once
-    for each shard, and the groups of the other shards are empty during the call.
+    `update` is the only way to an update. Inside `update` DeepSpeed calls `step` once at stage 0, once for each group
+    at stages 1 and 2, and once for each shard at stage 3. It hides or empties the other groups during such a call.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all ranks. control: a CPU group of all ranks, for small messages between hosts."""
+    """This process's place among all ranks. control: a group of all ranks on the CPU, for small messages."""
 
     rank: int
     world_size: int

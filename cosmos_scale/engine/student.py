@@ -78,7 +78,7 @@ class Student:
 
     @torch.no_grad()
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Update:
-        """Do AdamW, moving average and clamp; nothing changes where loss or gradient is not finite. Collective.
+        """Update by AdamW, average and clamp; nothing changes where loss or gradient is not finite. Collective.
 
         finite: [] bool, equal on all ranks: whether the loss is finite. In fp16 the gradient does not count, since the
         loss scaler drops the AdamW update where the scaled gradient is not finite.

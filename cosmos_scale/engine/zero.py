@@ -1,8 +1,8 @@
 """The stages of ZeRO: how DeepSpeed lays student and teacher over the ranks, a class for each layout.
 
 Only this file branches on the stage and reads DeepSpeed's insides, as they are in the versions that pyproject.toml
-admits. DeepSpeed's public functions (deepspeed.utils.safe_get_*) do not do: they gather whole parameters, or give parts
-at stage 3 only, and never say where a part begins.
+admits. DeepSpeed's public functions (deepspeed.utils.safe_get_*) are not enough: they gather whole parameters, or give
+parts at stage 3 only, and never say where a part begins.
 
 - Unsharded (stage 0): every rank holds everything.
 - ShardedStates (stages 1 and 2): each group of the optimizer is one flat tensor, cut into one shard a rank. Masters,
@@ -276,7 +276,7 @@ class ShardedStates(_Sharded):
 
 
 class ShardedWeights(_Sharded):
-    """Stage 3: each parameter is cut into equal parts, one for each rank; the last may be shorter, or all padding."""
+    """Stage 3: each parameter is cut into equal parts, one a rank; the last parts may be shorter, or all padding."""
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(model, engine, optimizer, config, ranks)
