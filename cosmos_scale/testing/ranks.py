@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import sys
 import tempfile
 import threading
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,18 @@ class RankError(AssertionError):
     """A rank raised, died or ran past the time limit; the text holds the rank's traceback."""
 
 
+def fork_context() -> ForkServerContext:
+    """Return the context whose processes are forked off a server that has imported the slow packages, once for all.
+
+    Processes start clean all the same. The first start of a test process makes the server, so all of them use this.
+    """
+    context = get_context("forkserver")
+    # DeepSpeed chooses its device as it is imported: only where the choice is made, the server imports it.
+    chosen = os.environ.get("DS_ACCELERATOR") == "cpu"
+    context.set_forkserver_preload(["cosmos_scale.testing.preloaded" if chosen else "torch"])
+    return context
+
+
 def run_ranks(function: Callable[..., Result], world_size: int, *args: object, timeout: float = 120.0) -> list[Result]:
     """Call `function(rank, world_size, *args)` on every rank of a fresh gloo group and return the results by rank.
 
@@ -38,9 +50,7 @@ def run_ranks(function: Callable[..., Result], world_size: int, *args: object, t
     In each rank: one thread, the default group initialised over a file store, RANK, LOCAL_RANK and WORLD_SIZE set,
     otherwise this process's environment. Raises RankError.
     """
-    # A fork server imports the slow packages once for all launches of this process; ranks still start clean.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([name for name in ("torch", "deepspeed") if name in sys.modules])
+    context = fork_context()
     call = pickle.dumps((function, args))  # plain bytes, so that no two ranks share a tensor's memory
     deadline = time.monotonic() + timeout
     processes: list[BaseProcess] = []

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import yaml
 
 from cosmos_scale.checkpoint.state import SAVED_AS, newest
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.testing.ranks import fork_context
 
 SECONDS = 120.0  # time limit of a run, which takes about ten seconds
 
@@ -144,11 +144,7 @@ def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_sca
 
     program: a module whose `main` takes the command line, `train` first, and returns the exit status.
     """
-    context = get_context("forkserver")
-    # Imported once for all runs of this test process. DeepSpeed chooses its device when it is imported, so it is not
-    # imported here where a run may want another device.
-    slow = [] if torch.cuda.is_available() else ["deepspeed", "cosmos_scale.train"]
-    context.set_forkserver_preload(["torch", *slow])
+    context = fork_context()
     environment = _environment()
     if ranks > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
