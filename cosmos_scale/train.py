@@ -20,7 +20,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         progress.say(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
-        for batch, wait_seconds in Lookahead(run.loader, ranks, stop, progress.say, first=step, last=last_step):
+        ahead = Lookahead(run.loader, ranks, stop, progress.say, first=step, last=last_step)
+        for batch, wait_seconds in ahead:
             lr = learning_rate(step, config.optimizer, run.total_steps)
             momentum = ema_momentum(step, config.ema, run.total_steps)
             output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)

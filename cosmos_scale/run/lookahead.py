@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -46,7 +46,7 @@ class StopRequest:
 
 
 class Loader(Protocol):
-    """Where batches come from: what Lookahead needs of `data.loader.TrainLoader`, which says more."""
+    """Where batches come from: what Lookahead needs of `data.training.loader.TrainLoader`, which says more."""
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Yield this rank's batches from a step on; raises ShardsToGiveUp at a batch that needs a lost shard."""
@@ -79,36 +79,44 @@ class Lookahead:
         self._ranks = ranks
         self._stop = stop
         self._say = say
-        self._first, self._last = first, last
+        self._step, self._last = first, last
+        # Kept to the end, so that loader processes are shut down after the last checkpoint: that may take long.
+        self._batches = loader.batches(first)
 
-    def __iter__(self) -> Iterator[Fetched]:
+    def __iter__(self) -> "Lookahead":
+        return self
+
+    def __next__(self) -> Fetched:
         """Raises UserError on every rank where any rank has no batch, or more data is lost than the run allows."""
-        step, waited = self._first, 0.0
-        batches = self._loader.batches(step)
-        while step < self._last:
+        waited = 0.0
+        while self._step < self._last:
             start = time.perf_counter()
-            batch, lost, error = self._next(batches)
+            batch, lost, error = self._fetch()
             waited += time.perf_counter() - start
             failed, stop, any_lost = maxima([error is not None, self._stop.wanted, bool(lost)], self._ranks)
             if failed:
                 raise_together(self._ranks, error)
             if stop:
-                return
+                break
             if any_lost:
-                batches.close()  # first: its loader processes still know the shards as they were
-                for line in self._loader.lose(from_all(lost, self._ranks), step):
-                    self._say(line)
-                batches = self._loader.batches(step)
+                self._give_up(lost)
                 continue
             assert batch is not None
-            step += 1
-            yield Fetched(batch, waited)
-            waited = 0.0
+            self._step += 1
+            return Fetched(batch, waited)
+        raise StopIteration
 
-    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, Mapping[str, str], UserError | None]:
+    def _give_up(self, lost: Mapping[str, str]) -> None:
+        """Give up what any rank found lost, and begin again at the step that needs it; collective."""
+        self._batches.close()  # first: its loader processes still know the shards as they were
+        for line in self._loader.lose(from_all(lost, self._ranks), self._step):
+            self._say(line)
+        self._batches = self._loader.batches(self._step)
+
+    def _fetch(self) -> tuple[Batch | None, Mapping[str, str], UserError | None]:
         """This rank's next batch; or the shards that it found lost, or what prevents it."""
         try:
-            return next(batches).to(self._ranks.device), {}, None
+            return next(self._batches).to(self._ranks.device), {}, None
         except ShardsToGiveUp as loss:
             return None, loss.shards, None
         except UserError as error:

@@ -10,6 +10,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.config.load import dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
+from cosmos_scale.data.training.loader import check_loading
 from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
 from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, raise_together
@@ -22,13 +23,13 @@ from cosmos_scale.run.evaluations import Evaluations
 
 @dataclass(frozen=True)
 class Opened:
-    """What a run reads, and where it starts: the same on every rank."""
+    """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start."""
 
     folder: Path
     index: MergedIndex
     tokenizer: Tokenizer
     evaluations: Evaluations
-    start: Start
+    found_start: Start
 
 
 def open_run(config: RunConfig, ranks: Ranks) -> Opened:
@@ -44,6 +45,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         check_model(config.model, ranks.device, DTYPES[config.precision])
         tokenizer = Tokenizer(config.model.text.context_length)
         index = open_sources(config.data.sources, config.data.remote)
+        check_loading(config, index, ranks.world_size)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         check_shards(index, config, start.lost_shards, resumed=start.state is not None)
         evaluations = Evaluations(config, ranks, folder)
@@ -64,7 +66,7 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, S
     Returns the start too, which is an older one where a file turns out to be damaged, and lines on what became of
     broken checkpoints. Raises UserError on all ranks alike.
     """
-    start = opened.start
+    start = opened.found_start
     if start.checkpoint is None:
         if config.init_from is None:
             return drawn_pair(config, ranks), start, []
@@ -120,7 +122,7 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
             )
     rule = "rule: every host has the same index, so copy it along with the shards"
     _require_same("data.sources: ranks see different indexes", indexes, rule)
-    _check_same_start(opened.start, ranks)
+    _check_same_start(opened.found_start, ranks)
 
 
 def _check_same_start(start: Start, ranks: Ranks) -> None:

@@ -24,13 +24,17 @@ class Batches:
         self.make = make
         self.lost: dict[str, int] = {}
         self.starts: list[int] = []
+        self.closed = 0
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         self.starts.append(start_step)
         step = start_step
-        while True:
-            yield self.make(step, self.lost)
-            step += 1
+        try:
+            while True:
+                yield self.make(step, self.lost)
+                step += 1
+        finally:
+            self.closed += 1
 
     def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
         names = [name for shards in found for name in shards]
@@ -66,8 +70,10 @@ def test_the_last_batch_is_that_of_the_last_step() -> None:
         made.append(step)
         return tiny_batch(0)
 
-    ahead = Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=3, last=5)
+    loader = Batches(make)
+    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), print, first=3, last=5)
     assert len(list(ahead)) == 2
+    assert loader.closed == 0  # shutting down loader processes takes time, and the last checkpoint comes first
     assert made == [3, 4]
     assert list(Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5)) == []
     assert made == [3, 4]

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
+from cosmos_scale.run.run import start_run
 from cosmos_scale.run.start import open_run
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.runs import write_run
@@ -61,3 +64,29 @@ def test_hosts_with_other_indexes_or_keys_are_refused(tmp_path: Path) -> None:
     for override, said in zip(OF_ALL_RANKS, one[4:], strict=True):
         key = override.partition("=")[0]
         assert said == f"rank 1 and rank 0 differ in {key}; rule: all ranks share one run's keys"
+
+
+def dali_lacks_on_rank_1(rank: int, world_size: int, run: Path) -> str:
+    def require() -> None:
+        if rank == 1:
+            raise UserError("data.decoder: dali is missing")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cosmos_scale.data.training.loader.require_dali", require)
+        try:
+            start_run(load_config(run, ["data.decoder=dali"]), start_ranks("cpu"))
+        except UserError as error:
+            return str(error)
+    return "started"
+
+
+def test_what_the_loader_of_one_rank_lacks_all_ranks_hear(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes)
+    assert run_ranks(dali_lacks_on_rank_1, 2, run) == ["data.decoder: dali is missing (rank 1)"] * 2
+
+
+def test_a_run_without_one_batch_writes_nothing(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes)
+    with pytest.raises(UserError, match="an epoch must hold at least one batch"):
+        open_run(load_config(run, ["train.global_batch=1000"]), start_ranks("cpu"))
+    assert not (tmp_path / "tiny").exists()

@@ -55,8 +55,7 @@ class TrainLoader:
         lost_shards: Mapping[str, int] | None = None,
         device: torch.device = CPU,
     ) -> None:
-        if config.data.decoder == "dali":
-            require_dali()
+        check_loading(config, index, world_size)
         self.steps_per_epoch = steps_per_epoch(index.epoch_samples, config)
         self._config = config
         self._rank = rank
@@ -215,6 +214,14 @@ class TrainLoader:
                 f"{size / 2**30:.1f}; rule: lower data.prefetch or data.workers, or "
                 "enlarge it (docker run --shm-size)"
             )
+
+
+def check_loading(config: RunConfig, index: MergedIndex, world_size: int) -> None:
+    """Raise UserError where no loader can be made: DALI is missing, or the batch does not fit the ranks or the data."""
+    if config.data.decoder == "dali":
+        require_dali()
+    config.samples_per_rank(world_size)
+    steps_per_epoch(index.epoch_samples, config)
 
 
 def ranks_of_this_host(*, unknown: int) -> int:
