@@ -121,7 +121,7 @@ def measure(training: Training, config: RunConfig, ranks: Ranks, root: Path, rou
         def save(step: int) -> None:
             synchronize()
             start = time.perf_counter()
-            writer.save(RunState(step, step, student.updates, 1, student.loss_scaler(), "random", plain))
+            writer.save(RunState(step, step, student.updates, 1, student.layout.loss_scaler(), "random", plain))
             times.stalls.append(time.perf_counter() - start)
 
         save(0)  # not counted: it makes the folder, and touches the copies' memory again

@@ -222,7 +222,7 @@ def _storages() -> dict[int, int]:
 
 def _named(student: Student, teacher: Teacher) -> dict[int, str]:
     """Return the part that each known piece of memory belongs to, by address; of parts that share memory the first."""
-    wrapper = student.engine.optimizer
+    wrapper = student.layout.engine.optimizer
     shards = [shard for group in student.optimizer.shards for shard in group]
     states = [student.optimizer.state[shard] for shard in shards]
     weights, teachers = list(student.model.parameters()), list(teacher.model.parameters())

@@ -8,33 +8,11 @@ import torch
 from cosmos_scale.config import RunConfig
 
 GRADIENT_BUCKET = 50_000_000
-LIVE_WEIGHTS = 50_000_000
-REUSED_WEIGHTS = 20_000_000
-PERSISTENT_WEIGHTS = 100_000
-"""Stage 3 keeps parameters of fewer elements than this whole on every rank: norms, biases, scales."""
 
 
 def gradient_bucket(elements: int) -> int:
     """Return how many gradient elements are reduced at a time in a model of so many; DeepSpeed's 5e8 take 2 GB."""
     return max(1, min(GRADIENT_BUCKET, elements // 8))
-
-
-def stage_3_keys(elements: int) -> dict[str, Any]:
-    """Return DeepSpeed's keys of stage 3 for a model of so many elements.
-
-    With DeepSpeed's defaults a model of up to 10^9 elements would stay whole on every rank.
-    """
-    return {
-        # True would replace torch.nn.functional.linear in the whole process. The model has a linear map of its own
-        # (kernels/linear.py), which saves the same memory.
-        "memory_efficient_linear": False,
-        # In elements: how many are gathered ahead, how many may be gathered at one time, and within how many others a
-        # gathered tensor must be used again to be kept meanwhile.
-        "stage3_prefetch_bucket_size": min(REUSED_WEIGHTS, elements // 8),
-        "stage3_max_live_parameters": min(LIVE_WEIGHTS, elements // 3),
-        "stage3_max_reuse_distance": min(REUSED_WEIGHTS, elements // 8),
-        "stage3_param_persistence_threshold": PERSISTENT_WEIGHTS,
-    }
 
 
 def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +47,7 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
     }
 
 
-def teacher_deepspeed_config(config: RunConfig, world_size: int, zero_keys: Mapping[str, Any]) -> dict[str, Any]:
+def teacher_deepspeed_config(config: RunConfig, world_size: int, zero: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dictionary for the engine of a teacher with sharded weights and without an optimizer.
 
     zero_keys: what the layout of stage 3 adds to `zero_optimization`.
@@ -84,11 +62,4 @@ def teacher_deepspeed_config(config: RunConfig, world_size: int, zero_keys: Mapp
         "steps_per_print",
         "timers",
     )
-    zero = {
-        "stage": 3,
-        **zero_keys,
-        # Parameters that stayed gathered would not see what is written into the shards.
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_reuse_distance": 0,
-    }
-    return {"zero_optimization": zero} | {key: student[key] for key in kept}
+    return {"zero_optimization": dict(zero)} | {key: student[key] for key in kept}

@@ -20,9 +20,9 @@ import math
 from typing import Literal, NamedTuple
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.deepspeed_config import PERSISTENT_WEIGHTS, gradient_bucket
+from cosmos_scale.engine.deepspeed_config import gradient_bucket
 from cosmos_scale.engine.optimizer import build_optimizer
-from cosmos_scale.engine.zero import LAYOUTS, ShardedStates, ShardedWeights, Unsharded
+from cosmos_scale.engine.zero import LAYOUTS, PERSISTENT_WEIGHTS, ShardedStates, ShardedWeights, Unsharded
 from cosmos_scale.model.cosmos import CosmosModel
 
 Part = Literal["weights", "gradients", "masters", "moments", "average", "teacher", "buffers", "padding"]

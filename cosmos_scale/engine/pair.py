@@ -46,7 +46,7 @@ class Pair(NamedTuple):
 
     def close(self) -> None:
         """Free the student's engine, which otherwise keeps itself alive."""
-        self.student.engine.destroy()
+        self.student.layout.close()
 
 
 def pair_of_models(config: RunConfig, ranks: Ranks, student: CosmosModel, teacher: CosmosModel) -> Pair:

@@ -42,7 +42,7 @@ class Student:
         exact = {} if config.precision == "fp32" else _copies(model)
         self.model = model
         self.layout = lay_out(model.to(ranks.device), self.optimizer, config, ranks)
-        self.engine = self.layout.engine
+        self._forward = self.layout.engine
         self.optimizer.adopt(self.layout.masters)
         self.fragments = [self._fragment(placement) for placement in self.layout.placements]
         with torch.no_grad():
@@ -56,9 +56,9 @@ class Student:
         """Return the normalised features of every view of this rank's batch; with a graph if it is one micro-batch."""
         if self.micro_batches > 1:
             with torch.no_grad():
-                parts: list[Features] = [self.engine(part) for part in batch.split(self.micro_batches)]
+                parts: list[Features] = [self._forward(part) for part in batch.split(self.micro_batches)]
             return join(parts)
-        features: Features = self.engine(batch)
+        features: Features = self._forward(batch)
         return features
 
     def with_full_scales(self, features: Features) -> Features:
@@ -72,9 +72,9 @@ class Student:
             return
         parts = zip(batch.split(self.micro_batches), cut(gradients, self.micro_batches), strict=True)
         for number, (part, part_gradients) in enumerate(parts, start=1):
-            self.layout.backward(surrogate(self.engine(part), part_gradients))
+            self.layout.backward(surrogate(self._forward(part), part_gradients))
             if number < self.micro_batches:
-                self.engine.step()  # updates nothing yet: DeepSpeed counts the micro-batches
+                self.layout.step()  # updates nothing yet: DeepSpeed counts the micro-batches
 
     @torch.no_grad()
     def update(self, *, lr: float, momentum: float, finite: Tensor) -> Update:
@@ -86,7 +86,7 @@ class Student:
         norm = self.layout.gradient_norm()
         if self.layout.scaler is None:
             finite = finite & norm.isfinite()
-        self.optimizer.update(self._step_engine, lr=lr, momentum=momentum, skip=1.0 - finite.float())
+        self.optimizer.update(self.layout.step, lr=lr, momentum=momentum, skip=1.0 - finite.float())
         self._scales = self.layout.scales()
         return Update(finite, norm)
 
@@ -95,20 +95,10 @@ class Student:
         """How many AdamW updates were done, for the bias correction; reading waits for the last of them."""
         return int(self.optimizer.updates)
 
-    def loss_scaler(self) -> dict[str, Any]:
-        """The fp16 loss scaler's numbers, for checkpoints; empty in other precisions."""
-        scaler = self.layout.scaler
-        return {} if scaler is None else {key: value for key, value in vars(scaler).items() if _is_number(value)}
-
-    def set_loss_scaler(self, numbers: Mapping[str, Any]) -> None:
-        """Set numbers that `loss_scaler` returned."""
-        if self.layout.scaler is not None:
-            vars(self.layout.scaler).update(numbers)
-
     def go_on(self, *, updates: int, loss_scaler: Mapping[str, Any]) -> None:
         """Go on from a checkpoint whose tensors are in the fragments already. Collective."""
         self.optimizer.set_updates(updates)
-        self.set_loss_scaler(loss_scaler)
+        self.layout.set_loss_scaler(loss_scaler)
         self.publish()
 
     @torch.no_grad()
@@ -122,10 +112,6 @@ class Student:
         """Yield the model with whole weights; each rank may call it as often as it likes. Collective at stage 3."""
         with self.layout.whole_model():
             yield self.model
-
-    def _step_engine(self) -> bool:
-        self.engine.step()
-        return bool(self.engine.was_step_applied())
 
     def _fragment(self, placement: Placement) -> Fragment:
         state = self.optimizer.state[placement.master]
@@ -151,7 +137,3 @@ def _copies(model: CosmosModel) -> dict[str, Tensor]:
 
 def _slice(whole: Tensor, fragment: Fragment) -> Tensor:
     return whole.detach().reshape(-1).narrow(0, fragment.start, fragment.weight.numel())
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, bool | int | float)

@@ -11,7 +11,7 @@ parts at stage 3 only, and never say where a part begins.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,6 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.deepspeed_config import (
     deepspeed_config,
     gradient_bucket,
-    stage_3_keys,
     teacher_deepspeed_config,
 )
 from cosmos_scale.engine.optimizer import SCALES_GROUP, AdamWEma
@@ -35,6 +34,10 @@ from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.gather import all_gather_flat
 
 NORM_PIECE = 2**14  # elements
+LIVE_WEIGHTS = 50_000_000
+REUSED_WEIGHTS = 20_000_000
+PERSISTENT_WEIGHTS = 100_000
+"""Stage 3 keeps parameters of fewer elements than this whole on every rank: norms, biases, scales."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,25 @@ class Layout(ABC):
     def scaler(self) -> Any:
         """DeepSpeed's fp16 loss scaler; None in other precisions."""
         return self._wrapper.loss_scaler if self.engine.fp16_enabled() else None
+
+    def loss_scaler(self) -> dict[str, Any]:
+        """Return the fp16 loss scaler's numbers, for checkpoints; empty in other precisions."""
+        numbers = {} if self.scaler is None else vars(self.scaler)
+        return {key: value for key, value in numbers.items() if isinstance(value, bool | int | float)}
+
+    def set_loss_scaler(self, numbers: Mapping[str, Any]) -> None:
+        """Set numbers that `loss_scaler` returned."""
+        if self.scaler is not None:
+            vars(self.scaler).update(numbers)
+
+    def step(self) -> bool:
+        """Let DeepSpeed count a micro-batch, and at the last of them update; whether it updated anything."""
+        self.engine.step()
+        return bool(self.engine.was_step_applied())
+
+    def close(self) -> None:
+        """Free the engine, which otherwise keeps itself alive."""
+        self.engine.destroy()
 
     def backward(self, scalar: Tensor) -> None:
         """Backpropagate through the engine, which scales the scalar in fp16 and averages gradients over the ranks."""
@@ -289,7 +311,17 @@ class ShardedWeights(_Sharded):
     @staticmethod
     @override
     def zero_keys(config: RunConfig, elements: int) -> dict[str, Any]:
-        return stage_3_keys(elements)
+        return {
+            # True would replace torch.nn.functional.linear in the whole process. The model has a linear map of its own
+            # (kernels/linear.py), which saves the same memory.
+            "memory_efficient_linear": False,
+            # With the defaults a model of up to 10^9 elements would stay whole on every rank. In elements:
+            "stage3_prefetch_bucket_size": min(REUSED_WEIGHTS, elements // 8),  # gathered ahead
+            "stage3_max_live_parameters": min(LIVE_WEIGHTS, elements // 3),  # gathered at one time
+            # A tensor stays gathered if the model uses it again within this many elements.
+            "stage3_max_reuse_distance": min(REUSED_WEIGHTS, elements // 8),
+            "stage3_param_persistence_threshold": PERSISTENT_WEIGHTS,
+        }
 
     @override
     def publish(self) -> None:
@@ -309,7 +341,10 @@ class ShardedWeights(_Sharded):
         import deepspeed  # here, since its import takes seconds and --help should not
 
         elements = sum(parameter.numel() for parameter in teacher.parameters())
-        keys = teacher_deepspeed_config(self.config, self.ranks.world_size, stage_3_keys(elements))
+        # Parameters that stayed gathered would not see what is written into the shards.
+        kept = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        zero = {"stage": 3, **self.zero_keys(self.config, elements), **kept}
+        keys = teacher_deepspeed_config(self.config, self.ranks.world_size, zero)
         # Without an optimizer: DeepSpeed only shards the weights, and gathers them module by module in the forward.
         engine, *_ = deepspeed.initialize(model=forward, config=keys)
         own: dict[str, Any] = dict(teacher.named_parameters())  # DeepSpeed adds `ds_tensor`: this rank's part

@@ -79,7 +79,7 @@ class Run:
             samples=step * self.config.train.global_batch,
             updates=self.pair.student.updates,
             world_size=self.ranks.world_size,
-            loss_scaler=self.pair.student.loss_scaler(),
+            loss_scaler=self.pair.student.layout.loss_scaler(),
             data=self.opened.index.fingerprint(),
             config=self.config.model_dump(mode="json"),
             lost_shards=self.loader.lost_shards,

@@ -82,7 +82,7 @@ def save_and_go_on(rank: int, world_size: int, root: Path, cases: list[Case]) ->
         for step in range(BEFORE):
             tiny.step(step, batch=tiny_batch(step, BATCH))
         student = tiny.student
-        updates, scaler = student.updates, student.loss_scaler()
+        updates, scaler = student.updates, student.layout.loss_scaler()
         state = RunState(BEFORE, BEFORE * BATCH, updates, world_size, scaler, "digest", config.model_dump(mode="json"))
         with CheckpointWriter(folder_of(root, case), student.fragments, ranks.control, config.checkpoint) as writer:
             writer.save(state)

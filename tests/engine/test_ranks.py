@@ -133,7 +133,7 @@ def run_precisions(rank: int, world_size: int) -> tuple[dict[Case, list[float]],
     for stage in (0, 1, 2, 3):
         for precision in ("fp32", "bf16", "fp16"):
             tiny = build_tiny(tiny_config(zero={"stage": stage}, precision=precision), ranks)
-            tiny.student.set_loss_scaler({"cur_scale": 1024.0})  # does not overflow
+            tiny.student.layout.set_loss_scaler({"cur_scale": 1024.0})  # does not overflow
             outputs = [tiny.step(step) for step in range(3)]
             losses[stage, precision] = [output.total.item() for output in outputs]
             scales[stage, precision] = [output.distill_logit_scale.item() for output in outputs]

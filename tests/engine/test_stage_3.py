@@ -7,7 +7,6 @@ import torch
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine import zero
-from cosmos_scale.engine.deepspeed_config import stage_3_keys
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
@@ -53,18 +52,19 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
     """Losses and gradients' norms of every case."""
     ranks = start_ranks("cpu")
     results = {}
+    full = zero.ShardedWeights.zero_keys
     for case in [REFERENCE, *CASES]:
 
         def smaller(config: RunConfig, elements: int, case: Case = case) -> dict[str, Any]:
             own = {"sub_group_size": case.shard, "stage3_param_persistence_threshold": case.kept}
-            return stage_3_keys(elements) | own
+            return full(config, elements) | own
 
         zero.ShardedWeights.zero_keys = smaller  # type: ignore[method-assign]
         tiny = build_tiny(case.config(), ranks, teacher_seed=1)
         results[case] = run_case(tiny, rank)
         results[case]["shards"] = len(tiny.student.optimizer.shards[0])
         if case.stage == 3:
-            kept = tiny.student.engine.optimizer.persistent_parameters
+            kept = tiny.student.layout.engine.optimizer.persistent_parameters
             results[case]["gathered"] = len(list(tiny.student.model.parameters())) - len(kept)
         tiny.close()
     return results

@@ -248,17 +248,17 @@ def test_fp16_skips_on_overflow_but_moves_the_teacher(
     train = {"global_batch": GLOBAL_BATCH, "schedule_steps": 100, "micro_batches": micro_batches}
     with running(ranks, stage, "fp16", teacher_seed=1, train=train) as tiny:
         overflowing = {"cur_scale": 2.0**40}
-        tiny.student.set_loss_scaler(overflowing)
+        tiny.student.layout.set_loss_scaler(overflowing)
         before, average = flat(tiny, "weight"), flat(tiny, "ema")
         output = tiny.step(0, momentum=0.9)
         assert bool(output.finite)
         assert tiny.student.updates == 0
-        assert tiny.student.loss_scaler()["cur_scale"] <= 2.0**40
+        assert tiny.student.layout.loss_scaler()["cur_scale"] <= 2.0**40
         for name, weight in flat(tiny, "weight").items():
             assert torch.equal(weight, before[name]), name
             moved = 0.9 * average[name].double() + 0.1 * before[name].double()
             torch.testing.assert_close(flat(tiny, "ema")[name].double(), moved, atol=1e-6, rtol=1e-6)
-        tiny.student.set_loss_scaler({"cur_scale": 1024.0})
+        tiny.student.layout.set_loss_scaler({"cur_scale": 1024.0})
         losses = [tiny.step(0).total.item() for _ in range(5)]
         assert tiny.student.updates == 5
         assert losses[-1] < losses[0] - 0.05
