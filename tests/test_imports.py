@@ -26,14 +26,14 @@ MAY_IMPORT = {
     "model": {"kernels"} | FOUNDATION,
     "loss": {"kernels"} | FOUNDATION,
     "engine": {"kernels", "model", "loss", "checkpoint"} | FOUNDATION,
-    "step": {"kernels", "model", "loss", "engine"} | FOUNDATION,
-    "data": FOUNDATION | {"model"},
-    "checkpoint": {"model"} | FOUNDATION,
+    "step": {"loss", "engine"} | FOUNDATION,
+    "data": FOUNDATION,
+    "checkpoint": FOUNDATION,
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
-    "profiling": {"checkpoint", "data", "evaluation", "model", "engine"} | FOUNDATION,
-    "run": PARTS,
-    "train": PARTS | {"run"},
-    "cli": PARTS | {"run", "train", "profiling"},
+    "profiling": {"model", "engine"} | FOUNDATION,  # of engine its formulas
+    "run": PARTS - {"kernels", "loss"},
+    "train": PARTS - {"kernels"} | {"run"},
+    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "profiling"},
     "demo": PARTS | {"run", "cli"},
     "testing": PARTS | {"run", "train", "cli"},
 }
@@ -62,7 +62,8 @@ ONLY_IN = {
         "cosmos_scale/checkpoint/",
         "cosmos_scale/testing/",
     },
-    "deepspeed": {"cosmos_scale/engine/"},
+    # A fork server imports it once for the ranks of all tests.
+    "deepspeed": {"cosmos_scale/engine/", "cosmos_scale/testing/preloaded.py"},
 }
 # Optional or slow packages: one module each, whichever it is.
 ONE_PLACE = (

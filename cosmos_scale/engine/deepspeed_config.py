@@ -50,7 +50,7 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
 def teacher_deepspeed_config(config: RunConfig, world_size: int, zero: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dictionary for the engine of a teacher with sharded weights and without an optimizer.
 
-    zero_keys: what the layout of stage 3 adds to `zero_optimization`.
+    zero: `zero_optimization` for such an engine.
     """
     student = deepspeed_config(config, world_size, 0, {})
     kept = (

@@ -106,5 +106,8 @@ class Evaluator(ABC):
 def measure(
     evaluator: Evaluator, encoder: Encoder, gather: Gather = one_process, folder: Path | None = None
 ) -> Numbers:
-    """Return the numbers of one model; whatever the evaluator raises passes through."""
-    return dict(evaluator.measure(encoder, gather, folder))
+    """Return the numbers of one model, as floats and ints; whatever the evaluator raises passes through."""
+    numbers = {}
+    for name, value in evaluator.measure(encoder, gather, folder):
+        numbers[name] = value if isinstance(value, int) else float(value)
+    return numbers

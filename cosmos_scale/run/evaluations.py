@@ -3,6 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
+from rich.table import Table
+
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, gather_rows
 from cosmos_scale.engine.student import Student
@@ -39,11 +41,12 @@ class Evaluations:
         for evaluator in self._due(step):
             try:
                 results = self._measure(evaluator, step, student, teacher)
+                table = _table(evaluator, results, step)
             except EvaluationFailed as failure:
                 self._failures[evaluator.name] += 1
                 progress.evaluation_failed(step, evaluator.name, self._failures[evaluator.name], str(failure))
             else:
-                progress.evaluation(step, evaluator, results)
+                progress.evaluation(step, evaluator, results, table)
 
     def _due(self, step: int) -> list[Evaluator]:
         return [evaluator for evaluator in self._evaluators if step % evaluator.every == 0]
@@ -55,3 +58,11 @@ class Evaluations:
             with measured.whole_model() as model:
                 results[name] = measure_together(evaluator, Encoder(model, self._setting), gather_rows, folder)
         return results
+
+
+def _table(evaluator: Evaluator, results: dict[str, Numbers], step: int) -> Table:
+    """Make the table of results, which are equal on all ranks, so that all ranks fail where it cannot be made."""
+    try:
+        return evaluator.table(results, f"step {step}: {evaluator.name}")
+    except Exception as error:
+        raise EvaluationFailed(f"its table cannot be made: {type(error).__name__}: {error}") from error

@@ -97,6 +97,7 @@ class Lookahead:
             if failed:
                 raise_together(self._ranks, error)
             if stop:
+                self._last = self._step  # no batch comes any more
                 break
             if any_lost:
                 self._give_up(lost)

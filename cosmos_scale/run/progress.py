@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
+from rich.table import Table
 
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
@@ -153,12 +154,12 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
-    def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers]) -> None:
+    def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers], table: Table) -> None:
         """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind."""
         if self._log is not None:
             prefix = "" if evaluator.name == evaluator.kind else f"{evaluator.name}/"
             named = {f"{prefix}{model}": numbers for model, numbers in results.items()}
-            self._log.evaluation(step, named, evaluator.table(results, f"step {step}: {evaluator.name}"))
+            self._log.evaluation(step, named, table)
 
     def evaluation_failed(self, step: int, name: str, failures: int, reason: str) -> None:
         """Write and show that an evaluator failed, for the how-manieth time."""

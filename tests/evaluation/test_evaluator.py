@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from cosmos_scale.config import EvaluatorConfig, RunConfig
 from cosmos_scale.config.evaluation import AnyEvaluatorConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, measure
+from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, measure, one_process
 from cosmos_scale.evaluation.kinds import KINDS, make_evaluator
 from cosmos_scale.evaluation.retrieval import Retrieval
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
@@ -211,6 +211,25 @@ def test_an_evaluator_leaves_files_and_has_a_table(tmp_path: Path) -> None:
     table = evaluator.table({"student": numbers, "teacher": numbers}, "a title")
     assert [column.header for column in table.columns] == ["", "student", "teacher"]
     assert list(table.columns[0].cells) == ["sum0", "sum1", "sum2"]
+
+
+class Odd(Evaluator):
+    """Yields one value of any kind."""
+
+    def __init__(self, setting: Setting, value: Any) -> None:
+        super().__init__(EvaluatorConfig(kind="odd", name="odd"), setting)
+        self.value = value
+
+    def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+        yield "value", self.value
+
+
+def test_numbers_are_plain_numbers_and_other_values_fail_the_evaluation(tmp_path: Path) -> None:
+    encoder = encoder_of(config(tmp_path))
+    numbers = measure(Odd(encoder.setting, torch.tensor(0.5)), encoder)
+    assert [(value, type(value)) for value in numbers.values()] == [(0.5, float)]
+    with pytest.raises(EvaluationFailed, match="TypeError"):
+        measure_together(Odd(encoder.setting, None), encoder, one_process, None)
 
 
 def test_retrieval_shows_percents_and_chance(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
+from cosmos_scale.cli.main import main
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
@@ -120,3 +121,17 @@ def test_the_dry_run_names_every_evaluator_that_runs(
     explain(config(tmp_path, scenes, *evaluators), 1)
     rows = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "  evaluates " in line]
     assert rows == ["retrieval on https://***@host/{0..9}.tar every 2,000 steps", "held: retrieval on b every 3 steps"]
+
+
+def test_a_table_that_cannot_be_made_fails_the_evaluation_and_no_more(
+    tmp_path: Path, scenes: SceneShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_table(*_: object) -> None:
+        raise KeyError("a number")
+
+    monkeypatch.setattr("cosmos_scale.evaluation.retrieval.Retrieval.table", break_table)
+    evaluator = {"kind": "retrieval", "every": 1, "shards": str(scenes.gallery), "max_samples": 4}
+    run = write_run(tmp_path, scenes, eval=[evaluator], train={"global_batch": 8, "schedule_steps": 8, "max_steps": 1})
+    assert main(["train", str(run)]) == 0
+    failed = records(run, kind="eval_failed")
+    assert [(record["step"], record["retrieval/failures"]) for record in failed] == [(1, 1)]
