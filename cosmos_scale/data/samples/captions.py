@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from cosmos_scale.config import CaptionsConfig
-from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.samples.sample import CAPTION_STREAM, DamagedSample, SampleKey, sample_generator
 from cosmos_scale.data.samples.sentences import split_published, split_sentences
-from cosmos_scale.data.samples.view_plan import CAPTION_STREAM, sample_generator
 
 RAW_KEYS = ("raw_caption",)
 SHORT_KEYS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")

@@ -1,9 +1,16 @@
-"""What identifies one draw of one sample, and how damaged samples and unreachable shards are reported."""
+"""A sample's key and random streams, and how damaged samples and unreachable shards are reported."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 from cosmos_scale.errors import UserError
+
+VIEW_STREAM = 0
+CAPTION_STREAM = 1
 
 
 class SampleKey(NamedTuple):
@@ -17,6 +24,33 @@ class SampleKey(NamedTuple):
     epoch: int
     sample: int
     repeat: int = 0
+
+
+def sample_generator(key: SampleKey, stream: int) -> np.random.Generator:
+    """Open one random stream of one sample; call only its `.random()`.
+
+    Philox-4x64 takes (seed, epoch) as its key; (repeat, sample, stream) are the high words of its counter, so streams
+    never overlap (they lie 2^64 blocks apart). Form every other distribution from uniform doubles by plain arithmetic:
+    NumPy does not promise that its own distributions stay the same from version to version.
+    """
+    # Arrays, not lists: NumPy reads a list that mixes integers below and above 2^63 as floats.
+    key_words = np.array([key.seed, key.epoch], dtype=np.uint64)
+    counter = np.array([0, key.repeat, key.sample, stream], dtype=np.uint64)
+    as_key: Any = _AsKey(key_words)  # NumPy's annotations know only NumPy's own class for seeds
+    return np.random.Generator(np.random.Philox(as_key, counter=counter))
+
+
+class _AsKey(ISeedSequence):
+    """Words that become Philox's key as they are.
+
+    NumPy's own argument `key` does the same, but gathers entropy before, for nothing.
+    """
+
+    def __init__(self, words: npt.NDArray[np.uint64]) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> npt.NDArray[np.uint64]:
+        return self._words
 
 
 class DamagedSample(Exception):

@@ -9,16 +9,13 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
-from cosmos_scale.data.samples.sample import SampleKey
+from cosmos_scale.data.samples.sample import CAPTION_STREAM, VIEW_STREAM, SampleKey, sample_generator
 from cosmos_scale.data.samples.view_plan import (
-    CAPTION_STREAM,
     NO_JITTER,
     NO_SOLARISE,
-    VIEW_STREAM,
     Floats,
     ViewPlan,
     plan_views,
-    sample_generator,
 )
 
 VIEWS = ViewsConfig()
