@@ -25,9 +25,9 @@ from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 
 BATCH = 12  # which 1, 2, 3 and 4 ranks share evenly
-BEFORE, AFTER = 3, 3  # steps
+BEFORE, AFTER = 2, 2  # steps
 CHUNK = 4096  # bytes: the tiny model's files are smaller than the megabyte under one checksum
-# fp32 sums of one batch in another order, over six updates; bf16 has 8 bits and a scale of 14 and more on the logits.
+# fp32 sums of one batch in another order, over four updates; bf16 has 8 bits and a scale of 14 and more on the logits.
 TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
 
 
@@ -161,19 +161,19 @@ def uninterrupted(world_size: int, root: Path) -> list[dict[Case, Outcome]]:
 
 @functools.cache
 def resumed(saved_by: int, world_size: int, root: Path) -> list[dict[tuple[Case, Case], Outcome]]:
-    """By rank; from runs at stage 2 to all stages, and at one world size from all runs to some and to themselves."""
+    """By rank. Runs at stage 2 go on at all stages; on two ranks all runs at another stage, on four all unchanged."""
     pairs = [(Case(2), Case(stage)) for stage in STAGES]
     if saved_by == 4 and world_size == 2:
         pairs += [(saved, Case((saved.stage + 2) % 4, saved.precision)) for saved in SAVED if saved != Case(2)]
     if saved_by == 4 and world_size == 4:
-        pairs += [(saved, saved) for saved in SAVED if saved != Case(2)]
+        pairs = [(saved, saved) for saved in SAVED]
     uninterrupted(saved_by, root)
     return run_ranks(load_and_go_on, world_size, root / str(saved_by), pairs, timeout=200)
 
 
 # Saved by; gone on at. Four ranks take over 20 seconds on two cores.
 QUICK = [(2, 1), (2, 2)]
-WORLDS = QUICK + [pytest.param(4, world_size, marks=pytest.mark.slow) for world_size in (1, 2, 3, 4)]
+WORLDS = QUICK + [pytest.param(4, world_size, marks=pytest.mark.slow) for world_size in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(("saved_by", "world_size"), WORLDS)
