@@ -42,7 +42,7 @@ _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 class Rejected(NamedTuple):
     """A sample that cannot be used.
 
-    byte: where its picture's or text's header starts, whichever comes first; the first member's where it has neither.
+    byte: start of the picture's or text's header, the earlier one; without either, of the first member's header.
     """
 
     key: str
