@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
-from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import (
     BLOCK,
@@ -27,7 +27,6 @@ from cosmos_scale.data.shards.reader import (
     TEXT_EXTENSIONS,
     Entry,
     parse_text,
-    picture_format,
     refuse_compressed,
 )
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
