@@ -75,7 +75,8 @@ class CheckpointWriter:
             except UserError as failure:
                 raise UserError(f"{error}; and {failure}") from failure
         elif issubclass(kind, Exception) and self._thread is not None:
-            # Other ranks may have ended. What they have not written will never come, but perhaps they have written all.
+            # Other ranks may have ended. Wait a short time only: if all had written, the checkpoint still becomes
+            # whole.
             self._thread.join(LAST_SECONDS)
 
     def save(self, state: RunState) -> None:
@@ -185,7 +186,7 @@ class CheckpointWriter:
         self._prune(final)
 
     def _seen(self, records: Sequence[Path]) -> bool:
-        """Wait for the small files by which ranks say that theirs are written; False where a rank could not write."""
+        """Wait until every rank's small file exists; return False where a rank could not write."""
         deadline = None
         while missing := [record for record in records if not record.exists()]:
             if self._given_up.is_set():

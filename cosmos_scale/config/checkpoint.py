@@ -6,7 +6,7 @@ from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, and how many stay; they lie under output/checkpoints."""
+    """When checkpoints are written, and how many stay; they lie under output/NAME/checkpoints."""
 
     every: int = Field(
         1000, ge=0, description="steps between checkpoints; 0: only at the end", json_schema_extra=RESUME_MAY_CHANGE

@@ -21,7 +21,10 @@ class PlacedSection(NamedTuple):
 
 
 def sections(root: type[BaseModel] = RunConfig, place: str = "") -> Iterator[PlacedSection]:
-    """Yield a section and all sections below it, each before its own; a place may have sections of several types."""
+    """Yield a section and all sections below it. A section comes before the sections inside it.
+
+    A place may have sections of several types.
+    """
     here = PlacedSection(place, root)
     yield here
     for name, field in root.model_fields.items():

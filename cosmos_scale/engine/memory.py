@@ -152,7 +152,10 @@ def _sharded_weights(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
 
 
 def _beyond_share(tensors: list[int], share: int, rank: int) -> int:
-    """Count the elements outside a rank's share of a flat group, of those tensors that lie partly inside."""
+    """A share's limit cuts some tensors. Count the elements of these tensors that belong to other ranks.
+
+    tensors: the sizes of the tensors of a flat group. share: elements of the group that each rank has.
+    """
     begin, end, place, beyond = rank * share, (rank + 1) * share, 0, 0
     for tensor in tensors:
         inside = min(place + tensor, end) - max(place, begin)

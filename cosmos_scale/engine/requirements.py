@@ -15,8 +15,8 @@ COMMON_HEAD = 64
 def check_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError where model.attention or model.compile cannot run on a device, in the precision `dtype`."""
     if model.attention != "auto":
-        # First for a head size that every back end takes: such an obstacle does not come from one of the model's heads,
-        # and the message names no key of a head.
+        # The first try uses a head size that every back end supports. If it fails, the head size is not the cause, so
+        # the message names no head.
         for key, size in {"": COMMON_HEAD, **_head_sizes(model)}.items():
             reason = obstacle(model.attention, device, dtype, size)
             if reason:

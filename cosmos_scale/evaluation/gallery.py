@@ -56,7 +56,7 @@ class Gallery:
 
         Ranks together cover each sample once; a slice may be empty. A damaged sample, or one of more than max_pixels,
         is left out and named on stderr.
-        Raises: LostShard where a shard cannot be reached any more, after all retries.
+        Raises: UnreachableShard where a shard cannot be reached any more, after all retries.
         """
         reader = ShardReader(self._remote)
         images: list[Tensor] = []

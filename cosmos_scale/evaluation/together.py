@@ -15,8 +15,8 @@ from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, measure
 
-# What a rank tells: that it failed, that it finished, or a number from 0 on, which stands for the shape and dtype of
-# what it comes to gather.
+# What a rank tells: that it failed, that it finished, or a number from 0 on: a checksum of the shape and dtype of its
+# next gather.
 _FAILED, _FINISHED = -2, -1
 _REASON = 500  # bytes of a reason that the other ranks hear
 

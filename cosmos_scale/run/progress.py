@@ -162,7 +162,7 @@ class Progress:
             self._log.evaluation(step, named, table)
 
     def evaluation_failed(self, step: int, name: str, failures: int, reason: str) -> None:
-        """Write and show that an evaluator failed, for the how-manieth time."""
+        """Write and show that an evaluator failed; failures: how often so far."""
         if self._log is not None:
             self._log.evaluation_failed(step, name, failures)
         self.say(f"step {step}: evaluation {name} failed, {failures} so far, and the run goes on: {reason}")

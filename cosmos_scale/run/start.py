@@ -112,7 +112,7 @@ def _set_aside(start: Start, ranks: Ranks) -> list[str]:
 
 
 def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
-    """Raise UserError, on all ranks, where hosts read other files than one another under the same names; collective."""
+    """Raise UserError, on all ranks, where ranks have different keys, index or newest checkpoint; collective."""
     found = from_all((config, opened.index.fingerprint()), ranks)
     configs, indexes = zip(*found, strict=True)
     for rank, other in enumerate(configs):

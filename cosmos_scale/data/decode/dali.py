@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.batched_colour import colour_, normalise_
-from cosmos_scale.data.decode.picture import JPEG_START, decode_rgbx
+from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.samples.view_plan import ViewPlan
 from cosmos_scale.errors import UserError
@@ -60,7 +60,7 @@ def picture_for_dali(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, i
 
 def _plain_jpeg_shape(image_bytes: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG that DALI reads as libjpeg does; None for any other file or a damaged header."""
-    if not image_bytes.startswith(JPEG_START) or not _has_plain_markers(image_bytes):
+    if picture_format(image_bytes) != "jpeg" or not _has_plain_markers(image_bytes):
         return None
     try:
         height, width, colourspace, sampling = simplejpeg.decode_jpeg_header(image_bytes)

@@ -1,6 +1,7 @@
 """Encoded pictures to pixels: 8-bit RGB, EXIF orientation ignored, nothing damaged let through."""
 
 import io
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,23 @@ from cosmos_scale.data.samples.sample import DamagedSample
 
 Pixels = npt.NDArray[np.uint8]
 
-JPEG_START = b"\xff\xd8\xff"
 # data.max_pixels of a run whose config says nothing else.
 DEFAULT_MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 
 # Every size is compared with data.max_pixels before Pillow sees the picture. Pillow's own limit would warn of pictures
 # that the config allows, or refuse them.
 Image.MAX_IMAGE_PIXELS = None
+
+
+def picture_format(head: bytes) -> Literal["jpeg", "png", "webp"] | None:
+    """Tell a picture's format from its first bytes, 12 or more; None for anything that is not read here."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    return None
 
 
 def decode_rgbx(image_bytes: bytes, max_pixels: int) -> Pixels:
@@ -30,7 +41,7 @@ def decode_rgbx(image_bytes: bytes, max_pixels: int) -> Pixels:
     if not image_bytes:
         raise DamagedSample("the picture is empty (0 bytes)")
     try:
-        if image_bytes.startswith(JPEG_START):
+        if picture_format(image_bytes) == "jpeg":
             return _decode_jpeg(image_bytes, max_pixels)
         return _decode_other(image_bytes, max_pixels)
     except DamagedSample:
@@ -88,9 +99,10 @@ def _stated_size(image_bytes: bytes) -> tuple[int, int] | None:
     head = image_bytes[:30]
     if len(head) < 30:
         return None
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    kind = picture_format(head)
+    if kind == "png":
         return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
-    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+    if kind != "webp":
         return None
     if head[12:16] == b"VP8X":
         return 1 + int.from_bytes(head[27:30], "little"), 1 + int.from_bytes(head[24:27], "little")

@@ -7,7 +7,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
@@ -98,17 +98,6 @@ def refuse_compressed(path: Path | str, head: bytes) -> None:
     for magic, kind in COMPRESSED.items():
         if head.startswith(magic):
             raise UserError(f"{path}: is {kind}-compressed; samples are read by offset, so unpack it to a plain .tar")
-
-
-def picture_format(head: bytes) -> Literal["jpeg", "png", "webp"] | None:
-    """Tell a picture's format from its first 12 bytes; None for anything that is not read here."""
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp"
-    return None
 
 
 def parse_text(data: bytes, kind: str) -> dict[str, Any]:

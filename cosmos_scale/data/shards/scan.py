@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
-from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import (
     BLOCK,
@@ -27,7 +27,6 @@ from cosmos_scale.data.shards.reader import (
     TEXT_EXTENSIONS,
     Entry,
     parse_text,
-    picture_format,
     refuse_compressed,
 )
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
@@ -42,7 +41,7 @@ _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 class Rejected(NamedTuple):
     """A sample that cannot be used.
 
-    byte: where its picture's or text's header starts, whichever comes first; the first member's where it has neither.
+    byte: start of the picture's or text's header, the earlier one; without either, of the first member's header.
     """
 
     key: str

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
+from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import REJECTED, index_shards
-from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
+from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.tools.captions_file import CaptionRow, count_lines, read_rows
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, whole_file, writing

@@ -134,7 +134,10 @@ class _Job(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """What one job found: its samples' faults; a shard's first job: its structure's too; or why it cannot be read."""
+    """The faults of the job's samples. The first job of a shard adds the faults of the tar structure.
+
+    unreadable: why the shard cannot be read.
+    """
 
     job: _Job
     samples: list[Fault]
@@ -284,7 +287,8 @@ def _compare(index: SourceIndex, shard: int, local: ShardFile) -> list[Fault]:
         entry = index.locate(shard, place).entry
         indexed[entry.key] = entry
     if scan.size != row.size:
-        return []  # reading the shard says so, and no place fits
+        # The size differs. `_read` reports this, and the index's offsets mean nothing now.
+        return []
     faults = [Fault(path, None, None, scan.torn, indexed=True)] if scan.torn else []
     found = {entry.key: entry for entry in scan.entries}
     for rejected in scan.rejected:
