@@ -1,5 +1,6 @@
 """The start of a run: ranks whose hosts do not hold the same files are told so, instead of training on a mixture."""
 
+import resource
 from pathlib import Path
 
 from cosmos_scale.config.load import load_config
@@ -61,3 +62,30 @@ def test_hosts_with_other_indexes_or_keys_are_refused(tmp_path: Path) -> None:
     for override, said in zip(OF_ALL_RANKS, one[4:], strict=True):
         key = override.partition("=")[0]
         assert said == f"rank 1 and rank 0 differ in {key}; rule: all ranks share one run's keys"
+
+
+def opened_on_a_full_disk(rank: int, world_size: int, path: Path) -> tuple[str, bool]:
+    """Open a run, and again where files may have 100 bytes: what the run says, and whether config.yaml stayed."""
+    config = load_config(path)
+    written = config.output / config.name / "config.yaml"
+    ranks = start_ranks("cpu")
+    open_run(config, ranks)
+    before = written.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        open_run(config, ranks)
+        said = "opened"
+    except UserError as error:
+        said = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    return said, written.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_written_config(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [8])
+    run = write_run(tmp_path, SceneShards(shards, shards), output=str(tmp_path / "out"))
+    ((said, stayed),) = run_ranks(opened_on_a_full_disk, 1, run)
+    assert said.endswith(" cannot be written to: File too large")
+    assert stayed
