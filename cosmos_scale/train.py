@@ -21,14 +21,14 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
         for batch, wait_seconds in Lookahead(run.loader, ranks, stop, progress.say, first=step, last=last_step):
+            if step > run.first_step and run.opened.evaluations.due(step):  # only now, when the step has been saved
+                with progress.pause():
+                    run.opened.evaluations.run_due(step, student, teacher, progress)
             lr = learning_rate(step, config.optimizer, run.total_steps)
             momentum = ema_momentum(step, config.ema, run.total_steps)
             output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)
             step += 1
             progress.after_step(step, output, lr=lr, momentum=momentum, wait_seconds=wait_seconds)
-            if run.opened.evaluations.due(step):
-                with progress.pause():
-                    run.opened.evaluations.run_due(step, student, teacher, progress)
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
                 with progress.pause():
                     checkpoints.save(run.state(step))
@@ -38,6 +38,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         if step > run.first_step:
             checkpoints.save(run.state(step))
             progress.say(f"checkpoint: {checkpoints.wait()}")
+            run.opened.evaluations.run_due(step, student, teacher, progress, ended=step == last_step)
 
 
 if __name__ == "__main__":

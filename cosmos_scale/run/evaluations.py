@@ -1,4 +1,4 @@
-"""A run's evaluations: each evaluator at its own steps, on student and teacher; a failing one never ends the run."""
+"""A run's evaluations: each at its own steps and at the end, on both models; a failing one never ends the run."""
 
 from collections import Counter
 from pathlib import Path
@@ -34,9 +34,14 @@ class Evaluations:
         """Whether anything is to be measured after a number of steps."""
         return bool(self._due(step))
 
-    def run_due(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
-        """Measure what is due after a number of steps, and tell progress of numbers and failures; collective."""
-        for evaluator in self._due(step):
+    def run_due(
+        self, step: int, student: Student, teacher: Teacher, progress: Progress, *, ended: bool = False
+    ) -> None:
+        """Measure what is due after a number of steps, and tell progress of numbers and failures; collective.
+
+        ended: the run has taken its last step, so every evaluator is due.
+        """
+        for evaluator in self._evaluators if ended else self._due(step):
             try:
                 results = self._measure(evaluator, step, student, teacher)
             except EvaluationFailed as failure:

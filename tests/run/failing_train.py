@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     shard = Path(os.environ[SHARD])
     step_now = 0
 
-    def run_due(self: Evaluations, step: int, *others: Any) -> None:
+    def run_due(self: Evaluations, step: int, *others: Any, **options: bool) -> None:
         nonlocal step_now
         step_now = step
         away = shard.with_suffix(".away")
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
             shard.rename(away)
         elif last_rank and away.exists():
             away.rename(shard)
-        original(self, step, *others)
+        original(self, step, *others, **options)
 
     def texts(self: Encoder, texts: Sequence[str]) -> Tensor:
         if last_rank and step_now == 8:
