@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.errors import UserError
+from cosmos_scale.host import ranks_of_this_host, usable_cores
 
 Value = TypeVar("Value")
 
@@ -67,8 +68,8 @@ def start_ranks(device: str) -> Ranks:
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one machine share its cores; torch would give all cores to every rank.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+        # Ranks of one host share its cores; torch would give all cores to every rank.
+        torch.set_num_threads(max(1, usable_cores() // ranks_of_this_host(unknown=dist.get_world_size())))
     atexit.register(_leave)
     control = dist.new_group(backend="gloo")
     assert isinstance(control, dist.ProcessGroup), "every rank is a member"
