@@ -40,6 +40,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.loading import load_encoder
+from cosmos_scale.host import usable_cores
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 SAMPLES_SHOWN = 4
@@ -216,7 +217,7 @@ def _ranks_and_device() -> tuple[int, str]:
 def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -> None:
     """Train under the deepspeed launcher, whose output goes to this terminal."""
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     with socket.socket() as probe:

@@ -1,11 +1,18 @@
 """Files that are written whole or not at all, folders, and waiting for the disk."""
 
+import errno
+import functools
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
+
+# What a file system says that lacks locks, or the fsync of folders.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 
 @contextmanager
@@ -52,10 +59,33 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def no_locks(error: OSError) -> str:
+    """Return why a file cannot be locked, and the way on; empty where the file system does have locks."""
+    if error.errno not in _NO_LOCKS:
+        return ""
+    return (
+        f"{error.strerror}: its file system has no locks; rule: choose a folder of another file system, "
+        "or mount this one with locks (Lustre: -o flock)"
+    )
+
+
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries; raises OSError."""
+    """Wait until the disk has a folder's entries; raises OSError.
+
+    Some network file systems cannot sync folders. There the wait counts as done, after one warning in each process.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        _warn_of_folders(str(error.strerror))
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _warn_of_folders(reason: str) -> None:
+    said = "cannot sync folders: the newest checkpoint may be lost where the power fails"
+    print(f"cosmos-scale: warning: the output's file system ({reason}) {said}", file=sys.stderr)

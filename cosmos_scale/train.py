@@ -27,18 +27,20 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
             output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)
             step += 1
             progress.after_step(step, output, lr=lr, momentum=momentum, wait_seconds=wait_seconds)
-            if run.opened.evaluations.due(step):
-                with progress.pause():
-                    run.opened.evaluations.run_due(step, student, teacher, progress)
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
                 with progress.pause():
                     checkpoints.save(run.state(step))
+            if step < last_step and run.opened.evaluations.due(step):
+                with progress.pause():
+                    run.opened.evaluations.run_due(step, student, teacher, progress)
         if step < last_step:
             progress.say(f"stopping after step {step} of {last_step}: a signal, or train.max_minutes")
         progress.read_pending()
         if step > run.first_step:
             checkpoints.save(run.state(step))
             progress.say(f"checkpoint: {checkpoints.wait()}")
+        if run.first_step < step == last_step:
+            run.opened.evaluations.run_all(step, student, teacher, progress)
 
 
 if __name__ == "__main__":

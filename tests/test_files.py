@@ -1,5 +1,6 @@
 """Files that are whole or not there: what stands after a block that fails, and what is said of it."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -75,3 +76,30 @@ def test_the_disk_is_told_of_a_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     sync_folder(tmp_path)
     assert told == [str(tmp_path)]
     assert len(os.listdir("/proc/self/fd")) == len(before), "the folder must be closed again"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    sync_folder(tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"({os.strerror(number)}) cannot sync folders" in said
+    sync_folder(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_synced_for_other_reasons_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_folder(tmp_path)

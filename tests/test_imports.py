@@ -10,8 +10,8 @@ from tests.conftest import REPOSITORY
 
 MOST_LINES = 400
 
-# What everything may build on: plain data, configuration, errors, files. "__init__": the version.
-FOUNDATION = {"__init__", "batch", "config", "errors", "files", "fragments"}
+# What everything may build on: plain data, configuration, errors, files, the host. "__init__": the version.
+FOUNDATION = {"__init__", "batch", "config", "errors", "files", "fragments", "host"}
 
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation", "step"} | FOUNDATION
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "fragments": set(),
+    "host": set(),
     "kernels": set(),
     "model": {"kernels"} | FOUNDATION,
     "loss": {"kernels"} | FOUNDATION,

@@ -1,5 +1,7 @@
 """Which checkpoint a run starts from, and whether its configuration may go on from there."""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,7 +20,7 @@ from cosmos_scale.checkpoint.state import (
     step_of,
 )
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config.compare import changed_on_resume
+from cosmos_scale.config.compare import Difference, changed_on_resume
 from cosmos_scale.errors import UserError
 
 
@@ -73,15 +75,35 @@ def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOve
     changed = changed_on_resume(read_run_config(folder), config)
     if changed:
         raise UserError(
-            f"resume from {folder}: {', '.join(changed)} differ from its run; rule: only paths, workers, logging and "
-            "limits may change (start anew from its weights with init_from)"
+            f"resume from {folder}: {'; '.join(map(str, changed))}; rule: only paths, workers, logging and limits may "
+            f"change{_on_longer_schedules(changed)}; set them back, or start a new run from its weights with: "
+            f"{_new_run(config, root, folder)}"
         )
     if state.data != data:
         raise UserError(
             f"resume from {folder}: the shards of data.sources are not those of its run (index digest {state.data}, "
-            f"now {data}); rule: the order of samples must stay (start anew from its weights with init_from)"
+            f"now {data}); rule: the order of samples must stay (start a new run from its weights with: "
+            f"{_new_run(config, root, folder)})"
         )
     return Start(folder, state, broken)
+
+
+def _on_longer_schedules(changed: Sequence[Difference]) -> str:
+    """Return why a run cannot be made longer, where one of the changed keys says how long it is."""
+    if not {"train.epochs", "train.schedule_steps"} & {difference.key for difference in changed}:
+        return ""
+    return " (the learning rate and the teacher's momentum have followed the schedule of the former length)"
+
+
+def _new_run(config: RunConfig, root: Path, folder: Path) -> str:
+    """Return the overrides that start a new run from a checkpoint's weights, under a name that has no checkpoint."""
+    overrides = [f"init_from={folder}"]
+    if newest(root) is not None:
+        names = (f"{config.name}-{number}" for number in count(2))
+        overrides.append(f"name={next(name for name in names if not (config.output / name).exists())}")
+    if config.resume != "auto":
+        overrides.append("resume=auto")
+    return shlex.join(overrides)
 
 
 def set_aside(folder: Path) -> Path:

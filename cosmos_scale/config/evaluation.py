@@ -30,7 +30,10 @@ class EvaluatorConfig(Section):
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     every: int = Field(
-        0, ge=0, description="steps between evaluations; 0: never during training", json_schema_extra=RESUME_MAY_CHANGE
+        0,
+        ge=0,
+        description="steps between evaluations; another one follows the last step; 0: never during training",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
 
     def describe(self) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.host import usable_cores
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -30,11 +31,11 @@ _WATCH_SECONDS = 0.5
 def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None) -> Iterator[Result]:
     """Yield function(job) for each job, in the jobs' order; jobs are read only as far ahead as needed.
 
-    function, jobs and results must be picklable. workers: processes; None: one per core; 0 or 1: this process.
+    function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process.
     Raises: what `function` raises; UserError where a worker process is killed.
     """
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = usable_cores()
     if workers <= 1:
         yield from map(function, jobs)
         return

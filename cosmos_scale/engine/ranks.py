@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
+from cosmos_scale.engine.comm_memory import check_room, delete_name
 from cosmos_scale.errors import UserError
+from cosmos_scale.host import ranks_of_this_host, usable_cores
 
 Value = TypeVar("Value")
 
@@ -43,7 +45,8 @@ def start_ranks(device: str) -> Ranks:
     The group lasts as long as the process, since DeepSpeed keeps the first group that it sees; a second call returns
     the same ranks.
 
-    device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent.
+    device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent, or shared memory is too
+    small for ranks on CPUs.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
@@ -64,14 +67,19 @@ def start_ranks(device: str) -> Ranks:
     if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: a group of one, without a port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    if not use_cuda:
+        check_room()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one machine share its cores; torch would give all cores to every rank.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+        # Ranks of one host share its cores; torch would give all cores to every rank.
+        torch.set_num_threads(max(1, usable_cores() // ranks_of_this_host(unknown=dist.get_world_size())))
     atexit.register(_leave)
     control = dist.new_group(backend="gloo")
     assert isinstance(control, dist.ProcessGroup), "every rank is a member"
+    if not use_cuda:
+        dist.barrier(control)  # each rank has opened the shared memory of all ranks before it comes here
+        delete_name()
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -1,6 +1,7 @@
-"""A run's evaluations: each evaluator at its own steps, on student and teacher; a failing one never ends the run."""
+"""A run's evaluations: each at its own steps and at the end, on both models; a failing one never ends the run."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -38,7 +39,16 @@ class Evaluations:
 
     def run_due(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
         """Measure what is due after a number of steps, and tell progress of numbers and failures; collective."""
-        for evaluator in self._due(step):
+        self._run(self._due(step), step, student, teacher, progress)
+
+    def run_all(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+        """Measure everything at the run's end, as `run_due` does; collective."""
+        self._run(self._evaluators, step, student, teacher, progress)
+
+    def _run(
+        self, evaluators: Sequence[Evaluator], step: int, student: Student, teacher: Teacher, progress: Progress
+    ) -> None:
+        for evaluator in evaluators:
             try:
                 results = self._measure(evaluator, step, student, teacher)
                 table = _table(evaluator, results, step)

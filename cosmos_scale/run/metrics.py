@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cosmos_scale.config import LogConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,6 +27,7 @@ class MetricLog:
         """Open all files and services.
 
         first_step: steps done before. Records of later steps are dropped, since the run takes these steps again.
+        Raises UserError where they cannot be dropped.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
@@ -113,17 +115,23 @@ def console_line(record: dict[str, float]) -> str:
 
 
 def _drop_from(path: Path, step: int) -> None:
-    """Delete a file's records of steps after `step`, all of them where it is 0, and lines that are torn."""
+    """Delete a file's records of steps after `step`, all of them where it is 0, and lines that are torn.
+
+    The file is replaced whole or not at all. Raises UserError where it cannot be written.
+    """
     if not path.exists():
         return
+    before = path.read_bytes()
     kept = []
-    for line in path.read_text().splitlines():
+    for line in before.splitlines():
         try:
             if json.loads(line)["step"] <= step > 0:
-                kept.append(line)
-        except (ValueError, KeyError):
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept))
+    after = b"".join(kept)
+    if after != before:  # where nothing is to be dropped, a full disk does no harm
+        replace_file(path, after)
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

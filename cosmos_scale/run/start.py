@@ -17,6 +17,7 @@ from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, raise_to
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.teacher import DTYPES
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_file
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 
@@ -141,6 +142,7 @@ def _write_config(config: RunConfig, folder: Path) -> None:
     """Leave the resolved configuration beside what the run writes; shows at once whether it can write there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
+        with whole_file(folder / "config.yaml") as part:
+            part.write_text(dump_config(config), encoding="utf-8")
     except OSError as failure:
         raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure

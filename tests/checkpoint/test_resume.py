@@ -11,6 +11,7 @@ from cosmos_scale.checkpoint.resume import Start, find_start, set_aside
 from cosmos_scale.checkpoint.state import RunState, newest, read_run_config
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig, RunConfig, SourceConfig
+from cosmos_scale.config.load import make_config
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.edit import content_of, rewrite
@@ -127,8 +128,29 @@ def test_other_keys_may_not_and_are_named(root: Path, sections: dict[str, Any], 
     with pytest.raises(UserError) as refusal:
         find_start(changed(**sections), root, DATA)
     text = str(refusal.value)
-    between = text.removeprefix(f"resume from {root / 'step-00000006'}: ").split(" differ from its run")[0]
-    assert sorted(between.split(", ")) == sorted(named)
+    between = text.removeprefix(f"resume from {root / 'step-00000006'}: ").split("; rule:")[0]
+    assert sorted(difference.split(": ")[0] for difference in between.split("; ")) == sorted(named)
+
+
+def test_a_refusal_names_both_values_and_the_way_out(root: Path, tmp_path: Path) -> None:
+    """What the refusal says to type starts a new run."""
+    there = root / "step-00000006"
+    longer = changed(optimizer={"lr": 0.002}, train={"epochs": CONFIG.train.epochs + 1}, output=str(tmp_path))
+    for resume, more in (("auto", ""), (str(root), " resume=auto")):
+        (tmp_path / "run-2").mkdir(exist_ok=True)
+        with pytest.raises(UserError) as refusal:
+            find_start(longer.model_copy(update={"resume": resume}), root, DATA)
+        text = str(refusal.value)
+        assert f"optimizer.lr: 0.002, was {CONFIG.optimizer.lr}; rule: only paths" in text
+        assert f"train.epochs: {CONFIG.train.epochs + 1}, was {CONFIG.train.epochs}; " in text
+        assert "have followed the schedule of the former length" in text
+        overrides = f"init_from={there} name=run-3{more}"
+        assert text.endswith(f"start a new run from its weights with: {overrides}")
+        parsed = make_config(longer.model_dump(mode="json") | {"resume": resume}, overrides.split())
+        assert find_start(parsed, tmp_path / "run-3" / "checkpoints", DATA) == Start(None, None)
+    with pytest.raises(UserError) as refusal:  # under a name of its own the run needs no other
+        find_start(changed(seed=1, resume=str(root)), tmp_path / "new", DATA)
+    assert str(refusal.value).endswith(f"with: init_from={there} resume=auto")
 
 
 def test_other_shards_are_refused(root: Path) -> None:

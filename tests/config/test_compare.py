@@ -110,7 +110,9 @@ def test_every_key_is_marked_or_named(key: str) -> None:
     other = changed(config, key.split("."), object())
     name = with_positions_named(key)
     assert different_between_hosts(config, other) == ([] if name in MAY_DIFFER_BY_HOST else [key])
-    assert changed_on_resume(config, other) == ([] if name in MAY_CHANGE_ON_RESUME else [key])
+    assert [difference.key for difference in changed_on_resume(config, other)] == (
+        [] if name in MAY_CHANGE_ON_RESUME else [key]
+    )
 
 
 def test_a_section_or_source_that_one_host_lacks_is_named() -> None:
@@ -153,4 +155,29 @@ def run(tmp_path: Path) -> Path:
     ],
 )
 def test_only_marked_keys_may_change_on_resume(run: Path, overrides: list[str], changed: list[str]) -> None:
-    assert changed_on_resume(load_config(run), load_config(run, overrides)) == changed
+    found = changed_on_resume(load_config(run), load_config(run, overrides))
+    assert [difference.key for difference in found] == changed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer.lr=0.002"], "optimizer.lr: 0.002, was 0.0005"),
+        (["data.views.ratio=[1, 1]"], "data.views.ratio: [1.0, 1.0], was [0.75, 1.3333333333333333]"),
+        (["train.schedule_steps=9000"], "train.schedule_steps: 9000, was null"),
+        (["precision=fp32"], "precision: fp32, was bf16"),
+    ],
+)
+def test_a_difference_shows_both_values(run: Path, overrides: list[str], said: str) -> None:
+    (difference,) = changed_on_resume(load_config(run), load_config(run, overrides))
+    assert str(difference) == said
+
+
+def test_a_difference_shows_no_secret_and_no_long_value(run: Path) -> None:
+    secret = "data.sources=[{name: a, shards: 'https://user:password@host/0.tar?token=secret'}]"
+    (difference,) = changed_on_resume(load_config(run), load_config(run, [secret]))
+    said = str(difference)
+    assert said.startswith('data.sources: [{"name": "a", "shards": "https://***@host/0.tar?***"')
+    assert "secret" not in said
+    assert "password" not in said
+    assert len(said) < 200

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     shard = Path(os.environ[SHARD])
     step_now = 0
 
-    def run_due(self: Evaluations, step: int, *others: Any) -> None:
+    def run(self: Evaluations, evaluators: Any, step: int, *others: Any) -> None:
         nonlocal step_now
         step_now = step
         away = shard.with_suffix(".away")
@@ -29,15 +29,15 @@ def main(argv: Sequence[str]) -> int:
             shard.rename(away)
         elif last_rank and away.exists():
             away.rename(shard)
-        original(self, step, *others)
+        original(self, evaluators, step, *others)
 
     def texts(self: Encoder, texts: Sequence[str]) -> Tensor:
         if last_rank and step_now == 8:
             raise ZeroDivisionError("a text broke")
         return encode(self, texts)
 
-    original, encode = Evaluations.run_due, Encoder.texts
+    original, encode = Evaluations._run, Encoder.texts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluations, "run_due", run_due)
+        patch.setattr(Evaluations, "_run", run)
         patch.setattr(Encoder, "texts", texts)
         return program.main(argv)

@@ -18,6 +18,7 @@ from cosmos_scale.testing.runs import Finished, records, train, write_run
 from cosmos_scale.testing.shard_files import write_shards
 from tests.checkpoint.edit import content_of, rewrite
 from tests.evaluation.measured import retrieval_of
+from tests.run.dying_train import DIED, STEP
 from tests.run.failing_train import SHARD
 
 MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
@@ -63,7 +64,9 @@ def test_a_failing_evaluation_is_told_and_counted_and_the_run_goes_on(failing: F
         f"step 8: evaluation retrieval failed, 2 so far, and the run goes on: ZeroDivisionError: a text broke{where}",
     ]
     failures = records(failing.run, kind="eval_failed")
-    assert [(record["step"], record["retrieval/failures"]) for record in failures] == [(4, 1), (8, 2)]
+    counted = [{key: value for key, value in record.items() if key != "kind"} for record in failures]
+    of_retrieval = [{"step": 4, "retrieval/failures": 1}, {"step": 8, "retrieval/failures": 2}]
+    assert counted == [*of_retrieval, {"step": 8, "other/failures": 1}]  # the last step counts for every evaluator
     assert "in texts" in failing.finished.output + failing.finished.errors  # the traceback of the program's error
 
 
@@ -72,7 +75,7 @@ def test_evaluators_run_at_their_own_steps_and_say_what_the_command_says(failing
     of_retrieval = {record["step"]: record for record in found if "student/images" in record}
     of_other = {record["step"]: record for record in found if "other/student/images" in record}
     assert len(found) == len(of_retrieval) + len(of_other)
-    assert (list(of_retrieval), list(of_other)) == ([2, 6], [3, 6])
+    assert (list(of_retrieval), list(of_other)) == ([2, 6], [3, 6])  # at step 8 both fail
     assert of_other[6]["other/teacher/images"] == 10
     for step, record in of_retrieval.items():
         checkpoint = failing.run.parent / "tiny" / "checkpoints" / f"step-{step:08d}"
@@ -80,6 +83,22 @@ def test_evaluators_run_at_their_own_steps_and_say_what_the_command_says(failing
             alone = retrieval_of(checkpoint, failing.gallery, which)
             assert alone["images"] == 11
             assert {key: record[f"{which}/{key}"] for key in alone} == pytest.approx(alone)
+
+
+def test_a_step_is_saved_before_it_is_evaluated(tmp_path: Path, scenes: SceneShards) -> None:
+    """A process that dies in the evaluation of a step leaves this step's checkpoint, at the run's last step too."""
+    evaluator = {"kind": "retrieval", "every": 2, "shards": str(scenes.gallery), "max_samples": 4}
+    run = write_run(tmp_path, scenes, checkpoint={"every": 2}, eval=[evaluator])
+    folder = tmp_path / "tiny" / "checkpoints"
+    for last_step, steps in (("8", [2]), ("3", [2, 3])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(STEP, str(steps[-1]))
+            train(run, f"train.max_steps={last_step}", program="tests.run.dying_train").require(DIED)
+        assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in steps]
+        assert [record["step"] for record in records(run)] == list(range(1, steps[-1] + 1))
+    for last_step, evaluated in (("5", [4, 5]), ("6", [4, 5, 6])):  # each step once
+        train(run, f"train.max_steps={last_step}").require(0)
+        assert [record["step"] for record in records(run, kind="eval")] == evaluated
 
 
 def test_runs_that_wrote_the_old_form_resume(failing: Failing, tmp_path: Path) -> None:

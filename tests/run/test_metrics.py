@@ -2,6 +2,9 @@
 
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,43 @@ def test_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
         log.training(record(3, loss=7.0))
     assert steps(tmp_path) == [("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == 7.0
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Files cannot grow beyond a number of bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:
+    """A resume that cannot drop the records of later steps leaves all records; another finds nothing to drop."""
+    path = tmp_path / "metrics.jsonl"
+    with opened(tmp_path) as log:
+        for step in range(1, 9):
+            log.training(record(step))
+    before = path.read_bytes()
+    with files_of_at_most(1000):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: File too large"):
+            opened(tmp_path, first_step=7)
+        assert path.read_bytes() == before
+        with opened(tmp_path, first_step=8):
+            pass
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_that_are_no_records_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"kind": "train", "step": 1}\n7\n\xff\xfe\x00\n{"step": nul\n{"kind": "e'
+    )
+    with opened(tmp_path, first_step=3):
+        pass
+    assert steps(tmp_path) == [("train", 1)]
 
 
 def test_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The start of a run: ranks whose hosts do not hold the same files are told so, instead of training on a mixture."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,30 @@ def test_a_run_without_one_batch_writes_nothing(tmp_path: Path, scenes: SceneSha
     with pytest.raises(UserError, match="an epoch must hold at least one batch"):
         open_run(load_config(run, ["train.global_batch=1000"]), start_ranks("cpu"))
     assert not (tmp_path / "tiny").exists()
+
+
+def opened_on_a_full_disk(rank: int, world_size: int, path: Path) -> tuple[str, bool]:
+    """Open a run, and again where files may have 100 bytes: what the run says, and whether config.yaml stayed."""
+    config = load_config(path)
+    written = config.output / config.name / "config.yaml"
+    ranks = start_ranks("cpu")
+    open_run(config, ranks)
+    before = written.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        open_run(config, ranks)
+        said = "opened"
+    except UserError as error:
+        said = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    return said, written.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_written_config(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [8])
+    run = write_run(tmp_path, SceneShards(shards, shards), output=str(tmp_path / "out"))
+    ((said, stayed),) = run_ranks(opened_on_a_full_disk, 1, run)
+    assert said.endswith(" cannot be written to: File too large")
+    assert stayed

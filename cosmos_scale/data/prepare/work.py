@@ -13,7 +13,7 @@ from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Jo
 from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, replace_file
+from cosmos_scale.files import make_folder, no_locks, replace_file
 
 MANIFEST = "manifest.json"
 _WORK = ".prepare"
@@ -88,7 +88,9 @@ def open_work(task: Task) -> Iterator[None]:
             # Not flock: workers inherit such a lock, and would hold it after their parent was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{task.out}: another process is preparing it now") from error
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                raise UserError(f"{task.out}: another process is preparing it now") from error
+            raise UserError(f"{task.out}: cannot be locked: {no_locks(error) or error.strerror or error}") from error
         path = task.work / "options.json"
         if path.exists() and not any(task.work.glob("shards/*.json")):
             _begin_anew(task, json.loads(path.read_text()))

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from cosmos_scale.data.shards.store import Transient, WrongSize
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import no_locks
 
 WHOLE, PART = ".shard", ".part"  # only files with these endings are counted and deleted
 _FAILED = b"failed"  # what a part holds after its download failed, for the processes that wait for it
@@ -51,7 +52,9 @@ class ShardCache:
                 os.utime(file.fileno())  # used just now
                 return os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise UserError(f"data.remote.cache: {self.folder}: {error.strerror or error}") from error
+            raise UserError(
+                f"data.remote.cache: {self.folder}: {no_locks(error) or error.strerror or error}"
+            ) from error
 
     def _download(self, path: Path, total: int, pieces: Pieces) -> BinaryIO | None:
         """Return the shard's file, downloaded by this process or another; None where the caller must look again."""

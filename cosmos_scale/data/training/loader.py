@@ -28,6 +28,7 @@ from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.host import ranks_of_this_host, usable_cores
 
 MOST_WORKERS = 8  # by default; the config may say more
 SHARED_MEMORY = Path("/dev/shm")
@@ -224,14 +225,9 @@ def check_loading(config: RunConfig, index: MergedIndex, world_size: int) -> Non
     steps_per_epoch(index.epoch_samples, config)
 
 
-def ranks_of_this_host(*, unknown: int) -> int:
-    """Return how many of the ranks run on this host; `unknown` where no launcher says so."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
-
-
 def default_workers(world_size: int, device: torch.device) -> int:
     """Return the loader processes of each rank where the config does not say: this host's cores shared out."""
-    cores = len(os.sched_getaffinity(0)) // ranks_of_this_host(unknown=world_size)
+    cores = usable_cores() // ranks_of_this_host(unknown=world_size)
     fewest = 0 if device.type == "cpu" else 1  # so that loading and the GPU's work overlap
     return max(fewest, min(MOST_WORKERS, cores - 1))
 

@@ -1,5 +1,7 @@
 """A preparation that is stopped, continued, repeated or asked for something else; and inputs that cannot work."""
 
+import errno
+import fcntl
 import os
 import re
 import shlex
@@ -105,6 +107,17 @@ def test_only_one_process_prepares_a_folder(inputs: Path) -> None:
         process.kill()
         process.wait()
     assert len(list((inputs / "out").glob("*.tar"))) == SHARDS
+
+
+def test_a_file_system_without_locks_is_named(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(
+        UserError, match="out: cannot be locked: No locks available: its file system has no locks; rule"
+    ):
+        run(inputs)
 
 
 @pytest.mark.timeout(60)

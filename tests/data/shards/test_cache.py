@@ -1,5 +1,6 @@
 """The cache of whole shards: one download, a limit that holds, no half shard taken for whole, several processes."""
 
+import errno
 import fcntl
 import hashlib
 import multiprocessing
@@ -59,6 +60,16 @@ def test_a_shard_is_downloaded_once_and_read_in_parts(tmp_path: Path) -> None:
     assert [path.name[:2] for path in files(tmp_path / "cache", WHOLE)] == ["a-", "b-"]
     cache.read("http://h/x/a.tar", SIZE, 0, 1, pieces("other a", log))  # another address, another file
     assert log.read_text() == "a\nb\nother a\n"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    cache = ShardCache(tmp_path / "cache", SIZE)
+    with pytest.raises(UserError, match=r"cache: Function not implemented: its file system has no locks; rule: choose"):
+        cache.read("http://h/a.tar", SIZE, 0, 1, pieces("a", tmp_path / "log"))
 
 
 def test_the_least_recently_used_shards_go_first(tmp_path: Path) -> None:

@@ -335,7 +335,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[N
 
 
 def test_default_workers_share_the_hosts_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    monkeypatch.setattr("cosmos_scale.data.training.loader.usable_cores", lambda: 32)
     with environment(monkeypatch):
         for device, workers in (("cpu", [8, 7, 3, 0, 0]), ("cuda", [8, 7, 3, 1, 1])):
             assert [default_workers(ranks, torch.device(device)) for ranks in (1, 4, 8, 32, 64)] == workers

@@ -1,0 +1,58 @@
+"""What this process may use of its host: the cores, and how many of a run's ranks share them."""
+
+import math
+import os
+from pathlib import Path
+
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def ranks_of_this_host(*, unknown: int) -> int:
+    """Return how many of the ranks run on this host, as torchrun or DeepSpeed's launcher says; else `unknown`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use, at least 1: its affinity, and the CPU quota of its control group.
+
+    A quota is what `docker run --cpus` and Kubernetes' limits set. A part of a core counts as a core.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quota = min((_quota(folder) for folder in _control_groups()), default=math.inf)
+    return max(1, cores if math.isinf(quota) else min(cores, math.ceil(quota)))
+
+
+def _control_groups() -> list[Path]:
+    """Return the folders of this process's control groups for CPUs and of all groups above them, of both versions."""
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            root = _GROUPS  # version 2
+        elif "cpu" in controllers.split(","):
+            root = _GROUPS / controllers if (_GROUPS / controllers).is_dir() else _GROUPS / "cpu"  # version 1
+        else:
+            continue
+        # In a container the path may be the host's, of which only the root is to be seen here.
+        group = root / path.lstrip("/")
+        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return folders
+
+
+def _quota(group: Path) -> float:
+    """Return how many cores' time a control group may use; inf where it has no quota."""
+    try:
+        if (group / "cpu.max").is_file():  # version 2: "max 100000", or microseconds of each period
+            allowed, period = (group / "cpu.max").read_text().split()
+        else:
+            allowed = (group / "cpu.cfs_quota_us").read_text()  # version 1: -1, or microseconds of each period
+            period = (group / "cpu.cfs_period_us").read_text()
+        cores = float(allowed) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return math.inf
+    return cores if cores > 0 else math.inf
