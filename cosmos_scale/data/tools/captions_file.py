@@ -1,13 +1,12 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
 import ast
-import csv
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cosmos_scale.data.csv_records import read_records
 from cosmos_scale.data.samples.captions import POOL_KEYS, plain_column
 from cosmos_scale.errors import UserError
 
@@ -74,11 +73,13 @@ def _read_json_lines(path: Path) -> Iterator[CaptionRow]:
 
 
 def _read_csv(path: Path) -> Iterator[CaptionRow]:
-    csv.field_size_limit(sys.maxsize)  # long captions of many sentences pass the default of 128 KiB
     # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
+        records = read_records(file)
+        first = next(records, None)
+        if first is not None and first.fault is not None:
+            raise UserError(f"{path}: its header cannot be read: {first.fault}")
+        header = first.cells if first is not None else []
         columns = {plain_column(name) for name in header}
         for needed, known in (("picture", IMAGE_COLUMNS), ("caption", tuple(CAPTION_COLUMNS))):
             if columns.isdisjoint(known):
@@ -86,14 +87,11 @@ def _read_csv(path: Path) -> Iterator[CaptionRow]:
                     f"{path}: no {needed} column among {', '.join(header) or 'none'}; "
                     f"one of these is needed: {', '.join(known)}"
                 )
-        for number, cells in enumerate(reader, start=1):
-            if not cells:
-                continue
-            if fault := next(filter(None, map(_undecoded, cells)), None):
+        for number, record in enumerate(records, start=1):
+            cells = record.cells
+            if fault := next(filter(None, map(_undecoded, cells)), record.fault):
                 yield CaptionRow(number, _named(dict(zip(map(plain_column, header), cells, strict=False))), {}, fault)
-            elif len(cells) != len(header):
-                yield CaptionRow(number, None, {}, f"wrong number of cells: {len(cells)}, the header has {len(header)}")
-            else:
+            elif cells:
                 yield _row(number, {name: _listed(cell) for name, cell in zip(header, cells, strict=True)})
 
 

@@ -135,6 +135,22 @@ def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
     assert rejected(out) == {3: "wrong number of cells"}
 
 
+def test_an_open_quote_does_not_swallow_the_rows_behind_it(images: Path) -> None:
+    path = images.parent / "captions.csv"
+    rows = [f"{number % 4}.jpg,caption {number}" for number in range(1001)]
+    path.write_text('image,caption\n0.jpg,sound\n1.jpg,"open\n' + "\n".join(rows) + "\n")
+    out = images.parent / "out"
+    report = build_shards(images, path, out, samples_per_shard=2000, workers=1, progress=False)
+    assert report.samples == 1002
+    (line,) = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert (line["row"], line["image"]) == (2, "1.jpg")
+    assert line["reason"].startswith("unclosed quote: opened on line 3, ")
+    assert "the 999 lines behind it may belong to it" in line["reason"]
+    path.write_text('image,"caption\n0.jpg,sound\n')
+    with pytest.raises(UserError, match="its header cannot be read: unclosed quote: opened on line 1"):
+        build_shards(images, path, images.parent / "none", samples_per_shard=10, workers=1, progress=False)
+
+
 def test_rows_that_are_not_utf8_are_rejected(images: Path) -> None:
     """Of a Latin-1 file the rows with such letters must be rejected; letters must not vanish silently."""
     path = images.parent / "captions.csv"
