@@ -3,7 +3,9 @@
 The record with such a quote has a fault, and the lines behind the quote's line are read as records of their own.
 """
 
+import ast
 import csv
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -25,6 +27,25 @@ class CsvRecord(NamedTuple):
     lines: int
     cells: list[str]
     fault: str | None
+
+
+def read_cell(cell: str, *, lists: bool) -> str | list[str] | None:
+    """Return what a cell of captions says: its text, or (lists) the strings that it lists in json or Python's syntax.
+
+    None for a cell that spells NaN, as pandas may write what it lacks.
+    """
+    if cell in ("nan", "NaN"):
+        return None
+    if not lists or not (cell.startswith("[") and cell.endswith("]")):
+        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+    return cell
 
 
 class _TooManyLines(Exception):

@@ -8,15 +8,15 @@ import csv
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from cosmos_scale.data.csv_records import CELL_LIMIT, read_records
+from cosmos_scale.data.csv_records import CELL_LIMIT, read_cell, read_records
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.datasets import Dataset, Join
-from cosmos_scale.data.samples.captions import plain_column
+from cosmos_scale.data.samples.captions import WHOLE_KEYS, plain_column
 from cosmos_scale.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -29,9 +29,16 @@ class RowFile(NamedTuple):
     kind: Literal["csv", "json"]
     columns: list[str | None]
 
-    def cells(self, data: bytes) -> dict[str, Any]:
-        """Return a row's cells by plain column name."""
-        values = next(csv.reader([data.decode()])) if self.kind == "csv" else json.loads(data)
+    def cells(self, data: bytes, joins: Container[str] = ()) -> dict[str, Any]:
+        """Return a row's cells by plain column name. joins: columns of the join value, whose cells stay text."""
+        if self.kind == "csv":
+            cells = zip(self.columns, next(csv.reader([data.decode()])), strict=True)
+            return {
+                name: cell if name in joins else read_cell(cell, lists=name not in WHOLE_KEYS)
+                for name, cell in cells
+                if name is not None
+            }
+        values = json.loads(data)
         return {name: value for name, value in zip(self.columns, values, strict=True) if name is not None}
 
 
@@ -210,12 +217,15 @@ class RowReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def read(self, file: int, offset: int, size: int) -> dict[str, Any]:
-        """Return the cells of the row at a place; raises UserError where the file is gone or has changed."""
+    def read(self, file: int, offset: int, size: int, joins: Container[str] = ()) -> dict[str, Any]:
+        """Return the cells of the row at a place. joins: columns of the join value, whose cells stay text.
+
+        Raises: UserError where the file is gone or has changed.
+        """
         path = self._files[file].path
         try:
             if file not in self._descriptors:
                 self._descriptors[file] = self._stack.enter_context(path.open("rb")).fileno()
-            return self._files[file].cells(os.pread(self._descriptors[file], size, offset))
+            return self._files[file].cells(os.pread(self._descriptors[file], size, offset), joins)
         except (OSError, ValueError, csv.Error, StopIteration) as error:
             raise UserError(f"{path}: no row at byte {offset} any more: {error}; has it changed?") from error

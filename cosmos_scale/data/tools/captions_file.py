@@ -1,13 +1,12 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
-import ast
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.csv_records import read_records
-from cosmos_scale.data.samples.captions import POOL_KEYS, plain_column
+from cosmos_scale.data.csv_records import read_cell, read_records
+from cosmos_scale.data.samples.captions import POOL_KEYS, WHOLE_KEYS, is_missing, plain_column
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
@@ -92,7 +91,8 @@ def _read_csv(path: Path) -> Iterator[CaptionRow]:
             if fault := next(filter(None, map(_undecoded, cells)), record.fault):
                 yield CaptionRow(number, _named(dict(zip(map(plain_column, header), cells, strict=False))), {}, fault)
             elif cells:
-                yield _row(number, {name: _listed(cell) for name, cell in zip(header, cells, strict=True)})
+                named = zip(map(plain_column, header), cells, strict=True)
+                yield _row(number, {name: read_cell(cell, lists=name not in WHOLE_KEYS) for name, cell in named})
 
 
 def _row(number: int, values: dict[str, Any]) -> CaptionRow:
@@ -109,14 +109,15 @@ def _row(number: int, values: dict[str, Any]) -> CaptionRow:
         elif isinstance(value, list) and all(isinstance(sentence, str) for sentence in value):
             if any(sentence.strip() for sentence in value):
                 document[key] = value
-        elif value is not None:
+        elif not is_missing(value):
             return CaptionRow(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
     return CaptionRow(number, image, document, None if document else "no caption")
 
 
 def _named(plain: dict[str, Any]) -> str | None:
     """The picture that a row names, by its plain columns."""
-    return next((str(plain[name]) for name in IMAGE_COLUMNS if plain.get(name) not in (None, "")), None)
+    values = (plain.get(name) for name in IMAGE_COLUMNS)
+    return next((str(value) for value in values if value != "" and not is_missing(value)), None)
 
 
 def _undecoded(cell: str) -> str | None:
@@ -126,17 +127,3 @@ def _undecoded(cell: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"not UTF-8: byte 0x{ord(cell[error.start]) - 0xDC00:02x} in a cell; save the file as UTF-8"
     return None
-
-
-def _listed(cell: str) -> str | list[str]:
-    """Return the list of strings that a cell spells in json or in Python's syntax, or else the cell."""
-    if not (cell.startswith("[") and cell.endswith("]")):
-        return cell
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-    return cell

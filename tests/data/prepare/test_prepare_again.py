@@ -29,7 +29,7 @@ from tests.data.prepare.downloads import (
     write_parquet,
     write_tar,
 )
-from tests.data.prepare.test_prepare import run
+from tests.data.prepare.test_prepare import read_all, run
 
 SHARDS, PER_SHARD = 12, 3
 
@@ -258,6 +258,26 @@ def test_an_open_quote_loses_its_row_only(tmp_path: Path) -> None:
     assert (report.samples, report.rows) == (3, 4)
     assert report.rejected == {"captions row cannot be read": 1, "image without captions": 1}
     assert "unclosed quote: opened on line 6, another quote follows" in (report.folder / "rejected.jsonl").read_text()
+
+
+def test_cells_that_spell_lists_or_nothing_are_read_as_build_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    cells = ["['One. Two.', 'three']", '["four"]', "nan", "[no list]", "", "NaN", "five"]
+    write_dreamlip(tmp_path / "captions" / "a.csv", [[url(0), *cells]])
+    typed = {"Image Path": url(1), "raw_caption": float("nan"), "shortIB_captions": "one"}
+    write_parquet(tmp_path / "captions" / "b.parquet", [typed])
+    write_tar(tmp_path / "images", "00000", [download(0), download(1)])
+    documents = [document for _, document in read_all(run(tmp_path).folder).values()]
+    assert documents == [
+        {
+            "raw_caption": ["One. Two.", "three"],
+            "shortIB_captions": ["four"],
+            "shortSV_captions": ["[no list]"],
+            "longLLA_captions": ["five"],
+            "url": url(0),
+        },
+        {"shortIB_captions": ["one"], "url": url(1)},
+    ]
 
 
 def test_a_huge_cell_or_one_of_a_wrong_type_loses_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,18 @@ def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
     assert rejected(out) == {3: "wrong number of cells"}
 
 
+def test_nan_is_no_caption_and_no_picture(images: Path) -> None:
+    nan = float("nan")
+    rows: Rows = [
+        {"image": nan, "path": "0.jpg", "caption": "a", "raw_caption": nan},
+        {"image": "1.jpg", "caption": nan},
+        {"image": nan, "caption": "a"},
+    ]
+    report = build(images, rows)
+    assert [document["caption"] for _, document in read_all(report.folder).values()] == ["a"]
+    assert rejected(report.folder) == {2: "no caption", 3: "no picture named"}
+
+
 def test_an_open_quote_does_not_swallow_the_rows_behind_it(images: Path) -> None:
     path = images.parent / "captions.csv"
     rows = [f"{number % 4}.jpg,caption {number}" for number in range(1001)]
