@@ -16,6 +16,7 @@ from webdataset.writer import TarWriter
 
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
@@ -44,13 +45,18 @@ class BuildReport(NamedTuple):
 
 
 class _Reject(NamedTuple):
+    """A line of rejected.jsonl. captions: the file's name. key: the one that the row's sample would have."""
+
+    captions: str
     row: int
+    key: str
     image: str | None
     reason: str
 
 
 class _Job(NamedTuple):
     shard: Path
+    captions: str
     rows: list[CaptionRow]
 
 
@@ -73,7 +79,8 @@ def build_shards(
 
     JPEGs are kept byte for byte; PNG and WebP become JPEG. Each stretch of `samples_per_shard` rows becomes one shard.
     Rows whose picture is missing or damaged, and rows without caption, are left out and named in `rejected.jsonl`.
-    The shards' bytes do not depend on `workers`; a sample's key is its row's number.
+    The shards' bytes do not depend on `workers`; a sample's key is its row's number, and its json says
+    under `origin` the captions file, the row and the picture.
     Raises: UserError where an input is missing or unusable, `out` holds shards already, or no row is left.
     """
     if not images.is_dir():
@@ -102,7 +109,7 @@ def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
     rows = read_rows(captions)
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
-        yield _Job(out / f"{number:06d}.tar", stretch)
+        yield _Job(out / f"{number:06d}.tar", captions.name, stretch)
         number += 1
 
 
@@ -111,23 +118,25 @@ def _write_shard(images: Path, job: _Job) -> _Written:
     with writing(job.shard), whole_file(job.shard) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
-            rejected = _write_rows(images, job.rows, shard)
+            rejected = _write_rows(images, job, shard)
         samples = len(job.rows) - len(rejected)
         if not samples:
             part.unlink()
     return _Written(len(job.rows), samples, rejected)
 
 
-def _write_rows(images: Path, rows: list[CaptionRow], shard: TarWriter) -> list[_Reject]:
+def _write_rows(images: Path, job: _Job, shard: TarWriter) -> list[_Reject]:
     rejected = []
-    for row in rows:
+    for row in job.rows:
+        key = f"{row.number:09d}"
         try:
             jpeg = _jpeg(images, row)
         except DamagedSample as damage:
-            rejected.append(_Reject(row.number, row.image, str(damage)))
+            rejected.append(_Reject(job.captions, row.number, key, row.image, str(damage)))
             continue
-        text = json.dumps(row.document, ensure_ascii=False).encode("utf-8", "replace")
-        shard.write({"__key__": f"{row.number:09d}", "jpg": jpeg, "json": text})
+        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image)}
+        text = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
+        shard.write({"__key__": key, "jpg": jpeg, "json": text})
     return rejected
 
 

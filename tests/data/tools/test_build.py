@@ -4,14 +4,17 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from cosmos_scale.config import CaptionSampling, DataConfig, SourceConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.samples.captions import caption_pool
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.verify import verify_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import open_folder, picture
 
@@ -38,6 +41,14 @@ def build(images: Path, rows: Rows, *, workers: int = 1, per_shard: int = 3, out
 
 
 def read_all(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    """Each sample's picture and json; the json without its origin, which must be the row that the key says."""
+    samples = read_whole(folder)
+    for key, (_, document) in samples.items():
+        assert document.pop("origin")["row"] == int(key)
+    return samples
+
+
+def read_whole(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
     index, reader = open_folder(folder), ShardReader()
     locations = [index.locate(number) for number in range(len(index))]
     samples = {location.entry.key: reader.read(location) for location in locations}
@@ -133,6 +144,34 @@ def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
         "000000002": {"raw_caption": "[not a list]", "shortIB_captions": "line\nbreak", "caption": "generated"},
     }
     assert rejected(out) == {3: "wrong number of cells"}
+
+
+def test_samples_carry_their_origin_and_reports_name_it(images: Path) -> None:
+    report = build(images, [{"image": name, "raw_caption": [name]} for name in ("0.jpg", "none.jpg", "deep/w")])
+    samples = read_whole(report.folder)
+    assert samples["000000003"][1]["origin"] == {"captions": "captions.jsonl", "row": 3, "image": "deep/w"}
+    document = samples["000000003"][1]
+    for sampling in get_args(CaptionSampling):
+        if "pixelprose" not in sampling and sampling != "long":
+            assert caption_pool(sampling, document) == ["deep/w"]
+    (line,) = [json.loads(line) for line in (report.folder / "rejected.jsonl").read_text().splitlines()]
+    assert line == {
+        "captions": "captions.jsonl",
+        "row": 2,
+        "key": "000000002",
+        "image": "none.jpg",
+        "reason": "picture not found",
+    }
+
+    # A shard that is damaged later.
+    (shard,) = report.folder.glob("*.tar")
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(picture(0), picture(0)[:200] + bytes(len(picture(0)) - 200)))
+    data_config = DataConfig(sources=[SourceConfig(name="a", shards=str(report.folder))])
+    verdict = verify_shards(data_config, workers=1, progress=False)
+    fault = next(fault for fault in verdict.first if fault.origin)
+    assert (fault.key, fault.origin) == ("000000001", "captions.jsonl row 1, 0.jpg")
+    assert "(built from captions.jsonl row 1, 0.jpg)" in verdict.describe(None)
 
 
 def test_nan_is_no_caption_and_no_picture(images: Path) -> None:
