@@ -20,7 +20,7 @@ from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS, picture_format
-from cosmos_scale.data.tools.captions_file import CaptionRow, count_lines, read_rows
+from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, whole_file, writing
 
@@ -72,6 +72,7 @@ def build_shards(
     out: Path,
     *,
     samples_per_shard: int,
+    columns: Columns = DEFAULT_COLUMNS,
     workers: int | None = None,
     progress: bool = True,
 ) -> BuildReport:
@@ -91,7 +92,7 @@ def build_shards(
         raise UserError(f"{out}: holds shards already; name an empty folder")
     rejected: Counter[str] = Counter()
     samples = 0
-    results = map_jobs(partial(_write_shard, images), _jobs(captions, out, samples_per_shard), workers)
+    results = map_jobs(partial(_write_shard, images), _jobs(captions, columns, out, samples_per_shard), workers)
     with (out / REJECTED).open("w") as log, progress_bar("building shards", lines, show=progress) as advance:
         for written in results:
             samples += written.samples
@@ -105,8 +106,8 @@ def build_shards(
     return BuildReport(out, index.shards, index.samples, rejected)
 
 
-def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
-    rows = read_rows(captions)
+def _jobs(captions: Path, columns: Columns, out: Path, samples_per_shard: int) -> Iterator[_Job]:
+    rows = read_rows(captions, columns)
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
         yield _Job(out / f"{number:06d}.tar", captions.name, stretch)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -9,11 +10,13 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from cosmos_scale.cli.main import main
 from cosmos_scale.config import CaptionSampling, DataConfig, SourceConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.samples.captions import caption_pool
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.captions_file import CAPTION_COLUMNS, IMAGE_COLUMNS, OTHER_CAPTION_COLUMNS
 from cosmos_scale.data.tools.verify import verify_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import open_folder, picture
@@ -144,6 +147,50 @@ def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
         "000000002": {"raw_caption": "[not a list]", "shortIB_captions": "line\nbreak", "caption": "generated"},
     }
     assert rejected(out) == {3: "wrong number of cells"}
+
+
+@pytest.mark.parametrize("column", ["text", "TEXT", "title", "captions", "Caption", "caption"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_common_columns_of_captions_are_read(images: Path, kind: str, column: str) -> None:
+    path = images.parent / f"captions.{kind}"
+    row = {"File Name": "0.jpg", column: "a cat"}
+    path.write_text(json.dumps(row) if kind == "jsonl" else f"File Name,{column}\n0.jpg,a cat\n")
+    report = build_shards(images, path, images.parent / "out", samples_per_shard=10, workers=1, progress=False)
+    assert read_all(report.folder) == {"000000001": (picture(0), {"caption": "a cat"})}
+
+
+def test_a_title_beside_captions_is_left_alone(images: Path) -> None:
+    report = build(images, [{"image": "0.jpg", "title": "x", "text": "y", "raw_caption": ["a"]}])
+    assert read_all(report.folder)["000000001"][1] == {"raw_caption": ["a"]}
+
+
+def test_options_name_other_columns(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = images.parent / "captions.csv", images.parent / "out"
+    path.write_text("Photo ID,alt text,caption\n0.jpg,a cat,left out\n1.jpg,,left out\n")
+    command = ["data", "build", "--images", str(images), "--captions", str(path), "--out", str(out), "--quiet"]
+    assert main(command) == 2
+    assert "no picture column among Photo ID, alt text, caption" in (message := capsys.readouterr().err)
+    assert "--image-column names another" in message
+    assert main([*command, "--image-column", "Photo ID", "--caption-column", "alt text", "--workers", "1"]) == 0
+    assert read_all(out) == {"000000001": (picture(0), {"caption": "a cat"})}
+    assert "no caption: empty is alt_text" in (out / "rejected.jsonl").read_text()
+
+
+def test_a_reject_says_what_its_row_has(images: Path) -> None:
+    report = build(
+        images, [{"image": "0.jpg", "Alt": "x"}, {"photo": "0.jpg", "caption": "x"}, {"image": "0", "text": "a"}]
+    )
+    reasons = [json.loads(line)["reason"] for line in (report.folder / "rejected.jsonl").read_text().splitlines()]
+    assert reasons[0].startswith("no caption: expected one of raw_caption, ")
+    assert reasons[0].endswith("caption, captions, text, title; the row has image, Alt")
+    assert reasons[1].endswith("; the row has photo, caption")
+
+
+def test_the_help_names_every_accepted_column(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "build", "--help"])
+    words = set(re.findall(r"\w+", capsys.readouterr().out.split("options:")[0].lower()))
+    assert words >= {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *OTHER_CAPTION_COLUMNS}
 
 
 def test_samples_carry_their_origin_and_reports_name_it(images: Path) -> None:
