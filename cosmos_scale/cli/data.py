@@ -49,6 +49,12 @@ def add_data_commands(commands: "Commands") -> None:
     )
     build.add_argument("--image-column", metavar="NAME", help="column of pictures, if it has another name")
     build.add_argument("--caption-column", metavar="NAME", help="the only column to read captions from")
+    build.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="behind transparent pixels: white (default), black, #rrggbb, or keep, which shows hidden colours",
+    )
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--samples-per-shard", type=positive, default=5000, metavar="N", help="default: 5000")
 
@@ -108,6 +114,7 @@ def _build(arguments: argparse.Namespace) -> int:
         arguments.out,
         samples_per_shard=arguments.samples_per_shard,
         columns=Columns(image, caption),
+        background=arguments.background,
         workers=arguments.workers,
         progress=not arguments.quiet,
     )
