@@ -39,6 +39,22 @@ def add_data_commands(commands: "Commands") -> None:
     build = _add(commands, "build", _build, "pictures and a captions file to shards")
     build.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures")
     build.add_argument("--captions", type=Path, required=True, metavar="FILE", help=".jsonl or .csv")
+    # The names are written out here, since to import them takes a second; a test compares them.
+    build.description = (
+        "Pack pictures and their captions into indexed shards. Columns (or json keys) of captions: raw_caption,\n"
+        "shortIB_captions, shortSV_captions, shortLLA_captions, longIB_captions, longSV_captions, longLLA_captions,\n"
+        "original_caption, vlm_caption, caption; where there is none of these: captions, text, title. Columns of\n"
+        "pictures: image, image_path, file_name, filename, filepath, file, path, key. Capital letters do not\n"
+        "matter, and a space is as good as an underscore. A sample's json says its origin under the key `origin`."
+    )
+    build.add_argument("--image-column", metavar="NAME", help="column of pictures, if it has another name")
+    build.add_argument("--caption-column", metavar="NAME", help="the only column to read captions from")
+    build.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help="behind transparent pixels: white (default), black, #rrggbb, or keep, which shows hidden colours",
+    )
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--samples-per-shard", type=positive, default=5000, metavar="N", help="default: 5000")
 
@@ -85,13 +101,20 @@ def add_data_commands(commands: "Commands") -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    from cosmos_scale.data.samples.captions import plain_column
     from cosmos_scale.data.tools.build import build_shards
+    from cosmos_scale.data.tools.captions_file import Columns
 
+    image, caption = (
+        None if name is None else plain_column(name) for name in (arguments.image_column, arguments.caption_column)
+    )
     report = build_shards(
         arguments.images,
         arguments.captions,
         arguments.out,
         samples_per_shard=arguments.samples_per_shard,
+        columns=Columns(image, caption),
+        background=arguments.background,
         workers=arguments.workers,
         progress=not arguments.quiet,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from cosmos_scale.data.samples.captions import POOL_KEYS
+from cosmos_scale.data.samples.captions import POOL_KEYS, WHOLE_KEYS, is_missing
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.samples.sentences import Split, splitter
 
@@ -41,7 +41,7 @@ PIXELPROSE = Dataset(
     "pixelprose",
     {"url": ("url",), "key": ("key",), "uid": ("uid",)},
     {"original_caption": "original_caption", "vlm_caption": "caption"},
-    whole=frozenset({"original_caption"}),
+    whole=WHOLE_KEYS,
     split_in_training=True,
 )
 
@@ -72,7 +72,7 @@ def make_document(dataset: Dataset, cells: Mapping[str, object], split: Split) -
     document: Document = {}
     for column, key in dataset.captions.items():
         value = cells.get(column)
-        if value is None:
+        if is_missing(value):
             continue
         if isinstance(value, list) and all(isinstance(sentence, str) for sentence in value):
             sentences = [sentence for sentence in value if sentence.strip()]

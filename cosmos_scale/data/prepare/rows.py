@@ -7,18 +7,18 @@ address, so the needed columns are copied into a file of json lines, one row a l
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from cosmos_scale.data.csv_records import CELL_LIMIT, read_cell, read_records
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.datasets import Dataset, Join
-from cosmos_scale.data.samples.captions import plain_column
+from cosmos_scale.data.samples.captions import WHOLE_KEYS, plain_column
 from cosmos_scale.errors import UserError
 
-# Characters of one cell; a quotation mark that is never closed would otherwise swallow the file into memory.
-FIELD_LIMIT = 1 << 24
 BOM = b"\xef\xbb\xbf"
 
 
@@ -29,9 +29,16 @@ class RowFile(NamedTuple):
     kind: Literal["csv", "json"]
     columns: list[str | None]
 
-    def cells(self, data: bytes) -> dict[str, Any]:
-        """Return a row's cells by plain column name."""
-        values = next(csv.reader([data.decode()])) if self.kind == "csv" else json.loads(data)
+    def cells(self, data: bytes, joins: Container[str] = ()) -> dict[str, Any]:
+        """Return a row's cells by plain column name. joins: columns of the join value, whose cells stay text."""
+        if self.kind == "csv":
+            cells = zip(self.columns, next(csv.reader([data.decode()])), strict=True)
+            return {
+                name: cell if name in joins else read_cell(cell, lists=name not in WHOLE_KEYS)
+                for name, cell in cells
+                if name is not None
+            }
+        values = json.loads(data)
         return {name: value for name, value in zip(self.columns, values, strict=True) if name is not None}
 
 
@@ -100,67 +107,71 @@ def scan_captions(
 def _scan_csv(
     path: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
 ) -> tuple[RowFile, Iterator[PlacedRow]]:
-    csv.field_size_limit(FIELD_LIMIT)
     try:
         with path.open("rb") as file:
-            header = next(csv.reader(_Lines(file)), [])
-    except (OSError, csv.Error) as error:
+            first = next(read_records(_Lines(file)), None)
+    except OSError as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
+    if first is not None and first.fault is not None:
+        raise UserError(f"{path}: its header cannot be read: {first.fault}")
+    header = first.cells if first is not None else []
     column = join_column(path, header, dataset, join)
     names = [plain_column(name) for name in header]
     kept: list[str | None] = [name if name == column or name in dataset.captions else None for name in names]
-    return RowFile(path, "csv", kept), _csv_rows(path, len(header), names.index(column), advance)
+    return RowFile(path, "csv", kept), _csv_rows(path, names.index(column), advance)
 
 
-def _csv_rows(path: Path, width: int, position: int, advance: Callable[[int], None]) -> Iterator[PlacedRow]:
+def _csv_rows(path: Path, position: int, advance: Callable[[int], None]) -> Iterator[PlacedRow]:
     with path.open("rb") as file:
         lines = _Lines(file)
-        reader = csv.reader(lines)
-        number, start = -1, 0
-        while True:
-            fault, cells = None, None
-            try:
-                cells = next(reader, None)
-                if cells is None:
-                    return
-            except csv.Error as error:  # if the row's cells hold line breaks, its other lines are read as rows
-                fault = f"not csv: {error}"
-            offset, size, start = start, lines.position - start, lines.position
+        number, offset = -1, 0
+        for record in read_records(lines):
+            taken = [lines.unplaced.popleft() for _ in range(record.lines)]
+            start, size = offset, sum(line.size for line in taken)
+            offset += size
             advance(size)
-            if cells == []:
+            if not record.cells and record.fault is None:
                 continue
             number += 1
             if number == 0:
                 continue
-            if cells is not None and len(cells) != width:
-                fault = f"wrong number of cells: {len(cells)}, the header has {width}"
-            if lines.foreign is not None:
-                fault = f"not UTF-8: byte 0x{lines.foreign:02x}; save the file as UTF-8"
-                lines.foreign = None
-            yield PlacedRow(number, offset, size, "" if cells is None or fault else cells[position], fault)
+            foreign = next((line.foreign for line in taken if line.foreign is not None), None)
+            fault = record.fault
+            if foreign is not None:
+                fault = f"not UTF-8: byte 0x{foreign:02x}; save the file as UTF-8"
+            yield PlacedRow(number, start, size, "" if fault else record.cells[position], fault)
+
+
+class _Line(NamedTuple):
+    """The bytes of a line, and a byte among them that is not UTF-8, if there is such a byte."""
+
+    size: int
+    foreign: int | None
 
 
 class _Lines:
-    """Feeds a csv reader with a file's lines. position: bytes read. foreign: a byte among them that is not UTF-8."""
+    """The lines of a file as text. unplaced: of each line that was read and belongs to no row yet, its bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.position = 0
-        self.foreign: int | None = None
+        self.unplaced: deque[_Line] = deque()
         self._file = file
+        self._first = True
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
         line = next(self._file)
-        first = self.position == 0
-        self.position += len(line)
-        line = line.removeprefix(BOM) if first else line
+        size = len(line)
+        line = line.removeprefix(BOM) if self._first else line
+        self._first = False
         try:
-            return line.decode()
+            text, foreign = line.decode(), None
         except UnicodeDecodeError as error:
-            self.foreign = line[error.start]
-            return line.decode("utf-8", "replace")  # the row cannot be used, but its end must still be found
+            # The row cannot be used, but its end must still be found.
+            text, foreign = line.decode("utf-8", "replace"), line[error.start]
+        self.unplaced.append(_Line(size, foreign))
+        return text
 
 
 def _scan_parquet(
@@ -200,18 +211,21 @@ class RowReader:
         self._descriptors: dict[int, int] = {}
 
     def __enter__(self) -> "RowReader":
-        csv.field_size_limit(FIELD_LIMIT)
+        csv.field_size_limit(CELL_LIMIT)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def read(self, file: int, offset: int, size: int) -> dict[str, Any]:
-        """Return the cells of the row at a place; raises UserError where the file is gone or has changed."""
+    def read(self, file: int, offset: int, size: int, joins: Container[str] = ()) -> dict[str, Any]:
+        """Return the cells of the row at a place. joins: columns of the join value, whose cells stay text.
+
+        Raises: UserError where the file is gone or has changed.
+        """
         path = self._files[file].path
         try:
             if file not in self._descriptors:
                 self._descriptors[file] = self._stack.enter_context(path.open("rb")).fileno()
-            return self._files[file].cells(os.pread(self._descriptors[file], size, offset))
+            return self._files[file].cells(os.pread(self._descriptors[file], size, offset), joins)
         except (OSError, ValueError, csv.Error, StopIteration) as error:
             raise UserError(f"{path}: no row at byte {offset} any more: {error}; has it changed?") from error

@@ -167,7 +167,8 @@ class _Captions:
         if position == MISSING:
             raise DamagedSample(f"image without captions: no row has its {task.join}")
         place = self._table.places[position]
-        cells = self._reader.read(int(place["file"]), int(place["offset"]), int(place["size"]))
+        joins = {plain_column(name) for name in task.form.joins[task.join]}
+        cells = self._reader.read(int(place["file"]), int(place["offset"]), int(place["size"]), joins)
         # The table holds hashes: here the values themselves are compared.
         values = (cells[plain_column(name)] for name in task.form.joins[task.join] if plain_column(name) in cells)
         if join_value(task.join, str(next(values))) != image.value:

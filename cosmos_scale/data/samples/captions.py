@@ -4,6 +4,7 @@ The document is the sample's json: DreamLIP's seven lists of sentences, PixelPro
 a plain `caption`, which stands for a raw caption.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from cosmos_scale.data.samples.sentences import split_published, split_sentences
 RAW_KEYS = ("raw_caption",)
 SHORT_KEYS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions")
+# Captions that stay one string, never a list: an alternative text of the web may have any form.
+WHOLE_KEYS = frozenset({"original_caption"})
 # The order of the keys is the order of the pool, as in the published code.
 POOL_KEYS: dict[str, tuple[str, ...]] = {
     "textcrop": RAW_KEYS + SHORT_KEYS + LONG_KEYS,
@@ -29,6 +32,11 @@ POOL_KEYS: dict[str, tuple[str, ...]] = {
 def plain_column(name: str) -> str:
     """Return the name of a captions file's column in the form in which columns are compared."""
     return name.strip().lower().replace(" ", "_")
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a value of a caption document means that there is none: null, or NaN, pandas' empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleKey) -> list[str]:
@@ -70,18 +78,18 @@ def caption_pool(sampling: str, document: Any) -> list[str]:
 def _is_plain(document: dict[str, Any]) -> bool:
     """Whether `caption` is all the text there is: nothing of DreamLIP, and not PixelProse's generated caption."""
     others = (*POOL_KEYS["textcrop"], "original_caption")
-    return document.get("caption") is not None and all(document.get(name) is None for name in others)
+    return not is_missing(document.get("caption")) and all(is_missing(document.get(name)) for name in others)
 
 
 def _require_any(keys: Sequence[str], document: dict[str, Any], sampling: str) -> None:
-    if all(document.get(name) is None for name in keys):
+    if all(is_missing(document.get(name)) for name in keys):
         raise DamagedSample(f"sampling {sampling} needs one of {', '.join(keys)}; the document has {_keys(document)}")
 
 
 def _sentences(document: dict[str, Any], name: str, split: Callable[[str], list[str]] = split_sentences) -> list[str]:
     """One key of the pool: a list of sentences as it is, a plain string split into sentences, nothing where absent."""
     value = document.get(name)
-    if value is None:
+    if is_missing(value):
         return []
     if isinstance(value, str):
         return split(value)
@@ -96,7 +104,7 @@ def _sentences(document: dict[str, Any], name: str, split: Callable[[str], list[
 def _text(document: dict[str, Any], name: str) -> list[str]:
     """One PixelProse key: its string in a list, empty where absent."""
     value = document.get(name)
-    if value is None:
+    if is_missing(value):
         return []
     if not isinstance(value, str):
         raise DamagedSample(f"{name} is {_kind(value)}, expected a string")
@@ -117,7 +125,7 @@ def _keys(document: dict[str, Any]) -> str:
 
 def _kind(value: Any) -> str:
     """A value's type as the user wrote it, in json's words."""
-    if value is None:
+    if is_missing(value):
         return "null"
     names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

@@ -57,7 +57,10 @@ class DamagedSample(Exception):
     """A sample that cannot be used; the text says why.
 
     The loader counts the sample, logs its shard and key, and puts another sample in its place.
+    origin: where the sample was built from, if its json was read and says it.
     """
+
+    origin: str | None = None
 
 
 def reason_class(reason: str, *, numbers: bool = True) -> str:

@@ -1,5 +1,7 @@
 """Which shards a user means: a folder, one path, or a glob or brace pattern such as `cc3m/{00000..00331}.tar`.
 
+A path that exists is that path, even if brackets or braces stand in its name, and so is a folder at its beginning.
+
 A URL may have the same forms: folders and wildcards where fsspec can list files (s3://bucket/cc3m), braces everywhere.
 A web server has no list of its files, so its shards are named in full. `pipe:COMMAND` means one shard for each command
 that its braces make. The command's output is the shard, which is named after the last .tar in the command.
@@ -83,18 +85,18 @@ class _Paths(ShardPattern):
             return [name for name in files if name.endswith(".tar")], []
         names: set[str] = set()
         missing = []
-        for path in _expand(self.pattern):
-            if _has_wildcard(path):
-                names.update(os.path.relpath(match, root) for match in glob.glob(path))
-            elif os.path.isfile(path):
+        for path in self._paths():
+            if os.path.isfile(path):
                 names.add(os.path.relpath(path, root))
+            elif _has_wildcard(str(Path(path).relative_to(_root(path)))):
+                names.update(glob.glob(_plain_root(path, self.folder), root_dir=root))
             else:
                 missing.append(os.path.relpath(path, root))
         return sorted(names), missing
 
     def list_names(self) -> list[str]:
         names, missing = self.known_names()
-        if missing and not names and _expand(self.pattern) == [self.pattern]:
+        if missing and not names and self._paths() == [self.pattern]:
             raise UserError(f"{self.pattern}: no such shard or folder of shards")
         if missing:
             first = self.show(missing[0])
@@ -104,10 +106,19 @@ class _Paths(ShardPattern):
     def means(self) -> Callable[[str], bool]:
         if Path(self.pattern).is_dir():
             return lambda name: "/" not in name
-        return _name_test([os.path.relpath(path, self.folder) for path in _expand(self.pattern)])
+        return _name_test([_plain_root(path, self.folder) for path in self._paths()])
 
     def address(self, name: str) -> str:
         return str(Path(self.folder) / name)
+
+    def _paths(self) -> list[str]:
+        """The pattern's paths, their braces expanded; what stands in the pattern as it lies on the disk is kept."""
+        if os.path.lexists(self.pattern):
+            return [self.pattern]
+        if not self.pattern or not Path(self.folder).parts:
+            return _expand(self.pattern)
+        below = Path(self.pattern).relative_to(self.folder)
+        return [os.path.join(self.folder, path) for path in _expand(str(below))]
 
     def show(self, name: str) -> str:
         return self.address(name)
@@ -219,19 +230,27 @@ def _show_command(command: str) -> str:
 
 
 def _root(pattern: str) -> Path:
+    """The deepest folder before any wildcard or brace; a folder that exists is none, whatever signs its name has."""
     path = Path(pattern)
     if path.is_dir():
         return path
-    plain = []
+    plain = Path()
     for part in path.parts[:-1]:
-        if _has_wildcard(part) or "{" in part:
+        if (_has_wildcard(part) or "{" in part) and not (plain / part).is_dir():
             break
-        plain.append(part)
-    return Path(*plain)
+        plain /= part
+    return plain
+
+
+def _plain_root(path: str, start: str) -> str:
+    """A path as wildcards are read, from the folder `start`: what exists of the path is escaped, and means itself."""
+    root = Path(path) if os.path.isfile(path) else _root(path)
+    below = os.path.relpath(path, root)
+    return os.path.normpath(os.path.join(glob.escape(os.path.relpath(root, start)), below))
 
 
 def _name_test(patterns: list[str]) -> Callable[[str], bool]:
-    named = {pattern for pattern in patterns if not _has_wildcard(pattern)}
+    named = set(patterns)  # those with brackets too: a shard's own name may have some
     wild = [PurePosixPath(pattern) for pattern in patterns if _has_wildcard(pattern)]
 
     def means(name: str) -> bool:

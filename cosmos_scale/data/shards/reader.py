@@ -279,14 +279,19 @@ class ShardReader:
 
 def _member(data: bytes, offset: int, size: int) -> bytes:
     """Return a member's data from bytes that start with the member's header; raises DamagedSample where they do not."""
-    # Bytes 124 to 135 of a header hold the member's size in octal digits (POSIX ustar).
-    if len(data) != BLOCK + size or _octal(data[124:136]) != size:
+    # Bytes 124 to 135 of a header hold the member's size.
+    if len(data) != BLOCK + size or _header_number(data[124:136]) != size:
         raise DamagedSample(f"no member of {size} bytes at byte {offset}: the shard has changed or is damaged")
     return data[BLOCK:]
 
 
-def _octal(field: bytes) -> int | None:
-    """The number in a header's field; some writers of tars pad the field with zeros, some with spaces."""
+def _header_number(field: bytes) -> int | None:
+    """The number in a header's field: octal digits (POSIX ustar), or behind a byte 0x80 base 256 (GNU).
+
+    Some writers of tars pad the digits with zeros, some with spaces.
+    """
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
     try:
         return int(field.strip(b" \0"), 8)
     except ValueError:

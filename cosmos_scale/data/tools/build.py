@@ -10,16 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import REJECTED, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
-from cosmos_scale.data.tools.captions_file import CaptionRow, count_lines, read_rows
+from cosmos_scale.data.tools.background import Colour, flatten, parse_background
+from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, whole_file, writing
 
@@ -27,16 +28,25 @@ JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost 
 
 
 class BuildReport(NamedTuple):
-    """What `build_shards` made; `rejected` counts rows by reason."""
+    """What `build_shards` made; `rejected` counts rows by reason.
+
+    transparent: pictures with transparent pixels. background: what `--background` says of them.
+    """
 
     folder: Path
     shards: int
     samples: int
     rejected: Counter[str]
+    transparent: int
+    background: str
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
         lines = [f"{self.samples:,} samples in {self.shards:,} indexed shards in {self.folder}"]
+        if self.transparent:
+            pictures = "picture" if self.transparent == 1 else "pictures"
+            how = "hidden colours shown" if self.background == "keep" else f"put on {self.background}"
+            lines.append(f"{self.transparent:,} transparent {pictures}: {how} (--background)")
         lines += [f"{count:,} rows rejected: {reason}" for reason, count in self.rejected.most_common()]
         if self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
@@ -44,13 +54,18 @@ class BuildReport(NamedTuple):
 
 
 class _Reject(NamedTuple):
+    """A line of rejected.jsonl. captions: the file's name. key: the one that the row's sample would have."""
+
+    captions: str
     row: int
+    key: str
     image: str | None
     reason: str
 
 
 class _Job(NamedTuple):
     shard: Path
+    captions: str
     rows: list[CaptionRow]
 
 
@@ -58,6 +73,7 @@ class _Written(NamedTuple):
     rows: int
     samples: int
     rejected: list[_Reject]
+    transparent: int
 
 
 def build_shards(
@@ -66,16 +82,21 @@ def build_shards(
     out: Path,
     *,
     samples_per_shard: int,
+    columns: Columns = DEFAULT_COLUMNS,
+    background: str = "white",
     workers: int | None = None,
     progress: bool = True,
 ) -> BuildReport:
     """Pack pictures and their captions into shards, and index them.
 
-    JPEGs are kept byte for byte; PNG and WebP become JPEG. Each stretch of `samples_per_shard` rows becomes one shard.
+    JPEGs are kept byte for byte; PNG and WebP become JPEG, transparent ones on `background` (white, black, #rrggbb;
+    keep drops the alpha, so that hidden colours show). Each stretch of `samples_per_shard` rows becomes one shard.
     Rows whose picture is missing or damaged, and rows without caption, are left out and named in `rejected.jsonl`.
-    The shards' bytes do not depend on `workers`; a sample's key is its row's number.
+    The shards' bytes do not depend on `workers`; a sample's key is its row's number, and its json says
+    under `origin` the captions file, the row and the picture.
     Raises: UserError where an input is missing or unusable, `out` holds shards already, or no row is left.
     """
+    colour = parse_background(background)
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of pictures")
     lines = count_lines(captions)
@@ -83,11 +104,12 @@ def build_shards(
     if any(out.glob("*.tar")):
         raise UserError(f"{out}: holds shards already; name an empty folder")
     rejected: Counter[str] = Counter()
-    samples = 0
-    results = map_jobs(partial(_write_shard, images), _jobs(captions, out, samples_per_shard), workers)
+    samples = transparent = 0
+    results = map_jobs(partial(_write_shard, images, colour), _jobs(captions, columns, out, samples_per_shard), workers)
     with (out / REJECTED).open("w") as log, progress_bar("building shards", lines, show=progress) as advance:
         for written in results:
             samples += written.samples
+            transparent += written.transparent
             for reject in written.rejected:
                 rejected[reason_class(reject.reason)] += 1
                 log.write(json.dumps(reject._asdict()) + "\n")
@@ -95,53 +117,64 @@ def build_shards(
     if samples == 0:
         raise UserError(f"{captions}: none of its {sum(rejected.values())} rows can be used; see {out / REJECTED}")
     index = index_shards(str(out), None, workers=workers, progress=progress)
-    return BuildReport(out, index.shards, index.samples, rejected)
+    return BuildReport(out, index.shards, index.samples, rejected, transparent, background)
 
 
-def _jobs(captions: Path, out: Path, samples_per_shard: int) -> Iterator[_Job]:
-    rows = read_rows(captions)
+def _jobs(captions: Path, columns: Columns, out: Path, samples_per_shard: int) -> Iterator[_Job]:
+    rows = read_rows(captions, columns)
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
-        yield _Job(out / f"{number:06d}.tar", stretch)
+        yield _Job(out / f"{number:06d}.tar", captions.name, stretch)
         number += 1
 
 
-def _write_shard(images: Path, job: _Job) -> _Written:
+def _write_shard(images: Path, background: Colour | None, job: _Job) -> _Written:
     """Write one shard, whole or not at all; no shard where no row can be used."""
     with writing(job.shard), whole_file(job.shard) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
-            rejected = _write_rows(images, job.rows, shard)
+            rejected, transparent = _write_rows(images, background, job, shard)
         samples = len(job.rows) - len(rejected)
         if not samples:
             part.unlink()
-    return _Written(len(job.rows), samples, rejected)
+    return _Written(len(job.rows), samples, rejected, transparent)
 
 
-def _write_rows(images: Path, rows: list[CaptionRow], shard: TarWriter) -> list[_Reject]:
+def _write_rows(images: Path, background: Colour | None, job: _Job, shard: TarWriter) -> tuple[list[_Reject], int]:
+    """Write a job's samples; return the rejected rows, and how many of the pictures written are transparent."""
     rejected = []
-    for row in rows:
+    transparent = 0
+    for row in job.rows:
+        key = f"{row.number:09d}"
         try:
-            jpeg = _jpeg(images, row)
+            picture = _jpeg(images, background, row)
         except DamagedSample as damage:
-            rejected.append(_Reject(row.number, row.image, str(damage)))
+            rejected.append(_Reject(job.captions, row.number, key, row.image, str(damage)))
             continue
-        text = json.dumps(row.document, ensure_ascii=False).encode("utf-8", "replace")
-        shard.write({"__key__": f"{row.number:09d}", "jpg": jpeg, "json": text})
-    return rejected
+        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image)}
+        text = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
+        shard.write({"__key__": key, "jpg": picture.data, "json": text})
+        transparent += picture.transparent
+    return rejected, transparent
 
 
-def _jpeg(images: Path, row: CaptionRow) -> bytes:
-    """Read a row's picture as JPEG bytes. The picture is decoded once as a check; raises DamagedSample."""
+class _Jpeg(NamedTuple):
+    data: bytes
+    transparent: bool
+
+
+def _jpeg(images: Path, background: Colour | None, row: CaptionRow) -> _Jpeg:
+    """Read a row's picture as JPEG. The picture is decoded as a check; raises DamagedSample."""
     if row.fault is not None:
         raise DamagedSample(row.fault)
     data = _find(images, str(row.image))
     pixels = decode_rgbx(data, DEFAULT_MAX_PIXELS)
     if picture_format(data[:12]) == "jpeg":
-        return data
+        return _Jpeg(data, transparent=False)
+    flat = flatten(data, pixels, background, DEFAULT_MAX_PIXELS)
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[..., :3])).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return buffer.getvalue()
+    Image.fromarray(flat.pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return _Jpeg(buffer.getvalue(), flat.transparent)
 
 
 def _find(images: Path, name: str) -> bytes:

@@ -1,14 +1,12 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
-import ast
-import csv
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.samples.captions import POOL_KEYS, plain_column
+from cosmos_scale.data.csv_records import read_cell, read_records
+from cosmos_scale.data.samples.captions import POOL_KEYS, WHOLE_KEYS, is_missing, plain_column
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
@@ -19,6 +17,40 @@ CAPTION_COLUMNS = {name.lower(): name for name in POOL_KEYS["textcrop"]} | {
     "vlm_caption": "caption",  # PixelProse's name for the generated caption in its parquet files
     "caption": "caption",
 }
+# Columns of captions in other datasets, in order of preference: read only where there is none of the above.
+OTHER_CAPTION_COLUMNS = ("captions", "text", "title")
+
+
+class Columns(NamedTuple):
+    """The columns that the user names, in plain form; None where the known names are looked for.
+
+    image: the column of pictures. caption: the only column that is read for captions; its text becomes `caption`.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """The columns that may name the picture, in order of preference."""
+        return IMAGE_COLUMNS if self.image is None else (self.image,)
+
+    def caption_keys(self, present: Container[str]) -> dict[str, str]:
+        """Return the columns of captions, and the json keys that they become, of a row with some columns."""
+        if self.caption is not None:
+            return {self.caption: "caption"}
+        if any(name in present for name in CAPTION_COLUMNS):
+            return CAPTION_COLUMNS
+        other = next((name for name in OTHER_CAPTION_COLUMNS if name in present), None)
+        return CAPTION_COLUMNS if other is None else {other: "caption"}
+
+    @property
+    def caption_names(self) -> tuple[str, ...]:
+        """The columns that may hold captions."""
+        return (*CAPTION_COLUMNS, *OTHER_CAPTION_COLUMNS) if self.caption is None else (self.caption,)
+
+
+DEFAULT_COLUMNS = Columns()
 
 
 class CaptionRow(NamedTuple):
@@ -34,7 +66,7 @@ class CaptionRow(NamedTuple):
     fault: str | None
 
 
-def read_rows(path: Path) -> Iterator[CaptionRow]:
+def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[CaptionRow]:
     """Yield the rows of a .jsonl or .csv file in order; rows that cannot be used have a fault.
 
     Raises: UserError where the file cannot be read, is of another kind, or its header lacks a needed column.
@@ -43,7 +75,7 @@ def read_rows(path: Path) -> Iterator[CaptionRow]:
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: captions come as .jsonl or .csv")
     try:
-        yield from readers[path.suffix.lower()](path)
+        yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -57,7 +89,7 @@ def count_lines(path: Path) -> int:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[CaptionRow]:
+def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -68,42 +100,50 @@ def _read_json_lines(path: Path) -> Iterator[CaptionRow]:
                 yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
             if isinstance(values, dict):
-                yield _row(number, values)
+                yield _row(number, values, columns)
             else:
                 yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
 
 
-def _read_csv(path: Path) -> Iterator[CaptionRow]:
-    csv.field_size_limit(sys.maxsize)  # long captions of many sentences pass the default of 128 KiB
+def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
     # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        columns = {plain_column(name) for name in header}
-        for needed, known in (("picture", IMAGE_COLUMNS), ("caption", tuple(CAPTION_COLUMNS))):
-            if columns.isdisjoint(known):
+        records = read_records(file)
+        first = next(records, None)
+        if first is not None and first.fault is not None:
+            raise UserError(f"{path}: its header cannot be read: {first.fault}")
+        header = first.cells if first is not None else []
+        present = {plain_column(name) for name in header}
+        for needed, known, option in (
+            ("picture", columns.image_names, "--image-column"),
+            ("caption", columns.caption_names, "--caption-column"),
+        ):
+            if present.isdisjoint(known):
                 raise UserError(
                     f"{path}: no {needed} column among {', '.join(header) or 'none'}; "
-                    f"one of these is needed: {', '.join(known)}"
+                    f"one of these is needed: {', '.join(known)}; {option} names another"
                 )
-        for number, cells in enumerate(reader, start=1):
-            if not cells:
-                continue
-            if fault := next(filter(None, map(_undecoded, cells)), None):
-                yield CaptionRow(number, _named(dict(zip(map(plain_column, header), cells, strict=False))), {}, fault)
-            elif len(cells) != len(header):
-                yield CaptionRow(number, None, {}, f"wrong number of cells: {len(cells)}, the header has {len(header)}")
-            else:
-                yield _row(number, {name: _listed(cell) for name, cell in zip(header, cells, strict=True)})
+        for number, record in enumerate(records, start=1):
+            cells = record.cells
+            if fault := next(filter(None, map(_undecoded, cells)), record.fault):
+                values = dict(zip(map(plain_column, header), cells, strict=False))
+                yield CaptionRow(number, _named(values, columns), {}, fault)
+            elif cells:
+                named = zip(map(plain_column, header), cells, strict=True)
+                yield _row(
+                    number, {name: read_cell(cell, lists=name not in WHOLE_KEYS) for name, cell in named}, columns
+                )
 
 
-def _row(number: int, values: dict[str, Any]) -> CaptionRow:
+def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     plain = {plain_column(name): value for name, value in values.items()}
-    image = _named(plain)
+    shown = ", ".join(values) or "nothing"
+    image = _named(plain, columns)
     if image is None:
-        return CaptionRow(number, None, {}, f"no picture named: expected one of {', '.join(IMAGE_COLUMNS)}")
+        wanted = ", ".join(columns.image_names)
+        return CaptionRow(number, None, {}, f"no picture named: expected one of {wanted}; the row has {shown}")
     document: dict[str, str | list[str]] = {}
-    for column, key in CAPTION_COLUMNS.items():
+    for column, key in columns.caption_keys(plain).items():
         value = plain.get(column)
         if isinstance(value, str):
             if value.strip():
@@ -111,14 +151,22 @@ def _row(number: int, values: dict[str, Any]) -> CaptionRow:
         elif isinstance(value, list) and all(isinstance(sentence, str) for sentence in value):
             if any(sentence.strip() for sentence in value):
                 document[key] = value
-        elif value is not None:
+        elif not is_missing(value):
             return CaptionRow(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
-    return CaptionRow(number, image, document, None if document else "no caption")
+    return CaptionRow(number, image, document, None if document else _no_caption(plain, columns, shown))
 
 
-def _named(plain: dict[str, Any]) -> str | None:
+def _no_caption(plain: dict[str, Any], columns: Columns, shown: str) -> str:
+    empty = [name for name in columns.caption_names if name in plain]
+    if empty:
+        return f"no caption: empty is {', '.join(empty)}"
+    return f"no caption: expected one of {', '.join(columns.caption_names)}; the row has {shown}"
+
+
+def _named(plain: dict[str, Any], columns: Columns) -> str | None:
     """The picture that a row names, by its plain columns."""
-    return next((str(plain[name]) for name in IMAGE_COLUMNS if plain.get(name) not in (None, "")), None)
+    values = (plain.get(name) for name in columns.image_names)
+    return next((str(value) for value in values if value != "" and not is_missing(value)), None)
 
 
 def _undecoded(cell: str) -> str | None:
@@ -128,17 +176,3 @@ def _undecoded(cell: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"not UTF-8: byte 0x{ord(cell[error.start]) - 0xDC00:02x} in a cell; save the file as UTF-8"
     return None
-
-
-def _listed(cell: str) -> str | list[str]:
-    """Return the list of strings that a cell spells in json or in Python's syntax, or else the cell."""
-    if not (cell.startswith("[") and cell.endswith("]")):
-        return cell
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-    return cell

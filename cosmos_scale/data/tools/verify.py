@@ -24,6 +24,7 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.samples.captions import draw_captions
+from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
@@ -41,6 +42,7 @@ class Fault(NamedTuple):
     """One damaged sample, or with `key` None a damaged shard.
 
     byte: where the sample's first member starts in the shard. indexed: whether training would read the sample.
+    origin: where the sample was built from, if its json can be read and says it.
     """
 
     shard: str
@@ -48,6 +50,11 @@ class Fault(NamedTuple):
     byte: int | None
     reason: str
     indexed: bool
+    origin: str | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the fault as plain values; without an origin where none is known."""
+        return {name: value for name, value in self._asdict().items() if name != "origin" or value is not None}
 
 
 @dataclass
@@ -110,6 +117,7 @@ class Verdict:
             f"{fault.shard}, {fault.key or 'whole shard'}"
             + ("" if fault.byte is None else f", {fault.byte}")
             + f": {fault.reason}"
+            + (f" (built from {fault.origin})" if fault.origin else "")
             for fault in self.first
         ]
         total = self.reasons.total()
@@ -121,7 +129,7 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as plain values."""
-        return {**vars(self), "first": [fault._asdict() for fault in self.first], "sound": self.sound}
+        return {**vars(self), "first": [fault.as_record() for fault in self.first], "sound": self.sound}
 
 
 class _Job(NamedTuple):
@@ -174,7 +182,7 @@ def verify_shards(
             for fault in _faults(parts):
                 verdict.note(fault)
                 if file is not None:
-                    file.write(json.dumps(fault._asdict()) + "\n")
+                    file.write(json.dumps(fault.as_record()) + "\n")
     return verdict
 
 
@@ -260,13 +268,15 @@ def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> 
         reader.check([local])  # fails at once where the shard is missing; reading would wait for its return
         for place in range(job.first, job.last):
             location = index.locate(job.shard, place)._replace(file=local)
+            origin = None
             try:
                 image_bytes, document = reader.read(location)
+                origin = describe_origin(document)
                 draw_captions(data.captions, document, SampleKey(0, 0, place))
                 decode_rgbx(image_bytes, data.max_pixels)
             except DamagedSample as damage:
                 entry = location.entry
-                faults.append(Fault(local.shown, entry.key, entry.start, str(damage), indexed=True))
+                faults.append(Fault(local.shown, entry.key, entry.start, str(damage), indexed=True, origin=origin))
     return faults
 
 

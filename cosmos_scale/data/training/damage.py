@@ -13,7 +13,10 @@ FEWEST_JUDGED = 1000
 
 
 class Damage(NamedTuple):
-    """One line of damaged.jsonl: a damaged sample, or a lost shard, whose `sample` and `key` are None."""
+    """One line of damaged.jsonl: a damaged sample, or a lost shard, whose `sample` and `key` are None.
+
+    origin: where the sample was built from; the line has it only where it is known.
+    """
 
     step: int
     epoch: int
@@ -22,6 +25,7 @@ class Damage(NamedTuple):
     shard: str
     key: str | None
     reason: str
+    origin: str | None = None
 
 
 class DamageLog:
@@ -43,7 +47,7 @@ class DamageLog:
         for line in self.path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-                damage = Damage(*(record[field] for field in Damage._fields))
+                damage = Damage(*({"origin": None, **record}[field] for field in Damage._fields))
                 if damage.step >= step:
                     self._listed.add(damage)
             except (ValueError, KeyError, TypeError):
@@ -54,7 +58,11 @@ class DamageLog:
         new = [damage for damage in damages if damage not in self._listed]
         if not new:
             return
-        lines = [json.dumps({**damage._asdict(), "rank": self._rank}) + "\n" for damage in new]
+        records = [{**damage._asdict(), "rank": self._rank} for damage in new]
+        for record in records:
+            if record["origin"] is None:
+                del record["origin"]
+        lines = [json.dumps(record) + "\n" for record in records]
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # In one write, so that ranks that append at the same time do not cut each other's lines.

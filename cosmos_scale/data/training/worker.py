@@ -21,6 +21,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode.blocks import TensorBlock
 from cosmos_scale.data.decode.pictures import start_pictures
 from cosmos_scale.data.samples.captions import draw_captions
+from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, UnreachableShard
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.reader import Location, ShardReader
@@ -128,7 +129,7 @@ class StepBatches(Dataset[Loaded]):
                     return key.sample, self._make(key, location, put)
                 except DamagedSample as damage:
                     place = (location.source, str(location.shard), location.entry.key)
-                    damages.append(Damage(step, key.epoch, key.sample, *place, str(damage)))
+                    damages.append(Damage(step, key.epoch, key.sample, *place, str(damage), damage.origin))
                 except UnreachableShard as loss:
                     raise ShardsToGiveUp({self._lost.shard_of(key.sample): loss.reason}) from loss
             windows_on = 2 ** (attempt // SUBSTITUTES_A_WINDOW) - 1
@@ -146,8 +147,12 @@ class StepBatches(Dataset[Loaded]):
 
     def _make(self, key: SampleKey, location: Location, put: PutPicture) -> list[str]:
         image_bytes, document = self._reader.read(location)
-        captions = draw_captions(self._config.data.captions, document, key)
-        put(image_bytes, key)
+        try:
+            captions = draw_captions(self._config.data.captions, document, key)
+            put(image_bytes, key)
+        except DamagedSample as damage:
+            damage.origin = describe_origin(document)
+            raise
         return captions
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cosmos_scale.cli import main as cli
-from cosmos_scale.data.prepare import rows
+from cosmos_scale.data import csv_records
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
 from tests.conftest import REPOSITORY
@@ -31,7 +31,7 @@ from tests.data.prepare.downloads import (
     write_parquet,
     write_tar,
 )
-from tests.data.prepare.test_prepare import run
+from tests.data.prepare.test_prepare import read_all, run
 
 SHARDS, PER_SHARD = 12, 3
 
@@ -260,9 +260,42 @@ def test_a_byte_order_mark_and_extra_columns_do_no_harm(tmp_path: Path) -> None:
     assert run(tmp_path).samples == 2
 
 
+def test_an_open_quote_loses_its_row_only(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    path = write_dreamlip(tmp_path / "captions" / "a.csv", [dreamlip_row(0)])
+    with path.open("a") as file:
+        file.write(f'"{url(1)}","open,b,c,d,e,f,g\n')
+        file.writelines(f'"{url(number)}",a,b,c,d,e,f,g\n' for number in (2, 3))
+    write_tar(tmp_path / "images", "00000", [download(number) for number in range(4)])
+    report = run(tmp_path)
+    assert (report.samples, report.rows) == (3, 4)
+    assert report.rejected == {"captions row cannot be read": 1, "image without captions": 1}
+    assert "unclosed quote: opened on line 6, another quote follows" in (report.folder / "rejected.jsonl").read_text()
+
+
+def test_cells_that_spell_lists_or_nothing_are_read_as_build_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    cells = ["['One. Two.', 'three']", '["four"]', "nan", "[no list]", "", "NaN", "five"]
+    write_dreamlip(tmp_path / "captions" / "a.csv", [[url(0), *cells]])
+    typed = {"Image Path": url(1), "raw_caption": float("nan"), "shortIB_captions": "one"}
+    write_parquet(tmp_path / "captions" / "b.parquet", [typed])
+    write_tar(tmp_path / "images", "00000", [download(0), download(1)])
+    documents = [document for _, document in read_all(run(tmp_path).folder).values()]
+    assert documents == [
+        {
+            "raw_caption": ["One. Two.", "three"],
+            "shortIB_captions": ["four"],
+            "shortSV_captions": ["[no list]"],
+            "longLLA_captions": ["five"],
+            "url": url(0),
+        },
+        {"shortIB_captions": ["one"], "url": url(1)},
+    ]
+
+
 def test_a_huge_cell_or_one_of_a_wrong_type_loses_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "captions").mkdir()
-    monkeypatch.setattr(rows, "FIELD_LIMIT", 500)
+    monkeypatch.setattr(csv_records, "CELL_LIMIT", 500)
     huge = [url(1), "x" * 600, *"abcdef"]
     write_dreamlip(tmp_path / "captions" / "a.csv", [dreamlip_row(0), huge, dreamlip_row(2)])
     typed: list[dict[str, Any]] = [{"Image Path": url(3), "raw_caption": 7}, {"Image Path": None, "raw_caption": 8}]

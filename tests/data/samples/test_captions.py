@@ -1,6 +1,7 @@
 """Caption draws: the law over all outcomes, every sampling mode, and wrongly shaped documents."""
 
 import itertools
+import math
 from collections import Counter
 from fractions import Fraction
 from typing import Any, get_args
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 
 from cosmos_scale.config import CaptionSampling, CaptionsConfig
-from cosmos_scale.data.samples.captions import draw_captions
+from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 
 # A right law gives a p-value below this limit for one of a thousand seeds; the seeds here are fixed.
@@ -174,6 +175,23 @@ def test_a_generated_caption_that_is_a_list_was_split_before() -> None:
     document = {"original_caption": "a. b", "caption": ["It weighs 3.5 kg", "It sleeps"]}
     seen = {caption for captions in draws(config("random_pixelprose", count=2), document, 40) for caption in captions}
     assert seen == {"a. b", "It weighs 3.5 kg", "It sleeps"}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "document"),
+    [
+        ("textcrop", {"raw_caption": math.nan, "shortIB_captions": ["a"]}),
+        ("textcrop", {"raw_caption": math.nan, "caption": "a"}),
+        ("raw_pixelprose", {"original_caption": "a", "caption": math.nan}),
+        ("textcrop_pixelprose", {"original_caption": math.nan, "caption": "a"}),
+    ],
+)
+def test_nan_is_null(sampling: CaptionSampling, document: dict[str, Any]) -> None:
+    """NaN is what pandas writes for an empty cell, and Python's json reads and writes it."""
+    null = {name: None if value is math.nan else value for name, value in document.items()}
+    assert caption_pool(sampling, document) == caption_pool(sampling, null) == ["a"]
+    with pytest.raises(DamagedSample, match="needs one of raw_caption"):
+        caption_pool("textcrop", {"raw_caption": math.nan, "caption": math.nan})
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,33 @@ def test_patterns(tmp_path: Path, pattern: str, names: list[str]) -> None:
     assert [row.name for row in opened.rows] == (names or all_names)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("set[1]{x}", ["0.tar", "[2]{3}.tar"]),
+        ("set[1]{x}/0.tar", ["0.tar"]),
+        ("set[1]{x}/[2]{3}.tar", ["[2]{3}.tar"]),
+        ("set[1]{x}/?.tar", ["0.tar"]),
+        ("set[1]{x}/{0,[[]2]*}.tar", ["0.tar", "[2]{3}.tar"]),
+        ("{set[2],none}/*.tar", None),
+        ("s*/{0,1}.tar", ["set1/0.tar", "set[1]{x}/0.tar", "set[2]/0.tar"]),
+    ],
+)
+def test_a_path_that_exists_is_that_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str] | None
+) -> None:
+    for number, name in enumerate(("set[1]{x}/0.tar", "set[1]{x}/[2]{3}.tar", "set1/0.tar", "set[2]/0.tar")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_shard(tmp_path / name, [sample(number)])
+    monkeypatch.chdir(tmp_path)
+    for place, start in (("a", f"{tmp_path}/"), ("b", "")):
+        out = tmp_path / place
+        index_shards(start + pattern, out, workers=1, progress=False)
+        opened = open_index(source(start + pattern, out))
+        assert [row.name for row in opened.rows] == (names or ["set[2]/0.tar"])
+        assert all(Path(opened.shard_file(shard).address).is_file() for shard in range(len(opened.rows)))
+
+
 def test_indexing_another_pattern_keeps_what_is_known(tmp_path: Path) -> None:
     for number, name in enumerate(("train-0", "val-0")):
         write_shard(tmp_path / f"{name}.tar", [sample(number), {"__key__": f"no_text_{name}", "jpg": picture(0)}])

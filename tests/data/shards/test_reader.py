@@ -219,14 +219,15 @@ def test_a_changed_shard_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_sizes_in_headers_may_be_filled_up_with_spaces(tmp_path: Path) -> None:
-    """Some writers of tars pad with spaces; Python's own pads with zeros."""
+@pytest.mark.parametrize("base_256", [False, True])
+def test_sizes_in_headers_may_have_other_forms(tmp_path: Path, base_256: bool) -> None:
+    """Some writers of tars pad digits with spaces, where Python's own pads with zeros; GNU's may write base 256."""
     path = write_shard(tmp_path / "a.tar", [sample(number) for number in range(2)])
     entry = scan_shard(path).entries[1]
     data = bytearray(path.read_bytes())
     for offset, size in ((entry.image_offset, entry.image_size), (entry.text_offset, entry.text_size)):
         header = data[offset - 512 : offset]
-        header[124:136] = b"%11o " % size
+        header[124:136] = b"\x80" + size.to_bytes(11, "big") if base_256 else b"%11o " % size
         header[148:156] = b" " * 8  # the checksum counts itself as spaces
         header[148:156] = b"%06o\0 " % sum(header)
         data[offset - 512 : offset] = header

@@ -2,16 +2,22 @@
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
+from cosmos_scale.cli.main import main
+from cosmos_scale.config import CaptionSampling, DataConfig, SourceConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.samples.captions import caption_pool
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.captions_file import CAPTION_COLUMNS, IMAGE_COLUMNS, OTHER_CAPTION_COLUMNS
+from cosmos_scale.data.tools.verify import verify_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import open_folder, picture
 
@@ -38,6 +44,14 @@ def build(images: Path, rows: Rows, *, workers: int = 1, per_shard: int = 3, out
 
 
 def read_all(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    """Each sample's picture and json; the json without its origin, which must be the row that the key says."""
+    samples = read_whole(folder)
+    for key, (_, document) in samples.items():
+        assert document.pop("origin")["row"] == int(key)
+    return samples
+
+
+def read_whole(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
     index, reader = open_folder(folder), ShardReader()
     locations = [index.locate(number) for number in range(len(index))]
     samples = {location.entry.key: reader.read(location) for location in locations}
@@ -133,6 +147,106 @@ def test_csv_columns_of_dreamlip_and_pixelprose(images: Path) -> None:
         "000000002": {"raw_caption": "[not a list]", "shortIB_captions": "line\nbreak", "caption": "generated"},
     }
     assert rejected(out) == {3: "wrong number of cells"}
+
+
+@pytest.mark.parametrize("column", ["text", "TEXT", "title", "captions", "Caption", "caption"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_common_columns_of_captions_are_read(images: Path, kind: str, column: str) -> None:
+    path = images.parent / f"captions.{kind}"
+    row = {"File Name": "0.jpg", column: "a cat"}
+    path.write_text(json.dumps(row) if kind == "jsonl" else f"File Name,{column}\n0.jpg,a cat\n")
+    report = build_shards(images, path, images.parent / "out", samples_per_shard=10, workers=1, progress=False)
+    assert read_all(report.folder) == {"000000001": (picture(0), {"caption": "a cat"})}
+
+
+def test_a_title_beside_captions_is_left_alone(images: Path) -> None:
+    report = build(images, [{"image": "0.jpg", "title": "x", "text": "y", "raw_caption": ["a"]}])
+    assert read_all(report.folder)["000000001"][1] == {"raw_caption": ["a"]}
+
+
+def test_options_name_other_columns(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = images.parent / "captions.csv", images.parent / "out"
+    path.write_text("Photo ID,alt text,caption\n0.jpg,a cat,left out\n1.jpg,,left out\n")
+    command = ["data", "build", "--images", str(images), "--captions", str(path), "--out", str(out), "--quiet"]
+    assert main(command) == 2
+    assert "no picture column among Photo ID, alt text, caption" in (message := capsys.readouterr().err)
+    assert "--image-column names another" in message
+    assert main([*command, "--image-column", "Photo ID", "--caption-column", "alt text", "--workers", "1"]) == 0
+    assert read_all(out) == {"000000001": (picture(0), {"caption": "a cat"})}
+    assert "no caption: empty is alt_text" in (out / "rejected.jsonl").read_text()
+
+
+def test_a_reject_says_what_its_row_has(images: Path) -> None:
+    report = build(
+        images, [{"image": "0.jpg", "Alt": "x"}, {"photo": "0.jpg", "caption": "x"}, {"image": "0", "text": "a"}]
+    )
+    reasons = [json.loads(line)["reason"] for line in (report.folder / "rejected.jsonl").read_text().splitlines()]
+    assert reasons[0].startswith("no caption: expected one of raw_caption, ")
+    assert reasons[0].endswith("caption, captions, text, title; the row has image, Alt")
+    assert reasons[1].endswith("; the row has photo, caption")
+
+
+def test_the_help_names_every_accepted_column(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "build", "--help"])
+    words = set(re.findall(r"\w+", capsys.readouterr().out.split("options:")[0].lower()))
+    assert words >= {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *OTHER_CAPTION_COLUMNS}
+
+
+def test_samples_carry_their_origin_and_reports_name_it(images: Path) -> None:
+    report = build(images, [{"image": name, "raw_caption": [name]} for name in ("0.jpg", "none.jpg", "deep/w")])
+    samples = read_whole(report.folder)
+    assert samples["000000003"][1]["origin"] == {"captions": "captions.jsonl", "row": 3, "image": "deep/w"}
+    document = samples["000000003"][1]
+    for sampling in get_args(CaptionSampling):
+        if "pixelprose" not in sampling and sampling != "long":
+            assert caption_pool(sampling, document) == ["deep/w"]
+    (line,) = [json.loads(line) for line in (report.folder / "rejected.jsonl").read_text().splitlines()]
+    assert line == {
+        "captions": "captions.jsonl",
+        "row": 2,
+        "key": "000000002",
+        "image": "none.jpg",
+        "reason": "picture not found",
+    }
+
+    # A shard that is damaged later.
+    (shard,) = report.folder.glob("*.tar")
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(picture(0), picture(0)[:200] + bytes(len(picture(0)) - 200)))
+    data_config = DataConfig(sources=[SourceConfig(name="a", shards=str(report.folder))])
+    verdict = verify_shards(data_config, workers=1, progress=False)
+    fault = next(fault for fault in verdict.first if fault.origin)
+    assert (fault.key, fault.origin) == ("000000001", "captions.jsonl row 1, 0.jpg")
+    assert "(built from captions.jsonl row 1, 0.jpg)" in verdict.describe(None)
+
+
+def test_nan_is_no_caption_and_no_picture(images: Path) -> None:
+    nan = float("nan")
+    rows: Rows = [
+        {"image": nan, "path": "0.jpg", "caption": "a", "raw_caption": nan},
+        {"image": "1.jpg", "caption": nan},
+        {"image": nan, "caption": "a"},
+    ]
+    report = build(images, rows)
+    assert [document["caption"] for _, document in read_all(report.folder).values()] == ["a"]
+    assert rejected(report.folder) == {2: "no caption", 3: "no picture named"}
+
+
+def test_an_open_quote_does_not_swallow_the_rows_behind_it(images: Path) -> None:
+    path = images.parent / "captions.csv"
+    rows = [f"{number % 4}.jpg,caption {number}" for number in range(1001)]
+    path.write_text('image,caption\n0.jpg,sound\n1.jpg,"open\n' + "\n".join(rows) + "\n")
+    out = images.parent / "out"
+    report = build_shards(images, path, out, samples_per_shard=2000, workers=1, progress=False)
+    assert report.samples == 1002
+    (line,) = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert (line["row"], line["image"]) == (2, "1.jpg")
+    assert line["reason"].startswith("unclosed quote: opened on line 3, ")
+    assert "the 999 lines behind it may belong to it" in line["reason"]
+    path.write_text('image,"caption\n0.jpg,sound\n')
+    with pytest.raises(UserError, match="its header cannot be read: unclosed quote: opened on line 1"):
+        build_shards(images, path, images.parent / "none", samples_per_shard=10, workers=1, progress=False)
 
 
 def test_rows_that_are_not_utf8_are_rejected(images: Path) -> None:

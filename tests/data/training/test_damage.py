@@ -138,6 +138,17 @@ def test_damage_behind_a_good_index_costs_one_sample(tmp_path: Path, name: str) 
         assert line["reason"].startswith(reason), line["reason"]
 
 
+def test_the_log_says_where_a_damaged_sample_was_built_from(tmp_path: Path) -> None:
+    origin = {"captions": "c.csv", "row": 9, "image": "a/9.jpg"}
+    text = json.dumps({"raw_caption": 7, "origin": origin}).encode()
+    folder = index(write(tmp_path / "shards", {BAD: {"json": text}}))
+    log = tmp_path / "damaged.jsonl"
+    for _ in range(2):  # the second run knows the line as its own, and does not write it again
+        take(folder, config_of(folder), 0, 6, log=log)
+    (line,) = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (line["sample"], line["origin"]) == (BAD, "c.csv row 9, a/9.jpg")
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_before_indexing_costs_one_sample(tmp_path: Path, name: str) -> None:
     """The index rejects damage that shows without decoding; the loader finds all other damage."""

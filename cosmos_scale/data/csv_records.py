@@ -1,0 +1,159 @@
+"""The records of CSV files: a record may span lines, but a quote that is never closed must not swallow the file.
+
+The record with such a quote has a fault, and the lines behind the quote's line are read as records of their own.
+"""
+
+import ast
+import csv
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+# Characters of one cell, and lines of one record. Captions have fewer; an unclosed quote soon reaches one of the two.
+CELL_LIMIT = 1 << 24
+LINE_LIMIT = 1000
+# So many lines of a record that have the header's number of cells each are records, not the text of a cell.
+MOST_ROWS_ALIKE = 5
+
+
+class CsvRecord(NamedTuple):
+    """One record. line: where it starts, from 1. lines: how many it takes. fault: what is wrong with it, if anything.
+
+    The cells of a record with a fault are the reader's guess; there may be none.
+    """
+
+    line: int
+    lines: int
+    cells: list[str]
+    fault: str | None
+
+
+def read_cell(cell: str, *, lists: bool) -> str | list[str] | None:
+    """Return what a cell of captions says: its text, or (lists) the strings that it lists in json or Python's syntax.
+
+    None for a cell that spells NaN, as pandas may write what it lacks.
+    """
+    if cell in ("nan", "NaN"):
+        return None
+    if not lists or not (cell.startswith("[") and cell.endswith("]")):
+        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+    return cell
+
+
+class _TooManyLines(Exception):
+    pass
+
+
+class _Feed:
+    """Feeds a csv reader with lines. taken: the lines of the record being read. ended: whether it met the end."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.taken: list[str] = []
+        self.ended = False
+        self._lines = iter(lines)
+        self._again: deque[str] = deque()
+
+    def __iter__(self) -> "_Feed":
+        return self
+
+    def __next__(self) -> str:
+        if len(self.taken) == LINE_LIMIT:
+            raise _TooManyLines
+        line = self._again.popleft() if self._again else next(self._lines, None)
+        if line is None:
+            self.ended = True
+            raise StopIteration
+        self.taken.append(line)
+        return line
+
+    def begin(self) -> None:
+        """Begin a record."""
+        self.taken.clear()
+        self.ended = False
+
+    def give_back(self, kept: int) -> None:
+        """Put all lines of the record but the first `kept` back, to be read again."""
+        self._again.extendleft(reversed(self.taken[kept:]))
+        del self.taken[kept:]
+
+
+def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
+    """Yield the records of a CSV file's lines in order, the header first; an empty line is a record without cells.
+
+    A record of another number of cells than the header has a fault; its lines, however many, are this record's.
+    """
+    csv.field_size_limit(CELL_LIMIT)
+    feed = _Feed(lines)
+    reader = csv.reader(feed)
+    line, width = 1, None
+    while True:
+        feed.begin()
+        fault, cells = None, []
+        try:
+            cells = next(reader)
+            if len(feed.taken) > 1 or feed.ended:
+                fault = _unclosed(feed, cells, line, width)
+        except StopIteration:
+            return
+        except _TooManyLines:
+            cells = next(csv.reader(feed.taken))
+            fault = _swallowing(feed, cells, line, f"its cell does not end within {LINE_LIMIT:,} lines")
+        except csv.Error as error:
+            fault = f"not csv: {error}"
+            if len(feed.taken) > 1:
+                fault += f"; {_behind(len(feed.taken) - 1)}"
+                feed.give_back(1)
+        if fault is None and cells and width is not None and len(cells) != width:
+            fault = f"wrong number of cells: {len(cells)}, the header has {width}"
+            if len(feed.taken) > 1:
+                fault += f"; it takes lines {line:,} to {line + len(feed.taken) - 1:,}: is a quote in it left open?"
+        yield CsvRecord(line, len(feed.taken), cells, fault)
+        line += len(feed.taken)
+        width = len(cells) if width is None else width
+
+
+def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> str | None:
+    """Judge a record of several lines or at the file's end: what shows that a quote in it was left open, if anything.
+
+    csv.reader forgives text behind a closing quote. Such text, where a record spans lines, begins another row's cell:
+    the quote before it opened the cell, and did not close the one before.
+    """
+    try:
+        list(csv.reader(feed.taken, strict=True))
+    except csv.Error:
+        return _swallowing(feed, cells, line, "the file ends in its cell" if feed.ended else "another quote follows it")
+    if width is None or len(cells) != width:
+        return None
+    behind = feed.taken[1:]
+    if width > 1 and len(behind) > MOST_ROWS_ALIKE and all(len(_cells(text)) == width for text in behind):
+        return _swallowing(feed, cells, line, "its cell is made of rows")
+    return None
+
+
+def _cells(line: str) -> list[str]:
+    return next(csv.reader([line]), [])
+
+
+def _swallowing(feed: _Feed, cells: list[str], line: int, sign: str) -> str:
+    """Give back the lines behind the one where a quote was left open, and name both."""
+    breaks = [cell.count("\n") for cell in cells]
+    # The cell that was left open is the last one that holds line breaks.
+    open_cell = max((number for number, count in enumerate(breaks) if count), default=0)
+    kept = min(1 + sum(breaks[:open_cell]), len(feed.taken))
+    behind = len(feed.taken) - kept
+    feed.give_back(kept)
+    fault = f"unclosed quote: opened on line {line + kept - 1:,}, {sign}"
+    return f"{fault}; {_behind(behind)}" if behind else fault
+
+
+def _behind(count: int) -> str:
+    lines = "the line behind it" if count == 1 else f"the {count:,} lines behind it"
+    return f"{lines} may belong to it, and {'is read as a row' if count == 1 else 'are read as rows'}"

@@ -1,0 +1,79 @@
+"""Records of CSV files: cells may span lines; a quote left open costs its own row, and is named."""
+
+import csv
+import io
+import random
+
+import pytest
+
+from cosmos_scale.data import csv_records
+from cosmos_scale.data.csv_records import CsvRecord, read_records
+
+
+def read(text: str) -> list[CsvRecord]:
+    return list(read_records(io.StringIO(text, newline="")))
+
+
+def test_sound_files_are_read_as_pythons_reader_does() -> None:
+    draw = random.Random(0)
+    pieces = ["a", "b c", ",", '"', "\n", "\r\n", "é", "''", " "]
+    for _ in range(300):
+        rows = [["".join(draw.choices(pieces, k=draw.randrange(6))) for _ in range(3)] for _ in range(6)]
+        file = io.StringIO(newline="")
+        csv.writer(file, quoting=draw.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))).writerows(rows)
+        records = read(file.getvalue())
+        assert [record.cells for record in records] == rows
+        assert [record.fault for record in records] == [None] * 6
+        assert sum(record.lines for record in records) == len(file.getvalue().splitlines())
+
+
+OPEN = '1.jpg,"a cat\n'
+PLAIN = [f"{number}.jpg,caption {number}\n" for number in range(2, 1002)]
+
+
+@pytest.mark.parametrize(
+    ("rest", "sign"),
+    [
+        (PLAIN[:998], "the file ends in its cell; the 998 lines behind it may belong to it"),
+        (PLAIN, "its cell does not end within 1,000 lines; the 999 lines behind it may belong to it"),
+        ([*PLAIN[:5], '7.jpg,"a dog"\n'], "another quote follows it; the 6 lines"),
+        ([*PLAIN[:5], '7.jpg,a board of 12"\n'], "its cell is made of rows; the 6 lines"),
+    ],
+)
+def test_an_open_quote_loses_its_row_only(rest: list[str], sign: str) -> None:
+    records = read("image,caption\n0.jpg,sound\n" + OPEN + "".join(rest))
+    assert [record.line for record in records] == list(range(1, len(rest) + 4))
+    assert [bool(record.fault) for record in records] == [False, False, True] + [False] * len(rest)
+    assert str(records[2].fault).startswith(f"unclosed quote: opened on line 3, {sign}")
+
+
+def test_a_row_of_a_wrong_number_of_cells_names_its_lines() -> None:
+    records = read('image,caption\n0.jpg,"open\n1.jpg,", a dog"\n2.jpg,sound\n')
+    assert records[1].fault == (
+        "wrong number of cells: 3, the header has 2; it takes lines 2 to 3: is a quote in it left open?"
+    )
+    assert records[2] == CsvRecord(4, 1, ["2.jpg", "sound"], None)
+
+
+def test_the_quote_is_named_where_it_opens_not_where_its_row_begins() -> None:
+    records = read('image,a,b\n0.jpg,"two\nlines","open\n1.jpg,x,y\n')
+    assert [(record.line, record.lines, bool(record.fault)) for record in records] == [
+        (1, 1, False),
+        (2, 2, True),
+        (4, 1, False),
+    ]
+    assert "opened on line 3" in str(records[1].fault)
+
+
+def test_a_text_of_many_lines_is_a_cell() -> None:
+    text = "\n".join(f"line {number}, of a poem, and more" for number in range(900))
+    assert read(f'image,caption\n0.jpg,"{text}"\n')[1] == CsvRecord(2, 900, ["0.jpg", text], None)
+
+
+def test_a_cell_of_too_many_characters_loses_its_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_records, "CELL_LIMIT", 100)
+    records = read('image,caption\n0.jpg,"' + "x" * 60 + "\n" + "y" * 60 + "\n2.jpg,sound\n")
+    assert [record.line for record in records] == [1, 2, 3, 4]
+    assert "not csv" in str(records[1].fault)
+    assert "the line behind it may belong to it" in str(records[1].fault)
+    assert records[3] == CsvRecord(4, 1, ["2.jpg", "sound"], None)
