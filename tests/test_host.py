@@ -60,7 +60,7 @@ def test_either_launcher_says_how_many_ranks_are_here(monkeypatch: pytest.Monkey
 
 def threads_of_torch(rank: int, world_size: int) -> int:
     os.environ.pop("OMP_NUM_THREADS")
-    os.sched_getaffinity = lambda pid: set(range(12))  # type: ignore[assignment]
+    os.sched_getaffinity = lambda pid: set(range(12))
     host._OWN_GROUPS = Path("/nowhere")
     start_ranks("cpu")
     return torch.get_num_threads()

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
         writers.append(self)
         saved(self, *others)
 
-    def run_due(self: Evaluations, step: int, *others: Any, **options: bool) -> None:
+    def run_due(self: Evaluations, step: int, *others: Any, **options: Any) -> None:
         if step == int(os.environ[STEP]):
             die()
         evaluated(self, step, *others, **options)

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     shard = Path(os.environ[SHARD])
     step_now = 0
 
-    def run_due(self: Evaluations, step: int, *others: Any, **options: bool) -> None:
+    def run_due(self: Evaluations, step: int, *others: Any, **options: Any) -> None:
         nonlocal step_now
         step_now = step
         away = shard.with_suffix(".away")
