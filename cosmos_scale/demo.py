@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_scale.checkpoint import newest
+from cosmos_scale.cli.arguments import path
 from cosmos_scale.cli.main import exit_status
 from cosmos_scale.config import RetrievalConfig, RunConfig
 from cosmos_scale.config.load import load_config
@@ -302,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m cosmos_scale.demo", description="Train a small COSMOS model.")
     parser.add_argument("--quick", action="store_true", help="a shortened run of about a minute")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: demo_out")
+    parser.add_argument("--out", type=path, default=Path("demo_out"), metavar="DIR", help="default: demo_out")
     arguments = parser.parse_args(argv)
 
     def demo() -> int:

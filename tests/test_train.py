@@ -144,7 +144,8 @@ def test_max_steps_extends_a_run_and_only_the_newest_checkpoints_stay(tmp_path: 
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
     again = train(run, "train.max_steps=5").require(0)
     assert "nothing left to do" in again.output
-    assert "seed, optimizer.lr differ" in train(run, "optimizer.lr=0.5", "seed=3").require(2).errors
+    refused = train(run, "optimizer.lr=0.5", "seed=3").require(2).errors
+    assert "step-00000005: seed: 3, was 0; optimizer.lr: 0.5, was " in refused
 
 
 def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, scenes: SceneShards) -> None:

@@ -1,6 +1,9 @@
 """What the parsers of several commands use: types of arguments, and examples below the help."""
 
 import argparse
+from pathlib import Path
+
+from cosmos_scale.errors import UserError
 
 
 def positive(text: str) -> int:
@@ -8,6 +11,21 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
+
+
+def place(text: str) -> str:
+    """Return a path or URL with ~ and $VARIABLES put in; an unset variable is refused."""
+    from cosmos_scale.config.paths import expand_path  # here: --help need not wait for it
+
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path(text: str) -> Path:
+    """Return a path with ~ and $VARIABLES put in; an unset variable is refused."""
+    return Path(place(text))
 
 
 def with_examples(parser: argparse.ArgumentParser, examples: str) -> argparse.ArgumentParser:

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from cosmos_scale.cli.arguments import with_examples
+from cosmos_scale.cli.arguments import path, with_examples
 
 EXAMPLES = """\
 examples:
@@ -24,7 +23,7 @@ def add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argum
         "Print what is in a checkpoint, or list those of a run. Looks at the manifest and at the files' presence, "
         "sizes and headers; --verify reads every byte. Exit status: 0 whole, 1 something is broken, 2 wrong use."
     )
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="a step-N folder, or a run's folder")
+    inspect.add_argument("folder", type=path, metavar="DIR", help="a step-N folder, or a run's folder")
     inspect.add_argument("--verify", action="store_true", help="read all files and check all checksums")
     inspect.add_argument("--json", action="store_true", help="print one line of JSON, for a run an array")
     inspect.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import positive, with_examples
+from cosmos_scale.cli.arguments import path, place, positive, with_examples
 from cosmos_scale.cli.prepare import add_prepare_commands
 from cosmos_scale.errors import UserError
 
@@ -37,8 +37,8 @@ def add_data_commands(commands: "Commands") -> None:
     add_prepare_commands(commands)
 
     build = _add(commands, "build", _build, "pictures and a captions file to shards")
-    build.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of pictures")
-    build.add_argument("--captions", type=Path, required=True, metavar="FILE", help=".jsonl or .csv")
+    build.add_argument("--images", type=path, required=True, metavar="DIR", help="folder of pictures")
+    build.add_argument("--captions", type=path, required=True, metavar="FILE", help=".jsonl or .csv")
     # The names are written out here, since to import them takes a second; a test compares them.
     build.description = (
         "Pack pictures and their captions into indexed shards. Columns (or json keys) of captions: raw_caption,\n"
@@ -55,13 +55,15 @@ def add_data_commands(commands: "Commands") -> None:
         metavar="COLOUR",
         help="behind transparent pixels: white (default), black, #rrggbb, or keep, which shows hidden colours",
     )
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    build.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--samples-per-shard", type=positive, default=5000, metavar="N", help="default: 5000")
 
     index = _add(commands, "index", _index, "index shards without repacking them")
-    index.add_argument("pattern", metavar="PATTERN", help="folder, or glob or brace pattern of .tar files (in quotes)")
     index.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the index; default: beside the shards, if they are files"
+        "pattern", type=place, metavar="PATTERN", help="folder, or glob or brace pattern of .tar files (in quotes)"
+    )
+    index.add_argument(
+        "--out", type=path, metavar="DIR", help="folder of the index; default: beside the shards, if they are files"
     )
 
     inspect = _add(commands, "inspect", _inspect, "what indexed shards hold, and what training makes of it")
@@ -80,7 +82,7 @@ def add_data_commands(commands: "Commands") -> None:
     inspect.add_argument("--seed", type=_count, metavar="N", help="of the draws; default: the run's")
     inspect.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path("inspect_out"),
         metavar="DIR",
         help="folder of the pictures; default: inspect_out",
@@ -93,7 +95,7 @@ def add_data_commands(commands: "Commands") -> None:
     )
     _add_data(verify)
     verify.set_defaults(seed=None)  # no random draw decides whether a sample is sound
-    verify.add_argument("--out", type=Path, metavar="FILE", help=".jsonl for all that is found, a line each")
+    verify.add_argument("--out", type=path, metavar="FILE", help=".jsonl for all that is found, a line each")
 
     for command in (build, index, inspect, verify):
         command.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
@@ -142,14 +144,17 @@ def _add(
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "data", metavar="PATTERN|RUN.yaml", help="indexed shards (folder, glob or brace pattern), or a run's YAML file"
+        "data",
+        type=place,
+        metavar="PATTERN|RUN.yaml",
+        help="indexed shards (folder, glob or brace pattern), or a run's YAML file",
     )
     # argparse requires a list of positional arguments that has no default.
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
     parser.add_argument(
-        "--index", metavar="DIR", help="folder of the index, with a PATTERN; default: beside the shards"
+        "--index", type=place, metavar="DIR", help="folder of the index, with a PATTERN; default: beside the shards"
     )
     parser.add_argument("--captions", metavar="SAMPLING", help="caption sampling; default: the run's, else textcrop")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of tables")

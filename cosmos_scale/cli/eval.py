@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from cosmos_scale.cli.arguments import positive, with_examples
+from cosmos_scale.cli.arguments import path, place, positive, with_examples
 
 EXAMPLES = """\
 examples:
@@ -19,10 +18,10 @@ def add_eval_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         commands.add_parser("retrieval", help="recall at 1, 5, 10 between images and texts"), EXAMPLES
     )
     retrieval.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="a step-N folder, or their parent"
+        "--checkpoint", type=path, required=True, metavar="DIR", help="a step-N folder, or their parent"
     )
     retrieval.add_argument(
-        "--data", required=True, metavar="PATTERN", help="indexed shards: folder, glob or brace pattern"
+        "--data", type=place, required=True, metavar="PATTERN", help="indexed shards: folder, glob or brace pattern"
     )
     retrieval.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
     retrieval.add_argument("--captions", default="raw_caption", metavar="KEY", help="json key; default: raw_caption")

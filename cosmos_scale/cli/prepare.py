@@ -1,9 +1,8 @@
 """The commands `cosmos-scale data prepare ...`."""
 
 import argparse
-from pathlib import Path
 
-from cosmos_scale.cli.arguments import positive, with_examples
+from cosmos_scale.cli.arguments import path, positive, with_examples
 
 DREAMLIP_EXAMPLES = """\
 examples:
@@ -54,7 +53,7 @@ def _add(parser: argparse.ArgumentParser, *, what: str, joins: tuple[str, ...], 
     parser.description = DESCRIPTION.format(what=what)
     parser.add_argument(
         "--captions",
-        type=Path,
+        type=path,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -62,13 +61,13 @@ def _add(parser: argparse.ArgumentParser, *, what: str, joins: tuple[str, ...], 
     )
     parser.add_argument(
         "--images",
-        type=Path,
+        type=path,
         nargs="+",
         required=True,
         metavar="DIR",
         help="img2dataset's output folders, or single .tar files of them",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument(
         "--split",
         choices=("sentences", "published", "none"),

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from cosmos_scale.cli.arguments import positive, with_examples
+from cosmos_scale.cli.arguments import path, positive, with_examples
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -27,7 +27,7 @@ def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         EXAMPLES,
     )
     parser.description = "Train a COSMOS model in one process, or in many under the deepspeed launcher."
-    file = parser.add_argument("file", type=Path, metavar="RUN.yaml", help="the run's YAML file")
+    file = parser.add_argument("file", type=path, metavar="RUN.yaml", help="the run's YAML file")
     file.required = False  # --help-keys needs no file; `_run` asks for it otherwise
     # argparse requires a list of positional arguments that has no default.
     parser.add_argument(

@@ -2,8 +2,8 @@
 
 A file may name other files under `extends` (a path or a list of paths, relative to the file): their keys come first,
 and the keys of the file itself replace them. Mappings merge key by key; every other value is replaced. Dotted overrides
-come last: `train.epochs=4`, `data.sources.0.shards=/data/cc3m`. Every error is one line that names the file, the dotted
-key, the value and the rule.
+come last: `train.epochs=4`, `data.sources.0.shards=/data/cc3m`. The home folder and variables of the environment are
+put into paths. Every error is one line that names the file, the dotted key, the value and the rule.
 """
 
 import copy
@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.evaluation import in_new_form, settings_of, written_key
 from cosmos_scale.config.keys import nearest_key
+from cosmos_scale.config.paths import expand_path, path_texts
 from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
 
@@ -53,14 +54,25 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
             for set_key, value in settings_of(tree, origins, key, _parse(text, f"{COMMAND_LINE}: {key}")):
                 _set(tree, set_key, value)
                 _record(origins, set_key, COMMAND_LINE)
+        keys = in_new_form(tree)
+        for key, holder, name, text in path_texts(keys):
+            written = written_key(key, tree.get("eval"))
+            holder[name] = _expanded(text, f"{_origin_of(written, [], origins, default)}: {written}")
         # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
         # since there strict validation still makes tuples of lists and paths of strings.
-        return RunConfig.model_validate_json(json.dumps(in_new_form(tree)), strict=True)
+        return RunConfig.model_validate_json(json.dumps(keys), strict=True)
     except ValidationError as error:
         _refuse(error.errors(), origins, default, tree.get("eval"))
     except RuleBroken as broken:
         details = ErrorDetails(type="value_error", loc=("eval",), msg="", input=None, ctx={"error": broken})
         _refuse([details], origins, default, tree.get("eval"))
+
+
+def _expanded(text: str, where: str) -> str:
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -92,7 +104,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in bases:
-        _add(tree, origins, *_read_with_bases(path.parent / base, (*seen, resolved)))
+        base_path = path.parent / _expanded(base, f"{path}: extends")
+        _add(tree, origins, *_read_with_bases(base_path, (*seen, resolved)))
     _add(tree, origins, own, dict.fromkeys(_dotted_keys(own), os.path.normpath(path)))
     return tree, origins
 

@@ -1,0 +1,55 @@
+"""The home folder and environment variables in paths: in the config's path keys, and in the commands' options."""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from cosmos_scale.config.keys import with_positions_named
+from cosmos_scale.errors import UserError
+
+# The keys that name files or folders, and so may begin with ~ and hold $VARIABLES.
+PATH_KEYS = frozenset(
+    {
+        "output",
+        "resume",
+        "init_from",
+        "data.sources.N.shards",
+        "data.sources.N.index",
+        "data.remote.cache",
+        "eval.N.shards",
+        "eval.N.index",
+    }
+)
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def expand_path(text: str) -> str:
+    """Return a path with the home folder for a first ~, and the values of its $VARIABLES and ${VARIABLES}.
+
+    URLs and commands (pipe:COMMAND) stay as they are, and so do variables in the path of a file that exists. Raises
+    UserError where a variable is not set, or ~USER has no home folder.
+    """
+    if "://" in text or text.startswith("pipe:"):
+        return text
+    path = os.path.expanduser(text)
+    if path.startswith("~") and not os.path.exists(path):
+        raise UserError(f"{text}: {path.split('/')[0]} has no home folder; rule: ./~ is a file of this name")
+    if "$" not in path or os.path.exists(path):
+        return path
+    for match in _VARIABLE.finditer(path):
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise UserError(f"{text}: ${name} is not set; rule: set the variable, or write the path out")
+    return _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)
+
+
+def path_texts(tree: Any, key: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield each path in a tree of keys: its dotted key, the mapping that holds it, its name there, and its text."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in items:
+        inner = f"{key}.{name}" if key else str(name)
+        if isinstance(value, str) and with_positions_named(inner) in PATH_KEYS:
+            yield inner, tree, name, value
+        yield from path_texts(value, inner)
