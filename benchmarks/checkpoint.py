@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 import torch
 
 from benchmarks.report import Figure, argument_parser, report
-from cosmos_scale.batch import Batch
 from cosmos_scale.checkpoint.files import TensorFile
 from cosmos_scale.checkpoint.state import RunState, checkpoint_name, load_checkpoint, newest, read_manifest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
@@ -27,6 +26,7 @@ from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.step import train_step
+from cosmos_scale.testing.batches import random_batch
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 MODELS = {"vitb16": ("ViT-B/16", "cc3m_vitb16.yaml"), "tiny": ("the demo's model", "demo.yaml")}
@@ -39,7 +39,10 @@ class Training:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.pair = drawn_pair(config, ranks)
         self._loss = CosmosLoss(config.optimizer.gradient_scale)
-        self._batch = random_batch(config).to(ranks.device)
+        length = config.model.text.context_length  # captions of full length
+        lengths = [(length, length)] * config.data.captions.count
+        batch = random_batch(config.model, config.data.views, config.train.global_batch, lengths)
+        self._batch = batch.to(ranks.device)
 
     def step(self) -> float:
         """Take a step; returns its seconds."""
@@ -60,24 +63,6 @@ class Times(NamedTuple):
     steps_beside: list[float]
     loads: list[float]
     verifications: list[float]
-
-
-def random_batch(config: RunConfig) -> Batch:
-    """Return a global batch of noise, with captions of full length."""
-    generator = torch.Generator().manual_seed(0)
-    samples, captions = config.train.global_batch, config.data.captions.count
-    text, views = config.model.text, config.data.views
-    image_size, length = config.model.vision.image_size, text.context_length
-    tokens = torch.randint(1, text.vocab_size - 1, (captions, samples, length), generator=generator, dtype=torch.int32)
-    tokens[..., -1] = text.vocab_size - 1
-    return Batch(
-        torch.randn(views.global_crops, samples, 3, image_size, image_size, generator=generator),
-        torch.randn(views.local_crops, samples, 3, views.local_size, views.local_size, generator=generator),
-        tokens,
-        torch.full((captions, samples), length),
-        torch.arange(samples),
-        torch.tensor(0),
-    )
 
 
 def synchronize() -> None:

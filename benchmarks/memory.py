@@ -25,7 +25,6 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
-from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.memory import MemoryRow, state_memory, total_bytes
 from cosmos_scale.engine.pair import drawn_pair
@@ -36,11 +35,13 @@ from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.allocation import held_bytes, peak_bytes
+from cosmos_scale.testing.batches import random_batch
 from cosmos_scale.testing.ranks import run_ranks
 
 MIB = 2**20
 WIDTH, LAYERS, VOCABULARY = 256, 6, 8192
 WORLD_SIZES = (1, 2, 4)
+CAPTION_LENGTHS = (4, 16)  # tokens of a caption, at least and at most
 SECONDS = 400.0
 
 
@@ -152,27 +153,6 @@ def formula(case: Case, model: Model, world_size: int) -> list[MemoryRow]:
         return state_memory(CosmosModel(config.model), config, world_size)
 
 
-def random_batch(config: RunConfig) -> Batch:
-    """Return the same batch for all ranks, with captions of up to 16 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    samples, captions = config.train.global_batch, config.data.captions.count
-    text, views = config.model.text, config.data.views
-    lengths = torch.randint(4, 17, (captions, samples), generator=generator)
-    tokens = torch.randint(1, text.vocab_size - 1, (captions, samples, text.context_length), generator=generator)
-    positions = torch.arange(text.context_length)
-    tokens[positions == lengths[..., None] - 1] = text.vocab_size - 1
-    tokens[positions >= lengths[..., None]] = 0
-    image_size = config.model.vision.image_size
-    return Batch(
-        torch.randn(views.global_crops, samples, 3, image_size, image_size, generator=generator),
-        torch.randn(views.local_crops, samples, 3, views.local_size, views.local_size, generator=generator),
-        tokens.int(),
-        lengths,
-        torch.arange(samples),
-        torch.tensor(0),
-    )
-
-
 def measure_all(rank: int, world_size: int, cases: list[Case], model: Model) -> list[Measured]:
     """Measure cases on one of several ranks."""
     ranks = start_ranks("cpu")
@@ -181,7 +161,9 @@ def measure_all(rank: int, world_size: int, cases: list[Case], model: Model) -> 
 
 def measure(config: RunConfig, ranks: Ranks) -> Measured:
     """Measure one run; collective."""
-    share = random_batch(config).split(ranks.world_size)[ranks.rank]
+    lengths = [CAPTION_LENGTHS] * config.data.captions.count
+    batch = random_batch(config.model, config.data.views, config.train.global_batch, lengths)  # the same on all ranks
+    share = batch.split(ranks.world_size)[ranks.rank]
     others = set(_storages())
     pair, loss = drawn_pair(config, ranks), CosmosLoss(config.optimizer.gradient_scale)
     student, teacher = pair

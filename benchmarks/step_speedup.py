@@ -33,6 +33,7 @@ from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.allocation import peak_bytes
+from cosmos_scale.testing.batches import random_batch
 from cosmos_scale.testing.published_step import Losses, PublishedStep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
@@ -80,36 +81,11 @@ def case_config(case: Case, zero_stage: int = 0) -> RunConfig:
     return load_config(CONFIGS / case.file, [*case.overrides, *changes])
 
 
-def random_batch(config: RunConfig, seed: int) -> Batch:
+def step_batch(config: RunConfig, seed: int) -> Batch:
     """Return a batch of noise whose captions are as long as real ones."""
-    generator = torch.Generator().manual_seed(seed)
-    samples, views, captions = config.train.global_batch, config.data.views, config.data.captions
-    vision, text = config.model.vision, config.model.text
-
-    def crops(count: int, side: int) -> Tensor:
-        return torch.randn(count, samples, 3, side, side, generator=generator)
-
-    def lengths(count: int, bounds: tuple[int, int]) -> Tensor:
-        return torch.randint(bounds[0], bounds[1] + 1, (count, samples), generator=generator)
-
-    start, end = text.vocab_size - 2, text.vocab_size - 1
-    lengths_KB = torch.cat(
-        [lengths(captions.global_count, GLOBAL_TOKENS), lengths(captions.count - captions.global_count, LOCAL_TOKENS)]
-    )
-    shape = (captions.count, samples, text.context_length)
-    ids_KBL = torch.randint(1, start, shape, generator=generator, dtype=torch.int32)
-    places = torch.arange(text.context_length)
-    ids_KBL[..., 0] = start
-    ids_KBL[places == lengths_KB[..., None] - 1] = end
-    ids_KBL[places >= lengths_KB[..., None]] = 0
-    return Batch(
-        crops(views.global_crops, vision.image_size),
-        crops(views.local_crops, views.local_size),
-        ids_KBL,
-        lengths_KB,
-        torch.arange(samples),
-        torch.tensor(0),
-    )
+    captions = config.data.captions
+    lengths = [GLOBAL_TOKENS] * captions.global_count + [LOCAL_TOKENS] * (captions.count - captions.global_count)
+    return random_batch(config.model, config.data.views, config.train.global_batch, lengths, seed=seed)
 
 
 class TrainerStep:
@@ -205,7 +181,7 @@ def step_inputs(config: RunConfig, steps: int) -> Iterator[tuple[Batch, float, f
     total = config.total_steps(1)
     for step in range(steps):
         lr, momentum = learning_rate(step, config.optimizer, total), ema_momentum(step, config.ema, total)
-        yield random_batch(config, step), lr, momentum
+        yield step_batch(config, step), lr, momentum
 
 
 def compare_losses(losses: Mapping[str, Losses], expected: str, step: int) -> None:

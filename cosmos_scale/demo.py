@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import contact_sheet
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
+from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
@@ -221,15 +221,12 @@ def _launch(run: Path, overrides: Sequence[str], ranks: int, console: Console) -
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     arguments = [
         "--quiet",
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(port),
+        str(free_port()),
         "--module",
         "cosmos_scale.train",
     ]

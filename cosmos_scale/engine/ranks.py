@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,14 @@ def start_ranks(device: str) -> Ranks:
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         control=control,
     )
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def check_precision(precision: str) -> None:

@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import yaml
 
 from cosmos_scale.checkpoint.state import SAVED_AS, newest
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.testing.ranks import fork_context
 
 SECONDS = 120.0  # time limit of a run, which takes about ten seconds
@@ -226,14 +226,6 @@ def _group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _has_step(run: Path, step: int, name: str) -> bool:

@@ -13,8 +13,10 @@ from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.step import StepOutput, train_step
+from cosmos_scale.testing.batches import random_batch
 
 GLOBAL_BATCH = 8
+TINY_LENGTHS = (4, 16)  # tokens of a caption, at least and at most
 
 
 def tiny_config(**changes: Any) -> RunConfig:
@@ -35,20 +37,9 @@ def tiny_config(**changes: Any) -> RunConfig:
 
 def tiny_batch(step: int, size: int = GLOBAL_BATCH) -> Batch:
     """Return the global batch of a step: 2 + 6 crops, 8 captions of various lengths."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    captions = torch.randint(1, 63, (8, size, 16), generator=generator, dtype=torch.int32)
-    ends = torch.randint(3, 16, (8, size), generator=generator)
-    positions = torch.arange(16)
-    captions[positions == ends[..., None]] = 63
-    captions[positions > ends[..., None]] = 0
-    return Batch(
-        torch.randn(2, size, 3, 32, 32, generator=generator),
-        torch.randn(6, size, 3, 16, 16, generator=generator),
-        captions,
-        ends + 1,
-        torch.arange(size),
-        torch.tensor(0),
-    )
+    config = tiny_config()
+    lengths = [TINY_LENGTHS] * config.data.captions.count
+    return random_batch(config.model, config.data.views, size, lengths, seed=1000 + step)
 
 
 class Tiny(NamedTuple):

@@ -25,8 +25,8 @@ from benchmarks.step_speedup import (
     case_config,
     compare_losses,
     initial_weights,
-    random_batch,
     restated_step,
+    step_batch,
 )
 from cosmos_scale.batch import Features, caption_lengths
 from cosmos_scale.config import ModelConfig, RunConfig
@@ -69,7 +69,7 @@ def test_trainer_and_restatement_take_the_same_steps(zero_stage: int) -> None:
     trainer, restatement = TrainerStep(config, weights, start_ranks("cpu")), restated_step(config, weights)
     totals = []
     for number in range(3):
-        losses = [side(random_batch(config, number % 2), 1e-3, 0.9) for side in (trainer, restatement)]
+        losses = [side(step_batch(config, number % 2), 1e-3, 0.9) for side in (trainer, restatement)]
         compare_losses({"trainer": losses[0], "restatement": losses[1]}, "trainer", number)
         totals.append(losses[0].total)
     assert abs(totals[2] - totals[0]) > 100 * TOLERANCE, "one batch twice: unless weights move, nothing was compared"
@@ -96,11 +96,11 @@ def test_other_losses_are_refused(wrong: float) -> None:
 
 
 def test_captions_are_as_long_as_real_ones(config: RunConfig) -> None:
-    lengths = torch.cat([random_batch(config, seed).caption_lengths for seed in range(200)], dim=1)
+    lengths = torch.cat([step_batch(config, seed).caption_lengths for seed in range(200)], dim=1)
     for part, (least, most) in ((lengths[:2], GLOBAL_TOKENS), (lengths[2:], LOCAL_TOKENS)):
         assert part.min() == least
         assert part.max() == most
-    batch = random_batch(config, 0)
+    batch = step_batch(config, 0)
     assert torch.equal(caption_lengths(batch.captions), batch.caption_lengths)
     behind = torch.arange(config.model.text.context_length) >= batch.caption_lengths[..., None]
     assert torch.equal(batch.captions == 0, behind)
@@ -108,7 +108,7 @@ def test_captions_are_as_long_as_real_ones(config: RunConfig) -> None:
 
 def test_needed_operations_are_those_that_torch_counts(config: RunConfig) -> None:
     """Torch counts the products of the trainer's model, less those beyond need, and of one logit matrix a pair."""
-    batch = random_batch(config, 0)
+    batch = step_batch(config, 0)
     model = CosmosModel(config.model)
     model.load_state_dict(initial_weights(config))
 

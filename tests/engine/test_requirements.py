@@ -12,7 +12,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.kernels.attention import Backend
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.transformer import Attention
-from tests.model.models import SMALL, random_batch
+from tests.model.models import SMALL, small_batch
 
 CPU = torch.device("cpu")
 GPU_ONLY = ("flash_attn_4", "flash_attn_2", "torch_varlen", "xformers")
@@ -81,5 +81,5 @@ def test_the_key_reaches_both_towers_and_both_poolers(monkeypatch: pytest.Monkey
         return "sdpa"
 
     monkeypatch.setattr("cosmos_scale.kernels.attention.choose_backend", choose)
-    model(random_batch(2))
+    model(small_batch(2))
     assert asked == ["xformers"] * len(layers)

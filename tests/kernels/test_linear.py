@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.kernels import linear as kernel
 from cosmos_scale.kernels.linear import LEAST_WORK
-from tests.model.models import SMALL, initialised, random_batch
+from tests.model.models import SMALL, initialised, small_batch
 
 linear = partial(kernel.linear, steady=True)
 
@@ -171,7 +171,7 @@ def test_captions_of_other_lengths_bring_one_dnn_no_new_shapes(
     model = initialised(SMALL.model_copy(update={"text_padding": text_padding}))
     seen, tokens = [], set()
     for seed in range(3):
-        batch = random_batch(3, seed=seed)
+        batch = small_batch(3, seed=seed)
         tokens.add(int(batch.caption_lengths.sum()))
         with Called() as called:
             sum(feature.sum() for feature in model(batch)[:4]).backward()

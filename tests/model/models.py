@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from cosmos_scale.batch import Batch
-from cosmos_scale.config import ModelConfig, TextConfig, VisionConfig
+from cosmos_scale.config import ModelConfig, TextConfig, ViewsConfig, VisionConfig
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.testing.batches import random_batch
 
 # Every size differs from every other where it may, so that one taken for another shows.
 SMALL = ModelConfig(
@@ -26,28 +27,15 @@ def initialised(config: ModelConfig, seed: int = 0) -> CosmosModel:
     return model
 
 
-def random_batch(samples: int, *, views: tuple[int, int] = (2, 3), captions: int = 4, seed: int = 0) -> Batch:
-    """Return a batch for SMALL: crops of 24 and 16 pixels, captions of 3 to 10 ids whose largest, the last, is EOT.
+def small_batch(samples: int, *, views: tuple[int, int] = (2, 3), captions: int = 4, seed: int = 0) -> Batch:
+    """Return a batch for SMALL: crops of 24 and 16 pixels, captions of 3 to 10 ids.
 
     Ordinary ids include 0, which is padding too.
     """
-    generator = torch.Generator().manual_seed(seed)
-    eot = SMALL.text.vocab_size - 1
-    shape = (captions, samples, SMALL.text.context_length)
-    ids = torch.randint(0, eot, shape, generator=generator, dtype=torch.int32)
-    ends = torch.randint(2, shape[-1] - 2, shape[:2], generator=generator)[..., None]
-    positions = torch.arange(shape[-1])
-    ids[positions.expand(shape) == ends] = eot
-    ids[positions.expand(shape) > ends] = 0
-    ids[:, :, 1] = 0
-    return Batch(
-        torch.randn(views[0], samples, 3, 24, 24, generator=generator),
-        torch.randn(views[1], samples, 3, 16, 16, generator=generator),
-        ids,
-        ends[..., 0] + 1,
-        torch.arange(samples),
-        torch.tensor(0),
-    )
+    crops = ViewsConfig(global_crops=views[0], local_crops=views[1], local_size=16)
+    batch = random_batch(SMALL, crops, samples, [(3, 10)] * captions, seed=seed)
+    batch.captions[:, :, 1] = 0
+    return batch
 
 
 def ids_as_array(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.tiny import GLOBAL_BATCH, build_tiny, tiny_config
-from tests.model.models import SMALL, initialised, random_batch
+from tests.model.models import SMALL, initialised, small_batch
 
 # float32 rounding of fused operations, grown over the updates; losses differ by up to 5e-7 here.
 TOLERANCE = 1e-5
@@ -47,7 +47,7 @@ def test_losses_equal_the_eager_ones_at_all_lengths(stage: int, recompute: int) 
 
 
 def test_copies_of_a_compiled_model_compute_with_their_own_weights() -> None:
-    model, batch = initialised(SMALL.model_copy(update={"compile": True})), random_batch(2)
+    model, batch = initialised(SMALL.model_copy(update={"compile": True})), small_batch(2)
     loaded = CosmosModel(SMALL.model_copy(update={"compile": True}))
     loaded.load_state_dict(model.state_dict())
     # What is compiled is called, but runs as it is written: which weights it takes shows without a compiler.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import ModelConfig, VisionConfig
 from cosmos_scale.model.cosmos import CosmosModel, normalise, parameter_decays
-from tests.model.models import SMALL, initialised, random_batch
+from tests.model.models import SMALL, initialised, small_batch
 
 # float64 throughout; only the order of summation differs.
 TOLERANCE = 1e-12
@@ -126,7 +126,7 @@ def test_a_wrong_scale_is_refused() -> None:
 
 
 def test_copies_and_files_round_trip() -> None:
-    model, batch = initialised(SMALL), random_batch(2)
+    model, batch = initialised(SMALL), small_batch(2)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -145,7 +145,7 @@ def test_copies_and_files_round_trip() -> None:
 @pytest.mark.parametrize(("views", "captions"), [((2, 3), 4), ((1, 0), 1), ((3, 1), 2)])
 def test_any_number_of_views_and_captions(views: tuple[int, int], captions: int) -> None:
     model = initialised(SMALL)
-    features = model(random_batch(2, views=views, captions=captions))
+    features = model(small_batch(2, views=views, captions=captions))
     assert features.image.shape == features.image_crossmodal.shape == (sum(views), 2, 32)
     assert features.text.shape == features.text_crossmodal.shape == (captions, 2, 32)
     for tensor in features[:4]:
@@ -156,7 +156,7 @@ def test_any_number_of_views_and_captions(views: tuple[int, int], captions: int)
 
 
 def test_samples_do_not_see_each_other() -> None:
-    model, batch = initialised(SMALL).double(), random_batch(3)
+    model, batch = initialised(SMALL).double(), small_batch(3)
     together = model(batch)
     one = batch._replace(
         global_crops=batch.global_crops[:, 1:2],
@@ -169,7 +169,7 @@ def test_samples_do_not_see_each_other() -> None:
 
 
 def test_teacher_features_are_the_towers_of_the_global_views() -> None:
-    model, batch = initialised(SMALL).double(), random_batch(3)
+    model, batch = initialised(SMALL).double(), small_batch(3)
     student, teacher = model(batch), model.teacher_features(batch, 2)
     torch.testing.assert_close(teacher.image, student.image[:2].detach(), rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(teacher.text, student.text[:2].detach(), rtol=0, atol=TOLERANCE)
@@ -180,7 +180,7 @@ def test_teacher_features_are_the_towers_of_the_global_views() -> None:
 
 
 def test_poolers_read_the_first_global_crop_and_the_first_caption_only() -> None:
-    model, batch = initialised(SMALL).double(), random_batch(2)
+    model, batch = initialised(SMALL).double(), small_batch(2)
     before = model(batch)
     later_text = model(with_captions(batch, torch.cat([batch.captions[:1], batch.captions[1:].flip(1)])))
     torch.testing.assert_close(later_text.image_crossmodal, before.image_crossmodal, rtol=0, atol=TOLERANCE)
@@ -195,7 +195,7 @@ def test_poolers_read_the_first_global_crop_and_the_first_caption_only() -> None
 def test_masked_padding_equals_each_sample_cut_at_its_own_end() -> None:
     masked = initialised(SMALL.model_copy(update={"text_padding": "mask"})).double()
     attending = initialised(SMALL).double()
-    batch = random_batch(5)
+    batch = small_batch(5)
     features, published = masked(batch), attending(batch)
     for sample in range(5):
         end = batch.captions[0, sample].tolist().index(SMALL.text.vocab_size - 1)
@@ -214,7 +214,7 @@ def test_masked_padding_equals_each_sample_cut_at_its_own_end() -> None:
 
 
 def test_nothing_behind_the_end_of_a_text_reaches_its_feature() -> None:
-    model, ids = initialised(SMALL).double(), random_batch(4).captions[0]
+    model, ids = initialised(SMALL).double(), small_batch(4).captions[0]
     noise = torch.randint(1, SMALL.text.vocab_size - 1, ids.shape, generator=torch.Generator().manual_seed(3))
     behind = torch.arange(ids.shape[1]) > ids.argmax(-1, keepdim=True)
     assert behind.any(1).all()
@@ -223,7 +223,7 @@ def test_nothing_behind_the_end_of_a_text_reaches_its_feature() -> None:
 
 
 def test_low_precision_models_take_float32_images_and_keep_their_dtype() -> None:
-    batch = random_batch(2)
+    batch = small_batch(2)
     exact = initialised(SMALL)(batch)
     features = initialised(SMALL).bfloat16()(batch)
     for field, ours, theirs in zip(exact._fields[:4], features[:4], exact[:4], strict=True):

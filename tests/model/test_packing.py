@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cosmos_scale.batch import Batch
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.packing import pack_captions, pack_crops
-from tests.model.models import SMALL, initialised, random_batch
+from tests.model.models import SMALL, initialised, small_batch
 
 CPU = torch.device("cpu")
 CONTEXT = 12
@@ -85,7 +85,7 @@ def test_each_layer_runs_once_on_the_tokens_it_must(run: str, text_padding: str)
     text = SMALL.text.model_copy(update={"layers": 2})
     model = initialised(SMALL.model_copy(update={"text_padding": text_padding, "text": text}))
     samples, captions = 3, 4
-    batch = random_batch(samples, views=(2, 3), captions=captions)
+    batch = small_batch(samples, views=(2, 3), captions=captions)
     seen = rows_seen(model, run, batch)
     assert {name: rows for name, rows in seen.items() if len(rows) > 1} == {}, "runs more than once a step"
 
@@ -123,12 +123,12 @@ def test_position_tables_are_interpolated_once_per_resolution(monkeypatch: pytes
         return positions(height, width)
 
     monkeypatch.setattr(model.visual, "_positions", note)
-    model(random_batch(3))
+    model(small_batch(3))
     assert sizes == [(24, 24), (16, 16)]
 
 
 def test_what_the_host_reads_stays_there_when_a_batch_moves() -> None:
-    batch = random_batch(3)
+    batch = small_batch(3)
     moved = batch.to(torch.device("meta"))
     devices = {name: tensor.device.type for name, tensor in moved._asdict().items()}
     on_host = {devices.pop(name) for name in ("caption_lengths", "sample_ids", "substituted")}
@@ -144,7 +144,7 @@ def test_lengths_on_a_device_are_refused_for_reading_them_would_wait() -> None:
 
 def test_layouts_first_made_in_inference_mode_serve_training() -> None:
     pack_crops.cache_clear()
-    model, batch = initialised(SMALL), random_batch(3)
+    model, batch = initialised(SMALL), small_batch(3)
     with torch.inference_mode():
         model(batch)
     sum(feature.sum() for feature in model(batch)[:4]).backward()
