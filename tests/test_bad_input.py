@@ -14,7 +14,7 @@ import yaml
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.testing.runs import TINY, Finished, launch, records, start, train, write_run
+from cosmos_scale.testing.runs import TINY, Finished, launch, records, start, train_to_end, write_run
 
 Edit = Callable[[str, bytes], bytes]
 WRONG_SHAPE = json.dumps({"raw_caption": [1, 2], "url": "https://example.org/1.jpg"}).encode()
@@ -61,7 +61,7 @@ def assert_one_line(finished: Finished, *parts: str) -> None:
 
 def refused(run: Path, overrides: list[str], *parts: str, ranks: tuple[int, ...] = (1, 2)) -> None:
     for count in ranks:
-        assert_one_line(train(run, *overrides, ranks=count), *parts)
+        assert_one_line(train_to_end(run, *overrides, ranks=count), *parts)
 
 
 def test_data_that_is_not_there(tmp_path: Path, scenes: SceneShards) -> None:
@@ -107,7 +107,7 @@ def test_checkpoints_that_are_none(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes)
     refused(run, [f"resume={tmp_path}/none"], f"{tmp_path}/none", "none there")
     refused(run, [f"init_from={tmp_path}/none"], f"{tmp_path}/none", "none there", ranks=(2,))
-    train(run, "name=other", "model.vision.width=32", "train.max_steps=1").require(0)
+    train_to_end(run, "name=other", "model.vision.width=32", "train.max_steps=1").require(0)
     refused(run, [f"init_from={tmp_path}/other"], "init_from", "does not fit the model", "size mismatch", ranks=(2,))
     checkpoint = tmp_path / "other" / "checkpoints" / "step-00000001"
     fragments = checkpoint / "fragments-00000.safetensors"
@@ -137,7 +137,7 @@ def test_damaged_samples_are_counted_and_too_many_stop(tmp_path: Path, scenes: S
     one_epoch = [f"data.sources.0.shards={shards}", "train.max_steps=10", "train.schedule_steps=10"]
     for ranks in (1, 2):
         name = f"ranks{ranks}"
-        train(run, f"name={name}", *one_epoch, ranks=ranks).require(0)
+        train_to_end(run, f"name={name}", *one_epoch, ranks=ranks).require(0)
         damaged = [json.loads(line) for line in (tmp_path / name / "damaged.jsonl").read_text().splitlines()]
         # A substitute may be the other damaged sample, which is then named once more.
         assert {entry["key"] for entry in damaged} == reasons.keys()

@@ -14,7 +14,7 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.order import EpochOrder
-from cosmos_scale.testing.runs import last_checkpoint, records, start, train, wait_for_step, write_run
+from cosmos_scale.testing.runs import last_checkpoint, records, start, train_to_end, wait_for_step, write_run
 from cosmos_scale.testing.shard_files import sample, write_shard, write_shards
 
 BATCH = 8
@@ -67,18 +67,18 @@ def assert_lost(run: Path, name: str, shard: Path, step: int, output: str) -> No
 def test_a_lost_shard_is_the_same_loss_at_every_world_size_and_after_a_restart(tmp_path: Path) -> None:
     run = write_lossy_run(tmp_path, 12)
     shard = shard_of_step(run, 5)
-    train(run, "train.max_steps=3", ranks=2).require(0)
+    train_to_end(run, "train.max_steps=3", ranks=2).require(0)
     other = f"output={run.parent / 'other'}"
     shutil.copytree(run.parent / "tiny", run.parent / "other" / "tiny")
     shard.unlink()
-    alone = train(run).require(0)
+    alone = train_to_end(run).require(0)
     assert_lost(run, "tiny", shard, 5, alone.output)
-    pair = train(run, other, "train.max_steps=7", ranks=2).require(0)
+    pair = train_to_end(run, other, "train.max_steps=7", ranks=2).require(0)
     assert_lost(run, "other/tiny", shard, 5, pair.output)
     # The shard comes back, but the run goes on without it.
     number = int(shard.stem) * BATCH
     write_shard(shard, [sample(number + place) for place in range(BATCH)])
-    assert ", which has lost 1 shards; " in train(run, other).require(0).output
+    assert ", which has lost 1 shards; " in train_to_end(run, other).require(0).output
     assert read_state(last_checkpoint(run, "other/tiny")).lost_shards == {f"test/{shard.name}": 5}
     one, two = ({entry["step"]: entry["loss"] for entry in records(run, name)} for name in ("tiny", "other/tiny"))
     assert list(one) == list(two) == list(range(1, 9))
@@ -114,11 +114,11 @@ def test_more_lost_than_allowed_ends_all_ranks_in_one_line(tmp_path: Path, ranks
 
 def test_a_disk_that_is_not_there_is_told_before_a_run_goes_on(tmp_path: Path) -> None:
     run = write_lossy_run(tmp_path, 12, remote={"retries": 5, "backoff_s": 100.0})
-    train(run, "train.max_steps=1").require(0)
+    train_to_end(run, "train.max_steps=1").require(0)
     shards = sorted((run.parent / "shards").glob("*.tar"))
     for shard in shards[1:]:
         shard.unlink()
-    (line,) = train(run, ranks=2).require(2).errors.splitlines()
+    (line,) = train_to_end(run, ranks=2).require(2).errors.splitlines()
     assert f"shard test/{shards[1].name} is missing: No such file or directory; 11 missing shards" in line
     assert "hold 91.67% of all samples, more than data.max_damaged 0.2 allows" in line
 
@@ -127,7 +127,7 @@ def test_both_decoders_train_alike(tmp_path: Path, scenes: SceneShards) -> None:
     pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI, which has no wheel for this machine")
     run = write_run(tmp_path, scenes)
     for decoder in ("torch", "dali"):
-        train(run, f"name={decoder}", f"data.decoder={decoder}", "train.max_steps=3", ranks=2).require(0)
+        train_to_end(run, f"name={decoder}", f"data.decoder={decoder}", "train.max_steps=3", ranks=2).require(0)
     expected, made = ([entry["loss"] for entry in records(run, name)] for name in ("torch", "dali"))
     assert made == pytest.approx(expected, rel=SIMILAR_LOSS)
     assert made != expected

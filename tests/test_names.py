@@ -13,10 +13,7 @@ from tests.test_imports import own_sources, source_id
 # Names that several modules define on purpose.
 PROTOCOLS = {
     "main",  # what a program runs, under the name that Python's own tools use
-    "add_parsers",  # what the command line calls in each file of commands
 }
-# Twice until the branch that renames them is merged; the test fails, too, for an entry that is single by now.
-STILL_TWICE = {"Run", "train"}
 
 
 def defined(node: ast.stmt) -> Iterator[str]:
@@ -43,8 +40,7 @@ def repeated_names(paths: Iterable[Path]) -> dict[str, list[str]]:
 
 def test_public_names_are_defined_once() -> None:
     repeated = {name: modules for name, modules in repeated_names(own_sources()).items() if name not in PROTOCOLS}
-    assert {name: modules for name, modules in repeated.items() if name not in STILL_TWICE} == {}
-    assert set(repeated) == STILL_TWICE, "a name that is single by now must leave the list"
+    assert repeated == {}
 
 
 def test_a_planted_second_meaning_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.testing.runs import records, train, write_run
+from cosmos_scale.testing.runs import records, train_to_end, write_run
 from cosmos_scale.testing.shard_files import write_shards
 from tests.data.web_server import web_server
 
@@ -19,7 +19,7 @@ def test_runs_over_a_faulty_web_server_and_over_commands_are_those_over_files(tm
     remote = {"backoff_s": 0.01, "cache": str(tmp_path / "cache")}
     run = write_run(tmp_path, SceneShards(source, source), data={"workers": 1, "remote": remote})
     steps = f"train.max_steps={STEPS}"
-    train(run, steps, "name=files", ranks=2).require(0)
+    train_to_end(run, steps, "name=files", ranks=2).require(0)
     expected = [record["loss"] for record in records(run, "files")]
     assert len(expected) == STEPS
     with web_server(source, tmp_path / "log", fail_every=10, fault="drop") as server:
@@ -29,7 +29,7 @@ def test_runs_over_a_faulty_web_server_and_over_commands_are_those_over_files(tm
         }
         for name, place in places.items():
             source_keys = (f"data.sources.0.shards={place!r}", f"data.sources.0.index={source}")
-            finished = train(run, steps, f"name={name}", *source_keys, ranks=2).require(0)
+            finished = train_to_end(run, steps, f"name={name}", *source_keys, ranks=2).require(0)
             assert [record["loss"] for record in records(run, name)] == expected
             assert "secret" not in finished.output + finished.errors
             assert not [

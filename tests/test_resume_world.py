@@ -8,7 +8,7 @@ from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.order import EpochOrder
-from cosmos_scale.testing.runs import records, train, write_run
+from cosmos_scale.testing.runs import records, train_to_end, write_run
 from tests.recorded_train import RECORDS, recorded_samples
 
 GLOBAL_BATCH, STEPS, STOP = 8, 18, 5
@@ -37,7 +37,7 @@ def test_two_ranks_go_on_as_four_and_as_one(
         folder = tmp_path / f"{name}-{ranks}-samples"
         folder.mkdir()
         monkeypatch.setenv(RECORDS, str(folder))
-        train(run, f"name={name}", *overrides, ranks=ranks, program="tests.recorded_train").require(0)
+        train_to_end(run, f"name={name}", *overrides, ranks=ranks, program="tests.recorded_train").require(0)
         return recorded_samples(folder, ranks)
 
     whole = launch("whole", 2)

@@ -12,13 +12,13 @@ import torch
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.testing.runs import (
-    Run,
+    Launched,
     checkpoint_tensors,
     last_checkpoint,
     launch,
     records,
     start,
-    train,
+    train_to_end,
     wait_for_step,
     write_run,
 )
@@ -31,7 +31,7 @@ STEPS = 16
 # Ten steps an epoch: kills come in the middle of the first, and runs end in the second.
 INTERRUPTED = {"train": {"schedule_steps": STEPS}, "checkpoint": {"every": 3}}
 
-Start = Callable[..., Run]
+Start = Callable[..., Launched]
 
 
 def computed(run: Path, name: str = "tiny") -> list[dict[str, float]]:
@@ -93,13 +93,13 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) 
         checkpoint={"every": 4},
         eval={"every": 4, "retrieval": {"shards": str(scenes.gallery), "batch": 5}},
     )
-    train(run, ranks=2).require(0)
+    train_to_end(run, ranks=2).require(0)
     return run
 
 
 def test_one_rank_goes_on_from_the_checkpoint_of_two(of_two_ranks: Path, tmp_path: Path) -> None:
     checkpoint = of_two_ranks.parent / "tiny" / "checkpoints" / "step-00000004"
-    train(of_two_ranks, f"output={tmp_path}", f"resume={checkpoint}", "eval.every=0").require(0)
+    train_to_end(of_two_ranks, f"output={tmp_path}", f"resume={checkpoint}", "eval.every=0").require(0)
     of_one = records(tmp_path / "run.yaml")
     assert [record["step"] for record in of_one] == [5, 6, 7, 8]
     for one, two in zip(of_one, records(of_two_ranks)[4:], strict=True):
@@ -125,7 +125,7 @@ def test_damaged_gallery_ends_all_ranks(of_two_ranks: Path, scenes: SceneShards,
     with next(gallery.glob("*.tar")).open("r+b") as shard:
         shard.truncate(30_000)
     changed = [f"output={tmp_path}", f"eval.retrieval.shards={gallery}", "eval.every=2"]
-    finished = train(of_two_ranks, *changed, ranks=2).require(2)
+    finished = train_to_end(of_two_ranks, *changed, ranks=2).require(2)
     assert finished.errors.count("\n") == 1
     assert f"{gallery}/gallery-00000.tar: has 30000 bytes" in finished.errors
 
@@ -133,25 +133,25 @@ def test_damaged_gallery_ends_all_ranks(of_two_ranks: Path, scenes: SceneShards,
 def test_max_steps_extends_a_run_and_only_the_newest_checkpoints_stay(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes, checkpoint={"every": 1, "keep_last": 2, "at_start": True})
     folder = tmp_path / "tiny" / "checkpoints"
-    train(run, "train.max_steps=3").require(0)
+    train_to_end(run, "train.max_steps=3").require(0)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
     shutil.copytree(folder / "step-00000003", folder / "step-00000007.tmp")  # a save that was killed
     moved = ["log.every=2", "data.workers=1", f"data.sources.0.index={tmp_path}/index"]
     shutil.copytree(scenes.train, tmp_path / "index")
-    resumed = train(run, "train.max_steps=5", *moved).require(0)
+    resumed = train_to_end(run, "train.max_steps=5", *moved).require(0)
     assert f"resumed from {folder}/step-00000003" in resumed.output
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000005"]
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5]
-    again = train(run, "train.max_steps=5").require(0)
+    again = train_to_end(run, "train.max_steps=5").require(0)
     assert "nothing left to do" in again.output
-    refused = train(run, "optimizer.lr=0.5", "seed=3").require(2).errors
+    refused = train_to_end(run, "optimizer.lr=0.5", "seed=3").require(2).errors
     assert "step-00000005: seed: 3, was 0; optimizer.lr: 0.5, was " in refused
 
 
 def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes, checkpoint={"at_start": True, "every": 0})
-    train(run, "name=old", "train.max_steps=4").require(0)
-    train(run, "name=new", f"init_from={tmp_path}/old", "train.max_steps=2", "optimizer.lr=0.01").require(0)
+    train_to_end(run, "name=old", "train.max_steps=4").require(0)
+    train_to_end(run, "name=new", f"init_from={tmp_path}/old", "train.max_steps=2", "optimizer.lr=0.01").require(0)
     assert [(record["step"], record["lr"]) for record in records(run, "new")] == [(1, 0.005), (2, 0.01)]
     manifest = json.loads((tmp_path / "new" / "checkpoints" / "step-00000000" / "manifest.json").read_text())
     assert (manifest["state"]["step"], manifest["state"]["updates"]) == (0, 0)
@@ -162,22 +162,24 @@ def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, sc
         assert torch.equal(tensor, expected), name
     assert any(not torch.equal(old[f"{name}|weight"], old[f"{name}|ema"]) for name in manifest["parameters"])
     # Started again by the same command line, it goes on.
-    again = train(run, "name=new", f"init_from={tmp_path}/old", "train.max_steps=3", "optimizer.lr=0.01").require(0)
+    again = train_to_end(
+        run, "name=new", f"init_from={tmp_path}/old", "train.max_steps=3", "optimizer.lr=0.01"
+    ).require(0)
     assert "new/checkpoints/step-00000002 (written at world size 1); " in again.output
     assert records(run, "new")[-1]["step"] == 3
 
 
 def test_resume_never_stands_back_from_existing_checkpoints(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes, resume="never")
-    train(run, "train.max_steps=1").require(0)
-    assert "resume: 'never', but" in train(run, "train.max_steps=2").require(2).errors
+    train_to_end(run, "train.max_steps=1").require(0)
+    assert "resume: 'never', but" in train_to_end(run, "train.max_steps=2").require(2).errors
 
 
 def test_other_shards_are_refused_on_resume(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes)
-    train(run, "train.max_steps=1").require(0)
+    train_to_end(run, "train.max_steps=1").require(0)
     assert "the shards of data.sources are not those" in (
-        train(run, f"data.sources.0.shards={scenes.gallery}").require(2).errors
+        train_to_end(run, f"data.sources.0.shards={scenes.gallery}").require(2).errors
     )
 
 
@@ -209,7 +211,7 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint(tmp_path: Path, scenes: Sce
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes, train={"schedule_steps": 100_000, "max_minutes": 0.12})
-    finished = train(run).require(0)
+    finished = train_to_end(run).require(0)
     assert "train.max_minutes" in finished.output
     assert f"checkpoint: {last_checkpoint(run)}" in finished.output
 

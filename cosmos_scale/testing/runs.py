@@ -65,7 +65,7 @@ class Finished(NamedTuple):
         return self
 
 
-class Run:
+class Launched:
     """A run under way, of one process or several; a context manager that leaves no process behind."""
 
     def __init__(self, start: Callable[[Path], Sequence[BaseProcess | subprocess.Popen[bytes]]]) -> None:
@@ -73,7 +73,7 @@ class Run:
         self._folder = tempfile.TemporaryDirectory()
         self.processes = start(Path(self._folder.name))
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> "Launched":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,7 +139,7 @@ def write_run(folder: Path, scenes: SceneShards, **sections: Any) -> Path:
     return path
 
 
-def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Run:
+def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Launched:
     """Start `cosmos-scale train`, or another program, in one process for each rank, as the launcher would.
 
     program: a module whose `main` takes the command line, `train` first, and returns the exit status.
@@ -160,16 +160,16 @@ def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_sca
             started.append(process)
         return started
 
-    return Run(processes)
+    return Launched(processes)
 
 
-def train(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Finished:
+def train_to_end(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Finished:
     """Run the training program, or one like it, to its end."""
     with start(run, *overrides, ranks=ranks, program=program) as process:
         return process.wait()
 
 
-def launch(run: Path, *overrides: str, ranks: int) -> Run:
+def launch(run: Path, *overrides: str, ranks: int) -> Launched:
     """Start the ranks as a user does: under DeepSpeed's launcher, on a free port of this machine."""
     port = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
     command = [str(Path(sys.executable).parent / "deepspeed"), *port, "--module", "cosmos_scale.train", str(run)]
@@ -182,7 +182,7 @@ def launch(run: Path, *overrides: str, ranks: int) -> Run:
                 )
             ]
 
-    return Run(processes)
+    return Launched(processes)
 
 
 def records(run: Path, name: str = "tiny", kind: str = "train") -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ def records(run: Path, name: str = "tiny", kind: str = "train") -> list[dict[str
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def wait_for_step(process: Run, run: Path, step: int, name: str = "tiny") -> None:
+def wait_for_step(process: Launched, run: Path, step: int, name: str = "tiny") -> None:
     """Wait until metrics.jsonl has a step."""
     process.wait_until(partial(_has_step, run, step, name), f"step {step}")
 

@@ -10,7 +10,7 @@ import pytest
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.testing.runs import records, train, write_run
+from cosmos_scale.testing.runs import records, train_to_end, write_run
 
 COMPUTED = ("step", "loss", "clip", "distill", "scale", "distill_scale", "grad_norm")
 LAST = "fragments-00001.safetensors"  # of the second rank
@@ -21,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
     """A finished run of two ranks with checkpoints at steps 2, 4, 6 and 8."""
     sections = {"zero": {"stage": 2}, "checkpoint": {"every": 2, "keep_last": 9}}
     run = write_run(tmp_path_factory.mktemp("whole"), scenes, **sections)
-    train(run, ranks=2).require(0)
+    train_to_end(run, ranks=2).require(0)
     return run
 
 
@@ -63,7 +63,7 @@ def test_auto_goes_back_to_the_newest_whole_one_and_says_so(run: Path, tmp_path:
     folder = tmp_path / "tiny" / "checkpoints"
     name, damaging = DAMAGES[damage]
     damaging(folder / "step-00000006" / name)
-    finished = train(again, f"output={tmp_path}", "checkpoint.keep_last=2", ranks=2).require(0)
+    finished = train_to_end(again, f"output={tmp_path}", "checkpoint.keep_last=2", ranks=2).require(0)
     (line,) = [line for line in finished.output.splitlines() if "passed over" in line]
     assert line.startswith("passed over a broken checkpoint, now step-00000006.broken: ")
     assert name in line
@@ -89,7 +89,7 @@ def test_a_broken_one_that_is_asked_for_is_refused(run: Path, tmp_path: Path) ->
     broken = tmp_path / "tiny" / "checkpoints" / "step-00000006"
     flip(broken / LAST, 0.9)
     for folder in (broken, tmp_path / "tiny"):  # a run's folder means its newest
-        finished = train(again, f"output={tmp_path}/new", f"resume={folder}", ranks=2).require(2)
+        finished = train_to_end(again, f"output={tmp_path}/new", f"resume={folder}", ranks=2).require(2)
         assert len(finished.errors.splitlines()) == 1
         assert f"{broken / LAST}: is damaged between bytes" in finished.errors
     assert broken.exists()
@@ -102,7 +102,7 @@ def test_a_run_of_broken_checkpoints_is_refused_and_never_begun_anew(run: Path, 
     flip(folder / "step-00000006" / LAST, 0.6)  # found when it is loaded
     (folder / "step-00000004" / MANIFEST).unlink()
     (folder / "step-00000002" / LAST).write_bytes(b"")
-    finished = train(again, f"output={tmp_path}", ranks=2).require(2)
+    finished = train_to_end(again, f"output={tmp_path}", ranks=2).require(2)
     assert len(finished.errors.splitlines()) == 1
     assert f"no checkpoint under {folder} is whole; the newest: checkpoint file" in finished.errors
     assert str(folder / "step-00000006" / LAST) in finished.errors
@@ -113,10 +113,10 @@ def test_a_run_of_broken_checkpoints_is_refused_and_never_begun_anew(run: Path, 
 def test_a_run_resumed_at_its_start_does_not_write_that_again(tmp_path: Path, scenes: SceneShards) -> None:
     """Killed in between, it would have replaced its only checkpoint by none."""
     run = write_run(tmp_path, scenes, checkpoint={"at_start": True, "every": 0})
-    train(run, "train.max_steps=1").require(0)
+    train_to_end(run, "train.max_steps=1").require(0)
     folder = tmp_path / "tiny" / "checkpoints"
     shutil.rmtree(folder / "step-00000001")
     before = (folder / "step-00000000" / MANIFEST).stat().st_mtime_ns
-    assert f"resumed from {folder}/step-00000000" in train(run, "train.max_steps=1").require(0).output
+    assert f"resumed from {folder}/step-00000000" in train_to_end(run, "train.max_steps=1").require(0).output
     assert (folder / "step-00000000" / MANIFEST).stat().st_mtime_ns == before
     assert (folder / "step-00000001" / MANIFEST).exists()

@@ -13,7 +13,7 @@ import pytest
 from cosmos_scale.checkpoint.files import TensorFile
 from cosmos_scale.checkpoint.state import checkpoints, newest, read_manifest, step_of
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.testing.runs import Run, records, start, train, write_run
+from cosmos_scale.testing.runs import Launched, records, start, train_to_end, write_run
 
 COMPUTED = ("step", "samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm")
 
@@ -42,7 +42,7 @@ def assert_all_whole(root: Path) -> None:
             file.close()
 
 
-def time_saves(process: Run, root: Path, count: int) -> Iterator[float]:
+def time_saves(process: Launched, root: Path, count: int) -> Iterator[float]:
     """Yield how long some saves of a run take, in seconds, and kill it."""
     for _ in range(count):
         process.wait_until(lambda: bool(temporary_folders(root)), "a save")
@@ -52,7 +52,7 @@ def time_saves(process: Run, root: Path, count: int) -> Iterator[float]:
     process.kill()
 
 
-def kill_while_saving(process: Run, root: Path, delay: float, saves: int, rank: int, began: float) -> None:
+def kill_while_saving(process: Launched, root: Path, delay: float, saves: int, rank: int, began: float) -> None:
     """Kill a run some time into a save of its own, one rank first."""
     first = last_step(root)
     process.wait_until(lambda: last_step(root) >= first + saves, f"{saves} saves")
@@ -98,9 +98,9 @@ def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(
     print(f"{hits} of {kills} kills hit a save, which takes {1000 * typical:.0f} ms")
     assert hits > kills / 2, f"only {hits} of {kills} kills hit a save: they prove little"
     end = f"train.max_steps={last_step(root) + 2}"
-    train(run, "name=killed", end, ranks=ranks).require(0)
+    train_to_end(run, "name=killed", end, ranks=ranks).require(0)
     assert temporary_folders(root) == []
-    train(run, "name=whole", "checkpoint.every=0", end, ranks=ranks).require(0)
+    train_to_end(run, "name=whole", "checkpoint.every=0", end, ranks=ranks).require(0)
     killed, whole = (
         [{key: record[key] for key in COMPUTED} for record in records(run, name)] for name in ("killed", "whole")
     )

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from cosmos_scale.engine.comm_memory import check_room
-from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.engine.ranks import free_port, start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.runs import free_port
 
 
 def shared_memory(rank: int, world_size: int) -> tuple[list[str], list[str], list[float]]:

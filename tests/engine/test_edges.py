@@ -12,7 +12,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.runs import records, train, write_run
+from cosmos_scale.testing.runs import records, train_to_end, write_run
 from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 
 # fp32 sums of one batch in another order, over three updates.
@@ -128,7 +128,7 @@ def test_evaluation_at_stage_3_is_that_of_stage_0(tmp_path: Path, scenes: SceneS
     run = write_run(tmp_path, scenes, eval={"every": 1, "retrieval": retrieval}, optimizer={"lr": 0.01})
     evaluations = []
     for stage in (0, 3):
-        train(run, f"name=stage{stage}", f"zero.stage={stage}", "train.max_steps=2", ranks=2).require(0)
+        train_to_end(run, f"name=stage{stage}", f"zero.stage={stage}", "train.max_steps=2", ranks=2).require(0)
         evaluations.append(records(run, f"stage{stage}", kind="eval"))
     assert [record["step"] for record in evaluations[0]] == [1, 2]
     for whole, sharded in zip(*evaluations, strict=True):

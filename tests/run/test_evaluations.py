@@ -14,7 +14,7 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.explain import explain
-from cosmos_scale.testing.runs import Finished, records, train, write_run
+from cosmos_scale.testing.runs import Finished, records, train_to_end, write_run
 from cosmos_scale.testing.shard_files import write_shards
 from tests.checkpoint.edit import content_of, rewrite
 from tests.evaluation.measured import retrieval_of
@@ -49,7 +49,7 @@ def failing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SHARD, str(gallery / "00001.tar"))
-        finished = train(run, ranks=ranks, program="tests.run.failing_train").require(0)
+        finished = train_to_end(run, ranks=ranks, program="tests.run.failing_train").require(0)
     return Failing(run, gallery, ranks, finished)
 
 
@@ -93,11 +93,11 @@ def test_a_step_is_saved_before_it_is_evaluated(tmp_path: Path, scenes: SceneSha
     for last_step, steps in (("8", [2]), ("3", [2, 3])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(STEP, str(steps[-1]))
-            train(run, f"train.max_steps={last_step}", program="tests.run.dying_train").require(DIED)
+            train_to_end(run, f"train.max_steps={last_step}", program="tests.run.dying_train").require(DIED)
         assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in steps]
         assert [record["step"] for record in records(run)] == list(range(1, steps[-1] + 1))
     for last_step, evaluated in (("5", [4, 5]), ("6", [4, 5, 6])):  # each step once
-        train(run, f"train.max_steps={last_step}").require(0)
+        train_to_end(run, f"train.max_steps={last_step}").require(0)
         assert [record["step"] for record in records(run, kind="eval")] == evaluated
 
 
@@ -110,7 +110,7 @@ def test_runs_that_wrote_the_old_form_resume(failing: Failing, tmp_path: Path) -
     content["state"]["config"]["eval"] = {"every": first["every"], "retrieval": old}
     rewrite(checkpoint, content)
     overrides = [f"output={tmp_path}", "train.max_steps=6", "eval=[]", "eval.every=1"]
-    resumed = train(failing.run, *overrides, f"eval.retrieval.shards={failing.gallery}").require(0)
+    resumed = train_to_end(failing.run, *overrides, f"eval.retrieval.shards={failing.gallery}").require(0)
     assert f"resumed from {checkpoint}" in resumed.output
     evaluations = records(tmp_path / "run.yaml", kind="eval")
     assert [record["step"] for record in evaluations] == [5, 6]

@@ -15,7 +15,7 @@ from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
-from cosmos_scale.testing.runs import records, train, write_run
+from cosmos_scale.testing.runs import records, train_to_end, write_run
 
 NUMBERS = [
     *("samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm"),
@@ -138,7 +138,7 @@ def test_a_run_writes_all_three(tmp_path: Path, scenes: SceneShards, monkeypatch
     monkeypatch.setenv("WANDB_SILENT", "true")
     evaluation = {"every": 2, "retrieval": {"shards": str(scenes.gallery)}}
     run = write_run(tmp_path, scenes, eval=evaluation, log={"tensorboard": True, "wandb": {"mode": "offline"}})
-    train(run, "train.max_steps=4").require(0)
+    train_to_end(run, "train.max_steps=4").require(0)
     assert list((tmp_path / "tiny" / "wandb").glob("offline-run-*/run-*.wandb"))
     shown = scalars(tmp_path / "tiny")
     for kind, count in (("train", 4), ("eval", 2)):

@@ -20,7 +20,7 @@ from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.metrics import console_line
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.runs import checkpoint_tensors, last_checkpoint, records, train, write_run
+from cosmos_scale.testing.runs import checkpoint_tensors, last_checkpoint, records, train_to_end, write_run
 from cosmos_scale.testing.tiny import build_tiny, tiny_config
 from tests.checkpoint.edit import content_of, replace_tensors
 
@@ -29,7 +29,7 @@ from tests.checkpoint.edit import content_of, replace_tensors
 def run(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
     """A run of two ranks whose checkpoint of step 2 has a copy, `poisoned`, with a student that overflows."""
     path = write_run(tmp_path_factory.mktemp("good"), scenes, zero={"stage": 1}, train={"max_steps": 2})
-    train(path, ranks=2).require(0)
+    train_to_end(path, ranks=2).require(0)
     filter_size = 3 * 8 * 8
     poison(last_checkpoint(path), path.parent / "poisoned", "visual.conv1.weight", range(filter_size))
     return path
@@ -53,7 +53,7 @@ def poison(checkpoint: Path, copy: Path, name: str, elements: range) -> None:
 def test_bad_loss_stops_and_says_where_and_what_is_left(run: Path, ranks: int) -> None:
     name = f"stopped{ranks}"
     start = [f"name={name}", f"init_from={run.parent}/poisoned", "checkpoint.at_start=true", "checkpoint.every=1"]
-    finished = train(run, *start, "train.max_steps=8", ranks=ranks).require(2)
+    finished = train_to_end(run, *start, "train.max_steps=8", ranks=ranks).require(2)
     assert len(finished.errors.splitlines()) == 1
     named = ", ".join(map(str, range(ranks)))
     assert f"step 1: the loss is not finite (clip nan, distill nan; features are not finite on rank {named})" in (
@@ -77,19 +77,19 @@ def test_bad_loss_names_the_rank_that_it_comes_from(run: Path) -> None:
     word, width = min(words[1] - words[0]), config.model.text.width
     row = range(word * width, (word + 1) * width)
     poison(last_checkpoint(run), run.parent / "word", "token_embedding.weight", row)
-    finished = train(run, "name=word", f"init_from={run.parent}/word", ranks=2).require(2)
+    finished = train_to_end(run, "name=word", f"init_from={run.parent}/word", ranks=2).require(2)
     assert "step 1: the loss is not finite" in finished.errors
     assert "features are not finite on rank 1)" in finished.errors
 
 
 def test_bad_loss_before_any_checkpoint_says_so(run: Path) -> None:
-    finished = train(run, "name=none", f"init_from={run.parent}/poisoned").require(2)
+    finished = train_to_end(run, "name=none", f"init_from={run.parent}/poisoned").require(2)
     assert "last good checkpoint: none" in finished.errors
 
 
 def test_skipped_steps_change_nothing_and_are_counted(run: Path) -> None:
     start = ["name=skipping", f"init_from={run.parent}/poisoned", "checkpoint.at_start=true", "non_finite=skip"]
-    finished = train(run, *start, "train.max_steps=3", ranks=2).require(0)
+    finished = train_to_end(run, *start, "train.max_steps=3", ranks=2).require(0)
     for step in (1, 2, 3):
         assert f"step {step}: the loss is not finite" in finished.output
     folder = last_checkpoint(run, "skipping")
@@ -159,7 +159,7 @@ def test_data_waits_are_the_least_and_the_most_of_all_ranks(tmp_path: Path) -> N
 
 
 def test_steps_between_records_count_into_the_next(run: Path) -> None:
-    finished = train(run, "name=rare", "log.every=3", "train.max_steps=5").require(0)
+    finished = train_to_end(run, "name=rare", "log.every=3", "train.max_steps=5").require(0)
     assert [record["step"] for record in records(run, "rare")] == [3, 5]  # the last one always
     lines = [line for line in finished.output.splitlines() if line.startswith("step ")]
     assert len(lines) == 2
