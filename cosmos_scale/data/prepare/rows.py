@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from cosmos_scale.data.csv_records import CELL_LIMIT, read_cell, read_records
 from cosmos_scale.data.prepare import parquet
+from cosmos_scale.data.prepare.csv_records import CELL_LIMIT, read_cell, read_records
 from cosmos_scale.data.prepare.datasets import Dataset, Join
 from cosmos_scale.data.samples.captions import WHOLE_KEYS, plain_column
 from cosmos_scale.errors import UserError

@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.csv_records import read_cell, read_records
+from cosmos_scale.data.prepare.csv_records import read_cell, read_records
 from cosmos_scale.data.samples.captions import POOL_KEYS, WHOLE_KEYS, is_missing, plain_column
 from cosmos_scale.errors import UserError
 

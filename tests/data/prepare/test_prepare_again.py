@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cosmos_scale.cli import main as cli
-from cosmos_scale.data import csv_records
+from cosmos_scale.data.prepare import csv_records
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
 from tests.conftest import REPOSITORY

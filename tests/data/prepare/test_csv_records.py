@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from cosmos_scale.data import csv_records
-from cosmos_scale.data.csv_records import CsvRecord, read_records
+from cosmos_scale.data.prepare import csv_records
+from cosmos_scale.data.prepare.csv_records import CsvRecord, read_records
 
 
 def read(text: str) -> list[CsvRecord]:
