@@ -1,9 +1,9 @@
 """Compare the trainer's step with the public COSMOS implementation, run from a checkout of your own.
 
 The checkout's own model, loss and training loop are imported from the folder that --reference names; nothing of them
-is part of this project. The trainer, the public step and the plain restatement that benchmarks/step_speedup.py uses
-take the same steps in turns, in float32 on the CPU, from the same weights. Prints how long each takes; exits with 1
-where losses differ, with 2 where the checkout cannot be used.
+is part of this project. The trainer, the public step and its plain restatement
+(cosmos_scale/testing/published_step.py) take the same steps in turns, in float32 on the CPU, from the same weights.
+Prints how long each takes; exits with 1 where losses differ, with 2 where the checkout cannot be used.
 """
 
 import argparse
@@ -21,7 +21,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Figure, report
-from benchmarks.step_speedup import (
+from cosmos_scale.batch import Batch
+from cosmos_scale.config import ModelConfig, RunConfig
+from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.errors import UserError
+from cosmos_scale.testing.published_step import Losses, decay_groups
+from cosmos_scale.testing.step_race import (
     CASES,
     LossesDifferError,
     Side,
@@ -32,11 +37,6 @@ from benchmarks.step_speedup import (
     restated_step,
     spread,
 )
-from cosmos_scale.batch import Batch
-from cosmos_scale.config import ModelConfig, RunConfig
-from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.errors import UserError
-from cosmos_scale.testing.published_step import Losses, decay_groups
 
 NEEDED = ("open_clip.model", "open_clip.loss", "training.train")
 # What the public model always has, whatever its configuration file says.

@@ -11,8 +11,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.needed_flops import Tokens, loss_flops, student_flops, student_tokens, teacher_flops, teacher_tokens
-from benchmarks.step_speedup import (
+from cosmos_scale.batch import Features, caption_lengths
+from cosmos_scale.config import ModelConfig, RunConfig
+from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.engine.schedule import ema_momentum, learning_rate
+from cosmos_scale.kernels.attention import Segments
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.testing.needed_flops import (
+    Tokens,
+    loss_flops,
+    student_flops,
+    student_tokens,
+    teacher_flops,
+    teacher_tokens,
+)
+from cosmos_scale.testing.published_step import Losses, PublishedStep
+from cosmos_scale.testing.step_race import (
     CASES,
     GLOBAL_TOKENS,
     LOCAL_TOKENS,
@@ -28,13 +42,6 @@ from benchmarks.step_speedup import (
     restated_step,
     step_batch,
 )
-from cosmos_scale.batch import Features, caption_lengths
-from cosmos_scale.config import ModelConfig, RunConfig
-from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.engine.schedule import ema_momentum, learning_rate
-from cosmos_scale.kernels.attention import Segments
-from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.testing.published_step import Losses, PublishedStep
 from cosmos_scale.testing.tiny import worst_difference
 from tests.conftest import REPOSITORY
 from tools.check_golden import GROUPS, Golden
