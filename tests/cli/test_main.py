@@ -196,7 +196,7 @@ def test_data_refusals_fit_on_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_output_that_nobody_reads_ends_quietly(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, [1])
-    command = [sys.executable, "-m", "cosmos_scale.cli.main", "data", "verify", str(folder), "--workers=1"]
+    command = [sys.executable, "-m", "cosmos_scale.cli", "data", "verify", str(folder), "--workers=1"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
