@@ -13,9 +13,10 @@ class WandbConfig(Section):
     project: str = Field(
         "cosmos-scale", description="project that the run appears in", json_schema_extra=RESUME_MAY_CHANGE
     )
-    mode: Literal["online", "offline"] = Field(
-        "online",
-        description="online: send records as they come; offline: keep them in the run's folder",
+    mode: Literal["online", "offline"] | None = Field(
+        None,
+        description="online: send records as they come; offline: keep them in the run's folder; null: as the "
+        "environment's WANDB_MODE says, else online",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
 

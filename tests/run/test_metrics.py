@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.table import Table
@@ -152,9 +153,14 @@ def test_a_run_writes_all_three(tmp_path: Path, scenes: SceneShards, monkeypatch
     assert {tag for tag in shown if tag.startswith("train/")} == {f"train/{key}" for key in NUMBERS}
 
 
-def test_wandb_works_offline_and_goes_on_in_the_same_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "environment"), [("offline", "online"), (None, "offline")])
+def test_wandb_works_offline_and_goes_on_in_the_same_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Literal["offline"] | None, environment: str
+) -> None:
+    """Offline as the config says, or where the config says nothing, the environment."""
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="offline"))
+    monkeypatch.setenv("WANDB_MODE", environment)
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode=mode))
     for first_step in (0, 1):
         with opened(tmp_path, config, first_step=first_step) as log:
             log.training(record(first_step + 1))
