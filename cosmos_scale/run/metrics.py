@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import secrets
 from pathlib import Path
 from types import TracebackType
@@ -147,6 +148,7 @@ def _wandb(folder: Path, config: LogConfig, name: str, run_config: dict[str, Any
     identity = folder / "wandb_id"
     if not identity.exists():  # a resumed run continues the same record
         identity.write_text(secrets.token_hex(4))
+    mode: Any = config.wandb.mode or os.environ.get("WANDB_MODE")
     try:
         return wandb.init(
             project=config.wandb.project,
@@ -154,7 +156,7 @@ def _wandb(folder: Path, config: LogConfig, name: str, run_config: dict[str, Any
             id=identity.read_text(),
             resume="allow",
             dir=str(folder),
-            mode=config.wandb.mode,
+            mode=mode,
             config=run_config,
         )
     except wandb.errors.Error as failure:
