@@ -23,13 +23,13 @@ from cosmos_scale.data.prepare.datasets import DREAMLIP, join_value
 from cosmos_scale.data.prepare.prepare import prepare_dataset
 from cosmos_scale.data.prepare.rows import scan_captions
 from cosmos_scale.data.prepare.table import JoinTable, build_table, join_hash
-from cosmos_scale.data.samples.captions import POOL_KEYS
+from cosmos_scale.data.samples.caption_keys import DREAMLIP_KEYS
 from cosmos_scale.data.samples.sentences import split_published, split_sentences
 from cosmos_scale.testing.photos import caption_documents, jpeg_photos
 
 ROWS = 100_000
 PHOTOS, SHARDS, PER_SHARD = 256, 4, 512
-KEYS = POOL_KEYS["textcrop"]
+KEYS = DREAMLIP_KEYS
 
 
 def write_captions(path: Path, rows: int) -> None:

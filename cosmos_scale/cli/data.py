@@ -66,6 +66,21 @@ def add_data_commands(commands: "Commands") -> None:
         "--out", type=path, metavar="DIR", help="folder of the index; default: beside the shards, if they are files"
     )
 
+    index.add_argument(
+        "--captions", nargs="+", default=(), metavar="KEY", help="the only json keys that hold captions (see below)"
+    )
+    index.add_argument(
+        "--last-dot", action="store_true", help="keys of samples end at the last dot of a name, not at the first"
+    )
+    # The names are written out here, since to import them takes a second; a test compares them.
+    index.description = (
+        "Index shards: where each sample lies, and which samples can be used. A caption stands in the json under one\n"
+        "of raw_caption, shortIB_captions, shortSV_captions, shortLLA_captions, longIB_captions, longSV_captions,\n"
+        "longLLA_captions, original_caption, caption; else in the txt; else in the json under captions, text or\n"
+        "title. Capital letters do not matter. Samples whose captions are all null or empty are left out. Shards\n"
+        "with other keys: --captions KEY here, and data.captions.keys in the run's file."
+    )
+
     inspect = _add(commands, "inspect", _inspect, "what indexed shards hold, and what training makes of it")
     inspect.description = (
         "Count samples, captions and image sizes of indexed shards (statistics.png), and draw\n"
@@ -103,7 +118,7 @@ def add_data_commands(commands: "Commands") -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.data.samples.captions import plain_column
+    from cosmos_scale.data.samples.caption_keys import plain_column
     from cosmos_scale.data.tools.build import build_shards
     from cosmos_scale.data.tools.captions_file import Columns
 
@@ -126,8 +141,15 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _index(arguments: argparse.Namespace) -> int:
     from cosmos_scale.data.shards.index import index_shards
+    from cosmos_scale.data.shards.scan import ScanRules
 
-    report = index_shards(arguments.pattern, arguments.out, workers=arguments.workers, progress=not arguments.quiet)
+    report = index_shards(
+        arguments.pattern,
+        arguments.out,
+        rules=ScanRules(tuple(arguments.captions), arguments.last_dot),
+        workers=arguments.workers,
+        progress=not arguments.quiet,
+    )
     print(report.describe())
     return 0
 

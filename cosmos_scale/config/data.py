@@ -90,8 +90,17 @@ class CaptionsConfig(Section):
         "the long texts; a name that ends in _pixelprose: the same with PixelProse's texts",
     )
     max_sentences: int = Field(5, ge=1, description="most sentences in a global caption")
+    keys: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="the only json keys that captions are read from, in this order, for textcrop and random; null: "
+        "the sampling's keys, else caption, else captions, text, title; capital letters do not matter there",
+    )
 
     def _check_rules(self) -> None:
+        if self.keys is not None and self.sampling not in ("textcrop", "random"):
+            rule = f"names all texts; goes with sampling textcrop or random, not {self.sampling}"
+            refuse("keys", list(self.keys), rule, ["sampling"])
         if self.global_count > self.count:
             refuse("global_count", self.global_count, f"must be at most count ({self.count})", ["count"])
 

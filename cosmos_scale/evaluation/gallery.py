@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
+from cosmos_scale.data.samples.caption_keys import is_missing
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, ShardReader
@@ -101,10 +102,10 @@ class Gallery:
 
 def _correct_texts(document: dict[str, Any], captions_key: str) -> list[str]:
     value = document.get(captions_key)
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    found = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) or is_missing(text) for text in found):
         raise DamagedSample(f"{captions_key} is neither a string nor a list of strings")
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in found if isinstance(text, str) and text.strip()]
     if not texts:
         raise DamagedSample(f"{captions_key} holds no text")
     return texts

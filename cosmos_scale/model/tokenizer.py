@@ -37,6 +37,9 @@ WORD = regex.compile(
 ASCII_WORD = re.compile("|".join(SPECIAL_WORDS) + r"|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")
 # Bounds of what a process remembers: about 10 MB of words.
 REMEMBERED_WORDS, REMEMBERED_LENGTH = 65_536, 32
+# Mending goes line by line, at some 10 microseconds each. It changes neither blank lines nor plain line breaks.
+_BREAKS = str.maketrans("\n\r\t", "   ")
+_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 
 
 class Tokenizer:
@@ -79,8 +82,8 @@ class Tokenizer:
 def clean(text: str) -> str:
     """Return text with broken Unicode mended, HTML entities resolved twice, white space collapsed, in lower case."""
     # Mending and resolving take longer than all the rest, and change nothing in printable ASCII without an entity.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if not (text.isascii() and text.translate(_BREAKS).isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(_BLANK_LINES.sub("\n", text))))
     return " ".join(text.split()).lower()
 
 

@@ -10,6 +10,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.config.load import dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
+from cosmos_scale.data.training.caption_check import check_captions
 from cosmos_scale.data.training.loader import check_loading
 from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
@@ -49,6 +50,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         check_loading(config, index, ranks.world_size)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         check_shards(index, config, start.lost_shards, resumed=start.state is not None)
+        if ranks.is_main:
+            check_captions(index, config.data.captions, config.data.remote, start.lost_shards)
         evaluations = Evaluations(config, ranks, folder)
         if ranks.is_main:
             _write_config(config, folder)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import ftfy
 import numpy as np
 import open_clip.tokenizer
 import pytest
@@ -110,6 +111,22 @@ def test_the_short_way_through_cutting_changes_nothing(text: str) -> None:
     """ASCII in, control characters and entities too, cuts as the pattern for all of Unicode does."""
     cleaned = clean(text)
     assert words(cleaned) == WORD.findall(cleaned)
+
+
+def test_a_thousand_line_breaks_are_mended_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    mended: list[str] = []
+    fix = ftfy.fix_text
+
+    def note(text: str) -> str:
+        mended.append(text)
+        return fix(text)
+
+    monkeypatch.setattr(ftfy, "fix_text", note)
+    for blank in ("\n", "\r\n", " \n", "\t\n"):
+        assert clean("a dog." + blank * 1000 + "A\tcat") == "a dog. a cat"
+        assert mended == []  # plain text needs no mending
+        assert clean("caf\u00e9\n" + blank * 1000 + "a cat") == "caf\u00e9 a cat"
+        assert mended.pop() == "caf\u00e9\na cat"
 
 
 def test_memory_of_words_is_bounded_and_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

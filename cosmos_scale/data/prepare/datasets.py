@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from cosmos_scale.data.samples.captions import POOL_KEYS, WHOLE_KEYS, is_missing
+from cosmos_scale.data.samples.caption_keys import DREAMLIP_KEYS, WHOLE_KEYS, is_missing
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.samples.sentences import Split, splitter
 
@@ -32,7 +32,7 @@ class Dataset(NamedTuple):
 DREAMLIP = Dataset(
     "dreamlip",
     {"url": ("image_path", "image_url", "url"), "key": ("key", "image_path")},
-    {name.lower(): name for name in POOL_KEYS["textcrop"]},
+    {name.lower(): name for name in DREAMLIP_KEYS},
     whole=frozenset(),
     split_in_training=False,
 )

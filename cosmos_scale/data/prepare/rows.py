@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.csv_records import CELL_LIMIT, read_cell, read_records
 from cosmos_scale.data.prepare.datasets import Dataset, Join
-from cosmos_scale.data.samples.captions import WHOLE_KEYS, plain_column
+from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS, plain_column
 from cosmos_scale.errors import UserError
 
 BOM = b"\xef\xbb\xbf"

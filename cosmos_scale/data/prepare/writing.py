@@ -16,7 +16,7 @@ from cosmos_scale.data.prepare.matching import DUPLICATE
 from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
-from cosmos_scale.data.samples.captions import plain_column
+from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file, whole_file, writing

@@ -4,39 +4,33 @@ The document is the sample's json: DreamLIP's seven lists of sentences, PixelPro
 a plain `caption`, which stands for a raw caption.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cosmos_scale.config import CaptionsConfig
+from cosmos_scale.data.samples.caption_keys import (
+    DREAMLIP_KEYS,
+    LONG_KEYS,
+    OTHER_NAMES,
+    RAW_KEYS,
+    SHORT_KEYS,
+    is_empty,
+    is_missing,
+    with_known_keys,
+)
 from cosmos_scale.data.samples.sample import CAPTION_STREAM, DamagedSample, SampleKey, sample_generator
 from cosmos_scale.data.samples.sentences import split_published, split_sentences
 
-RAW_KEYS = ("raw_caption",)
-SHORT_KEYS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
-LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions")
-# Captions that stay one string, never a list: an alternative text of the web may have any form.
-WHOLE_KEYS = frozenset({"original_caption"})
 # The order of the keys is the order of the pool, as in the published code.
 POOL_KEYS: dict[str, tuple[str, ...]] = {
-    "textcrop": RAW_KEYS + SHORT_KEYS + LONG_KEYS,
-    "random": RAW_KEYS + SHORT_KEYS + LONG_KEYS,
+    "textcrop": DREAMLIP_KEYS,
+    "random": DREAMLIP_KEYS,
     "raw": RAW_KEYS,
     "short": RAW_KEYS + SHORT_KEYS,
     "long": LONG_KEYS,
 }
-
-
-def plain_column(name: str) -> str:
-    """Return the name of a captions file's column in the form in which columns are compared."""
-    return name.strip().lower().replace(" ", "_")
-
-
-def is_missing(value: object) -> bool:
-    """Return whether a value of a caption document means that there is none: null, or NaN, pandas' empty cell."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleKey) -> list[str]:
@@ -44,7 +38,7 @@ def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleK
 
     Raises DamagedSample where the document has the wrong shape or holds no text for this sampling mode.
     """
-    pool = caption_pool(config.sampling, document)
+    pool = caption_pool(config.sampling, document, config.keys)
     if not any(sentence.strip() for sentence in pool):
         raise DamagedSample(f"no caption text for sampling {config.sampling} in keys {_keys(document)}")
     generator = sample_generator(key, CAPTION_STREAM)
@@ -57,33 +51,45 @@ def draw_captions(config: CaptionsConfig, document: dict[str, Any], key: SampleK
     return global_captions + _choose(pool, config.count - config.global_count, generator)
 
 
-def caption_pool(sampling: str, document: Any) -> list[str]:
-    """Return the sentences that a sampling mode chooses from; they may be blank. Raises DamagedSample."""
+def caption_pool(sampling: str, document: Any, keys: Sequence[str] | None = None) -> list[str]:
+    """Return the sentences that a sampling mode chooses from; they may be blank. Raises DamagedSample.
+
+    keys: the only json keys that are read, if the run names any; None: the keys of the sampling mode.
+    """
     if not isinstance(document, dict):
         raise DamagedSample(f"caption document is {_kind(document)}, expected an object with caption keys")
-    if sampling in POOL_KEYS:
-        keys = POOL_KEYS[sampling]
-        if "raw_caption" in keys and _is_plain(document):
-            keys = ("caption",)
-        _require_any(keys, document, sampling)
+    if keys is not None:
+        _require_any(keys, document, "data.captions.keys")
         return [sentence for name in keys for sentence in _sentences(document, name)]
+    known, mode = with_known_keys(document), f"sampling {sampling}"
+    if sampling in POOL_KEYS:
+        names = POOL_KEYS[sampling]
+        if "raw_caption" not in names:
+            _require_any(names, known, mode)
+        elif _is_plain(known):
+            names = ("caption",)
+        else:
+            _require_any(names, known, mode, ("caption", *OTHER_NAMES))
+        return [sentence for name in names for sentence in _sentences(known, name)]
     if sampling == "raw_pixelprose":
-        _require_any(("original_caption",), document, sampling)
-        return _text(document, "original_caption")
-    _require_any(("original_caption", "caption"), document, sampling)
+        _require_any(("original_caption",), known, mode)
+        return _text(known, "original_caption")
+    _require_any(("original_caption", "caption"), known, mode, OTHER_NAMES)
     # A string is split in the published way. A list was split when the shards were made.
-    return _text(document, "original_caption") + _sentences(document, "caption", split_published)
+    return _text(known, "original_caption") + _sentences(known, "caption", split_published)
 
 
 def _is_plain(document: dict[str, Any]) -> bool:
     """Whether `caption` is all the text there is: nothing of DreamLIP, and not PixelProse's generated caption."""
-    others = (*POOL_KEYS["textcrop"], "original_caption")
-    return not is_missing(document.get("caption")) and all(is_missing(document.get(name)) for name in others)
+    others = (*DREAMLIP_KEYS, "original_caption")
+    return not is_missing(document.get("caption")) and all(is_empty(document.get(name)) for name in others)
 
 
-def _require_any(keys: Sequence[str], document: dict[str, Any], sampling: str) -> None:
+def _require_any(keys: Sequence[str], document: dict[str, Any], who: str, others: Sequence[str] = ()) -> None:
+    """Raise DamagedSample where a document has none of some keys. others: keys that stand in for all of them."""
     if all(is_missing(document.get(name)) for name in keys):
-        raise DamagedSample(f"sampling {sampling} needs one of {', '.join(keys)}; the document has {_keys(document)}")
+        instead = f", or else {', '.join(others)}" if others else ""
+        raise DamagedSample(f"{who} needs one of {', '.join(keys)}{instead}; the document has {_keys(document)}")
 
 
 def _sentences(document: dict[str, Any], name: str, split: Callable[[str], list[str]] = split_sentences) -> list[str]:

@@ -26,7 +26,8 @@ from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
-from cosmos_scale.data.shards.scan import scan_shard
+from cosmos_scale.data.shards.rejects import merge_rejected
+from cosmos_scale.data.shards.scan import DEFAULT_RULES, ScanRules, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join_url, redact
 from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
@@ -42,19 +43,25 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broke
 
 
 class IndexReport(NamedTuple):
-    """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off."""
+    """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off.
+
+    dotted: samples whose keys end at the last dot, not at the first one.
+    """
 
     folder: Path
     shards: int
     samples: int
     rejected: Counter[str]
     torn: int
+    dotted: int
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
         lines = [f"{self.samples:,} samples in {self.shards:,} shards; index in {self.folder}"]
         if self.torn:
             lines.append(f"{self.torn:,} shards break off: samples before the break are kept")
+        if self.dotted:
+            lines.append(f"{self.dotted:,} keys have dots: they end at the last dot of the member's name")
         lines += [f"{count:,} samples rejected: {reason}" for reason, count in self.rejected.most_common()]
         if self.torn or self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
@@ -69,7 +76,14 @@ class ShardRow(NamedTuple):
     size: int
 
 
-def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, progress: bool = True) -> IndexReport:
+def index_shards(
+    pattern: str,
+    out: Path | None,
+    *,
+    rules: ScanRules = DEFAULT_RULES,
+    workers: int | None = None,
+    progress: bool = True,
+) -> IndexReport:
     """Index the shards of a folder or a glob or brace pattern, without repacking them.
 
     Shards at a URL or from a command are read once, each through a temporary file. Where the reading breaks off, the
@@ -91,29 +105,30 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
-    torn = 0
-    unfinished = Unfinished(folder / UNFINISHED) if is_remote(pattern) else None
+    torn = dotted = 0
+    unfinished = Unfinished(folder / UNFINISHED, rules) if is_remote(pattern) else None
     known = unfinished.read(names) if unfinished else {}
-    work = map_jobs(partial(_index_one, shards, folder), [name for name in names if name not in known], workers)
+    work = map_jobs(partial(_index_one, shards, folder, rules), [name for name in names if name not in known], workers)
     with progress_bar("indexing shards", len(names), show=progress) as advance:
         for done in chain(known.values(), work):
             if unfinished and done.name not in known:
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
+            dotted += done.dotted
             rejected.update(reason_class(reason) for _, reason in done.rejected)
             faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
             if done.torn is not None:
                 torn += 1
                 faults.append({"shard": done.name, "key": None, "reason": done.torn})
             advance(1)
-    _merge_rejected(folder / REJECTED, set(names), faults)
+    merge_rejected(folder / REJECTED, set(names), faults)
     samples = sum(row.samples for row in rows)
     if samples == 0:
         raise UserError(f"{shards.shown}: no usable sample in {len(names)} shards; see {folder / REJECTED}")
     _write_summary(folder / SUMMARY, sorted([*others, *rows]))
     if unfinished:
         unfinished.remove()
-    return IndexReport(folder, len(rows), samples, rejected, torn)
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted)
 
 
 class SourceShards(NamedTuple):
@@ -324,14 +339,15 @@ def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
     replace_file(path, f'{{"format": {json.dumps(FORMAT)}, "shards": [\n{lines}\n]}}\n'.encode())
 
 
-def _index_one(shards: ShardPattern, folder: Path, name: str) -> IndexedShard:
+def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) -> IndexedShard:
     """Scan one shard and write its table."""
-    scan = scan_shard(shards.address(name), shards.show(name))
+    scan = scan_shard(shards.address(name), shards.show(name), rules=rules)
     path = folder / _table_name(name)
     make_folder(path.parent)
     replace_file(path, pack_table(scan.entries))
     rejected = [(fault.key, fault.reason) for fault in scan.rejected]
-    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn)
+    dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
+    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn, dotted)
 
 
 def _table_name(shard: str) -> str:
@@ -362,24 +378,3 @@ def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
     except _UNREADABLE as error:  # to index again mends the file, and that is being done
         print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
         return []
-
-
-def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
-    """Rewrite rejected.jsonl; lines of other shards stay, and lines of the pictures that a build refused."""
-    kept, unreadable = [], 0
-    try:
-        old_lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    for line in old_lines:
-        try:
-            fault = json.loads(line)
-            if fault.get("shard") not in names:
-                kept.append(json.dumps(fault))
-        except (ValueError, AttributeError, TypeError):
-            unreadable += 1
-    if unreadable:
-        print(f"{path}: {unreadable} unreadable lines are dropped", file=sys.stderr)
-    lines = kept + [json.dumps(fault) for fault in faults]
-    if lines or path.exists():
-        replace_file(path, "".join(line + "\n" for line in lines).encode())

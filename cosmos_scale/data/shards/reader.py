@@ -27,6 +27,8 @@ from cosmos_scale.errors import UserError
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes both, and the json says more
+# Kinds of text whose bytes reach from the first of two members to the end of the second, headers between them included.
+JSON_THEN_TXT, TXT_THEN_JSON = "j+t", "t+j"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 OPEN_SHARDS = 64  # files kept open per process: a window of the order spans a few dozen shards
 CLOSE = 64 * 1024  # most bytes between a sample's members that are read along with them, in one request for both
@@ -49,7 +51,10 @@ _SAID_WITHOUT_PARTS: set[str] = set()
 
 
 class Entry(NamedTuple):
-    """One usable sample of a shard: where its picture and text lie, in bytes."""
+    """One usable sample of a shard: where its picture and text lie, in bytes.
+
+    text_kind: json or txt, or both members in their order, where the json has no caption.
+    """
 
     key: str
     image_offset: int
@@ -197,7 +202,7 @@ class ShardReader:
             image_data, text_data = (data[offset - start : offset - start + size] for offset, size in (image, text))
         else:
             image_data, text_data = (self._bytes(location.file, *span) for span in (image, text))
-        document = parse_text(_member(text_data, entry.text_offset, entry.text_size), entry.text_kind)
+        document = _document(text_data, entry)
         return _member(image_data, entry.image_offset, entry.image_size), document
 
     def close(self) -> None:
@@ -283,6 +288,30 @@ def _member(data: bytes, offset: int, size: int) -> bytes:
     if len(data) != BLOCK + size or _header_number(data[124:136]) != size:
         raise DamagedSample(f"no member of {size} bytes at byte {offset}: the shard has changed or is damaged")
     return data[BLOCK:]
+
+
+def _document(data: bytes, entry: Entry) -> dict[str, Any]:
+    """Return a sample's document from bytes that start with its text's header; a txt is its caption."""
+    if entry.text_kind not in (JSON_THEN_TXT, TXT_THEN_JSON):
+        return parse_text(_member(data, entry.text_offset, entry.text_size), entry.text_kind)
+    first, last = _first_and_last(data, entry)
+    json_data, txt_data = (first, last) if entry.text_kind == JSON_THEN_TXT else (last, first)
+    return parse_text(json_data, "json") | parse_text(txt_data, "txt")
+
+
+def _first_and_last(data: bytes, entry: Entry) -> tuple[bytes, bytes]:
+    """Return the data of the first and the last of the members that some bytes hold; raises DamagedSample."""
+    found = []
+    position, end = 0, BLOCK + entry.text_size
+    while position < end == len(data):
+        size = _header_number(data[position + 124 : position + 136])
+        if size is None or position + BLOCK + size > end:
+            break
+        found.append(data[position + BLOCK : position + BLOCK + size])
+        if position + BLOCK + size == end:
+            return found[0], found[-1]
+        position += BLOCK + -(-size // BLOCK) * BLOCK
+    raise DamagedSample(f"no two members at byte {entry.text_offset}: the shard has changed or is damaged")
 
 
 def _header_number(field: bytes) -> int | None:

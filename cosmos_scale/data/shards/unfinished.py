@@ -5,24 +5,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from cosmos_scale.data.shards.scan import ScanRules
 from cosmos_scale.files import writing
 
 
 class IndexedShard(NamedTuple):
-    """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off."""
+    """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off.
+
+    dotted: samples whose keys end at the last dot, not at the first one.
+    """
 
     name: str
     samples: int
     size: int
     rejected: list[tuple[str, str]]
     torn: str | None
+    dotted: int = 0
 
 
 class Unfinished:
-    """A file of shards that are done, a line each. The file is deleted when all shards are done."""
+    """A file of shards that are done, a line each. The file is deleted when all shards are done.
 
-    def __init__(self, path: Path) -> None:
+    rules: what the user says of the shards; shards that were indexed by other rules are not done.
+    """
+
+    def __init__(self, path: Path, rules: ScanRules) -> None:
         self._path = path
+        self._rules = [list(rules.captions), rules.last_dot]
 
     def read(self, names: Iterable[str]) -> dict[str, IndexedShard]:
         """Return the shards that are done among some shards, by name. A shard whose line is torn is not done."""
@@ -30,17 +39,18 @@ class Unfinished:
         done = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                name, samples, size, rejected, torn = json.loads(line)
+                name, samples, size, rejected, torn, dotted, rules = json.loads(line)
             except (ValueError, TypeError):
                 continue
-            if name in wanted:
-                done[name] = IndexedShard(name, samples, size, [(key, reason) for key, reason in rejected], torn)
+            if name in wanted and rules == self._rules:
+                faults = [(key, reason) for key, reason in rejected]
+                done[name] = IndexedShard(name, samples, size, faults, torn, dotted)
         return done
 
     def append(self, shard: IndexedShard) -> None:
         """Write down that a shard is done."""
         with writing(self._path), self._path.open("ab") as file:
-            file.write(json.dumps(shard).encode() + b"\n")
+            file.write(json.dumps([*shard, self._rules]).encode() + b"\n")
 
     def remove(self) -> None:
         """Delete the file: all shards are done, and the index says so."""

@@ -6,19 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos_scale.data.prepare.csv_records import read_cell, read_records
-from cosmos_scale.data.samples.captions import POOL_KEYS, WHOLE_KEYS, is_missing, plain_column
+from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, WHOLE_KEYS, is_missing, plain_column
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
-# Columns that are kept, and the json keys that they become.
-CAPTION_COLUMNS = {name.lower(): name for name in POOL_KEYS["textcrop"]} | {
-    "original_caption": "original_caption",
-    "vlm_caption": "caption",  # PixelProse's name for the generated caption in its parquet files
-    "caption": "caption",
-}
-# Columns of captions in other datasets, in order of preference: read only where there is none of the above.
-OTHER_CAPTION_COLUMNS = ("captions", "text", "title")
 
 
 class Columns(NamedTuple):
@@ -39,15 +31,15 @@ class Columns(NamedTuple):
         """Return the columns of captions, and the json keys that they become, of a row with some columns."""
         if self.caption is not None:
             return {self.caption: "caption"}
-        if any(name in present for name in CAPTION_COLUMNS):
-            return CAPTION_COLUMNS
-        other = next((name for name in OTHER_CAPTION_COLUMNS if name in present), None)
-        return CAPTION_COLUMNS if other is None else {other: "caption"}
+        if any(name in present for name in KNOWN_NAMES):
+            return KNOWN_NAMES
+        other = next((name for name in OTHER_NAMES if name in present), None)
+        return KNOWN_NAMES if other is None else {other: "caption"}
 
     @property
     def caption_names(self) -> tuple[str, ...]:
         """The columns that may hold captions."""
-        return (*CAPTION_COLUMNS, *OTHER_CAPTION_COLUMNS) if self.caption is None else (self.caption,)
+        return (*KNOWN_NAMES, *OTHER_NAMES) if self.caption is None else (self.caption,)
 
 
 DEFAULT_COLUMNS = Columns()

@@ -150,7 +150,7 @@ def _tally(pass_: Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDAr
         try:
             image_bytes, document = reader.read(location)
             kind, width, height = picture_header(image_bytes, pass_.data.max_pixels)
-            pool = caption_pool(captions.sampling, document)
+            pool = caption_pool(captions.sampling, document, captions.keys)
             texts = draw_captions(captions, document, SampleKey(seed, epoch, sample))
         except DamagedSample as damage:
             tally.damaged[reason_class(str(damage), numbers=False)] += 1

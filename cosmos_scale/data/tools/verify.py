@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -28,7 +28,7 @@ from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
-from cosmos_scale.data.shards.scan import scan_shard
+from cosmos_scale.data.shards.scan import ScanRules, ShardScan, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.errors import UserError
@@ -236,7 +236,7 @@ def _check(pass_: Pass, job: _Job) -> _Checked:
     try:
         with _here(file, pass_.data.remote) as local:
             if job.first == 0:
-                structure = _compare(index, job.shard, local)
+                structure = _compare(index, job.shard, local, pass_.data.captions.keys or ())
             if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
                 changed = f"bytes have changed since {MANIFEST} was written"
                 structure.append(Fault(file.shown, None, None, changed, indexed=True))
@@ -288,14 +288,24 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _compare(index: SourceIndex, shard: int, local: ShardFile) -> list[Fault]:
+def _scan_as_indexed(local: ShardFile, indexed: Mapping[str, Entry], captions: tuple[str, ...]) -> ShardScan:
+    """Scan a shard by the rule for keys with dots that its index was made by; the index does not say which it was."""
+    scan = scan_shard(local.address, local.shown, rules=ScanRules(captions))
+    if indexed.keys() <= {entry.key for entry in scan.entries}:
+        return scan
+    by_last_dot = scan_shard(local.address, local.shown, rules=ScanRules(captions, last_dot=True))
+    known = [len(indexed.keys() & {entry.key for entry in found.entries}) for found in (scan, by_last_dot)]
+    return by_last_dot if known[1] > known[0] else scan
+
+
+def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[str, ...]) -> list[Fault]:
     """Walk a shard's headers and compare what they say with its index."""
     row, path = index.rows[shard], local.shown
-    scan = scan_shard(local.address, path)
     indexed: dict[str, Entry] = {}
     for place in range(row.samples):
         entry = index.locate(shard, place).entry
         indexed[entry.key] = entry
+    scan = _scan_as_indexed(local, indexed, captions)
     if scan.size != row.size:
         # The size differs. `_read` reports this, and the index's offsets mean nothing now.
         return []

@@ -201,7 +201,7 @@ def test_nan_is_null(sampling: CaptionSampling, document: dict[str, Any]) -> Non
         ("textcrop", "a string", "caption document is a string"),
         ("textcrop", None, "caption document is null"),
         ("textcrop", {}, "the document has no keys"),
-        ("textcrop", {"text": "text"}, "needs one of raw_caption, .*; the document has text"),
+        ("textcrop", {"body": "text"}, "needs one of raw_caption, .*, or else caption, .*; the document has body"),
         ("textcrop", PIXELPROSE, "needs one of raw_caption, .*; the document has original_caption, caption"),
         ("long", {"caption": "text"}, "sampling long needs one of longIB_captions"),
         ("textcrop", {"caption": 7}, "caption is a number"),

@@ -104,7 +104,9 @@ def test_unusable_samples_are_named(tmp_path: Path) -> None:
             ("deep.jpg", picture(0)),
             ("deep.json", b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}"),
             ("class.jpg", picture(0)),
-            ("class.json", b'{"caption": null, "classes": [{"name": "cat"}]}'),
+            ("class.json", b'{"classes": [{"name": "cat"}]}'),
+            ("nan.jpg", picture(0)),
+            ("nan.json", b'{"caption": NaN, "shortSV_captions": [" ", null], "Text": "", "url": "http://x/1"}'),
             ("trailer.jpg", picture(0) + bytes(10_000)),  # cameras append data of their own
             ("trailer.json", JSON),
         ],
@@ -122,6 +124,7 @@ def test_unusable_samples_are_named(tmp_path: Path) -> None:
         "blank": "empty text",
         "null": "empty text",
         "deep": "empty text",
+        "nan": "no caption",
     }
 
 

@@ -13,10 +13,11 @@ import pytest
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import CaptionSampling, DataConfig, SourceConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES
 from cosmos_scale.data.samples.captions import caption_pool
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.build import BuildReport, build_shards
-from cosmos_scale.data.tools.captions_file import CAPTION_COLUMNS, IMAGE_COLUMNS, OTHER_CAPTION_COLUMNS
+from cosmos_scale.data.tools.captions_file import IMAGE_COLUMNS
 from cosmos_scale.data.tools.verify import verify_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import open_folder, picture
@@ -190,7 +191,7 @@ def test_the_help_names_every_accepted_column(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["data", "build", "--help"])
     words = set(re.findall(r"\w+", capsys.readouterr().out.split("options:")[0].lower()))
-    assert words >= {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *OTHER_CAPTION_COLUMNS}
+    assert words >= {*IMAGE_COLUMNS, *KNOWN_NAMES, *OTHER_NAMES}
 
 
 def test_samples_carry_their_origin_and_reports_name_it(images: Path) -> None:

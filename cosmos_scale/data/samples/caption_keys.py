@@ -1,0 +1,90 @@
+"""Which keys of a sample's json hold captions: the known keys, other datasets' names for captions, what is none."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+RAW_KEYS = ("raw_caption",)
+SHORT_KEYS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
+LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions")
+DREAMLIP_KEYS = RAW_KEYS + SHORT_KEYS + LONG_KEYS
+KNOWN_KEYS = (*DREAMLIP_KEYS, "original_caption", "caption")
+# Captions that stay one string, never a list: an alternative text of the web may have any form.
+WHOLE_KEYS = frozenset({"original_caption"})
+# The known keys by their names in plain form. vlm_caption: PixelProse's parquet files call the generated caption so.
+KNOWN_NAMES = {name.lower(): name for name in DREAMLIP_KEYS} | {
+    "original_caption": "original_caption",
+    "vlm_caption": "caption",
+    "caption": "caption",
+}
+# Names of captions in other datasets, in order of preference: read only where there is no known key.
+OTHER_NAMES = ("captions", "text", "title")
+
+
+def plain_column(name: str) -> str:
+    """Return the name of a column or json key in the form in which names are compared."""
+    return name.strip().lower().replace(" ", "_")
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a value of a caption document means that there is none: null, or NaN, pandas' empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def has_text(value: object) -> bool:
+    """Return whether a value is a caption: a string that is not blank, or a list with one."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a value holds no caption, though its type is right: null, NaN, a blank string, a list of these."""
+    values = value if isinstance(value, list) else [value]
+    return all(is_missing(item) or (isinstance(item, str) and not item.strip()) for item in values)
+
+
+def caption_keys(document: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a sample's json that are called as captions are called and hold text, as they stand there."""
+    return [name for name, value in document.items() if _called_caption(name) and has_text(value)]
+
+
+def with_known_keys(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document with its captions under known keys.
+
+    A document that has a caption under a known key stays as it is. Otherwise known keys in other letters (`Caption`)
+    count, and where there is none of these either, the first of captions, text and title becomes `caption`.
+    """
+    if any(has_text(document.get(key)) for key in KNOWN_KEYS):
+        return document
+    plain = {plain_column(name): document[name] for name in caption_keys(document)}
+    known = {KNOWN_NAMES[name]: value for name, value in plain.items() if name in KNOWN_NAMES}
+    other = next(({"caption": plain[name]} for name in OTHER_NAMES if name in plain), {})
+    return {**document, **(known or other)} if plain else document
+
+
+def caption_fault(document: dict[str, Any], keys: Sequence[str] = ()) -> str | None:
+    """Return why a document has no caption, whatever the sampling; None where it has one, or may have one.
+
+    keys: the only keys that count, if the user names any. Without them a document of foreign keys may have a caption:
+    a run's `data.captions.keys` may name one of these.
+    """
+    if any(has_text(document.get(key)) for key in keys) or (not keys and caption_keys(document)):
+        return None
+    named = [name for name in document if (name in keys if keys else _called_caption(name))]
+    if named:
+        shown = ", ".join(f"{name} is {_kind(document[name])}" for name in named)
+        return f"no caption: {shown}" + ("" if keys else "; --captions KEY names other keys")
+    if keys:
+        return f"no caption: it lacks {', '.join(keys)} and has {', '.join(document) or 'no keys'}"
+    return None
+
+
+def _called_caption(name: str) -> bool:
+    plain = plain_column(name)
+    return plain in KNOWN_NAMES or plain in OTHER_NAMES
+
+
+def _kind(value: object) -> str:
+    if is_missing(value):
+        return "null"
+    return "empty" if is_empty(value) else f"{type(value).__name__}, not text"

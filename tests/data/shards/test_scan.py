@@ -1,0 +1,175 @@
+"""Captions in json or txt, members that lie apart, keys with dots: what is a sample, and what is said of the rest."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos_scale.cli.main import main
+from cosmos_scale.config import DataConfig
+from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
+from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.shards.reader import CLOSE, ShardReader
+from cosmos_scale.data.shards.scan import DEFAULT_RULES, ScanRules, ShardScan, scan_shard
+from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
+from cosmos_scale.data.tools.verify import verify_shards
+from cosmos_scale.testing.shard_files import open_folder, picture
+from tests.data.shards.test_reader import JSON, keys, location, write_tar
+
+TXT = b"a photo of a thing"
+METADATA = {"url": "http://x/1", "width": 40}
+
+
+def encoded(document: dict[str, Any]) -> bytes:
+    return json.dumps(document).encode()
+
+
+def documents(path: Path, scan: ShardScan) -> dict[str, Any]:
+    """What a reader gives of each sample; each picture must be one of ours."""
+    reader, found = ShardReader(), {}
+    for place, entry in enumerate(scan.entries):
+        image, found[entry.key] = reader.read(location(path, scan, place))
+        assert image.startswith(b"\xff\xd8")
+    reader.close()
+    return found
+
+
+@pytest.mark.parametrize("order", ["jpg json txt", "jpg txt json", "json jpg txt", "txt jpg json", "json txt jpg"])
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        (METADATA, METADATA | {"caption": "a photo of a thing"}),
+        ({"caption": None, "key": "1"}, {"caption": "a photo of a thing", "key": "1"}),
+        ({"raw_caption": [" "], "title": "Buy!"}, {"raw_caption": [" "], "title": "Buy!", "caption": TXT.decode()}),
+        ({"caption": "of the json"}, {"caption": "of the json"}),
+        ({"longSV_captions": ["a"]} | METADATA, {"longSV_captions": ["a"]} | METADATA),
+    ],
+)
+def test_a_caption_is_taken_where_it_is(
+    tmp_path: Path, order: str, document: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    data = {"jpg": picture(0), "json": encoded(document), "txt": TXT}
+    path = write_tar(tmp_path / "0.tar", [(f"{key}.{kind}", data[kind]) for key in "ab" for kind in order.split()])
+    scan = scan_shard(path)
+    assert scan.rejected == []
+    assert documents(path, scan) == {"a": expected, "b": expected}
+
+
+def test_a_txt_stands_in_for_a_json_that_is_broken_or_far_away(tmp_path: Path) -> None:
+    far = ("a.cls", bytes(CLOSE + 1))
+    members = [("a.jpg", picture(0)), ("a.json", encoded(METADATA)), far, ("a.txt", TXT)]
+    path = write_tar(tmp_path / "0.tar", [*members, ("b.jpg", picture(1)), ("b.json", b"{"), ("b.txt", TXT)])
+    assert documents(path, scan_shard(path)) == {"a": {"caption": TXT.decode()}, "b": {"caption": TXT.decode()}}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ({"caption": None} | METADATA, "no caption: caption is null; --captions KEY names other keys"),
+        ({"Text": " ", "title": ""} | METADATA, "no caption: Text is empty, title is empty; --captions KEY names"),
+        ({"raw_caption": 5} | METADATA, "no caption: raw_caption is int, not text"),
+        ({"captions": [None, ""]} | METADATA, "no caption: captions is empty"),
+        ({"captions": float("nan")} | METADATA, "no caption: captions is null"),
+    ],
+)
+def test_a_sample_whose_captions_are_all_empty_is_in_no_epoch(
+    tmp_path: Path, text: dict[str, Any], reason: str
+) -> None:
+    members = [("a.jpg", picture(0)), ("a.json", encoded(text)), ("a.txt", b" \n")]
+    path = write_tar(tmp_path / "0.tar", [*members, ("b.jpg", picture(1)), ("b.json", JSON)])
+    scan = scan_shard(path)
+    assert keys(scan) == ["b"]
+    assert scan.rejected[0].reason.startswith(reason)
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert "1 samples rejected: no caption" in report.describe()
+
+
+def test_the_users_keys_are_the_only_captions(tmp_path: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        **{"a": {"blip": "a dog"} | METADATA, "b": {"caption": "x"}},
+        **{"c": {"blip": ["", "a cat"]}, "d": {"blip": ""}},
+    }
+    path = write_tar(
+        tmp_path / "0.tar",
+        [
+            member
+            for key, document in kinds.items()
+            for member in ((f"{key}.jpg", picture(0)), (f"{key}.json", encoded(document)), (f"{key}.txt", TXT))
+        ],
+    )
+    scan = scan_shard(path, rules=ScanRules(captions=("blip",)))
+    assert documents(path, scan) == {key: kinds[key] for key in "ac"}
+    assert [fault.reason for fault in scan.rejected] == [
+        "no caption: it lacks blip and has caption",
+        "no caption: blip is empty",
+    ]
+    assert main(["data", "index", str(tmp_path), "--captions", "blip", "--quiet", "--workers", "1"]) == 0
+    data = {"sources": [{"name": "s", "shards": str(tmp_path)}], "captions": {"keys": ["blip"]}}
+    verdict = verify_shards(DataConfig.model_validate(data), workers=1, progress=False)
+    assert (verdict.samples, verdict.damaged, verdict.left_out) == (2, 0, 2)
+
+
+def test_members_that_lie_apart_are_joined(tmp_path: Path) -> None:
+    numbers = range(6)
+    pictures = [(f"{number}.jpg", picture(number)) for number in numbers]
+    metadata = [(f"{number}.json", encoded({"number": number})) for number in numbers]
+    texts = [(f"{number}.txt", f"text {number}".encode()) for number in numbers]
+    path = write_tar(tmp_path / "0.tar", [*texts[:3], *pictures, *metadata[::-1], *texts[3:]])
+    scan = scan_shard(path)
+    assert scan.rejected == []
+    expected = {str(number): {"number": number, "caption": f"text {number}"} for number in numbers}
+    assert documents(path, scan) == expected
+    assert [entry.start for entry in scan.entries] == sorted(entry.start for entry in scan.entries)
+    reader = ShardReader()
+    for place, entry in enumerate(scan.entries):
+        assert reader.read(location(path, scan, place))[0] == picture(int(entry.key))
+    reader.close()
+
+
+def test_members_apart_that_repeat_are_not_joined(tmp_path: Path) -> None:
+    members = [("a.jpg", picture(0)), ("b.jpg", picture(1)), ("a.jpg", picture(2)), ("b.json", JSON), ("a.json", JSON)]
+    scan = scan_shard(write_tar(tmp_path / "0.tar", members))
+    assert keys(scan) == ["b"]
+    assert [fault.key for fault in scan.rejected] == ["a", "a", "a"]
+    assert [fault.byte for fault in scan.rejected] == sorted(fault.byte for fault in scan.rejected)
+
+
+def test_keys_end_at_the_last_dot_where_the_first_one_joins_them(tmp_path: Path) -> None:
+    names = [f"www.example.org_{number}" for number in range(9)]
+    dotted = [(f"{name}.{kind}", data) for name in names for kind, data in (("jpg", picture(0)), ("json", JSON))]
+    plain = [("1.jpg", picture(1)), ("1.mask.png", picture(2, "PNG")), ("1.json", JSON)]
+    write_tar(tmp_path / "0.tar", [*dotted, *plain])
+    write_tar(tmp_path / "1.tar", [*dotted[::2], *dotted[1::2], ("x/www.2.jpg", picture(0))])
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert (report.samples, report.dotted, dict(report.rejected)) == (19, 18, {"no text (.json, .txt)": 1})
+    assert "18 keys have dots" in report.describe()
+    index = open_folder(tmp_path)
+    assert [index.locate(number).entry.key for number in range(19)] == [*names, "1", *names]
+
+
+def test_a_key_with_dots_beside_its_first_part_is_said_with_the_option(tmp_path: Path) -> None:
+    kinds = (("jpg", picture(0)), ("json", JSON))
+    write_tar(tmp_path / "0.tar", [(f"{key}.{kind}", data) for key in ("a", "a.2", "a.3") for kind, data in kinds])
+    assert index_shards(str(tmp_path), None, workers=1, progress=False).samples == 1
+    faults = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [fault["key"] for fault in faults] == ["a.2", "a.3"]
+    assert faults[0]["reason"] == "key with dots: a part of a; --last-dot makes it a sample of its own"
+    assert main(["data", "index", str(tmp_path), "--last-dot", "--quiet", "--workers", "1"]) == 0
+    data = DataConfig.model_validate({"sources": [{"name": "s", "shards": str(tmp_path)}]})
+    verdict = verify_shards(data, workers=1, progress=False)
+    assert (verdict.samples, verdict.sound) == (3, True)
+
+
+def test_what_was_indexed_by_other_rules_is_indexed_again(tmp_path: Path) -> None:
+    shard = IndexedShard("0.tar", 3, 10, [("a", "no caption")], None, dotted=2)
+    Unfinished(tmp_path / "unfinished", DEFAULT_RULES).append(shard)
+    assert Unfinished(tmp_path / "unfinished", DEFAULT_RULES).read(["0.tar"]) == {"0.tar": shard}
+    assert Unfinished(tmp_path / "unfinished", ScanRules(("blip",))).read(["0.tar"]) == {}
+
+
+def test_the_help_names_every_key_of_captions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "index", "--help"])
+    said = capsys.readouterr().out.replace(",", " ").replace(".", " ").split()
+    assert {*KNOWN_KEYS, *OTHER_NAMES} <= set(said)
