@@ -121,7 +121,7 @@ def test_checkpoints_that_are_none(tmp_path: Path, scenes: SceneShards) -> None:
 def test_captions_that_are_none(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes)
     shards = repack(scenes, tmp_path / "shards", lambda name, data: NO_CAPTIONS if name.endswith("json") else data)
-    refused(run, [f"data.sources.0.shards={shards}"], "damaged samples in a row", "textcrop", "url")
+    refused(run, [f"data.sources.0.shards={shards}"], "no caption in any sample looked at", "textcrop", "url")
 
 
 def test_damaged_samples_are_counted_and_too_many_stop(tmp_path: Path, scenes: SceneShards) -> None:

@@ -50,8 +50,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         check_loading(config, index, ranks.world_size)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         check_shards(index, config, start.lost_shards, resumed=start.state is not None)
-        if ranks.is_main:
-            check_captions(index, config.data.captions, config.data.remote, start.lost_shards)
+        if ranks.is_main and start.state is None:
+            check_captions(index, config.data.captions, config.data.remote)
         evaluations = Evaluations(config, ranks, folder)
         if ranks.is_main:
             _write_config(config, folder)

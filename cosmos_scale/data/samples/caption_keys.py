@@ -66,15 +66,15 @@ def caption_fault(document: dict[str, Any], keys: Sequence[str] = ()) -> str | N
     """Return why a document has no caption, whatever the sampling; None where it has one, or may have one.
 
     keys: the only keys that count, if the user names any. Without them a document of foreign keys may have a caption:
-    a run's `data.captions.keys` may name one of these.
+    a run's `data.captions.keys` may name one of these. A caption of a wrong type is left to the sampling.
     """
     if any(has_text(document.get(key)) for key in keys) or (not keys and caption_keys(document)):
         return None
     named = [name for name in document if (name in keys if keys else _called_caption(name))]
-    if named:
-        shown = ", ".join(f"{name} is {_kind(document[name])}" for name in named)
+    if named and all(is_empty(document[name]) for name in named):
+        shown = ", ".join(f"{name} is {'null' if is_missing(document[name]) else 'empty'}" for name in named)
         return f"no caption: {shown}" + ("" if keys else "; --captions KEY names other keys")
-    if keys:
+    if keys and not named:
         return f"no caption: it lacks {', '.join(keys)} and has {', '.join(document) or 'no keys'}"
     return None
 
@@ -82,9 +82,3 @@ def caption_fault(document: dict[str, Any], keys: Sequence[str] = ()) -> str | N
 def _called_caption(name: str) -> bool:
     plain = plain_column(name)
     return plain in KNOWN_NAMES or plain in OTHER_NAMES
-
-
-def _kind(value: object) -> str:
-    if is_missing(value):
-        return "null"
-    return "empty" if is_empty(value) else f"{type(value).__name__}, not text"

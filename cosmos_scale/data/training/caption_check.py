@@ -1,6 +1,5 @@
 """Whether the sources of a run have captions at all, looked for before the run."""
 
-from collections.abc import Collection
 from contextlib import closing
 
 import numpy as np
@@ -17,30 +16,29 @@ from cosmos_scale.errors import UserError
 LOOKED_AT = 64
 
 
-def check_captions(
-    index: MergedIndex, captions: CaptionsConfig, remote: RemoteConfig, lost: Collection[str] = ()
-) -> None:
+def check_captions(index: MergedIndex, captions: CaptionsConfig, remote: RemoteConfig) -> None:
     """Raise UserError where a source has no caption for the run's sampling: none in LOOKED_AT samples spread over it.
 
-    Of a source with captions as a rule one sample is read. lost: names of shards that are given up, not looked into.
+    Of a source with captions as a rule one sample is read.
     """
     with closing(ShardReader(remote)) as reader:
         for source in index.sources:
-            _check_source(source, captions, reader, lost)
+            _check_source(source, captions, reader)
 
 
-def _check_source(source: SourceIndex, captions: CaptionsConfig, reader: ShardReader, lost: Collection[str]) -> None:
+def _check_source(source: SourceIndex, captions: CaptionsConfig, reader: ShardReader) -> None:
     ends = np.cumsum([row.samples for row in source.rows])
     keys: dict[str, None] = {}
     texts: dict[str, None] = {}
+    reason = None
     for sample in np.unique(np.linspace(0, ends[-1] - 1, LOOKED_AT).astype(int)).tolist():
         shard = int(np.searchsorted(ends, sample, side="right"))
-        if f"{source.name}/{source.rows[shard].name}" in lost:
-            return  # what cannot be read proves nothing
         try:
             location = source.locate(shard, sample - int(ends[shard]) + source.rows[shard].samples)
             _, document = reader.read(location)
-        except (DamagedSample, UnreachableShard):
+        except DamagedSample:
+            continue  # what cannot be read proves nothing
+        except UnreachableShard:
             return
         try:
             draw_captions(captions, document, SampleKey(0, 0, sample))
@@ -49,6 +47,8 @@ def _check_source(source: SourceIndex, captions: CaptionsConfig, reader: ShardRe
             reason = str(damage).split("; the document has")[0]
         keys |= dict.fromkeys(document)
         texts |= dict.fromkeys(caption_keys(document))
+    if reason is None:
+        return
     rule = f"data.captions.sampling may fit {', '.join(texts)}, or " if texts else ""
     raise UserError(
         f"data source {source.name}: no caption in any sample looked at: {reason}; the samples have "

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from cosmos_scale.config import CaptionSampling, CaptionsConfig
+from cosmos_scale.data.samples.caption_keys import caption_keys
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 
@@ -224,3 +225,35 @@ def test_nan_is_null(sampling: CaptionSampling, document: dict[str, Any]) -> Non
 def test_wrongly_shaped_documents_are_damaged(sampling: CaptionSampling, document: Any, reason: str) -> None:
     with pytest.raises(DamagedSample, match=reason):
         draw_captions(config(sampling), document, SampleKey(0, 0, 0))
+
+
+@pytest.mark.parametrize("name", ["caption", "Caption", "captions", "text", "TEXT", "title", "Raw Caption"])
+@pytest.mark.parametrize("sampling", ["textcrop", "random", "raw", "short"])
+def test_captions_under_other_names_are_raw_captions(sampling: CaptionSampling, name: str) -> None:
+    document = {"url": "https://example.org/1.jpg", "raw_caption": None, name: "A cat. It sleeps."}
+    assert caption_pool(sampling, document) == ["A cat", "It sleeps"]
+    assert caption_pool(sampling, {name: ["a cat", "it sleeps"]}) == ["a cat", "it sleeps"]
+
+
+def test_known_keys_come_before_other_names() -> None:
+    assert caption_pool("textcrop", DREAMLIP | {"text": "other", "Caption": "other"}) == [*RAW, *SHORT, *LONG]
+    assert caption_pool("textcrop", {"title": "c", "text": "b", "captions": ["a"]}) == ["a"]
+    assert caption_pool("textcrop", {"title": "b", "LongSV_captions": ["a"], "text": ""}) == ["a"]
+    assert caption_pool("textcrop_pixelprose", {"text": "A cat. It sleeps."}) == ["A cat", "It sleeps"]
+    assert caption_pool("textcrop", {"raw_caption": [""], "original_caption": None, "caption": "a cat"}) == ["a cat"]
+
+
+def test_keys_of_the_run_are_the_pool() -> None:
+    document = {"caption": "left alone", "blip": "A cat. It sleeps.", "human": ["a pet"], "none": None}
+    assert caption_pool("textcrop", document, ["human", "none", "blip"]) == ["a pet", "A cat", "It sleeps"]
+    one = CaptionsConfig(sampling="random", count=2, global_count=1, keys=("human",))
+    assert draw_captions(one, document, SampleKey(0, 0, 0)) == ["a pet", "a pet"]
+    with pytest.raises(DamagedSample, match=r"data\.captions\.keys needs one of none; the document has caption, blip"):
+        caption_pool("textcrop", document, ["none"])
+    with pytest.raises(ValueError, match=r"keys: .* goes with sampling textcrop or random, not long"):
+        CaptionsConfig(sampling="long", keys=("human",))
+
+
+def test_caption_keys_are_named_as_they_stand() -> None:
+    document = {"url": "x", "Caption": "a", "raw_caption": [""], "text": None, "title": ["b"], "captions": float("nan")}
+    assert caption_keys(document) == ["Caption", "title"]

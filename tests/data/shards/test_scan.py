@@ -68,7 +68,6 @@ def test_a_txt_stands_in_for_a_json_that_is_broken_or_far_away(tmp_path: Path) -
     [
         ({"caption": None} | METADATA, "no caption: caption is null; --captions KEY names other keys"),
         ({"Text": " ", "title": ""} | METADATA, "no caption: Text is empty, title is empty; --captions KEY names"),
-        ({"raw_caption": 5} | METADATA, "no caption: raw_caption is int, not text"),
         ({"captions": [None, ""]} | METADATA, "no caption: captions is empty"),
         ({"captions": float("nan")} | METADATA, "no caption: captions is null"),
     ],
