@@ -148,7 +148,7 @@ def draw_first_views(config: RunConfig, path: Path) -> None:
     for sample in range(SAMPLES_SHOWN):
         key = SampleKey(config.seed, 0, sample)
         image_bytes, document = reader.read(index.locate(sample))
-        picture = decode_rgbx(image_bytes, config.data.max_pixels)
+        picture = decode_rgbx(image_bytes, config.data.max_pixels, config.data.background)
         views = Views.empty(config.data.views, config.model.vision.image_size)
         plan = plan_views(config.data.views, config.model.vision.image_size, key, *picture.shape[:2])
         execute(picture, plan, *views)

@@ -39,14 +39,15 @@ MAY_IMPORT = {
     "testing": PARTS | {"run", "train", "cli"},
 }
 # Within data, arrows go the way of a sample: samples <- decode <- shards <- training. Three rooms stand beside it:
-# tools, prepare and scenes. The module jobs lies in no room: the long work of every room uses it.
-SAMPLE_WAY = {"jobs", "samples", "decode", "shards", "training"}
+# tools, prepare and scenes. The modules jobs and work lie in no room: the long work of every room uses them.
+SAMPLE_WAY = {"jobs", "work", "samples", "decode", "shards", "training"}
 MAY_IMPORT_IN_DATA: dict[str, set[str]] = {
     "__init__": set(),
     "jobs": set(),
+    "work": set(),
     "samples": {"jobs"},
     "decode": {"jobs", "samples"},
-    "shards": {"jobs", "samples", "decode"},
+    "shards": {"jobs", "work", "samples", "decode"},
     "training": {"jobs", "samples", "decode", "shards"},
     "tools": SAMPLE_WAY | {"prepare"},
     "prepare": SAMPLE_WAY,

@@ -45,7 +45,8 @@ def add_data_commands(commands: "Commands") -> None:
         "shortIB_captions, shortSV_captions, shortLLA_captions, longIB_captions, longSV_captions, longLLA_captions,\n"
         "original_caption, vlm_caption, caption; where there is none of these: captions, text, title. Columns of\n"
         "pictures: image, image_path, file_name, filename, filepath, file, path, key. Capital letters do not\n"
-        "matter, and a space is as good as an underscore. A sample's json says its origin under the key `origin`."
+        "matter, and a space is as good as an underscore. A sample's json says its origin under the key `origin`.\n"
+        "Stopped at any time, the same command goes on."
     )
     build.add_argument("--image-column", metavar="NAME", help="column of pictures, if it has another name")
     build.add_argument("--caption-column", metavar="NAME", help="the only column to read captions from")

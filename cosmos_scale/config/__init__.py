@@ -7,6 +7,7 @@ keys; `reference.py` makes it.
 
 from cosmos_scale.config.checkpoint import CheckpointConfig
 from cosmos_scale.config.data import (
+    BACKGROUND,
     BlurConfig,
     CaptionSampling,
     CaptionsConfig,
@@ -27,6 +28,7 @@ from cosmos_scale.config.train import TrainConfig
 from cosmos_scale.config.zero import ZeroConfig
 
 __all__ = [
+    "BACKGROUND",
     "TOKENIZER_VOCABULARY",
     "BlurConfig",
     "CaptionSampling",

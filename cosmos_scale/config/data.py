@@ -1,5 +1,6 @@
 """The typed configuration of a run's data: sources, views, captions, and how they are loaded."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,8 @@ from cosmos_scale.config.section import (
     check_range,
     refuse,
 )
+
+BACKGROUND = re.compile("keep|white|black|#[0-9a-fA-F]{6}")  # what stands behind transparent pixels
 
 
 class JitterConfig(Section):
@@ -225,6 +228,11 @@ class DataConfig(Section):
         description="most pixels of a picture; larger pictures count as damaged",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
+    background: str = Field(
+        "keep",
+        description="behind transparent pixels of PNG and WebP, in training and evaluation: white, black, '#rrggbb', "
+        "or keep: hidden colours show, as in the published code",
+    )
     workers: int | None = Field(
         None,
         ge=0,
@@ -242,6 +250,8 @@ class DataConfig(Section):
     dali: DaliConfig = DaliConfig()
 
     def _check_rules(self) -> None:
+        if not BACKGROUND.fullmatch(self.background):
+            refuse("background", self.background, "must be white, black, '#rrggbb' or keep")
         names = [source.name for source in self.sources]
         for position, name in enumerate(names):
             if name in names[:position]:

@@ -30,7 +30,8 @@ class Setting:
     """What evaluators must know before there is a model: this rank among all, the model's inputs, the run's limits.
 
     device: where models lie and where gathered tensors must be. image_size: side of the model's pictures in pixels.
-    max_pixels: of a picture; larger ones are left out. remote: how shards that lie elsewhere are read.
+    max_pixels: of a picture; larger ones are left out. background: what stands behind transparent pixels.
+    remote: how shards that lie elsewhere are read.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class Setting:
     image_size: int
     tokenizer: Tokenizer
     max_pixels: int
+    background: str
     remote: RemoteConfig
 
     @classmethod
@@ -51,6 +53,7 @@ class Setting:
             image_size=config.model.vision.image_size,
             tokenizer=Tokenizer(config.model.text.context_length),
             max_pixels=config.data.max_pixels,
+            background=config.data.background,
             remote=config.data.remote,
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.config import RemoteConfig
+from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.samples.caption_keys import is_missing
 from cosmos_scale.data.samples.sample import DamagedSample
@@ -37,17 +38,19 @@ class Gallery:
         *,
         image_size: int,
         max_pixels: int,
+        background: str = KEEP,
         max_samples: int | None = None,
         remote: RemoteConfig = DEFAULT_REMOTE,
     ) -> None:
         """Look for the shards, and for the captions in the first sample's document.
 
-        captions_key: json key of the correct texts, a string or a list of them. max_samples: None for all.
+        captions_key: json key of the correct texts, a string or a list of them. background: as
+        data.background. max_samples: None for all.
         Raises: UserError where the key is not there, or a shard is missing or stale.
         """
         self._index = index
         self._captions_key = captions_key
-        self._image_size, self._max_pixels = image_size, max_pixels
+        self._image_size, self._max_pixels, self._background = image_size, max_pixels, background
         self._samples = len(index) if max_samples is None else min(len(index), max_samples)
         self._remote = remote
         self._check()
@@ -69,7 +72,7 @@ class Gallery:
                 try:
                     image_bytes, document = reader.read(location)
                     texts_here = _correct_texts(document, self._captions_key)
-                    images.append(evaluation_image(image_bytes, self._image_size, self._max_pixels))
+                    images.append(evaluation_image(image_bytes, self._image_size, self._max_pixels, self._background))
                 except DamagedSample as damage:
                     print(f"left out: sample {location.entry.key} of {location.shard}: {damage}", file=sys.stderr)
                     continue

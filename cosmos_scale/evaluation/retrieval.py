@@ -64,6 +64,7 @@ class Retrieval(Evaluator):
             config.captions,
             image_size=setting.image_size,
             max_pixels=setting.max_pixels,
+            background=setting.background,
             max_samples=config.max_samples,
             remote=setting.remote,
         )

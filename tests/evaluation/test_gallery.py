@@ -60,3 +60,13 @@ def test_a_wrong_key_is_an_error_on_every_rank_even_without_work(tmp_path: Path)
     for rank in range(4):
         with pytest.raises(UserError, match=r"sample 000000 has no captions under 'caption'; its keys are raw_caption"):
             gallery(folder, rank, 4, "caption")
+
+
+def test_nan_is_null_in_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values: list[Any] = ["a text", float("nan"), ["x", float("nan"), None, "y"], [float("nan")]]
+    documents = [json.dumps({"t": value, "url": "u"}).encode() for value in values]
+    write_shard(tmp_path / "0.tar", [{**sample(number), "json": document} for number, document in enumerate(documents)])
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    (batch,) = gallery(tmp_path, 0, 1, "t")
+    assert [list(texts) for texts in batch.texts] == [["a text"], ["x", "y"]]
+    assert capsys.readouterr().err.count("t holds no text") == 2

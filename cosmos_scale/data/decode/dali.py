@@ -17,6 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
+from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.batched_colour import colour_, normalise_
 from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.sample import DamagedSample
@@ -38,7 +39,7 @@ START_OF_SCAN, ADOBE = 0xDA, 0xEE
 PLAIN_SAMPLING = ("444", "422", "440", "420", "411", "Gray")
 
 
-def picture_for_dali(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, int]:
+def picture_for_dali(image_bytes: bytes, max_pixels: int, background: str = KEEP) -> tuple[bytes, int, int]:
     """Check a picture, and return (a file that DALI decodes bit for bit as decode_rgbx does, height, width).
 
     Plain JPEGs stay as they are. Any other picture is decoded here and becomes a PPM file: DALI reads palettes, alpha,
@@ -53,7 +54,7 @@ def picture_for_dali(image_bytes: bytes, max_pixels: int) -> tuple[bytes, int, i
         except Exception as error:  # of any type, as in decode_rgbx: no broken byte may end the run
             raise DamagedSample(f"the picture does not decode: {error}") from error
         return image_bytes, *shape
-    pixels = decode_rgbx(image_bytes, max_pixels)
+    pixels = decode_rgbx(image_bytes, max_pixels, background)
     height, width = pixels.shape[:2]
     return b"P6 %d %d 255\n" % (width, height) + pixels[..., :3].tobytes(), height, width
 

@@ -9,6 +9,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from cosmos_scale.config import DataConfig
+from cosmos_scale.data.decode.background import KEEP, has_transparent_pixels, on_background
 from cosmos_scale.data.samples.sample import DamagedSample
 
 Pixels = npt.NDArray[np.uint8]
@@ -32,18 +33,19 @@ def picture_format(head: bytes) -> Literal["jpeg", "png", "webp"] | None:
     return None
 
 
-def decode_rgbx(image_bytes: bytes, max_pixels: int) -> Pixels:
+def decode_rgbx(image_bytes: bytes, max_pixels: int, background: str = KEEP) -> Pixels:
     """Decode JPEG, PNG or WebP to [H, W, 4] uint8: RGB and a fourth channel without meaning.
 
     To resize four channels is two to three times faster than to resize three. Raises DamagedSample for a picture that
     does not decode completely, or has more than `max_pixels` pixels.
+    background: what stands behind transparent pixels, as in data.background.
     """
     if not image_bytes:
         raise DamagedSample("the picture is empty (0 bytes)")
     try:
         if picture_format(image_bytes) == "jpeg":
             return _decode_jpeg(image_bytes, max_pixels)
-        return _decode_other(image_bytes, max_pixels)
+        return _decode_other(image_bytes, max_pixels, background)
     except DamagedSample:
         raise
     except Exception as error:
@@ -64,7 +66,7 @@ def _decode_jpeg(image_bytes: bytes, max_pixels: int) -> Pixels:
     return pixels
 
 
-def _decode_other(image_bytes: bytes, max_pixels: int) -> Pixels:
+def _decode_other(image_bytes: bytes, max_pixels: int, background: str = KEEP) -> Pixels:
     image = open_picture(image_bytes, max_pixels)
     if image.format == "PNG":
         # Checks every chunk's checksum, which decoding does not. The check uses the file up, so open it again.
@@ -73,8 +75,19 @@ def _decode_other(image_bytes: bytes, max_pixels: int) -> Pixels:
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion clips values at 255, which makes the picture almost white.
         return _rgbx(Image.fromarray((np.asarray(image) // 256).astype(np.uint8)))
+    image = on_background(image, background)
     # A palette goes through RGBA, or Pillow warns of the palette's transparency. Transparent pixels keep their colour.
     return _rgbx(image.convert("RGBA") if image.mode == "P" else image)
+
+
+def is_transparent(image_bytes: bytes, max_pixels: int) -> bool:
+    """Return whether a picture that decodes has transparent pixels; False for one that does not decode."""
+    if picture_format(image_bytes[:12]) == "jpeg":
+        return False
+    try:
+        return has_transparent_pixels(open_picture(image_bytes, max_pixels))
+    except Exception:  # of any type, as in decode_rgbx, which says what is wrong
+        return False
 
 
 def open_picture(image_bytes: bytes, max_pixels: int) -> Image.Image:

@@ -39,7 +39,7 @@ class Crops:
     def put(self, place: int, image_bytes: bytes, key: SampleKey) -> None:
         """Decode a picture and make its views."""
         views, side = self._config.data.views, self._config.model.vision.image_size
-        picture = decode_rgbx(image_bytes, self._config.data.max_pixels)
+        picture = decode_rgbx(image_bytes, self._config.data.max_pixels, self._config.data.background)
         plan = plan_views(views, side, key, *picture.shape[:2])
         execute(picture, plan, self._global_crops[:, place], self._local_crops[:, place])
 
@@ -61,9 +61,9 @@ class EncodedPictures:
 
     def put(self, place: int, image_bytes: bytes, key: SampleKey) -> None:
         """Check a picture and plan its views."""
-        views, side = self._config.data.views, self._config.model.vision.image_size
-        self._pictures[place], height, width = picture_for_dali(image_bytes, self._config.data.max_pixels)
-        self._plans[place] = plan_views(views, side, key, height, width)
+        data, side = self._config.data, self._config.model.vision.image_size
+        self._pictures[place], height, width = picture_for_dali(image_bytes, data.max_pixels, data.background)
+        self._plans[place] = plan_views(data.views, side, key, height, width)
 
     def block(self, others: Sequence[Tensor]) -> TensorBlock:
         """Return a new block of the encoded pictures and other tensors."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_scale.data.decode import MEAN, STD, colour
+from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.samples.view_plan import NO_JITTER, NO_SOLARISE, ViewPlan
 
@@ -32,12 +33,12 @@ def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
     return blur_and_solarise(recolour(crop(picture, plan, view), plan, view), plan, view)
 
 
-def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int) -> Tensor:
+def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int, background: str = KEEP) -> Tensor:
     """Resize the shortest side to `image_size` (bicubic, antialiased), crop the centre, normalise: [3, H, W] float32.
 
     Raises DamagedSample where the picture does not decode.
     """
-    picture = decode_rgbx(image_bytes, max_pixels)
+    picture = decode_rgbx(image_bytes, max_pixels, background)
     height, width = picture.shape[:2]
     shortest = min(height, width)
     resized = _resize(picture, image_size * height // shortest, image_size * width // shortest)

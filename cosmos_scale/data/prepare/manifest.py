@@ -14,10 +14,11 @@ import cosmos_scale
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.matching import UNSEEN
 from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
-from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
+from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.prepare.writing import read_report
 from cosmos_scale.data.samples.sample import reason_class
 from cosmos_scale.data.shards.index import REJECTED
+from cosmos_scale.data.work import MANIFEST, check_options
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file, whole_file, writing
 
@@ -70,7 +71,7 @@ def read_prepare_manifest(task: Task) -> Prepared | None:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of this program ({error}); name another folder with --out") from error
-    check_options(task, options, "done")
+    check_options(task.as_work, task.options(), options, "done")
     return prepared
 
 

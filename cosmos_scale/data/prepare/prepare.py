@@ -11,11 +11,13 @@ from cosmos_scale.data.prepare.manifest import Prepared, read_prepare_manifest, 
 from cosmos_scale.data.prepare.matching import match_images
 from cosmos_scale.data.prepare.rows import caption_files
 from cosmos_scale.data.prepare.table import build_table
-from cosmos_scale.data.prepare.work import Task, open_work
+from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.prepare.writing import write_prepared_shard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.shards.index import REJECTED, SUMMARY, index_shards
+from cosmos_scale.data.work import open_work
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder
 
 
 def prepare_dataset(
@@ -40,7 +42,8 @@ def prepare_dataset(
     if (done := read_prepare_manifest(task)) is not None:
         shutil.rmtree(task.work, ignore_errors=True)
         return done
-    with open_work(task):
+    with open_work(task.as_work, task.options()):
+        make_folder(task.work / "plan")
         build_table(task.table, task.captions, task.form, task.join, progress=progress)
         match_images(task, workers=workers, progress=progress)
         samples = 0
@@ -51,7 +54,7 @@ def prepare_dataset(
         for name in (SUMMARY, REJECTED):  # lines that a stopped run left would stay in the new files
             (out / name).unlink(missing_ok=True)
         if samples:
-            index_shards(str(out), None, workers=workers, progress=progress)
+            index_shards(str(out), None, finishing=True, workers=workers, progress=progress)
         rejected = write_rejected(task)
         if not samples:
             raise UserError(f"{out}: no image could be used; see {out / REJECTED}")

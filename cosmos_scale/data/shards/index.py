@@ -31,6 +31,7 @@ from cosmos_scale.data.shards.scan import DEFAULT_RULES, ScanRules, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join_url, redact
 from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
+from cosmos_scale.data.work import refuse_unfinished
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, replace_file
 
@@ -81,6 +82,7 @@ def index_shards(
     out: Path | None,
     *,
     rules: ScanRules = DEFAULT_RULES,
+    finishing: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> IndexReport:
@@ -90,6 +92,7 @@ def index_shards(
     next call goes on after the shards that are done.
     out: folder of the index; default: the folder of the shards. If the folder has an index already, shards in it that
     the pattern does not mean stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
+    finishing: whether this is the last step of the work that makes the shards; other callers get no unfinished shards.
     Raises: UserError where there is no shard, a shard is compressed or unreadable, no sample is left, or the shards are
     not on this machine and `out` is not given.
     """
@@ -97,6 +100,8 @@ def index_shards(
     if out is None and is_remote(pattern):
         raise UserError(f"--out: must name a folder of this machine for the index, since {shards.shown} is none")
     names = shards.list_names()
+    if not finishing:
+        refuse_unfinished(_local_folders(shards, names))
     if not names:
         raise UserError(f"{shards.shown}: no .tar shards match")
     folder = Path(str(shards.folder)) if out is None else out
@@ -282,6 +287,7 @@ def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> Sour
     if folder is None:
         raise UserError(f"data source {source.name}: {shards.shown}: needs index, the folder of its index; {hint}")
     names, missing = shards.known_names()
+    refuse_unfinished(_local_folders(shards, names))
     summary = _place(folder, SUMMARY)
     if not is_remote(folder) and not Path(summary).exists():
         if not names and not is_remote(source.shards):
@@ -331,6 +337,14 @@ def _parse_summary(data: bytes) -> list[ShardRow]:
     if summary["format"] != FORMAT:
         raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
     return [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
+
+
+def _local_folders(shards: ShardPattern, names: Iterable[str]) -> list[Path]:
+    """The folders of this machine that some shards, or those that a pattern will mean, lie in."""
+    folders = {os.path.dirname(address) for address in map(shards.address, names) if not is_remote(address)}
+    if shards.folder is not None and not is_remote(str(shards.folder)):
+        folders.add(str(shards.folder))
+    return [Path(folder) for folder in sorted(folders)]
 
 
 def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:

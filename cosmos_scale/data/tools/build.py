@@ -5,24 +5,29 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, picture_format
+from cosmos_scale.config import BACKGROUND
+from cosmos_scale.data.decode.background import KEEP
+from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is_transparent, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
-from cosmos_scale.data.shards.index import REJECTED, index_shards
+from cosmos_scale.data.shards.index import REJECTED, SUMMARY, index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
-from cosmos_scale.data.tools.background import Colour, flatten, parse_background
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
+from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, whole_file, writing
+from cosmos_scale.files import replace_file, whole_file, writing
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
 
@@ -45,7 +50,7 @@ class BuildReport(NamedTuple):
         lines = [f"{self.samples:,} samples in {self.shards:,} indexed shards in {self.folder}"]
         if self.transparent:
             pictures = "picture" if self.transparent == 1 else "pictures"
-            how = "hidden colours shown" if self.background == "keep" else f"put on {self.background}"
+            how = "hidden colours shown" if self.background == KEEP else f"put on {self.background}"
             lines.append(f"{self.transparent:,} transparent {pictures}: {how} (--background)")
         lines += [f"{count:,} rows rejected: {reason}" for reason, count in self.rejected.most_common()]
         if self.rejected:
@@ -64,16 +69,31 @@ class _Reject(NamedTuple):
 
 
 class _Job(NamedTuple):
-    shard: Path
+    """One shard to write. captions: the file's name."""
+
+    work: Work
+    shard: str
     captions: str
     rows: list[CaptionRow]
 
+    @property
+    def path(self) -> Path:
+        """The shard's file."""
+        return self.work.out / f"{self.shard}.tar"
+
 
 class _Written(NamedTuple):
+    """The report on a shard. size: bytes; 0 where no row can be used, so that there is no shard.
+
+    pictures: digest of the sizes and times of the pictures that the rows name.
+    """
+
     rows: int
     samples: int
     rejected: list[_Reject]
     transparent: int
+    size: int
+    pictures: str
 
 
 def build_shards(
@@ -93,54 +113,113 @@ def build_shards(
     keep drops the alpha, so that hidden colours show). Each stretch of `samples_per_shard` rows becomes one shard.
     Rows whose picture is missing or damaged, and rows without caption, are left out and named in `rejected.jsonl`.
     The shards' bytes do not depend on `workers`; a sample's key is its row's number, and its json says
-    under `origin` the captions file, the row and the picture.
-    Raises: UserError where an input is missing or unusable, `out` holds shards already, or no row is left.
+    under `origin` the captions file, the row and the picture. A build that was stopped goes on where it was, to the
+    bytes of an unbroken one.
+    Raises: UserError where an input is missing or unusable, `out` holds shards already or those of a build with other
+    options or inputs, or no row is left.
     """
-    colour = parse_background(background)
+    if not BACKGROUND.fullmatch(background):
+        raise UserError(f"--background {background}: must be white, black, #rrggbb or keep")
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of pictures")
     lines = count_lines(captions)
-    make_folder(out)
-    if any(out.glob("*.tar")):
-        raise UserError(f"{out}: holds shards already; name an empty folder")
+    work = Work(BUILD, out)
+    options = {
+        **{"samples-per-shard": samples_per_shard, "background": background},
+        **{"image-column": columns.image, "caption-column": columns.caption},
+        **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
+    }
     rejected: Counter[str] = Counter()
     samples = transparent = 0
-    results = map_jobs(partial(_write_shard, images, colour), _jobs(captions, columns, out, samples_per_shard), workers)
-    with (out / REJECTED).open("w") as log, progress_bar("building shards", lines, show=progress) as advance:
-        for written in results:
-            samples += written.samples
-            transparent += written.transparent
-            for reject in written.rejected:
-                rejected[reason_class(reject.reason)] += 1
-                log.write(json.dumps(reject._asdict()) + "\n")
-            advance(written.rows)
-    if samples == 0:
+    with open_work(work, options):
+        jobs = _jobs(captions, columns, work, samples_per_shard)
+        results = map_jobs(partial(_write_shard, images, background), jobs, workers)
+        (out / SUMMARY).unlink(missing_ok=True)  # of a build that was stopped in its last step
+        with ExitStack() as stack:
+            stack.enter_context(writing(out / REJECTED))
+            log = stack.enter_context(stack.enter_context(whole_file(out / REJECTED)).open("w"))
+            advance = stack.enter_context(progress_bar("building shards", lines, show=progress))
+            for written in results:
+                samples += written.samples
+                transparent += written.transparent
+                for reject in written.rejected:
+                    rejected[reason_class(reject.reason)] += 1
+                    log.write(json.dumps(reject._asdict()) + "\n")
+                advance(written.rows)
+        if samples:
+            index = index_shards(str(out), None, finishing=True, workers=workers, progress=progress)
+    close_work(work)
+    if not samples:
         raise UserError(f"{captions}: none of its {sum(rejected.values())} rows can be used; see {out / REJECTED}")
-    index = index_shards(str(out), None, workers=workers, progress=progress)
     return BuildReport(out, index.shards, index.samples, rejected, transparent, background)
 
 
-def _jobs(captions: Path, columns: Columns, out: Path, samples_per_shard: int) -> Iterator[_Job]:
+def _digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _jobs(captions: Path, columns: Columns, work: Work, samples_per_shard: int) -> Iterator[_Job]:
     rows = read_rows(captions, columns)
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
-        yield _Job(out / f"{number:06d}.tar", captions.name, stretch)
+        yield _Job(work, f"{number:06d}", captions.name, stretch)
         number += 1
 
 
-def _write_shard(images: Path, background: Colour | None, job: _Job) -> _Written:
-    """Write one shard, whole or not at all; no shard where no row can be used."""
-    with writing(job.shard), whole_file(job.shard) as part:
+def _write_shard(images: Path, background: str, job: _Job) -> _Written:
+    """Write one shard, whole or not at all, and then its report; no shard where no row can be used.
+
+    A shard that has a report is kept. Raises: UserError where its pictures have changed since.
+    """
+    pictures = _pictures_digest(images, job.rows)
+    if (standing := _read_report(job)) is not None:
+        if standing.pictures != pictures:
+            raise UserError(
+                f"{images}: pictures of {job.path} have changed since it was built; go on with the same pictures, "
+                f"or delete {job.work.out} and build anew"
+            )
+        return standing
+    with writing(job.path), whole_file(job.path) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
             rejected, transparent = _write_rows(images, background, job, shard)
         samples = len(job.rows) - len(rejected)
+        size = part.stat().st_size if samples else 0
         if not samples:
             part.unlink()
-    return _Written(len(job.rows), samples, rejected, transparent)
+    written = _Written(len(job.rows), samples, rejected, transparent, size, pictures)
+    replace_file(job.work.report(job.shard), json.dumps(written).encode())
+    return written
 
 
-def _write_rows(images: Path, background: Colour | None, job: _Job, shard: TarWriter) -> tuple[list[_Reject], int]:
+def _read_report(job: _Job) -> _Written | None:
+    """Return how a shard was written, if it was written and still has its size."""
+    path = job.work.report(job.shard)
+    if not path.exists():
+        return None
+    rows, samples, rejected, *others = json.loads(path.read_bytes())
+    written = _Written(rows, samples, [_Reject(*reject) for reject in rejected], *others)
+    stands = job.path.exists() and job.path.stat().st_size == written.size
+    return written if stands or not samples else None
+
+
+def _pictures_digest(images: Path, rows: list[CaptionRow]) -> str:
+    digest = sha256()
+    for row in rows:
+        try:
+            status = None if row.image is None else os.stat(_picture_path(images, row.image))
+            seen = None if status is None else (status.st_size, status.st_mtime_ns)
+        except (DamagedSample, OSError, ValueError):
+            seen = None
+        digest.update(f"{seen}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_rows(images: Path, background: str, job: _Job, shard: TarWriter) -> tuple[list[_Reject], int]:
     """Write a job's samples; return the rejected rows, and how many of the pictures written are transparent."""
     rejected = []
     transparent = 0
@@ -163,25 +242,33 @@ class _Jpeg(NamedTuple):
     transparent: bool
 
 
-def _jpeg(images: Path, background: Colour | None, row: CaptionRow) -> _Jpeg:
+def _jpeg(images: Path, background: str, row: CaptionRow) -> _Jpeg:
     """Read a row's picture as JPEG. The picture is decoded as a check; raises DamagedSample."""
     if row.fault is not None:
         raise DamagedSample(row.fault)
     data = _find(images, str(row.image))
-    pixels = decode_rgbx(data, DEFAULT_MAX_PIXELS)
+    pixels = decode_rgbx(data, DEFAULT_MAX_PIXELS, background)
     if picture_format(data[:12]) == "jpeg":
         return _Jpeg(data, transparent=False)
-    flat = flatten(data, pixels, background, DEFAULT_MAX_PIXELS)
     buffer = io.BytesIO()
-    Image.fromarray(flat.pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return _Jpeg(buffer.getvalue(), flat.transparent)
+    Image.fromarray(np.ascontiguousarray(pixels[..., :3])).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return _Jpeg(buffer.getvalue(), is_transparent(data, DEFAULT_MAX_PIXELS))
 
 
 def _find(images: Path, name: str) -> bytes:
-    """Read the picture that a row names by its path in the folder, with or without its extension.
+    """Read the picture that a row names; raises DamagedSample."""
+    path = _picture_path(images, name)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedSample(f"picture cannot be read: {error}") from error
+
+
+def _picture_path(images: Path, name: str) -> Path:
+    """Return the picture that a row names by its path in the folder, with or without its extension.
 
     Links in the folder are followed. A path that leads out of the folder is refused, since a foreign file of captions
-    must not pull in any picture of this machine.
+    must not pull in any picture of this machine. Raises DamagedSample.
     """
     extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
     root = os.path.abspath(images)
@@ -191,7 +278,7 @@ def _find(images: Path, name: str) -> bytes:
             raise DamagedSample(f"picture outside the folder: {images} does not hold it")
         try:
             if path.is_file():
-                return path.read_bytes()
+                return path
         except (OSError, ValueError) as error:
             raise DamagedSample(f"picture cannot be read: {error}") from error
     raise DamagedSample("picture not found")

@@ -1,7 +1,8 @@
 """What lies in shards, measured on some of their samples: `cosmos-scale data inspect`.
 
 Everything is counted by value. So the tallies of many processes add up exactly, and stay small for any number of
-samples. Pictures are not decoded: their headers tell size and format. `data verify` reads pictures whole.
+samples. Headers tell the pictures' sizes and formats; only pictures with transparency are decoded, to see whether it is
+used. `data verify` reads pictures whole.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode import Views
-from cosmos_scale.data.decode.picture import decode_rgbx, open_picture
+from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent, open_picture
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
@@ -45,10 +46,11 @@ class Tally:
 
     damaged: samples left out of all else, by reason. formats: by format and colour mode. sizes: by (width, height).
     sentences: by how many the sampler chooses from. global_tokens, local_tokens: captions by tokens, start and EOT
-    included, before anything is cut off.
+    included, before anything is cut off. transparent: pictures with transparent pixels.
     """
 
     samples: int = 0
+    transparent: int = 0
     image_bytes: int = 0
     text_bytes: int = 0
     damaged: Counter[str] = field(default_factory=Counter)
@@ -156,6 +158,7 @@ def _tally(pass_: Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDAr
             tally.damaged[reason_class(str(damage), numbers=False)] += 1
             continue
         tally.samples += 1
+        tally.transparent += is_transparent(image_bytes, pass_.data.max_pixels)
         tally.image_bytes += location.entry.image_size
         tally.text_bytes += location.entry.text_size
         tally.formats[kind] += 1
@@ -209,7 +212,7 @@ def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int
             key = SampleKey(config.seed, epoch, sample, repeat)
             location = index.locate(sample)
             image_bytes, document = reader.read(location)
-            picture = decode_rgbx(image_bytes, data.max_pixels)
+            picture = decode_rgbx(image_bytes, data.max_pixels, data.background)
             boxes = plan_views(data.views, side, key, *picture.shape[:2]).boxes
             title = f"{location.entry.key} in {location.shard}, position {first + position:,} of epoch {epoch}"
             if sample != wanted:

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from cosmos_scale.config import DataConfig, RemoteConfig
-from cosmos_scale.data.decode.picture import decode_rgbx
+from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.prepare.work import MANIFEST
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
@@ -31,6 +30,7 @@ from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ScanRules, ShardScan, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
+from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import writing
 
@@ -63,6 +63,7 @@ class Verdict:
 
     damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
     read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
+    transparent: sound pictures with transparent pixels.
     reasons: all faults by reason, numbers left out.
     """
 
@@ -74,6 +75,7 @@ class Verdict:
     unreadable: int = 0
     shards_damaged: int = 0
     checksums: int = 0
+    transparent: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[Fault] = field(default_factory=list)
 
@@ -99,6 +101,9 @@ class Verdict:
         read = f"{self.samples:,} samples in {self.shards:,} shards, {self.size:,} bytes"
         if self.checksums:
             read += f"; {self.checksums:,} shards compared with the checksums of {MANIFEST}"
+        if self.transparent:
+            read += f"; {self.transparent:,} transparent {'picture' if self.transparent == 1 else 'pictures'} "
+            read += "(data.background)"
         if self.sound:
             return f"{read}: all are sound"
         lines = [read]
@@ -152,6 +157,7 @@ class _Checked(NamedTuple):
     structure: list[Fault]
     unreadable: Fault | None
     checksum: bool = False  # whether there was a checksum to compare with
+    transparent: int = 0  # sound pictures with transparent pixels
 
 
 def verify_shards(
@@ -178,6 +184,7 @@ def verify_shards(
                 parts.append(part)
                 advance(part.job.last - part.job.first)
             verdict.unreadable += sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            verdict.transparent += sum(part.transparent for part in parts)
             verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
                 verdict.note(fault)
@@ -240,11 +247,11 @@ def _check(pass_: Pass, job: _Job) -> _Checked:
             if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
                 changed = f"bytes have changed since {MANIFEST} was written"
                 structure.append(Fault(file.shown, None, None, changed, indexed=True))
-            samples = _read(pass_.data, index, job, local)
+            samples, transparent = _read(pass_.data, index, job, local)
     except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
-    return _Checked(job, samples, structure, None, checksum is not None)
+    return _Checked(job, samples, structure, None, checksum is not None, transparent)
 
 
 @contextmanager
@@ -261,9 +268,13 @@ def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
         yield file._replace(address=copy.name)
 
 
-def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> list[Fault]:
-    """Read a job's samples as training does; raises UserError where the shard is missing or stale."""
+def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> tuple[list[Fault], int]:
+    """Read a job's samples as training does: their faults, and how many sound pictures are transparent.
+
+    Raises UserError where the shard is missing or stale.
+    """
     faults: list[Fault] = []
+    transparent = 0
     with closing(ShardReader()) as reader:
         reader.check([local])  # fails at once where the shard is missing; reading would wait for its return
         for place in range(job.first, job.last):
@@ -274,10 +285,11 @@ def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> 
                 origin = describe_origin(document)
                 draw_captions(data.captions, document, SampleKey(0, 0, place))
                 decode_rgbx(image_bytes, data.max_pixels)
+                transparent += is_transparent(image_bytes, data.max_pixels)
             except DamagedSample as damage:
                 entry = location.entry
                 faults.append(Fault(local.shown, entry.key, entry.start, str(damage), indexed=True, origin=origin))
-    return faults
+    return faults, transparent
 
 
 def _sha256(path: str) -> str:

@@ -1,0 +1,150 @@
+"""Work that writes a folder of shards and can be stopped: what was asked for, what is done so far, who works on it.
+
+Lies in no room of `data`: `data prepare` and `data build` work so, and what indexes or reads shards refuses a folder
+whose work is unfinished.
+"""
+
+import fcntl
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import make_folder, no_locks, replace_file
+
+MANIFEST = "manifest.json"
+
+
+class WorkKind(NamedTuple):
+    """A kind of work, and how messages call it.
+
+    folder: name of the folder of what is done so far. foreign: what is wrong with a folder of other shards.
+    done_file: the file that says that the work is finished; None: the missing folder says so. needs_lock: whether the
+    work is refused on a file system without locks, where two processes could do it at the same time.
+    """
+
+    name: str
+    doing: str
+    command: str
+    folder: str
+    foreign: str
+    done_file: str | None
+    needs_lock: bool
+
+
+PREPARATION = WorkKind(
+    *("preparation", "preparing", "data prepare", ".prepare"),
+    foreign="holds shards that no preparation made; name another folder with --out",
+    done_file=MANIFEST,
+    needs_lock=True,
+)
+BUILD = WorkKind(
+    *("build", "building", "data build", ".build"),
+    foreign="holds shards already; name an empty folder",
+    done_file=None,
+    needs_lock=False,
+)
+
+
+class Work(NamedTuple):
+    """One piece of work. out: the folder of the shards."""
+
+    kind: WorkKind
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """The folder of what is done so far; it is deleted when all is done."""
+        return self.out / self.kind.folder
+
+    def report(self, shard: str) -> Path:
+        """Return the file that says how a shard was written; it is written after the shard."""
+        return self.folder / "shards" / f"{shard}.json"
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the work was begun and not finished."""
+        finished = self.kind.done_file is not None and (self.out / self.kind.done_file).exists()
+        return self.folder.is_dir() and not finished
+
+
+@contextmanager
+def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
+    """Begin a piece of work or go on with it, as its only process.
+
+    options: as json values, all that the output depends on.
+    Raises: UserError where the folder holds other shards or work with other options, or another process works on it.
+    """
+    make_folder(work.out)
+    if not work.folder.exists() and any(work.out.glob("*.tar")):
+        raise UserError(f"{work.out}: {work.kind.foreign}")
+    make_folder(work.folder)
+    with (work.folder / "lock").open("w") as lock:
+        try:
+            # Not flock: workers inherit such a lock, and would hold it after their parent was killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                raise UserError(f"{work.out}: another process is {work.kind.doing} it now") from error
+            reason = f"{work.out}: cannot be locked: {no_locks(error) or error.strerror or error}"
+            if work.kind.needs_lock or not no_locks(error):
+                raise UserError(reason) from error
+            print(f"{reason}; only one process may write there now", file=sys.stderr)
+        path = work.folder / "options.json"
+        if path.exists() and not any(work.folder.glob("shards/*.json")):
+            _begin_anew(work, options, json.loads(path.read_text()))
+        if path.exists():
+            check_options(work, options, json.loads(path.read_text()), "begun")
+        else:
+            replace_file(path, json.dumps(options).encode())
+        make_folder(work.folder / "shards")
+        for part in work.out.glob("*.part"):
+            part.unlink()
+        yield
+
+
+def close_work(work: Work) -> None:
+    """Delete the folder of finished work; where this is interrupted, the work is finished all the same."""
+    finished = work.folder.with_name(f"{work.folder.name}.finished")
+    shutil.rmtree(finished, ignore_errors=True)
+    work.folder.rename(finished)
+    shutil.rmtree(finished, ignore_errors=True)
+
+
+def _begin_anew(work: Work, options: dict[str, Any], before: dict[str, Any]) -> None:
+    """Forget work with other options that has not written a shard: its loss is not worth an error."""
+    if before == options:
+        return
+    for shard in work.out.glob("*.tar"):  # a whole shard whose writer was killed before the report
+        shard.unlink()
+    for item in work.folder.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name != "lock":
+            item.unlink()
+
+
+def check_options(work: Work, options: dict[str, Any], before: dict[str, Any], done: str) -> None:
+    """Raise UserError, naming the first difference, where a folder was made with other options."""
+    for name, value in options.items():
+        if before.get(name) != value:
+            old, new = json.dumps(before.get(name)), json.dumps(value)
+            raise UserError(
+                f"{work.out}: its {work.kind.name} was {done} with {name} {old}, not {new}; "
+                "go on with the same options and files, or name another folder with --out"
+            )
+
+
+def refuse_unfinished(folders: Iterable[Path]) -> None:
+    """Raise UserError where the shards of a folder are those of unfinished work."""
+    for folder in folders:
+        for kind in (PREPARATION, BUILD):
+            if Work(kind, folder).is_unfinished:
+                raise UserError(
+                    f"{folder}: unfinished `{kind.command}`; give the same command again, which goes on where it was, "
+                    "or delete the folder"
+                )
