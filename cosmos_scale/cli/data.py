@@ -142,7 +142,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _index(arguments: argparse.Namespace) -> int:
     from cosmos_scale.data.shards.index import index_shards
-    from cosmos_scale.data.shards.scan import ScanRules
+    from cosmos_scale.data.shards.members import ScanRules
 
     report = index_shards(
         arguments.pattern,

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
+from cosmos_scale.data.shards.index_report import REJECTED, IndexReport, merge_rejected
+from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
-from cosmos_scale.data.shards.rejects import merge_rejected
-from cosmos_scale.data.shards.scan import DEFAULT_RULES, ScanRules, scan_shard
+from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join_url, redact
 from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
@@ -36,37 +37,10 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder, replace_file
 
 SUMMARY = "index.json"
-REJECTED = "rejected.jsonl"
 UNFINISHED = "unfinished.jsonl"
 FORMAT = "cosmos-scale shard index 1"
 _OPEN_TABLES = 64  # memory-mapped tables kept per process
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken summary raises
-
-
-class IndexReport(NamedTuple):
-    """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off.
-
-    dotted: samples whose keys end at the last dot, not at the first one.
-    """
-
-    folder: Path
-    shards: int
-    samples: int
-    rejected: Counter[str]
-    torn: int
-    dotted: int
-
-    def describe(self) -> str:
-        """Return the report as lines for a terminal."""
-        lines = [f"{self.samples:,} samples in {self.shards:,} shards; index in {self.folder}"]
-        if self.torn:
-            lines.append(f"{self.torn:,} shards break off: samples before the break are kept")
-        if self.dotted:
-            lines.append(f"{self.dotted:,} keys have dots: they end at the last dot of the member's name")
-        lines += [f"{count:,} samples rejected: {reason}" for reason, count in self.rejected.most_common()]
-        if self.torn or self.rejected:
-            lines.append(f"each is named in {self.folder / REJECTED}")
-        return "\n".join(lines)
 
 
 class ShardRow(NamedTuple):
@@ -110,7 +84,7 @@ def index_shards(
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
-    torn = dotted = 0
+    torn = dotted = unnamed = 0
     unfinished = Unfinished(folder / UNFINISHED, rules) if is_remote(pattern) else None
     known = unfinished.read(names) if unfinished else {}
     work = map_jobs(partial(_index_one, shards, folder, rules), [name for name in names if name not in known], workers)
@@ -120,6 +94,7 @@ def index_shards(
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
             dotted += done.dotted
+            unnamed += done.unnamed
             rejected.update(reason_class(reason) for _, reason in done.rejected)
             faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
             if done.torn is not None:
@@ -133,7 +108,7 @@ def index_shards(
     _write_summary(folder / SUMMARY, sorted([*others, *rows]))
     if unfinished:
         unfinished.remove()
-    return IndexReport(folder, len(rows), samples, rejected, torn, dotted)
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed)
 
 
 class SourceShards(NamedTuple):
@@ -361,7 +336,7 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
     replace_file(path, pack_table(scan.entries))
     rejected = [(fault.key, fault.reason) for fault in scan.rejected]
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
-    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn, dotted)
+    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed)
 
 
 def _table_name(shard: str) -> str:

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from cosmos_scale.data.shards.scan import ScanRules
+from cosmos_scale.data.shards.members import ScanRules
 from cosmos_scale.files import writing
 
 
 class IndexedShard(NamedTuple):
     """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off.
 
-    dotted: samples whose keys end at the last dot, not at the first one.
+    dotted: samples whose keys end at the last dot, not at the first one. unnamed: see ShardScan.
     """
 
     name: str
@@ -21,6 +21,7 @@ class IndexedShard(NamedTuple):
     rejected: list[tuple[str, str]]
     torn: str | None
     dotted: int = 0
+    unnamed: int = 0
 
 
 class Unfinished:
@@ -39,12 +40,12 @@ class Unfinished:
         done = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                name, samples, size, rejected, torn, dotted, rules = json.loads(line)
+                name, samples, size, rejected, torn, dotted, unnamed, rules = json.loads(line)
             except (ValueError, TypeError):
                 continue
             if name in wanted and rules == self._rules:
                 faults = [(key, reason) for key, reason in rejected]
-                done[name] = IndexedShard(name, samples, size, faults, torn, dotted)
+                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed)
         return done
 
     def append(self, shard: IndexedShard) -> None:

@@ -26,8 +26,9 @@ from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
+from cosmos_scale.data.shards.members import ScanRules
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
-from cosmos_scale.data.shards.scan import ScanRules, ShardScan, scan_shard
+from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.work import MANIFEST

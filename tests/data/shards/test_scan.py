@@ -10,8 +10,9 @@ from cosmos_scale.cli.main import main
 from cosmos_scale.config import DataConfig
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.reader import CLOSE, ShardReader
-from cosmos_scale.data.shards.scan import DEFAULT_RULES, ScanRules, ShardScan, scan_shard
+from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.data.tools.verify import verify_shards
 from cosmos_scale.testing.shard_files import open_folder, picture
@@ -97,6 +98,7 @@ def test_the_users_keys_are_the_only_captions(tmp_path: Path) -> None:
             for member in ((f"{key}.jpg", picture(0)), (f"{key}.json", encoded(document)), (f"{key}.txt", TXT))
         ],
     )
+    assert scan_shard(path).unnamed == 0
     scan = scan_shard(path, rules=ScanRules(captions=("blip",)))
     assert documents(path, scan) == {key: kinds[key] for key in "ac"}
     assert [fault.reason for fault in scan.rejected] == [
@@ -107,6 +109,17 @@ def test_the_users_keys_are_the_only_captions(tmp_path: Path) -> None:
     data = {"sources": [{"name": "s", "shards": str(tmp_path)}], "captions": {"keys": ["blip"]}}
     verdict = verify_shards(DataConfig.model_validate(data), workers=1, progress=False)
     assert (verdict.samples, verdict.damaged, verdict.left_out) == (2, 0, 2)
+
+
+def test_captions_under_no_known_key_are_said(tmp_path: Path) -> None:
+    documents: list[dict[str, Any]] = [{"blip": "a dog"} | METADATA, {"caption": "x"}, {"blip": "a cat"}]
+    members = [(("jpg", picture(0)), ("json", encoded(document))) for document in documents]
+    write_tar(tmp_path / "0.tar", [(f"{key}.{kind}", data) for key, pair in enumerate(members) for kind, data in pair])
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert (report.samples, report.unnamed) == (3, 2)
+    assert "2 samples have no caption under a known key; name its key by --captions KEY here" in report.describe()
+    report = index_shards(str(tmp_path), None, rules=ScanRules(("blip",)), workers=1, progress=False)
+    assert (report.samples, report.unnamed) == (2, 0)
 
 
 def test_members_that_lie_apart_are_joined(tmp_path: Path) -> None:
@@ -161,7 +174,7 @@ def test_a_key_with_dots_beside_its_first_part_is_said_with_the_option(tmp_path:
 
 
 def test_what_was_indexed_by_other_rules_is_indexed_again(tmp_path: Path) -> None:
-    shard = IndexedShard("0.tar", 3, 10, [("a", "no caption")], None, dotted=2)
+    shard = IndexedShard("0.tar", 3, 10, [("a", "no caption")], None, dotted=2, unnamed=1)
     Unfinished(tmp_path / "unfinished", DEFAULT_RULES).append(shard)
     assert Unfinished(tmp_path / "unfinished", DEFAULT_RULES).read(["0.tar"]) == {"0.tar": shard}
     assert Unfinished(tmp_path / "unfinished", ScanRules(("blip",))).read(["0.tar"]) == {}

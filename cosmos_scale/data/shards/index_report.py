@@ -1,0 +1,64 @@
+"""What indexing found: a report for a terminal, and rejected.jsonl, which names what the index leaves out."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import replace_file
+
+REJECTED = "rejected.jsonl"
+
+
+class IndexReport(NamedTuple):
+    """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off.
+
+    dotted: samples whose keys end at the last dot, not at the first one. unnamed: samples whose captions, if
+    they have any, stand under no known key.
+    """
+
+    folder: Path
+    shards: int
+    samples: int
+    rejected: Counter[str]
+    torn: int
+    dotted: int
+    unnamed: int
+
+    def describe(self) -> str:
+        """Return the report as lines for a terminal."""
+        lines = [f"{self.samples:,} samples in {self.shards:,} shards; index in {self.folder}"]
+        if self.torn:
+            lines.append(f"{self.torn:,} shards break off: samples before the break are kept")
+        if self.dotted:
+            lines.append(f"{self.dotted:,} keys have dots: they end at the last dot of the member's name")
+        if self.unnamed:
+            where = "name its key by --captions KEY here and by data.captions.keys in the run"
+            lines.append(f"{self.unnamed:,} samples have no caption under a known key; {where}")
+        lines += [f"{count:,} samples rejected: {reason}" for reason, count in self.rejected.most_common()]
+        if self.torn or self.rejected:
+            lines.append(f"each is named in {self.folder / REJECTED}")
+        return "\n".join(lines)
+
+
+def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
+    """Rewrite rejected.jsonl; lines of other shards stay, and lines of the pictures that a build refused."""
+    kept, unreadable = [], 0
+    try:
+        old_lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for line in old_lines:
+        try:
+            fault = json.loads(line)
+            if fault.get("shard") not in names:
+                kept.append(json.dumps(fault))
+        except (ValueError, AttributeError, TypeError):
+            unreadable += 1
+    if unreadable:
+        print(f"{path}: {unreadable} unreadable lines are dropped", file=sys.stderr)
+    lines = kept + [json.dumps(fault) for fault in faults]
+    if lines or path.exists():
+        replace_file(path, "".join(line + "\n" for line in lines).encode())
