@@ -35,7 +35,10 @@ DEFAULT_RULES = ScanRules()
 
 
 class TarMember(NamedTuple):
-    """A member of a shard's tar. extension: in lower case, without its dot. offset, size: of its data, in bytes."""
+    """A member of a shard's tar. offset, size: of its data, in bytes.
+
+    extension: all from the first dot on, without this dot; what follows the last dot is in lower case.
+    """
 
     key: str
     extension: str

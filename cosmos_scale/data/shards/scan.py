@@ -209,7 +209,8 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[T
                 return
             match = _KEY.fullmatch(name)
             if match:
-                yield TarMember(match[1], match[2].lower(), info.offset_data, info.size)
+                more, dot, extension = match[2].rpartition(".")
+                yield TarMember(match[1], more + dot + extension.lower(), info.offset_data, info.size)
     except (tarfile.TarError, ValueError):
         pass  # the end marker is missing too: torn_end reports the place
     end = torn_end(archive)

@@ -148,8 +148,8 @@ def test_members_apart_that_repeat_are_not_joined(tmp_path: Path) -> None:
 
 
 def test_keys_end_at_the_last_dot_where_the_first_one_joins_them(tmp_path: Path) -> None:
-    names = [f"www.example.org_{number}" for number in range(9)]
-    dotted = [(f"{name}.{kind}", data) for name in names for kind, data in (("jpg", picture(0)), ("json", JSON))]
+    names = ["www.Example.org_1", *(f"www.example.org_{number}" for number in range(1, 9))]
+    dotted = [(f"{name}.{kind}", data) for name in names for kind, data in (("JPG", picture(0)), ("json", JSON))]
     plain = [("1.jpg", picture(1)), ("1.mask.png", picture(2, "PNG")), ("1.json", JSON)]
     write_tar(tmp_path / "0.tar", [*dotted, *plain])
     write_tar(tmp_path / "1.tar", [*dotted[::2], *dotted[1::2], ("x/www.2.jpg", picture(0))])
