@@ -1,6 +1,7 @@
 """Captions in json or txt, members that lie apart, keys with dots: what is a sample, and what is said of the rest."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import DataConfig
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
-from cosmos_scale.data.shards.reader import CLOSE, ShardReader
+from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.data.tools.verify import verify_shards
-from cosmos_scale.testing.shard_files import open_folder, picture
+from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture
 from tests.data.shards.test_reader import JSON, keys, location, write_tar
 
 TXT = b"a photo of a thing"
@@ -62,6 +64,20 @@ def test_a_txt_stands_in_for_a_json_that_is_broken_or_far_away(tmp_path: Path) -
     members = [("a.jpg", picture(0)), ("a.json", encoded(METADATA)), far, ("a.txt", TXT)]
     path = write_tar(tmp_path / "0.tar", [*members, ("b.jpg", picture(1)), ("b.json", b"{"), ("b.txt", TXT)])
     assert documents(path, scan_shard(path)) == {"a": {"caption": TXT.decode()}, "b": {"caption": TXT.decode()}}
+
+
+def test_two_texts_that_do_not_lie_where_the_index_says_are_damage(tmp_path: Path) -> None:
+    members = [("a.jpg", picture(0)), ("a.json", encoded(METADATA)), ("a.txt", TXT)]
+    path = write_tar(tmp_path / "0.tar", members)
+    found = location(path, scan_shard(path), 0)
+    with closing(ShardReader()) as reader:
+        assert reader.read(found)[1]["caption"] == TXT.decode()
+        for change in ({"text_size": found.entry.text_size - 1}, {"text_offset": found.entry.text_offset + BLOCK}):
+            with pytest.raises(DamagedSample, match=r"no two members at byte|names bytes that the shard does not have"):
+                reader.read(found._replace(entry=found.entry._replace(**change)))
+        flip_bytes(path, found.entry.text_offset + BLOCK + 124, 12)  # the size of the second member
+        with pytest.raises(DamagedSample, match=r"no two members at byte 2048: the shard has changed or is damaged"):
+            reader.read(found)
 
 
 @pytest.mark.parametrize(
