@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, no_locks, replace_file
+from cosmos_scale.files import make_folder, no_locks, replace_file, writing
 
 MANIFEST = "manifest.json"
 
@@ -83,7 +83,9 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
     if not work.folder.exists() and any(work.out.glob("*.tar")):
         raise UserError(f"{work.out}: {work.kind.foreign}")
     make_folder(work.folder)
-    with (work.folder / "lock").open("w") as lock:
+    with writing(work.folder / "lock"):
+        lock_file = (work.folder / "lock").open("w")
+    with lock_file as lock:
         try:
             # Not flock: workers inherit such a lock, and would hold it after their parent was killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,9 +98,9 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
             print(f"{reason}; only one process may write there now", file=sys.stderr)
         path = work.folder / "options.json"
         if path.exists() and not any(work.folder.glob("shards/*.json")):
-            _begin_anew(work, options, json.loads(path.read_text()))
+            _begin_anew(work, options, _read_options(path))
         if path.exists():
-            check_options(work, options, json.loads(path.read_text()), "begun")
+            check_options(work, options, _read_options(path), "begun")
         else:
             replace_file(path, json.dumps(options).encode())
         make_folder(work.folder / "shards")
@@ -113,6 +115,14 @@ def close_work(work: Work) -> None:
     shutil.rmtree(finished, ignore_errors=True)
     work.folder.rename(finished)
     shutil.rmtree(finished, ignore_errors=True)
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    try:
+        options: dict[str, Any] = json.loads(path.read_bytes())
+        return dict(options)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; delete {path.parent.parent} and begin anew") from error
 
 
 def _begin_anew(work: Work, options: dict[str, Any], before: dict[str, Any]) -> None:

@@ -79,7 +79,10 @@ def read_report(task: Task, shard: str) -> Written | None:
     path = task.report(shard)
     if not path.exists():
         return None
-    written = Written(*json.loads(path.read_text()))
+    try:
+        written = Written(*json.loads(path.read_text()))
+    except (ValueError, TypeError):  # the power failed before the disk had the report
+        return None
     target = task.out / f"{shard}.tar"
     stands = target.exists() and target.stat().st_size == written.size
     return written if stands or not written.samples else None

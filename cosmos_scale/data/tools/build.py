@@ -202,8 +202,11 @@ def _read_report(job: _Job) -> _Written | None:
     path = job.work.report(job.shard)
     if not path.exists():
         return None
-    rows, samples, rejected, *others = json.loads(path.read_bytes())
-    written = _Written(rows, samples, [_Reject(*reject) for reject in rejected], *others)
+    try:
+        rows, samples, rejected, *others = json.loads(path.read_bytes())
+        written = _Written(rows, samples, [_Reject(*reject) for reject in rejected], *others)
+    except (ValueError, TypeError):  # the power failed before the disk had the report
+        return None
     stands = job.path.exists() and job.path.stat().st_size == written.size
     return written if stands or not samples else None
 

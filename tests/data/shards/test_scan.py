@@ -72,9 +72,10 @@ def test_two_texts_that_do_not_lie_where_the_index_says_are_damage(tmp_path: Pat
     found = location(path, scan_shard(path), 0)
     with closing(ShardReader()) as reader:
         assert reader.read(found)[1]["caption"] == TXT.decode()
-        for change in ({"text_size": found.entry.text_size - 1}, {"text_offset": found.entry.text_offset + BLOCK}):
-            with pytest.raises(DamagedSample, match=r"no two members at byte|names bytes that the shard does not have"):
-                reader.read(found._replace(entry=found.entry._replace(**change)))
+        entry = found.entry
+        for wrong in (entry._replace(text_size=entry.text_size - 1), entry._replace(text_offset=entry.text_offset + 1)):
+            with pytest.raises(DamagedSample, match="no two members at byte"):
+                reader.read(found._replace(entry=wrong))
         flip_bytes(path, found.entry.text_offset + BLOCK + 124, 12)  # the size of the second member
         with pytest.raises(DamagedSample, match=r"no two members at byte 2048: the shard has changed or is damaged"):
             reader.read(found)

@@ -160,6 +160,23 @@ def test_other_options_and_changed_inputs_are_refused(inputs: Path, monkeypatch:
     assert contents(inputs / "out") == contents(inputs / "whole")
 
 
+def test_files_that_a_power_failure_emptied_do_no_harm(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = stopped(inputs, monkeypatch)
+    work = Work(BUILD, out)
+    for shard in ("000000", "000004"):
+        work.report(shard).write_bytes(b"")
+    (out / "000002.tar").write_bytes(b"")
+    options = work.folder / "options.json"
+    whole = options.read_bytes()
+    options.write_bytes(b"")
+    with pytest.raises(UserError, match=r"options\.json: cannot be read: .*; delete .*out and begin anew"):
+        build(inputs)
+    options.write_bytes(whole)
+    build(inputs)
+    build(inputs, "whole")
+    assert contents(out) == contents(inputs / "whole")
+
+
 def test_a_build_without_a_shard_begins_anew_with_other_options(inputs: Path) -> None:
     (inputs / "captions.jsonl").write_text('{"image": "none.jpg", "caption": "a"}\n')
     with pytest.raises(UserError, match="none of its 1 rows can be used"):
