@@ -94,6 +94,18 @@ def test_members_that_lie_apart_are_asked_for_apart(tmp_path: Path) -> None:
             reader.close()
 
 
+def test_a_json_without_caption_comes_with_its_txt_in_one_request(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    members = {"json": b'{"url": "x"}', "png": picture(0, "PNG"), "txt": b"a cat"}
+    write_shard(tmp_path / "s" / "0.tar", [{"__key__": key, **members} for key in "ab"])
+    index_shards(str(tmp_path / "s"), None, workers=1, progress=False)
+    with web_server(tmp_path / "s", tmp_path / "log") as server, closing(ShardReader(quick())) as reader:
+        index = open_remote(f"{server.url}/0.tar", tmp_path / "s")
+        for number in range(2):
+            assert reader.read(index.locate(number)) == (members["png"], {"url": "x", "caption": "a cat"})
+        assert len(server.requests()) == 2
+
+
 def test_a_server_without_ranges_sends_each_shard_once(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
