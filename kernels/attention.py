@@ -179,6 +179,11 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
     """Return in a line why a back end cannot run here, or None where it can."""
     if backend == "sdpa":
         return None
+    if (
+        device.type == "meta"
+    ):  # tensors without memory, which show what a GPU's step would do: see testing/device_counts
+        function = find_function(backend)
+        return function if isinstance(function, str) else None
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     capability = torch.cuda.get_device_capability(device)
