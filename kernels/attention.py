@@ -252,11 +252,9 @@ def _flash_attn_2(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
 def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
     function = find_function("torch_varlen")
     assert not isinstance(function, str), function
-    # torch 2.10 asks for a causal mask by is_causal, later versions by a window that ends at the query.
-    if "window_size" in inspect.signature(function).parameters:
-        keyword: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
-    else:
-        keyword = {"is_causal": causal}
+    keyword: dict[str, Any] = {"is_causal": causal}
+    if _takes_window(function):
+        keyword = {"window_size": (-1, 0) if causal else (-1, -1)}
     output: Tensor = function(
         q_THD,
         k_SHD,
@@ -267,6 +265,12 @@ def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
         **keyword,
     )
     return output
+
+
+@lru_cache(maxsize=8)
+def _takes_window(function: Callable[..., Any]) -> bool:
+    """Tell how torch's function is asked for a causal mask: torch 2.10 by is_causal, later versions by a window."""
+    return "window_size" in inspect.signature(function).parameters
 
 
 def _xformers(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:

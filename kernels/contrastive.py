@@ -39,6 +39,8 @@ PAIR_ELEMENTS = 2**14
 # How many elements of a pair are multiplied by their factors at a time: the most that torch computes in one CPU thread.
 # With several threads each small operation waits for all of them, which takes longer where the cores are shared.
 FACTOR_ELEMENTS = 2**15
+# Elements of features that are widened at a time for the scale's derivative: 2 MiB in float32.
+WIDENED_ELEMENTS = 2**19
 
 
 class Partials(NamedTuple):
@@ -169,7 +171,7 @@ def whole_batch(
     _, B, _, G = _check(rows, columns, scale, 0)
     if B != G:
         raise ValueError(f"rows {list(rows.shape)} must be all rows: as many as columns {list(columns.shape)}")
-    if pair_elements <= B**2 <= block_elements:
+    if rows.device.type == "cpu" and pair_elements <= B**2 <= block_elements:
         return _pair_by_pair(rows, columns, scale, weights, column_gradients)
     partials = forward_partials(rows, columns, scale, first_row=0, block_elements=block_elements)
     column_lse_VTG = column_lse(partials.column_max, partials.column_sum)
@@ -254,11 +256,13 @@ def _loss(row_lse_VTB: Tensor, positive_VTB: Tensor, column_lse_VTB: Tensor, wei
 def _by_log_scale(rows: Tensor, by_rows: Tensor) -> Tensor:
     """Return dL/dlog(scale), [] float64.
 
-    Rows enter the loss only as scale * rows, so this derivative is <rows, dL/drows>. The product is taken view by view,
+    Rows enter the loss only as scale * rows, so this derivative is <rows, dL/drows>. A few views are taken at a time,
     so that no widened copy of all rows is held.
     """
-    dots_VB = [torch.linalg.vecdot(row.to(slope.dtype), slope) for row, slope in zip(rows, by_rows, strict=True)]
-    return torch.stack(dots_VB).sum(dtype=torch.float64)
+    views = max(1, WIDENED_ELEMENTS // rows[0].numel())
+    parts = zip(rows.split(views), by_rows.split(views), strict=True)
+    dots_VB = [torch.linalg.vecdot(part.to(slope.dtype), slope) for part, slope in parts]
+    return torch.cat(dots_VB).sum(dtype=torch.float64)
 
 
 def _arithmetic_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
