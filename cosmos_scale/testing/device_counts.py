@@ -109,7 +109,7 @@ class DeviceCounter(TorchDispatchMode):
 
 def group_of(operator: str) -> str:
     """Return the group, one of GROUPS, that an operator belongs to."""
-    if operator in PRODUCTS:
+    if operator in PRODUCTS or operator.startswith("contrastive"):
         return "products"
     if "varlen" in operator or "attention" in operator or "flash" in operator:
         return "attention"
@@ -209,7 +209,7 @@ def _count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     if name in LOOKUPS:
         return Count(1, sum(map(_nbytes, read[1:])) + made, made)
     formula = flop_registry.get(func.overloadpacket)
-    flops = 0 if formula is None or name not in PRODUCTS else int(formula(*args, **kwargs, out_val=output))
+    flops = 0 if formula is None or group_of(name) != "products" else int(formula(*args, **kwargs, out_val=output))
     return Count(1, sum(map(_nbytes, read)), sum(map(_nbytes, written)) + made, flops)
 
 
