@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cosmos_scale.kernels.attention import Segments, to_device
+from cosmos_scale.kernels.segments import Segments, to_device
 
 Integers = npt.NDArray[np.int64]
 

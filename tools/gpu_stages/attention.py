@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_scale.kernels.attention import BACKENDS, Backend, Segments, attention, obstacle
+from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, obstacle
+from cosmos_scale.kernels.segments import Segments
 from tools.gpu_stages.recorder import Recorder, failure, relative_error
 
 HEAD = 64
