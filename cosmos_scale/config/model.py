@@ -63,6 +63,13 @@ class ModelConfig(Section):
         description="whether torch.compile compiles the towers' blocks: meant for GPUs; a CPU gains nothing measurable",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
+    token_multiple: int | None = Field(
+        None,
+        gt=0,
+        description="a step's text tokens are filled up to a multiple of it, so that a GPU uses its memory again at "
+        "the next step; null: 256 on a GPU, 1 on a CPU",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
 
