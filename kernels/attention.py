@@ -1,125 +1,23 @@
 """Attention over segments of packed tokens: one function for both towers and both poolers, and its back ends.
 
-A segment is one view: a segment's queries attend to the same segment's keys only. The lengths of segments live on the
-host, so that no back end waits for the device to learn them.
+A segment is one view: a segment's queries attend to the same segment's keys only.
 """
 
 import inspect
-import itertools
 import logging
-from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cosmos_scale.kernels.segments import Segments
+
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "torch_varlen", "xformers", "sdpa"]
-# The most padding in one of SDPA's batches, as a share of the batch's tokens. Less padding would need more calls: a
-# call takes some 0.1 ms on a CPU, and attention over the padding takes far less.
-MOST_PADDING = 0.25
-
-
-class Group(NamedTuple):
-    """Neighbouring segments that SDPA takes as one batch, padded to the longest: `size` segments from `first` on.
-
-    queries, keys: tokens of the longest segment. even_queries, even_keys: whether all segments have as many, so that
-    none is padded.
-    """
-
-    first: int
-    size: int
-    queries: int
-    keys: int
-    even_queries: bool
-    even_keys: bool
-
-
-class Segments:
-    """The lengths of the segments in packed queries and keys, and what back ends derive from them, made once.
-
-    queries, keys: how many tokens each segment has, in packed order. keys is None where queries and keys belong to the
-    same tokens (self-attention). A segment may be empty, but a segment with queries needs keys. Raises ValueError for
-    other lengths.
-    """
-
-    def __init__(self, queries: Sequence[int], keys: Sequence[int] | None = None) -> None:
-        self.queries = tuple(queries)
-        self.keys = self.queries if keys is None else tuple(keys)
-        if len(self.queries) != len(self.keys):
-            raise ValueError(f"segments: {len(self.queries)} of queries, but {len(self.keys)} of keys")
-        for number, (query_count, key_count) in enumerate(zip(self.queries, self.keys, strict=True)):
-            if query_count < 0 or key_count < 0:
-                raise ValueError(f"segment {number}: lengths {query_count} and {key_count} must not be negative")
-            if query_count and not key_count:
-                raise ValueError(f"segment {number}: {query_count} queries have no key to attend to")
-        self.query_tokens, self.key_tokens = sum(self.queries), sum(self.keys)
-        self._cu_seqlens: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._padding: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-
-    @cached_property
-    def longest_queries(self) -> int:
-        """The most queries of a segment."""
-        return max(self.queries, default=0)
-
-    @cached_property
-    def longest_keys(self) -> int:
-        """The most keys of a segment."""
-        return max(self.keys, default=0)
-
-    def cu_seqlens(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the segments' starts and the last segment's end, in queries and in keys: [segments + 1] int32 each."""
-        if device not in self._cu_seqlens:
-            queries = keys = to_device(_ends(self.queries), device)
-            if self.keys != self.queries:
-                keys = to_device(_ends(self.keys), device)
-            self._cu_seqlens[device] = queries, keys
-        return self._cu_seqlens[device]
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """SDPA's batches, in packed order: runs of equally long segments, several together where padding is little.
-
-        So sorted segments form few groups, whatever their lengths. Segments without queries join no other run: padding
-        would give them queries, and a query must find a key.
-        """
-        lengths = list(zip(self.queries, self.keys, strict=True))
-        runs = [(pair, sum(1 for _ in run)) for pair, run in itertools.groupby(lengths)]
-        groups: list[Group] = []
-        tokens = 0  # queries and keys of the last group, without padding
-        for (queries, keys), count in runs:
-            first = groups[-1].first + groups[-1].size if groups else 0
-            own_tokens = count * (queries + keys)
-            if groups and queries and groups[-1].queries:
-                last = groups[-1]
-                merged = Group(
-                    last.first,
-                    last.size + count,
-                    max(last.queries, queries),
-                    max(last.keys, keys),
-                    last.even_queries and last.queries == queries,
-                    last.even_keys and last.keys == keys,
-                )
-                if merged.size * (merged.queries + merged.keys) <= (1 + MOST_PADDING) * (tokens + own_tokens):
-                    groups[-1] = merged
-                    tokens += own_tokens
-                    continue
-            groups.append(Group(first, count, queries, keys, True, True))
-            tokens = own_tokens
-        return groups
-
-    def padding(self, lengths: tuple[int, ...], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return where tokens lie in segments padded to `longest`: rows [T] int64, mask [segments, longest] bool."""
-        key = (lengths, longest, device)
-        if key not in self._padding:
-            mask = np.arange(longest) < np.array(lengths)[:, None]
-            self._padding[key] = to_device(mask.ravel().nonzero()[0], device), to_device(mask, device)
-        return self._padding[key]
+Backend = Literal["auto", "flash_attn_3", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"]
 
 
 def attention(
@@ -130,7 +28,8 @@ def attention(
     q: [T, H, D]; k, v: [S, H, D]: the packed tokens of all segments, in one floating dtype. D is the width of one head.
     causal: query i of a segment sees the segment's keys 0..i; each segment then needs as many queries as keys. Logits
     are scaled by D^-1/2.
-    backend: `auto` takes the first of BACKENDS that runs with the tensors' device, dtype and D, and logs it once.
+    backend: `auto` takes the first of BACKENDS that runs with the tensors' device, dtype and D, and logs it once;
+    those of BY_NAME_ALONE it does not take.
     Raises ValueError for shapes or dtypes that do not fit one another, and for a back end that cannot run here.
     """
     shapes = [list(tensor.shape) for tensor in (q_THD, k_SHD, v_SHD)]
@@ -164,7 +63,7 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, h
         if reason:
             raise ValueError(f"attention: back end {backend!r} cannot run: {reason}")
         return backend
-    reasons = {name: obstacle(name, device, dtype, head_size) for name in BACKENDS}
+    reasons = {name: obstacle(name, device, dtype, head_size) for name in BACKENDS if name not in BY_NAME_ALONE}
     chosen = next(name for name, reason in reasons.items() if not reason)
     # Off CUDA all others lack the same, a CUDA device: the log need not say so.
     passed_over = reasons.items() if device.type == "cuda" else ()
@@ -179,11 +78,18 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
     """Return in a line why a back end cannot run here, or None where it can."""
     if backend == "sdpa":
         return None
+    if (
+        device.type == "meta"
+    ):  # tensors without memory, which show what a GPU's step would do: see testing/device_counts
+        function = find_function(backend)
+        return function if isinstance(function, str) else None
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if backend == "flash_attn_4" and capability[0] not in (9, 10, 11):
         return f"it needs compute capability 9 to 11, not {capability[0]}.{capability[1]}"
+    if backend == "flash_attn_3" and capability[0] != 9:
+        return f"it needs compute capability 9, not {capability[0]}.{capability[1]}"
     if capability < (8, 0):
         return f"it needs compute capability 8.0, not {capability[0]}.{capability[1]}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -205,6 +111,8 @@ def find_function(backend: str) -> Callable[..., Any] | str:
     try:
         if backend == "flash_attn_4":
             from flash_attn.cute import flash_attn_varlen_func as function
+        elif backend == "flash_attn_3":
+            from flash_attn_interface import flash_attn_varlen_func as function
         elif backend == "flash_attn_2":
             from flash_attn import flash_attn_varlen_func as function
         elif backend == "torch_varlen":
@@ -231,13 +139,17 @@ def _flash_attn(backend: str, q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segme
         max_seqlen_k=segments.longest_keys,
         causal=causal,
     )
-    # flash-attn 4 returns the log-sum-exp too.
+    # flash-attn 4 and some versions of 3 return the log-sum-exp too.
     attended: Tensor = output[0] if isinstance(output, tuple) else output
     return attended
 
 
 def _flash_attn_4(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
     return _flash_attn("flash_attn_4", q_THD, k_SHD, v_SHD, segments, causal)
+
+
+def _flash_attn_3(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    return _flash_attn("flash_attn_3", q_THD, k_SHD, v_SHD, segments, causal)
 
 
 def _flash_attn_2(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
@@ -247,11 +159,9 @@ def _flash_attn_2(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
 def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
     function = find_function("torch_varlen")
     assert not isinstance(function, str), function
-    # torch 2.10 asks for a causal mask by is_causal, later versions by a window that ends at the query.
-    if "window_size" in inspect.signature(function).parameters:
-        keyword: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
-    else:
-        keyword = {"is_causal": causal}
+    keyword: dict[str, Any] = {"is_causal": causal}
+    if _takes_window(function):
+        keyword = {"window_size": (-1, 0) if causal else (-1, -1)}
     output: Tensor = function(
         q_THD,
         k_SHD,
@@ -262,6 +172,12 @@ def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
         **keyword,
     )
     return output
+
+
+@lru_cache(maxsize=8)
+def _takes_window(function: Callable[..., Any]) -> bool:
+    """Tell how torch's function is asked for a causal mask: torch 2.10 by is_causal, later versions by a window."""
+    return "window_size" in inspect.signature(function).parameters
 
 
 def _xformers(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
@@ -317,27 +233,18 @@ def _sdpa(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causa
 
 # In the order of preference.
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments, bool], Tensor]] = {
-    "flash_attn_4": _flash_attn_4,
+    "flash_attn_3": _flash_attn_3,
     "flash_attn_2": _flash_attn_2,
     "torch_varlen": _torch_varlen,
     "xformers": _xformers,
+    "flash_attn_4": _flash_attn_4,
     "sdpa": _sdpa,
 }
-
-
-def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device; to CUDA from pinned memory, so that the host does not wait for the copy."""
-    # Outside inference mode, even where the first caller is inside it: the tensor is kept for later backward passes.
-    with torch.inference_mode(False):
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+# Nobody has checked the gradients of flash-attn 4 with this project.
+BY_NAME_ALONE = ("flash_attn_4",)
 
 
 def _pad(x_THD: Tensor, rows_T: Tensor, count: int, length: int) -> Tensor:
     """Spread packed tokens to [count, length, H, D] with zeros between: masked keys and values must be finite too."""
     padded = x_THD.new_zeros(count * length, *x_THD.shape[1:]).index_copy(0, rows_T, x_THD)
     return padded.view(count, length, *x_THD.shape[1:])
-
-
-def _ends(lengths: tuple[int, ...]) -> npt.NDArray[np.int32]:
-    return np.array([0, *itertools.accumulate(lengths)], dtype=np.int32)

@@ -16,14 +16,18 @@ idea of Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory L
 Scratch memory, beside statistics and results: at most SCRATCH_BLOCKS * BLOCK_ELEMENTS elements, whatever the batch.
 
 All arithmetic runs in float32 (float64 for float64 features). Low-precision features are widened before the matmul, so
-that each product of two features is exact and is added up in float32.
+that each product of two features is exact and is added up in float32. On a GPU low-precision features are not widened:
+the kernels of `triton_contrastive.py` add up the same exact products in float32, keep no logits, and round the slopes
+to the features' dtype before they multiply them.
 
 A maximum is subtracted before logits are exponentiated. One maximum for a whole pair would not do: at scale 100 the
 logits of a pair lie up to 200 apart, and exp(-104) is 0 in float32, so a whole row or column could become 0. So every
 row and every column has a maximum of its own.
 """
 
+import importlib.util
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,6 +43,8 @@ PAIR_ELEMENTS = 2**14
 # How many elements of a pair are multiplied by their factors at a time: the most that torch computes in one CPU thread.
 # With several threads each small operation waits for all of them, which takes longer where the cores are shared.
 FACTOR_ELEMENTS = 2**15
+# Elements of features that are widened at a time for the scale's derivative: 2 MiB in float32.
+WIDENED_ELEMENTS = 2**19
 
 
 class Partials(NamedTuple):
@@ -78,6 +84,8 @@ def forward_partials(
     Raises ValueError on shapes that do not fit.
     """
     V, B, T, G = _check(rows, columns, scale, first_row)
+    if _is_fused(rows, columns):
+        return _fused_partials(rows, columns, scale, first_row)
     dtype = _arithmetic_dtype(rows, columns)
     columns_NE = columns.reshape(T * G, -1).to(dtype)
     row_lse = columns_NE.new_empty(V, T, B)
@@ -131,6 +139,17 @@ def backward(
     row_lse: [V, T, B]; column_lse_VTG: [V, T, G] over all ranks' rows.
     """
     V, B, T, G = _check(rows, columns, scale, first_row)
+    if _is_fused(rows, columns):
+        return _fused_backward(
+            rows,
+            columns,
+            scale,
+            weights,
+            row_lse,
+            column_lse_VTG,
+            first_row=first_row,
+            column_gradients=column_gradients,
+        )
     columns_NE = columns.reshape(T * G, -1).to(row_lse.dtype)
     weights_V1T1 = (weights * (0.5 / G)).to(row_lse.dtype).view(V, 1, T, 1)
     by_rows = rows.new_empty(rows.shape, dtype=row_lse.dtype)
@@ -169,7 +188,7 @@ def whole_batch(
     _, B, _, G = _check(rows, columns, scale, 0)
     if B != G:
         raise ValueError(f"rows {list(rows.shape)} must be all rows: as many as columns {list(columns.shape)}")
-    if pair_elements <= B**2 <= block_elements:
+    if rows.device.type == "cpu" and pair_elements <= B**2 <= block_elements:
         return _pair_by_pair(rows, columns, scale, weights, column_gradients)
     partials = forward_partials(rows, columns, scale, first_row=0, block_elements=block_elements)
     column_lse_VTG = column_lse(partials.column_max, partials.column_sum)
@@ -185,6 +204,62 @@ def whole_batch(
         block_elements=block_elements,
     )
     return finish(partials, column_lse_VTG, weights, first_row=0), gradients
+
+
+def _is_fused(rows: Tensor, columns: Tensor) -> bool:
+    """Tell whether the Triton kernels serve: features of one low-precision dtype on a GPU, or on "meta" for counts."""
+    low = rows.dtype == columns.dtype and rows.dtype in (torch.bfloat16, torch.float16)
+    return low and (rows.is_cuda or rows.is_meta) and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fused_partials(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> Partials:
+    from cosmos_scale.kernels import triton_contrastive  # here: triton is there on Linux with a GPU build of torch only
+
+    row_max, row_sum, positive, column_max, column_sum = triton_contrastive.statistics(
+        rows.contiguous(), columns.contiguous(), scale.float(), first_row
+    )
+    row_max, row_sum = _join(row_max, row_sum)
+    return Partials(row_max + row_sum.log(), positive, *_join(column_max, column_sum))
+
+
+def _join(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Join maxima and sums of exponentials of several parts, the third dimension."""
+    if largest.shape[2] == 1:
+        return largest.squeeze(2), total.squeeze(2)
+    joined = largest.amax(dim=2)
+    return joined, (total * (largest - joined.unsqueeze(2)).exp_()).sum(dim=2)
+
+
+def _fused_backward(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    weights: Tensor,
+    row_lse: Tensor,
+    column_lse_VTG: Tensor,
+    *,
+    first_row: int,
+    column_gradients: bool,
+) -> Gradients:
+    from cosmos_scale.kernels import triton_contrastive
+
+    rows, columns, scale = rows.contiguous(), columns.contiguous(), scale.float()
+    weights = (weights * (0.5 / columns.shape[1])).float()
+    row_lse, column_lse_VTG = row_lse.contiguous(), column_lse_VTG.contiguous()
+    by_rows = triton_contrastive.slopes(
+        rows, columns, scale, weights, row_lse, column_lse_VTG, first_row, transposed=False
+    ).sum(dim=0)
+    by_columns = None
+    if column_gradients:
+        by_columns = triton_contrastive.slopes(
+            columns, rows, scale, weights, column_lse_VTG, row_lse, -first_row, transposed=True
+        ).sum(dim=0)
+    return Gradients(by_rows, by_columns, _by_log_scale(rows, by_rows))
 
 
 def _pair_by_pair(
@@ -254,11 +329,13 @@ def _loss(row_lse_VTB: Tensor, positive_VTB: Tensor, column_lse_VTB: Tensor, wei
 def _by_log_scale(rows: Tensor, by_rows: Tensor) -> Tensor:
     """Return dL/dlog(scale), [] float64.
 
-    Rows enter the loss only as scale * rows, so this derivative is <rows, dL/drows>. The product is taken view by view,
+    Rows enter the loss only as scale * rows, so this derivative is <rows, dL/drows>. A few views are taken at a time,
     so that no widened copy of all rows is held.
     """
-    dots_VB = [torch.linalg.vecdot(row.to(slope.dtype), slope) for row, slope in zip(rows, by_rows, strict=True)]
-    return torch.stack(dots_VB).sum(dtype=torch.float64)
+    views = max(1, WIDENED_ELEMENTS // rows[0].numel())
+    parts = zip(rows.split(views), by_rows.split(views), strict=True)
+    dots_VB = [torch.linalg.vecdot(part.to(slope.dtype), slope) for part, slope in parts]
+    return torch.cat(dots_VB).sum(dtype=torch.float64)
 
 
 def _arithmetic_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:

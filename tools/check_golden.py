@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -59,10 +59,14 @@ class Difference(NamedTuple):
 
 
 class Golden:
-    """A golden file: its sizes and its tensors, read on demand. Raises UserError for what is missing or unreadable."""
+    """A golden file: its sizes and its tensors, read on demand. Raises UserError for what is missing or unreadable.
 
-    def __init__(self, path: Path) -> None:
+    device: where its models and batches lie, "cpu" or "cuda".
+    """
+
+    def __init__(self, path: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
         self.path = path
+        self.device = device
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         try:
@@ -183,7 +187,8 @@ class Golden:
         if captions.is_floating_point() or not 0 <= captions.min() <= captions.max() < vocabulary:
             raise UserError(f"{self.path}: step{step}.captions: ids must be integers from 0 to {vocabulary - 1}")
         lengths = caption_lengths(captions)
-        return Batch(global_crops, local_crops, captions, lengths, torch.arange(samples), torch.tensor(0))
+        batch = Batch(global_crops, local_crops, captions, lengths, torch.arange(samples), torch.tensor(0))
+        return batch.to(torch.device(self.device))
 
     def global_captions(self) -> int:
         """Return how many captions the teacher sees."""
@@ -196,7 +201,7 @@ class Golden:
             model.load_state_dict(self.state_dict(prefix), strict=True)
         except RuntimeError as error:
             raise UserError(f"{self.path}: {prefix}*: {_one_line(error)}") from error
-        return model
+        return model.to(self.device)
 
 
 def check_features(golden: Golden, zero_stage: int) -> list[Difference]:
@@ -241,7 +246,7 @@ def train(golden: Golden, zero_stage: int) -> Trained:
     config = golden.run_config(zero_stage)
     total_steps = config.total_steps(1)
     student_model, teacher_model = golden.model("student."), golden.model("teacher.")
-    ranks = start_ranks("cpu")
+    ranks = start_ranks(golden.device)
     student, teacher = pair_of_models(config, ranks, student_model, teacher_model)
     rows = []
     for step in range(golden.tensor("trajectory").shape[0]):
@@ -289,9 +294,9 @@ GROUPS = {
 }
 
 
-def check_file(path: Path, zero_stage: int) -> bool:
+def check_file(path: Path, zero_stage: int, device: Literal["cpu", "cuda"]) -> bool:
     """Compare every group with one file, print a line for each, and tell whether all are within tolerance."""
-    golden = Golden(path)
+    golden = Golden(path, device)
     print(path)
     within = True
     for name, group in GROUPS.items():
@@ -314,10 +319,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a golden file (.safetensors)")
     parser.add_argument("--zero-stage", type=int, choices=(0, 1), default=1, help="of the steps (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which computes (default: cpu)")
     parsed = parser.parse_args(arguments)
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
     files: list[Path] = parsed.files
     try:
-        results = [check_file(file, parsed.zero_stage) for file in files]
+        results = [check_file(file, parsed.zero_stage, parsed.device) for file in files]
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -364,7 +372,7 @@ def _same_shape(golden: Golden, name: str, ours: Tensor, theirs: Tensor) -> Tens
     """Return ours - theirs; NaN counts as infinitely far, so that no comparison lets it pass."""
     if ours.shape != theirs.shape:
         raise UserError(f"{golden.path}: {name}: shape {tuple(theirs.shape)} should be {tuple(ours.shape)}")
-    return (ours.detach() - theirs).nan_to_num(nan=torch.inf)
+    return (ours.detach().cpu() - theirs).nan_to_num(nan=torch.inf)
 
 
 def _one_line(error: Exception) -> str:

@@ -51,14 +51,23 @@ class ModelConfig(Section):
     text_padding: Literal["attend", "mask"] = Field(
         "attend", description="attend: the text pooler also reads a caption's padding (published); mask: it does not"
     )
-    attention: Literal["auto", "flash_attn_4", "flash_attn_2", "torch_varlen", "xformers", "sdpa"] = Field(
-        "auto",
-        description="back end of attention; auto: the first that runs on this device, in this precision",
-        json_schema_extra=RESUME_MAY_CHANGE,
+    attention: Literal["auto", "flash_attn_3", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"] = (
+        Field(
+            "auto",
+            description="back end of attention; auto: the first that runs on this device, in this precision",
+            json_schema_extra=RESUME_MAY_CHANGE,
+        )
     )
     compile: bool = Field(
         False,
         description="whether torch.compile compiles the towers' blocks: meant for GPUs; a CPU gains nothing measurable",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    token_multiple: int | None = Field(
+        None,
+        gt=0,
+        description="a step's text tokens are filled up to a multiple of it, so that a GPU uses its memory again at "
+        "the next step; null: 256 on a GPU, 1 on a CPU",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     vision: VisionConfig = VisionConfig()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name
+from cosmos_scale.engine.gpu_memory import use_expandable_segments
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 
@@ -63,6 +64,7 @@ def start_ranks(device: str) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
+        use_expandable_segments()
         torch.cuda.set_device(local_rank)
     backend = "nccl" if use_cuda else "gloo"
     if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: a group of one, without a port

@@ -13,6 +13,7 @@ distill.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class CosmosLoss:
         teacher.image.shape[0] image views are the global ones. Raises ValueError on shapes that do not fit.
         """
         _check(features, teacher)
-        B, V_global = features.image.shape[1], teacher.image.shape[0]
+        (V, B, _), K, V_global = features.image_crossmodal.shape, features.text.shape[0], teacher.image.shape[0]
         first_row = self.ranks.rank * B
         gathered_TGE = self.ranks.gather_columns([*features.image[:V_global], *teacher.image, *teacher.text])
 
@@ -83,14 +84,14 @@ class CosmosLoss:
             rows=features.text,
             columns=gathered_TGE[:V_global],
             scale=_scale(features.logit_scale),
-            weights=_clip_weights(features, teacher),
+            weights=_clip_weights(K, V_global, features.text.device),
             column_gradients=True,
         )
         distill = _Problem(
             rows=torch.cat([features.image_crossmodal, features.text_crossmodal]),
             columns=gathered_TGE[V_global:],
             scale=_scale(features.distill_logit_scale),
-            weights=_distill_weights(features, teacher),
+            weights=_distill_weights(V, K, V_global, teacher.text.shape[0], features.text.device),
             column_gradients=False,
         )
         problems = (clip, distill)
@@ -106,7 +107,6 @@ class CosmosLoss:
         by_image[:V_global] = self.ranks.scatter_column_gradients(by_clip.columns)
         for by_features in (by_image, by_clip.rows, by_distill.rows):
             by_features *= self.feature_factor
-        V = features.image_crossmodal.shape[0]
         scalars = torch.stack([clip_loss, distill_loss, by_logit_scale, by_distill_scale]).float()
         return LossOutput(
             total=(clip_loss + distill_loss).float(),
@@ -167,17 +167,16 @@ def _scale(log_scale: Tensor) -> Tensor:
     return log_scale[0].to(torch.promote_types(log_scale.dtype, torch.float32)).exp()
 
 
-def _clip_weights(features: Features, teacher: TeacherFeatures) -> Tensor:
+@lru_cache(maxsize=16)
+def _clip_weights(K: int, V_global: int, device: torch.device) -> Tensor:
     """Weights [K, V_global] of the pairs (caption, global image view): their mean."""
-    K, V_global = features.text.shape[0], teacher.image.shape[0]
-    return torch.full((K, V_global), 1 / (K * V_global), dtype=torch.float64, device=features.text.device)
+    return torch.full((K, V_global), 1 / (K * V_global), dtype=torch.float64, device=device)
 
 
-def _distill_weights(features: Features, teacher: TeacherFeatures) -> Tensor:
+@lru_cache(maxsize=16)
+def _distill_weights(V: int, K: int, V_global: int, K_global: int, device: torch.device) -> Tensor:
     """Weights [V + K, V_global + K_global] of the pairs (crossmodal, teacher view): the mean of four groups' means."""
-    V, K = features.image_crossmodal.shape[0], features.text_crossmodal.shape[0]
-    V_global, K_global = teacher.image.shape[0], teacher.text.shape[0]
-    weights = torch.empty(V + K, V_global + K_global, dtype=torch.float64, device=teacher.image.device)
+    weights = torch.empty(V + K, V_global + K_global, dtype=torch.float64, device=device)
     weights[:V, :V_global].fill_(1 / (4 * V * V_global))
     weights[:V, V_global:].fill_(1 / (4 * V * K_global))
     weights[V:, :V_global].fill_(1 / (4 * K * V_global))
@@ -187,5 +186,7 @@ def _distill_weights(features: Features, teacher: TeacherFeatures) -> Tensor:
 
 def _count_non_finite(features: Features, teacher: TeacherFeatures) -> Tensor:
     """Return how many tensors hold a NaN or an infinity, [] float64; views that enter no pair count too."""
-    flags = [tensor.isfinite().all().logical_not() for tensor in (*features, *teacher)]
-    return torch.stack(flags).sum(dtype=torch.float64)
+    # The largest element says it for all: NaN and infinity pass through the maximum.
+    largest = torch.stack(torch._foreach_norm([*features[:4], *teacher], torch.inf))
+    scales = torch.cat([features.logit_scale, features.distill_logit_scale])
+    return torch.cat([largest, scales]).isfinite().logical_not().sum(dtype=torch.float64)

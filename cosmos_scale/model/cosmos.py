@@ -32,6 +32,7 @@ class CosmosModel(TextTower):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.text, config.embed_dim)
         self.attend_to_padding = config.text_padding == "attend"
+        self.token_multiple = config.token_multiple
         self.visual = VisionTower(config.vision, config.embed_dim, config.pooler_heads)
         self.image_token_mapping = Linear(config.vision.width, config.embed_dim)
         self.text_token_mapping = Linear(config.text.width, config.embed_dim)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cosmos_scale.kernels.attention import Segments
+from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.model.transformer import Attention, LayerNorm
 
 

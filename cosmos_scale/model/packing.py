@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cosmos_scale.kernels.attention import Segments, to_device
+from cosmos_scale.kernels.segments import Segments, to_device
 
 Integers = npt.NDArray[np.int64]
 
@@ -29,7 +29,9 @@ class CropLayout(NamedTuple):
 
 
 class CaptionLayout(NamedTuple):
-    """Packed captions, the longest first, so that neighbours are about equally long.
+    """Packed captions, the longest first, so that neighbours are about equally long; then tokens that fill up.
+
+    Tokens that fill up are segments of their own, which nobody reads: they are computed, so that they hold numbers.
 
     ids: [T] int64, each packed token's place among the flattened [B, L] ids. places: [T] int64, each packed token's
     place in its caption. read: [R] int64, the packed tokens that are used after the last block: the EOT of each
@@ -44,6 +46,16 @@ class CaptionLayout(NamedTuple):
     read_lengths: tuple[int, ...]
 
 
+def token_multiple(wanted: int | None, device: torch.device) -> int:
+    """Return what the number of packed text tokens is a multiple of: `wanted`, or by default 256 on a GPU.
+
+    The number of tokens is another at each step. A GPU's allocator would keep memory for each number that it has seen.
+    """
+    if wanted is not None:
+        return wanted
+    return 1 if device.type == "cpu" else 256
+
+
 @lru_cache(maxsize=64)
 def pack_crops(crops: tuple[tuple[int, int], ...], tokens_of: int, device: torch.device) -> CropLayout:
     """Lay out crops, by resolution (how many, tokens of each); the patches of the first `tokens_of` crops are read."""
@@ -54,13 +66,18 @@ def pack_crops(crops: tuple[tuple[int, int], ...], tokens_of: int, device: torch
 
 
 def pack_captions(
-    lengths_B: Tensor, context: int, device: torch.device, tokens_of: int = 0, keep_padding: bool = False
+    lengths_B: Tensor,
+    context: int,
+    device: torch.device,
+    tokens_of: int = 0,
+    keep_padding: bool = False,
+    multiple: int = 1,
 ) -> CaptionLayout:
     """Lay out captions cut at their EOT.
 
     lengths: [B] int64 on the CPU, tokens up to and including EOT. context: L of the ids. All tokens of the first
-    `tokens_of` captions are read; with keep_padding these captions keep their padding. Raises ValueError for a length
-    below 1 or above L, which would reach into another caption's tokens.
+    `tokens_of` captions are read; with keep_padding these captions keep their padding. multiple: tokens fill up to a
+    multiple of it. Raises ValueError for a length below 1 or above L, which would reach into another caption's tokens.
     """
     lengths = lengths_B.numpy()  # raises for a tensor on a device, whose reading would make the host wait
     if lengths.min() < 1 or lengths.max() > context:
@@ -71,17 +88,27 @@ def pack_captions(
     order = np.argsort(-kept, kind="stable")
     sizes = kept[order]
     starts = sizes.cumsum() - sizes
-    places = _ranges(np.zeros_like(sizes), sizes)
+    filling = _filling(int(sizes.sum()), multiple, context)
+    all_sizes = np.concatenate([sizes, filling])
+    places = _ranges(np.zeros_like(all_sizes), all_sizes)
     starts_B = np.empty_like(starts)
     starts_B[order] = starts
     tokens = _ranges(starts_B[:tokens_of], kept[:tokens_of])
     return CaptionLayout(
-        segments=Segments(sizes.tolist()),
-        ids=to_device(_ranges(order * context, sizes), device),
+        segments=Segments(all_sizes.tolist()),
+        # Tokens that fill up are tokens of the first caption.
+        ids=to_device(_ranges(np.concatenate([order * context, np.zeros_like(filling)]), all_sizes), device),
         places=to_device(places, device),
         read=to_device(np.concatenate([starts_B + lengths - 1, tokens]), device),
         read_lengths=tuple(kept[:tokens_of].tolist()),
     )
+
+
+def _filling(tokens: int, multiple: int, context: int) -> Integers:
+    """Return the lengths of the segments, at most `context` long, that fill up to a multiple."""
+    missing = -tokens % multiple
+    whole, rest = divmod(missing, context)
+    return np.array([context] * whole + [rest] * (rest > 0), dtype=np.int64)
 
 
 def _ranges(starts: Integers, sizes: Integers) -> Integers:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cosmos_scale.config import TextConfig
-from cosmos_scale.model.packing import pack_captions
+from cosmos_scale.model.packing import pack_captions, token_multiple
 from cosmos_scale.model.transformer import Embedding, LayerNorm, Transformer, empty_parameter, normal_, uniform_
 
 
@@ -13,8 +13,10 @@ class TextTower(nn.Module):
     """Causal text transformer.
 
     In OpenCLIP's state dicts the text tower's parameters have no prefix. So CosmosModel derives from this class and
-    adds the image tower and the heads.
+    adds the image tower and the heads. token_multiple: see `packing.token_multiple`.
     """
+
+    token_multiple: int | None = None
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
@@ -54,7 +56,8 @@ class TextTower(nn.Module):
         length.
         """
         samples, context = ids_BL.shape
-        layout = pack_captions(lengths_B, context, ids_BL.device, tokens_of, keep_padding)
+        multiple = token_multiple(self.token_multiple, ids_BL.device)
+        layout = pack_captions(lengths_B, context, ids_BL.device, tokens_of, keep_padding, multiple)
         ids_T = ids_BL.flatten().index_select(0, layout.ids)
         x_TD = self.token_embedding(ids_T) + functional.embedding(layout.places, self.positional_embedding)
         x_RD = self.ln_final(self.transformer(x_TD, layout.segments, layout.read, causal=True))

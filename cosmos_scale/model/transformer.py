@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from cosmos_scale.kernels.attention import Backend, Segments, attention
+from cosmos_scale.kernels.attention import Backend, attention
 from cosmos_scale.kernels.linear import linear
+from cosmos_scale.kernels.segments import Segments
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:

@@ -15,7 +15,7 @@ from cosmos_scale.batch import Features, caption_lengths
 from cosmos_scale.config import ModelConfig, RunConfig
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
-from cosmos_scale.kernels.attention import Segments
+from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.needed_flops import (
     Tokens,

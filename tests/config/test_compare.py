@@ -44,6 +44,7 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "init_from",
     "model.attention",
     "model.compile",
+    "model.token_multiple",
     "data.samples",
     "data.max_damaged",
     "data.max_pixels",

@@ -15,7 +15,7 @@ from cosmos_scale.model.transformer import Attention
 from tests.model.models import SMALL, small_batch
 
 CPU = torch.device("cpu")
-GPU_ONLY = ("flash_attn_4", "flash_attn_2", "torch_varlen", "xformers")
+GPU_ONLY = ("flash_attn_4", "flash_attn_3", "flash_attn_2", "torch_varlen", "xformers")
 
 
 def changed(**keys: object) -> ModelConfig:

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosmos_scale.kernels import attention as kernel
-from cosmos_scale.kernels.attention import BACKENDS, MOST_PADDING, Segments, attention, choose_backend, obstacle
+from cosmos_scale.kernels.attention import BACKENDS, attention, choose_backend, obstacle
+from cosmos_scale.kernels.segments import Segments
 
 # float32 sums of up to 77 products of order 1; errors of 2e-7 to 2e-6 were seen.
 TOLERANCE = 1e-5
@@ -117,35 +116,7 @@ def test_no_queries_give_no_rows() -> None:
         assert attention(q, k, k, Segments(queries, keys)).shape == (0, 1, 8)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 80), st.integers(1, 80)), max_size=30))
-def test_groups_cover_the_segments_in_order_with_little_padding(lengths: list[tuple[int, int]]) -> None:
-    segments = Segments([queries for queries, _ in lengths], [keys for _, keys in lengths])
-    place = 0
-    for group in segments.groups:
-        assert group.first == place
-        own = lengths[place : place + group.size]
-        place += group.size
-        assert (group.queries, group.keys) == (max(pair[0] for pair in own), max(pair[1] for pair in own))
-        assert group.even_queries == (len({pair[0] for pair in own}) == 1)
-        assert group.even_keys == (len({pair[1] for pair in own}) == 1)
-        padded = group.size * (group.queries + group.keys)
-        assert padded <= (1 + MOST_PADDING) * sum(map(sum, own))
-    assert place == len(lengths)
-
-
-def test_sorted_captions_come_to_few_groups() -> None:
-    lengths = sorted(torch.randint(8, 76, (512,), generator=torch.Generator().manual_seed(0)).tolist(), reverse=True)
-    assert len(Segments(lengths).groups) <= 8
-
-
-def test_lengths_and_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 of queries, but 1 of keys"):
-        Segments([1, 2], [3])
-    with pytest.raises(ValueError, match="segment 1: 2 queries have no key"):
-        Segments([1, 2], [3, 0])
-    with pytest.raises(ValueError, match="segment 0: lengths -1 and 3"):
-        Segments([-1], [3])
+def test_shapes_that_do_not_fit_are_refused() -> None:
     q, k = torch.zeros(2, 1, 8), torch.zeros(3, 1, 8)
     with pytest.raises(ValueError, match="as many queries as keys"):
         attention(q, k, k, Segments([2], [3]), causal=True)
@@ -188,7 +159,7 @@ def test_a_forced_back_end_that_cannot_run_says_why(backend: Any) -> None:
 
 def test_an_unknown_back_end_is_refused_with_those_there_are() -> None:
     q = torch.zeros(2, 1, 8)
-    with pytest.raises(ValueError, match=r"no back end 'flash'; there are auto, flash_attn_4, .*sdpa"):
+    with pytest.raises(ValueError, match=r"no back end 'flash'; there are auto, flash_attn_3, .*sdpa"):
         attention(q, q, q, Segments([2]), backend="flash")  # type: ignore[arg-type]
 
 
@@ -198,10 +169,12 @@ FLASH_2, EVERYTHING = {"flash_attn_2"}, set(BACKENDS)
 @pytest.mark.parametrize(
     ("capability", "dtype", "head_size", "installed", "expected"),
     [
-        ((10, 0), torch.bfloat16, 64, EVERYTHING, "flash_attn_4"),
-        ((9, 0), torch.float16, 64, EVERYTHING - {"flash_attn_4"}, "flash_attn_2"),
+        ((9, 0), torch.bfloat16, 64, EVERYTHING, "flash_attn_3"),
+        ((10, 0), torch.bfloat16, 64, EVERYTHING, "flash_attn_2"),
+        ((10, 0), torch.bfloat16, 64, {"flash_attn_4", "flash_attn_3"}, "sdpa"),
+        ((9, 0), torch.float16, 64, EVERYTHING - {"flash_attn_3"}, "flash_attn_2"),
         ((8, 0), torch.bfloat16, 64, EVERYTHING, "flash_attn_2"),
-        ((9, 0), torch.bfloat16, 256, EVERYTHING, "flash_attn_2"),
+        ((9, 0), torch.bfloat16, 256, EVERYTHING, "flash_attn_3"),
         ((9, 0), torch.bfloat16, 64, {"torch_varlen", "xformers"}, "torch_varlen"),
         ((8, 6), torch.bfloat16, 64, {"xformers"}, "xformers"),
         ((8, 0), torch.bfloat16, 64, set(), "sdpa"),
@@ -295,13 +268,15 @@ def compare_with_the_formula(backend: str, queries: list[int], keys: list[int] |
 
 
 @each_case
-@pytest.mark.parametrize("version", [2, 4])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_flash_attn_is_given_the_segments(
     version: int, queries: list[int], keys: list[int] | None, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    package, cute, interface = (ModuleType(name) for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"))
     if version == 2:
         package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
+    elif version == 3:
+        interface.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
     else:  # returns the log-sum-exp too
         cute.flash_attn_varlen_func = lambda *args, **kwargs: (  # type: ignore[attr-defined]
             flash_attn_varlen_func(*args, **kwargs),
@@ -309,9 +284,11 @@ def test_flash_attn_is_given_the_segments(
         )
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
     kernel.find_function.cache_clear()
     compare_with_the_formula(f"flash_attn_{version}", queries, keys, causal)
-    assert isinstance(kernel.find_function(f"flash_attn_{6 - version}"), str)
+    for other in {2, 3, 4} - {version}:
+        assert isinstance(kernel.find_function(f"flash_attn_{other}"), str)
     kernel.find_function.cache_clear()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.model.packing import pack_captions, pack_crops
+from cosmos_scale.model.packing import pack_captions, pack_crops, token_multiple
 from tests.model.models import SMALL, initialised, small_batch
 
 CPU = torch.device("cpu")
@@ -42,6 +42,38 @@ def test_captions_are_cut_and_found_again(lengths: list[int], data: st.DataObjec
     expected += [(b, place) for b in range(tokens_of) for place in range(kept[b])]
     assert list(zip(captions[layout.read].tolist(), places[layout.read].tolist(), strict=True)) == expected
     assert list(layout.read_lengths) == kept[:tokens_of]
+
+
+@given(st.lists(st.integers(1, CONTEXT), min_size=1, max_size=12), st.integers(1, 40))
+def test_tokens_fill_up_to_a_multiple_and_nobody_reads_them(lengths: list[int], multiple: int) -> None:
+    plain, filled = (pack_captions(torch.tensor(lengths), CONTEXT, CPU, multiple=count) for count in (1, multiple))
+    tokens = sum(lengths)
+    assert filled.segments.query_tokens % multiple == 0
+    assert 0 <= filled.segments.query_tokens - tokens < multiple
+    own = len(lengths)
+    assert filled.segments.queries[:own] == plain.segments.queries
+    assert all(1 <= length <= CONTEXT for length in filled.segments.queries[own:])
+    assert torch.equal(filled.ids[:tokens], plain.ids)
+    assert torch.equal(filled.places[:tokens], plain.places)
+    assert filled.ids.max() < len(lengths) * CONTEXT
+    assert filled.places.max() < CONTEXT
+    assert torch.equal(filled.read, plain.read)
+
+
+def test_filled_up_tokens_change_neither_features_nor_gradients() -> None:
+    results = []
+    for multiple in (1, 64):
+        model = initialised(SMALL.model_copy(update={"token_multiple": multiple}))
+        features = model(small_batch(3))
+        sum(feature.square().sum() + feature.sum() for feature in features[:4]).backward()
+        results.append([*features, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+    for plain, filled in zip(*results, strict=True):
+        assert (plain - filled).abs().max() <= 1e-5 * max(1.0, plain.abs().max().item())
+
+
+@pytest.mark.parametrize(("device", "wanted", "expected"), [("cpu", None, 1), ("cuda", None, 256), ("cuda", 8, 8)])
+def test_tokens_fill_up_on_a_gpu_by_default(device: str, wanted: int | None, expected: int) -> None:
+    assert token_multiple(wanted, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("lengths", [[3, 0], [3, CONTEXT + 1], [-1]])

@@ -1,0 +1,241 @@
+"""What a step asks of a device, counted without one: launches of kernels, bytes read and written, matrix products.
+
+The step's own code runs on tensors of the device "meta", which have shapes and no memory, so any size is counted in
+seconds. Operators that make a view or reserve memory launch nothing and are left out. Each other operator counts as one
+launch, although some operators of a GPU launch two or three kernels: the backward of a norm, for instance.
+
+Bytes are those of the operands: each tensor that an operator reads, and each tensor that it writes, once. Caches of the
+device are not modelled. A lookup (embedding, index_select, gather) reads the rows that it returns, not the table.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from cosmos_scale.batch import Batch
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.accumulate import surrogate
+from cosmos_scale.engine.pair import drawn_pair
+from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.loss import CosmosLoss
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.step import train_step
+from cosmos_scale.testing.batches import random_batch
+
+META = torch.device("meta")
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+LOOKUPS = {"embedding", "index_select", "gather", "index"}
+# Operators whose first operand is written, not read.
+FILLS = {"copy_", "fill_", "zero_", "index_copy_", "index_put_"}
+COPIES = {"copy_", "_to_copy", "clone", "cat", "stack", "_foreach_copy_"}
+GROUPS = ("products", "attention", "copies", "norms and pointwise")
+
+
+class Count(NamedTuple):
+    """What some operators ask of a device. flops: of matrix products, a multiplication and an addition each."""
+
+    launches: int = 0
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read and written."""
+        return self.read + self.written
+
+    def plus(self, other: "Count") -> "Count":
+        """Return the sum of both."""
+        return Count(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+def total(counts: Iterable[Count]) -> Count:
+    """Return the sum of counts."""
+    result = Count()
+    for count in counts:
+        result = result.plus(count)
+    return result
+
+
+class DeviceCounter(TorchDispatchMode):
+    """Counts the operators that run inside it, by phase and operator. A context manager.
+
+    counts: {(phase, operator): Count}. Operators are named without their overload: `mm`, `native_layer_norm`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: dict[tuple[str, str], Count] = {}
+        self._phase = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what runs inside."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def by_group(self, phase: str | None = None) -> dict[str, Count]:
+        """Return the counts of each group of operators, of one phase or of all."""
+        groups = dict.fromkeys(GROUPS, Count())
+        for (where, operator), count in self.counts.items():
+            if phase in (None, where):
+                groups[group_of(operator)] = groups[group_of(operator)].plus(count)
+        return groups
+
+    def of_phase(self, phase: str) -> Count:
+        """Return the counts of a phase."""
+        return total(count for (where, _), count in self.counts.items() if where == phase)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        count = _count(func, args, kwargs, output)
+        if count is not None:
+            place = (self._phase, func.name().split("::")[1].split(".")[0])
+            self.counts[place] = self.counts.get(place, Count()).plus(count)
+        return output
+
+
+def group_of(operator: str) -> str:
+    """Return the group, one of GROUPS, that an operator belongs to."""
+    if operator in PRODUCTS or operator.startswith("contrastive"):
+        return "products"
+    if "varlen" in operator or "attention" in operator or "flash" in operator:
+        return "attention"
+    return "copies" if operator in COPIES else "norms and pointwise"
+
+
+def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
+    """Count student, teacher, loss and backward of one rank's step without other ranks; the update is not in it.
+
+    lengths: [K, B] int64 on the CPU, the tokens of each caption: B samples. Phases: "student", "teacher", "loss",
+    "backward". Weights have the dtype of config.precision.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    with META:
+        student, teacher = CosmosModel(config.model).to(dtype), CosmosModel(config.model).to(dtype)
+    student.recompute_blocks(config.train.recompute)
+    batch = meta_batch(config, lengths_KB)
+    counter = DeviceCounter()
+    with counter:
+        with counter.phase("student"):
+            features = student(batch)
+        with counter.phase("teacher"):
+            taught = teacher.teacher_features(batch, config.data.captions.global_count)
+        with counter.phase("loss"):
+            scales = {name: getattr(features, name).float() for name in ("logit_scale", "distill_logit_scale")}
+            loss = CosmosLoss(config.optimizer.gradient_scale)(features._replace(**scales), taught)
+        with counter.phase("backward"):
+            surrogate(features, loss.gradients).backward()
+    return counter
+
+
+def count_update(rank: int, world_size: int, config: RunConfig) -> tuple[dict[str, dict[str, Count]], int]:
+    """Count by phase and group what the engine does beside the model, on a real step on CPUs; collective.
+
+    Returns the counts of "gradients" (the engine's backward less the same model's backward without an engine), "update"
+    and "refresh"; and the elements of the model. All that is counted is done for each element. So bytes may be scaled
+    to a model of the same depth and another width.
+    """
+    pair, loss = drawn_pair(config, start_ranks("cpu")), CosmosLoss(config.optimizer.gradient_scale)
+    student, teacher = pair
+    captions = config.data.captions.count
+    batch = random_batch(config.model, config.data.views, 1, [(4, config.model.text.context_length)] * captions)
+    for _ in range(2):  # DeepSpeed makes some of its buffers in the first step
+        train_step(student, teacher, loss, batch, lr=1e-4, momentum=0.99)
+        _ = teacher.model
+    features = student(batch)
+    gradients = loss(student.with_full_scales(features), teacher(batch)).gradients
+    counter, plain = DeviceCounter(), DeviceCounter()
+    with counter:
+        with counter.phase("gradients"):
+            student.backward(batch, features, gradients)
+        with counter.phase("update"):
+            student.update(lr=1e-4, momentum=0.99, finite=torch.tensor(True))
+        with counter.phase("refresh"):
+            teacher.refresh()
+            _ = teacher.model  # waits for what a thread may do
+    model = CosmosModel(config.model).to(next(student.model.parameters()).dtype)
+    alone = surrogate(model(batch), gradients)
+    with plain, plain.phase("gradients"):
+        alone.backward()
+    pair.close()
+    phases = {name: counter.by_group(name) for name in ("gradients", "update", "refresh")}
+    for group, count in plain.by_group("gradients").items():
+        phases["gradients"][group] = phases["gradients"][group].plus(Count(*(-number for number in count)))
+    return phases, sum(parameter.numel() for parameter in model.parameters())
+
+
+def meta_batch(config: RunConfig, lengths_KB: Tensor) -> Batch:
+    """Return a rank's batch without pixels: crops and ids on "meta", the captions' lengths on the CPU."""
+    views, model = config.data.views, config.model
+    captions, samples = lengths_KB.shape
+
+    def crops(count: int, side: int) -> Tensor:
+        return torch.empty(count, samples, 3, side, side, device=META)
+
+    return Batch(
+        crops(views.global_crops, model.vision.image_size),
+        crops(views.local_crops, views.local_size),
+        torch.empty(captions, samples, model.text.context_length, dtype=torch.int32, device=META),
+        lengths_KB,
+        torch.arange(samples),
+        torch.tensor(0),
+    )
+
+
+def _count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Count | None:
+    """Return what an operator asks of the device, or None where it launches nothing."""
+    name = func.name().split("::")[1].split(".")[0]
+    if name.startswith(("empty", "new_empty")):
+        return None
+    read, written = _operands(func, args, kwargs, name)
+    given = {_storage(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+    fresh = [tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor) and _storage(tensor) not in given]
+    if not fresh and not written:
+        return None  # a view, or a question to the host
+    made = sum(map(_nbytes, fresh))
+    if name in LOOKUPS:
+        return Count(1, sum(map(_nbytes, read[1:])) + made, made)
+    formula = flop_registry.get(func.overloadpacket)
+    flops = 0 if formula is None or group_of(name) != "products" else int(formula(*args, **kwargs, out_val=output))
+    return Count(1, sum(map(_nbytes, read)), sum(map(_nbytes, written)) + made, flops)
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that an operator reads and those among its arguments that it writes."""
+    read: list[Tensor] = []
+    written: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        value = kwargs.get(argument.name) if position >= len(args) else args[position]
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes:
+            written += tensors
+        if not writes or (not argument.is_out and name not in FILLS):
+            read += tensors
+    return read, written
+
+
+def _storage(tensor: Tensor) -> int:
+    place: int = tensor.untyped_storage()._cdata
+    return place
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Return the bytes that a tensor's elements take; expanded dimensions lie in memory once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride or size == 0 else 1
+    return elements * tensor.element_size()

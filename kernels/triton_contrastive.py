@@ -1,0 +1,301 @@
+"""The multi-pair contrastive loss as two Triton kernels: no logits in memory, low-precision products, float32 sums.
+
+`statistics` reduces the logits of each pair to numbers of each row and each column, a block of rows and a stretch of
+columns at a time. `slopes` forms the logits again, turns them into the loss's slopes and multiplies these by the other
+side's features at once. `contrastive.py` calls both where features are of low precision and on a GPU, and combines what
+they leave; there the loss is explained.
+
+Results are the same at every call: no atomic addition, each program writes numbers of its own. Products of features are
+exact and summed in float32; slopes are rounded to the features' dtype before the second product.
+Source of the online logsumexp: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+# Columns that one program of `statistics` takes.
+STRETCH = 1024
+# Programs of `slopes` that fill a large GPU twice; with fewer, each takes a part of the other side's features.
+PROGRAMS = 264
+
+
+class TileSizes(NamedTuple):
+    """Sizes of the kernels' tiles: rows, columns, width of a product's step, width of the result; warps, stages."""
+
+    rows: int = 64
+    columns: int = 64
+    step: int = 64
+    width: int = 256
+    warps: int = 8
+    stages: int = 2
+
+
+TILES = TileSizes()
+
+
+@triton.jit
+def statistics_kernel(
+    rows,  # [V, B, E]
+    columns,  # [T, G, E]
+    scale,  # [] float32
+    row_max,  # [V, T, stretches, B]
+    row_sum,
+    positive,  # [V, T, B]
+    column_max,  # [V, T, row blocks, G]
+    column_sum,
+    B,
+    G,
+    T,
+    first_row,
+    E: tl.constexpr,
+    STRETCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Reduce the logits of a pair, a block of rows and a stretch of columns: maxima and sums of exponentials."""
+    block, pair, stretch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    view, other = pair // T, pair % T
+    factor = tl.load(scale)
+    row = block * ROWS + tl.arange(0, ROWS)
+    row_exists = row < B
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    own = tl.zeros([ROWS], tl.float32)
+    begin = stretch * STRETCH
+    end = tl.minimum(begin + STRETCH, G)
+    column_place = (pair * tl.num_programs(0) + block) * G
+    for start in range(begin, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        column_exists = column < end
+        logits = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for step in range(0, E, STEP):
+            inner = step + tl.arange(0, STEP)
+            a = tl.load(
+                rows + (view * B + row)[:, None] * E + inner[None, :],
+                mask=row_exists[:, None] & (inner < E)[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                columns + (other * G + column)[None, :] * E + inner[:, None],
+                mask=column_exists[None, :] & (inner < E)[:, None],
+                other=0.0,
+            )
+            logits = tl.dot(a, b, logits, input_precision="ieee")
+        logits *= factor
+        own += tl.sum(tl.where(column[None, :] == (first_row + row)[:, None], logits, 0.0), 1)
+        in_row = tl.where(column_exists[None, :], logits, float("-inf"))
+        higher = tl.maximum(largest, tl.max(in_row, 1))
+        total = total * tl.exp(largest - higher) + tl.sum(tl.exp(in_row - higher[:, None]), 1)
+        largest = higher
+        in_column = tl.where(row_exists[:, None], logits, float("-inf"))
+        highest = tl.max(in_column, 0)
+        tl.store(column_max + column_place + column, highest, mask=column_exists)
+        sums = tl.sum(tl.exp(in_column - highest[None, :]), 0)
+        tl.store(column_sum + column_place + column, sums, mask=column_exists)
+    row_place = (pair * tl.num_programs(2) + stretch) * B + row
+    tl.store(row_max + row_place, largest, mask=row_exists)
+    tl.store(row_sum + row_place, total, mask=row_exists)
+    own_column = first_row + row
+    here = row_exists & (own_column >= begin) & (own_column < end)
+    tl.store(positive + pair * B + row, own, mask=here)
+
+
+@triton.jit
+def slopes_kernel(
+    features,  # [Va, A, E], whose gradients these are
+    others,  # [Vc, C, E]
+    scale,  # [] float32
+    weights,  # [Va, Vc] or transposed
+    lse,  # logsumexp of each of `features`' logits
+    others_lse,
+    gradients,  # [parts, Va, A, E] float32
+    A,
+    C,
+    Vc,
+    offset,  # the positive of feature i is the other feature i + offset
+    part_size,  # of the other features that one program takes
+    weight_a,
+    weight_c,
+    lse_a,
+    lse_c,
+    others_a,
+    others_c,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Sum weight * (softmax by row + softmax by column - 2 at the positive) * other feature over a part of them."""
+    block, view = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    widths = tl.cdiv(E, WIDTH)
+    part, slice_of = tl.program_id(2) // widths, tl.program_id(2) % widths
+    factor = tl.load(scale)
+    row = block * ROWS + tl.arange(0, ROWS)
+    row_exists = row < A
+    out = slice_of * WIDTH + tl.arange(0, WIDTH)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    begin = part * part_size
+    end = tl.minimum(begin + part_size, C)
+    for other in range(0, Vc):
+        weight = tl.load(weights + view * weight_a + other * weight_c)
+        own_lse = tl.load(lse + view * lse_a + other * lse_c + row, mask=row_exists, other=0.0)
+        for start in range(begin, end, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            column_exists = column < end
+            place = (other * C + column).to(tl.int64)
+            logits = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for step in range(0, E, STEP):
+                inner = step + tl.arange(0, STEP)
+                a = tl.load(
+                    features + (view * A + row)[:, None] * E + inner[None, :],
+                    mask=row_exists[:, None] & (inner < E)[None, :],
+                    other=0.0,
+                )
+                b = tl.load(
+                    others + place[None, :] * E + inner[:, None],
+                    mask=column_exists[None, :] & (inner < E)[:, None],
+                    other=0.0,
+                )
+                logits = tl.dot(a, b, logits, input_precision="ieee")
+            logits *= factor
+            other_lse = tl.load(others_lse + view * others_a + other * others_c + column, mask=column_exists, other=0.0)
+            slope = tl.exp(logits - own_lse[:, None]) + tl.exp(logits - other_lse[None, :])
+            slope = tl.where(column[None, :] == (row + offset)[:, None], slope - 2.0, slope) * weight
+            slope = tl.where(row_exists[:, None] & column_exists[None, :], slope, 0.0)
+            c = tl.load(
+                others + place[:, None] * E + out[None, :],
+                mask=column_exists[:, None] & (out < E)[None, :],
+                other=0.0,
+            )
+            result = tl.dot(slope.to(c.dtype), c, result, input_precision="ieee")
+    target = gradients + ((part * tl.num_programs(1) + view) * A + row)[:, None] * E + out[None, :]
+    tl.store(target, result * factor, mask=row_exists[:, None] & (out < E)[None, :])
+
+
+@torch.library.custom_op("cosmos_scale::contrastive_statistics", mutates_args=())
+def statistics(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> list[Tensor]:
+    """Return row_max and row_sum [V, T, stretches, B], positive [V, T, B], column_max and column_sum [V, T, blocks, G].
+
+    rows: [V, B, E]; columns: [T, G, E]; both contiguous, of one floating dtype. scale: [] float32. first_row: the
+    column that holds the positive of row 0. Sums are of exp(logit - maximum) over a stretch of columns or a block of
+    rows; float32.
+    """
+    (V, B, E), (T, G, _) = rows.shape, columns.shape
+    results = _empty_statistics(rows, columns)
+    row_max, row_sum, positive, column_max, column_sum = results
+    grid = (column_max.shape[2], V * T, row_max.shape[2])
+    statistics_kernel[grid](
+        *(rows, columns, scale, row_max, row_sum, positive, column_max, column_sum, B, G, T, first_row),
+        **statistics_constants(TILES, E),
+        num_warps=TILES.warps,
+        num_stages=TILES.stages,
+    )
+    return results
+
+
+@statistics.register_fake
+def _(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> list[Tensor]:
+    return _empty_statistics(rows, columns)
+
+
+@torch.library.custom_op("cosmos_scale::contrastive_slopes", mutates_args=())
+def slopes(
+    features: Tensor,
+    others: Tensor,
+    scale: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    others_lse: Tensor,
+    offset: int,
+    transposed: bool,
+) -> Tensor:
+    """Return the derivatives of the loss by `features`, in parts to be added: [parts, Va, A, E] float32.
+
+    features: [Va, A, E]; others: [Vc, C, E]; both contiguous, of one floating dtype. scale: [] float32. The positive of
+    feature i is the other feature i + offset. weights: [Va, Vc] float32, the pairs' weights times 0.5 / G. lse:
+    [Va, Vc, A]; others_lse: [Va, Vc, C]; float32, contiguous. transposed: whether the first two dimensions of these
+    three are the other way round.
+    """
+    (Va, A, E), (Vc, C, _) = features.shape, others.shape
+    gradients = _empty_slopes(features, others)
+    part_size = _part_size(C, gradients.shape[0])
+    constants = slopes_constants(TILES, E)
+    grid = (triton.cdiv(A, TILES.rows), Va, gradients.shape[0] * triton.cdiv(E, constants["WIDTH"]))
+
+    def strides(length: int) -> tuple[int, int]:
+        return (length, Va * length) if transposed else (Vc * length, length)
+
+    slopes_kernel[grid](
+        *(features, others, scale, weights, lse, others_lse, gradients, A, C, Vc, offset, part_size),
+        *(*strides(1), *strides(A), *strides(C)),
+        **constants,
+        num_warps=TILES.warps,
+        num_stages=TILES.stages,
+    )
+    return gradients
+
+
+@slopes.register_fake
+def _(
+    features: Tensor,
+    others: Tensor,
+    scale: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    others_lse: Tensor,
+    offset: int,
+    transposed: bool,
+) -> Tensor:
+    return _empty_slopes(features, others)
+
+
+def statistics_constants(tiles: TileSizes, E: int) -> dict[str, int]:
+    """Return the compile-time constants of `statistics_kernel` for features of width E."""
+    return {"E": E, "STRETCH": STRETCH, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "STEP": tiles.step}
+
+
+def slopes_constants(tiles: TileSizes, E: int) -> dict[str, int]:
+    """Return the compile-time constants of `slopes_kernel` for features of width E."""
+    width = min(tiles.width, triton.next_power_of_2(max(16, E)))
+    return {"E": E, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "STEP": tiles.step, "WIDTH": width}
+
+
+@register_flop_formula(torch.ops.cosmos_scale.contrastive_statistics)
+def _statistics_flops(rows: Any, columns: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of one product a pair."""
+    return int(2 * rows[0] * columns[0] * rows[1] * columns[1] * rows[2])
+
+
+@register_flop_formula(torch.ops.cosmos_scale.contrastive_slopes)
+def _slopes_flops(features: Any, others: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of the products a pair: logits for each slice of the width, and the gradient."""
+    slices = -(-features[2] // slopes_constants(TILES, features[2])["WIDTH"])
+    product = 2 * features[0] * others[0] * features[1] * others[1] * features[2]
+    return int(product * (1 + slices))
+
+
+def _empty_statistics(rows: Tensor, columns: Tensor) -> list[Tensor]:
+    (V, B, _), (T, G, _) = rows.shape, columns.shape
+    by_rows, by_columns = (V, T, -(-G // STRETCH), B), (V, T, -(-B // TILES.rows), G)
+    shapes = (by_rows, by_rows, (V, T, B), by_columns, by_columns)
+    return [rows.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def _empty_slopes(features: Tensor, others: Tensor) -> Tensor:
+    (V, A, E), C = features.shape, others.shape[1]
+    programs = V * -(-A // TILES.rows) * -(-E // slopes_constants(TILES, E)["WIDTH"])
+    parts = -(-C // _part_size(C, max(1, PROGRAMS // programs)))
+    return features.new_empty((parts, V, A, E), dtype=torch.float32)
+
+
+def _part_size(features: int, parts: int) -> int:
+    """Return how many features a part holds: whole blocks, so that no part is empty."""
+    blocks = -(-features // TILES.columns)
+    return -(-blocks // parts) * TILES.columns

@@ -1,0 +1,18 @@
+"""A step does not come to ask more of a GPU than it did."""
+
+import pytest
+
+from benchmarks.device_counts import ENGINE_PHASES, NARROW, case_config, count, figures
+from cosmos_scale.testing.device_counts import count_update
+from cosmos_scale.testing.ranks import run_ranks
+
+
+@pytest.mark.slow
+def test_a_step_asks_no_more_of_a_gpu_than_it_did() -> None:
+    """The limits are what was counted, rounded up. Whoever gets below lowers them."""
+    ((engine, elements),) = run_ranks(count_update, 1, case_config("vitb16", 1, *NARROW), timeout=300.0)
+    assert tuple(engine) == ENGINE_PHASES
+    launches, pointwise, products = figures("vitb16", 64, count("vitb16", 64, engine, elements))
+    assert launches.value <= 2110
+    assert pointwise.value <= 77.0
+    assert 27.1 < products.value < 27.2

@@ -1,0 +1,92 @@
+"""The GPU report without a GPU: every stage rehearsed, what it finds wrong, what it leaves when a stage fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tools.gpu_page import read_rows, write_page, wrong_rows
+
+STAGES = ("machine", "attention", "golden", "step32", "run", "kernels", "products", "graph", "compile64")
+
+
+def report(out: Path, *arguments: str, timeout: float) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(REPOSITORY / "tools" / "gpu_report.py"), "--out", str(out), *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        cwd=out.parent,
+    )
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) -> None:
+    """Stages of other numbers of samples are the same code."""
+    out = tmp_path / "out"
+    finished = report(out, "--device", "cpu", "--tiny", "--only", *STAGES, "--seconds", "400", timeout=450)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = read_rows(out / "report.jsonl")
+    ends = {row["stage"]: row["status"] for row in rows if row.get("what") == "end of the stage"}
+    assert ends == dict.fromkeys(STAGES, 0)
+    checked = {row["case"] for row in rows if "case" in row and row.get("ok")}
+    assert len(checked) == 5
+    assert {row["group"] for row in rows if row["stage"] == "golden"} >= {"features", "gradients", "trajectory"}
+    (records,) = (row for row in rows if row.get("what") == "records of both runs")
+    assert len(records["losses"]) == 12
+    parts = [row["parts_ms"] for row in rows if row.get("what") == "parts"]
+    assert [list(of) for of in parts] == [["student", "teacher", "loss", "backward", "update"]] * 2
+    assert (out / "report.png").stat().st_size > 10_000
+    assert "Nothing wrong was found." in (out / "report.md").read_text()
+
+
+def test_a_stage_that_cannot_run_costs_itself_only(tmp_path: Path) -> None:
+    finished = report(tmp_path / "out", "--device", "cuda", "--only", "graph", "machine", timeout=100)
+    assert finished.returncode == 1
+    rows = read_rows(tmp_path / "out" / "report.jsonl")
+    ends = [(row["stage"], row["status"]) for row in rows if row.get("what") == "end of the stage"]
+    assert ends == [("graph", 1), ("machine", 1)]
+    assert sum("failed" in row for row in rows) == 2
+    assert "4 wrong" in finished.stdout
+
+
+def test_no_stage_begins_without_time(tmp_path: Path) -> None:
+    finished = report(tmp_path / "out", "--device", "cpu", "--only", "machine", "--seconds", "1", timeout=60)
+    assert finished.returncode == 0
+    (row,) = read_rows(tmp_path / "out" / "report.jsonl")
+    assert row["skipped"] == "no time is left"
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    finished = report(tmp_path / "out", "--only", "everything", timeout=60)
+    assert finished.returncode == 2
+    assert "everything" in finished.stderr
+
+
+def test_the_page_says_what_is_wrong_and_survives_a_torn_line(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"stage": "machine", "seconds": 1.0, "device": "a card", "torch": "2.11"},
+        {
+            "stage": "attention",
+            "seconds": 2.0,
+            "case": "text",
+            "backend": "xformers",
+            "ok": False,
+            "gradient_error": 0.5,
+        },
+        {"stage": "golden", "seconds": 3.0, "group": "losses", "ok": True},
+    ]
+    file = tmp_path / "report.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "run", "sec')
+    assert read_rows(file) == rows
+    assert wrong_rows(rows) == ["attention: case text, backend xformers, ok False, gradient_error 0.5"]
+    (page,) = write_page(rows, tmp_path)  # without measured parts there is nothing to draw
+    text = page.read_text()
+    for part in ("a card, torch 2.11", "Wrong:", "## golden", "gradient_error 0.5"):
+        assert part in text

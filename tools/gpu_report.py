@@ -1,0 +1,123 @@
+"""One command for the first minutes on a GPU: what runs, what is right, and where a step's time goes.
+
+The most valuable stage comes first. Each stage is a process with a limit of its own, so that a crash or a hang costs
+that stage only. Rows go to OUT/report.jsonl, a line at a time; in the end report.md and, where matplotlib is
+installed, report.png are made of them. `--device cpu --tiny` rehearses every stage without a GPU; its times say
+nothing.
+
+Exit status: 0; 1 where a stage failed, was ended at its limit, or found something wrong; 2 for wrong arguments.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # for `python tools/gpu_report.py`
+
+from tools.gpu_page import read_rows, write_page, wrong_rows  # noqa: E402
+from tools.gpu_stages import attention, golden, graph, kernels, machine, products, real_run, step  # noqa: E402
+from tools.gpu_stages.recorder import Recorder, failure  # noqa: E402
+
+LEAST_SECONDS = 15.0  # with less time left no stage begins
+
+
+class Stage(NamedTuple):
+    """A stage, and the most seconds that it may take."""
+
+    run: Callable[[Recorder], None]
+    limit: float
+
+
+STAGES = {
+    "machine": Stage(machine.measure, 45),
+    "attention": Stage(attention.check, 60),
+    "golden": Stage(golden.check, 60),
+    "step64": Stage(step.of(64), 100),
+    "step256": Stage(step.of(256), 80),
+    "step32": Stage(step.of(32), 60),
+    "run": Stage(real_run.measure, 120),
+    "kernels": Stage(kernels.measure, 60),
+    "products": Stage(products.measure, 45),
+    "graph": Stage(graph.measure, 45),
+    "compile64": Stage(step.of(64, "model.compile=true"), 150),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.stage:
+        _run_stage(arguments)
+    if not arguments.page:
+        _run_stages(arguments)
+    rows = read_rows(arguments.out / "report.jsonl")
+    for file in write_page(rows, arguments.out):
+        print(file)
+    wrong = wrong_rows(rows)
+    print(f"{len(rows)} rows; {len(wrong)} wrong" + "".join(f"\n  {line}" for line in wrong))
+    return 1 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n"
+        "  python tools/gpu_report.py --out gpu --seconds 440\n"
+        "  python tools/gpu_report.py --out gpu --only step64 attention\n"
+        "  python tools/gpu_report.py --out rehearsal --device cpu --tiny",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go; rows are appended")
+    parser.add_argument("--seconds", type=float, default=440.0, help="of all stages together (default: 440)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes of a rehearsal")
+    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--page", action="store_true", help="only make the page and the picture of the rows that exist")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
+    return parser
+
+
+def _run_stage(arguments: argparse.Namespace) -> None:
+    """Run one stage in this process and end the process, whatever threads and collectives are left."""
+    recorder = Recorder(
+        arguments.out, arguments.stage, device=arguments.device, tiny=arguments.tiny, began=arguments.began
+    )
+    status = 0
+    try:
+        STAGES[arguments.stage].run(recorder)
+    except BaseException as error:
+        recorder.write(ok=False, failed=failure(error))
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run_stages(arguments: argparse.Namespace) -> None:
+    began, end = arguments.began, arguments.began + arguments.seconds
+    options = ["--out", str(arguments.out), "--device", arguments.device, "--began", str(began)]
+    options += ["--tiny"] if arguments.tiny else []
+    for name in arguments.only or STAGES:
+        recorder = Recorder(arguments.out, name, device=arguments.device, tiny=arguments.tiny, began=began)
+        limit = min(STAGES[name].limit, end - time.time())
+        if limit < LEAST_SECONDS:
+            recorder.write(skipped="no time is left")
+            continue
+        command = [sys.executable, __file__, *options, "--stage", name]
+        try:
+            status = subprocess.run(command, timeout=limit, check=False).returncode
+            recorder.write(what="end of the stage", ok=status == 0, status=status)
+        except subprocess.TimeoutExpired:
+            recorder.write(what="end of the stage", ok=False, failed=f"ended at its limit of {limit:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The teacher's image tower replayed as a CUDA graph, against the same launches one by one."""
+
+import time
+
+import torch
+
+from cosmos_scale.config.load import load_config
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.testing.step_race import CONFIGS
+from tools.gpu_stages.recorder import Recorder, relative_error
+
+
+def measure(recorder: Recorder) -> None:
+    """Write times and the difference of the results; needs a GPU."""
+    if not recorder.on_gpu:
+        recorder.write(skipped="a CUDA graph needs a GPU")
+        return
+    config = load_config(CONFIGS / "cc3m_vitb16.yaml", ["train.schedule_steps=100000"])
+    model = CosmosModel(config.model)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = model.to(recorder.device, recorder.dtype).requires_grad_(requires_grad=False)
+    images = torch.randn(128, 3, 224, 224, device=recorder.device)
+    with torch.no_grad():
+        for _ in range(3):
+            expected = model.encode_image(images)
+        recorder.wait()
+        began = time.perf_counter()
+        model.encode_image(images)
+        host = time.perf_counter() - began
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = model.encode_image(images)
+        graph.replay()
+        recorder.wait()
+        recorder.write(
+            what="teacher's image tower, 128 crops",
+            difference=relative_error(replayed, expected.float()),
+            ok=torch.equal(replayed, expected),
+            one_by_one_ms=recorder.milliseconds(lambda: model.encode_image(images)),
+            host_ms=1e3 * host,
+            graph_ms=recorder.milliseconds(graph.replay),
+        )
