@@ -143,7 +143,7 @@ def run_demo(out: Path, quick: bool) -> bool:
 
 def draw_first_views(config: RunConfig, path: Path) -> None:
     """Draw the views and captions of the data's first samples, as the first epoch has them."""
-    index, reader = open_sources(config.data.sources), ShardReader()
+    index, reader = open_sources(config.data.sources, config.data.remote), ShardReader(config.data.remote)
     rows = []
     for sample in range(SAMPLES_SHOWN):
         key = SampleKey(config.seed, 0, sample)

@@ -49,7 +49,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         check_loading(config, index, ranks.world_size)
         start = find_start(config, folder / "checkpoints", index.fingerprint())
         check_shards(index, config, start.lost_shards, resumed=start.state is not None)
-        evaluations = Evaluations(config, ranks, folder)
+        evaluations = Evaluations(config, ranks, folder, resumed=start.state is not None)
         if ranks.is_main:
             _write_config(config, folder)
         opened = Opened(folder, index, tokenizer, evaluations, start)

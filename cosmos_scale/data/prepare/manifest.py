@@ -17,7 +17,7 @@ from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import MANIFEST, Task, check_options
 from cosmos_scale.data.prepare.writing import read_report
 from cosmos_scale.data.samples.sample import reason_class
-from cosmos_scale.data.shards.index import REJECTED
+from cosmos_scale.data.shards.rejected import REJECTED
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file, whole_file, writing
 

@@ -14,7 +14,8 @@ from cosmos_scale.data.prepare.table import build_table
 from cosmos_scale.data.prepare.work import Task, open_work
 from cosmos_scale.data.prepare.writing import write_prepared_shard
 from cosmos_scale.data.samples.sentences import Split
-from cosmos_scale.data.shards.index import REJECTED, SUMMARY, index_shards
+from cosmos_scale.data.shards.index import SUMMARY, index_shards
+from cosmos_scale.data.shards.rejected import REJECTED
 from cosmos_scale.errors import UserError
 
 

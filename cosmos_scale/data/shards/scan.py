@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.data.shards.mark import HEAD, mark_of
 from cosmos_scale.data.shards.reader import (
     BLOCK,
     DEFAULT_REMOTE,
@@ -50,12 +51,13 @@ class Rejected(NamedTuple):
 
 
 class ShardScan(NamedTuple):
-    """What one shard holds; `torn` says where and how it breaks off, if it does."""
+    """What one shard holds; `torn` says where and how it breaks off, if it does. mark: as `mark_of` makes it."""
 
     size: int
     entries: list[Entry]
     rejected: list[Rejected]
     torn: str | None
+    mark: str = ""
 
 
 class _Member(NamedTuple):
@@ -79,8 +81,9 @@ def scan_shard(address: Path | str, shown: str | None = None, remote: RemoteConf
                 fetch_into(file, address, remote)
             else:
                 file = stack.enter_context(open(address, "rb"))
-            refuse_compressed(name, file.read(6))
-            return _scan(file)
+            head = file.read(HEAD)
+            refuse_compressed(name, head)
+            return _scan(file)._replace(mark=mark_of(head))
     except Transient as failure:
         raise UserError(f"{name}: cannot be read: {failure}") from failure
     except OSError as error:

@@ -9,13 +9,17 @@ from cosmos_scale.files import writing
 
 
 class IndexedShard(NamedTuple):
-    """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off."""
+    """One shard whose table is written.
+
+    size: bytes. rejected: (key, reason). torn: where and how it breaks off. mark: see mark.py; empty: not known.
+    """
 
     name: str
     samples: int
     size: int
     rejected: list[tuple[str, str]]
     torn: str | None
+    mark: str = ""
 
 
 class Unfinished:
@@ -30,11 +34,11 @@ class Unfinished:
         done = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                name, samples, size, rejected, torn = json.loads(line)
+                name, samples, size, rejected, torn, *mark = json.loads(line)
             except (ValueError, TypeError):
                 continue
             if name in wanted:
-                done[name] = IndexedShard(name, samples, size, [(key, reason) for key, reason in rejected], torn)
+                done[name] = IndexedShard(name, samples, size, [(key, reason) for key, reason in rejected], torn, *mark)
         return done
 
     def append(self, shard: IndexedShard) -> None:

@@ -17,8 +17,9 @@ from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, pi
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
-from cosmos_scale.data.shards.index import REJECTED, index_shards
+from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
+from cosmos_scale.data.shards.rejected import REJECTED
 from cosmos_scale.data.tools.background import Colour, flatten, parse_background
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.errors import UserError

@@ -7,8 +7,10 @@ bytes are compared with the checksum that `data prepare` noted in manifest.json,
 often decode, to other pixels.
 """
 
+import errno
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -162,7 +164,7 @@ def verify_shards(
     log: file for all faults, one json object a line.
     Raises: UserError where an index is missing or unreadable or the log cannot be written.
     """
-    indexes = open_sources(data.sources).sources
+    indexes = open_sources(data.sources, data.remote).sources
     verdict = Verdict(
         shards=sum(len(index.rows) for index in indexes),
         samples=sum(row.samples for index in indexes for row in index.rows),
@@ -234,6 +236,7 @@ def _check(pass_: Pass, job: _Job) -> _Checked:
     checksum = _checksums(pass_)[job.source].get(row.name)
     structure: list[Fault] = []
     try:
+        _require_table(index, job.shard)
         with _here(file, pass_.data.remote) as local:
             if job.first == 0:
                 structure = _compare(index, job.shard, local)
@@ -245,6 +248,14 @@ def _check(pass_: Pass, job: _Job) -> _Checked:
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
     return _Checked(job, samples, structure, None, checksum is not None)
+
+
+def _require_table(index: SourceIndex, shard: int) -> None:
+    """Raise UserError where a shard's table is missing; to read the table would be to wait for its return."""
+    path = index.table_path(shard)
+    if not is_remote(path) and not os.path.lexists(path):
+        missing = f"its index {path} cannot be read: {os.strerror(errno.ENOENT)}"
+        raise UserError(f"{missing}; run `cosmos-scale data index`")
 
 
 @contextmanager

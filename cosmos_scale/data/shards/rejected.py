@@ -1,0 +1,55 @@
+"""What an indexing found, and the file `rejected.jsonl` of all that it could not use."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import replace_file
+from cosmos_scale.words import counted
+
+REJECTED = "rejected.jsonl"
+
+
+class IndexReport(NamedTuple):
+    """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off."""
+
+    folder: Path
+    shards: int
+    samples: int
+    rejected: Counter[str]
+    torn: int
+
+    def describe(self) -> str:
+        """Return the report as lines for a terminal."""
+        lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'shard')}; index in {self.folder}"]
+        if self.torn:
+            torn = counted(self.torn, "shard breaks off", "shards break off")
+            lines.append(f"{torn}: samples before the break are kept")
+        lines += [f"{counted(times, 'sample')} rejected: {reason}" for reason, times in self.rejected.most_common()]
+        if self.torn or self.rejected:
+            lines.append(f"each is named in {self.folder / REJECTED}")
+        return "\n".join(lines)
+
+
+def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
+    """Rewrite rejected.jsonl; lines of other shards stay, and lines of the pictures that a build refused."""
+    kept, unreadable = [], 0
+    try:
+        old_lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    for line in old_lines:
+        try:
+            fault = json.loads(line)
+            if fault.get("shard") not in names:
+                kept.append(json.dumps(fault))
+        except (ValueError, AttributeError, TypeError):
+            unreadable += 1
+    if unreadable:
+        print(f"{path}: {counted(unreadable, 'unreadable line is', 'unreadable lines are')} dropped", file=sys.stderr)
+    lines = kept + [json.dumps(fault) for fault in faults]
+    if lines or path.exists():
+        replace_file(path, "".join(line + "\n" for line in lines).encode())
