@@ -358,3 +358,20 @@ def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> No
     for batch, local in zip(ours, files, strict=True):
         assert torch.equal(batch.images, local.images)
         assert batch.texts == local.texts
+
+
+def test_an_index_is_read_again_where_its_file_system_fails_for_a_moment(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = iter([True, False] * 2)
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "index.json" and next(fails):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert len(open_sources([SourceConfig(name="test", shards=str(shards))], quick(retries=1))) == 15
+    with pytest.raises(UserError, match=r"index\.json: index cannot be read: Stale file handle"):
+        open_sources([SourceConfig(name="test", shards=str(shards))], quick(retries=0))
