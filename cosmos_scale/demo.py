@@ -16,6 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cosmos_scale.interrupt import tell_interrupts
+
+    tell_interrupts("demo")
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +46,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.loading import load_encoder
+from cosmos_scale.files import make_output_folder
 from cosmos_scale.host import usable_cores
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
@@ -304,10 +310,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def demo() -> int:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        make_output_folder(arguments.out)
         return 0 if run_demo(arguments.out, arguments.quick) else 1
 
-    return exit_status("demo", demo, tell_interrupt=True)
+    return exit_status("demo", demo)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,6 +57,18 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be made: {error.strerror or error}; name another folder with --out"
+        ) from error
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make a command's folder for output, before its work; raises UserError where no file can be made there."""
+    make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to: {error.strerror or error}; name another folder with --out"
         ) from error
 
 

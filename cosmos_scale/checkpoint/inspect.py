@@ -12,6 +12,7 @@ from torch import Size
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, TensorFile
 from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of
 from cosmos_scale.errors import UserError
+from cosmos_scale.words import counted
 
 # A parameter belongs to the first part here that has a prefix of its name. So both towers' poolers are heads.
 PARTS = {
@@ -190,6 +191,7 @@ def _facts(manifest: Manifest) -> Table:
     table.add_column()
     done = epoch(manifest)
     zero = config["zero"]
+    stage = f"ZeRO {zero['stage']}{', offloaded' if zero['offload'] else ''}"
     lost = ", ".join(f"{name} (from step {step:,} on)" for name, step in state.lost_shards.items())
     rows = {
         "run": config["name"],
@@ -197,8 +199,8 @@ def _facts(manifest: Manifest) -> Table:
         "step": f"{state.step:,}",
         "samples": f"{state.samples:,}",
         "updates": f"{state.updates:,}",
-        "epoch": "not known" if done is None else f"{done:.3f} ({state.steps_per_epoch:,} steps each)",
-        "saved by": f"{state.world_size} ranks, ZeRO {zero['stage']}{', offloaded' if zero['offload'] else ''}",
+        "epoch": "not known" if done is None else f"{done:.3f} ({counted(state.steps_per_epoch or 0, 'step')} each)",
+        "saved by": f"{counted(state.world_size, 'rank')}, {stage}",
         "precision": f"computed in {config['precision']}, saved in fp32",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "data digest": state.data,

@@ -4,6 +4,7 @@ Lies in no room of `data`: the long work of every room (indexing, verifying, pre
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -40,13 +42,14 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
         yield from map(function, jobs)
         return
     waiting = iter(jobs)
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),)) as pool:
+    do = partial(_do, function)
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         running: deque[Future[Result]] = deque()
         try:
-            running.extend(pool.submit(function, job) for job in islice(waiting, _AHEAD * workers))
+            running.extend(pool.submit(do, job) for job in islice(waiting, _AHEAD * workers))
             while running:
                 yield running.popleft().result()
-                running.extend(pool.submit(function, job) for job in islice(waiting, 1))
+                running.extend(pool.submit(do, job) for job in islice(waiting, 1))
         except BrokenProcessPool as error:
             raise UserError(
                 f"a worker process was killed (out of memory?); use fewer workers than {workers}"
@@ -54,6 +57,33 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
         finally:
             for future in running:
                 future.cancel()
+
+
+_busy = False  # in a worker: whether it does a job now
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, _leave)
+    _end_with_parent(parent)
+
+
+def _leave(*_: object) -> None:
+    """In a worker: end at an interrupt, which its parent got too and tells; first a job cleans up after itself."""
+    if _busy:
+        raise KeyboardInterrupt
+    os._exit(130)
+
+
+def _do(function: Callable[[Job], Result], job: Job) -> Result:
+    """In a worker: do a job."""
+    global _busy
+    _busy = True
+    try:
+        return function(job)
+    except KeyboardInterrupt:
+        os._exit(130)
+    finally:
+        _busy = False
 
 
 def _end_with_parent(parent: int) -> None:

@@ -13,7 +13,7 @@ from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Jo
 from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, no_locks, replace_file
+from cosmos_scale.files import make_folder, make_output_folder, no_locks, replace_file
 
 MANIFEST = "manifest.json"
 _WORK = ".prepare"
@@ -79,7 +79,7 @@ def open_work(task: Task) -> Iterator[None]:
     Raises: UserError where the folder holds other shards or a preparation with other options, or another process
     prepares it now.
     """
-    make_folder(task.out)
+    make_output_folder(task.out)
     if not task.work.exists() and any(task.out.glob("*.tar")):
         raise UserError(f"{task.out}: holds shards that no preparation made; name another folder with --out")
     make_folder(task.work)

@@ -26,13 +26,13 @@ from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import Folders, Location, ShardFile, ShardReader
-from cosmos_scale.data.shards.rejected import REJECTED, IndexReport, merge_rejected
+from cosmos_scale.data.shards.rejected import REJECTED, IndexReport, key_hints, merge_rejected
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, is_remote, join_url, redact
 from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table, read_whole
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, replace_file
+from cosmos_scale.files import make_folder, make_output_folder, replace_file
 from cosmos_scale.words import counted
 
 SUMMARY = "index.json"
@@ -77,7 +77,9 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     if not names:
         raise UserError(f"{shards.shown}: no .tar shards match")
     folder = Path(str(shards.folder)) if out is None else out
-    make_folder(folder)
+    if out is None and folder.resolve() == Path.cwd() and any(os.path.dirname(name) for name in names):
+        raise UserError(f"--out: must name a folder for the index: {shards.shown} means shards in several folders")
+    make_output_folder(folder)
     before = _summary_before(folder)
     _require_own_shards(before, folder, shards, names)
     others = [row for row in before.rows if row.name not in names and _may_exist(shards.address(row.name))]
@@ -104,7 +106,10 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
     merge_rejected(folder / REJECTED, set(names), faults)
     samples = sum(row.samples for row in rows)
     if samples == 0:
-        raise UserError(f"{shards.shown}: no usable sample in {counted(len(names), 'shard')}; see {folder / REJECTED}")
+        raise UserError(
+            f"{shards.shown}: no usable sample in {counted(len(names), 'shard')}; see {folder / REJECTED}"
+            f"{''.join(f'; {hint}' for hint in key_hints(rejected))}"
+        )
     _write_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()

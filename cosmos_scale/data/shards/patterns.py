@@ -100,7 +100,8 @@ class _Paths(ShardPattern):
             raise UserError(f"{self.pattern}: no such shard or folder of shards")
         if missing:
             first = self.show(missing[0])
-            raise UserError(f"{self.pattern}: {len(missing)} of its shards do not exist, the first is {first}")
+            do = "does" if len(missing) == 1 else "do"
+            raise UserError(f"{self.pattern}: {len(missing)} of its shards {do} not exist, the first is {first}")
         return names
 
     def means(self) -> Callable[[str], bool]:

@@ -29,9 +29,17 @@ class IndexReport(NamedTuple):
             torn = counted(self.torn, "shard breaks off", "shards break off")
             lines.append(f"{torn}: samples before the break are kept")
         lines += [f"{counted(times, 'sample')} rejected: {reason}" for reason, times in self.rejected.most_common()]
+        lines += key_hints(self.rejected)
         if self.torn or self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
+
+
+def key_hints(rejected: Counter[str]) -> list[str]:
+    """Return a line on what a key is, where some samples lack their texts and others their pictures."""
+    if not all(any(reason.startswith(lack) for reason in rejected) for lack in ("no picture", "no text")):
+        return []
+    return ["members of one sample share the name before the first dot: 1.jpg and 1.txt, not image.jpg and caption.txt"]
 
 
 def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:

@@ -204,10 +204,11 @@ def _text_fault(file: BinaryIO, member: _Member) -> str | None:
     except DamagedSample as damage:
         return str(damage)
     # Which keys hold captions depends on the run's sampling. Without any string no sampling finds a caption.
-    return None if _holds_text(document) else f"empty text: no string in its {member.extension}"
+    return None if holds_text(document) else f"empty text: no string in its {member.extension}"
 
 
-def _holds_text(document: dict[str, Any]) -> bool:
+def holds_text(document: dict[str, Any]) -> bool:
+    """Whether any value of a document, however deep in it, is a string that is not blank."""
     values: list[Any] = [document]
     while values:  # no recursion: json may be nested deeper than Python's stack
         value = values.pop()

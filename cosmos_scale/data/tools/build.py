@@ -23,7 +23,8 @@ from cosmos_scale.data.shards.rejected import REJECTED
 from cosmos_scale.data.tools.background import Colour, flatten, parse_background
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, whole_file, writing
+from cosmos_scale.files import make_output_folder, whole_file, writing
+from cosmos_scale.words import counted
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
 
@@ -43,12 +44,11 @@ class BuildReport(NamedTuple):
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
-        lines = [f"{self.samples:,} samples in {self.shards:,} indexed shards in {self.folder}"]
+        lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'indexed shard')} in {self.folder}"]
         if self.transparent:
-            pictures = "picture" if self.transparent == 1 else "pictures"
             how = "hidden colours shown" if self.background == "keep" else f"put on {self.background}"
-            lines.append(f"{self.transparent:,} transparent {pictures}: {how} (--background)")
-        lines += [f"{count:,} rows rejected: {reason}" for reason, count in self.rejected.most_common()]
+            lines.append(f"{counted(self.transparent, 'transparent picture')}: {how} (--background)")
+        lines += [f"{counted(times, 'row')} rejected: {reason}" for reason, times in self.rejected.most_common()]
         if self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
@@ -101,7 +101,7 @@ def build_shards(
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of pictures")
     lines = count_lines(captions)
-    make_folder(out)
+    make_output_folder(out)
     if any(out.glob("*.tar")):
         raise UserError(f"{out}: holds shards already; name an empty folder")
     rejected: Counter[str] = Counter()
@@ -116,7 +116,7 @@ def build_shards(
                 log.write(json.dumps(reject._asdict()) + "\n")
             advance(written.rows)
     if samples == 0:
-        raise UserError(f"{captions}: none of its {sum(rejected.values())} rows can be used; see {out / REJECTED}")
+        raise UserError(f"{captions}: none of its {counted(rejected.total(), 'row')} can be used; see {out / REJECTED}")
     index = index_shards(str(out), None, workers=workers, progress=progress)
     return BuildReport(out, index.shards, index.samples, rejected, transparent, background)
 

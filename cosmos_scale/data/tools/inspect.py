@@ -32,6 +32,7 @@ from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.data.training.worker import Tokenize
 from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.words import counted
 
 SAMPLES_A_JOB = 64
 SHOWN_SIDE = 224  # about the side of a global crop on a contact sheet
@@ -195,7 +196,9 @@ def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int
     index = open_sources(data.sources, data.remote)
     order = EpochOrder(index.source_shards(), config.seed, data.window)
     if first >= order.samples:
-        raise UserError(f"--first {first}: an epoch of this data has {order.samples} positions, counted from 0")
+        raise UserError(
+            f"--first {first}: an epoch of this data has {counted(order.samples, 'position')}, counted from 0"
+        )
     count = min(count, order.samples - first)
     visits = order.visits(epoch, np.arange(first, first + count))
     side = config.model.vision.image_size

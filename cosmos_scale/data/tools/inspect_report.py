@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cosmos_scale.data.tools.inspect import Survey, Tally
 from cosmos_scale.files import make_folder
+from cosmos_scale.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +119,7 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
     """Print a survey on a terminal."""
     tally = survey.tally
     _show_sources(survey, console)
-    which = "all samples" if survey.read == survey.total else f"{survey.read:,} samples drawn at random"
+    which = "all samples" if survey.read == survey.total else f"{counted(survey.read, 'sample')} drawn at random"
     console.print(
         f"\nread: {which}; captions as epoch {epoch} of seed {seed} draws them, sampling {sampling}", soft_wrap=True
     )
@@ -199,7 +200,7 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
     figure = Figure(figsize=(4.0 * COLUMNS, 3.0 * rows + 0.5), dpi=100, layout="constrained")
     read = "all" if survey.read == survey.total else f"{survey.read:,} of"
     names = ", ".join(source.name for source in survey.sources)
-    figure.suptitle(f"{names}: {read} {survey.total:,} samples; dotted: median", fontsize=11, wrap=True)
+    figure.suptitle(f"{names}: {read} {counted(survey.total, 'sample')}; dotted: median", fontsize=11, wrap=True)
     panels = [figure.add_subplot(rows, COLUMNS, place + 1) for place in range(len(shown) + 1)]
     for axes, (name, values) in zip(panels, shown.items(), strict=False):
         _draw_histogram(axes, name, values)
