@@ -188,7 +188,7 @@ def _facts(manifest: Manifest) -> Table:
     state, config = manifest.state, manifest.state.config
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     done = epoch(manifest)
     zero = config["zero"]
     stage = f"ZeRO {zero['stage']}{', offloaded' if zero['offload'] else ''}"
@@ -212,14 +212,12 @@ def _facts(manifest: Manifest) -> Table:
 
 
 def _parameters(manifest: Manifest) -> Table:
-    table = Table("part", "parameters", *KIND_NAMES.values(), "together")
+    # Without lines between the columns the table has room on a terminal of 80 columns.
+    table = Table("part", "parameters", *KIND_NAMES.values(), "together", box=None, pad_edge=False)
     for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+        column.justify, column.no_wrap = "right", True
     counts = parts(manifest)
     for part, count in [*counts.items(), ("all", sum(counts.values()))]:
-        if part == "all":
-            table.add_section()
         table.add_row(part, f"{count:,}", *[_size(4 * count)] * len(KINDS), _size(4 * len(KINDS) * count))
     return table
 

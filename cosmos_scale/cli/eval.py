@@ -60,5 +60,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         named = {"checkpoint": str(checkpoint), "weights": arguments.weights}
         print(json.dumps({**named, "data": arguments.data, "captions": evaluator.captions, **numbers}))
     else:
-        Console().print(evaluator.table({arguments.weights: numbers}, str(checkpoint)))
+        console = Console()
+        console.print(str(checkpoint), style="italic", markup=False, highlight=False, soft_wrap=True)
+        console.print(evaluator.table({arguments.weights: numbers}, ""))
     return 0

@@ -91,23 +91,21 @@ class Retrieval(Evaluator):
         """A table of recalls in percent: two rows a model, one for each direction."""
         first = next(iter(results.values()))
         columns = [f"R@{k}" for k in RECALL_AT]
-        said = [f"chance R@1: {100 * first['chance_R@1']:.2f} %", *self._left_out(first)]
-        table = Table("", "", *columns, title=title, caption="; ".join(said))
+        caption = f"chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
+        table = Table("", "", *columns, title=title, caption=caption)
         for model, numbers in results.items():
             for direction in ("image_to_text", "text_to_image"):
                 recalls = (f"{100 * numbers[f'{direction}_{column}']:.2f} %" for column in columns)
                 table.add_row(model, direction.replace("_", " "), *recalls)
         return table
 
-    def _left_out(self, numbers: Numbers) -> Iterator[str]:
-        """Say what the gallery's samples lacked that are not in the numbers, if any lacked something."""
+    def _left_out(self, numbers: Numbers) -> str:
+        """Say what the gallery's samples lacked that are not in the numbers; empty where all are in them."""
         without_captions, damaged = (int(numbers[name]) for name in LEFT_OUT)
-        if without_captions or damaged:
-            yield f"left out of {counted(int(numbers['images']) + without_captions + damaged, 'sample')}"
-        if without_captions:
-            yield f"{without_captions:,} without captions under {self.captions}"
-        if damaged:
-            yield f"{damaged:,} damaged or too large"
+        samples = int(numbers["images"]) + without_captions + damaged
+        lacks = [(without_captions, f"without captions under {self.captions}"), (damaged, "damaged or too large")]
+        said = ", ".join(f"{times:,} {lack}" for times, lack in lacks if times)
+        return f"; left out of {counted(samples, 'sample')}: {said}" if said else ""
 
 
 class EmptyGallery(ValueError):

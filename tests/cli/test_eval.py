@@ -153,7 +153,7 @@ def test_what_is_left_out_stands_beside_the_numbers(
     assert (numbers["images"], numbers["left_out_without_captions"], numbers["left_out_damaged"]) == (5, 1, 0)
     assert cli.main([*command, "--captions", "original_caption"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "left out of 6 samples; 1 without captions under original_caption" in printed
+    assert "left out of 6 samples: 1 without captions under original_caption" in printed
     assert cli.main(command) == 2
     assert "original_caption (5 samples), caption (1 sample); name the key: --captions" in capsys.readouterr().err
 
