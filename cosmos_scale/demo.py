@@ -4,6 +4,11 @@ It paints scenes, trains on them under the deepspeed launcher as any user would,
 and after, and leaves `loss_curve.png`, `views.png` and `summary.json` behind. It needs no network.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cosmos_scale.interrupt import tell_interrupts
+
+    tell_interrupts("demo")
+
 import argparse
 import json
 import os
@@ -15,11 +20,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-if __name__ == "__main__":  # before the imports, which take seconds
-    from cosmos_scale.interrupt import tell_interrupts
-
-    tell_interrupts("demo")
 
 import torch
 from rich.console import Console

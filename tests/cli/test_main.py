@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, refusals on one line, and every command down to its result."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -209,3 +210,30 @@ def test_output_that_nobody_reads_ends_quietly(tmp_path: Path) -> None:
 def test_eval_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = str(tmp_path / "absent")
     assert absent in failure(capsys, "eval", "retrieval", "--checkpoint", absent, "--data", absent)
+
+
+@pytest.mark.parametrize("module", ["cosmos_scale.cli", "cosmos_scale.train", "cosmos_scale.demo"])
+def test_an_interrupt_of_the_imports_is_one_line(module: str, tmp_path: Path) -> None:
+    """The first module that each program imports interrupts it, as Ctrl-C would."""
+    for name in ("argparse", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    command = [sys.executable, "-m", module, "--help"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.endswith(": interrupted\n")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_output_that_lacks_signs_has_them_spelled_out() -> None:
+    code = (
+        "import sys; from cosmos_scale.cli.main import exit_status; "
+        "sys.exit(exit_status('x', lambda: print('caf\\u00e9 \\u2588 \\udcc3') or 0))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "caf\\xe9 \\u2588 \\udcc3\n", "")

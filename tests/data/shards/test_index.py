@@ -339,3 +339,30 @@ def test_damage_at_one_place_does_not_make_another_shard(tmp_path: Path) -> None
     other = write_shard(tmp_path / "1.tar", [sample(number) for number in range(4, 8)]).read_bytes()
     assert is_other(mark, other[:HEAD])
     assert is_other(mark, other[:512])  # of a server's shard one block is read
+
+
+def test_no_index_is_written_into_the_current_folder_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "a", [2])
+    write_shards(tmp_path / "b", [1])
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("{a,b}/00000.tar", "*/00000.tar"):
+        with pytest.raises(UserError, match=r"^--out: must name a folder for the index"):
+            index_shards(pattern, None, workers=1, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert index_shards("{a,b}/00000.tar", tmp_path / "index", workers=1, progress=False).samples == 3
+    monkeypatch.chdir(tmp_path / "a")
+    assert index_shards("*.tar", None, workers=1, progress=False).samples == 2  # beside the shards, which lie here
+
+
+def test_members_that_share_no_key_are_explained(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in (("1/image.jpg", picture(1)), ("1/caption.txt", b"a text")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    key = r"members of one sample share the name before the first dot: 1\.jpg and 1\.txt, not image\.jpg and"
+    with pytest.raises(UserError, match=rf"no usable sample in 1 shard; see .*; {key}"):
+        index_shards(str(tmp_path), None, workers=1, progress=False)
+    write_shard(tmp_path / "1.tar", [sample(0)])
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert "members of one sample share the name before the first dot" in report.describe()
