@@ -72,6 +72,17 @@ def make_output_folder(folder: Path) -> None:
         ) from error
 
 
+def whole_path(path: str | Path) -> str:
+    """Return a path for messages, from the root on: in a log nobody knows what a relative path starts from."""
+    return os.path.abspath(path)
+
+
+def reason_of(error: OSError) -> str:
+    """Return why the system refused a file, with the way on where too few open files are allowed."""
+    said = error.strerror or str(error)
+    return f"{said}; allow more (ulimit -n)" if error.errno == errno.EMFILE else said
+
+
 def no_locks(error: OSError) -> str:
     """Return why a file cannot be locked, and the way on; empty where the file system does have locks."""
     if error.errno not in _NO_LOCKS:

@@ -12,6 +12,7 @@ from torch import Size
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, TensorFile
 from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_path
 from cosmos_scale.words import counted
 
 # A parameter belongs to the first part here that has a prefix of its name. So both towers' poolers are heads.
@@ -81,7 +82,7 @@ def find_folders(folder: Path) -> list[Path]:
         return [folder]
     found = saved_folders(folder) or saved_folders(folder / "checkpoints")
     if not found:
-        raise UserError(f"{folder}: no checkpoint; rule: name a step-* folder, or a run with one")
+        raise UserError(f"{whole_path(folder)}: no checkpoint; rule: name a step-* folder, or a run with one")
     return found
 
 

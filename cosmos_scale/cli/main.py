@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that `--help` and mistyped c
 """
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ from cosmos_scale.cli import checkpoint, data, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import with_examples
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 EXAMPLES = """\
 examples:
@@ -43,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(label: str, command: Callable[[], int]) -> int:
     """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
 
-    The command's own status; 2 where it raises UserError, which is printed on one line after the label; 130 where it is
-    interrupted, which is printed too; 141 where the reader of its output leaves early.
+    The command's own status; 2 where it raises UserError, which is printed on one line after the label, or where too
+    few open files are allowed; 130 where it is interrupted, which is printed too; 141 where the reader of its output
+    leaves early.
     """
     spell_out()
     try:
@@ -57,6 +60,11 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of the output (head, a pager) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        print(f"{label}: {reason_of(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{label}: interrupted", file=sys.stderr)
         return 130

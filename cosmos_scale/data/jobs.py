@@ -4,6 +4,7 @@ Lies in no room of `data`: the long work of every room (indexing, verifying, pre
 """
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -28,17 +29,20 @@ Result = TypeVar("Result")
 
 _AHEAD = 4  # jobs in flight per worker: enough that no worker waits, few enough that results do not pile up
 _WATCH_SECONDS = 0.5
+_FILES_AT_LEAST, _FILES_A_WORKER = 32, 4  # open files that a pool of processes is sure to get along with
 
 
 def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None) -> Iterator[Result]:
     """Yield function(job) for each job, in the jobs' order; jobs are read only as far ahead as needed.
 
-    function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process.
+    function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process,
+    and so where the process may open only a few files (ulimit -n).
     Raises: what `function` raises; UserError where a worker process is killed.
     """
     if workers is None:
         workers = usable_cores()
-    if workers <= 1:
+    # Starting processes needs open files; where the system has too few, a process that lacks one would wait for ever.
+    if workers <= 1 or resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _FILES_AT_LEAST + _FILES_A_WORKER * workers:
         yield from map(function, jobs)
         return
     waiting = iter(jobs)

@@ -237,3 +237,21 @@ def test_an_output_that_lacks_signs_has_them_spelled_out() -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "caf\\xe9 \\u2588 \\udcc3\n", "")
+
+
+@pytest.mark.parametrize("allowed", [8, 12, 16, 32])
+def test_few_open_files_are_enough_or_one_line(allowed: int, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [2, 1])
+    code = (
+        "import resource, sys; from cosmos_scale.cli.main import main; import cosmos_scale.data.tools.verify\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({allowed}, {allowed}))\n"
+        f"sys.exit(main(['data', 'verify', {str(folder)!r}, '--workers', '2']))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
+    if ended.returncode:
+        assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+        assert "Too many open files; allow more (ulimit -n)" in ended.stderr
+    else:
+        assert ended.stdout.endswith("all are sound\n")

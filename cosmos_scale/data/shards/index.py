@@ -32,7 +32,7 @@ from cosmos_scale.data.shards.store import Transient, is_remote, join_url, redac
 from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table, read_whole
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, make_output_folder, replace_file
+from cosmos_scale.files import make_folder, make_output_folder, replace_file, whole_path
 from cosmos_scale.words import counted
 
 SUMMARY = "index.json"
@@ -75,7 +75,7 @@ def index_shards(pattern: str, out: Path | None, *, workers: int | None = None, 
         raise UserError(f"--out: must name a folder of this machine for the index, since {shards.shown} is none")
     names = shards.list_names()
     if not names:
-        raise UserError(f"{shards.shown}: no .tar shards match")
+        raise UserError(f"{shards.shown if is_remote(pattern) else whole_path(pattern)}: no .tar shards match")
     folder = Path(str(shards.folder)) if out is None else out
     if out is None and folder.resolve() == Path.cwd() and any(os.path.dirname(name) for name in names):
         raise UserError(f"--out: must name a folder for the index: {shards.shown} means shards in several folders")
@@ -274,8 +274,8 @@ def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> Sour
     summary = _place(folder, SUMMARY)
     if not is_remote(folder) and not os.path.lexists(summary):
         if not names and not is_remote(source.shards):
-            raise UserError(f"data source {source.name}: no .tar shards match {source.shards}")
-        raise UserError(f"data source {source.name}: no index at {summary}; {hint}")
+            raise UserError(f"data source {source.name}: no .tar shards match {whole_path(source.shards)}")
+        raise UserError(f"data source {source.name}: no index at {whole_path(summary)}; {hint}")
     means = shards.means()
     known = read_index_summary(summary, remote)
     rows = [row for row in known.rows if means(row.name)]

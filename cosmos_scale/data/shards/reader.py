@@ -25,6 +25,7 @@ from cosmos_scale.data.shards.store import (
     retried,
 )
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -180,7 +181,7 @@ class ShardReader:
                 folders.require(shard.address)
                 size = os.stat(shard.address).st_size
             except OSError as error:
-                raise _no_access(shard, error.strerror or str(error)) from error
+                raise _no_access(shard, reason_of(error)) from error
             if size != shard.size:
                 raise _stale(shard, str(size))
             if shard.mark and place % every == 0:
@@ -275,7 +276,7 @@ class ShardReader:
         except OSError as error:
             if shard.address in self._files:
                 self._files.pop(shard.address).close()
-            reason = error.strerror or str(error)
+            reason = reason_of(error)
             if error.errno in MAY_PASS:
                 raise Transient(reason) from error
             raise _no_access(shard, reason) from error
@@ -331,7 +332,7 @@ def _opened(shard: ShardFile) -> Iterator[BinaryIO]:
         with open(shard.address, "rb", buffering=0) as file:
             yield file
     except OSError as error:
-        raise _no_access(shard, error.strerror or str(error)) from error
+        raise _no_access(shard, reason_of(error)) from error
 
 
 def _check_mark(shard: ShardFile, head: bytes) -> None:

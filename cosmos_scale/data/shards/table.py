@@ -12,6 +12,7 @@ from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, MAY_PASS, Entry
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, redact, retried
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 SampleTable = NDArray[np.void]
 
@@ -86,7 +87,7 @@ def _parsed(file: str | io.BytesIO) -> SampleTable:
         else:
             table = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = reason_of(error)
         if error.errno in MAY_PASS:
             raise Transient(reason) from error
         raise UserError(f"{redact(str(file))}: index cannot be read: {reason}") from error

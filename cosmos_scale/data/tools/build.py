@@ -23,7 +23,7 @@ from cosmos_scale.data.shards.rejected import REJECTED
 from cosmos_scale.data.tools.background import Colour, flatten, parse_background
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_output_folder, whole_file, writing
+from cosmos_scale.files import make_output_folder, whole_file, whole_path, writing
 from cosmos_scale.words import counted
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
@@ -99,7 +99,7 @@ def build_shards(
     """
     colour = parse_background(background)
     if not images.is_dir():
-        raise UserError(f"{images}: no such folder of pictures")
+        raise UserError(f"{whole_path(images)}: no such folder of pictures")
     lines = count_lines(captions)
     make_output_folder(out)
     if any(out.glob("*.tar")):
