@@ -92,6 +92,6 @@ def _no_overlap(task: Task, images: int, without_value: int, examples: list[str]
         )
     theirs = ", ".join(read_table_summary(task.table).examples)
     return (
-        f"{folder}: none of its {counted(images, 'image')} has captions in {task.captions[0].name}: "
+        f"{folder}: {counted(images, 'image')}, but none has captions in {task.captions[0].name}: "
         f"{task.join}s there are such as {theirs}, here such as {', '.join(examples)}"
     )

@@ -372,7 +372,11 @@ def _require_own_shards(before: Summary, folder: Path, shards: ShardPattern, nam
 
     Other shards: those of the same names differ, all of them; or no shard of the index is there.
     """
-    if shards.folder is not None and not is_remote(shards.folder) and os.path.realpath(shards.folder) == str(folder):
+    if (
+        shards.folder is not None
+        and not is_remote(shards.folder)
+        and os.path.realpath(shards.folder) == os.path.realpath(folder)
+    ):
         return
     index = SourceIndex("index", shards, str(folder), before.rows, before.marks)
     wanted, differ = set(names), 0

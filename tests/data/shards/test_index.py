@@ -366,3 +366,14 @@ def test_members_that_share_no_key_are_explained(tmp_path: Path) -> None:
     write_shard(tmp_path / "1.tar", [sample(0)])
     report = index_shards(str(tmp_path), None, workers=1, progress=False)
     assert "members of one sample share the name before the first dot" in report.describe()
+
+
+def test_shards_that_changed_are_indexed_anew_beside_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "a", [2, 2])
+    monkeypatch.chdir(tmp_path)
+    for number, out in enumerate((None, Path("a"), tmp_path / "a"), 1):
+        for name in ("00000.tar", "00001.tar"):
+            write_shard(tmp_path / "a" / name, [sample(10 * number)])
+        assert index_shards("a", out, workers=1, progress=False).samples == 2
