@@ -33,8 +33,9 @@ from PIL import Image
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.shards.index import FORMAT, SUMMARY, index_shards, open_sources
+from cosmos_scale.data.shards.index import index_shards, open_sources
 from cosmos_scale.data.shards.reader import Location
+from cosmos_scale.data.shards.summary import FORMAT, SUMMARY
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer

@@ -4,6 +4,11 @@ It paints scenes, trains on them under the deepspeed launcher as any user would,
 and after, and leaves `loss_curve.png`, `views.png` and `summary.json` behind. It needs no network.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cosmos_scale.interrupt import tell_interrupts
+
+    tell_interrupts("demo")
+
 import argparse
 import json
 import os
@@ -41,6 +46,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.loading import load_encoder
+from cosmos_scale.files import make_output_folder
 from cosmos_scale.host import usable_cores
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
@@ -143,7 +149,7 @@ def run_demo(out: Path, quick: bool) -> bool:
 
 def draw_first_views(config: RunConfig, path: Path) -> None:
     """Draw the views and captions of the data's first samples, as the first epoch has them."""
-    index, reader = open_sources(config.data.sources), ShardReader()
+    index, reader = open_sources(config.data.sources, config.data.remote), ShardReader(config.data.remote)
     rows = []
     for sample in range(SAMPLES_SHOWN):
         key = SampleKey(config.seed, 0, sample)
@@ -304,10 +310,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def demo() -> int:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        make_output_folder(arguments.out)
         return 0 if run_demo(arguments.out, arguments.quick) else 1
 
-    return exit_status("demo", demo, tell_interrupt=True)
+    return exit_status("demo", demo)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,29 @@ def make_folder(folder: Path) -> None:
         raise UserError(
             f"{folder}: cannot be made: {error.strerror or error}; name another folder with --out"
         ) from error
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make a command's folder for output, before its work; raises UserError where no file can be made there."""
+    make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written to: {error.strerror or error}; name another folder with --out"
+        ) from error
+
+
+def whole_path(path: str | Path) -> str:
+    """Return a path for messages, from the root on: in a log nobody knows what a relative path starts from."""
+    return os.path.abspath(path)
+
+
+def reason_of(error: OSError) -> str:
+    """Return why the system refused a file, with the way on where too few open files are allowed."""
+    said = error.strerror or str(error)
+    return f"{said}; allow more (ulimit -n)" if error.errno == errno.EMFILE else said
 
 
 def no_locks(error: OSError) -> str:

@@ -1,5 +1,10 @@
 """Training: build everything, loop, done. `cosmos-scale train`, or `deepspeed --module cosmos_scale.train`."""
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from cosmos_scale.interrupt import tell_interrupts
+
+    tell_interrupts("cosmos-scale train")
+
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate

@@ -78,7 +78,7 @@ def test_a_lost_shard_is_the_same_loss_at_every_world_size_and_after_a_restart(t
     # The shard comes back, but the run goes on without it.
     number = int(shard.stem) * BATCH
     write_shard(shard, [sample(number + place) for place in range(BATCH)])
-    assert ", which has lost 1 shards; " in train_to_end(run, other).require(0).output
+    assert ", which has lost 1 shard; " in train_to_end(run, other).require(0).output
     assert read_state(last_checkpoint(run, "other/tiny")).lost_shards == {f"test/{shard.name}": 5}
     one, two = ({entry["step"]: entry["loss"] for entry in records(run, name)} for name in ("tiny", "other/tiny"))
     assert list(one) == list(two) == list(range(1, 9))

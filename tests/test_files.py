@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, replace_file, sync_folder, whole_file, writing
+from cosmos_scale.files import make_folder, make_output_folder, replace_file, sync_folder, whole_file, writing
+from cosmos_scale.words import counted
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -103,3 +104,22 @@ def test_a_folder_that_cannot_be_synced_for_other_reasons_is_an_error(
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         sync_folder(tmp_path)
+
+
+def test_an_output_folder_that_takes_no_file_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_output_folder(tmp_path / "new" / "deep")
+    assert list((tmp_path / "new" / "deep").iterdir()) == []
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(UserError, match=r"new: cannot be written to: Read-only file system; name .* with --out$"):
+        make_output_folder(tmp_path / "new")
+
+
+def test_numbers_with_their_nouns() -> None:
+    assert (counted(1, "shard"), counted(0, "shard"), counted(1200, "shard")) == ("1 shard", "0 shards", "1,200 shards")
+    assert counted(2, "shard is", "shards are") == "2 shards are"

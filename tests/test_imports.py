@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 MOST_LINES = 400
 
 # What everything may build on: plain data, configuration, errors, files, the host. "__init__": the version.
-FOUNDATION = {"__init__", "batch", "config", "errors", "files", "fragments", "host"}
+FOUNDATION = {"__init__", "batch", "config", "errors", "files", "fragments", "host", "interrupt", "words"}
 
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation", "step"} | FOUNDATION
@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "files": {"errors"},
     "fragments": set(),
     "host": set(),
+    "interrupt": set(),
+    "words": set(),
     "kernels": set(),
     "model": {"kernels"} | FOUNDATION,
     "loss": {"kernels"} | FOUNDATION,

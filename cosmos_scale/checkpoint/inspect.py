@@ -12,6 +12,8 @@ from torch import Size
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, TensorFile
 from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_path
+from cosmos_scale.words import counted
 
 # A parameter belongs to the first part here that has a prefix of its name. So both towers' poolers are heads.
 PARTS = {
@@ -80,7 +82,7 @@ def find_folders(folder: Path) -> list[Path]:
         return [folder]
     found = saved_folders(folder) or saved_folders(folder / "checkpoints")
     if not found:
-        raise UserError(f"{folder}: no checkpoint; rule: name a step-* folder, or a run with one")
+        raise UserError(f"{whole_path(folder)}: no checkpoint; rule: name a step-* folder, or a run with one")
     return found
 
 
@@ -187,9 +189,10 @@ def _facts(manifest: Manifest) -> Table:
     state, config = manifest.state, manifest.state.config
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     done = epoch(manifest)
     zero = config["zero"]
+    stage = f"ZeRO {zero['stage']}{', offloaded' if zero['offload'] else ''}"
     lost = ", ".join(f"{name} (from step {step:,} on)" for name, step in state.lost_shards.items())
     rows = {
         "run": config["name"],
@@ -197,8 +200,8 @@ def _facts(manifest: Manifest) -> Table:
         "step": f"{state.step:,}",
         "samples": f"{state.samples:,}",
         "updates": f"{state.updates:,}",
-        "epoch": "not known" if done is None else f"{done:.3f} ({state.steps_per_epoch:,} steps each)",
-        "saved by": f"{state.world_size} ranks, ZeRO {zero['stage']}{', offloaded' if zero['offload'] else ''}",
+        "epoch": "not known" if done is None else f"{done:.3f} ({counted(state.steps_per_epoch or 0, 'step')} each)",
+        "saved by": f"{counted(state.world_size, 'rank')}, {stage}",
         "precision": f"computed in {config['precision']}, saved in fp32",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "data digest": state.data,
@@ -210,14 +213,12 @@ def _facts(manifest: Manifest) -> Table:
 
 
 def _parameters(manifest: Manifest) -> Table:
-    table = Table("part", "parameters", *KIND_NAMES.values(), "together")
+    # Without lines between the columns the table has room on a terminal of 80 columns.
+    table = Table("part", "parameters", *KIND_NAMES.values(), "together", box=None, pad_edge=False)
     for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+        column.justify, column.no_wrap = "right", True
     counts = parts(manifest)
     for part, count in [*counts.items(), ("all", sum(counts.values()))]:
-        if part == "all":
-            table.add_section()
         table.add_row(part, f"{count:,}", *[_size(4 * count)] * len(KINDS), _size(4 * len(KINDS) * count))
     return table
 

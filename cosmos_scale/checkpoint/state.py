@@ -91,7 +91,7 @@ def find_checkpoint(folder: Path) -> Path:
         return folder
     found = newest(folder) or newest(folder / "checkpoints")
     if found is None:
-        raise UserError(f"checkpoint {folder}: none there; rule: name a step-* folder, or a run with one")
+        raise UserError(f"checkpoint {folder.absolute()}: none there; rule: name a step-* folder, or a run with one")
     return found
 
 

@@ -106,7 +106,8 @@ def add_data_commands(commands: "Commands") -> None:
 
     verify = _add(commands, "verify", _verify, "find every damaged sample of indexed shards")
     verify.description = (
-        "Read every sample of indexed shards whole, and say where the damaged ones lie.\n"
+        "Read every sample of indexed shards whole, and say where the damaged ones lie. Of a run: the\n"
+        "shards of its sources, and those of the evaluations that it makes.\n"
         "Exit status: 0 all are sound, 1 some are damaged, 2 wrong use."
     )
     _add_data(verify)
@@ -213,11 +214,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cosmos_scale.data.tools import inspect, inspect_report
-    from cosmos_scale.files import make_folder
+    from cosmos_scale.files import make_output_folder
     from cosmos_scale.model.tokenizer import Tokenizer
 
     config = _config(arguments)
-    make_folder(arguments.out)
+    make_output_folder(arguments.out)
     context_length = config.model.text.context_length
     statistics, views = arguments.out / "statistics.png", arguments.out / "views.png"
     inspect.draw_visits(
@@ -243,11 +244,21 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from cosmos_scale.config import SourceConfig
     from cosmos_scale.data.tools import verify
 
     config = _config(arguments)
+    galleries = [
+        SourceConfig(name=f"eval.{section.name}", shards=section.shards, index=section.index)
+        for section in config.eval
+        if section.every
+    ]
     verdict = verify.verify_shards(
-        config.data, log=arguments.out, workers=arguments.workers, progress=not arguments.quiet
+        config.data,
+        galleries=galleries,
+        log=arguments.out,
+        workers=arguments.workers,
+        progress=not arguments.quiet,
     )
     if arguments.json:
         print(json.dumps(verdict.as_json()))

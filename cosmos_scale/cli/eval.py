@@ -24,7 +24,12 @@ def add_eval_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         "--data", type=place, required=True, metavar="PATTERN", help="indexed shards: folder, glob or brace pattern"
     )
     retrieval.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
-    retrieval.add_argument("--captions", default="raw_caption", metavar="KEY", help="json key; default: raw_caption")
+    retrieval.add_argument("--index", type=place, metavar="DIR", help="folder of the index; default: beside the shards")
+    retrieval.add_argument(
+        "--captions",
+        metavar="KEY",
+        help="json key (.txt: caption); default: raw_caption where there is one, else the only key there is",
+    )
     retrieval.add_argument("--batch", type=positive, default=64, metavar="N", help="default: 64")
     retrieval.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     retrieval.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
@@ -37,19 +42,25 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     from cosmos_scale.checkpoint import find_checkpoint
     from cosmos_scale.config import RetrievalConfig
     from cosmos_scale.evaluation.evaluator import measure
-    from cosmos_scale.evaluation.kinds import make_evaluator
     from cosmos_scale.evaluation.loading import load_encoder
+    from cosmos_scale.evaluation.retrieval import Retrieval
 
     checkpoint = find_checkpoint(arguments.checkpoint)
     encoder = load_encoder(checkpoint, arguments.weights, arguments.device)
     section = RetrievalConfig(
-        kind="retrieval", shards=arguments.data, captions=arguments.captions, batch=arguments.batch
+        kind="retrieval",
+        shards=arguments.data,
+        index=arguments.index,
+        captions=arguments.captions,
+        batch=arguments.batch,
     )
-    evaluator = make_evaluator(section, encoder.setting)
+    evaluator = Retrieval(section, encoder.setting)
     numbers = measure(evaluator, encoder)
     if arguments.json:
         named = {"checkpoint": str(checkpoint), "weights": arguments.weights}
-        print(json.dumps({**named, "data": arguments.data, "captions": arguments.captions, **numbers}))
+        print(json.dumps({**named, "data": arguments.data, "captions": evaluator.captions, **numbers}))
     else:
-        Console().print(evaluator.table({arguments.weights: numbers}, str(checkpoint)))
+        console = Console()
+        console.print(str(checkpoint), style="italic", markup=False, highlight=False, soft_wrap=True)
+        console.print(evaluator.table({arguments.weights: numbers}, ""))
     return 0

@@ -4,6 +4,8 @@ Each command imports what it needs when it runs, so that `--help` and mistyped c
 """
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from cosmos_scale.cli import checkpoint, data, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import with_examples
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 EXAMPLES = """\
 examples:
@@ -34,18 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 where `data verify` or `checkpoint inspect` finds damage, or where `train` loses contact with another rank; 2,
     130 and 141 as `exit_status` says.
     """
+    spell_out()  # --help too
     arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-    return exit_status(
-        f"cosmos-scale {arguments.command}", partial(arguments.run, arguments), tell_interrupt=arguments.tell_interrupt
-    )
+    return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))
 
 
-def exit_status(label: str, command: Callable[[], int], *, tell_interrupt: bool = False) -> int:
+def exit_status(label: str, command: Callable[[], int]) -> int:
     """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
 
-    The command's own status; 2 where it raises UserError, which is printed on one line after the label; 130 where it is
-    interrupted, which is printed with tell_interrupt only; 141 where the reader of its output leaves early.
+    The command's own status; 2 where it raises UserError, which is printed on one line after the label, or where too
+    few open files are allowed; 130 where it is interrupted, which is printed too; 141 where the reader of its output
+    leaves early.
     """
+    spell_out()
     try:
         status = command()
         sys.stdout.flush()
@@ -56,10 +60,21 @@ def exit_status(label: str, command: Callable[[], int], *, tell_interrupt: bool 
     except BrokenPipeError:  # the reader of the output (head, a pager) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        print(f"{label}: {reason_of(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        if tell_interrupt:
-            print(f"{label}: interrupted", file=sys.stderr)
+        print(f"{label}: interrupted", file=sys.stderr)
         return 130
+
+
+def spell_out() -> None:
+    """From here on print what the output's encoding lacks as \\u2026, where it would be an error (LC_ALL=C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -84,8 +99,7 @@ def _setup(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = with_examples(argparse.ArgumentParser(prog="cosmos-scale", description=_DESCRIPTION), EXAMPLES)
-    # Commands override these: the parser that refuses arguments, and whether an interrupt is worth a line.
-    parser.set_defaults(parser=parser, tell_interrupt=False)
+    parser.set_defaults(parser=parser)  # the parser that refuses arguments; a command may set its own
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_train_command(commands)

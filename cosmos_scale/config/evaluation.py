@@ -61,8 +61,11 @@ class RetrievalConfig(EvaluatorConfig):
     index: Place | None = Field(
         None, description="folder of the index files; null: beside the shards", json_schema_extra=MAY_DIFFER_BY_HOST
     )
-    captions: str = Field(
-        "raw_caption", description="json key of the captions that count as correct", json_schema_extra=RESUME_MAY_CHANGE
+    captions: str | None = Field(
+        None,
+        description="json key of the captions that count as correct; null: raw_caption where there is one, else the "
+        "only key of captions there is",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     max_samples: int | None = Field(
         None,

@@ -87,7 +87,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     if not path.is_file():
         named_by = f"{seen[-1]}: extends: " if seen else ""
         wrong = "is a folder; a config is a YAML file" if path.is_dir() else "no such config file"
-        raise UserError(f"{named_by}{path}: {wrong}")
+        raise UserError(f"{named_by}{path.absolute()}: {wrong}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -4,6 +4,8 @@ Lies in no room of `data`: the long work of every room (indexing, verifying, pre
 """
 
 import os
+import resource
+import signal
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -26,27 +29,31 @@ Result = TypeVar("Result")
 
 _AHEAD = 4  # jobs in flight per worker: enough that no worker waits, few enough that results do not pile up
 _WATCH_SECONDS = 0.5
+_FILES_AT_LEAST, _FILES_A_WORKER = 32, 4  # open files that a pool of processes is sure to get along with
 
 
 def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None) -> Iterator[Result]:
     """Yield function(job) for each job, in the jobs' order; jobs are read only as far ahead as needed.
 
-    function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process.
+    function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process,
+    and so where the process may open only a few files (ulimit -n).
     Raises: what `function` raises; UserError where a worker process is killed.
     """
     if workers is None:
         workers = usable_cores()
-    if workers <= 1:
+    # Starting processes needs open files; where the system has too few, a process that lacks one would wait for ever.
+    if workers <= 1 or resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _FILES_AT_LEAST + _FILES_A_WORKER * workers:
         yield from map(function, jobs)
         return
     waiting = iter(jobs)
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),)) as pool:
+    do = partial(_do, function)
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         running: deque[Future[Result]] = deque()
         try:
-            running.extend(pool.submit(function, job) for job in islice(waiting, _AHEAD * workers))
+            running.extend(pool.submit(do, job) for job in islice(waiting, _AHEAD * workers))
             while running:
                 yield running.popleft().result()
-                running.extend(pool.submit(function, job) for job in islice(waiting, 1))
+                running.extend(pool.submit(do, job) for job in islice(waiting, 1))
         except BrokenProcessPool as error:
             raise UserError(
                 f"a worker process was killed (out of memory?); use fewer workers than {workers}"
@@ -54,6 +61,33 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
         finally:
             for future in running:
                 future.cancel()
+
+
+_busy = False  # in a worker: whether it does a job now
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, _leave)
+    _end_with_parent(parent)
+
+
+def _leave(*_: object) -> None:
+    """In a worker: end at an interrupt, which its parent got too and tells; first a job cleans up after itself."""
+    if _busy:
+        raise KeyboardInterrupt
+    os._exit(130)
+
+
+def _do(function: Callable[[Job], Result], job: Job) -> Result:
+    """In a worker: do a job."""
+    global _busy
+    _busy = True
+    try:
+        return function(job)
+    except KeyboardInterrupt:
+        os._exit(130)
+    finally:
+        _busy = False
 
 
 def _end_with_parent(parent: int) -> None:

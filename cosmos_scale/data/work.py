@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, no_locks, replace_file, writing
+from cosmos_scale.files import make_folder, make_output_folder, no_locks, replace_file, writing
 
 MANIFEST = "manifest.json"
 
@@ -79,7 +79,7 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
     options: as json values, all that the output depends on.
     Raises: UserError where the folder holds other shards or work with other options, or another process works on it.
     """
-    make_folder(work.out)
+    make_output_folder(work.out)
     if not work.folder.exists() and any(work.out.glob("*.tar")):
         raise UserError(f"{work.out}: {work.kind.foreign}")
     make_folder(work.folder)

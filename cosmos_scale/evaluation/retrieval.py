@@ -19,8 +19,10 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, one_process
 from cosmos_scale.evaluation.gallery import Gallery, GalleryBatch
+from cosmos_scale.words import counted
 
 RECALL_AT = (1, 5, 10)
+LEFT_OUT = ("left_out_without_captions", "left_out_damaged")
 
 EncodeImages = Callable[[Tensor], Tensor]
 """Images [N, 3, H, W] float32 on the CPU to normalised features [N, E] on any device."""
@@ -55,7 +57,7 @@ class Retrieval(Evaluator):
     """Recall on held-out pairs: the config's gallery, every rank on its slice."""
 
     def __init__(self, config: RetrievalConfig, setting: Setting) -> None:
-        """Open the gallery; raises UserError where it has no index, or its first sample cannot be used as asked for."""
+        """Open the gallery; raises UserError where it has no index, or none of its samples has the captions."""
         super().__init__(config, setting)
         self._config = config
         source = SourceConfig(name=config.name, shards=config.shards, index=config.index)
@@ -69,8 +71,13 @@ class Retrieval(Evaluator):
             remote=setting.remote,
         )
 
+    @property
+    def captions(self) -> str:
+        """The json key of the captions that count as correct."""
+        return self._gallery.captions_key
+
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
-        """Yield the numbers of `RetrievalResult.as_dict`; leaves no files."""
+        """Yield the numbers of `RetrievalResult.as_dict`, and how many samples were left out; leaves no files."""
         batches = self._gallery.batches(self.setting.rank, self.setting.world_size, self._config.batch)
         device = self.setting.device
         try:
@@ -78,17 +85,28 @@ class Retrieval(Evaluator):
         except EmptyGallery as error:
             raise UserError(f"{redact_urls(self._config.shards)}: {error}") from error
         yield from result.as_dict().items()
+        left_out = gather(torch.tensor([self._gallery.left_out], device=device)).sum(0).tolist()
+        yield from zip(LEFT_OUT, left_out, strict=True)
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of recalls in percent: two rows a model, one for each direction."""
-        chance = next(iter(results.values()))["chance_R@1"]
+        first = next(iter(results.values()))
         columns = [f"R@{k}" for k in RECALL_AT]
-        table = Table("", "", *columns, title=title, caption=f"chance R@1: {100 * chance:.2f} %")
+        caption = f"chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
+        table = Table("", "", *columns, title=title, caption=caption)
         for model, numbers in results.items():
             for direction in ("image_to_text", "text_to_image"):
                 recalls = (f"{100 * numbers[f'{direction}_{column}']:.2f} %" for column in columns)
                 table.add_row(model, direction.replace("_", " "), *recalls)
         return table
+
+    def _left_out(self, numbers: Numbers) -> str:
+        """Say what the gallery's samples lacked that are not in the numbers; empty where all are in them."""
+        without_captions, damaged = (int(numbers[name]) for name in LEFT_OUT)
+        samples = int(numbers["images"]) + without_captions + damaged
+        lacks = [(without_captions, f"without captions under {self.captions}"), (damaged, "damaged or too large")]
+        said = ", ".join(f"{times:,} {lack}" for times, lack in lacks if times)
+        return f"; left out of {counted(samples, 'sample')}: {said}" if said else ""
 
 
 class EmptyGallery(ValueError):

@@ -1,17 +1,18 @@
 """A run's evaluations: each at its own steps and at the end, on both models; a failing one never ends the run."""
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from cosmos_scale.config import RunConfig
+from cosmos_scale.config import EvaluatorConfig, RunConfig
 from cosmos_scale.engine.ranks import Ranks, gather_rows
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Numbers, Setting
+from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
 from cosmos_scale.run.progress import Progress
@@ -20,8 +21,12 @@ from cosmos_scale.run.progress import Progress
 class Evaluations:
     """The evaluators of a run that are due at some step, opened at the run's start."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, folder: Path) -> None:
-        """Open what the evaluators measure on; folder: the run's. Raises UserError where data is missing or wrong."""
+    def __init__(self, config: RunConfig, ranks: Ranks, folder: Path, *, resumed: bool = False) -> None:
+        """Open what the evaluators measure on; folder: the run's.
+
+        Raises UserError where data is missing or wrong. A resumed run goes on without it: the evaluation opens its data
+        when it is due, and fails where the data is still not there.
+        """
         self._folder = folder / "evaluation"
         self._setting = Setting.of_run(config, ranks.rank, ranks.world_size, ranks.device)
         self._evaluators: list[Evaluator] = []
@@ -31,7 +36,11 @@ class Evaluations:
                 try:
                     self._evaluators.append(make_evaluator(section, self._setting))
                 except UserError as error:
-                    raise UserError(f"eval.{section.name}: {error}") from error
+                    if not resumed:
+                        raise UserError(f"eval.{section.name}: {error}") from error
+                    self._evaluators.append(_OpenedWhenDue(section, self._setting))
+                    said = f"eval.{section.name}: cannot be opened now, the next try is its next evaluation: {error}"
+                    print(f"rank {ranks.rank}: {said}", file=sys.stderr)
 
     def due(self, step: int) -> bool:
         """Whether anything is to be measured after a number of steps."""
@@ -68,6 +77,25 @@ class Evaluations:
             with measured.whole_model() as model:
                 results[name] = measure_together(evaluator, Encoder(model, self._setting), gather_rows, folder)
         return results
+
+
+class _OpenedWhenDue(Evaluator):
+    """An evaluator whose data was out of reach when its run resumed."""
+
+    def __init__(self, config: EvaluatorConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self._config = config
+        self._opened: Evaluator | None = None
+
+    def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+        """Open the data, once, and measure; raises UserError where the data is missing or wrong."""
+        if self._opened is None:
+            self._opened = make_evaluator(self._config, self.setting)
+        yield from self._opened.measure(encoder, gather, folder)
+
+    def table(self, results: Mapping[str, Numbers], title: str) -> Table:
+        """The table of the opened evaluator, which has measured the results."""
+        return super().table(results, title) if self._opened is None else self._opened.table(results, title)
 
 
 def _table(evaluator: Evaluator, results: dict[str, Numbers], step: int) -> Table:

@@ -12,6 +12,7 @@ from cosmos_scale.engine.memory import state_memory, total_bytes
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel, parameter_decays
+from cosmos_scale.words import counted
 
 MIB, GIB = 2**20, 2**30
 
@@ -29,8 +30,8 @@ def explain(config: RunConfig, world_size: int) -> None:
     print(f"run {config.name}")
     rows = [
         ("ranks", f"{world_size:,}; ZeRO stage {config.zero.stage}, {config.precision}, device {config.device}"),
-        ("global batch", f"{config.train.global_batch:,} = {world_size:,} ranks x {per_rank:,}"),
-        ("micro-batches", f"{micro_batches:,} of {per_rank // micro_batches:,} samples a rank"),
+        ("global batch", f"{config.train.global_batch:,} = {counted(world_size, 'rank')} x {per_rank:,}"),
+        ("micro-batches", f"{micro_batches:,} of {counted(per_rank // micro_batches, 'sample')} a rank"),
         ("recomputed blocks", _recomputed(config.train.recompute)),
         ("memory per rank", _memory(config, world_size)),
         ("samples per epoch", f"{samples:,} ({origin})"),
@@ -84,7 +85,7 @@ def count_parameters(config: RunConfig) -> dict[bool, tuple[int, int]]:
 
 def _samples(config: RunConfig) -> tuple[int, str]:
     try:
-        return open_sources(config.data.sources).epoch_samples, "index"
+        return open_sources(config.data.sources, config.data.remote).epoch_samples, "index"
     except UserError as error:
         if config.data.samples is None:
             raise
@@ -102,9 +103,12 @@ def _model_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     vision, text = config.model.vision, config.model.text
     yield (
         "image tower",
-        f"ViT/{vision.patch_size}, {vision.layers} layers, width {vision.width}, {vision.image_size} px",
+        f"ViT/{vision.patch_size}, {counted(vision.layers, 'layer')}, width {vision.width}, {vision.image_size} px",
     )
-    yield "text tower", f"{text.layers} layers, width {text.width}, {text.context_length} positions"
+    yield (
+        "text tower",
+        f"{counted(text.layers, 'layer')}, width {text.width}, {counted(text.context_length, 'position')}",
+    )
     yield "attention", config.model.attention + (", blocks compiled" if config.model.compile else "")
 
 
@@ -124,14 +128,14 @@ def _data_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _output_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "writes to", str(config.output / config.name)
-    every = f"every {config.checkpoint.every:,} steps and " if config.checkpoint.every else ""
+    every = f"every {counted(config.checkpoint.every, 'step')} and " if config.checkpoint.every else ""
     yield "checkpoints", f"{every}at the end; the last {config.checkpoint.keep_last} are kept"
     start = f"weights of {config.init_from}" if config.init_from else "freshly drawn weights"
     yield "starts from", start if config.resume == "never" else f"resume: {config.resume}, else {start}"
     for evaluator in config.eval:
         if evaluator.every:
             name = "" if evaluator.name == evaluator.kind else f"{evaluator.name}: "
-            yield "evaluates", f"{name}{evaluator.describe()} every {evaluator.every:,} steps"
+            yield "evaluates", f"{name}{evaluator.describe()} every {counted(evaluator.every, 'step')}"
     yield "seed", str(config.seed)
 
 
@@ -142,4 +146,4 @@ def _telling_steps(warmup: int, total: int) -> list[int]:
 
 def _tensors(count: tuple[int, int]) -> str:
     tensors, elements = count
-    return f"{tensors} tensors ({elements:,})"
+    return f"{counted(tensors, 'tensor')} ({elements:,})"

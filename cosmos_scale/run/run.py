@@ -12,6 +12,7 @@ from cosmos_scale.engine.pair import Pair
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.run.start import Opened, build_pair, open_run
+from cosmos_scale.words import counted
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ class Run:
         if self.start.state is not None:
             origin = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
             if self.start.lost_shards:
-                origin += f", which has lost {len(self.start.lost_shards)} shards"
+                origin += f", which has lost {counted(len(self.start.lost_shards), 'shard')}"
         elif self.config.init_from is not None:
             origin = f"new run from the weights of {self.config.init_from}"
         steps = f"steps {self.first_step + 1}-{self.last_step}"
         if self.first_step >= self.last_step:
             steps = f"nothing left to do at step {self.first_step} of {self.last_step}"
         return "".join(f"{line}\n" for line in self.said) + (
-            f"{self.opened.folder}: {origin}; {self.opened.index.epoch_samples} samples and "
-            f"{self.loader.steps_per_epoch} steps an epoch, {steps}, global batch {self.config.train.global_batch} on "
-            f"{self.ranks.world_size} ranks ({self.ranks.device.type}, {self.config.precision}, ZeRO "
-            f"{self.config.zero.stage})"
+            f"{self.opened.folder}: {origin}; {counted(self.opened.index.epoch_samples, 'sample')} and "
+            f"{counted(self.loader.steps_per_epoch, 'step')} an epoch, {steps}, global batch "
+            f"{self.config.train.global_batch} on {counted(self.ranks.world_size, 'rank')} "
+            f"({self.ranks.device.type}, {self.config.precision}, ZeRO {self.config.zero.stage})"
         )
 
     def writer(self) -> CheckpointWriter:

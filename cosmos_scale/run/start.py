@@ -52,7 +52,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         check_shards(index, config, start.lost_shards, resumed=start.state is not None)
         if ranks.is_main and start.state is None:
             check_captions(index, config.data.captions, config.data.remote)
-        evaluations = Evaluations(config, ranks, folder)
+        evaluations = Evaluations(config, ranks, folder, resumed=start.state is not None)
         if ranks.is_main:
             _write_config(config, folder)
         opened = Opened(folder, index, tokenizer, evaluations, start)

@@ -146,3 +146,14 @@ def test_missing_files_are_seen_without_verify(
 def test_what_is_no_checkpoint_is_wrong_use(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{tmp_path}: no checkpoint; rule: " in inspect(capsys, tmp_path, status=2)
     assert "nowhere: no checkpoint" in inspect(capsys, tmp_path / "nowhere", status=2)
+
+
+def test_the_table_of_a_large_model_is_whole_on_80_columns(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"image tower": 86_192_640, "text tower": 63_428_096, "heads": 2_761_728, "log-scales": 2}
+    monkeypatch.setattr("cosmos_scale.checkpoint.inspect.parts", lambda _: sizes)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.split() for line in inspect(capsys, run / "checkpoints" / "step-00001200").splitlines()]
+    assert ["part", "parameters", "weights", "moment", "1", "moment", "2", "EMA", "together"] in lines
+    assert ["image", "tower", "86,192,640", *["344.8", "MB"] * 4, "1.4", "GB"] in lines

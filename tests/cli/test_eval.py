@@ -12,8 +12,11 @@ import torch
 from cosmos_scale.checkpoint import find_checkpoint, load_weights
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
+from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.shard_files import flip_bytes, sample, write_shard, write_shards
 from tests.checkpoint.edit import content_of, rewrite
+from tests.data.web_server import web_server
 from tests.evaluation.measured import retrieval_of
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
@@ -135,3 +138,35 @@ def test_pictures_past_the_runs_max_pixels_are_left_out(
     with pytest.raises(UserError):
         retrieval_of(few, shards.gallery)
     assert capsys.readouterr().err.count("more than max_pixels 100") == 40
+
+
+def test_what_is_left_out_stands_beside_the_numbers(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = [{"caption": "no original"}, *[{"original_caption": f"thing {place}"} for place in range(5)]]
+    members = [{**sample(place), "json": json.dumps(document).encode()} for place, document in enumerate(documents)]
+    flip_bytes(write_shard(tmp_path / "0.tar", members), 1200, 20)  # the first picture, which would lack the key anyway
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    command = ["eval", "retrieval", "--checkpoint", str(checkpoints), "--data", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*command, "--captions", "original_caption", "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert (numbers["images"], numbers["left_out_without_captions"], numbers["left_out_damaged"]) == (5, 1, 0)
+    assert cli.main([*command, "--captions", "original_caption"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "left out of 6 samples: 1 without captions under original_caption" in printed
+    assert cli.main(command) == 2
+    assert "original_caption (5 samples), caption (1 sample); name the key: --captions" in capsys.readouterr().err
+
+
+def test_shards_of_a_server_are_evaluated_by_an_index_of_this_machine(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, index = write_shards(tmp_path / "shards", [3, 4]), tmp_path / "index"
+    index.mkdir()
+    for file in (*shards.glob("*.npy"), shards / "index.json"):
+        file.rename(index / file.name)
+    options = ["--index", str(index), "--device", "cpu", "--json"]
+    with web_server(shards, tmp_path / "log") as server:
+        data = f"{server.url}/{{00000..00001}}.tar"
+        assert cli.main(["eval", "retrieval", "--checkpoint", str(checkpoints), "--data", data, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 7

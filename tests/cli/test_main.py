@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, refusals on one line, and every command down to its result."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -73,19 +74,18 @@ def raising(error: BaseException) -> Callable[[], int]:
 
 
 @pytest.mark.parametrize(
-    ("command", "tell_interrupt", "status", "errors"),
+    ("command", "status", "errors"),
     [
-        (lambda: 0, False, 0, ""),
-        (lambda: 1, True, 1, ""),
-        (raising(UserError("seed: -1 is wrong")), False, 2, "cosmos-scale data: seed: -1 is wrong\n"),
-        (raising(KeyboardInterrupt()), False, 130, ""),
-        (raising(KeyboardInterrupt()), True, 130, "cosmos-scale data: interrupted\n"),
+        (lambda: 0, 0, ""),
+        (lambda: 1, 1, ""),
+        (raising(UserError("seed: -1 is wrong")), 2, "cosmos-scale data: seed: -1 is wrong\n"),
+        (raising(KeyboardInterrupt()), 130, "cosmos-scale data: interrupted\n"),
     ],
 )
 def test_one_place_turns_errors_into_exit_statuses(
-    command: Callable[[], int], tell_interrupt: bool, status: int, errors: str, capsys: pytest.CaptureFixture[str]
+    command: Callable[[], int], status: int, errors: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.exit_status("cosmos-scale data", command, tell_interrupt=tell_interrupt) == status
+    assert cli.exit_status("cosmos-scale data", command) == status
     assert capsys.readouterr().err == errors
 
 
@@ -94,16 +94,16 @@ def test_mistakes_in_the_program_keep_their_traceback() -> None:
         cli.exit_status("cosmos-scale data", raising(ZeroDivisionError()))
 
 
-def test_train_says_that_it_was_interrupted_and_data_does_not(
+def test_every_command_says_that_it_was_interrupted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cosmos_scale.config.load.load_config", interrupted)
-    for command, errors in (("train", "cosmos-scale train: interrupted\n"), ("data inspect", "")):
+    for command in ("train", "data inspect", "data verify"):
         assert cli.main([*command.split(), "run.yaml"]) == 130
-        assert capsys.readouterr().err == errors
+        assert capsys.readouterr().err == f"cosmos-scale {command}: interrupted\n"
 
 
 @pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
@@ -210,3 +210,48 @@ def test_output_that_nobody_reads_ends_quietly(tmp_path: Path) -> None:
 def test_eval_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = str(tmp_path / "absent")
     assert absent in failure(capsys, "eval", "retrieval", "--checkpoint", absent, "--data", absent)
+
+
+@pytest.mark.parametrize("module", ["cosmos_scale.cli", "cosmos_scale.train", "cosmos_scale.demo"])
+def test_an_interrupt_of_the_imports_is_one_line(module: str, tmp_path: Path) -> None:
+    """The first module that each program imports interrupts it, as Ctrl-C would."""
+    for name in ("argparse", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    command = [sys.executable, "-m", module, "--help"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.endswith(": interrupted\n")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_output_that_lacks_signs_has_them_spelled_out() -> None:
+    code = (
+        "import sys; from cosmos_scale.cli.main import exit_status; "
+        "sys.exit(exit_status('x', lambda: print('caf\\u00e9 \\u2588 \\udcc3') or 0))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "caf\\xe9 \\u2588 \\udcc3\n", "")
+
+
+@pytest.mark.parametrize("allowed", [8, 12, 16, 32])
+def test_few_open_files_are_enough_or_one_line(allowed: int, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [2, 1])
+    code = (
+        "import resource, sys; from cosmos_scale.cli.main import main; import cosmos_scale.data.tools.verify\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({allowed}, {allowed}))\n"
+        f"sys.exit(main(['data', 'verify', {str(folder)!r}, '--workers', '2']))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
+    if ended.returncode:
+        assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+        assert "Too many open files; allow more (ulimit -n)" in ended.stderr
+    else:
+        assert ended.stdout.endswith("all are sound\n")

@@ -2,7 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +52,36 @@ def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("counting", 3, show=True) as advance:
         advance(3)
     assert capsys.readouterr() == ("", "")
+
+
+def wait_in_a_file(path: Path) -> None:
+    path.write_text("begun")
+    try:
+        time.sleep(60)
+    finally:
+        path.unlink()
+
+
+def test_an_interrupt_ends_workers_without_a_word_and_cleaned_up(tmp_path: Path) -> None:
+    """As a terminal sends it: to the process and its workers at once."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from cosmos_scale.data.jobs import map_jobs\n"
+        "from tests.data.test_jobs import wait_in_a_file\n"
+        f"try: list(map_jobs(wait_in_a_file, [Path({str(tmp_path)!r}, name) for name in 'abc'], 2))\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=30) == ("interrupted\n", "")
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

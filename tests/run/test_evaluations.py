@@ -154,3 +154,27 @@ def test_a_table_that_cannot_be_made_fails_the_evaluation_and_no_more(
     assert main(["train", str(run)]) == 0
     failed = records(run, kind="eval_failed")
     assert [(record["step"], record["retrieval/failures"]) for record in failed] == [(1, 1)]
+
+
+def test_a_run_resumes_without_its_gallery_and_measures_when_the_gallery_is_back(
+    tmp_path: Path, scenes: SceneShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gallery, away = tmp_path / "gallery", tmp_path / "away"
+    write_shards(gallery, [4])
+    run = write_run(tmp_path, scenes, eval=[{"kind": "retrieval", "every": 1, "shards": str(gallery)}])
+    assert main(["train", str(run), "train.max_steps=1"]) == 0
+    gallery.rename(away)
+    assert main(["train", str(run), "train.max_steps=2"]) == 0
+    said = capsys.readouterr()
+    assert "rank 0: eval.retrieval: cannot be opened now, the next try is its next evaluation: data source" in said.err
+    assert "step 2: evaluation retrieval failed, 1 so far, and the run goes on: data source retrieval" in said.out
+    away.rename(gallery)
+    assert main(["train", str(run), "train.max_steps=3"]) == 0
+    assert [record["step"] for record in records(run, kind="eval")] == [1, 3]
+    settings = load_config(run, [])
+    away = gallery.rename(away)
+    evaluations = Evaluations(settings, start_ranks("cpu"), tmp_path, resumed=True)
+    with pytest.raises(UserError, match=r"^eval\.retrieval: "):
+        Evaluations(settings, start_ranks("cpu"), tmp_path)
+    away.rename(gallery)
+    assert evaluations.due(1)

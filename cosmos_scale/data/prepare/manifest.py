@@ -21,6 +21,7 @@ from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.work import MANIFEST, check_options
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file, whole_file, writing
+from cosmos_scale.words import counted
 
 FORMAT = "cosmos-scale prepared dataset 1"
 _CHUNK = 1 << 16  # table rows looked at together
@@ -39,8 +40,9 @@ class Prepared(NamedTuple):
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
         lines = [
-            f"{self.samples:,} samples, {self.size:,} bytes, in {self.shards:,} indexed shards in {self.folder}",
-            f"from {self.rows:,} rows of captions",
+            f"{counted(self.samples, 'sample')}, {counted(self.size, 'byte')}, in "
+            f"{counted(self.shards, 'indexed shard')} in {self.folder}",
+            f"from {counted(self.rows, 'row')} of captions",
         ]
         lines += [f"{count:,} rejected: {reason}" for reason, count in self.rejected.items()]
         if self.rejected:

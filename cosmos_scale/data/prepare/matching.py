@@ -16,6 +16,7 @@ from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summa
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_file, writing
+from cosmos_scale.words import counted
 
 DUPLICATE = -2  # in a plan: the image's row belongs to an image before it
 # What became of each row of the table.
@@ -83,7 +84,7 @@ def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _no_overlap(task: Task, images: int, without_value: int, examples: list[str]) -> str:
     folder = task.images[0].path.parent
     if not images:
-        return f"{folder}: no image was downloaded into its {len(task.images)} shards"
+        return f"{folder}: no image was downloaded into its {counted(len(task.images), 'shard')}"
     if without_value and not examples:
         return (
             f"{folder}: its images do not say their {task.join}: neither a .parquet beside the shards nor a .json with "
@@ -91,6 +92,6 @@ def _no_overlap(task: Task, images: int, without_value: int, examples: list[str]
         )
     theirs = ", ".join(read_table_summary(task.table).examples)
     return (
-        f"{folder}: none of its {images} images has captions in {task.captions[0].name}: {task.join}s there are such "
-        f"as {theirs}, here such as {', '.join(examples)}"
+        f"{folder}: {counted(images, 'image')}, but none has captions in {task.captions[0].name}: "
+        f"{task.join}s there are such as {theirs}, here such as {', '.join(examples)}"
     )

@@ -14,8 +14,9 @@ from cosmos_scale.data.prepare.table import build_table
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.prepare.writing import write_prepared_shard
 from cosmos_scale.data.samples.sentences import Split
-from cosmos_scale.data.shards.index import SUMMARY, index_shards
+from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED
+from cosmos_scale.data.shards.summary import SUMMARY
 from cosmos_scale.data.work import open_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder

@@ -66,7 +66,7 @@ def caption_files(paths: list[Path]) -> list[Path]:
                 raise UserError(f"{path}: holds no .csv or .parquet file of captions")
             files += found
         elif not path.is_file():
-            raise UserError(f"{path}: no such captions file or folder")
+            raise UserError(f"{path.absolute()}: no such captions file or folder")
         elif path.suffix.lower() not in (".csv", ".parquet"):
             raise UserError(f"{path}: captions come as .csv or .parquet")
         else:

@@ -66,10 +66,11 @@ class DamagedSample(Exception):
 def reason_class(reason: str, *, numbers: bool = True) -> str:
     """Return the part of a reason that samples share: "damaged JPEG: 3 bytes missing" counts as "damaged JPEG".
 
-    numbers: False puts N in the place of each number.
+    What stands behind a semicolon is of one sample too. numbers: False puts N in the place of each number; the digits
+    of a name, such as sha256, are no number.
     """
-    shared = reason.split(": ")[0]
-    return shared if numbers else re.sub(r"\d+", "N", shared)
+    shared = reason.split(": ")[0].split("; ")[0]
+    return shared if numbers else re.sub(r"(?<![A-Za-z0-9_])\d+", "N", shared)
 
 
 class UnreachableShard(UserError):

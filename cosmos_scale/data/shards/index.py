@@ -7,12 +7,11 @@ file and a page or two.
 """
 
 import hashlib
-import io
 import json
 import os
-import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,31 +23,29 @@ from numpy.typing import NDArray
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
-from cosmos_scale.data.shards.index_report import REJECTED, IndexReport, merge_rejected
+from cosmos_scale.data.shards.index_report import REJECTED, IndexReport, key_hints, merge_rejected
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
-from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Folders, Location, ShardFile
+from cosmos_scale.data.shards.reader import Folders, Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
-from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, join_url, redact
+from cosmos_scale.data.shards.store import Transient, is_remote, join_url, redact
+from cosmos_scale.data.shards.summary import (
+    SUMMARY,
+    ShardRow,
+    Summary,
+    read_index_summary,
+    summary_before,
+    write_index_summary,
+)
 from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.data.work import refuse_unfinished
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, replace_file
+from cosmos_scale.files import make_folder, make_output_folder, replace_file, whole_path
+from cosmos_scale.words import counted
 
-SUMMARY = "index.json"
 UNFINISHED = "unfinished.jsonl"
-FORMAT = "cosmos-scale shard index 1"
 _OPEN_TABLES = 64  # memory-mapped tables kept per process
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken summary raises
-
-
-class ShardRow(NamedTuple):
-    """One shard's line of the summary: its name relative to the pattern's root, its samples, its size in bytes."""
-
-    name: str
-    samples: int
-    size: int
 
 
 def index_shards(
@@ -67,8 +64,8 @@ def index_shards(
     out: folder of the index; default: the folder of the shards. If the folder has an index already, shards in it that
     the pattern does not mean stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
     finishing: whether this is the last step of the work that makes the shards; other callers get no unfinished shards.
-    Raises: UserError where there is no shard, a shard is compressed or unreadable, no sample is left, or the shards are
-    not on this machine and `out` is not given.
+    Raises: UserError where there is no shard, a shard is compressed or unreadable, no sample is left, the shards are
+    not on this machine and `out` is not given, or the folder has the index of other shards.
     """
     shards = parse_pattern(pattern)
     if out is None and is_remote(pattern):
@@ -77,10 +74,15 @@ def index_shards(
     if not finishing:
         refuse_unfinished(_local_folders(shards, names))
     if not names:
-        raise UserError(f"{shards.shown}: no .tar shards match")
+        raise UserError(f"{shards.shown if is_remote(pattern) else whole_path(pattern)}: no .tar shards match")
     folder = Path(str(shards.folder)) if out is None else out
-    make_folder(folder)
-    others = [row for row in _other_rows(folder, set(names)) if _may_exist(shards.address(row.name))]
+    if out is None and folder.resolve() == Path.cwd() and any(os.path.dirname(name) for name in names):
+        raise UserError(f"--out: must name a folder for the index: {shards.shown} means shards in several folders")
+    make_output_folder(folder)
+    before = summary_before(folder)
+    _require_own_shards(before, folder, shards, names)
+    others = [row for row in before.rows if row.name not in names and _may_exist(shards.address(row.name))]
+    marks = {row.name: before.marks[row.name] for row in others if row.name in before.marks}
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
@@ -95,6 +97,7 @@ def index_shards(
             rows.append(ShardRow(done.name, done.samples, done.size))
             dotted += done.dotted
             unnamed += done.unnamed
+            marks[done.name] = done.mark
             rejected.update(reason_class(reason) for _, reason in done.rejected)
             faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
             if done.torn is not None:
@@ -104,8 +107,11 @@ def index_shards(
     merge_rejected(folder / REJECTED, set(names), faults)
     samples = sum(row.samples for row in rows)
     if samples == 0:
-        raise UserError(f"{shards.shown}: no usable sample in {len(names)} shards; see {folder / REJECTED}")
-    _write_summary(folder / SUMMARY, sorted([*others, *rows]))
+        raise UserError(
+            f"{shards.shown}: no usable sample in {counted(len(names), 'shard')}; see {folder / REJECTED}"
+            f"{''.join(f'; {hint}' for hint in key_hints(rejected))}"
+        )
+    write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()
     return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed)
@@ -126,7 +132,8 @@ class SourceShards(NamedTuple):
 class SourceIndex:
     """The index of one source: its shards, and the tables of the shards that were asked for.
 
-    folder: where the tables lie, a path or URL. remote: how often to try again; None: do not wait for missing files.
+    folder: where the tables lie, a path or URL. marks: by shards' names, of shards that have one. remote: how often to
+    try again; None: do not wait for missing files.
     """
 
     def __init__(
@@ -135,6 +142,7 @@ class SourceIndex:
         shards: ShardPattern,
         folder: str,
         rows: Sequence[ShardRow],
+        marks: Mapping[str, str],
         weight: float = 1.0,
         remote: RemoteConfig | None = None,
     ) -> None:
@@ -142,6 +150,7 @@ class SourceIndex:
         self.shards = shards
         self.folder = folder
         self.rows = rows
+        self._marks = marks
         self.weight = weight  # see training.order.EpochOrder
         self._remote = remote
         self._tables: OrderedDict[int, SampleTable] = OrderedDict()
@@ -159,7 +168,8 @@ class SourceIndex:
         """Say where a shard lies."""
         if shard not in self._files:
             name, _, size = self.rows[shard]
-            self._files[shard] = ShardFile(self.name, self.shards.show(name), size, self.shards.address(name))
+            shown, address = self.shards.show(name), self.shards.address(name)
+            self._files[shard] = ShardFile(self.name, shown, size, address, self._marks.get(name, ""))
         return self._files[shard]
 
     def table_path(self, shard: int) -> str:
@@ -179,7 +189,7 @@ class SourceIndex:
                 raise UnreachableShard(file.source, file.shown, reason) from failure
             if len(table) != row.samples:
                 raise UserError(
-                    f"{redact(path)}: holds {len(table)} samples, but {SUMMARY} says {row.samples}; "
+                    f"{redact(path)}: holds {counted(len(table), 'sample')}, but {SUMMARY} says {row.samples}; "
                     "run `cosmos-scale data index` again"
                 )
             self._tables[shard] = table
@@ -264,22 +274,23 @@ def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> Sour
     names, missing = shards.known_names()
     refuse_unfinished(_local_folders(shards, names))
     summary = _place(folder, SUMMARY)
-    if not is_remote(folder) and not Path(summary).exists():
+    if not is_remote(folder) and not os.path.lexists(summary):
         if not names and not is_remote(source.shards):
-            raise UserError(f"data source {source.name}: no .tar shards match {source.shards}")
-        raise UserError(f"data source {source.name}: no index at {summary}; {hint}")
+            raise UserError(f"data source {source.name}: no .tar shards match {whole_path(source.shards)}")
+        raise UserError(f"data source {source.name}: no index at {whole_path(summary)}; {hint}")
     means = shards.means()
-    rows = [row for row in read_index_summary(summary) if means(row.name)]
+    known = read_index_summary(summary, remote)
+    rows = [row for row in known.rows if means(row.name)]
     # A shard that is named in full and indexed may be out of reach for now. Reading the shard would say so.
     unknown = sorted({*names, *missing} - {row.name for row in rows})
     if unknown:
         raise UserError(
-            f"data source {source.name}: {len(unknown)} shards are not in {redact(summary)}, "
+            f"data source {source.name}: {counted(len(unknown), 'shard is', 'shards are')} not in {redact(summary)}, "
             f"the first is {unknown[0]}; {hint}"
         )
     if not any(row.samples for row in rows):
         raise UserError(f"data source {source.name}: no shard in {redact(summary)} matches {shards.shown}")
-    return SourceIndex(source.name, shards, folder, rows, source.weight, remote)
+    return SourceIndex(source.name, shards, folder, rows, known.marks, source.weight, remote)
 
 
 def open_sources(sources: Iterable[SourceConfig], remote: RemoteConfig | None = None) -> MergedIndex:
@@ -294,38 +305,12 @@ def open_sources(sources: Iterable[SourceConfig], remote: RemoteConfig | None = 
     return merged
 
 
-def read_index_summary(path: str) -> list[ShardRow]:
-    """Read an index's summary: a row for each shard, in the order that sample ids follow. path: may be a URL.
-
-    Raises: UserError where it is unreadable or of another format.
-    """
-    try:
-        return _parse_summary(_fetch(path) if is_remote(path) else Path(path).read_bytes())
-    except Transient as failure:
-        raise UserError(f"{redact(path)}: index cannot be read: {failure}") from failure
-    except _UNREADABLE as error:
-        raise UserError(f"{redact(path)}: not a shard index ({error}); run `cosmos-scale data index` again") from error
-
-
-def _parse_summary(data: bytes) -> list[ShardRow]:
-    summary = json.loads(data)
-    if summary["format"] != FORMAT:
-        raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
-    return [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
-
-
 def _local_folders(shards: ShardPattern, names: Iterable[str]) -> list[Path]:
     """The folders of this machine that some shards, or those that a pattern will mean, lie in."""
     folders = {os.path.dirname(address) for address in map(shards.address, names) if not is_remote(address)}
     if shards.folder is not None and not is_remote(str(shards.folder)):
         folders.add(str(shards.folder))
     return [Path(folder) for folder in sorted(folders)]
-
-
-def _write_summary(path: Path, rows: Iterable[ShardRow]) -> None:
-    # One line a shard: a million-sample index stays readable, and comparable with diff.
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    replace_file(path, f'{{"format": {json.dumps(FORMAT)}, "shards": [\n{lines}\n]}}\n'.encode())
 
 
 def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) -> IndexedShard:
@@ -336,7 +321,7 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
     replace_file(path, pack_table(scan.entries))
     rejected = [(fault.key, fault.reason) for fault in scan.rejected]
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
-    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed)
+    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark)
 
 
 def _table_name(shard: str) -> str:
@@ -347,23 +332,37 @@ def _place(folder: str, name: str) -> str:
     return join_url(folder, name) if is_remote(folder) else str(Path(folder) / name)
 
 
-def _fetch(address: str) -> bytes:
-    buffer = io.BytesIO()
-    fetch_into(buffer, address, DEFAULT_REMOTE)
-    return buffer.getvalue()
-
-
 def _may_exist(address: str) -> bool:
     return is_remote(address) or os.path.exists(address)
 
 
-def _other_rows(folder: Path, names: set[str]) -> list[ShardRow]:
-    """The rows of an existing index without the rows of some shards; none where the index is unreadable."""
-    path = folder / SUMMARY
-    if not path.exists():
-        return []
-    try:
-        return [row for row in _parse_summary(path.read_bytes()) if row.name not in names]
-    except _UNREADABLE as error:  # to index again mends the file, and that is being done
-        print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
-        return []
+def _require_own_shards(before: Summary, folder: Path, shards: ShardPattern, names: Sequence[str]) -> None:
+    """Raise UserError where the index in a folder, which does not lie beside the shards, is of other shards.
+
+    Other shards: those of the same names differ, all of them; or no shard of the index is there.
+    """
+    if (
+        shards.folder is not None
+        and not is_remote(shards.folder)
+        and os.path.realpath(shards.folder) == os.path.realpath(folder)
+    ):
+        return
+    index = SourceIndex("index", shards, str(folder), before.rows, before.marks)
+    wanted, differ = set(names), 0
+    with closing(ShardReader(RemoteConfig(retries=0))) as reader:
+        for place, row in enumerate(before.rows):
+            if row.name not in wanted:
+                if _may_exist(shards.address(row.name)):
+                    return
+            elif row.name not in before.marks or reader.is_same(index.shard_file(place)):
+                return
+            else:
+                differ += 1
+    if before.rows:
+        held = (
+            f"{counted(differ, 'shard')} of the same names" if differ else f"other shards ({before.rows[0].name}, ...)"
+        )
+        raise UserError(
+            f"{folder}: has the index of {held} and other content; rule: an index belongs to its shards, so name "
+            f"another folder with --out, or delete {SUMMARY} there if these are the same shards, changed"
+        )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file
+from cosmos_scale.words import counted
 
 REJECTED = "rejected.jsonl"
 
@@ -29,18 +30,29 @@ class IndexReport(NamedTuple):
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
-        lines = [f"{self.samples:,} samples in {self.shards:,} shards; index in {self.folder}"]
+        lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'shard')}; index in {self.folder}"]
         if self.torn:
-            lines.append(f"{self.torn:,} shards break off: samples before the break are kept")
+            torn = counted(self.torn, "shard breaks off", "shards break off")
+            lines.append(f"{torn}: samples before the break are kept")
         if self.dotted:
-            lines.append(f"{self.dotted:,} keys have dots: they end at the last dot of the member's name")
+            dotted = counted(self.dotted, "key has dots: it ends", "keys have dots: they end")
+            lines.append(f"{dotted} at the last dot of the member's name")
         if self.unnamed:
             where = "name its key by --captions KEY here and by data.captions.keys in the run"
-            lines.append(f"{self.unnamed:,} samples have no caption under a known key; {where}")
-        lines += [f"{count:,} samples rejected: {reason}" for reason, count in self.rejected.most_common()]
+            unnamed = counted(self.unnamed, "sample has", "samples have")
+            lines.append(f"{unnamed} no caption under a known key; {where}")
+        lines += [f"{counted(times, 'sample')} rejected: {reason}" for reason, times in self.rejected.most_common()]
+        lines += key_hints(self.rejected)
         if self.torn or self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
+
+
+def key_hints(rejected: Counter[str]) -> list[str]:
+    """Return a line on what a key is, where some samples lack their texts and others their pictures."""
+    if not all(any(reason.startswith(lack) for reason in rejected) for lack in ("no picture", "no text")):
+        return []
+    return ["members of one sample share the name before the first dot: 1.jpg and 1.txt, not image.jpg and caption.txt"]
 
 
 def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
@@ -58,7 +70,7 @@ def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | Non
         except (ValueError, AttributeError, TypeError):
             unreadable += 1
     if unreadable:
-        print(f"{path}: {unreadable} unreadable lines are dropped", file=sys.stderr)
+        print(f"{path}: {counted(unreadable, 'unreadable line is', 'unreadable lines are')} dropped", file=sys.stderr)
     lines = kept + [json.dumps(fault) for fault in faults]
     if lines or path.exists():
         replace_file(path, "".join(line + "\n" for line in lines).encode())

@@ -129,7 +129,7 @@ def _parsed(file: BinaryIO, member: TarMember) -> dict[str, Any] | str:
 
 def _text_fault(document: dict[str, Any], member: TarMember, rules: ScanRules) -> str | None:
     # Which keys hold captions depends on the run's sampling. Without any string no sampling finds a caption.
-    if not rules.captions and not _holds_text(document):
+    if not rules.captions and not holds_string(document):
         return f"empty text: no string in its {member.extension}"
     return caption_fault(document, rules.captions)
 
@@ -148,7 +148,8 @@ def _span(txt: TarMember, json: TarMember | None, image: TarMember) -> FoundText
     return FoundText(txt.offset, txt.size, txt.extension)
 
 
-def _holds_text(document: dict[str, Any]) -> bool:
+def holds_string(document: dict[str, Any]) -> bool:
+    """Tell whether any value of a document, however deep in it, is a string that is not blank."""
     values: list[Any] = [document]
     while values:  # no recursion: json may be nested deeper than Python's stack
         value = values.pop()

@@ -19,6 +19,7 @@ from braceexpand import braceexpand
 
 from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join_url, list_filesystem, redact
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_path
 
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
@@ -97,10 +98,13 @@ class _Paths(ShardPattern):
     def list_names(self) -> list[str]:
         names, missing = self.known_names()
         if missing and not names and self._paths() == [self.pattern]:
-            raise UserError(f"{self.pattern}: no such shard or folder of shards")
+            raise UserError(f"{whole_path(self.pattern)}: no such shard or folder of shards")
         if missing:
             first = self.show(missing[0])
-            raise UserError(f"{self.pattern}: {len(missing)} of its shards do not exist, the first is {first}")
+            do = "does" if len(missing) == 1 else "do"
+            raise UserError(
+                f"{self.pattern}: {len(missing)} of its shards {do} not exist, the first is {whole_path(first)}"
+            )
         return names
 
     def means(self) -> Callable[[str], bool]:

@@ -5,13 +5,15 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.cache import ShardCache
+from cosmos_scale.data.shards.mark import HEAD, is_other
 from cosmos_scale.data.shards.store import (
     PIPE,
     NoParts,
@@ -23,6 +25,7 @@ from cosmos_scale.data.shards.store import (
     retried,
 )
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -30,6 +33,7 @@ TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes 
 # Kinds of text whose bytes reach from the first of two members to the end of the second, headers between them included.
 JSON_THEN_TXT, TXT_THEN_JSON = "j+t", "t+j"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+MARKED = 64  # shards whose marks are compared before a run
 OPEN_SHARDS = 64  # files kept open per process: a window of the order spans a few dozen shards
 CLOSE = 64 * 1024  # most bytes between a sample's members that are read along with them, in one request for both
 DEFAULT_REMOTE = RemoteConfig()
@@ -72,13 +76,14 @@ class Entry(NamedTuple):
 class ShardFile(NamedTuple):
     """One shard of a source. size: bytes that it had when it was indexed. address: its path or URL, or pipe:COMMAND.
 
-    shown: the address for messages and records, without secrets.
+    shown: the address for messages and records, without secrets. mark: its mark when it was indexed; empty: not known.
     """
 
     source: str
     shown: str
     size: int
     address: str
+    mark: str = ""
 
 
 class Location(NamedTuple):
@@ -164,11 +169,14 @@ class ShardReader:
         A shard that differs from its index before the run never fitted it, which is the user's error. Shards that go
         missing or change later are lost, which `read` says. The look covers all files of this machine (by listing
         their folders), and the first shard of each source that lies elsewhere: to ask for thousands takes minutes.
-        Raises: UserError where a shard is missing, has another size, or needs a cache and there is none.
+        Marks are compared of MARKED shards of this machine at most, spread over all.
+        Raises: UserError where a shard is missing, has another size or mark, or needs a cache and there is none.
         """
         folders = Folders()
         asked: set[str] = set()
-        for shard in shards:
+        shards = list(shards)
+        every = -(-len(shards) // MARKED)
+        for place, shard in enumerate(shards):
             if is_remote(shard.address):
                 if shard.source not in asked:
                     self._probe(shard)
@@ -178,10 +186,21 @@ class ShardReader:
                 folders.require(shard.address)
                 size = os.stat(shard.address).st_size
             except OSError as error:
-                raise _no_access(shard, error.strerror or str(error)) from error
+                raise _no_access(shard, reason_of(error)) from error
             if size != shard.size:
                 raise _stale(shard, str(size))
+            if shard.mark and place % every == 0:
+                with _opened(shard) as file:
+                    _check_mark(shard, file.read(HEAD))
         self._stores.close()
+
+    def is_same(self, shard: ShardFile) -> bool:
+        """Whether a shard can be read and is the one that was indexed, as far as its size and mark tell."""
+        try:
+            self.check([shard])
+        except UserError:
+            return False
+        return True
 
     def read(self, location: Location) -> tuple[bytes, dict[str, Any]]:
         """Return a sample's picture, undecoded, and its document.
@@ -236,7 +255,8 @@ class ShardReader:
 
     def _probe(self, shard: ShardFile) -> None:
         try:
-            retried(lambda: self._stores.of(shard.address).read(shard.address, 0, BLOCK, shard.size), self._remote)
+            store = self._stores.of(shard.address)
+            _check_mark(shard, retried(lambda: store.read(shard.address, 0, BLOCK, shard.size), self._remote))
         except NoParts:
             self._note_without_parts(shard)
         except WrongSize as wrong:
@@ -261,7 +281,7 @@ class ShardReader:
         except OSError as error:
             if shard.address in self._files:
                 self._files.pop(shard.address).close()
-            reason = error.strerror or str(error)
+            reason = reason_of(error)
             if error.errno in MAY_PASS:
                 raise Transient(reason) from error
             raise _no_access(shard, reason) from error
@@ -333,6 +353,24 @@ def _server(address: str) -> str:
 
 def _no_access(shard: ShardFile, reason: str) -> UserError:
     return UserError(f"{shard.shown}: shard of source {shard.source} cannot be opened: {reason}")
+
+
+@contextmanager
+def _opened(shard: ShardFile) -> Iterator[BinaryIO]:
+    try:
+        with open(shard.address, "rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise _no_access(shard, reason_of(error)) from error
+
+
+def _check_mark(shard: ShardFile, head: bytes) -> None:
+    """Raise UserError where a shard begins with other bytes than the shard that was indexed."""
+    if shard.mark and is_other(shard.mark, head):
+        raise UserError(
+            f"{shard.shown}: is another shard than the one of this name and size that was indexed; run "
+            "`cosmos-scale data index` again, into a folder of its own (--out) if the index is of other shards"
+        )
 
 
 def _stale(shard: ShardFile, found: str) -> UserError:

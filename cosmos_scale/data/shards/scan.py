@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
+from cosmos_scale.data.shards.mark import HEAD, mark_of
 from cosmos_scale.data.shards.members import (
     DEFAULT_RULES,
     FoundText,
@@ -58,7 +59,8 @@ class Rejected(NamedTuple):
 class ShardScan(NamedTuple):
     """What one shard holds; `torn` says where and how it breaks off, if it does.
 
-    unnamed: samples among `entries` whose captions, if they have any, stand under no known key.
+    unnamed: samples among `entries` whose captions, if they have any, stand under no known key. mark: as `mark_of`
+    makes it.
     """
 
     size: int
@@ -66,6 +68,7 @@ class ShardScan(NamedTuple):
     rejected: list[Rejected]
     torn: str | None
     unnamed: int = 0
+    mark: str = ""
 
 
 def scan_shard(
@@ -87,8 +90,9 @@ def scan_shard(
                 fetch_into(file, address, remote)
             else:
                 file = stack.enter_context(open(address, "rb"))
-            refuse_compressed(name, file.read(6))
-            return _scan(file, rules)
+            head = file.read(HEAD)
+            refuse_compressed(name, head)
+            return _scan(file, rules)._replace(mark=mark_of(head))
     except Transient as failure:
         raise UserError(f"{name}: cannot be read: {failure}") from failure
     except OSError as error:

@@ -1,7 +1,9 @@
 """The table of one shard's samples, a `.index.npy`: where each sample lies, so that no other need be read."""
 
+import errno
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, MAY_PASS, Entry
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, redact, retried
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 SampleTable = NDArray[np.void]
 
@@ -44,9 +47,7 @@ def open_table(path: str, remote: RemoteConfig | None = None) -> SampleTable:
     Raises: Transient where the table cannot be read after all retries; UserError where it must not be read.
     """
     if is_remote(path):
-        file = io.BytesIO()
-        fetch_into(file, path, remote or DEFAULT_REMOTE)
-        return _parsed(file)
+        return _parsed(io.BytesIO(read_whole(path, remote)))
     return retried(lambda: _parsed(path), remote or _ONCE, await_missing=True)
 
 
@@ -57,6 +58,28 @@ def entry_of(table: SampleTable, place: int) -> Entry:
     return Entry(shown, image_offset, image_size, text_offset, text_size, kind.decode("ascii", "replace"))
 
 
+def read_whole(path: str, remote: RemoteConfig | None = None) -> bytes:
+    """Return a file of an index, which may lie at a URL.
+
+    remote: how often to try again where reading fails in a way that may pass; None: of this machine's files not at all.
+    Raises: Transient where all tries fail; OSError of a file of this machine in any other case.
+    """
+    if is_remote(path):
+        buffer = io.BytesIO()
+        fetch_into(buffer, path, remote or DEFAULT_REMOTE)
+        return buffer.getvalue()
+
+    def attempt() -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if error.errno in MAY_PASS and error.errno != errno.ENOENT:
+                raise Transient(error.strerror or str(error)) from error
+            raise
+
+    return retried(attempt, remote or _ONCE)
+
+
 def _parsed(file: str | io.BytesIO) -> SampleTable:
     try:
         if isinstance(file, str):
@@ -64,7 +87,7 @@ def _parsed(file: str | io.BytesIO) -> SampleTable:
         else:
             table = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = reason_of(error)
         if error.errno in MAY_PASS:
             raise Transient(reason) from error
         raise UserError(f"{redact(str(file))}: index cannot be read: {reason}") from error

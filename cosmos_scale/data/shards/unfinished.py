@@ -12,7 +12,8 @@ from cosmos_scale.files import writing
 class IndexedShard(NamedTuple):
     """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off.
 
-    dotted: samples whose keys end at the last dot, not at the first one. unnamed: see ShardScan.
+    dotted: samples whose keys end at the last dot, not at the first one. unnamed: see ShardScan. mark: see mark.py;
+    empty: not known.
     """
 
     name: str
@@ -22,6 +23,7 @@ class IndexedShard(NamedTuple):
     torn: str | None
     dotted: int = 0
     unnamed: int = 0
+    mark: str = ""
 
 
 class Unfinished:
@@ -40,12 +42,12 @@ class Unfinished:
         done = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                name, samples, size, rejected, torn, dotted, unnamed, rules = json.loads(line)
+                name, samples, size, rejected, torn, dotted, unnamed, mark, rules = json.loads(line)
             except (ValueError, TypeError):
                 continue
             if name in wanted and rules == self._rules:
                 faults = [(key, reason) for key, reason in rejected]
-                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed)
+                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed, mark)
         return done
 
     def append(self, shard: IndexedShard) -> None:

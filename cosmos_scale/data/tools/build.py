@@ -22,13 +22,15 @@ from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
-from cosmos_scale.data.shards.index import SUMMARY, index_shards
+from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
+from cosmos_scale.data.shards.summary import SUMMARY
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import replace_file, whole_file, writing
+from cosmos_scale.files import replace_file, whole_file, whole_path, writing
+from cosmos_scale.words import counted
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
 
@@ -48,12 +50,11 @@ class BuildReport(NamedTuple):
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
-        lines = [f"{self.samples:,} samples in {self.shards:,} indexed shards in {self.folder}"]
+        lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'indexed shard')} in {self.folder}"]
         if self.transparent:
-            pictures = "picture" if self.transparent == 1 else "pictures"
             how = "hidden colours shown" if self.background == KEEP else f"put on {self.background}"
-            lines.append(f"{self.transparent:,} transparent {pictures}: {how} (--background)")
-        lines += [f"{count:,} rows rejected: {reason}" for reason, count in self.rejected.most_common()]
+            lines.append(f"{counted(self.transparent, 'transparent picture')}: {how} (--background)")
+        lines += [f"{counted(times, 'row')} rejected: {reason}" for reason, times in self.rejected.most_common()]
         if self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
@@ -122,7 +123,7 @@ def build_shards(
     if not BACKGROUND.fullmatch(background):
         raise UserError(f"--background {background}: must be white, black, #rrggbb or keep")
     if not images.is_dir():
-        raise UserError(f"{images}: no such folder of pictures")
+        raise UserError(f"{whole_path(images)}: no such folder of pictures")
     lines = count_lines(captions)
     work = Work(BUILD, out)
     options = {
@@ -151,7 +152,7 @@ def build_shards(
             index = index_shards(str(out), None, finishing=True, workers=workers, progress=progress)
     close_work(work)
     if not samples:
-        raise UserError(f"{captions}: none of its {sum(rejected.values())} rows can be used; see {out / REJECTED}")
+        raise UserError(f"{captions}: none of its {counted(rejected.total(), 'row')} can be used; see {out / REJECTED}")
     return BuildReport(out, index.shards, index.samples, rejected, transparent, background)
 
 

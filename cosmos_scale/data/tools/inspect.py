@@ -33,6 +33,7 @@ from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.data.training.worker import Tokenize
 from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.words import counted
 
 SAMPLES_A_JOB = 64
 SHOWN_SIDE = 224  # about the side of a global crop on a contact sheet
@@ -103,7 +104,8 @@ def survey(
     index by the run's seed; None: all.
     Raises: UserError where the index or a shard is missing or stale.
     """
-    index = open_sources(config.data.sources)
+    index = open_sources(config.data.sources, config.data.remote)
+    index.check_tables(range(len(index.shard_samples)))
     reader = ShardReader(config.data.remote)
     reader.check(index.shard_files())
     reader.close()
@@ -194,13 +196,16 @@ def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int
     one = config.train.model_copy(update={"global_batch": 1, "epoch_steps_multiple": 1})
     data = config.data.model_copy(update={"workers": 0, "max_damaged": 1.0, "decoder": "torch"})
     config = config.model_copy(update={"train": one, "data": data})
-    index = open_sources(data.sources)
+    index = open_sources(data.sources, data.remote)
     order = EpochOrder(index.source_shards(), config.seed, data.window)
     if first >= order.samples:
-        raise UserError(f"--first {first}: an epoch of this data has {order.samples} positions, counted from 0")
+        raise UserError(
+            f"--first {first}: an epoch of this data has {counted(order.samples, 'position')}, counted from 0"
+        )
     count = min(count, order.samples - first)
     visits = order.visits(epoch, np.arange(first, first + count))
     side = config.model.vision.image_size
+    index.check_tables(range(len(index.shard_samples)))
     reader = ShardReader(data.remote)
     reader.check(index.shard_files())
     rows, originals = [], []

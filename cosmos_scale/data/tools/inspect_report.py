@@ -1,7 +1,9 @@
 """A survey of shards for people and programs: tables and histograms for a terminal, a picture, JSON."""
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,16 +12,20 @@ from rich.table import Table
 
 from cosmos_scale.data.tools.inspect import Survey, Tally
 from cosmos_scale.files import make_folder
+from cosmos_scale.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BAR = 40  # characters of the longest bar of a terminal's histogram
 BINS = 12
+LONG_TAIL = 16  # times the median: where the quantile TAIL reaches so far, round bins would put almost all into one
+LONGEST_NAME = 32  # characters of a source's name beside its numbers on 80 columns
 COLUMNS = 4  # of the picture
 FEWEST_BINS = 7  # a panel of the picture has room for so many bins at least
 BLUE, PALE, RED, INK = "#1e5a8a", "#8fb3cf", "#9a3412", "#1c1c22"
 TAIL = 0.995  # values above this quantile share the last bin, or one sample could squeeze all others into one bar
+SMALLEST = 0.25  # where the bar of 0 begins on a logarithmic axis
 SHARES = (0.0, 0.05, 0.5, 0.95, 1.0)
 SHARE_NAMES = ("least", "5%", "median", "95%", "most")
 
@@ -33,10 +39,15 @@ class Bin(NamedTuple):
 
 
 def histogram(values: Counter[int], most_bins: int = BINS) -> list[Bin]:
-    """Sort whole numbers into bins of one round width; returns no bins for no values."""
+    """Sort whole numbers into bins; returns no bins for no values.
+
+    The bins have one round width, or grow (1, 2-4, 5-9, 10-19, 20-49, ...) where the values have a long tail.
+    """
     if not values:
         return []
     low, high = min(values), quantile(values, TAIL)
+    if high >= LONG_TAIL * max(1, quantile(values, 0.5)):
+        return _growing_bins(values, low, high)
     width = next(step for step in _round_steps() if (high - low) // step < most_bins)
     start = low // width * width
     bins = (high - start) // width + 1
@@ -48,6 +59,21 @@ def histogram(values: Counter[int], most_bins: int = BINS) -> list[Bin]:
     return [
         Bin(first, None if beyond and place == bins - 1 else last, counts[place])
         for place, (first, last) in enumerate(edges)
+    ]
+
+
+def _growing_bins(values: Counter[int], low: int, high: int) -> list[Bin]:
+    steps = takewhile(lambda step: step <= high, _round_steps())
+    firsts = [0, *steps]
+    firsts = [first for first, after in zip(firsts, [*firsts[1:], high + 1], strict=True) if after > low]
+    heights = [0] * len(firsts)
+    for value, times in values.items():
+        heights[bisect_right(firsts, value) - 1] += times
+    lasts = [first - 1 for first in firsts[1:]]
+    end = next(step for step in _round_steps() if step > high) - 1
+    return [
+        Bin(first, last, height)
+        for first, last, height in zip(firsts, [*lasts, None if max(values) > end else end], heights, strict=True)
     ]
 
 
@@ -119,7 +145,7 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
     """Print a survey on a terminal."""
     tally = survey.tally
     _show_sources(survey, console)
-    which = "all samples" if survey.read == survey.total else f"{survey.read:,} samples drawn at random"
+    which = "all samples" if survey.read == survey.total else f"{counted(survey.read, 'sample')} drawn at random"
     console.print(
         f"\nread: {which}; captions as epoch {epoch} of seed {seed} draws them, sampling {sampling}", soft_wrap=True
     )
@@ -159,8 +185,12 @@ def _show_sources(survey: Survey, console: Console) -> None:
     for name in ("shards", "samples", "bytes"):
         table.add_column(name, justify="right")
     rows = [*survey.sources]
-    for source in rows:
-        table.add_row(source.name, f"{source.shards:,}", f"{source.samples:,}", f"{source.size:,}")
+    for number, source in enumerate(rows, 1):
+        name = source.name
+        if len(name) > LONGEST_NAME:
+            name = f"source {number}"
+            console.print(f"{name}: {source.name}", markup=False, highlight=False, soft_wrap=True)
+        table.add_row(name, f"{source.shards:,}", f"{source.samples:,}", f"{source.size:,}")
     if len(rows) > 1:
         totals = (sum(column) for column in zip(*(row[1:] for row in rows), strict=True))
         table.add_row("together", *(f"{total:,}" for total in totals))
@@ -173,10 +203,11 @@ def _show_histogram(title: str, values: Counter[int], console: Console) -> None:
         return
     tallest = max(bar.height for bar in bins)
     names = [_bin_name(bar) for bar in bins]
+    full, thin = ("█", "▏") if console.encoding.startswith("utf") else ("#", "|")
     console.print(f"\n{title}")
     for name, bar in zip(names, bins, strict=True):
         length = round(BAR * bar.height / tallest)
-        line = "█" * length if length or not bar.height else "▏"
+        line = full * length if length or not bar.height else thin
         console.print(f"  {name:>{max(map(len, names))}} {line:<{BAR}} {bar.height / values.total():6.1%}")
 
 
@@ -201,7 +232,7 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
     figure = Figure(figsize=(4.0 * COLUMNS, 3.0 * rows + 0.5), dpi=100, layout="constrained")
     read = "all" if survey.read == survey.total else f"{survey.read:,} of"
     names = ", ".join(source.name for source in survey.sources)
-    figure.suptitle(f"{names}: {read} {survey.total:,} samples; dotted: median", fontsize=11, wrap=True)
+    figure.suptitle(f"{names}: {read} {counted(survey.total, 'sample')}; dotted: median", fontsize=11, wrap=True)
     panels = [figure.add_subplot(rows, COLUMNS, place + 1) for place in range(len(shown) + 1)]
     for axes, (name, values) in zip(panels, shown.items(), strict=False):
         _draw_histogram(axes, name, values)
@@ -218,21 +249,30 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
 def _draw_histogram(axes: "Axes", name: str, values: Counter[int]) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    widths: list[float]
     bins = histogram(values, most_bins=40)
-    ends = [bar.last for bar in bins if bar.last is not None]
-    width = ends[0] - bins[0].first + 1 if ends else 1
     pale = bins[-1].last is None
     colours = [BLUE] * (len(bins) - 1) + [PALE if pale else BLUE]
     # Half a unit to the left, so that a whole number stands in the middle of its bar.
     lefts, heights = [bar.first - 0.5 for bar in bins], [bar.height / values.total() for bar in bins]
-    axes.bar(lefts, heights, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.4)
+    widths = [bar.last - bar.first + 1 if bar.last is not None else 0 for bar in bins]
+    width = widths[0] or 1
+    growing = len({*widths} - {0}) > 1
+    if growing:
+        lefts[0] = max(lefts[0], SMALLEST)  # 0 has no place on a logarithmic axis
+        widths[0] = int(bins[0].last or 0) + 0.5 - lefts[0]
+        axes.set_xscale("log")
+    if pale:
+        widths[-1] = bins[-1].first if growing else width
+    axes.bar(lefts, heights, width=widths, align="edge", color=colours, edgecolor="white", linewidth=0.4)
     axes.axvline(quantile(values, 0.5), color=INK, linewidth=0.9, linestyle=":")
-    if len(bins) < FEWEST_BINS:  # otherwise one bar would fill the panel
+    if len(bins) < FEWEST_BINS and not growing:  # otherwise one bar would fill the panel
         middle = lefts[0] + width * len(bins) / 2
         axes.set_xlim(middle - width * FEWEST_BINS / 2, middle + width * FEWEST_BINS / 2)
     axes.set_xlabel(f"{name} (pale: {bins[-1].first:,} and more)" if pale else name, fontsize=9)
     axes.set_ylabel("share", fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if not growing:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 

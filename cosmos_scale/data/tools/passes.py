@@ -23,4 +23,4 @@ def begin_pass(data: DataConfig) -> Pass:
 @lru_cache(maxsize=1)
 def opened_index(pass_: Pass) -> MergedIndex:
     """Return the index of the pass's sources, opened once a process: a pass has many jobs."""
-    return open_sources(pass_.data.sources)
+    return open_sources(pass_.data.sources, pass_.data.remote)

@@ -7,8 +7,10 @@ bytes are compared with the checksum that `data prepare` noted in manifest.json,
 often decode, to other pixels.
 """
 
+import errno
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +21,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from cosmos_scale.config import DataConfig, RemoteConfig
+from cosmos_scale.config import DataConfig, RemoteConfig, SourceConfig
 from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
-from cosmos_scale.data.shards.members import ScanRules
+from cosmos_scale.data.shards.members import ScanRules, holds_string
 from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
@@ -34,6 +36,7 @@ from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import writing
+from cosmos_scale.words import counted
 
 SAMPLES_A_JOB = 128
 LISTED = 20  # faults kept for the terminal; a file takes all
@@ -99,14 +102,13 @@ class Verdict:
 
     def describe(self, log: Path | None) -> str:
         """Return the verdict as lines for a terminal; log: where all faults are written, if anywhere."""
-        read = f"{self.samples:,} samples in {self.shards:,} shards, {self.size:,} bytes"
+        read = f"{counted(self.samples, 'sample')} in {counted(self.shards, 'shard')}, {counted(self.size, 'byte')}"
         if self.checksums:
-            read += f"; {self.checksums:,} shards compared with the checksums of {MANIFEST}"
+            read += f"; {counted(self.checksums, 'shard')} compared with the checksums of {MANIFEST}"
         if self.transparent:
-            read += f"; {self.transparent:,} transparent {'picture' if self.transparent == 1 else 'pictures'} "
-            read += "(data.background)"
+            read += f"; {counted(self.transparent, 'transparent picture')} (data.background)"
         if self.sound:
-            return f"{read}: all are sound"
+            return f"{read}: {'it is' if self.samples == 1 else 'all are'} sound"
         lines = [read]
         lost = self.damaged + self.unreadable
         lines.append(f"samples that training cannot use: {lost:,} ({lost / max(1, self.samples):.2%})")
@@ -162,20 +164,30 @@ class _Checked(NamedTuple):
 
 
 def verify_shards(
-    data: DataConfig, *, log: Path | None = None, workers: int | None = None, progress: bool = True
+    data: DataConfig,
+    *,
+    galleries: Sequence[SourceConfig] = (),
+    log: Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> Verdict:
     """Read every sample of the sources; captions are drawn with the config's sampling, pictures up to its max_pixels.
 
-    log: file for all faults, one json object a line.
+    galleries: shards that evaluations read; a sample of theirs needs some text, whichever its key. log: file for all
+    faults, one json object a line.
     Raises: UserError where an index is missing or unreadable or the log cannot be written.
     """
-    indexes = open_sources(data.sources).sources
+    read_alike = {(source.shards, source.index) for source in data.sources}
+    more = [gallery for gallery in galleries if (gallery.shards, gallery.index) not in read_alike]
+    trained = len(data.sources)
+    data = data.model_copy(update={"sources": (*data.sources, *more)})
+    indexes = open_sources(data.sources, data.remote).sources
     verdict = Verdict(
         shards=sum(len(index.rows) for index in indexes),
         samples=sum(row.samples for index in indexes for row in index.rows),
         size=sum(row.size for index in indexes for row in index.rows),
     )
-    check = partial(_check, begin_pass(data))
+    check = partial(_check, begin_pass(data), trained)
     with ExitStack() as stack:
         file = None if log is None else stack.enter_context(_open_log(log))
         advance = stack.enter_context(progress_bar("verifying samples", verdict.samples, show=progress))
@@ -236,23 +248,33 @@ def _noted_checksums(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _check(pass_: Pass, job: _Job) -> _Checked:
+def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
+    """Do a job. trained: how many sources are trained on; all behind them are galleries."""
     index = opened_index(pass_).sources[job.source]
     row, file = index.rows[job.shard], index.shard_file(job.shard)
     checksum = _checksums(pass_)[job.source].get(row.name)
     structure: list[Fault] = []
     try:
+        _require_table(index, job.shard)
         with _here(file, pass_.data.remote) as local:
             if job.first == 0:
                 structure = _compare(index, job.shard, local, pass_.data.captions.keys or ())
             if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
                 changed = f"bytes have changed since {MANIFEST} was written"
                 structure.append(Fault(file.shown, None, None, changed, indexed=True))
-            samples, transparent = _read(pass_.data, index, job, local)
+            samples, transparent = _read(pass_.data, index, job, local, gallery=job.source >= trained)
     except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
     return _Checked(job, samples, structure, None, checksum is not None, transparent)
+
+
+def _require_table(index: SourceIndex, shard: int) -> None:
+    """Raise UserError where a shard's table is missing; to read the table would be to wait for its return."""
+    path = index.table_path(shard)
+    if not is_remote(path) and not os.path.lexists(path):
+        missing = f"its index {path} cannot be read: {os.strerror(errno.ENOENT)}"
+        raise UserError(f"{missing}; run `cosmos-scale data index`")
 
 
 @contextmanager
@@ -269,8 +291,10 @@ def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
         yield file._replace(address=copy.name)
 
 
-def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> tuple[list[Fault], int]:
-    """Read a job's samples as training does: their faults, and how many sound pictures are transparent.
+def _read(
+    data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile, *, gallery: bool
+) -> tuple[list[Fault], int]:
+    """Read a job's samples as training or evaluation does: their faults, and how many sound pictures are transparent.
 
     Raises UserError where the shard is missing or stale.
     """
@@ -284,7 +308,10 @@ def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile) -> 
             try:
                 image_bytes, document = reader.read(location)
                 origin = describe_origin(document)
-                draw_captions(data.captions, document, SampleKey(0, 0, place))
+                if not gallery:
+                    draw_captions(data.captions, document, SampleKey(0, 0, place))
+                elif not holds_string(document):
+                    raise DamagedSample(f"empty text: no string in its {location.entry.text_kind}")
                 decode_rgbx(image_bytes, data.max_pixels)
                 transparent += is_transparent(image_bytes, data.max_pixels)
             except DamagedSample as damage:

@@ -29,6 +29,7 @@ from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
+from cosmos_scale.words import counted
 
 MOST_WORKERS = 8  # by default; the config may say more
 SHARED_MEMORY = Path("/dev/shm")
@@ -158,7 +159,7 @@ class TrainLoader:
                 self._unlogged.append(Damage(step, epoch, None, file.source, file.shown, None, f"lost: {reason}"))
         return [
             f"shard {name} is lost: {reason}; from step {step + 1} on others take the place of its "
-            f"{self._lost.samples([name])} samples ({share:.2%} of all are lost)"
+            f"{counted(self._lost.samples([name]), 'sample')} ({share:.2%} of all are lost)"
             for name, reason in reasons.items()
         ]
 

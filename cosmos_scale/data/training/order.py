@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import SourceShards
 from cosmos_scale.errors import UserError
+from cosmos_scale.words import counted
 
 Positions = NDArray[np.int64]
 
@@ -190,7 +191,7 @@ def steps_per_epoch(samples: int, config: RunConfig) -> int:
     steps = samples // global_batch if config.data.last_batch == "drop" else -(-samples // global_batch)
     if steps == 0:
         raise UserError(
-            f"train.global_batch is {global_batch}, but the data has {samples} samples: "
+            f"train.global_batch is {global_batch}, but the data has {counted(samples, 'sample')}: "
             "with data.last_batch: drop an epoch must hold at least one batch"
         )
     multiple = config.train.epoch_steps_multiple

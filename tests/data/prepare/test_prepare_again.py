@@ -222,7 +222,7 @@ def test_wrong_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     fails("the first: not a key: 0000001/0000008.jpg does not begin with its folder's name", "--join", "key")
     write_dreamlip(path, [dreamlip_row(1), dreamlip_row(2), dreamlip_row(3)])
     there, here = f"{url(1)}, {url(2)}", url(7)
-    fails(f"none of its 1 images has captions in cc3m.csv: urls there are such as {there}, here such as {here}")
+    fails(f"1 image, but none has captions in cc3m.csv: urls there are such as {there}, here such as {here}")
 
 
 def test_wrong_files_are_one_line(tmp_path: Path) -> None:

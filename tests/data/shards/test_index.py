@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import SourceConfig
-from cosmos_scale.data.shards.index import FORMAT, index_shards, open_index, open_sources
+from cosmos_scale.data.shards.index import index_shards, open_index, open_sources
+from cosmos_scale.data.shards.mark import HEAD, is_other, mark_of
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
+from cosmos_scale.data.shards.summary import FORMAT
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
@@ -129,7 +132,7 @@ def test_faults_are_counted_and_named(tmp_path: Path) -> None:
         ("1.tar", None),
     ]
     assert str(lines[2]["reason"]).startswith("truncated: member 000004.json should end at byte")
-    assert "1 shards break off" in report.describe()
+    assert "1 shard breaks off" in report.describe()
     assert "2 samples rejected: no text" in report.describe()
 
 
@@ -152,7 +155,7 @@ def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 of its shards do not exist, the first is .*1\.tar"):
         index_shards(str(tmp_path / "{0..2}.tar"), None, progress=False)
     (tmp_path / "0.tar").write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"no usable sample in 1 shards; see .*rejected\.jsonl"):
+    with pytest.raises(UserError, match=r"no usable sample in 1 shard; see .*rejected\.jsonl"):
         index_shards(str(tmp_path), None, workers=1, progress=False)
     (tmp_path / "1.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"1\.tar\.gz: is compressed"):
@@ -205,7 +208,7 @@ def test_missing_and_stale_indexes_are_errors(tmp_path: Path) -> None:
         open_index(source(tmp_path))
     index_shards(str(tmp_path), None, workers=1, progress=False)
     write_shard(tmp_path / "1.tar", [sample(2)])
-    with pytest.raises(UserError, match=r"1 shards are not in .*index\.json, the first is 1\.tar"):
+    with pytest.raises(UserError, match=r"1 shard is not in .*index\.json, the first is 1\.tar"):
         open_index(source(tmp_path))
     (tmp_path / "1.tar").unlink()
     with pytest.raises(UserError, match=r"no shard in .* matches"):
@@ -283,3 +286,95 @@ def test_damage_inside_a_picture_is_left_to_the_decoder(tmp_path: Path) -> None:
     entry = scan_shard(path).entries[0]
     flip_bytes(path, entry.image_offset + entry.image_size // 2, 8)
     assert scan_shard(path).entries == [entry]
+
+
+def test_an_index_of_other_shards_is_not_replaced(tmp_path: Path) -> None:
+    """Two datasets with shards of the same names, or of others, in one folder of index files."""
+    first, second = write_shards(tmp_path / "a", [3, 2]), write_shards(tmp_path / "b", [4])
+    third = tmp_path / "c"
+    third.mkdir()
+    write_shard(third / "x.tar", [sample(9)])
+    out = tmp_path / "index"
+    index_shards(str(first), out, workers=1, progress=False)
+    kept = {path.name: path.read_bytes() for path in out.iterdir()}
+    for other, held in ((second, "1 shard of the same names"), (third, r"other shards \(00000\.tar, \.\.\.\)")):
+        with pytest.raises(UserError, match=rf"index: has the index of {held}.*another folder with --out"):
+            index_shards(str(other), out, workers=1, progress=False)
+        with pytest.raises(UserError, match=r"not in .*index\.json|no shard in"):
+            open_sources([source(third, out)])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == kept
+    # The same shards at another place are no other shards, nor are shards of which some have changed.
+    copied = tmp_path / "copied"
+    shutil.copytree(first, copied)
+    write_shard(copied / "00000.tar", [sample(7)])
+    assert index_shards(str(copied), out, workers=1, progress=False).samples == 3
+    assert index_shards(str(copied), out, workers=1, progress=False).samples == 3
+
+
+def test_a_shard_of_the_same_name_and_size_is_told_from_the_indexed_one(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "a", [2, 1])
+    size = (folder / "00001.tar").stat().st_size
+    merged = open_folder(folder)
+    write_shard(folder / "00001.tar", [sample(77)])
+    assert (folder / "00001.tar").stat().st_size == size
+    with closing(ShardReader()) as reader, pytest.raises(UserError, match=r"00001\.tar: is another shard than the one"):
+        reader.check(merged.shard_files())
+    # An index from before there were marks is read as before.
+    summary = json.loads((folder / "index.json").read_text())
+    del summary["marks"]
+    (folder / "index.json").write_text(json.dumps(summary))
+    with closing(ShardReader()) as reader:
+        reader.check(open_folder(folder).shard_files())
+
+
+def test_damage_at_one_place_does_not_make_another_shard(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "0.tar", [sample(number) for number in range(4)])
+    head = path.read_bytes()[:HEAD]
+    mark = mark_of(head)
+    assert len(mark) == 32
+    for block in range(8):
+        damaged = bytearray(head)
+        damaged[block * 512 : block * 512 + 512] = bytes(512)
+        assert not is_other(mark, bytes(damaged))
+    assert not is_other(mark, bytes(HEAD))  # nothing of it is left: damage, and no other tar
+    other = write_shard(tmp_path / "1.tar", [sample(number) for number in range(4, 8)]).read_bytes()
+    assert is_other(mark, other[:HEAD])
+    assert is_other(mark, other[:512])  # of a server's shard one block is read
+
+
+def test_no_index_is_written_into_the_current_folder_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "a", [2])
+    write_shards(tmp_path / "b", [1])
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("{a,b}/00000.tar", "*/00000.tar"):
+        with pytest.raises(UserError, match=r"^--out: must name a folder for the index"):
+            index_shards(pattern, None, workers=1, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert index_shards("{a,b}/00000.tar", tmp_path / "index", workers=1, progress=False).samples == 3
+    monkeypatch.chdir(tmp_path / "a")
+    assert index_shards("*.tar", None, workers=1, progress=False).samples == 2  # beside the shards, which lie here
+
+
+def test_members_that_share_no_key_are_explained(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, data in (("1/image.jpg", picture(1)), ("1/caption.txt", b"a text")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    key = r"members of one sample share the name before the first dot: 1\.jpg and 1\.txt, not image\.jpg and"
+    with pytest.raises(UserError, match=rf"no usable sample in 1 shard; see .*; {key}"):
+        index_shards(str(tmp_path), None, workers=1, progress=False)
+    write_shard(tmp_path / "1.tar", [sample(0)])
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert "members of one sample share the name before the first dot" in report.describe()
+
+
+def test_shards_that_changed_are_indexed_anew_beside_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "a", [2, 2])
+    monkeypatch.chdir(tmp_path)
+    for number, out in enumerate((None, Path("a"), tmp_path / "a"), 1):
+        for name in ("00000.tar", "00001.tar"):
+            write_shard(tmp_path / "a" / name, [sample(10 * number)])
+        assert index_shards("a", out, workers=1, progress=False).samples == 2

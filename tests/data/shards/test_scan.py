@@ -99,7 +99,7 @@ def test_a_sample_whose_captions_are_all_empty_is_in_no_epoch(
     assert keys(scan) == ["b"]
     assert scan.rejected[0].reason.startswith(reason)
     report = index_shards(str(tmp_path), None, workers=1, progress=False)
-    assert "1 samples rejected: no caption" in report.describe()
+    assert "1 sample rejected: no caption" in report.describe()
 
 
 def test_the_users_keys_are_the_only_captions(tmp_path: Path) -> None:

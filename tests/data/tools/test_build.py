@@ -107,7 +107,7 @@ def test_broken_rows_and_pictures_are_counted_and_named(images: Path, workers: i
         "000000001": (picture(0), {"raw_caption": ["a", "b"]}),
         "000000008": (picture(1), {"longIB_captions": "A. B."}),
     }
-    assert "1 rows rejected: picture not found" in report.describe()
+    assert "1 row rejected: picture not found" in report.describe()
 
 
 def test_workers_make_the_same_bytes(images: Path) -> None:
@@ -314,7 +314,7 @@ def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
     (images.parent / "captions.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"captions\.parquet: captions come as \.jsonl or \.csv"):
         attempt(images, images.parent / "captions.parquet")
-    with pytest.raises(UserError, match=r"none of its 1 rows can be used; see .*rejected\.jsonl"):
+    with pytest.raises(UserError, match=r"none of its 1 row can be used; see .*rejected\.jsonl"):
         build(images, [{"image": "missing.jpg", "caption": "x"}])
     build(images, [{"image": "0.jpg", "caption": "x"}])
     with pytest.raises(UserError, match=r"out: holds shards already"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config import RunConfig
@@ -21,7 +22,8 @@ from cosmos_scale.data.decode import Views
 from cosmos_scale.data.shards.index import index_shards, open_sources
 from cosmos_scale.data.tools import inspect
 from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet, to_image
-from cosmos_scale.data.tools.inspect_report import histogram, mean, quantile
+from cosmos_scale.data.tools.inspect import SourceCounts, Survey, Tally
+from cosmos_scale.data.tools.inspect_report import histogram, mean, print_survey, quantile
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -337,3 +339,34 @@ def test_a_lost_table_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     (line,) = capsys.readouterr().err.splitlines()
     assert "00001.tar" in line
     assert f"its index {folder / '00001.index.npy'} cannot be read: damaged; run `cosmos-scale data index`" in line
+
+
+def test_a_long_tail_has_growing_bins() -> None:
+    counts = Counter({1: 3, 4: 10, 12: 5, 40: 1, 900: 1})
+    bins = histogram(counts)
+    assert [(bar.first, bar.last) for bar in bins] == [
+        (1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, 199), (200, 499), (500, 999)
+    ]  # fmt: skip
+    assert [bar.height for bar in bins] == [3, 10, 0, 5, 1, 0, 0, 0, 1]
+    huge = histogram(Counter({0: 500, 3: 400, 70: 100, 10**6: 1}))  # beyond the quantile that the bins reach
+    assert (huge[0], huge[-1]) == ((0, 0, 500), (50, None, 101))
+    assert sum(bar.height for bar in huge) == 1001
+
+
+def test_tables_are_whole_on_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = Tally(
+        samples=10,
+        image_bytes=10**9,
+        formats=Counter({"JPEG RGB": 10}),
+        sizes=Counter({(500, 400): 9, (10000, 20000): 1}),
+        sentences=Counter({3: 9, 12: 1}),
+        global_tokens=Counter({20: 9, 30: 1}),
+        local_tokens=Counter({10: 10}),
+    )
+    pattern = "/data/users/somebody/datasets/merged30m/cc12m/{000000..001242}.tar"
+    sources = [SourceCounts(pattern, 1243, 10010225, 1234567890123), SourceCounts("b", 1, 2, 3)]
+    print_survey(Survey(sources, 10, 10, tally), "textcrop", 77, 0, 0, Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    assert f"source 1: {pattern}" in lines
+    assert any(line.split() == ["source", "1", "1,243", "10,010,225", "1,234,567,890,123"] for line in lines)
+    assert not any("\u2026" in line or len(line) > 80 for line in lines if not line.startswith("source 1: "))

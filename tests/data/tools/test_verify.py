@@ -321,3 +321,35 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "00000.tar/log: cannot be written" in captured.err
+
+
+def test_a_runs_galleries_are_verified_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, gallery = write_shards(tmp_path / "shards", [3]), tmp_path / "gallery"
+    gallery.mkdir()
+    members = [{**sample(number), "json": b'{"alt": "x"}'} for number in range(2)]  # no key that a sampling reads
+    shard = write_shard(gallery / "0.tar", [*members, sample(2)])
+    index_shards(str(gallery), None, workers=1, progress=False)
+    cut_short = data_of(shard, "000002.jpg")
+    overwrite(shard, cut_short[0] + 200, bytes(100))
+    run = tmp_path / "run.yaml"
+    evaluators = f"[{{kind: retrieval, every: 5, shards: {gallery}}}, {{kind: retrieval, name: b, shards: nowhere}}]"
+    run.write_text(f"data: {{sources: [{{name: a, shards: {folder}}}]}}\neval: {evaluators}\n")
+    found = as_json(capsys, run)
+    assert (found["shards"], found["samples"], found["damaged"]) == (2, 6, 1)
+    assert found["first"][0]["key"] == "000002"
+    assert as_json(capsys, run, f"eval.0.shards={folder}")["samples"] == 3  # read once
+
+
+def test_one_reason_is_one_line_whatever_a_sample_holds_besides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents: list[dict[str, str]] = [{"sha256": "x"}, {"url": "x", "sha256": "y"}, {"width_1": "z"}]
+    members = [{**sample(number), "json": json.dumps(document).encode()} for number, document in enumerate(documents)]
+    write_shard(tmp_path / "0.tar", members)
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    status, out = verify(capsys, tmp_path)
+    assert status == 1
+    (reason,) = out.partition("times  reason\n")[2].partition("\n\n")[0].splitlines()
+    assert reason.startswith("    3  sampling textcrop needs one of raw_caption")
+    assert "sha256" in out
+    assert "shaN" not in out

@@ -275,7 +275,7 @@ def test_remote_shards_are_indexed_like_files(shards: Path, tmp_path: Path, serv
         assert (out / name).read_bytes() == (shards / name).read_bytes()
     if kind == "http":
         assert [request.range for request in server.requests()] == [None] * 3  # each shard once, whole
-    with pytest.raises(UserError, match=r"1 shards are not in .*, the first is 00003\.tar; run .*--out"):
+    with pytest.raises(UserError, match=r"1 shard is not in .*, the first is 00003\.tar; run .*--out"):
         open_remote(
             pattern.replace("00002", "00003") if kind != "file" else f"file://{shards}/{{00000..00003}}.tar", out
         )
@@ -300,8 +300,9 @@ def test_an_indexing_that_broke_off_goes_on_where_it_was(shards: Path, tmp_path:
     ]  # fmt: skip
     for path in out.iterdir():
         assert path.read_bytes() == (shards / path.name).read_bytes()
-    index_shards(pattern, out, workers=1, progress=False)  # a finished index is made anew
-    assert len(server.requests()) == 7
+    index_shards(pattern, out, workers=1, progress=False)  # a finished index is made anew, after a look at a shard
+    assert [request.sent for request in server.requests()[4:5]] == [BLOCK]
+    assert len(server.requests()) == 8
 
 
 def test_an_index_may_lie_at_a_url_too(shards: Path, tmp_path: Path, server: WebServer) -> None:
@@ -369,3 +370,20 @@ def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> No
     for batch, local in zip(ours, files, strict=True):
         assert torch.equal(batch.images, local.images)
         assert batch.texts == local.texts
+
+
+def test_an_index_is_read_again_where_its_file_system_fails_for_a_moment(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = iter([True, False] * 2)
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "index.json" and next(fails):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert len(open_sources([SourceConfig(name="test", shards=str(shards))], quick(retries=1))) == 15
+    with pytest.raises(UserError, match=r"index\.json: index cannot be read: Stale file handle"):
+        open_sources([SourceConfig(name="test", shards=str(shards))], quick(retries=0))

@@ -1,0 +1,78 @@
+"""An index's summary, `index.json`: how many samples each shard has, how long it is, and its mark."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmos_scale.config import RemoteConfig
+from cosmos_scale.data.shards.store import Transient, redact
+from cosmos_scale.data.shards.table import read_whole
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import replace_file
+
+SUMMARY = "index.json"
+FORMAT = "cosmos-scale shard index 1"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken summary raises
+
+
+class ShardRow(NamedTuple):
+    """One shard's line of the summary: its name relative to the pattern's root, its samples, its size in bytes."""
+
+    name: str
+    samples: int
+    size: int
+
+
+class Summary(NamedTuple):
+    """An index's summary: a row for each shard, in the order that sample ids follow.
+
+    marks: by the shards' names, see mark.py; an index that was made before there were marks has none.
+    """
+
+    rows: list[ShardRow]
+    marks: Mapping[str, str]
+
+
+def read_index_summary(path: str, remote: RemoteConfig | None = None) -> Summary:
+    """Read an index's summary; path: may be a URL.
+
+    remote: how often to try again where a file system fails; None: not at all, and at a URL as usual.
+    Raises: UserError where it is unreadable or of another format.
+    """
+    try:
+        return _parse_summary(read_whole(path, remote))
+    except Transient as failure:
+        raise UserError(f"{redact(path)}: index cannot be read: {failure}") from failure
+    except _UNREADABLE as error:
+        raise UserError(f"{redact(path)}: not a shard index ({error}); run `cosmos-scale data index` again") from error
+
+
+def _parse_summary(data: bytes) -> Summary:
+    summary = json.loads(data)
+    if summary["format"] != FORMAT:
+        raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
+    rows = [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
+    marks = {str(name): str(mark) for name, mark in summary.get("marks", {}).items()}
+    return Summary(rows, marks)
+
+
+def write_index_summary(path: Path, summary: Summary) -> None:
+    """Write an index's summary, whole or not at all."""
+    # One line a shard: a million-sample index stays readable, and comparable with diff.
+    lines = ",\n".join(json.dumps(row) for row in summary.rows)
+    marks = ",\n".join(f"{json.dumps(name)}: {json.dumps(mark)}" for name, mark in sorted(summary.marks.items()))
+    start = f'{{"format": {json.dumps(FORMAT)}, "shards"'
+    replace_file(path, f'{start}: [\n{lines}\n], "marks": {{\n{marks}\n}}}}\n'.encode())
+
+
+def summary_before(folder: Path) -> Summary:
+    """The summary of an existing index; an empty one where there is none, or it is unreadable."""
+    path = folder / SUMMARY
+    if path.exists():
+        try:
+            return _parse_summary(path.read_bytes())
+        except _UNREADABLE as error:  # to index again mends the file, and that is being done
+            print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
+    return Summary([], {})
