@@ -152,7 +152,7 @@ def build_shards(
             index = index_shards(str(out), None, finishing=True, workers=workers, progress=progress)
     close_work(work)
     if not samples:
-        raise UserError(f"{captions}: none of its {counted(rejected.total(), 'row')} can be used; see {out / REJECTED}")
+        raise UserError(f"{captions}: no row of {rejected.total():,} can be used; see {out / REJECTED}")
     return BuildReport(out, index.shards, index.samples, rejected, transparent, background)
 
 

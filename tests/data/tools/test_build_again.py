@@ -179,7 +179,7 @@ def test_files_that_a_power_failure_emptied_do_no_harm(inputs: Path, monkeypatch
 
 def test_a_build_without_a_shard_begins_anew_with_other_options(inputs: Path) -> None:
     (inputs / "captions.jsonl").write_text('{"image": "none.jpg", "caption": "a"}\n')
-    with pytest.raises(UserError, match="none of its 1 rows can be used"):
+    with pytest.raises(UserError, match="no row of 1 can be used"):
         build(inputs)
     (inputs / "captions.jsonl").write_text('{"image": "1.jpeg", "caption": "a"}\n')
     build(inputs)
