@@ -6,15 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-from cosmos_scale.cli.arguments import path, positive, with_examples
+from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
 examples:
-  cosmos-scale train configs/run/demo.yaml train.max_steps=20
-  cosmos-scale train --dry-run --world-size 128 configs/run/merged30m_vitb16.yaml
+  cosmos-scale train my_run.yaml train.max_steps=20
+  cosmos-scale train --dry-run --world-size 128 merged30m_vitb16
   cosmos-scale train --help-keys data.remote
-  deepspeed --num_accelerators 2 --module cosmos_scale.train configs/run/demo.yaml
+  deepspeed --num_accelerators 2 --module cosmos_scale.train my_run.yaml
 """
 
 
@@ -27,7 +27,12 @@ def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         EXAMPLES,
     )
     parser.description = "Train a COSMOS model in one process, or in many under the deepspeed launcher."
-    file = parser.add_argument("file", type=path, metavar="RUN.yaml", help="the run's YAML file")
+    file = parser.add_argument(
+        "file",
+        type=place,
+        metavar="RUN.yaml",
+        help="the run's YAML file, or a shipped run's name (cosmos-scale configs)",
+    )
     file.required = False  # --help-keys needs no file; `_run` asks for it otherwise
     # argparse requires a list of positional arguments that has no default.
     parser.add_argument(
@@ -65,7 +70,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     ranks = None
     try:
-        config = load_config(arguments.file, arguments.overrides)
+        config = load_config(run_file(arguments.file), arguments.overrides)
         # These imports take seconds. The config comes first, so that its mistakes are told at once.
         from cosmos_scale.engine.ranks import lost_contact, start_ranks
         from cosmos_scale.run.explain import explain

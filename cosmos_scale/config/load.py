@@ -1,7 +1,7 @@
 """Reading a run's YAML into a RunConfig, and writing it back.
 
-A file may name other files under `extends` (a path or a list of paths, relative to the file): their keys come first,
-and the keys of the file itself replace them. Mappings merge key by key; every other value is replaced. Dotted overrides
+A file may name other files under `extends`: a path or a list of paths, relative to the file, or cosmos:FOLDER/NAME for a
+config of the package. Their keys come first, and the keys of the file itself replace them. Mappings merge key by key; every other value is replaced. Dotted overrides
 come last: `train.epochs=4`, `data.sources.0.shards=/data/cc3m`. The home folder and variables of the environment are
 put into paths. Every error is one line that names the file, the dotted key, the value and the rule.
 """
@@ -23,6 +23,7 @@ from cosmos_scale.config.evaluation import in_new_form, settings_of, written_key
 from cosmos_scale.config.keys import nearest_key
 from cosmos_scale.config.paths import expand_path, path_texts
 from cosmos_scale.config.section import RuleBroken
+from cosmos_scale.config.shipped import is_shipped_name, shipped_file
 from cosmos_scale.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -104,10 +105,19 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in bases:
-        base_path = path.parent / _expanded(base, f"{path}: extends")
-        _add(tree, origins, *_read_with_bases(base_path, (*seen, resolved)))
+        _add(tree, origins, *_read_with_bases(_base_file(base, path), (*seen, resolved)))
     _add(tree, origins, own, dict.fromkeys(_dotted_keys(own), os.path.normpath(path)))
     return tree, origins
+
+
+def _base_file(base: str, path: Path) -> Path:
+    """Return the file that a config at `path` names under `extends`."""
+    if not is_shipped_name(base):
+        return path.parent / _expanded(base, f"{path}: extends")
+    try:
+        return shipped_file(base)
+    except UserError as error:
+        raise UserError(f"{path}: extends: {error}") from None
 
 
 def _add(tree: dict[str, Any], origins: Origins, newer: dict[str, Any], newer_origins: Origins) -> None:
