@@ -160,6 +160,25 @@ def load_model(model: nn.Module, folder: Path, which: Literal["student", "teache
         raise UserError(f"checkpoint {folder}: does not fit the model: {first[:200]}") from failure
 
 
+def check_fits(model: nn.Module, folder: Path) -> int:
+    """Look whether a checkpoint has a model's parameters, and return their number; no tensor is read.
+
+    Raises UserError where a name or a shape differs, BrokenCheckpoint where a file is missing or its size is wrong.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    parameters = dict(model.named_parameters())
+    with FragmentReader(folder, manifest) as reader:
+        for name, parameter in parameters.items():
+            reader.check_shape(name, list(parameter.shape))
+    for name in manifest.parameters:
+        if name not in parameters:
+            raise UserError(
+                f"checkpoint {folder}: the model has no parameter {name!r}; rule: the model must be the same"
+            )
+    return len(parameters)
+
+
 class FragmentReader:
     """Reads parameters out of the files of a checkpoint; a context that closes the files."""
 

@@ -38,7 +38,11 @@ def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved run, and what a launch here would refuse; train nothing",
+    )
     parser.add_argument(
         "--world-size", type=positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
     )
@@ -73,12 +77,14 @@ def _train(arguments: argparse.Namespace) -> int:
         config = load_config(run_file(arguments.file), arguments.overrides)
         # These imports take seconds. The config comes first, so that its mistakes are told at once.
         from cosmos_scale.engine.ranks import lost_contact, start_ranks
+        from cosmos_scale.run.dry_run import look_before_launch
         from cosmos_scale.run.explain import explain
         from cosmos_scale.run.lookahead import StopRequest
         from cosmos_scale.train import train
 
         if arguments.dry_run:
             explain(config, arguments.world_size)
+            look_before_launch(config, arguments.world_size)
             return 0
         ranks = start_ranks(config.device)
         if ranks.is_main:

@@ -49,11 +49,7 @@ def start_ranks(device: str) -> Ranks:
     device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent, or shared memory is too
     small for ranks on CPUs.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
+    use_cuda = choose_device(device).type == "cuda"
     # DeepSpeed still calls torch's collectives by their old names.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
     use_own_environment()
@@ -87,6 +83,19 @@ def start_ranks(device: str) -> Ranks:
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         control=control,
     )
+
+
+def choose_device(device: str) -> torch.device:
+    """Return what ranks compute on, without the number of a rank's own GPU, and let DeepSpeed know.
+
+    device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
+    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
+    os.environ.setdefault("DS_ACCELERATOR", chosen)
+    return torch.device(chosen)
 
 
 def free_port() -> int:

@@ -84,7 +84,7 @@ def count_parameters(config: RunConfig) -> dict[bool, tuple[int, int]]:
 
 def _samples(config: RunConfig) -> tuple[int, str]:
     try:
-        return open_sources(config.data.sources).epoch_samples, "index"
+        return open_sources(config.data.sources, config.data.remote).epoch_samples, "index"
     except UserError as error:
         if config.data.samples is None:
             raise
