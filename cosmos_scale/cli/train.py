@@ -71,12 +71,14 @@ def _run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
     from cosmos_scale.config.load import load_config
+    from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 
     ranks = None
     try:
         config = load_config(run_file(arguments.file), arguments.overrides)
+        read_rank_variables()
         # These imports take seconds. The config comes first, so that its mistakes are told at once.
-        from cosmos_scale.engine.ranks import lost_contact, start_ranks
+        from cosmos_scale.engine.ranks import start_ranks
         from cosmos_scale.run.dry_run import look_before_launch
         from cosmos_scale.run.explain import explain
         from cosmos_scale.run.lookahead import StopRequest
@@ -92,6 +94,8 @@ def _train(arguments: argparse.Namespace) -> int:
         with StopRequest(config.train.max_minutes) as stop:
             train(config, ranks, stop)
         return 0
+    except WrongRankVariable:
+        raise
     except UserError:
         # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
         # of one machine alone, so local rank 0 of each machine prints it.
@@ -100,9 +104,11 @@ def _train(arguments: argparse.Namespace) -> int:
             return 2
         raise
     except Exception as error:
-        if ranks is None or not lost_contact(error):
+        from cosmos_scale.engine.ranks import lost_contact
+
+        if "RANK" not in os.environ or not lost_contact(error):
             raise
-        _print_lost_contact(error, ranks.rank, config.output / config.name / "checkpoints")
+        _print_lost_contact(error, os.environ["RANK"], config.output / config.name / "checkpoints")
         return 1
 
 
@@ -112,7 +118,7 @@ def _print_choices() -> None:
     logging.getLogger("cosmos_scale").setLevel(logging.INFO)
 
 
-def _print_lost_contact(error: Exception, rank: int, checkpoints: Path) -> None:
+def _print_lost_contact(error: Exception, rank: str, checkpoints: Path) -> None:
     from cosmos_scale.checkpoint import newest
 
     print(

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name
+from cosmos_scale.engine.meeting import meet
+from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 
@@ -57,13 +59,10 @@ def start_ranks(device: str) -> Ranks:
 
     # DeepSpeed warns that it was not tested with our optimizer; our tests do test both together.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if use_cuda:
-        torch.cuda.set_device(local_rank)
+    local_rank = _use_own_device() if use_cuda else 0
     backend = "nccl" if use_cuda else "gloo"
-    if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: a group of one, without a port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    if not dist.is_initialized():
+        _join(backend)
     if not use_cuda:
         check_room()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
@@ -83,6 +82,32 @@ def start_ranks(device: str) -> Ranks:
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         control=control,
     )
+
+
+def _use_own_device() -> int:
+    """Let torch use the GPU of this rank, and return its number."""
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= devices:
+        raise WrongRankVariable(
+            f"LOCAL_RANK: {local_rank}, but torch sees {devices} CUDA devices; rule: a GPU for each rank of a host (0 "
+            "where each rank sees its own alone)"
+        )
+    torch.cuda.set_device(local_rank)
+    return local_rank
+
+
+def _join(backend: str) -> None:
+    """Join the process group named by the launcher's environment, or make a group of one, without a port."""
+    place = read_rank_variables()
+    if place is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun's agent has the port
+        from deepspeed.constants import default_pg_timeout
+
+        dist.init_process_group(
+            backend, store=meet(place), rank=place.rank, world_size=place.world_size, timeout=default_pg_timeout
+        )
 
 
 def choose_device(device: str) -> torch.device:
