@@ -19,6 +19,7 @@ from cosmos_scale.errors import UserError
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
+GREETS = 3.0  # seconds in which a rank that has connected names itself: less, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
 GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank", "cosmos-scale welcome", "go", "refused: "
 
@@ -97,7 +98,7 @@ def _receive(place: RankVariables, listener: socket.socket, here: dict[int, sock
 
 def _named(visitor: socket.socket) -> tuple[int, int] | None:
     """Welcome a visitor, and return its rank and its world size; None where it is no rank."""
-    visitor.settimeout(ANSWER)
+    visitor.settimeout(GREETS)
     try:
         words = _read_line(visitor).removeprefix(GREETING).split()
         rank, world_size = map(int, words)
