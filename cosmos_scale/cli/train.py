@@ -1,6 +1,7 @@
 """The command `cosmos-scale train`: its arguments, the start of the ranks, and what it prints where training fails."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -85,6 +86,8 @@ def _train(arguments: argparse.Namespace) -> int:
         from cosmos_scale.train import train
 
         if arguments.dry_run:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # a run may have a name that the terminal cannot show
             explain(config, arguments.world_size)
             look_before_launch(config, arguments.world_size)
             return 0

@@ -96,4 +96,6 @@ def _run_names() -> list[str]:
 
 def _nearest(text: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
-    return (f"; did you mean {near[0]}?" if near else "") + " `cosmos-scale configs` lists them"
+    return (
+        f"; did you mean {near[0]}? `cosmos-scale configs` lists all" if near else "; `cosmos-scale configs` lists all"
+    )

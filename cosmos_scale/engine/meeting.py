@@ -10,7 +10,7 @@ import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch.distributed as dist
 
@@ -100,8 +100,8 @@ def _named(visitor: socket.socket) -> tuple[int, int] | None:
     """Welcome a visitor, and return its rank and its world size; None where it is no rank."""
     visitor.settimeout(GREETS)
     try:
-        words = _read_line(visitor).removeprefix(GREETING).split()
-        rank, world_size = map(int, words)
+        with _lines(visitor) as lines:
+            rank, world_size = map(int, _line(lines).removeprefix(GREETING).split())
         visitor.sendall(f"{WELCOME}\n".encode())
     except (OSError, ValueError):
         return None
@@ -122,12 +122,12 @@ def _tell(here: dict[int, socket.socket], line: str) -> None:
 def _visit(place: RankVariables, wait: float, answer: float) -> None:
     """Name this rank to rank 0, and wait until all have come."""
     where = f"{place.address}:{place.port}"
-    with _connected(place, wait) as host:
+    with _connected(place, wait) as host, _lines(host) as lines:
         host.settimeout(answer)
         said = ""
         with suppress(OSError):
             host.sendall(f"{GREETING} {place.rank} {place.world_size}\n".encode())
-            said = _read_line(host)
+            said = _line(lines)
         if said != WELCOME:
             raise WrongRankVariable(
                 f"MASTER_PORT: what listens at {where} is not rank 0 of this launch; rule: a free port of rank 0's "
@@ -136,7 +136,7 @@ def _visit(place: RankVariables, wait: float, answer: float) -> None:
         host.settimeout(wait + answer)
         said = ""
         with suppress(OSError):
-            said = _read_line(host)
+            said = _line(lines)
     if said.startswith(REFUSED):
         raise UserError(said.removeprefix(REFUSED))
     if said != GO:
@@ -147,7 +147,12 @@ def _connected(place: RankVariables, wait: float) -> socket.socket:
     deadline = time.monotonic() + wait
     while True:
         try:
-            return socket.create_connection((place.address, place.port), timeout=10.0)
+            connection = socket.create_connection((place.address, place.port), timeout=10.0)
+            if connection.getsockname() != connection.getpeername():
+                return connection
+            # On rank 0's host a try before rank 0 listens may get this very port as its own, and reach itself.
+            connection.close()
+            time.sleep(PAUSE)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise WrongRankVariable(
@@ -157,12 +162,10 @@ def _connected(place: RankVariables, wait: float) -> socket.socket:
             time.sleep(PAUSE)
 
 
-def _read_line(connection: socket.socket) -> str:
-    """Return a line without its end, or what comes of it; raises OSError."""
-    data = b""
-    while not data.endswith(b"\n") and len(data) < 1000:
-        part = connection.recv(1000)
-        if not part:
-            break
-        data += part
-    return data.decode("utf-8", "replace").rstrip("\n")
+def _lines(connection: socket.socket) -> TextIO:
+    return connection.makefile("r", encoding="utf-8", errors="replace", newline="\n")
+
+
+def _line(lines: TextIO) -> str:
+    """Return the next line without its end, or what comes of it; raises OSError."""
+    return lines.readline(1000).rstrip("\n")

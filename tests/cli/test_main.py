@@ -37,6 +37,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("eval", "retrieval"),
         ("checkpoint",),
         ("checkpoint", "inspect"),
+        ("configs",),
         ("setup",),
         ("train",),
     ],

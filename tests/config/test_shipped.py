@@ -65,6 +65,10 @@ def test_a_file_without_suffix_is_read_where_no_shipped_run_has_its_name(tmp_pat
 def test_a_wrong_name_gets_the_nearest() -> None:
     with pytest.raises(UserError, match=r"^cc3m_vitb61: no such config file, and no .*; did you mean cc3m_vitb16\? "):
         find_run("cc3m_vitb61")
+    with pytest.raises(
+        UserError, match=r"^\?: no such config file, and no .* has this name; `cosmos-scale configs` lists"
+    ):
+        find_run("?")
     with pytest.raises(UserError, match=r"^cc3m_vitb16\.yaml: no such config file; .* without its suffix$"):
         find_run("cc3m_vitb16.yaml")
 

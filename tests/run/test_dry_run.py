@@ -15,7 +15,6 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.dry_run import look_before_launch
 from cosmos_scale.run.opening import check_output
 from cosmos_scale.run.start import open_run
 from cosmos_scale.testing.runs import last_checkpoint, train_to_end, write_run
@@ -70,9 +69,9 @@ def test_the_table_fits_80_columns_and_any_output(
 ) -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
-    look_before_launch(load_config(trained, [f"output={tmp_path / 'größe'}"]), 1)
+    assert cli.main(["train", "--dry-run", str(trained), f"output={tmp_path}", "name=größe"]) == 0
     output.seek(0)
-    printed = output.read()
+    printed = output.read().partition("what a launch here would find:")[2]
     assert "gr\\xf6\\xdfe" in printed.replace("\n", "").replace(" ", "")
     assert max(map(len, printed.splitlines())) <= COLUMNS
 
