@@ -167,16 +167,15 @@ def check_fits(model: nn.Module, folder: Path) -> int:
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    parameters = dict(model.named_parameters())
-    with FragmentReader(folder, manifest) as reader:
-        for name, parameter in parameters.items():
-            reader.check_shape(name, list(parameter.shape))
-    for name in manifest.parameters:
-        if name not in parameters:
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    saved = {name: entry["shape"] for name, entry in manifest.parameters.items()}
+    for name in (*shapes, *saved):
+        if shapes.get(name) != saved.get(name):
             raise UserError(
-                f"checkpoint {folder}: the model has no parameter {name!r}; rule: the model must be the same"
+                f"checkpoint {folder}: does not fit the model: size mismatch of {name}: {saved.get(name, 'none')} "
+                f"there, {shapes.get(name, 'none')} in the model; rule: its keys are those of the checkpoint's run"
             )
-    return len(parameters)
+    return len(shapes)
 
 
 class FragmentReader:

@@ -89,8 +89,16 @@ REFUSED = [
     ("evaluation", ["eval.0.captions=captoin"], "no captions under 'captoin'"),
     ("evaluation", ["eval.0.shards={tmp}/nowhere"], "eval.retrieval: data source retrieval: no .tar shards match"),
     ("weights", ["name=new", "init_from={tmp}"], "init_from: checkpoint {tmp}: none there"),
-    ("weights", ["name=new", "init_from={run}/tiny", "model.vision.width=128"], "has shape"),
-    ("weights", ["name=new", "init_from={run}/tiny", "model.text.layers=2"], "has no parameter"),
+    (
+        "weights",
+        ["name=new", "init_from={run}/tiny", "model.vision.width=128"],
+        "does not fit the model: size mismatch of visual.",
+    ),
+    (
+        "weights",
+        ["name=new", "init_from={run}/tiny", "model.text.layers=2"],
+        "resblocks.1.ln_1.weight: none there, [32] in the model; rule: ",
+    ),
     ("weights", ["name=new", "init_from={tmp}/torn"], "init_from: checkpoint file"),
     ("output", ["output={tmp}/file"], "output: {tmp}/file/tiny cannot be written to: Not a directory"),
     ("output", ["output={tmp}/file/below"], "cannot be written to: Not a directory"),
