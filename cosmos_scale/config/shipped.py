@@ -81,8 +81,8 @@ def find_run(text: str) -> RunFile:
         return RunFile(path, "")
     if bare:
         raise UserError(f"{text}: no such config file, and no shipped run has this name{_nearest(text, _run_names())}")
-    if path.name == text and is_shipped_run(path.stem):
-        raise UserError(f"{text}: no such config file; the shipped run of this name is taken without its suffix")
+    if is_shipped_run(path.stem):
+        raise UserError(f"{text}: no such config file; the shipped run of this name is called {path.stem}")
     return RunFile(path, "")  # reading it tells what is wrong
 
 
