@@ -21,13 +21,14 @@ from torch import Tensor
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
+from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.device_counts import GROUPS, META, Count, count_step, count_update, meta_batch, total
 from cosmos_scale.testing.needed_flops import step_flops
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.step_race import CONFIGS, GLOBAL_TOKENS, LOCAL_TOKENS
+from cosmos_scale.testing.step_race import GLOBAL_TOKENS, LOCAL_TOKENS
 
-RUNS = {"vitb16": "cc3m_vitb16.yaml", "vitb32": "cc3m_vitb32.yaml"}
+RUNS = {"vitb16": "cc3m_vitb16", "vitb32": "cc3m_vitb32"}
 SAMPLES = (32, 64, 256)
 # Of a model of the same depth that a CPU can train.
 NARROW = (
@@ -41,7 +42,7 @@ STEP_PHASES, ENGINE_PHASES = ("student", "teacher", "loss", "backward"), ("gradi
 def case_config(run: str, samples: int, *overrides: str) -> RunConfig:
     """Return a shipped run at ZeRO stage 1 in bfloat16, with so many samples a rank."""
     fixed = ["precision=bf16", "zero.stage=1", "train.schedule_steps=100000", "model.attention=torch_varlen"]
-    return load_config(CONFIGS / RUNS[run], [*fixed, f"train.global_batch={samples}", *overrides])
+    return load_config(shipped_file(RUNS[run]), [*fixed, f"train.global_batch={samples}", *overrides])
 
 
 def caption_lengths(config: RunConfig) -> Tensor:

@@ -30,6 +30,7 @@ from cosmos_scale.cli.arguments import path
 from cosmos_scale.cli.main import exit_status
 from cosmos_scale.config import RetrievalConfig, RunConfig
 from cosmos_scale.config.load import load_config
+from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
@@ -49,7 +50,6 @@ from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.files import make_output_folder
 from cosmos_scale.host import usable_cores
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "run"
 SAMPLES_SHOWN = 4
 DIRECTIONS = {"image_to_text_R@1": "image to text", "text_to_image_R@1": "text to image"}
 MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
@@ -84,7 +84,7 @@ def run_demo(out: Path, quick: bool) -> bool:
     Raises UserError where the training fails.
     """
     console = Console()
-    file = CONFIGS / ("demo_quick.yaml" if quick else "demo.yaml")
+    file = shipped_file("demo_quick" if quick else "demo")
     overrides = [
         f"output={out / 'runs'}",
         f"data.sources.0.shards={out / 'data' / 'train'}",

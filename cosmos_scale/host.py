@@ -1,4 +1,4 @@
-"""What this process may use of its host: the cores, and how many of a run's ranks share them."""
+"""What this process may use of its host: cores and memory, and how many of a run's ranks share them."""
 
 import math
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_MEMORY = Path("/proc/meminfo")
 
 
 def ranks_of_this_host(*, unknown: int) -> int:
@@ -19,12 +20,26 @@ def usable_cores() -> int:
     A quota is what `docker run --cpus` and Kubernetes' limits set. A part of a core counts as a core.
     """
     cores = len(os.sched_getaffinity(0))
-    quota = min((_quota(folder) for folder in _control_groups()), default=math.inf)
+    quota = min((_quota(folder) for folder in _control_groups("cpu")), default=math.inf)
     return max(1, cores if math.isinf(quota) else min(cores, math.ceil(quota)))
 
 
-def _control_groups() -> list[Path]:
-    """Return the folders of this process's control groups for CPUs and of all groups above them, of both versions."""
+def free_memory() -> int:
+    """Return the bytes of memory that processes may still take: the host's with its swap, or less by a limit.
+
+    Limits are those of this process's control groups: what `docker run --memory`, Kubernetes and SLURM set. Memory that
+    only caches files counts as free.
+    """
+    host = 0
+    for line in _MEMORY.read_text().splitlines():
+        name, _, kib = line.partition(":")
+        if name in ("MemAvailable", "SwapFree"):
+            host += int(kib.split()[0]) * 1024
+    return int(min([host, *(_left(folder) for folder in _control_groups("memory"))]))
+
+
+def _control_groups(controller: str) -> list[Path]:
+    """Return the folders of this process's control groups of a controller and all groups above, of both versions."""
     try:
         lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
@@ -34,14 +49,28 @@ def _control_groups() -> list[Path]:
         number, controllers, path = line.split(":", 2)
         if number == "0":
             root = _GROUPS  # version 2
-        elif "cpu" in controllers.split(","):
-            root = _GROUPS / controllers if (_GROUPS / controllers).is_dir() else _GROUPS / "cpu"  # version 1
+        elif controller in controllers.split(","):
+            root = _GROUPS / controllers if (_GROUPS / controllers).is_dir() else _GROUPS / controller  # version 1
         else:
             continue
         # In a container the path may be the host's, of which only the root is to be seen here.
         group = root / path.lstrip("/")
         folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
     return folders
+
+
+def _left(group: Path) -> float:
+    """Return the bytes that a control group leaves to its processes; inf where it has no limit."""
+    try:
+        if (group / "memory.max").is_file():  # version 2: "max", or bytes
+            limit, used, cached = "memory.max", "memory.current", "inactive_file"
+        else:
+            limit, used, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        left = int((group / limit).read_text()) - int((group / used).read_text())  # "max" is no number
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, left + int(statistics.get(cached, 0)))
+    except (OSError, ValueError):
+        return math.inf
 
 
 def _quota(group: Path) -> float:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from cosmos_scale import demo
 from cosmos_scale.config.load import load_config
+from cosmos_scale.config.shipped import shipped_file
 from tests.conftest import REPOSITORY
 
 
@@ -70,7 +71,7 @@ def test_both_directions_must_reach_twenty_times_chance(student: tuple[float, fl
 @pytest.mark.parametrize("name", ["demo", "demo_quick"])
 def test_configs_keep_captions_true(name: str) -> None:
     """Captions name colours and sides: nothing may turn them around."""
-    config = load_config(demo.CONFIGS / f"{name}.yaml")
+    config = load_config(shipped_file(name))
     views = config.data.views
     assert (views.flip, views.grey, views.solarise, views.jitter.hue) == (0.0, 0.0, 0.0, 0.0)
     assert [(evaluator.kind, evaluator.max_samples) for evaluator in config.eval] == [("retrieval", 512)]

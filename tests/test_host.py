@@ -8,7 +8,7 @@ import torch
 
 from cosmos_scale import host
 from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.host import ranks_of_this_host, usable_cores
+from cosmos_scale.host import free_memory, ranks_of_this_host, usable_cores
 from cosmos_scale.testing.ranks import run_ranks
 
 
@@ -75,3 +75,53 @@ def test_ranks_share_the_cores_under_either_launcher(
     if variable is not None:
         monkeypatch.setenv(variable, "4")
     assert run_ranks(threads_of_torch, 1) == [threads]
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "mib"),
+    [
+        ("0::/", {}, 900),  # what is available, and the swap
+        ("0::/box", {"box/memory.max": "max\n", "box/memory.current": "5\n", "box/memory.stat": ""}, 900),
+        (
+            "0::/box",
+            {
+                "box/memory.max": f"{600 * MIB}\n",
+                "box/memory.current": f"{500 * MIB}\n",
+                "box/memory.stat": f"anon 1\ninactive_file {50 * MIB}\n",
+            },
+            150,
+        ),
+        (
+            "0::/pod/box",  # of a group above
+            {"pod/memory.max": f"{MIB}\n", "pod/memory.current": f"{2 * MIB}\n", "pod/memory.stat": ""},
+            0,
+        ),
+        (
+            "4:memory:/box",
+            {
+                "memory/box/memory.limit_in_bytes": f"{600 * MIB}\n",
+                "memory/box/memory.usage_in_bytes": f"{200 * MIB}\n",
+                "memory/box/memory.stat": f"total_inactive_file {100 * MIB}\n",
+            },
+            500,
+        ),
+        ("4:memory:/box", {"memory/box/memory.limit_in_bytes": "9223372036854771712\n"}, 900),
+        (None, {}, 900),
+    ],
+)
+def test_memory_is_that_of_the_host_and_of_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None, files: dict[str, str], mib: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    if own is not None:
+        (tmp_path / "own").write_text(f"{own}\n")
+    (tmp_path / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {800 * 1024} kB\nSwapFree: {100 * 1024} kB\n")
+    monkeypatch.setattr(host, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(host, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(host, "_MEMORY", tmp_path / "meminfo")
+    assert free_memory() == mib * MIB

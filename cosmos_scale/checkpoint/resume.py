@@ -48,11 +48,11 @@ class Start:
         return {} if self.state is None else self.state.lost_shards
 
 
-def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOver, ...] = ()) -> Start:
+def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[PassedOver, ...] = ()) -> Start:
     """Decide where a run starts, by the config's `resume` and the checkpoints under root.
 
-    data: digest of the run's index. broken: checkpoints that were found broken when they were read; `resume: auto`
-    passes them over too.
+    data: digest of the run's index, None where a dry run has no index to compare. broken: checkpoints that were found
+    broken when they were read; `resume: auto` passes them over too.
     Raises UserError where `resume: never` finds another run's checkpoint, where the folder named has no checkpoint,
     where all checkpoints are broken, or where data or keys differ that must stay the same.
     """
@@ -65,6 +65,7 @@ def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOve
         folder, broken = _newest_whole(root, broken)
     else:
         folder = find_checkpoint(Path(config.resume))
+        check_files(folder, read_manifest(folder))
     if folder is None:
         return Start(None, None)
     state = read_state(folder)
@@ -79,7 +80,7 @@ def find_start(config: RunConfig, root: Path, data: str, broken: tuple[PassedOve
             f"change{_on_longer_schedules(changed)}; set them back, or start a new run from its weights with: "
             f"{_new_run(config, root, folder)}"
         )
-    if state.data != data:
+    if data is not None and state.data != data:
         raise UserError(
             f"resume from {folder}: the shards of data.sources are not those of its run (index digest {state.data}, "
             f"now {data}); rule: the order of samples must stay (start a new run from its weights with: "

@@ -160,6 +160,24 @@ def load_model(model: nn.Module, folder: Path, which: Literal["student", "teache
         raise UserError(f"checkpoint {folder}: does not fit the model: {first[:200]}") from failure
 
 
+def check_fits(model: nn.Module, folder: Path) -> int:
+    """Look whether a checkpoint has a model's parameters, and return their number; no tensor is read.
+
+    Raises UserError where a name or a shape differs, BrokenCheckpoint where a file is missing or its size is wrong.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    saved = {name: entry["shape"] for name, entry in manifest.parameters.items()}
+    for name in (*shapes, *saved):
+        if shapes.get(name) != saved.get(name):
+            raise UserError(
+                f"checkpoint {folder}: does not fit the model: size mismatch of {name}: {saved.get(name, 'none')} "
+                f"there, {shapes.get(name, 'none')} in the model; rule: its keys are those of the checkpoint's run"
+            )
+    return len(shapes)
+
+
 class FragmentReader:
     """Reads parameters out of the files of a checkpoint; a context that closes the files."""
 

@@ -1,6 +1,8 @@
 """What the parsers of several commands use: types of arguments, and examples below the help."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
@@ -26,6 +28,19 @@ def place(text: str) -> str:
 def path(text: str) -> Path:
     """Return a path with ~ and $VARIABLES put in; an unset variable is refused."""
     return Path(place(text))
+
+
+def run_file(text: str) -> Path:
+    """Return the file of a run that a command names by its path, or by the bare name of a shipped run.
+
+    The main rank says on stderr which file was taken where the user named none. Raises UserError where there is none.
+    """
+    from cosmos_scale.config.shipped import find_run  # here: --help need not wait for it
+
+    found = find_run(text)
+    if found.said and os.environ.get("RANK", "0") == "0":
+        print(found.said, file=sys.stderr)
+    return found.file
 
 
 def with_examples(parser: argparse.ArgumentParser, examples: str) -> argparse.ArgumentParser:

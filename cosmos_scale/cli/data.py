@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import path, place, positive, with_examples
+from cosmos_scale.cli.arguments import path, place, positive, run_file, with_examples
 from cosmos_scale.cli.prepare import add_prepare_commands
 from cosmos_scale.errors import UserError
 
@@ -23,7 +23,7 @@ examples:
   cosmos-scale data index '/data/cc3m/{000000..000331}.tar' --out /index/cc3m
   cosmos-scale data index 'https://host/cc3m/{000000..000331}.tar' --out /index/cc3m
   cosmos-scale data inspect /data/cc3m --out cc3m_inspected
-  cosmos-scale data inspect configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m --epoch 3 --first 1000
+  cosmos-scale data inspect cc3m_vitb16 data.sources.0.shards=/data/cc3m --epoch 3 --first 1000
   cosmos-scale data verify /data/cc3m --out damaged.jsonl
   cosmos-scale data verify '/data/pixelprose/*.tar' --captions textcrop_pixelprose
 """
@@ -171,7 +171,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "data",
         type=place,
         metavar="PATTERN|RUN.yaml",
-        help="indexed shards (folder, glob or brace pattern), or a run's YAML file",
+        help="indexed shards (folder, glob or brace pattern), or a run: its YAML file, or a shipped run's name",
     )
     # argparse requires a list of positional arguments that has no default.
     parser.add_argument(
@@ -202,12 +202,19 @@ def _config(arguments: argparse.Namespace) -> "RunConfig":
         overrides.append(f"seed={arguments.seed}")
     if more := [text for text in arguments.overrides if "=" not in text]:
         raise UserError(f"{more[0]}: one pattern of shards is expected, in quotes, and then only key=value")
-    if not arguments.data.endswith((".yaml", ".yml")):
+    if not _is_run(arguments.data):
         source = {"name": redact_urls(arguments.data), "shards": arguments.data, "index": arguments.index}
         return make_config({"data": {"sources": [source]}}, overrides)
     if arguments.index is not None:
         raise UserError(f"--index {arguments.index}: goes with a pattern; in a run's file it is data.sources.0.index")
-    return load_config(Path(arguments.data), overrides)
+    return load_config(run_file(arguments.data), overrides)
+
+
+def _is_run(text: str) -> bool:
+    """Tell whether a text names a run: a YAML file, or a shipped run where no file or folder has the name."""
+    from cosmos_scale.config.shipped import SUFFIXES, is_shipped_name, is_shipped_run
+
+    return text.endswith(SUFFIXES) or is_shipped_name(text) or (is_shipped_run(text) and not Path(text).exists())
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

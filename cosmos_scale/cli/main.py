@@ -1,4 +1,4 @@
-"""The command line: `cosmos-scale train | eval | data | checkpoint | setup`.
+"""The command line: `cosmos-scale train | configs | eval | data | checkpoint | setup`.
 
 Each command imports what it needs when it runs, so that `--help` and mistyped commands answer at once.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from cosmos_scale import __version__
-from cosmos_scale.cli import checkpoint, data, train
+from cosmos_scale.cli import checkpoint, configs, data, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import with_examples
 from cosmos_scale.errors import UserError
@@ -23,9 +23,11 @@ examples:
   cosmos-scale data build --images photos --captions captions.jsonl --out shards
   cosmos-scale data index 'shards/{000000..000331}.tar'
   cosmos-scale data inspect shards
-  cosmos-scale train configs/run/cc3m_vitb16.yaml --dry-run --world-size 16
-  cosmos-scale train configs/run/cc3m_vitb16.yaml data.sources.0.shards=/data/cc3m train.max_steps=100
-  deepspeed --num_accelerators 8 --module cosmos_scale.train configs/run/cc3m_vitb16.yaml
+  cosmos-scale configs
+  cosmos-scale configs --write cc3m_vitb16 my_run.yaml
+  cosmos-scale train my_run.yaml --dry-run --world-size 16
+  cosmos-scale train cc3m_vitb16 data.sources.0.shards=/data/cc3m train.max_steps=100
+  deepspeed --num_accelerators 8 --module cosmos_scale.train my_run.yaml
   cosmos-scale eval retrieval --checkpoint runs/cc3m_vitb16/checkpoints --data /data/coco_val --json
   cosmos-scale checkpoint inspect runs/cc3m_vitb16 --verify
 """
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_train_command(commands)
+    configs.add_configs_command(commands)
 
     data_parser = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")
     with_examples(data_parser, data.EXAMPLES)

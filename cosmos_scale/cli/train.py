@@ -1,20 +1,21 @@
 """The command `cosmos-scale train`: its arguments, the start of the ranks, and what it prints where training fails."""
 
 import argparse
+import io
 import logging
 import os
 import sys
 from pathlib import Path
 
-from cosmos_scale.cli.arguments import path, positive, with_examples
+from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
 examples:
-  cosmos-scale train configs/run/demo.yaml train.max_steps=20
-  cosmos-scale train --dry-run --world-size 128 configs/run/merged30m_vitb16.yaml
+  cosmos-scale train my_run.yaml train.max_steps=20
+  cosmos-scale train --dry-run --world-size 128 merged30m_vitb16
   cosmos-scale train --help-keys data.remote
-  deepspeed --num_accelerators 2 --module cosmos_scale.train configs/run/demo.yaml
+  deepspeed --num_accelerators 2 --module cosmos_scale.train my_run.yaml
 """
 
 
@@ -27,13 +28,22 @@ def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         EXAMPLES,
     )
     parser.description = "Train a COSMOS model in one process, or in many under the deepspeed launcher."
-    file = parser.add_argument("file", type=path, metavar="RUN.yaml", help="the run's YAML file")
+    file = parser.add_argument(
+        "file",
+        type=place,
+        metavar="RUN.yaml",
+        help="the run's YAML file, or a shipped run's name (cosmos-scale configs)",
+    )
     file.required = False  # --help-keys needs no file; `_run` asks for it otherwise
     # argparse requires a list of positional arguments that has no default.
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved run, and what a launch here would refuse; train nothing",
+    )
     parser.add_argument(
         "--world-size", type=positive, default=1, metavar="N", help="ranks to plan a dry run for (default: 1)"
     )
@@ -62,18 +72,24 @@ def _run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
     from cosmos_scale.config.load import load_config
+    from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 
     ranks = None
     try:
-        config = load_config(arguments.file, arguments.overrides)
+        config = load_config(run_file(arguments.file), arguments.overrides)
+        read_rank_variables()
         # These imports take seconds. The config comes first, so that its mistakes are told at once.
-        from cosmos_scale.engine.ranks import lost_contact, start_ranks
+        from cosmos_scale.engine.ranks import start_ranks
+        from cosmos_scale.run.dry_run import look_before_launch
         from cosmos_scale.run.explain import explain
         from cosmos_scale.run.lookahead import StopRequest
         from cosmos_scale.train import train
 
         if arguments.dry_run:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # a run may have a name that the terminal cannot show
             explain(config, arguments.world_size)
+            look_before_launch(config, arguments.world_size)
             return 0
         ranks = start_ranks(config.device)
         if ranks.is_main:
@@ -81,6 +97,8 @@ def _train(arguments: argparse.Namespace) -> int:
         with StopRequest(config.train.max_minutes) as stop:
             train(config, ranks, stop)
         return 0
+    except WrongRankVariable:
+        raise
     except UserError:
         # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
         # of one machine alone, so local rank 0 of each machine prints it.
@@ -89,9 +107,11 @@ def _train(arguments: argparse.Namespace) -> int:
             return 2
         raise
     except Exception as error:
-        if ranks is None or not lost_contact(error):
+        from cosmos_scale.engine.ranks import lost_contact
+
+        if "RANK" not in os.environ or not lost_contact(error):
             raise
-        _print_lost_contact(error, ranks.rank, config.output / config.name / "checkpoints")
+        _print_lost_contact(error, os.environ["RANK"], config.output / config.name / "checkpoints")
         return 1
 
 
@@ -101,7 +121,7 @@ def _print_choices() -> None:
     logging.getLogger("cosmos_scale").setLevel(logging.INFO)
 
 
-def _print_lost_contact(error: Exception, rank: int, checkpoints: Path) -> None:
+def _print_lost_contact(error: Exception, rank: str, checkpoints: Path) -> None:
     from cosmos_scale.checkpoint import newest
 
     print(

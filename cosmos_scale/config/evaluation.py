@@ -138,7 +138,7 @@ def settings_of(tree: dict[str, Any], origins: dict[str, str], key: str, value: 
     if of_the_list:
         tree["eval"] = in_new_form({"eval": evaluators or {}})["eval"]
         for old_key in [old_key for old_key in origins if old_key.startswith("eval.")]:
-            origins[_new_key(old_key)] = origins.pop(old_key)
+            origins[new_key(old_key)] = origins.pop(old_key)
         return [(key, value)]
     old = value
     for name in reversed(below.split(".") if below else []):
@@ -151,15 +151,15 @@ def settings_of(tree: dict[str, Any], origins: dict[str, str], key: str, value: 
     return [(key, value)]
 
 
-def _new_key(key: str) -> str:
-    """Return the dotted key that an old form's dotted key becomes in the list that `in_new_form` makes."""
+def new_key(key: str) -> str:
+    """Return the dotted key that an old form's dotted key becomes in the list that `in_new_form` makes; others stay."""
     return f"eval.0.{_EVERY}" if key == f"eval.{_EVERY}" else key.replace(f"eval.{_RETRIEVAL}", "eval.0", 1)
 
 
 def written_key(key: str, section: object) -> str:
     """Return the dotted key that the user wrote for a key of the list; section: the value of `eval` as it was written.
 
-    The reverse of `_new_key` where the section has the old form; the key itself where the section is a list.
+    The reverse of `new_key` where the section has the old form; the key itself where the section is a list.
     """
     if not isinstance(section, dict) or not f"{key}.".startswith("eval.0."):
         return key

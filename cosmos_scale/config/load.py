@@ -1,28 +1,30 @@
 """Reading a run's YAML into a RunConfig, and writing it back.
 
-A file may name other files under `extends` (a path or a list of paths, relative to the file): their keys come first,
-and the keys of the file itself replace them. Mappings merge key by key; every other value is replaced. Dotted overrides
-come last: `train.epochs=4`, `data.sources.0.shards=/data/cc3m`. The home folder and variables of the environment are
-put into paths. Every error is one line that names the file, the dotted key, the value and the rule.
+A file may name other files under `extends`: a path or a list of paths, relative to the file, or cosmos:FOLDER/NAME
+for a config of the package. Their keys come first, and the keys of the file itself replace them. Mappings merge key by
+key; every other value is replaced. Dotted overrides come last: `train.epochs=4`, `data.sources.0.shards=/data/cc3m`.
+The home folder and variables of the environment are put into paths. Every error is one line that names the file, the
+dotted key, the value and the rule.
 """
 
 import copy
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.evaluation import in_new_form, settings_of, written_key
 from cosmos_scale.config.keys import nearest_key
+from cosmos_scale.config.overrides import override_value
 from cosmos_scale.config.paths import expand_path, path_texts
 from cosmos_scale.config.section import RuleBroken
+from cosmos_scale.config.shipped import is_shipped_name, shipped_file
+from cosmos_scale.config.yaml_text import parse_yaml, reading_hint, shown_value, write_yaml
 from cosmos_scale.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -51,7 +53,7 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
             key, equals, text = override.partition("=")
             if not equals or not key:
                 raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; the form is dotted.key=value")
-            for set_key, value in settings_of(tree, origins, key, _parse(text, f"{COMMAND_LINE}: {key}")):
+            for set_key, value in settings_of(tree, origins, key, override_value(key, text, f"{COMMAND_LINE}: {key}")):
                 _set(tree, set_key, value)
                 _record(origins, set_key, COMMAND_LINE)
         keys = in_new_form(tree)
@@ -77,7 +79,7 @@ def _expanded(text: str, where: str) -> str:
 
 def dump_config(config: RunConfig) -> str:
     """Return the whole config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
@@ -92,7 +94,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    own = _parse(text, str(path))
+    own = parse_yaml(text, str(path))
     if own is None:
         own = {}
     if not isinstance(own, dict):
@@ -100,14 +102,23 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     bases = own.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: extends: {_short(bases)} must be a path or a list of paths")
+        raise UserError(f"{path}: extends: {shown_value(bases)} must be a path or a list of paths")
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in bases:
-        base_path = path.parent / _expanded(base, f"{path}: extends")
-        _add(tree, origins, *_read_with_bases(base_path, (*seen, resolved)))
+        _add(tree, origins, *_read_with_bases(_base_file(base, path), (*seen, resolved)))
     _add(tree, origins, own, dict.fromkeys(_dotted_keys(own), os.path.normpath(path)))
     return tree, origins
+
+
+def _base_file(base: str, path: Path) -> Path:
+    """Return the file that a config at `path` names under `extends`."""
+    if not is_shipped_name(base):
+        return path.parent / _expanded(base, f"{path}: extends")
+    try:
+        return shipped_file(base)
+    except UserError as error:
+        raise UserError(f"{path}: extends: {error}") from None
 
 
 def _add(tree: dict[str, Any], origins: Origins, newer: dict[str, Any], newer_origins: Origins) -> None:
@@ -120,51 +131,6 @@ def _add(tree: dict[str, Any], origins: Origins, newer: dict[str, Any], newer_or
     _merge(tree, newer)
     for key, origin in newer_origins.items():
         _record(origins, key, origin)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 5e-4 as a number, dates as plain text, and a key given twice refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}:{line} is not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
-    return _with_text_keys(value, where)
-
-
-def _with_text_keys(value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise UserError(f"{where}: key {key!r} must be text")
-        return {key: _with_text_keys(item, where) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_text_keys(item, where) for item in value]
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    raise UserError(f"{where}: {_short(value)} must be text, a number, true or false, a list or a mapping")
 
 
 def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
@@ -188,7 +154,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
             node = node[name]
         if not isinstance(node, (dict, list)):
             inner = ".".join(parents[: depth + 1])
-            raise UserError(f"{COMMAND_LINE}: {dotted}: {inner} is {_short(node)} and has no keys below it")
+            raise UserError(f"{COMMAND_LINE}: {dotted}: {inner} is {shown_value(node)} and has no keys below it")
     if isinstance(node, list):
         node[_list_index(node, last, dotted)] = value
     elif isinstance(value, dict) and isinstance(node.get(last), dict):
@@ -226,7 +192,7 @@ def _refuse(errors: list[ErrorDetails], origins: Origins, default: str, evaluato
     if isinstance(broken, RuleBroken):
         keys = [".".join([*location, name]) for name in (broken.key, *broken.others)]
         key, *others = (written_key(one, evaluators) for one in keys)
-        text = f"{key}: {_short(broken.value)} {broken.rule}"
+        text = f"{key}: {shown_value(broken.value)} {broken.rule}"
     else:
         found = ".".join(location)
         key, others = written_key(found, evaluators), []
@@ -241,7 +207,8 @@ def _describe(details: ErrorDetails, nearest: str) -> str:
         return f"no such key; did you mean {nearest}?"
     if details["type"] == "missing":
         return "this key is required and missing"
-    return f"{_short(details['input'])} {details['msg'].replace('Input should', 'should')}"
+    value, rule = details["input"], details["msg"].replace("Input should", "should")
+    return f"{shown_value(value)} {rule}{reading_hint(value, details['type'])}"
 
 
 def _origin_of(key: str, others: Sequence[str], origins: Origins, default: str) -> str:
@@ -263,8 +230,3 @@ def _origin_of(key: str, others: Sequence[str], origins: Origins, default: str) 
 def _overlap(one: str, other: str) -> bool:
     """Tell whether two dotted keys are the same, or one lies below the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -28,9 +28,10 @@ Written by `make docs` from `cosmos_scale/config/`; a change belongs there. `cos
 prints the same in a terminal.
 
 A run is a YAML file. `extends: base.yaml`, or a list of files, names files whose keys come first; their paths are
-relative to the file. On the command line `data.sources.0.shards=/data/cc3m` replaces a key. `N` below stands for a
-position in a list, counted from 0. In every path ~ stands for the home folder, and $NAME or ${NAME} for a variable of
-the environment, which must be set; URLs and `pipe:` commands are taken as they are.
+relative to the file, and `cosmos:train/published` is a config of the package (`cosmos-scale configs` lists them). On
+the command line `data.sources.0.shards=/data/cc3m` replaces a key. `N` below stands for a position in a list, counted
+from 0. In every path ~ stands for the home folder, and $NAME or ${NAME} for a variable of the environment, which must
+be set; URLs and `pipe:` commands are taken as they are.
 
 - **Resume**: a run that is resumed from a checkpoint may have another value. Every other key belongs to the run's
   identity: a resumed run is refused where the key differs from the checkpoint's.

@@ -6,6 +6,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 # The marks of a key, given to its Field as json_schema_extra. A key without a mark belongs to the run's identity.
@@ -31,6 +32,13 @@ def redact_urls(text: str) -> str:
 
 # A path, URL or command; its secrets are left out where a configuration is written (run folder, checkpoints, trackers).
 Place = Annotated[str, PlainSerializer(redact_urls, when_used="json")]
+
+
+def whole_number(value: Any) -> Any:
+    """Return a value, but refuse true, false and 1.0, which equal a whole number among the words of a Literal."""
+    if isinstance(value, (bool, float)):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
 
 
 def has_mark(field: FieldInfo, mark: dict[str, Any]) -> bool:

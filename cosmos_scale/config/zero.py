@@ -1,16 +1,16 @@
 """The section `zero`: how states are sharded."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section, refuse
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section, refuse, whole_number
 
 
 class ZeroConfig(Section):
     """How DeepSpeed shards the student's and the teacher's states."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(whole_number)] = Field(
         1,
         description="what is sharded over the ranks; 0: nothing; 1: fp32 masters, moments and teacher's average; "
         "2: gradients too; 3: weights too",

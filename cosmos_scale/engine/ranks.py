@@ -19,6 +19,8 @@ from torch import Tensor
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name
 from cosmos_scale.engine.gpu_memory import use_expandable_segments
+from cosmos_scale.engine.meeting import meet
+from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 
@@ -50,11 +52,7 @@ def start_ranks(device: str) -> Ranks:
     device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent, or shared memory is too
     small for ranks on CPUs.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
+    use_cuda = choose_device(device).type == "cuda"
     # DeepSpeed still calls torch's collectives by their old names.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
     use_own_environment()
@@ -62,14 +60,10 @@ def start_ranks(device: str) -> Ranks:
 
     # DeepSpeed warns that it was not tested with our optimizer; our tests do test both together.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if use_cuda:
-        use_expandable_segments()
-        torch.cuda.set_device(local_rank)
+    local_rank = _use_own_device() if use_cuda else 0
     backend = "nccl" if use_cuda else "gloo"
-    if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: a group of one, without a port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    if not dist.is_initialized():
+        _join(backend)
     if not use_cuda:
         check_room()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
@@ -89,6 +83,46 @@ def start_ranks(device: str) -> Ranks:
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         control=control,
     )
+
+
+def _use_own_device() -> int:
+    """Let torch use the GPU of this rank, and return its number."""
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= devices:
+        raise WrongRankVariable(
+            f"LOCAL_RANK: {local_rank}, but torch sees {devices} CUDA devices; rule: a GPU for each rank of a host (0 "
+            "where each rank sees its own alone)"
+        )
+    use_expandable_segments()
+    torch.cuda.set_device(local_rank)
+    return local_rank
+
+
+def _join(backend: str) -> None:
+    """Join the process group named by the launcher's environment, or make a group of one, without a port."""
+    place = read_rank_variables()
+    if place is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun's agent has the port
+        from deepspeed.constants import default_pg_timeout
+
+        dist.init_process_group(
+            backend, store=meet(place), rank=place.rank, world_size=place.world_size, timeout=default_pg_timeout
+        )
+
+
+def choose_device(device: str) -> torch.device:
+    """Return what ranks compute on, without the number of a rank's own GPU, and let DeepSpeed know.
+
+    device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
+    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
+    os.environ.setdefault("DS_ACCELERATOR", chosen)
+    return torch.device(chosen)
 
 
 def free_port() -> int:

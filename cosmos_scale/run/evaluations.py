@@ -4,11 +4,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from rich.table import Table
 
 from cosmos_scale.config import EvaluatorConfig, RunConfig
-from cosmos_scale.engine.ranks import Ranks, gather_rows
+from cosmos_scale.engine.ranks import gather_rows
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.errors import UserError
@@ -18,10 +20,26 @@ from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
 from cosmos_scale.run.progress import Progress
 
 
+class RankPlace(Protocol):
+    """A rank among all: one that runs, or one that a dry run supposes."""
+
+    @property
+    def rank(self) -> int:
+        """The number of the rank."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of all ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """What the rank computes on."""
+
+
 class Evaluations:
     """The evaluators of a run that are due at some step, opened at the run's start."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, folder: Path, *, resumed: bool = False) -> None:
+    def __init__(self, config: RunConfig, ranks: RankPlace, folder: Path, *, resumed: bool = False) -> None:
         """Open what the evaluators measure on; folder: the run's.
 
         Raises UserError where data is missing or wrong. A resumed run goes on without it: the evaluation opens its data

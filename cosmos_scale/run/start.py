@@ -9,18 +9,14 @@ from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_as
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.config.load import dump_config
-from cosmos_scale.data.shards.index import MergedIndex, open_sources
-from cosmos_scale.data.training.caption_check import check_captions
-from cosmos_scale.data.training.loader import check_loading
-from cosmos_scale.data.training.lost import check_shards
+from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
-from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, raise_together
-from cosmos_scale.engine.requirements import check_model
-from cosmos_scale.engine.teacher import DTYPES
+from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_file
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
+from cosmos_scale.run.opening import Opening
 
 
 @dataclass(frozen=True)
@@ -40,22 +36,14 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
     Raises UserError on all ranks alike: what this machine cannot compute, data that is missing, a start that cannot be,
     a folder that cannot be written to, ranks that do not see the same keys and files.
     """
-    folder = config.output / config.name
     opened, error = None, None
     try:
-        check_precision(config.precision)
-        check_model(config.model, ranks.device, DTYPES[config.precision])
-        tokenizer = Tokenizer(config.model.text.context_length)
-        index = open_sources(config.data.sources, config.data.remote)
-        check_loading(config, index, ranks.world_size)
-        start = find_start(config, folder / "checkpoints", index.fingerprint())
-        check_shards(index, config, start.lost_shards, resumed=start.state is not None)
-        if ranks.is_main and start.state is None:
-            check_captions(index, config.data.captions, config.data.remote)
-        evaluations = Evaluations(config, ranks, folder, resumed=start.state is not None)
+        opening = Opening(config, ranks)
+        for look in opening.looks():
+            look.find()
         if ranks.is_main:
-            _write_config(config, folder)
-        opened = Opened(folder, index, tokenizer, evaluations, start)
+            _write_config(config, opening.folder)
+        opened = Opened(opening.folder, opening.index, opening.tokenizer, opening.evaluations, opening.start)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)

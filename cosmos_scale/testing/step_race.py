@@ -6,7 +6,6 @@ Sides start from the same weights and take the same batches of noise, in float32
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
+from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.engine.pair import pair_of_models
 from cosmos_scale.engine.ranks import Ranks
@@ -26,7 +26,6 @@ from cosmos_scale.testing.batches import random_batch
 from cosmos_scale.testing.needed_flops import step_flops
 from cosmos_scale.testing.published_step import Losses, PublishedStep
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "run"
 GLOBAL_TOKENS, LOCAL_TOKENS = (20, 75), (8, 28)  # of captions, both ends included
 TOLERANCE = 1e-4  # of each loss: float32 rounding is below 1e-5
 COMPARED_STEPS = 5  # after more steps, rounding may have grown past the tolerance
@@ -37,20 +36,20 @@ Side = Callable[[Batch, float, float], Losses]
 
 
 class Case(NamedTuple):
-    """A run to take steps of: its file, what differs from it, and how many steps are measured by default."""
+    """A shipped run to take steps of: its name, what differs from it, and how many steps are measured by default."""
 
     title: str
-    file: str
+    run: str
     overrides: tuple[str, ...]
     steps: int
 
 
 CASES = {
-    "vitb32": Case("ViT-B/32, batch 8", "cc3m_vitb32.yaml", ("train.global_batch=8",), 5),
-    "vitb16": Case("ViT-B/16, batch 4", "cc3m_vitb16.yaml", ("train.global_batch=4",), 3),
+    "vitb32": Case("ViT-B/32, batch 8", "cc3m_vitb32", ("train.global_batch=8",), 5),
+    "vitb16": Case("ViT-B/16, batch 4", "cc3m_vitb16", ("train.global_batch=4",), 3),
     "tiny": Case(
         "a tiny model, batch 3",
-        "cc3m_vitb32.yaml",
+        "cc3m_vitb32",
         (
             *("train.global_batch=3", "data.views.local_size=32", "model.embed_dim=64"),
             *("model.vision.image_size=64", "model.vision.patch_size=16", "model.vision.width=128"),
@@ -67,7 +66,7 @@ def case_config(case: Case, zero_stage: int = 0) -> RunConfig:
     zero_stage: stage 1 in one process shards nothing, but copies gradients as if it did.
     """
     changes = ("precision=fp32", "train.schedule_steps=100000", f"zero.stage={zero_stage}")
-    return load_config(CONFIGS / case.file, [*case.overrides, *changes])
+    return load_config(shipped_file(case.run), [*case.overrides, *changes])
 
 
 def step_batch(config: RunConfig, seed: int) -> Batch:

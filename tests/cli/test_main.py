@@ -38,6 +38,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("eval", "retrieval"),
         ("checkpoint",),
         ("checkpoint", "inspect"),
+        ("configs",),
         ("setup",),
         ("train",),
     ],

@@ -105,7 +105,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("train.epochs.x=3", "train.epochs is 4 and has no keys below it"),
         ("data.sources=[{name: a}]", "data.sources.0.shards: this key is required and missing"),
         ("train.epochs", "'train.epochs' is not an override; the form is dotted.key=value"),
-        ("output={a", "output: line 1 is not valid YAML"),
+        ("train={a", "train: line 1 is not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_named(run: Path, override: str, words: str) -> None:

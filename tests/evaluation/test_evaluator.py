@@ -48,7 +48,9 @@ def test_every_kind_of_the_config_has_a_class() -> None:
 @pytest.mark.parametrize("rank", [0, 3])  # three samples: rank 3 of 4 has some to do, rank 0 none
 def test_a_wrong_key_is_found_at_the_start_on_every_rank(tmp_path: Path, rank: int) -> None:
     run = config(write_shards(tmp_path, [3]), captions="raw_captoin")
-    with pytest.raises(UserError, match=r"no captions under 'raw_captoin'; its keys are raw_caption; no other of 3 samples"):
+    with pytest.raises(
+        UserError, match=r"no captions under 'raw_captoin'; its keys are raw_caption; no other of 3 samples"
+    ):
         make_evaluator(run.eval[0], Setting.of_run(run, rank, 4, CPU))
 
 

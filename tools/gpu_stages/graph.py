@@ -5,8 +5,8 @@ import time
 import torch
 
 from cosmos_scale.config.load import load_config
+from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.testing.step_race import CONFIGS
 from tools.gpu_stages.recorder import Recorder, relative_error
 
 
@@ -15,7 +15,7 @@ def measure(recorder: Recorder) -> None:
     if not recorder.on_gpu:
         recorder.write(skipped="a CUDA graph needs a GPU")
         return
-    config = load_config(CONFIGS / "cc3m_vitb16.yaml", ["train.schedule_steps=100000"])
+    config = load_config(shipped_file("cc3m_vitb16"), ["train.schedule_steps=100000"])
     model = CosmosModel(config.model)
     model.init_weights(torch.Generator().manual_seed(0))
     model = model.to(recorder.device, recorder.dtype).requires_grad_(requires_grad=False)

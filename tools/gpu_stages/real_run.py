@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.data.scenes.scene_shards import build_scenes
-from cosmos_scale.testing.step_race import CONFIGS
 from tools.gpu_stages.recorder import Recorder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ def measure(recorder: Recorder) -> None:
     train, gallery = (64, 16) if recorder.tiny else (512, 64)
     build_scenes(data, train=train, gallery=gallery)
     command = [
-        *(sys.executable, "-m", "cosmos_scale.train", str(CONFIGS / "demo_quick.yaml")),
+        *(sys.executable, "-m", "cosmos_scale.train", str(shipped_file("demo_quick"))),
         *(f"data.sources.0.shards={data / 'train'}", f"eval.0.shards={data / 'gallery'}", "eval.0.every=6"),
         *(f"eval.0.max_samples={gallery}", f"output={recorder.out / 'runs'}", f"device={recorder.device.type}"),
         *("resume=auto", "checkpoint.every=6", "log.every=1", "log.progress=false"),

@@ -14,12 +14,13 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
+from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.step import StepOutput, train_step
 from cosmos_scale.testing.needed_flops import step_flops
-from cosmos_scale.testing.step_race import CONFIGS, step_batch
+from cosmos_scale.testing.step_race import step_batch
 from tools.gpu_stages.recorder import Recorder
 
 BATCHES = 4  # whose captions have other lengths, as in a run
@@ -68,7 +69,7 @@ def measure(recorder: Recorder, samples: int, *overrides: str) -> None:
 def _setting(recorder: Recorder, samples: int, overrides: tuple[str, ...]) -> Setting:
     sizes = TINY if recorder.tiny else ()
     fixed = (f"train.global_batch={samples}", "train.schedule_steps=100000", f"device={recorder.device.type}")
-    config = load_config(CONFIGS / "cc3m_vitb16.yaml", [*fixed, *sizes, *overrides])
+    config = load_config(shipped_file("cc3m_vitb16"), [*fixed, *sizes, *overrides])
     pair, loss = drawn_pair(config, start_ranks(config.device)), CosmosLoss(config.optimizer.gradient_scale)
     batches = [step_batch(config, seed) for seed in range(BATCHES)]
     if recorder.on_gpu:

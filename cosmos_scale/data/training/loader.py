@@ -6,7 +6,6 @@ workers.
 """
 
 import itertools
-import os
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -26,13 +25,13 @@ from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.training.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import steps_per_epoch
+from cosmos_scale.data.training.room import ReadyBatches
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
 
 MOST_WORKERS = 8  # by default; the config may say more
-SHARED_MEMORY = Path("/dev/shm")
 CPU = torch.device("cpu")
 ENCODED = len(Encoded._fields)
 
@@ -63,9 +62,8 @@ class TrainLoader:
         self._rank = rank
         self._device = device
         self._decoder: DaliDecoder | None = None
-        self._ranks_here = ranks_of_this_host(unknown=1)
-        workers = config.data.workers
-        self._workers = default_workers(world_size, device) if workers is None else workers
+        self._ready = ready_batches(config, world_size, device)
+        self._workers = self._ready.workers
         self._samples_per_rank = config.samples_per_rank(world_size)
         self._lost = LostShards(index, lost_shards or {})
         self._dataset = StepBatches(
@@ -165,8 +163,7 @@ class TrainLoader:
 
     def _start_workers(self, start_step: int) -> Iterator[Loaded]:
         workers, prefetch = self._workers, self._config.data.prefetch
-        if workers and self._config.data.decoder == "torch":  # encoded pictures are small
-            self._check_shared_memory()
+        self._ready.check_shared_memory()
         loader: DataLoader[Loaded] = DataLoader(
             self._dataset,
             sampler=_StepsFrom(start_step),
@@ -201,22 +198,6 @@ class TrainLoader:
                 f"a loader process died ({cause}); if memory ran out, lower data.workers ({workers}) or data.prefetch"
             ) from error
 
-    def _check_shared_memory(self) -> None:
-        """Raise UserError where shared memory is too small for all batches that may be ready: a worker would die."""
-        if not SHARED_MEMORY.is_dir():
-            return
-        system = os.statvfs(SHARED_MEMORY)
-        size = system.f_blocks * system.f_frsize  # 0: no limit
-        workers, prefetch = self._workers, self._config.data.prefetch
-        needed = self._ranks_here * workers * prefetch * block_bytes(batch_fields(self._config, self._samples_per_rank))
-        if 0 < size < needed:
-            raise UserError(
-                f"data.prefetch: {prefetch} batches ready in each of {workers} workers of each of {self._ranks_here} "
-                f"ranks take {needed / 2**30:.1f} GiB, but {SHARED_MEMORY} has "
-                f"{size / 2**30:.1f}; rule: lower data.prefetch or data.workers, or "
-                "enlarge it (docker run --shm-size)"
-            )
-
 
 def check_loading(config: RunConfig, index: MergedIndex, world_size: int) -> None:
     """Raise UserError where no loader can be made: DALI is missing, or the batch does not fit the ranks or the data."""
@@ -224,6 +205,15 @@ def check_loading(config: RunConfig, index: MergedIndex, world_size: int) -> Non
         require_dali()
     config.samples_per_rank(world_size)
     steps_per_epoch(index.epoch_samples, config)
+
+
+def ready_batches(config: RunConfig, world_size: int, device: torch.device) -> ReadyBatches:
+    """Return what the loaders of a run's ranks on this host hold ready; nothing counts with DALI: encoded pictures."""
+    workers = config.data.workers
+    workers = default_workers(world_size, device) if workers is None else workers
+    crops = config.data.decoder == "torch"
+    nbytes = block_bytes(batch_fields(config, config.samples_per_rank(world_size))) if crops else 0
+    return ReadyBatches(ranks_of_this_host(unknown=1), workers, config.data.prefetch, nbytes)
 
 
 def default_workers(world_size: int, device: torch.device) -> int:

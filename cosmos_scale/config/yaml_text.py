@@ -1,0 +1,98 @@
+"""YAML as runs are written in it: numbers as people read them, keys as texts, no key twice, errors on one line.
+
+YAML 1.1 reads some plain scalars as numbers that nobody means: 0100 as 64, 1:30 as 90. They are texts here, so a key
+that takes a number refuses them.
+"""
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from cosmos_scale.errors import UserError
+
+_TAG = "tag:yaml.org,2002:"
+_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
+_DECIMAL = re.compile(
+    r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
+    r"|\.(?:nan|NaN|NAN)$"
+)
+_REPLACED = {f"{_TAG}{kind}" for kind in ("int", "float", "timestamp")}  # dates stay texts
+
+# The beginning of what YAML 1.1 reads as a number, as a pattern for the hint of an error.
+_LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*(?::[0-9_.]+)+)$")
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return what a YAML text holds; where: what the error names. Raises UserError where it is not valid."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}:{line} is not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
+    return _with_text_keys(value, where)
+
+
+def write_yaml(tree: dict[str, Any]) -> str:
+    """Return a tree as YAML that `parse_yaml`, and any other reader of YAML, reads back to an equal one."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def shown_value(value: Any) -> str:
+    """Return a value as an error shows it, on one line; a long one is cut."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def reading_hint(value: Any, wanted: str) -> str:
+    """Return what to write instead of a value that YAML reads as another type than its key wants; else nothing.
+
+    wanted: the kind of pydantic's error, such as `string_type` or `int_type`.
+    """
+    numbers = (bool, int, float) if wanted == "string_type" else (bool,) if wanted == "literal_error" else ()
+    if isinstance(value, numbers):
+        return "; rule: a text that looks like a number, or like yes and no, stands in quotes"
+    if wanted in ("int_type", "float_type") and isinstance(value, str) and _LIKE_A_NUMBER.match(value):
+        return "; rule: a number has neither leading zeros nor colons, which YAML would read in base 8 or 60"
+    return ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around what this project or YAML 1.1 would read as something else than text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(f"{_TAG}int", _WHOLE, list("-+0123456789"))
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(f"{_TAG}float", _DECIMAL, list("-+.0123456789"))
+
+
+def _with_text_keys(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{where}: key {key!r} must be text")
+        return {key: _with_text_keys(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_text_keys(item, where) for item in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise UserError(f"{where}: {shown_value(value)} must be text, a number, true or false, a list or a mapping")

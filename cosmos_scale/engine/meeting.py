@@ -1,0 +1,171 @@
+"""The meeting of all ranks at MASTER_ADDR and MASTER_PORT, before torch's: no rank waits for what cannot come.
+
+Rank 0 listens at the port. Every other rank connects and names itself, and hears at once that it is at the right place;
+another program at the port does not answer so. When all ranks have come, rank 0 tells each to go on, and torch's store
+takes over the port. Where two ranks contradict each other, rank 0 tells all of them.
+"""
+
+import errno
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import NoReturn, TextIO
+
+import torch.distributed as dist
+
+from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
+from cosmos_scale.errors import UserError
+
+WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
+ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
+GREETS = 3.0  # seconds in which a rank that has connected names itself: less, since the others wait meanwhile
+PAUSE = 0.5  # seconds between two tries to connect
+GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank", "cosmos-scale welcome", "go", "refused: "
+
+
+def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "dist.Store":  # type: ignore[name-defined]
+    """Meet all ranks, and return the store that they share.
+
+    wait, answer: seconds for all ranks to come, and for rank 0 to answer one. Raises UserError where the port belongs
+    to another program, ranks contradict each other, or some do not come.
+    """
+    if place.rank > 0:
+        _visit(place, wait, answer)
+        return _store(place, None)
+    here: dict[int, socket.socket] = {}
+    try:
+        with _listen(place) as listener:
+            _receive(place, listener, here, wait)
+            store = _store(place, listener.detach())
+        _tell(here, GO)  # now the store answers at the port
+    finally:
+        for visitor in here.values():
+            visitor.close()
+    return store
+
+
+def _store(place: RankVariables, listener: int | None) -> "dist.Store":  # type: ignore[name-defined]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        place.address,
+        place.port,
+        place.world_size,
+        is_master=place.rank == 0,
+        timeout=timedelta(seconds=WAIT),
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+
+
+def _listen(place: RankVariables) -> socket.socket:
+    dual = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(
+            ("", place.port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=4096
+        )
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        what = "is taken by another program on this host" if taken else f"cannot be listened at ({error.strerror})"
+        raise WrongRankVariable(
+            f"MASTER_PORT: {place.port} {what}; rule: a free port (deepspeed --master_port, torchrun --master_port)"
+        ) from error
+
+
+def _receive(place: RankVariables, listener: socket.socket, here: dict[int, socket.socket], wait: float) -> None:
+    """Wait for all other ranks, and keep their connections in `here`; tell all of them where something is wrong."""
+    deadline = time.monotonic() + wait
+    while len(here) < place.world_size - 1:
+        listener.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            visitor, _ = listener.accept()
+        except TimeoutError:
+            missing = sorted({*range(1, place.world_size)} - here.keys())
+            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            _refuse(here, f"ranks {shown} have not come within {wait:g} s; rule: every rank of WORLD_SIZE starts")
+        named = _named(visitor)
+        if named is None:  # a stranger
+            visitor.close()
+            continue
+        rank, world_size = named
+        twice = rank in here or rank == 0
+        here[-1 if twice else rank] = visitor
+        if world_size != place.world_size:
+            _refuse(here, f"WORLD_SIZE: rank {rank} has {world_size}, rank 0 has {place.world_size}; rule: all agree")
+        if twice:
+            _refuse(here, f"RANK: two processes have {rank}; rule: each rank has its own number")
+    listener.settimeout(None)
+
+
+def _named(visitor: socket.socket) -> tuple[int, int] | None:
+    """Welcome a visitor, and return its rank and its world size; None where it is no rank."""
+    visitor.settimeout(GREETS)
+    try:
+        with _lines(visitor) as lines:
+            rank, world_size = map(int, _line(lines).removeprefix(GREETING).split())
+        visitor.sendall(f"{WELCOME}\n".encode())
+    except (OSError, ValueError):
+        return None
+    return rank, world_size
+
+
+def _refuse(here: dict[int, socket.socket], text: str) -> NoReturn:
+    _tell(here, f"{REFUSED}{text}")
+    raise UserError(text)
+
+
+def _tell(here: dict[int, socket.socket], line: str) -> None:
+    for visitor in here.values():
+        with suppress(OSError):  # of a rank that has ended
+            visitor.sendall(f"{line}\n".encode())
+
+
+def _visit(place: RankVariables, wait: float, answer: float) -> None:
+    """Name this rank to rank 0, and wait until all have come."""
+    where = f"{place.address}:{place.port}"
+    with _connected(place, wait) as host, _lines(host) as lines:
+        host.settimeout(answer)
+        said = ""
+        with suppress(OSError):
+            host.sendall(f"{GREETING} {place.rank} {place.world_size}\n".encode())
+            said = _line(lines)
+        if said != WELCOME:
+            raise WrongRankVariable(
+                f"MASTER_PORT: what listens at {where} is not rank 0 of this launch; rule: a free port of rank 0's "
+                "host (deepspeed --master_port, torchrun --master_port)"
+            )
+        host.settimeout(wait + answer)
+        said = ""
+        with suppress(OSError):
+            said = _line(lines)
+    if said.startswith(REFUSED):
+        raise UserError(said.removeprefix(REFUSED))
+    if said != GO:
+        raise UserError(f"rank 0, at {where}, ended before all ranks had come; its own output says why")
+
+
+def _connected(place: RankVariables, wait: float) -> socket.socket:
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            connection = socket.create_connection((place.address, place.port), timeout=10.0)
+            if connection.getsockname() != connection.getpeername():
+                return connection
+            # On rank 0's host a try before rank 0 listens may get this very port as its own, and reach itself.
+            connection.close()
+            time.sleep(PAUSE)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise WrongRankVariable(
+                    f"MASTER_ADDR: rank 0 does not answer at {place.address}:{place.port} ({error.strerror or error}); "
+                    "rule: the name or address of rank 0's host"
+                ) from error
+            time.sleep(PAUSE)
+
+
+def _lines(connection: socket.socket) -> TextIO:
+    return connection.makefile("r", encoding="utf-8", errors="replace", newline="\n")
+
+
+def _line(lines: TextIO) -> str:
+    """Return the next line without its end, or what comes of it; raises OSError."""
+    return lines.readline(1000).rstrip("\n")

@@ -1,0 +1,90 @@
+"""What a launcher's environment says of a rank: read and checked before anything slow or collective."""
+
+import os
+import socket
+from typing import NamedTuple
+
+from cosmos_scale.errors import UserError
+
+ONE_PROCESS = "to train in one process, unset RANK, WORLD_SIZE and LOCAL_RANK"
+
+
+class WrongRankVariable(UserError):
+    """A variable of the environment that cannot be; only this rank may know of it, so each rank prints its own."""
+
+
+class RankVariables(NamedTuple):
+    """A rank's place among all ranks and on its host, and where rank 0 is to be met."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def read_rank_variables() -> RankVariables | None:
+    """Return what a launcher has set; None where it has set nothing, for one process alone.
+
+    Raises WrongRankVariable where variables are half set, no numbers, or contradict each other.
+    """
+    _check_ranks_here()
+    if "RANK" not in os.environ:
+        for name, alone in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            if name in os.environ and _number(name) != alone:
+                raise WrongRankVariable(
+                    f"{name}: {os.environ[name]}, but RANK is not set; rule: a launcher sets both; {ONE_PROCESS}"
+                )
+        return None
+    world_size = _number("WORLD_SIZE", least=1)
+    rank = _below("RANK", world_size, "WORLD_SIZE")
+    local_rank = _below("LOCAL_RANK", world_size, "WORLD_SIZE")
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            _below("LOCAL_RANK", _number(name), name)
+    address = _text("MASTER_ADDR")
+    port = _number("MASTER_PORT", least=1, most=65535)
+    _check_resolves(address, port)
+    return RankVariables(rank, world_size, local_rank, address, port)
+
+
+def _check_ranks_here() -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in os.environ:
+            _number(name, least=1)
+
+
+def _number(name: str, least: int = 0, most: int | None = None) -> int:
+    text = _text(name)
+    number = int(text) if text.isascii() and text.isdecimal() else -1
+    if number < least or (most is not None and number > most):
+        limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise WrongRankVariable(f"{name}: {text!r}; rule: a whole number {limits}")
+    return number
+
+
+def _below(name: str, limit: int, of: str) -> int:
+    number = _number(name)
+    if number >= limit:
+        raise WrongRankVariable(f"{name}: {number}, but {of} is {limit}; rule: ranks are numbered from 0")
+    return number
+
+
+def _text(name: str) -> str:
+    text = os.environ.get(name)
+    if text is None:
+        hint = " (under SLURM: LOCAL_RANK=$SLURM_LOCALID)" if name == "LOCAL_RANK" else ""
+        raise WrongRankVariable(f"{name}: is not set, but RANK is; rule: a launcher sets both{hint}; {ONE_PROCESS}")
+    if not text:
+        raise WrongRankVariable(f"{name}: is set to nothing; rule: it has a value, or is unset")
+    return text
+
+
+def _check_resolves(address: str, port: int) -> None:
+    try:
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WrongRankVariable(
+            f"MASTER_ADDR: {address!r} cannot be resolved here ({reason}); rule: the name or address of rank 0's host"
+        ) from error

@@ -1,0 +1,82 @@
+"""The second half of a dry run: what a launch looks for before it builds anything, in a table, found or refused."""
+
+import sys
+import textwrap
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from cosmos_scale.config import EvaluatorConfig, RunConfig, SourceConfig
+from cosmos_scale.data.shards.patterns import parse_pattern
+from cosmos_scale.data.shards.store import is_remote
+from cosmos_scale.engine.ranks import choose_device
+from cosmos_scale.errors import UserError
+from cosmos_scale.run.opening import Opening
+
+COLUMNS = 80
+NAMES, VERDICTS = 14, 10  # columns of the table's first two
+
+
+class SupposedRank(NamedTuple):
+    """The rank that a dry run stands for: the first one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def look_before_launch(config: RunConfig, world_size: int) -> None:
+    """Look for all that a launch on this machine would refuse, and print what was found, a row each.
+
+    Where data.samples takes the place of shards that are not on this machine, their rows say so, and refuse nothing.
+    Raises UserError, as the launch would, with the first refusal.
+    """
+    print("what a launch here would find:")
+    refusals: list[str] = []
+    missing: set[str] = set()
+    planned = False  # without the shards
+    try:
+        opening = Opening(config, SupposedRank(0, world_size, choose_device(config.device)))
+    except UserError as error:
+        _print_row("device", "REFUSED", str(error))
+        raise
+    for look in opening.looks():
+        if look.needs in missing:
+            missing.add(look.name)
+            _print_row(look.name, "-", f"not looked at, since there is no answer on: {look.needs}")
+            continue
+        try:
+            _print_row(look.name, "ok", look.find())
+        except UserError as error:
+            missing.add(look.name)
+            if look.name == "data" and config.data.samples is not None and not _any_shards(config.data.sources):
+                planned = True
+                _print_row(look.name, "not here", f"{error}; data.samples takes their place in a dry run")
+                continue
+            if look.name == "evaluation" and planned and not _any_shards(config.eval):
+                _print_row(look.name, "not here", str(error))
+                continue
+            _print_row(look.name, "REFUSED", str(error))
+            refusals.append(str(error))
+    if refusals:
+        more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
+        raise UserError(f"{refusals[0]}{more}")
+
+
+def _any_shards(sections: Iterable[SourceConfig | EvaluatorConfig]) -> bool:
+    """Tell whether any shard that sections name lies on this machine, indexed or not, or is read from elsewhere."""
+    shards = [str(getattr(section, "shards", "")) for section in sections]
+    return any(is_remote(pattern) for pattern in shards) or any(
+        parse_pattern(pattern).known_names()[0] for pattern in shards if pattern
+    )
+
+
+def _print_row(name: str, verdict: str, text: str) -> None:
+    """Print a row, its text broken into lines of 80 columns; characters that the output lacks are written as codes."""
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)
+    first, *others = textwrap.wrap(shown, COLUMNS - NAMES - VERDICTS - 2, break_on_hyphens=False) or [""]
+    print(f"  {name:<{NAMES}}{verdict:<{VERDICTS}}{first}")
+    for line in others:
+        print(" " * (2 + NAMES + VERDICTS) + line)

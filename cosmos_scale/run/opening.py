@@ -1,0 +1,153 @@
+"""What a run needs, looked for in one order before anything is built: by a launch, and by the dry run."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cosmos_scale.checkpoint.resume import Start, find_start
+from cosmos_scale.checkpoint.state import check_fits, find_checkpoint
+from cosmos_scale.config import RunConfig
+from cosmos_scale.data.shards.index import MergedIndex, open_sources
+from cosmos_scale.data.training.caption_check import check_captions
+from cosmos_scale.data.training.loader import check_loading, ready_batches
+from cosmos_scale.data.training.lost import check_shards
+from cosmos_scale.engine.ranks import check_precision
+from cosmos_scale.engine.requirements import check_model
+from cosmos_scale.engine.teacher import DTYPES
+from cosmos_scale.errors import UserError
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.run.evaluations import Evaluations, RankPlace
+
+# What a run writes to its folder, and whether it is a folder itself.
+WRITTEN = {"config.yaml": False, "metrics.jsonl": False, "damaged.jsonl": False, "checkpoints": True}
+
+
+class Look(NamedTuple):
+    """One thing that a run needs: `find` says what was found, and raises UserError where the launch is to be refused.
+
+    needs: the Look without which this one cannot be taken.
+    """
+
+    name: str
+    find: Callable[[], str]
+    needs: str | None = None
+
+
+class Opening:
+    """What one rank of a run finds before anything is built. Each of `looks`, taken in order, fills an attribute."""
+
+    index: MergedIndex
+    start: Start
+    evaluations: Evaluations
+
+    def __init__(self, config: RunConfig, ranks: RankPlace) -> None:
+        self.folder = config.output / config.name
+        self.tokenizer = Tokenizer(config.model.text.context_length)
+        self._config, self._ranks = config, ranks
+
+    def looks(self) -> list[Look]:
+        """Return everything to look for, in order; the main rank alone looks at what all ranks share."""
+        is_main = self._ranks.rank == 0
+        captions = [Look("captions", self._captions, needs="shards")] if is_main else []
+        output = [Look("output", self._output)] if is_main else []
+        return [
+            Look("device", self._device),
+            Look("data", self._data),
+            Look("starts from", self._start),
+            Look("shards", self._shards, needs="data"),
+            *captions,
+            Look("evaluation", self._evaluation),
+            Look("loaders", self._loaders),
+            Look("weights", self._weights, needs="starts from"),
+            *output,
+        ]
+
+    @property
+    def _found_start(self) -> Start:
+        """The start that was found; a new run's where a dry run found none."""
+        return getattr(self, "start", Start(None, None))
+
+    @property
+    def _is_resumed(self) -> bool:
+        return self._found_start.state is not None
+
+    def _device(self) -> str:
+        config, device = self._config, self._ranks.device
+        check_precision(config.precision)
+        check_model(config.model, device, DTYPES[config.precision])
+        return f"{device.type}, {config.precision}, attention {config.model.attention}"
+
+    def _data(self) -> str:
+        self.index = open_sources(self._config.data.sources, self._config.data.remote)
+        check_loading(self._config, self.index, self._ranks.world_size)
+        return f"{self.index.epoch_samples:,} samples an epoch, in {len(self.index.shard_samples):,} indexed shards"
+
+    def _start(self) -> str:
+        # A dry run may have no index: then only the checkpoint's data is not compared with it.
+        index = self.index.fingerprint() if hasattr(self, "index") else None
+        self.start = find_start(self._config, self.folder / "checkpoints", index)
+        if self.start.state is None:
+            return "step 0, a new run"
+        broken = f"; {len(self.start.broken)} newer ones are broken" if self.start.broken else ""
+        return f"{self.start.checkpoint}, after step {self.start.state.step:,}{broken}"
+
+    def _shards(self) -> str:
+        check_shards(self.index, self._config, self._found_start.lost_shards, resumed=self._is_resumed)
+        return "shards and the tables of their samples are there"
+
+    def _captions(self) -> str:
+        """Look at some samples; where a run is resumed they were looked at before."""
+        if not self._is_resumed:
+            check_captions(self.index, self._config.data.captions, self._config.data.remote)
+        return "each source has captions"
+
+    def _evaluation(self) -> str:
+        self.evaluations = Evaluations(self._config, self._ranks, self.folder, resumed=self._is_resumed)
+        opened = [f"{section.name}: {section.describe()}" for section in self._config.eval if section.every]
+        return "; ".join(opened) or "none"
+
+    def _loaders(self) -> str:
+        batches = ready_batches(self._config, self._ranks.world_size, self._ranks.device)
+        batches.check_shared_memory()
+        free = batches.check_host()
+        return f"{batches.describe()} of {free / 2**30:,.1f} free" if batches.total else batches.describe()
+
+    def _weights(self) -> str:
+        if self.start.checkpoint is not None:
+            return "those of the checkpoint"
+        if self._config.init_from is None:
+            return "freshly drawn"
+        with torch.device("meta"):
+            model = CosmosModel(self._config.model)
+        try:
+            origin = find_checkpoint(self._config.init_from)
+            return f"{origin}: {check_fits(model, origin)} tensors fit the model"
+        except UserError as failure:
+            raise UserError(f"init_from: {failure}") from failure
+
+    def _output(self) -> str:
+        check_output(self.folder)
+        return f"{self.folder} can be written to"
+
+
+def check_output(folder: Path) -> None:
+    """Raise UserError where a run cannot write to its folder, which need not exist; leaves nothing behind."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        for name, is_folder in WRITTEN.items():
+            if not (folder / name).exists():
+                continue
+            if not os.access(folder / name, os.W_OK):
+                raise UserError(f"output: {folder / name} cannot be written to: it is read-only for this user")
+            if (folder / name).is_dir() != is_folder:
+                kind = "file, but a run makes a folder" if is_folder else "folder, but a run writes a file"
+                raise UserError(f"output: {folder / name} is a {kind} of this name; rule: move it away")
+    except OSError as failure:
+        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure

@@ -1,0 +1,99 @@
+"""Variables of launchers: half set, odd, contradictory: one line each that names the variable, value and rule."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable, read_rank_variables
+from cosmos_scale.engine.ranks import free_port
+from cosmos_scale.testing.runs import write_run
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SOUND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def set_to(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "harmless", [{}, {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "0"}, {"MASTER_ADDR": "x", "MASTER_PORT": "y"}], ids=str
+)
+def test_one_process_needs_no_variable(harmless: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to(monkeypatch, harmless)
+    assert read_rank_variables() is None
+
+
+def test_a_whole_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to(monkeypatch, {**SOUND, "LOCAL_WORLD_SIZE": "2"})
+    assert read_rank_variables() == RankVariables(1, 4, 1, "127.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"WORLD_SIZE": None}, "WORLD_SIZE: is not set, but RANK is; rule: a launcher sets both"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK: is not set, but RANK is; rule: a launcher sets both (under SLURM: "),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR: is not set, but RANK is"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR: is not set, but RANK is"),
+        ({"MASTER_PORT": None}, "MASTER_PORT: is not set, but RANK is"),
+        ({"RANK": None}, "WORLD_SIZE: 4, but RANK is not set; rule: a launcher sets both; to train in one process, "),
+        ({"RANK": None, "WORLD_SIZE": None}, "LOCAL_RANK: 1, but RANK is not set"),
+        ({"RANK": None, "WORLD_SIZE": "many"}, "WORLD_SIZE: 'many'; rule: a whole number of at least 0"),
+        ({"RANK": ""}, "RANK: is set to nothing; rule: it has a value, or is unset"),
+        ({"RANK": "4"}, "RANK: 4, but WORLD_SIZE is 4; rule: ranks are numbered from 0"),
+        ({"RANK": "-1"}, "RANK: '-1'; rule: a whole number of at least 0"),
+        ({"RANK": "1.0"}, "RANK: '1.0'; rule: a whole number"),
+        ({"RANK": "٣"}, "RANK: '٣'; rule: a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0'; rule: a whole number of at least 1"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: is set to nothing"),
+        ({"LOCAL_RANK": "one"}, "LOCAL_RANK: 'one'; rule: a whole number of at least 0"),
+        ({"LOCAL_RANK": "7"}, "LOCAL_RANK: 7, but WORLD_SIZE is 4"),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK: 3, but LOCAL_WORLD_SIZE is 2"),
+        ({"LOCAL_RANK": "3", "LOCAL_SIZE": "2"}, "LOCAL_RANK: 3, but LOCAL_SIZE is 2"),
+        ({"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE: 'two'; rule: a whole number of at least 1"),
+        ({"LOCAL_SIZE": ""}, "LOCAL_SIZE: is set to nothing"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT: 'http'; rule: a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT: '0'; rule: a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT: '65536'; rule: a whole number from 1 to 65535"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR: is set to nothing"),
+        ({"MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR: 'no.such.host.invalid' cannot be resolved here ("),
+        ({"MASTER_ADDR": "a" * 70 + ".invalid"}, "MASTER_ADDR: 'aaa"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(changes: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to(monkeypatch, {**SOUND, **changes})
+    with pytest.raises(WrongRankVariable) as refusal:
+        read_rank_variables()
+    assert str(refusal.value).startswith(said)
+    assert "\n" not in str(refusal.value)
+    assert "; rule: " in str(refusal.value)
+
+
+@pytest.mark.parametrize(("rank", "local_rank"), [("1", "x"), ("1", None), ("3", "1")])
+def test_each_rank_prints_its_own_line(rank: str, local_rank: str | None, tmp_path: Path, scenes: SceneShards) -> None:
+    """The command itself: an odd rank that is not the first on its host prints too, and waits for nobody."""
+    run = write_run(tmp_path, scenes)
+    own = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if local_rank is not None:
+        own["LOCAL_RANK"] = local_rank
+    command = [sys.executable, "-m", "cosmos_scale.cli", "train", str(run)]
+    ended = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(r"cosmos-scale train: (LOCAL_RANK|RANK): .*; rule: .*\n", ended.stderr), ended.stderr

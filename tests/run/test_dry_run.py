@@ -1,0 +1,200 @@
+"""The dry run looks at all that a launch refuses: the same refusals, the same exit status, and nothing written."""
+
+import io
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cosmos_scale.cli import main as cli
+from cosmos_scale.config.load import load_config
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.errors import UserError
+from cosmos_scale.run.opening import check_output
+from cosmos_scale.run.start import open_run
+from cosmos_scale.testing.runs import last_checkpoint, train_to_end, write_run
+
+COLUMNS = 80
+LOOKS = ["device", "data", "starts from", "shards", "evaluation", "loaders", "weights", "output"]
+CHECKPOINT = "step-00000004"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> Path:
+    """The YAML of a run of 8 steps that has done 4; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    gallery = {"kind": "retrieval", "every": 100, "shards": str(scenes.gallery)}
+    run = write_run(folder, scenes, checkpoint={"every": 2}, eval=[gallery])
+    train_to_end(run, "train.max_steps=4").require(0)
+    assert last_checkpoint(run).name == CHECKPOINT
+    return run
+
+
+def rows(printed: str) -> dict[str, tuple[str, str]]:
+    """The verdict and the text of each row of the table."""
+    found: dict[str, tuple[str, str]] = {}
+    name = ""
+    for line in printed.partition("what a launch here would find:\n")[2].splitlines():
+        if line[2:16].strip():
+            name = line[2:16].strip()
+            found[name] = (line[16:26].strip(), line[26:])
+        else:
+            found[name] = (found[name][0], f"{found[name][1]} {line.strip()}")
+    return found
+
+
+def test_a_run_that_can_start_is_all_ok(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(trained.parent.rglob("*"))
+    assert cli.main(["train", "--dry-run", str(trained)]) == 0
+    captured = capsys.readouterr()
+    found = rows(captured.out)
+    assert list(found) == LOOKS
+    assert {verdict for verdict, _ in found.values()} == {"ok"}
+    assert found["data"][1].startswith("80 samples an epoch")
+    assert found["starts from"][1].replace(" ", "").endswith(f"{CHECKPOINT},afterstep4")
+    assert captured.err == ""
+    assert sorted(trained.parent.rglob("*")) == before
+    new = tmp_path / "a" / "b"
+    assert cli.main(["train", "--dry-run", str(trained), f"output={new}"]) == 0
+    assert not new.parent.exists()
+
+
+def test_the_table_fits_80_columns_and_any_output(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert cli.main(["train", "--dry-run", str(trained), f"output={tmp_path}", "name=größe"]) == 0
+    output.seek(0)
+    printed = output.read().partition("what a launch here would find:")[2]
+    assert "gr\\xf6\\xdfe" in printed.replace("\n", "").replace(" ", "")
+    assert max(map(len, printed.splitlines())) <= COLUMNS
+
+
+# By the row that refuses: overrides ({run}: the trained run's folder, {tmp}: an empty one), and a part of the message.
+REFUSED = [
+    ("device", ["model.attention=flash_attn_2"], "model.attention: 'flash_attn_2' cannot run here"),
+    ("data", ["data.sources.0.shards={tmp}", "data.samples=8"], "no index at"),
+    ("starts from", ["optimizer.lr=0.5", "seed=3"], "seed: 3, was 0; optimizer.lr: 0.5, was 0.001"),
+    ("starts from", ["resume=never"], "resume: 'never', but"),
+    ("starts from", ["resume={tmp}"], "none there; rule: name a step-* folder"),
+    ("starts from", ["name=new", "resume={tmp}/torn"], "has 10 bytes, not the"),
+    ("starts from", ["resume={run}/tiny/checkpoints/step-00000002"], "step-00000004 is newer"),
+    ("shards", ["name=new", "data.sources.0.shards={tmp}/lost"], "cannot be opened"),
+    ("evaluation", ["eval.0.captions=captoin"], "no captions under 'captoin'"),
+    ("evaluation", ["eval.0.shards={tmp}/nowhere"], "eval.retrieval: data source retrieval: no .tar shards match"),
+    ("weights", ["name=new", "init_from={tmp}"], "init_from: checkpoint {tmp}: none there"),
+    (
+        "weights",
+        ["name=new", "init_from={run}/tiny", "model.vision.width=128"],
+        "does not fit the model: size mismatch of visual.",
+    ),
+    (
+        "weights",
+        ["name=new", "init_from={run}/tiny", "model.text.layers=2"],
+        "resblocks.1.ln_1.weight: none there, [32] in the model; rule: ",
+    ),
+    ("weights", ["name=new", "init_from={tmp}/torn"], "init_from: checkpoint file"),
+    ("output", ["output={tmp}/file"], "output: {tmp}/file/tiny cannot be written to: Not a directory"),
+    ("output", ["output={tmp}/file/below"], "cannot be written to: Not a directory"),
+    ("output", ["output={tmp}", "name=odd"], "metrics.jsonl is a folder, but a run writes a file of this name"),
+]
+
+
+@pytest.mark.parametrize(("row", "overrides", "said"), REFUSED, ids=[f"{case[0]}: {case[1][-1]}" for case in REFUSED])
+def test_what_a_launch_refuses_the_dry_run_refuses(
+    row: str,
+    overrides: list[str],
+    said: str,
+    trained: Path,
+    scenes: SceneShards,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "0.tar").write_bytes(b"")  # shards without an index
+    (tmp_path / "odd" / "metrics.jsonl").mkdir(parents=True)
+    shutil.copytree(scenes.train, tmp_path / "lost", ignore=shutil.ignore_patterns("*.tar"))
+    shutil.copytree(last_checkpoint(trained), tmp_path / "torn")
+    next((tmp_path / "torn").glob("*.safetensors")).write_bytes(bytes(10))
+    places = {"run": str(trained.parent), "tmp": str(tmp_path)}
+    filled = [override.format(**places) for override in overrides]
+    if not any(override.startswith("output=") for override in filled) and "name=new" in filled:
+        filled.append(f"output={tmp_path}")
+
+    assert cli.main(["train", "--dry-run", str(trained), *filled]) == 2
+    captured = capsys.readouterr()
+    found = rows(captured.out)
+    assert found[row][0] == "REFUSED", captured.out
+    assert [name for name, (verdict, _) in found.items() if verdict == "REFUSED"] == [row]
+    assert captured.err.count("\n") == 1
+    assert said.format(**places) in captured.err
+    with pytest.raises(UserError) as launch:
+        open_run(load_config(trained, filled), start_ranks("cpu"))
+    assert captured.err == f"cosmos-scale train: {launch.value}\n"
+
+
+def test_several_refusals_are_counted(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    wrong = ["seed=3", "eval.0.captions=captoin", "model.attention=flash_attn_2"]
+    assert cli.main(["train", "--dry-run", str(trained), *wrong]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("cosmos-scale train: model.attention: ")
+    assert captured.err.endswith(" (and 2 more)\n")
+    assert rows(captured.out)["weights"] == ("-", "not looked at, since there is no answer on: starts from")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_missing_device_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--dry-run", str(trained), "device=cuda"]) == 2
+    captured = capsys.readouterr()
+    assert rows(captured.out)["device"][0] == "REFUSED"
+    assert captured.err.startswith("cosmos-scale train: device: 'cuda', but torch sees no CUDA device")
+
+
+def test_memory_for_the_loaders_is_looked_at(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [f"data.workers={10**6}", "data.prefetch=100"]
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=0, f_blocks=0, f_bavail=0))  # no limit
+    assert cli.main(["train", "--dry-run", str(trained), *many]) == 2
+    captured = capsys.readouterr()
+    assert rows(captured.out)["loaders"][0] == "REFUSED"
+    assert captured.err.startswith("cosmos-scale train: data.prefetch: 100 batches ready in each of 1000000 workers ")
+    assert "but this host, or the limit of its container, has " in captured.err
+    with pytest.raises(UserError) as launch:
+        open_run(load_config(trained, many), start_ranks("cpu"))
+    assert str(launch.value).startswith("data.prefetch: 100 batches ready")
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=1, f_blocks=2**20, f_bavail=2**20))
+    assert cli.main(["train", "--dry-run", str(trained), *many]) == 2
+    assert "but /dev/shm has 0.0; rule: " in capsys.readouterr().err
+
+
+def test_a_plan_without_shards_refuses_nothing_for_their_absence(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = [f"data.sources.0.shards={tmp_path}/x", f"eval.0.shards={tmp_path}/y", "data.samples=80"]
+    assert cli.main(["train", "--dry-run", str(trained), *absent]) == 0
+    found = rows(capsys.readouterr().out)
+    assert [found[name][0] for name in ("data", "shards", "evaluation")] == ["not here", "-", "not here"]
+    assert found["starts from"][0] == "ok"  # its checkpoint and keys are looked at all the same
+    assert cli.main(["train", "--dry-run", str(trained), *absent, "seed=9"]) == 2
+
+
+def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "b")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot be written to: No such file"):
+        check_output(tmp_path / "dangling" / "run")
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    (tmp_path / "run2").mkdir()
+    (tmp_path / "run2" / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml is a folder, but a run writes a file"):
+        check_output(tmp_path / "run")
+    with pytest.raises(UserError, match="checkpoints is a file, but a run makes a folder"):
+        check_output(tmp_path / "run2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "run", "run2"]
