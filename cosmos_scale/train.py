@@ -45,7 +45,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
 
 if __name__ == "__main__":
     import sys
+    from functools import partial
 
+    from cosmos_scale.cli.leave import leave_after
     from cosmos_scale.cli.main import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    leave_after(partial(main, ["train", *sys.argv[1:]]))

@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 from cosmos_scale import __version__
 from cosmos_scale.cli import checkpoint, data, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import with_examples
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -26,6 +28,11 @@ examples:
   cosmos-scale eval retrieval --checkpoint runs/cc3m_vitb16/checkpoints --data /data/coco_val --json
   cosmos-scale checkpoint inspect runs/cc3m_vitb16 --verify
 """
+
+
+def program() -> NoReturn:
+    """The command `cosmos-scale`: run `main` on the process's arguments and leave with its status."""
+    leave_after(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,4 +119,4 @@ _DESCRIPTION = "Pre-training of COSMOS vision-language models on DeepSpeed."
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()
