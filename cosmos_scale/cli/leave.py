@@ -17,6 +17,7 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
     run, and one that lets go of a tensor meanwhile aborts the process, so that a run that ended well has status 134.
     An exception has the status that Python gives it, and its traceback.
     """
+    _open_missing_streams()
     status = 1
     try:
         status = main()
@@ -31,6 +32,13 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
             _show_error()
             status = status or 1
     os._exit(status)
+
+
+def _open_missing_streams() -> None:
+    """Put /dev/null in the place of streams that are closed at the start (`>&-`): Python has None for them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open to the end)
 
 
 def _status(end: SystemExit) -> int:

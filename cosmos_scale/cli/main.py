@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ from cosmos_scale.cli import checkpoint, data, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import with_examples
 from cosmos_scale.cli.leave import leave_after
+from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -50,23 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(label: str, command: Callable[[], int], *, tell_interrupt: bool = False) -> int:
     """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
 
-    The command's own status; 2 where it raises UserError, which is printed on one line after the label; 130 where it is
-    interrupted, which is printed with tell_interrupt only; 141 where the reader of its output leaves early.
+    The command's own status; 2 where it raises UserError, which is printed on one line after the label, or where its
+    output cannot be written; 130 where it is interrupted, which is printed with tell_interrupt only; 141 where the
+    reader of its output leaves early.
     """
     try:
-        status = command()
-        sys.stdout.flush()
-        return status
+        with told_output():
+            return command()
     except UserError as error:
-        print(f"{label}: {error}", file=sys.stderr)
+        _tell(f"{label}: {error}")
         return 2
     except BrokenPipeError:  # the reader of the output (head, a pager) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
     except KeyboardInterrupt:
         if tell_interrupt:
-            print(f"{label}: interrupted", file=sys.stderr)
+            _tell(f"{label}: interrupted")
         return 130
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # of a standard error that nobody reads
+        print(line, file=sys.stderr, flush=True)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from cosmos_scale.cli.arguments import path, positive, with_examples
+from cosmos_scale.cli.output import lasting_output
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -62,10 +63,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
     from cosmos_scale.config.load import load_config
+    from cosmos_scale.engine.messages import limit_messages
 
     ranks = None
     try:
         config = load_config(arguments.file, arguments.overrides)
+        limit_messages(config.log.level)
         # These imports take seconds. The config comes first, so that its mistakes are told at once.
         from cosmos_scale.engine.ranks import lost_contact, start_ranks
         from cosmos_scale.run.explain import explain
@@ -75,11 +78,12 @@ def _train(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             explain(config, arguments.world_size)
             return 0
-        ranks = start_ranks(config.device)
-        if ranks.is_main:
-            _print_choices()
-        with StopRequest(config.train.max_minutes) as stop:
-            train(config, ranks, stop)
+        with lasting_output():
+            ranks = start_ranks(config.device, config.log.level)
+            if ranks.is_main:
+                _print_choices()
+            with StopRequest(config.train.max_minutes) as stop:
+                train(config, ranks, stop)
         return 0
     except UserError:
         # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
@@ -97,8 +101,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _print_choices() -> None:
     """Print what the package's modules choose by themselves, such as the back end of attention."""
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.basicConfig(handlers=[_PrintingHandler()], format="%(message)s")
     logging.getLogger("cosmos_scale").setLevel(logging.INFO)
+
+
+class _PrintingHandler(logging.Handler):
+    """Prints messages to what standard output is at that moment: a progress bar takes its place for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 def _print_lost_contact(error: Exception, rank: int, checkpoints: Path) -> None:

@@ -2,12 +2,9 @@
 
 import atexit
 import contextlib
-import functools
 import io
-import logging
 import os
 import socket
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name
+from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 
@@ -39,28 +37,38 @@ class Ranks:
         return self.rank == 0
 
 
-@functools.cache
-def start_ranks(device: str) -> Ranks:
+_started: list[Ranks] = []  # the ranks of this process, once they have started
+
+
+def start_ranks(device: str, level: str = "error") -> Ranks:
     """Join the process group named by the launcher's environment, or make a group of one.
 
     The group lasts as long as the process, since DeepSpeed keeps the first group that it sees; a second call returns
     the same ranks.
 
-    device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent, or shared memory is too
-    small for ranks on CPUs.
+    device: auto, cpu or cuda. level: least level of the messages of torch and DeepSpeed that are shown. Raises
+    UserError where cuda is asked for and absent, where the ranks have started on another device, or where shared
+    memory is too small for ranks on CPUs.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
     use_cuda = device != "cpu" and torch.cuda.is_available()
+    if not _started:
+        _started.append(_start(use_cuda, level))
+    (ranks,) = _started
+    if (ranks.device.type == "cuda") != use_cuda:
+        raise UserError(f"device: {device!r}, but this process's ranks have started on {ranks.device.type}")
+    return ranks
+
+
+def _start(use_cuda: bool, level: str) -> Ranks:
     # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
-    # DeepSpeed still calls torch's collectives by their old names.
-    warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
+    limit_messages(level)
     use_own_environment()
     import deepspeed  # here, since it takes seconds and --help should not
 
-    # DeepSpeed warns that it was not tested with our optimizer; our tests do test both together.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    limit_messages(level)  # of DeepSpeed's logger, which the import has set up
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
         torch.cuda.set_device(local_rank)

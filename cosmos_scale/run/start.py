@@ -8,7 +8,6 @@ from cosmos_scale.checkpoint.files import BrokenCheckpoint
 from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
-from cosmos_scale.config.load import dump_config
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.loader import check_loading
 from cosmos_scale.data.training.lost import check_shards
@@ -17,9 +16,9 @@ from cosmos_scale.engine.ranks import Ranks, check_precision, from_all, raise_to
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.teacher import DTYPES
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import whole_file
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
+from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,11 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         tokenizer = Tokenizer(config.model.text.context_length)
         index = open_sources(config.data.sources, config.data.remote)
         check_loading(config, index, ranks.world_size)
-        start = find_start(config, folder / "checkpoints", index.fingerprint())
+        start = find_start(config, folder / CHECKPOINTS, index.fingerprint())
         check_shards(index, config, start.lost_shards, resumed=start.state is not None)
         evaluations = Evaluations(config, ranks, folder)
         if ranks.is_main:
-            _write_config(config, folder)
+            prepare_folder(config, folder)
         opened = Opened(folder, index, tokenizer, evaluations, start)
     except UserError as failure:
         error = failure
@@ -91,7 +90,7 @@ def _older_start(config: RunConfig, opened: Opened, start: Start, broken: Broken
             raise UserError(str(broken))
         assert start.checkpoint is not None
         known = (*start.broken, PassedOver(start.checkpoint, str(broken)))
-        older = find_start(config, opened.folder / "checkpoints", opened.index.fingerprint(), known)
+        older = find_start(config, opened.folder / CHECKPOINTS, opened.index.fingerprint(), known)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
@@ -136,13 +135,3 @@ def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
     if len(set(found)) > 1:
         seen = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
         raise UserError(f"{problem} ({seen}); {rule}")
-
-
-def _write_config(config: RunConfig, folder: Path) -> None:
-    """Leave the resolved configuration beside what the run writes; shows at once whether it can write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / "config.yaml") as part:
-            part.write_text(dump_config(config), encoding="utf-8")
-    except OSError as failure:
-        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,9 @@ def record(step: int, loss: float = 1.5) -> dict[str, float]:
 
 
 def opened(folder: Path, config: LogConfig = QUIET, *, first_step: int = 0) -> MetricLog:
-    return MetricLog(folder, config, name="run", run_config={"seed": 0}, first_step=first_step, last_step=9)
+    return MetricLog(
+        folder, config, name="run", run_config={"seed": 0}, first_step=first_step, last_step=9, steps_per_epoch=4
+    )
 
 
 def steps(folder: Path) -> list[tuple[str, int]]:
@@ -47,11 +50,14 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = time.time() - 1e-3  # the file has milliseconds
     with opened(tmp_path) as log:
         log.training(record(1))
         assert steps(tmp_path) == [("train", 1)]
         log.evaluation(1, {"student": {"R@1": 0.5}, "teacher": {"R@1": 0.25}}, Table("a table"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert before <= line.pop("time") <= time.time() + 1e-3
     assert lines[0] == {"kind": "train", **record(1)}
     assert lines[1] == {"kind": "eval", "step": 1, "student/R@1": 0.5, "teacher/R@1": 0.25}
     assert "a table" in capsys.readouterr().out
@@ -146,10 +152,10 @@ def test_a_run_writes_all_three(tmp_path: Path, scenes: SceneShards, monkeypatch
         written = records(run, kind=kind)
         assert len(written) == count
         for entry in written:
-            for key in entry.keys() - {"kind", "step"}:
+            for key in entry.keys() - {"kind", "step", "time"}:
                 # Events hold float32.
                 assert shown[f"{kind}/{key}"][entry["step"]] == pytest.approx(entry[key], rel=1e-6), key
-    assert set(NUMBERS) == records(run)[0].keys() - {"kind", "step"}
+    assert set(NUMBERS) == records(run)[0].keys() - {"kind", "step", "time"}
     assert {tag for tag in shown if tag.startswith("train/")} == {f"train/{key}" for key in NUMBERS}
 
 
@@ -178,4 +184,4 @@ def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="online"))
     with pytest.raises(UserError, match=r"^log\.wandb: [^\n]*log\.wandb\.mode to offline$"):
-        MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2)
+        MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
