@@ -160,12 +160,8 @@ class CheckpointWriter:
             count = f"; {self._failures} failed in a row (checkpoint.failures)" if self._failures > 1 else ""
             raise UserError(_untouched(failure) + count)
         if self._rank == 0:
-            _LOG.warning(
-                "%s; failed %d times in a row, and the run ends at %d (checkpoint.failures)",
-                _untouched(failure),
-                self._failures,
-                self._config.failures,
-            )
+            count = f"failure {self._failures}, {self._config.failures} in a row end the run"
+            _LOG.warning("%s; %s", _untouched(failure), count)
         return failure
 
     def _settle(self) -> str | None:

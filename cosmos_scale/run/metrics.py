@@ -16,7 +16,7 @@ from cosmos_scale.config import LogConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, make_folder, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
-from cosmos_scale.run.trackers import Tracker, open_trackers
+from cosmos_scale.run.trackers import KeptRecords, open_trackers
 
 
 class MetricLog:
@@ -45,8 +45,9 @@ class MetricLog:
         make_folder(folder)
         _drop_from(folder / METRICS_FILE, first_step)
         self._file = LineFile(folder / METRICS_FILE)
-        self._trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step)
-        self._failing: set[str] = set()
+        trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step)
+        self._announcements = [tracker.announcement for tracker in trackers if tracker.announcement]
+        self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
         console = Console()
         self._progress = Progress(
             TextColumn("training"),
@@ -63,9 +64,8 @@ class MetricLog:
 
     def __enter__(self) -> "MetricLog":
         self._progress.start()
-        for tracker in self._trackers:
-            if tracker.announcement:
-                self.say(tracker.announcement)
+        for line in self._announcements:
+            self.say(line)
         self._started = time.monotonic()
         return self
 
@@ -75,10 +75,7 @@ class MetricLog:
         self._progress.stop()
         self._file.close()
         for tracker in self._trackers:
-            try:
-                tracker.close(failed=error is not None)
-            except Exception as failure:
-                self._tell(tracker, failure)
+            tracker.close(failed=error is not None)
 
     def advance(self, steps_done: int) -> None:
         """Move the progress bar."""
@@ -95,7 +92,7 @@ class MetricLog:
         done = int(record["step"])
         left = (time.monotonic() - self._started) / max(1, done - self._first_step) * (self._last_step - done)
         self.say(
-            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.2f} eta {_span(left)}  "
+            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {_span(left)}  "
             f"{console_line(record)}"
         )
 
@@ -117,30 +114,26 @@ class MetricLog:
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
-            try:
-                tracker.write(named, step)
-                self._failing.discard(tracker.name)
-            except Exception as failure:
-                self._tell(tracker, failure)
-
-    def _tell(self, tracker: Tracker, failure: Exception) -> None:
-        """Say once that a place cannot be written to, and again where it could be in between."""
-        if tracker.name not in self._failing:
-            self._failing.add(tracker.name)
-            said = " ".join(str(failure).split())
-            self.say(f"{tracker.name}: records are lost, and the run goes on: {type(failure).__name__}: {said}")
+            tracker.write(named, step)
 
 
 def console_line(record: Mapping[str, float]) -> str:
-    """Return the numbers of a training record that a person watches; with its place in the run under 160 columns."""
-    waited = f"data wait {record['data_wait_max']:.2f} s"
+    """Return the numbers of a training record that a person watches; with its place in the run under 160 columns.
+
+    wait: for data, of the rank that waited longest.
+    """
+    waited = f"wait {_rounded(record['data_wait_max'])} s"
     if record["data_wait_min"] < record["data_wait_max"]:
         waited += f" (rank {record['data_wait_rank']})"
     return (
         f"loss {record['loss']:.4g} (clip {record['clip']:.4g} distill {record['distill']:.4g})  "
-        f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.2e} "
-        f"grad {record['grad_norm']:.3g}  {record['samples_per_second']:.5g} samples/s  {waited}"
+        f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
+        f"grad {record['grad_norm']:.3g}  {_rounded(record['samples_per_second'])} samples/s  {waited}"
     )
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _span(seconds: float) -> str:
