@@ -119,9 +119,10 @@ class LineFile:
         """Cut off the part of the lines that was written, unless another process has appended since."""
         with suppress(OSError):
             added = os.fstat(file).st_size - before
+            torn, self._torn = self._torn, self._torn or added > 0
             if 0 < added < most:
                 os.ftruncate(file, before)
-            self._torn = os.fstat(file).st_size != before
+                self._torn = torn
 
 
 def make_folder(folder: Path) -> None:
