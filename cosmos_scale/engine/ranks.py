@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
-from cosmos_scale.engine.comm_memory import check_room, delete_name
+from cosmos_scale.engine.comm_memory import check_room, delete_name, sweep
 from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
@@ -77,6 +77,8 @@ def _start(use_cuda: bool, level: str) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     if not use_cuda:
+        if local_rank == 0:
+            sweep()
         check_room()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
