@@ -23,11 +23,15 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
         status = main()
     except SystemExit as end:  # of argparse
         status = _status(end)
+    except KeyboardInterrupt:
+        status = 130  # as shells number it
     except BaseException:
         _show_error()
     for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]
         try:
             step()
+        except KeyboardInterrupt:
+            continue  # do not wait for this any longer
         except BaseException:
             _show_error()
             status = status or 1
