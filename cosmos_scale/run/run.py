@@ -53,9 +53,9 @@ class Run:
         world = f"{self.ranks.world_size} rank{'s' if self.ranks.world_size > 1 else ''}"
         lines = [
             *self.said,
-            f"{self.opened.folder}: {origin}",
-            f"{self.opened.index.epoch_samples} samples and {self.loader.steps_per_epoch} steps an epoch, {steps}, "
-            f"global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
+            f"{self.opened.folder}: {origin}; {self.opened.index.epoch_samples} samples and "
+            f"{self.loader.steps_per_epoch} steps an epoch",
+            f"{steps}, global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
             f"{self.config.precision}, ZeRO {self.config.zero.stage})",
         ]
         return "\n".join(lines)
