@@ -20,6 +20,7 @@ from cosmos_scale.checkpoint.files import TensorFile
 from cosmos_scale.checkpoint.state import RunState, checkpoint_name, load_checkpoint, newest, read_manifest
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.cli.arguments import positive
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.engine.pair import drawn_pair
@@ -143,7 +144,7 @@ def measure(training: Training, config: RunConfig, ranks: Ranks, root: Path, rou
     return times, size
 
 
-def main() -> None:
+def main() -> int:
     parser = argument_parser(
         "checkpoint", __doc__ or "", ["", "--model tiny --rounds 4", "--batch 4 --json stall.json"]
     )
@@ -196,7 +197,8 @@ def main() -> None:
         Figure("checkpoint_verify_rate", size / 1e6 / median["verifications"], "MB/s", f"reading alone; {cached}"),
     ]
     report(f"Checkpoints of {title}", figures, arguments.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.memory import MemoryRow, state_memory, total_bytes
 from cosmos_scale.engine.pair import drawn_pair
@@ -235,7 +236,7 @@ def _sharded(parameters: Iterable[Any]) -> Iterator[Tensor]:
     return (parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor"))
 
 
-def main() -> None:
+def main() -> int:
     """Run the benchmark."""
     arguments = argument_parser("memory", __doc__ or "", ["", "--json memory.json"]).parse_args()
     figures: list[Figure] = []
@@ -267,7 +268,8 @@ def main() -> None:
         saved = f"{title}: {1 - measured.step / whole:.0%} less than with all kept"
         figures.append(Figure(name, measured.step / MIB, "MiB", f"peak of a step, batch {MUCH.samples}; {saved}"))
     report("Memory per rank", figures, arguments.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

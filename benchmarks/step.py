@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Batch
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.jobs import progress_bar
@@ -278,4 +279,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

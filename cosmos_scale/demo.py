@@ -27,6 +27,7 @@ from rich.table import Table
 
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.cli.arguments import path
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.main import exit_status
 from cosmos_scale.config import RetrievalConfig, RunConfig
 from cosmos_scale.config.load import load_config
@@ -317,4 +318,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -2,10 +2,12 @@
 
 import errno
 import functools
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from cosmos_scale.errors import UserError
 # What a file system says that lacks locks, or the fsync of folders.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
+
+MOST_LINES_KEPT = 100_000  # of a LineFile, while they cannot be written
+
+_LOG = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -48,6 +54,76 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+class LineFile:
+    """A file to append lines to, whose failures end nothing: lines wait in memory until they can be written.
+
+    A failure is told once, and so is its end. Several processes may append to one file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: deque[bytes] = deque()
+        self._dropped = 0
+        self._failing = False
+        self._torn = False  # the file ends in a part of a line, which cannot be taken back
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Write lines, without their ends, after those that wait; of too many that wait the oldest are dropped."""
+        self._waiting += (line.encode() + b"\n" for line in lines)
+        try:
+            self._write()
+        except OSError as error:
+            while len(self._waiting) > MOST_LINES_KEPT:
+                self._waiting.popleft()
+                self._dropped += 1
+            if not self._failing:
+                self._failing = True
+                reason = error.strerror or str(error)
+                _LOG.warning(
+                    "%s: cannot be written: %s; its lines are kept until it can, work goes on", self.path, reason
+                )
+            return
+        if self._failing:
+            lost = f"; {self._dropped} lines are lost" if self._dropped else ""
+            _LOG.warning("%s: is written again%s", self.path, lost)
+            self._failing, self._dropped = False, 0
+
+    def close(self) -> None:
+        """Try the lines that wait a last time."""
+        if self._waiting:
+            self.append([])
+        if count := len(self._waiting) + self._dropped:
+            _LOG.warning("%s: cannot be written still; %s lines are lost", self.path, count)
+
+    def _write(self) -> None:
+        """Write all lines that wait, in one write, so that processes do not cut each other's lines; raises OSError."""
+        if not self._waiting:
+            return
+        data = b"\n" * self._torn + b"".join(self._waiting)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Opened each time: a handle may be of a file that is gone, or of a server that has restarted.
+        with self.path.open("ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                written = file.write(data)
+                if written < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._take_back(file.fileno(), before, len(data))
+                raise
+        self._waiting.clear()
+        self._torn = False
+
+    def _take_back(self, file: int, before: int, most: int) -> None:
+        """Cut off the part of the lines that was written, unless another process has appended since."""
+        with suppress(OSError):
+            added = os.fstat(file).st_size - before
+            torn, self._torn = self._torn, self._torn or added > 0
+            if 0 < added < most:
+                os.ftruncate(file, before)
+                self._torn = torn
 
 
 def make_folder(folder: Path) -> None:

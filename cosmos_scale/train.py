@@ -25,8 +25,13 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         progress.say(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
-        ahead = Lookahead(run.loader, ranks, stop, progress.say, first=step, last=last_step)
-        for batch, wait_seconds in ahead:
+        ahead = Lookahead(
+            run.loader, ranks, stop, progress.say, first=step, last=last_step, unsaved=checkpoints.unsaved
+        )
+        for batch, wait_seconds, unsaved in ahead:
+            if unsaved:
+                with progress.pause():
+                    checkpoints.save_again()
             lr = learning_rate(step, config.optimizer, run.total_steps)
             momentum = ema_momentum(step, config.ema, run.total_steps)
             output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)
@@ -43,14 +48,16 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         progress.read_pending()
         if step > run.first_step:
             checkpoints.save(run.state(step))
-            progress.say(f"checkpoint: {checkpoints.wait()}")
+            progress.say(f"checkpoint: {checkpoints.finish()}")
         if run.first_step < step == last_step:
             run.opened.evaluations.run_all(step, student, teacher, progress)
 
 
 if __name__ == "__main__":
     import sys
+    from functools import partial
 
+    from cosmos_scale.cli.leave import leave_after
     from cosmos_scale.cli.main import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    leave_after(partial(main, ["train", *sys.argv[1:]]))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import (
     CaptionsConfig,
     DataConfig,
@@ -382,4 +383,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.report import Figure, report
 from cosmos_scale.batch import Batch
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import ModelConfig, RunConfig
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
@@ -258,4 +259,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

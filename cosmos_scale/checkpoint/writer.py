@@ -7,6 +7,7 @@ ranks and then turns the folder into a checkpoint.
 
 import errno
 import json
+import logging
 import shutil
 import threading
 import time
@@ -28,10 +29,13 @@ from cosmos_scale.checkpoint.state import (
     step_of,
     write_manifest,
 )
+from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import sync_folder, whole_file
 from cosmos_scale.fragments import Fragment
+
+_LOG = logging.getLogger(__name__)
 
 POLL = 0.05  # seconds between looks for the other ranks' files
 SEEN_WITHIN = 60.0  # seconds after which a file that another rank has written must be seen here
@@ -40,6 +44,9 @@ LAST_SECONDS = 10.0  # given to the checkpoint under way after an error that oth
 
 class CheckpointWriter:
     """Saves a run's checkpoints, one at a time, and deletes old checkpoints that need not stay.
+
+    A checkpoint that cannot be written is told, and the run goes on: `save_again` writes it once more from its copy.
+    `checkpoint.failures` of them in a row raise UserError.
 
     A context: its end waits for the checkpoint under way; after an error that other ranks may not have, it waits only
     LAST_SECONDS. Holds a copy of what this rank saves: 16 bytes for each of its elements.
@@ -53,20 +60,34 @@ class CheckpointWriter:
         self._fragments = [fragment for fragment in fragments if fragment.owned]
         self._group, self._rank, self._world_size = group, dist.get_rank(group), dist.get_world_size(group)
         self._config = config
+        self._lock = SavingLock(root)
         self._copies = self._allocate()
         self._thread: threading.Thread | None = None
         self._saving: Path | None = None
+        self._state: RunState | None = None  # of the copies
         self._error: str | None = None
+        self._failures = 0  # in a row
         self._written = threading.Event()  # this rank's file, or else `_error` says why not
         self._all_written = threading.Event()
         self._given_up = threading.Event()
 
     def __enter__(self) -> "CheckpointWriter":
+        if self._rank == 0 and self.root.is_dir():
+            with suppress(OSError):  # of a disk that is full, or away for a while
+                remove_unfinished(self.root, self._lock)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self._leave(kind, error)
+        finally:
+            with suppress(OSError):
+                self._lock.release()
+
+    def _leave(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        """Wait for the checkpoint under way as long as is right after an error of this kind."""
         if kind is None:
             self.wait()
         elif issubclass(kind, UserError):  # which all ranks raise together
@@ -79,65 +100,123 @@ class CheckpointWriter:
             # whole.
             self._thread.join(LAST_SECONDS)
 
+    def unsaved(self) -> bool:
+        """Whether this rank knows that the checkpoint under way cannot be written; other ranks may not know yet."""
+        return self._error is not None
+
     def save(self, state: RunState) -> None:
         """Copy this rank's fragments and start writing them as the checkpoint of a step; collective.
 
         The step that was saved last is not saved again: a run that stops right after a checkpoint asks for its step
-        twice. Raises UserError on every rank where the checkpoint before could not be written, or where the new
-        folder cannot be made.
+        twice. Raises UserError on every rank where the checkpoint before is one failure too many.
         """
-        final = self.root / checkpoint_name(state.step)
-        if final == self._saving:
+        if self.root / checkpoint_name(state.step) == self._saving and not self._agree(self._error):
             return
-        self.wait()
-        temporary = final.with_suffix(".tmp")
-        error = None
-        if self._rank == 0:
-            try:
-                for abandoned in self.root.glob("step-*.tmp"):  # of runs that were killed while they saved
-                    shutil.rmtree(abandoned, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            except OSError as failure:
-                error = f"checkpoint {temporary}: {_reason(failure)}"
-        self._raise_together(error)
+        self._settle_or_tell()
         for fragment, copies in zip(self._fragments, self._copies, strict=True):
             for kind, tensor in fragment.tensors().items():
                 copies[kind].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._saving, self._error = final, None
-        for event in (self._written, self._all_written, self._given_up):
-            event.clear()
-        self._thread = threading.Thread(target=self._write, args=(temporary, final, state), daemon=True)
-        self._thread.start()
+        self._begin(state)
+
+    def save_again(self) -> None:
+        """Where the first checkpoint in a row failed, start to write it again from its copy; collective.
+
+        Raises UserError on every rank where it is one failure too many.
+        """
+        state = self._state
+        if self._settle_or_tell() and self._failures == 1 and state is not None:
+            self._begin(state)
+
+    def finish(self) -> Path | None:
+        """Wait for the run's last checkpoint, which is written again as often as may fail in a row; collective.
+
+        Returns the checkpoint saved last, None before the first. Raises UserError on every rank where it is lost.
+        """
+        state = self._state
+        while self._settle_or_tell() and state is not None:
+            self._begin(state)
+        return self._saving
 
     def wait(self) -> Path | None:
         """Wait for the checkpoint under way; returns the checkpoint saved last, None before the first; collective.
 
         Raises UserError on every rank where any rank could not write; earlier checkpoints stay as they are.
         """
-        if self._thread is None:
-            return self._saving
-        thread, self._thread = self._thread, None
-        final, self._saving = self._saving, None
-        assert final is not None
+        if failure := self._settle():
+            raise UserError(_untouched(failure))
+        return self._saving
+
+    def _settle_or_tell(self) -> str | None:
+        """Wait for the checkpoint under way and return what failed, which is told; collective.
+
+        Raises UserError on every rank where it is one failure too many.
+        """
+        failure = self._settle()
+        if failure is None:
+            return None
+        if self._failures >= self._config.failures:
+            count = f"; {self._failures} failed in a row (checkpoint.failures)" if self._failures > 1 else ""
+            raise UserError(_untouched(failure) + count)
+        if self._rank == 0:
+            count = f"failure {self._failures}, {self._config.failures} in a row end the run"
+            _LOG.warning("%s; %s", _untouched(failure), count)
+        return failure
+
+    def _settle(self) -> str | None:
+        """Wait for the checkpoint under way; return why it could not be written, the same on all ranks; collective."""
+        final = self._saving
+        if self._state is None or final is None:
+            return None
+        thread, self._thread, self._state, self._saving = self._thread, None, None, None
         try:
             self._written.wait()
-            self._raise_together(self._error)
-            self._all_written.set()
-            thread.join()
-            self._raise_together(self._error)
-        except UserError:
-            self._given_up.set()  # the first rank would wait for a file that will not come
-            thread.join()
-            if self._rank == 0:  # nobody can use an unfinished folder, and the disk may be full
-                shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
-            raise
+            failure = self._agree(self._error)
+            if failure is None:
+                self._all_written.set()
+                if thread is not None:
+                    thread.join()
+                failure = self._agree(self._error)
         except Exception:  # another rank has ended, perhaps before its file was written
-            thread.join(LAST_SECONDS)
+            if thread is not None:
+                thread.join(LAST_SECONDS)
             raise
-        self._saving = final
-        return final
+        self._error = None
+        if failure is None:
+            if self._failures and self._rank == 0:
+                _LOG.warning("checkpoint %s: could be written now", final)
+            self._saving, self._failures = final, 0
+            return None
+        self._failures += 1
+        self._given_up.set()  # the first rank would wait for a file that will not come
+        if thread is not None:
+            thread.join()
+        if self._rank == 0:  # nobody can use an unfinished folder, and the disk may be full
+            shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
+        return failure
+
+    def _begin(self, state: RunState) -> None:
+        """Make the folder, which may fail as a write may, and start to write the copies there; collective."""
+        final = self.root / checkpoint_name(state.step)
+        temporary = final.with_suffix(".tmp")
+        failure = None
+        if self._rank == 0:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(self.root, self._lock)
+                temporary.mkdir()
+            except OSError as error:
+                failure = f"checkpoint {temporary}: {_reason(error)}"
+        self._error = self._agree(failure)
+        self._saving, self._state = final, state
+        for event in (self._written, self._all_written, self._given_up):
+            event.clear()
+        if self._error is not None:
+            self._written.set()
+            return
+        self._thread = threading.Thread(target=self._write, args=(temporary, final, state), daemon=True)
+        self._thread.start()
 
     def _write(self, temporary: Path, final: Path, state: RunState) -> None:
         """In the thread: write this rank's file; on the first rank, then make the folder a checkpoint."""
@@ -219,12 +298,15 @@ class CheckpointWriter:
             for fragment in self._fragments
         ]
 
-    def _raise_together(self, error: str | None) -> None:
+    def _agree(self, error: str | None) -> str | None:
+        """Return the lowest failing rank's error on every rank; collective."""
         errors: list[str | None] = [None] * self._world_size
         dist.all_gather_object(errors, error, group=self._group)
-        failed = next((text for text in errors if text is not None), None)
-        if failed is not None:
-            raise UserError(f"{failed}; the previous checkpoints are untouched")
+        return next((text for text in errors if text is not None), None)
+
+
+def _untouched(failure: str) -> str:
+    return f"{failure}; the previous checkpoints are untouched"
 
 
 def _reason(failure: Exception) -> str:

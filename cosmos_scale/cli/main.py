@@ -9,12 +9,16 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from typing import NoReturn
 
 from cosmos_scale import __version__
 from cosmos_scale.cli import checkpoint, configs, data, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import with_examples
+from cosmos_scale.cli.leave import leave_after
+from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of
 
@@ -33,6 +37,11 @@ examples:
 """
 
 
+def program() -> NoReturn:
+    """The command `cosmos-scale`: run `main` on the process's arguments and leave with its status."""
+    leave_after(main)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
@@ -47,17 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_status(label: str, command: Callable[[], int]) -> int:
     """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
 
-    The command's own status; 2 where it raises UserError, which is printed on one line after the label, or where too
-    few open files are allowed; 130 where it is interrupted, which is printed too; 141 where the reader of its output
-    leaves early.
+    The command's own status; 2 where it raises UserError, which is printed on one line after the label, where too few
+    open files are allowed, or where its output cannot be written; 130 where it is interrupted, which is printed too;
+    141 where the reader of its output leaves early.
     """
     spell_out()
     try:
-        status = command()
-        sys.stdout.flush()
-        return status
+        with told_output():
+            return command()
     except UserError as error:
-        print(f"{label}: {error}", file=sys.stderr)
+        _tell(f"{label}: {error}")
         return 2
     except BrokenPipeError:  # the reader of the output (head, a pager) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
@@ -65,10 +73,10 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-        print(f"{label}: {reason_of(error)}", file=sys.stderr)
+        _tell(f"{label}: {reason_of(error)}")
         return 2
     except KeyboardInterrupt:
-        print(f"{label}: interrupted", file=sys.stderr)
+        _tell(f"{label}: interrupted")
         return 130
 
 
@@ -77,6 +85,11 @@ def spell_out() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # of a standard error that nobody reads
+        print(line, file=sys.stderr, flush=True)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -129,4 +142,4 @@ _DESCRIPTION = "Pre-training of COSMOS vision-language models on DeepSpeed."
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -1,13 +1,13 @@
 """The command `cosmos-scale train`: its arguments, the start of the ranks, and what it prints where training fails."""
 
 import argparse
-import io
 import logging
 import os
 import sys
 from pathlib import Path
 
 from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
+from cosmos_scale.cli.output import lasting_output
 from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
@@ -72,11 +72,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
     from cosmos_scale.config.load import load_config
+    from cosmos_scale.engine.messages import limit_messages
     from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 
     ranks = None
     try:
         config = load_config(run_file(arguments.file), arguments.overrides)
+        limit_messages(config.log.level)
         read_rank_variables()
         # These imports take seconds. The config comes first, so that its mistakes are told at once.
         from cosmos_scale.engine.ranks import start_ranks
@@ -86,16 +88,15 @@ def _train(arguments: argparse.Namespace) -> int:
         from cosmos_scale.train import train
 
         if arguments.dry_run:
-            if isinstance(sys.stdout, io.TextIOWrapper):
-                sys.stdout.reconfigure(errors="backslashreplace")  # a run may have a name that the terminal cannot show
             explain(config, arguments.world_size)
             look_before_launch(config, arguments.world_size)
             return 0
-        ranks = start_ranks(config.device)
-        if ranks.is_main:
-            _print_choices()
-        with StopRequest(config.train.max_minutes) as stop:
-            train(config, ranks, stop)
+        with lasting_output():
+            ranks = start_ranks(config.device, config.log.level)
+            if ranks.is_main:
+                _print_choices()
+            with StopRequest(config.train.max_minutes) as stop:
+                train(config, ranks, stop)
         return 0
     except WrongRankVariable:
         raise
@@ -117,8 +118,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _print_choices() -> None:
     """Print what the package's modules choose by themselves, such as the back end of attention."""
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.basicConfig(handlers=[_PrintingHandler()], format="%(message)s")
     logging.getLogger("cosmos_scale").setLevel(logging.INFO)
+
+
+class _PrintingHandler(logging.Handler):
+    """Prints messages to what standard output is at that moment: a progress bar takes its place for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 def _print_lost_contact(error: Exception, rank: str, checkpoints: Path) -> None:

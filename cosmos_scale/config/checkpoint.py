@@ -20,6 +20,13 @@ class CheckpointConfig(Section):
         description="steps; checkpoints at multiples of this number are never deleted; null: none are kept for good",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
+    failures: int = Field(
+        3,
+        ge=1,
+        description="checkpoints in a row that could not be written, at which the run ends; after the first it is "
+        "written again at once",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     at_start: bool = Field(
         False, description="whether to write a checkpoint of step 0 too", json_schema_extra=RESUME_MAY_CHANGE
     )

@@ -22,7 +22,7 @@ class WandbConfig(Section):
 
 
 class LogConfig(Section):
-    """What is written down; metrics.jsonl is always written."""
+    """What is written down; metrics.jsonl always, each record with its `time` in seconds since 1970 (UTC)."""
 
     every: int = Field(
         10,
@@ -36,6 +36,12 @@ class LogConfig(Section):
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     wandb: WandbConfig | None = Field(None, json_schema_extra=RESUME_MAY_CHANGE)
+    level: Literal["info", "warning", "error"] = Field(
+        "error",
+        description="least level of the messages of torch and DeepSpeed that are shown; of levels below error those "
+        "of rank 0 alone",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     progress: bool = Field(
         True, description="whether to show a progress bar on a terminal", json_schema_extra=RESUME_MAY_CHANGE
     )

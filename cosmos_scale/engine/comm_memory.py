@@ -1,12 +1,67 @@
 """The shared memory of DeepSpeed's communication for ranks on CPUs: room for it before, its names deleted after."""
 
+import logging
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
 
+_LOG = logging.getLogger(__name__)
+
 _FOLDER = Path("/dev/shm")
+_PROCESSES = Path("/proc")
+_NAME = "deepspeed_allreduce_buffer_"
+_YOUNG = 10.0  # seconds in which a launch's ranks open the memory of each other; a container may hide its processes
 _BYTES = 66 * 2**20 + 8  # of each rank: struct allreduce_workspace in DeepSpeed's csrc/cpu/comm/shm.cpp
+
+
+def sweep() -> None:
+    """Delete this user's shared memory that no process has open any more: ended launches left it. Says so."""
+    left = []
+    for path in _FOLDER.glob(f"{_NAME}{os.getuid()}_*"):
+        try:
+            status = path.stat()
+        except OSError:  # another launch sweeps too
+            continue
+        if status.st_uid == os.getuid() and time.time() - status.st_mtime > _YOUNG:
+            left.append((path, status.st_size))
+    in_use = _opened() if left else set()
+    removed = [(path, size) for path, size in left if in_use is not None and str(path) not in in_use]
+    for path, _ in removed:
+        path.unlink(missing_ok=True)
+    if removed:
+        size = sum(size for _, size in removed) / 2**20
+        _LOG.warning("%s: removed %d files (%.0f MiB) that ended launches left", _FOLDER, len(removed), size)
+
+
+def _opened() -> set[str] | None:
+    """Return the shared memory that any process has mapped or open; None where that cannot be told."""
+    found: set[str] = set()
+    for process in _PROCESSES.iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            lines = (process / "maps").read_text(errors="replace").splitlines()
+            found.update(line[line.index("/") :] for line in lines if _NAME in line)
+            for descriptor in (process / "fd").iterdir():
+                with suppress(FileNotFoundError):  # it was closed meanwhile
+                    found.add(os.readlink(descriptor))
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            continue
+        except OSError:  # of another user, or one with more rights
+            if _may_be_rank(process):
+                return None
+    return found
+
+
+def _may_be_rank(process: Path) -> bool:
+    """Whether a process that cannot be looked at runs Python and is this user's."""
+    try:
+        return process.stat().st_uid == os.getuid() and b"python" in (process / "cmdline").read_bytes()
+    except OSError:  # it ended meanwhile
+        return False
 
 
 def check_room() -> None:
@@ -46,4 +101,4 @@ def _in_use() -> bool:
 def _file() -> Path:
     """The file of this rank's shared memory, as DeepSpeed's shm_initialize names it."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    return _FOLDER / f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{os.environ['RANK']}"
+    return _FOLDER / f"{_NAME}{os.getuid()}_{address}_{port}_{os.environ['RANK']}"

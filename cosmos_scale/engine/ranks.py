@@ -2,12 +2,9 @@
 
 import atexit
 import contextlib
-import functools
 import io
-import logging
 import os
 import socket
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
-from cosmos_scale.engine.comm_memory import check_room, delete_name
+from cosmos_scale.engine.comm_memory import check_room, delete_name, sweep
 from cosmos_scale.engine.gpu_memory import use_expandable_segments
 from cosmos_scale.engine.meeting import meet
+from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores
@@ -42,29 +40,41 @@ class Ranks:
         return self.rank == 0
 
 
-@functools.cache
-def start_ranks(device: str) -> Ranks:
+_started: list[Ranks] = []  # the ranks of this process, once they have started
+
+
+def start_ranks(device: str, level: str = "error") -> Ranks:
     """Join the process group named by the launcher's environment, or make a group of one.
 
     The group lasts as long as the process, since DeepSpeed keeps the first group that it sees; a second call returns
     the same ranks.
 
-    device: auto, cpu or cuda. Raises UserError where cuda is asked for and absent, or shared memory is too
-    small for ranks on CPUs.
+    device: auto, cpu or cuda. level: least level of the messages of torch and DeepSpeed that are shown. Raises
+    UserError where cuda is asked for and absent, where the ranks have started on another device, or where shared
+    memory is too small for ranks on CPUs.
     """
     use_cuda = choose_device(device).type == "cuda"
-    # DeepSpeed still calls torch's collectives by their old names.
-    warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
+    if not _started:
+        _started.append(_start(use_cuda, level))
+    (ranks,) = _started
+    if (ranks.device.type == "cuda") != use_cuda:
+        raise UserError(f"device: {device!r}, but this process's ranks have started on {ranks.device.type}")
+    return ranks
+
+
+def _start(use_cuda: bool, level: str) -> Ranks:
+    limit_messages(level)
     use_own_environment()
     import deepspeed  # here, since it takes seconds and --help should not
 
-    # DeepSpeed warns that it was not tested with our optimizer; our tests do test both together.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    local_rank = _use_own_device() if use_cuda else 0
+    limit_messages(level)  # of DeepSpeed's logger, which the import has set up
+    local_rank = _use_own_device() if use_cuda else int(os.environ.get("LOCAL_RANK", "0"))
     backend = "nccl" if use_cuda else "gloo"
     if not dist.is_initialized():
         _join(backend)
     if not use_cuda:
+        if local_rank == 0:
+            sweep()
         check_room()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

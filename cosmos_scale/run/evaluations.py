@@ -49,6 +49,7 @@ class Evaluations:
         self._setting = Setting.of_run(config, ranks.rank, ranks.world_size, ranks.device)
         self._evaluators: list[Evaluator] = []
         self._failures: Counter[str] = Counter()  # by evaluator, since the start of this process
+        self.unopened: list[str] = []  # the names of those whose data a resumed run does without for now
         for section in config.eval:
             if section.every:
                 try:
@@ -57,6 +58,7 @@ class Evaluations:
                     if not resumed:
                         raise UserError(f"eval.{section.name}: {error}") from error
                     self._evaluators.append(_OpenedWhenDue(section, self._setting))
+                    self.unopened.append(section.name)
                     said = f"eval.{section.name}: cannot be opened now, the next try is its next evaluation: {error}"
                     print(f"rank {ranks.rank}: {said}", file=sys.stderr)
 

@@ -129,7 +129,9 @@ def _data_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _output_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "writes to", str(config.output / config.name)
     every = f"every {counted(config.checkpoint.every, 'step')} and " if config.checkpoint.every else ""
-    yield "checkpoints", f"{every}at the end; the last {config.checkpoint.keep_last} are kept"
+    kept = config.checkpoint.keep_every
+    for_good = "" if kept is None else f", and all at multiples of {kept:,} steps"
+    yield "checkpoints", f"{every}at the end; the last {config.checkpoint.keep_last} are kept{for_good}"
     start = f"weights of {config.init_from}" if config.init_from else "freshly drawn weights"
     yield "starts from", start if config.resume == "never" else f"resume: {config.resume}, else {start}"
     for evaluator in config.eval:

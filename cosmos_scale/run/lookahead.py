@@ -56,10 +56,15 @@ class Loader(Protocol):
 
 
 class Fetched(NamedTuple):
-    """A batch on the device, of a step that all ranks take. wait_seconds: how long this rank waited for its batch."""
+    """A batch on the device, of a step that all ranks take.
+
+    wait_seconds: how long this rank waited for its batch. unsaved: whether any rank says that it could not save; the
+    same on all ranks.
+    """
 
     batch: Batch
     wait_seconds: float
+    unsaved: bool
 
 
 class Lookahead:
@@ -72,13 +77,22 @@ class Lookahead:
     """
 
     def __init__(
-        self, loader: Loader, ranks: Ranks, stop: StopRequest, say: Callable[[str], None], *, first: int, last: int
+        self,
+        loader: Loader,
+        ranks: Ranks,
+        stop: StopRequest,
+        say: Callable[[str], None],
+        *,
+        first: int,
+        last: int,
+        unsaved: Callable[[], bool],
     ) -> None:
-        """first: steps done. last: steps done at the end. say: is told of lost shards."""
+        """first: steps done. last: steps done at the end. say: is told of lost shards. unsaved: asked at each step."""
         self._loader = loader
         self._ranks = ranks
         self._stop = stop
         self._say = say
+        self._unsaved = unsaved
         self._step, self._last = first, last
         # Kept to the end, so that loader processes are shut down after the last checkpoint: that may take long.
         self._batches = loader.batches(first)
@@ -93,7 +107,8 @@ class Lookahead:
             start = time.perf_counter()
             batch, lost, error = self._fetch()
             waited += time.perf_counter() - start
-            failed, stop, any_lost = maxima([error is not None, self._stop.wanted, bool(lost)], self._ranks)
+            here = [error is not None, self._stop.wanted, bool(lost), self._unsaved()]
+            failed, stop, any_lost, unsaved = maxima(here, self._ranks)
             if failed:
                 raise_together(self._ranks, error)
             if stop:
@@ -104,7 +119,7 @@ class Lookahead:
                 continue
             assert batch is not None
             self._step += 1
-            return Fetched(batch, waited)
+            return Fetched(batch, waited, bool(unsaved))
         raise StopIteration
 
     def _give_up(self, lost: Mapping[str, str]) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
-import secrets
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,28 +14,40 @@ from rich.table import Table
 
 from cosmos_scale.config import LogConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import replace_file
-
-METRICS_FILE = "metrics.jsonl"
+from cosmos_scale.files import LineFile, make_folder, replace_file
+from cosmos_scale.run.folder import METRICS_FILE
+from cosmos_scale.run.trackers import KeptRecords, open_trackers
 
 
 class MetricLog:
-    """Writes the records of training and evaluation, each with its step; on the main rank only. A context manager."""
+    """Writes the records of training and evaluation, each with its step; on the main rank only. A context manager.
+
+    Nothing that it writes to ends the run: what fails is told once, and tried again with each record.
+    """
 
     def __init__(
-        self, folder: Path, config: LogConfig, *, name: str, run_config: dict[str, Any], first_step: int, last_step: int
+        self,
+        folder: Path,
+        config: LogConfig,
+        *,
+        name: str,
+        run_config: Mapping[str, Any],
+        first_step: int,
+        last_step: int,
+        steps_per_epoch: int,
     ) -> None:
         """Open all files and services.
 
         first_step: steps done before. Records of later steps are dropped, since the run takes these steps again.
-        Raises UserError where they cannot be dropped.
+        Raises UserError where they cannot be dropped, or where a file or service cannot be opened.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / METRICS_FILE
-        _drop_from(self._path, first_step)
-        self._file = self._path.open("a")
-        self._tensorboard = _tensorboard(folder, first_step) if config.tensorboard else None
-        self._wandb = _wandb(folder, config, name, run_config) if config.wandb else None
+        self._first_step, self._last_step, self._steps_per_epoch = first_step, last_step, steps_per_epoch
+        make_folder(folder)
+        _drop_from(folder / METRICS_FILE, first_step)
+        self._file = LineFile(folder / METRICS_FILE)
+        trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step)
+        self._announcements = [tracker.announcement for tracker in trackers if tracker.announcement]
+        self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
         console = Console()
         self._progress = Progress(
             TextColumn("training"),
@@ -48,9 +60,13 @@ class MetricLog:
             disable=not (config.progress and console.is_terminal),
         )
         self._task = self._progress.add_task("training", total=last_step, completed=first_step, loss="-")
+        self._started = time.monotonic()
 
     def __enter__(self) -> "MetricLog":
         self._progress.start()
+        for line in self._announcements:
+            self.say(line)
+        self._started = time.monotonic()
         return self
 
     def __exit__(
@@ -58,10 +74,8 @@ class MetricLog:
     ) -> None:
         self._progress.stop()
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     def advance(self, steps_done: int) -> None:
         """Move the progress bar."""
@@ -75,7 +89,12 @@ class MetricLog:
         """Write one training record (its keys are made in `progress.py`) and print its console line."""
         self._progress.update(self._task, loss=f"{record['loss']:.3f}")
         self._write(record, "train")
-        self.say(console_line(record))
+        done = int(record["step"])
+        left = (time.monotonic() - self._started) / max(1, done - self._first_step) * (self._last_step - done)
+        self.say(
+            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {_span(left)}  "
+            f"{console_line(record)}"
+        )
 
     def evaluation(self, step: int, results: dict[str, dict[str, float]], table: Table) -> None:
         """Write evaluation results ({model: {metric: value}}) and print their table."""
@@ -91,28 +110,40 @@ class MetricLog:
         step = int(record["step"])
         # JSON has no nan, so that the loss of a skipped step is null.
         written = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._file.write(json.dumps({"kind": prefix, **written}) + "\n")
-        self._file.flush()
+        entry = {"kind": prefix, "time": round(time.time(), 3), **written}  # seconds since 1970, UTC
+        self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
-        if self._tensorboard is not None:
-            for key, value in named.items():
-                self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(named, step=step)
+        for tracker in self._trackers:
+            tracker.write(named, step)
 
 
-def console_line(record: dict[str, float]) -> str:
-    """Return the numbers of a training record that a person watches, on one line."""
-    waited = f"data wait {record['data_wait_min']:.3f}-{record['data_wait_max']:.3f} s"
+def console_line(record: Mapping[str, float]) -> str:
+    """Return the numbers of a training record that a person watches; with its place in the run under 160 columns.
+
+    wait: for data, of the rank that waited longest.
+    """
+    waited = f"wait {_rounded(record['data_wait_max'])} s"
     if record["data_wait_min"] < record["data_wait_max"]:
         waited += f" (rank {record['data_wait_rank']})"
     return (
-        f"step {int(record['step']):6d}  loss {record['loss']:.4f} (clip {record['clip']:.4f} distill "
-        f"{record['distill']:.4f})  scale {record['scale']:.2f}/{record['distill_scale']:.2f}  lr {record['lr']:.2e}  "
-        f"momentum {record['momentum']:.4f}  grad {record['grad_norm']:.3f}  "
-        f"{record['samples_per_second']:.1f} samples/s  step {record['step_seconds_min']:.3f}-"
-        f"{record['step_seconds_max']:.3f} s  {waited}"
+        f"loss {record['loss']:.4g} (clip {record['clip']:.4g} distill {record['distill']:.4g})  "
+        f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
+        f"grad {record['grad_norm']:.3g}  {_rounded(record['samples_per_second'])} samples/s  {waited}"
     )
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def _span(seconds: float) -> str:
+    """Return a time to wait in its two largest units, such as 3d12h or 4m05s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
 def _drop_from(path: Path, step: int) -> None:
@@ -122,7 +153,10 @@ def _drop_from(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    before = path.read_bytes()
+    try:
+        before = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     kept = []
     for line in before.splitlines():
         try:
@@ -133,32 +167,3 @@ def _drop_from(path: Path, step: int) -> None:
     after = b"".join(kept)
     if after != before:  # where nothing is to be dropped, a full disk does no harm
         replace_file(path, after)
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # here: the import takes a second, and few runs need it
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-
-
-def _wandb(folder: Path, config: LogConfig, name: str, run_config: dict[str, Any]) -> Any:
-    import wandb  # here: the import takes a second, and few runs need it
-
-    assert config.wandb is not None
-    identity = folder / "wandb_id"
-    if not identity.exists():  # a resumed run continues the same record
-        identity.write_text(secrets.token_hex(4))
-    mode: Any = config.wandb.mode or os.environ.get("WANDB_MODE")
-    try:
-        return wandb.init(
-            project=config.wandb.project,
-            name=name,
-            id=identity.read_text(),
-            resume="allow",
-            dir=str(folder),
-            mode=mode,
-            config=run_config,
-        )
-    except wandb.errors.Error as failure:
-        said = " ".join(str(failure).split())
-        raise UserError(f"log.wandb: {said}; rule: log in, or set log.wandb.mode to offline") from failure

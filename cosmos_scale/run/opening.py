@@ -1,9 +1,6 @@
 """What a run needs, looked for in one order before anything is built: by a launch, and by the dry run."""
 
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,9 +19,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations, RankPlace
-
-# What a run writes to its folder, and whether it is a folder itself.
-WRITTEN = {"config.yaml": False, "metrics.jsonl": False, "damaged.jsonl": False, "checkpoints": True}
+from cosmos_scale.run.folder import CHECKPOINTS, check_folder
 
 
 class Look(NamedTuple):
@@ -90,7 +85,7 @@ class Opening:
     def _start(self) -> str:
         # A dry run may have no index: then only the checkpoint's data is not compared with it.
         index = self.index.fingerprint() if hasattr(self, "index") else None
-        self.start = find_start(self._config, self.folder / "checkpoints", index)
+        self.start = find_start(self._config, self.folder / CHECKPOINTS, index)
         if self.start.state is None:
             return "step 0, a new run"
         broken = f"; {len(self.start.broken)} newer ones are broken" if self.start.broken else ""
@@ -109,7 +104,8 @@ class Opening:
     def _evaluation(self) -> str:
         self.evaluations = Evaluations(self._config, self._ranks, self.folder, resumed=self._is_resumed)
         opened = [f"{section.name}: {section.describe()}" for section in self._config.eval if section.every]
-        return "; ".join(opened) or "none"
+        unopened = self.evaluations.unopened
+        return "; ".join([*opened, *([f"cannot be opened now: {', '.join(unopened)}"] if unopened else [])]) or "none"
 
     def _loaders(self) -> str:
         batches = ready_batches(self._config, self._ranks.world_size, self._ranks.device)
@@ -131,23 +127,5 @@ class Opening:
             raise UserError(f"init_from: {failure}") from failure
 
     def _output(self) -> str:
-        check_output(self.folder)
+        check_folder(self._config, self.folder)
         return f"{self.folder} can be written to"
-
-
-def check_output(folder: Path) -> None:
-    """Raise UserError where a run cannot write to its folder, which need not exist; leaves nothing behind."""
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-        for name, is_folder in WRITTEN.items():
-            if not (folder / name).exists():
-                continue
-            if not os.access(folder / name, os.W_OK):
-                raise UserError(f"output: {folder / name} cannot be written to: it is read-only for this user")
-            if (folder / name).is_dir() != is_folder:
-                kind = "file, but a run makes a folder" if is_folder else "folder, but a run writes a file"
-                raise UserError(f"output: {folder / name} is a {kind} of this name; rule: move it away")
-    except OSError as failure:
-        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure

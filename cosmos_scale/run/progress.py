@@ -16,6 +16,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
+from cosmos_scale.run.folder import CHECKPOINTS
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.step import StepOutput
 
@@ -83,6 +84,7 @@ class Progress:
         *,
         first_step: int,
         last_step: int,
+        steps_per_epoch: int,
         finish_saving: Callable[[], object],
     ) -> None:
         """finish_saving: waits until the checkpoint under way is whole; collective."""
@@ -101,6 +103,7 @@ class Progress:
                     run_config=config.model_dump(mode="json"),
                     first_step=first_step,
                     last_step=last_step,
+                    steps_per_epoch=steps_per_epoch,
                 )
             except UserError as failure:
                 error = failure
@@ -221,7 +224,7 @@ class Progress:
             self._finish_saving()  # or a good checkpoint would not be named
         except UserError as failure:
             unsaved = f"; and {failure}"
-        last = newest(self._folder / "checkpoints")
+        last = newest(self._folder / CHECKPOINTS)
         rule = "rule: non_finite: stop (skip goes on)"
         raise UserError(f"{what}; last good checkpoint: {last or 'none'}; {rule}{unsaved}")
 

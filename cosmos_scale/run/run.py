@@ -10,6 +10,7 @@ from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair
 from cosmos_scale.engine.ranks import Ranks
+from cosmos_scale.run.folder import CHECKPOINTS, DAMAGE_FILE
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.run.start import Opened, build_pair, open_run
 from cosmos_scale.words import counted
@@ -50,16 +51,19 @@ class Run:
         steps = f"steps {self.first_step + 1}-{self.last_step}"
         if self.first_step >= self.last_step:
             steps = f"nothing left to do at step {self.first_step} of {self.last_step}"
-        return "".join(f"{line}\n" for line in self.said) + (
+        world = counted(self.ranks.world_size, "rank")
+        lines = [
+            *self.said,
             f"{self.opened.folder}: {origin}; {counted(self.opened.index.epoch_samples, 'sample')} and "
-            f"{counted(self.loader.steps_per_epoch, 'step')} an epoch, {steps}, global batch "
-            f"{self.config.train.global_batch} on {counted(self.ranks.world_size, 'rank')} "
-            f"({self.ranks.device.type}, {self.config.precision}, ZeRO {self.config.zero.stage})"
-        )
+            f"{counted(self.loader.steps_per_epoch, 'step')} an epoch",
+            f"{steps}, global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
+            f"{self.config.precision}, ZeRO {self.config.zero.stage})",
+        ]
+        return "\n".join(lines)
 
     def writer(self) -> CheckpointWriter:
         """Return what writes the run's checkpoints, beside the training."""
-        folder = self.opened.folder / "checkpoints"
+        folder = self.opened.folder / CHECKPOINTS
         return CheckpointWriter(folder, self.pair.student.fragments, self.ranks.control, self.config.checkpoint)
 
     def progress(self, checkpoints: CheckpointWriter) -> Progress:
@@ -70,6 +74,7 @@ class Run:
             self.opened.folder,
             first_step=self.first_step,
             last_step=self.last_step,
+            steps_per_epoch=self.loader.steps_per_epoch,
             finish_saving=checkpoints.wait,
         )
 
@@ -103,7 +108,7 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
         opened.tokenizer,
         ranks.rank,
         ranks.world_size,
-        opened.folder / "damaged.jsonl",
+        opened.folder / DAMAGE_FILE,
         start.lost_shards,
         device=ranks.device,
     )

@@ -8,14 +8,13 @@ from cosmos_scale.checkpoint.files import BrokenCheckpoint
 from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
-from cosmos_scale.config.load import dump_config
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import whole_file
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
+from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
 from cosmos_scale.run.opening import Opening
 
 
@@ -42,7 +41,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         for look in opening.looks():
             look.find()
         if ranks.is_main:
-            _write_config(config, opening.folder)
+            prepare_folder(config, opening.folder)
         opened = Opened(opening.folder, opening.index, opening.tokenizer, opening.evaluations, opening.start)
     except UserError as failure:
         error = failure
@@ -82,7 +81,7 @@ def _older_start(config: RunConfig, opened: Opened, start: Start, broken: Broken
             raise UserError(str(broken))
         assert start.checkpoint is not None
         known = (*start.broken, PassedOver(start.checkpoint, str(broken)))
-        older = find_start(config, opened.folder / "checkpoints", opened.index.fingerprint(), known)
+        older = find_start(config, opened.folder / CHECKPOINTS, opened.index.fingerprint(), known)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
@@ -127,13 +126,3 @@ def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
     if len(set(found)) > 1:
         seen = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
         raise UserError(f"{problem} ({seen}); {rule}")
-
-
-def _write_config(config: RunConfig, folder: Path) -> None:
-    """Leave the resolved configuration beside what the run writes; shows at once whether it can write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / "config.yaml") as part:
-            part.write_text(dump_config(config), encoding="utf-8")
-    except OSError as failure:
-        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure

@@ -1,16 +1,21 @@
 """Writing beside the training: what stays, what ends with an error, and that no rank is left waiting."""
 
+import errno
+import logging
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from cosmos_scale.checkpoint import writer as writing
-from cosmos_scale.checkpoint.files import FileRecord
+from cosmos_scale.checkpoint.files import FileRecord, write_tensors
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, load_checkpoint
+from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import UserError
@@ -125,14 +130,15 @@ def test_an_error_of_any_kind_is_reported_by_all_ranks_and_the_next_save_works(t
 
 def save_where_a_file_is_in_the_way(rank: int, world_size: int, root: Path) -> str:
     with writer_of(rank, world_size, root) as writer:
-        return message_of(lambda: writer.save(state(3)))
+        writer.save(state(3))
+        return message_of(writer.wait)
 
 
 def test_folder_that_cannot_be_made_ends_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     messages = run_ranks(save_where_a_file_is_in_the_way, 2, tmp_path / "checkpoints")
     assert len(set(messages)) == 1
-    assert "checkpoints/step-00000003.tmp: " in messages[0]
+    assert "checkpoints/step-00000003.tmp: File exists; " in messages[0]
     assert (tmp_path / "checkpoints").read_text() == "a file"
 
 
@@ -197,3 +203,96 @@ def test_waiting_ends_where_contact_is_lost(tmp_path: Path) -> None:
     first, second = run_ranks(wait_for_a_rank_that_ended, 2, tmp_path, timeout=60)
     assert first != "no error"
     assert second == "left"
+
+
+def save_with_failures(rank: int, world_size: int, root: Path, failing: set[int], steps: list[int]) -> list[str]:
+    """Save steps as the loop does while some writes of rank 1 fail, counted from 0; what was said, and the end."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cosmos_scale").addHandler(handler)
+    write, count = write_tensors, iter(range(100))
+
+    def failing_write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+        if next(count) in failing and rank == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return write(path, tensors)
+
+    writing.write_tensors = failing_write  # type: ignore[attr-defined]
+    try:
+        with writer_of(rank, world_size, root, CheckpointConfig(keep_last=9)) as writer:
+            for step in steps:
+                writer.save(state(step))
+                writer._written.wait()
+                flags = [False] * world_size
+                dist.all_gather_object(flags, writer.unsaved())  # as Lookahead's message does
+                if any(flags):
+                    writer.save_again()
+            writer.finish()
+    except UserError as error:
+        said.append(str(error))
+    return said
+
+
+def saved_steps(root: Path) -> list[int]:
+    return [int(folder.name[-8:]) for folder in checkpoints(root)]
+
+
+def test_one_failed_write_is_made_good_at_once(tmp_path: Path) -> None:
+    first, second = run_ranks(save_with_failures, 2, tmp_path, {1}, [3, 6, 9])
+    assert saved_steps(tmp_path) == [3, 6, 9]
+    assert second == []
+    assert len(first) == 2
+    assert "step-00000006.tmp/fragments-00001.safetensors: Input/output error (rank 1); the previous" in first[0]
+    assert first[1].endswith("step-00000006: could be written now")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006", "step-00000009"]
+
+
+def test_a_second_failure_waits_for_the_interval_and_a_third_ends_all_ranks(tmp_path: Path) -> None:
+    run_ranks(save_with_failures, 2, tmp_path / "two", {0, 1}, [3, 6])
+    assert saved_steps(tmp_path / "two") == [6]
+    first, second = run_ranks(save_with_failures, 2, tmp_path / "three", {0, 1, 2}, [3, 6, 9])
+    assert first[-1] == second[-1]
+    assert first[-1].endswith("; 3 failed in a row (checkpoint.failures)")
+    assert saved_steps(tmp_path / "three") == []
+
+
+def test_the_last_checkpoint_is_tried_as_often_as_may_fail(tmp_path: Path) -> None:
+    run_ranks(save_with_failures, 2, tmp_path / "saved", {1, 2}, [3, 6])
+    assert saved_steps(tmp_path / "saved") == [3, 6]
+    first, _ = run_ranks(save_with_failures, 2, tmp_path / "lost", {1, 2, 3}, [3, 6])
+    assert saved_steps(tmp_path / "lost") == [3]
+    assert "the previous checkpoints are untouched" in first[-1]
+
+
+def hold_the_lock(rank: int, world_size: int, root: Path) -> tuple[bool, bool]:
+    """Rank 0 saves there; rank 1 is another run that starts: what is unfinished before and after rank 0 has ended."""
+    lock = SavingLock(root)
+    if rank == 0:
+        lock.take()
+    (root / f"step-0000000{rank}.tmp").mkdir()
+    found = []
+    for _ in range(2):
+        dist.barrier()
+        if rank == 1:
+            remove_unfinished(root, lock)
+            found.append((root / "step-00000000.tmp").exists())
+        dist.barrier()
+        if rank == 0:
+            lock.release()
+    return found[0] if found else True, found[-1] if found else True
+
+
+def test_what_a_live_run_has_not_finished_stays(tmp_path: Path) -> None:
+    assert run_ranks(hold_the_lock, 2, tmp_path)[1] == (True, False)
+
+
+def test_what_a_dead_run_left_goes_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "step-00000003.tmp").mkdir()
+    run_ranks(enter_and_leave, 1, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def enter_and_leave(rank: int, world_size: int, root: Path) -> None:
+    with writer_of(rank, world_size, root):
+        pass

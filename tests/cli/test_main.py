@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from cosmos_scale.cli import main as cli
+from cosmos_scale.cli.output import lasting_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import write_shards
 from tests.conftest import REPOSITORY
@@ -256,3 +257,27 @@ def test_few_open_files_are_enough_or_one_line(allowed: int, tmp_path: Path) -> 
         assert "Too many open files; allow more (ulimit -n)" in ended.stderr
     else:
         assert ended.stdout.endswith("all are sound\n")
+
+
+@pytest.mark.parametrize("arguments", [("train", "--help-keys"), ("--help",)])
+def test_output_on_a_full_disk_is_one_line(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "cosmos_scale.cli", *arguments]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert "Traceback" not in ended.stderr
+    if arguments != ("--help",):  # argparse ends the process itself
+        assert ended.stderr == "cosmos-scale train: standard output: cannot be written: No space left on device\n"
+        assert ended.returncode == 2
+
+
+def test_all_that_a_terminal_is_told_goes_on_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        with lasting_output():
+            for _ in range(2):
+                print("lost", flush=True)
+            print("é \ud800", file=sys.stderr)
+        print("nowhere", flush=True)
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "warning: standard output: No space left on device; the run goes on without it"
+    )

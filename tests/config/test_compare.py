@@ -57,6 +57,7 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "checkpoint.every",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
+    "checkpoint.failures",
     "checkpoint.at_start",
     "eval",
     "eval.N.kind",
@@ -70,6 +71,7 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "log.wandb",
     "log.wandb.project",
     "log.wandb.mode",
+    "log.level",
     "log.progress",
 }
 

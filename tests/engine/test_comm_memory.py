@@ -1,13 +1,16 @@
 """The shared memory of DeepSpeed's ranks on CPUs: it works on without its name, and one line says where it is small."""
 
+import mmap
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cosmos_scale.engine.comm_memory import check_room
+from cosmos_scale.engine import comm_memory
+from cosmos_scale.engine.comm_memory import check_room, sweep
 from cosmos_scale.engine.ranks import free_port, start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.ranks import run_ranks
@@ -62,3 +65,42 @@ def test_too_little_shared_memory_is_one_line(
     else:
         with pytest.raises(UserError, match=said):
             check_room()
+
+
+def test_what_ended_launches_left_is_swept_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Left behind are two files. Others are open, mapped, too young to tell, or of other names."""
+    monkeypatch.setattr(comm_memory, "_FOLDER", tmp_path)
+    user = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29500_"
+    names = [f"{user}{rank}" for rank in range(4)]
+    young, other, of_another_user = f"{user}9", "other", f"deepspeed_allreduce_buffer_{os.getuid() + 1}_x_1_0"
+    for name in (*names, young, other, of_another_user):
+        (tmp_path / name).write_bytes(bytes(2**20))
+        if name != young:
+            os.utime(tmp_path / name, (time.time() - 60.0,) * 2)
+    with (tmp_path / names[0]).open("rb"):
+        with (tmp_path / names[1]).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        sweep()
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[1], young, other, of_another_user}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: removed 2 files (2 MiB) that ended launches left"
+    ]
+    mapped.close()
+
+
+@pytest.mark.parametrize(("program", "swept"), [("python", False), ("init", True)])
+def test_nothing_is_swept_where_a_rank_may_not_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, swept: bool
+) -> None:
+    monkeypatch.setattr(comm_memory, "_FOLDER", tmp_path)
+    monkeypatch.setattr(comm_memory, "_PROCESSES", tmp_path / "processes")
+    process = tmp_path / "processes" / "1"
+    (process / "maps").mkdir(parents=True)  # to read it is an error, though another one than of rights
+    (process / "cmdline").write_text(f"/usr/bin/{program}\0-m\0train")
+    left = tmp_path / f"deepspeed_allreduce_buffer_{os.getuid()}_x_1_0"
+    left.touch()
+    os.utime(left, (0.0, 0.0))
+    sweep()
+    assert left.exists() != swept

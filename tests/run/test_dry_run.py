@@ -15,12 +15,12 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.opening import check_output
+from cosmos_scale.run.folder import check_folder
 from cosmos_scale.run.start import open_run
 from cosmos_scale.testing.runs import last_checkpoint, train_to_end, write_run
 
 COLUMNS = 80
-LOOKS = ["device", "data", "starts from", "shards", "evaluation", "loaders", "weights", "output"]
+LOOKS = ["device", "data", "starts from", "shards", "captions", "evaluation", "loaders", "weights", "output"]
 CHECKPOINT = "step-00000004"
 
 
@@ -86,8 +86,12 @@ REFUSED = [
     ("starts from", ["name=new", "resume={tmp}/torn"], "has 10 bytes, not the"),
     ("starts from", ["resume={run}/tiny/checkpoints/step-00000002"], "step-00000004 is newer"),
     ("shards", ["name=new", "data.sources.0.shards={tmp}/lost"], "cannot be opened"),
-    ("evaluation", ["eval.0.captions=captoin"], "no captions under 'captoin'"),
-    ("evaluation", ["eval.0.shards={tmp}/nowhere"], "eval.retrieval: data source retrieval: no .tar shards match"),
+    ("evaluation", ["name=new", "eval.0.captions=captoin"], "no captions under 'captoin'"),
+    (
+        "evaluation",
+        ["name=new", "eval.0.shards={tmp}/nowhere"],
+        "eval.retrieval: data source retrieval: no .tar shards match",
+    ),
     ("weights", ["name=new", "init_from={tmp}"], "init_from: checkpoint {tmp}: none there"),
     (
         "weights",
@@ -102,7 +106,7 @@ REFUSED = [
     ("weights", ["name=new", "init_from={tmp}/torn"], "init_from: checkpoint file"),
     ("output", ["output={tmp}/file"], "output: {tmp}/file/tiny cannot be written to: Not a directory"),
     ("output", ["output={tmp}/file/below"], "cannot be written to: Not a directory"),
-    ("output", ["output={tmp}", "name=odd"], "metrics.jsonl is a folder, but a run writes a file of this name"),
+    ("output", ["output={tmp}", "name=odd"], "metrics.jsonl is no file; rule: move it away"),
 ]
 
 
@@ -140,7 +144,7 @@ def test_what_a_launch_refuses_the_dry_run_refuses(
 
 
 def test_several_refusals_are_counted(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    wrong = ["seed=3", "eval.0.captions=captoin", "model.attention=flash_attn_2"]
+    wrong = ["seed=3", "data.workers=1000000", "model.attention=flash_attn_2"]
     assert cli.main(["train", "--dry-run", str(trained), *wrong]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("cosmos-scale train: model.attention: ")
@@ -178,23 +182,28 @@ def test_a_plan_without_shards_refuses_nothing_for_their_absence(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     absent = [f"data.sources.0.shards={tmp_path}/x", f"eval.0.shards={tmp_path}/y", "data.samples=80"]
-    assert cli.main(["train", "--dry-run", str(trained), *absent]) == 0
-    found = rows(capsys.readouterr().out)
-    assert [found[name][0] for name in ("data", "shards", "evaluation")] == ["not here", "-", "not here"]
-    assert found["starts from"][0] == "ok"  # its checkpoint and keys are looked at all the same
+    for others, evaluation in ((["name=new", f"output={tmp_path}"], "not here"), ([], "ok")):
+        assert cli.main(["train", "--dry-run", str(trained), *absent, *others]) == 0
+        found = rows(capsys.readouterr().out)
+        verdicts = [found[name][0] for name in ("data", "shards", "captions", "evaluation")]
+        assert verdicts == ["not here", "-", "-", evaluation]
+        assert found["starts from"][0] == "ok"  # its checkpoint and keys are looked at all the same
+    # A run that is resumed goes on without its gallery.
+    assert found["evaluation"][1].endswith("cannot be opened now: retrieval")
     assert cli.main(["train", "--dry-run", str(trained), *absent, "seed=9"]) == 2
 
 
-def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    check_output(tmp_path / "a" / "b")
+def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    config = load_config(trained, [])
+    check_folder(config, tmp_path / "a" / "b")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="cannot be written to: No such file"):
-        check_output(tmp_path / "dangling" / "run")
+        check_folder(config, tmp_path / "dangling" / "run")
     (tmp_path / "run" / "config.yaml").mkdir(parents=True)
     (tmp_path / "run2").mkdir()
     (tmp_path / "run2" / "checkpoints").write_text("")
-    with pytest.raises(UserError, match=r"config\.yaml is a folder, but a run writes a file"):
-        check_output(tmp_path / "run")
-    with pytest.raises(UserError, match="checkpoints is a file, but a run makes a folder"):
-        check_output(tmp_path / "run2")
+    with pytest.raises(UserError, match=r"config\.yaml is no file; rule: "):
+        check_folder(config, tmp_path / "run")
+    with pytest.raises(UserError, match="checkpoints is no folder; rule: "):
+        check_folder(config, tmp_path / "run2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "run", "run2"]

@@ -92,6 +92,15 @@ def test_overrides_show_in_the_dry_run(capsys: pytest.CaptureFixture[str]) -> No
     assert re.split(r"\s+", rows[f"{16 * 2768:,}"])[1] == "0.999500"  # half way: half of the distance to 1
 
 
+def test_checkpoints_kept_for_good_show(capsys: pytest.CaptureFixture[str]) -> None:
+    path = REPOSITORY / "configs" / "run" / "cc3m_vitb32.yaml"
+    rows = dry_run(capsys, path, 4, "checkpoint.every=500", "checkpoint.keep_last=2", "checkpoint.keep_every=5000")
+    assert (
+        rows["checkpoints"]
+        == "every 500 steps and at the end; the last 2 are kept, and all at multiples of 5,000 steps"
+    )
+
+
 def test_weights_lengthen_the_epoch_and_show(capsys: pytest.CaptureFixture[str], scenes: SceneShards) -> None:
     sources = [f"data.sources.0.shards={scenes.train}", "data.sources.0.weight=2.5"]  # of 80 pairs
     others = ["train.global_batch=16", "train.epoch_steps_multiple=1", "train.schedule_steps=5000"]

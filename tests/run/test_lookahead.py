@@ -45,7 +45,7 @@ class Batches:
 
 
 def look_ahead(make: Callable[[int, Mapping[str, int]], Batch], stop: StopRequest, first: int = 0) -> Lookahead:
-    return Lookahead(Batches(make), start_ranks("cpu"), stop, print, first=first, last=100)
+    return Lookahead(Batches(make), start_ranks("cpu"), stop, print, first=first, last=100, unsaved=bool)
 
 
 def test_waits_are_counted_once_where_they_occur(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,11 +71,14 @@ def test_the_last_batch_is_that_of_the_last_step() -> None:
         return tiny_batch(0)
 
     loader = Batches(make)
-    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), print, first=3, last=5)
+    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), print, first=3, last=5, unsaved=bool)
     assert len(list(ahead)) == 2
     assert loader.closed == 0  # shutting down loader processes takes time, and the last checkpoint comes first
     assert made == [3, 4]
-    assert list(Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5)) == []
+    assert (
+        list(Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5, unsaved=bool))
+        == []
+    )
     assert made == [3, 4]
 
 
@@ -114,7 +117,7 @@ def each_rank_loses_shards(rank: int, world_size: int) -> tuple[list[int], list[
 
     said: list[str] = []
     loader = Batches(make)
-    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), said.append, first=5, last=100)
+    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), said.append, first=5, last=100, unsaved=bool)
     end = take_until_error(ahead)
     return loader.starts, said, loader.lost, end
 
@@ -142,6 +145,25 @@ def stops_on_one_rank(rank: int, world_size: int) -> list[bool]:
 
 def test_all_ranks_stop_where_one_wants_to() -> None:
     assert run_ranks(stops_on_one_rank, 2) == [[True, True]] * 2
+
+
+def unsaved_on_one_rank(rank: int, world_size: int) -> list[bool]:
+    """Rank 1 says from its second batch on that it could not save."""
+    asked = iter([False, rank == 1, False])
+    ahead = Lookahead(
+        Batches(lambda step, lost: tiny_batch(step)),
+        start_ranks("cpu"),
+        StopRequest(None),
+        print,
+        first=0,
+        last=3,
+        unsaved=lambda: next(asked),
+    )
+    return [fetched.unsaved for fetched in ahead]
+
+
+def test_all_ranks_hear_at_the_next_step_of_what_one_could_not_save() -> None:
+    assert run_ranks(unsaved_on_one_rank, 2) == [[False, True, False]] * 2
 
 
 def test_two_interrupts_at_once_stop_and_a_later_one_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:

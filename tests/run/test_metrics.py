@@ -2,11 +2,14 @@
 
 import json
 import math
-import resource
+import re
+import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from rich.table import Table
@@ -17,6 +20,7 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.testing.runs import records, train_to_end, write_run
+from tests.test_files import files_of_at_most
 
 NUMBERS = [
     *("samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm"),
@@ -31,7 +35,9 @@ def record(step: int, loss: float = 1.5) -> dict[str, float]:
 
 
 def opened(folder: Path, config: LogConfig = QUIET, *, first_step: int = 0) -> MetricLog:
-    return MetricLog(folder, config, name="run", run_config={"seed": 0}, first_step=first_step, last_step=9)
+    return MetricLog(
+        folder, config, name="run", run_config={"seed": 0}, first_step=first_step, last_step=9, steps_per_epoch=4
+    )
 
 
 def steps(folder: Path) -> list[tuple[str, int]]:
@@ -47,11 +53,14 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = time.time() - 1e-3  # the file has milliseconds
     with opened(tmp_path) as log:
         log.training(record(1))
         assert steps(tmp_path) == [("train", 1)]
         log.evaluation(1, {"student": {"R@1": 0.5}, "teacher": {"R@1": 0.25}}, Table("a table"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert before <= line.pop("time") <= time.time() + 1e-3
     assert lines[0] == {"kind": "train", **record(1)}
     assert lines[1] == {"kind": "eval", "step": 1, "student/R@1": 0.5, "teacher/R@1": 0.25}
     assert "a table" in capsys.readouterr().out
@@ -69,17 +78,6 @@ def test_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
         log.training(record(3, loss=7.0))
     assert steps(tmp_path) == [("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == 7.0
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Files cannot grow beyond a number of bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:
@@ -146,10 +144,10 @@ def test_a_run_writes_all_three(tmp_path: Path, scenes: SceneShards, monkeypatch
         written = records(run, kind=kind)
         assert len(written) == count
         for entry in written:
-            for key in entry.keys() - {"kind", "step"}:
+            for key in entry.keys() - {"kind", "step", "time"}:
                 # Events hold float32.
                 assert shown[f"{kind}/{key}"][entry["step"]] == pytest.approx(entry[key], rel=1e-6), key
-    assert set(NUMBERS) == records(run)[0].keys() - {"kind", "step"}
+    assert set(NUMBERS) == records(run)[0].keys() - {"kind", "step", "time"}
     assert {tag for tag in shown if tag.startswith("train/")} == {f"train/{key}" for key in NUMBERS}
 
 
@@ -178,4 +176,103 @@ def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="online"))
     with pytest.raises(UserError, match=r"^log\.wandb: [^\n]*log\.wandb\.mode to offline$"):
-        MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2)
+        MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
+
+
+def wandb_records(folder: Path) -> list[dict[str, float]]:
+    """The records in the offline files of Weights & Biases under a run's folder, in the order of writing."""
+    import wandb.proto.wandb_internal_pb2 as messages  # here: the import takes a second
+
+    parse: Any = vars(messages)["Record"].FromString  # the module's names are made as it is imported
+    entries = [parse(data) for path in (folder / "wandb").glob("offline-run-*/run-*.wandb") for data in parts(path)]
+    histories = [entry.history.item for entry in entries if entry.WhichOneof("record_type") == "history"]
+    return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one} for one in histories]
+
+
+def parts(path: Path) -> Iterator[bytes]:
+    """The messages of a file in LevelDB's log format: pieces of [checksum, length, kind, data] in blocks of 32 KiB."""
+    data, position, message = path.read_bytes(), len(":W&B") + 3, b""
+    while position < len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # no piece begins in a block's last bytes
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        message += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole message, or a message's last piece
+            yield message
+            message = b""
+
+
+def test_wandb_keeps_what_is_written_behind_the_last_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run that goes back to step 2 writes steps 3 and 4 again, with the library's own count at 5 by then."""
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="offline"))
+    with opened(tmp_path, config) as log:
+        for step in (4, 5, 3, 4):
+            log.training(record(step, loss=step + 0.5))
+    found = wandb_records(tmp_path)
+    assert [(entry["step"], entry["train/loss"]) for entry in found] == [(4, 4.5), (5, 5.5), (3, 3.5), (4, 4.5)]
+    captured = capfd.readouterr()
+    assert captured.err == ""  # the library says nothing by itself
+    assert captured.out.splitlines()[0].startswith("log.wandb: offline; to send it: wandb sync ")
+    assert len(captured.out.splitlines()) == 1 + 4
+
+
+def test_records_wait_where_metrics_and_tensorboard_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(tmp_path, LogConfig(progress=False, tensorboard=True)) as log:
+        log.training(record(1))
+        with files_of_at_most(700):
+            for step in (2, 3, 4):
+                log.training(record(step))
+            assert steps(tmp_path)[-1][1] < 4
+        log.training(record(5))
+    assert steps(tmp_path) == [("train", step) for step in (1, 2, 3, 4, 5)]
+    assert scalars(tmp_path)["train/loss"] == dict.fromkeys((1, 2, 3, 4, 5), 1.5)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    for said in ("its records are kept, and the run goes on", "takes records again"):
+        assert captured.out.count(said) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "damaged.jsonl"])
+def test_a_folder_in_the_way_is_one_line_of_all_ranks(
+    tmp_path: Path, scenes: SceneShards, name: str, ranks: int
+) -> None:
+    run = write_run(tmp_path, scenes)
+    (tmp_path / "tiny" / name).mkdir(parents=True)
+    finished = train_to_end(run, "train.max_steps=1", ranks=ranks).require(2)
+    assert finished.errors.count("\n") == 1
+    assert f"tiny/{name} is no file; rule: move it away" in finished.errors
+
+
+def test_a_run_without_output_trains_to_the_end(tmp_path: Path, scenes: SceneShards) -> None:
+    """Standard output on a full disk, and a reader that leaves after one line, as head does."""
+    run = write_run(tmp_path, scenes)
+    command = f"{sys.executable} -m cosmos_scale.cli train {run} train.max_steps=2"
+    for name, output in (("full", "> /dev/full"), ("head", "| head -1")):
+        shell = ["bash", "-c", f"set -o pipefail; {command} name={name} {output}"]
+        ended = subprocess.run(shell, capture_output=True, text=True, check=False, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert (tmp_path / name / "checkpoints" / "step-00000002" / "manifest.json").exists()
+        assert re.fullmatch(r"warning: standard output: [\w ]+; the run goes on without it\n", ended.stderr)
+
+
+def test_a_console_line_tells_the_place_in_the_run_and_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = dict.fromkeys(NUMBERS, 123.456789) | {"samples_per_second": 123456.7, "lr": 1.234e-5}
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with MetricLog(
+        tmp_path, QUIET, name="run", run_config={}, first_step=0, last_step=400_000, steps_per_epoch=12_500
+    ) as log:
+        clock[0] += 3600.0
+        log.training({"step": 100_000, **long, "data_wait_min": 0.0, "data_wait_rank": 1023})
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.startswith("step 100000/400000 epoch 8.0 eta 3h00m  loss 123.5 (clip ")
+    assert line.endswith("  123457 samples/s  wait 123 s (rank 1023)")
+    assert len(line) < 160

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import writing
+from cosmos_scale.files import LineFile
 
 # The damaged share is taken of at least so many samples: one damaged picture in the first batch proves nothing.
 FEWEST_JUDGED = 1000
@@ -33,6 +33,7 @@ class DamageLog:
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path
+        self._file = LineFile(path)
         self._rank = rank
         self._listed: set[Damage] = set()
 
@@ -42,9 +43,11 @@ class DamageLog:
         `append` then leaves this damage out. The lines are not deleted: other ranks may be appending already.
         """
         self._listed.clear()
-        if not self.path.exists():
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except OSError:  # there is none yet; a file that cannot be read costs nothing but lines written twice
             return
-        for line in self.path.read_bytes().splitlines():
+        for line in lines:
             try:
                 record = json.loads(line)
                 damage = Damage(*({"origin": None, **record}[field] for field in Damage._fields))
@@ -54,20 +57,12 @@ class DamageLog:
                 continue  # a torn line
 
     def append(self, damages: Sequence[Damage]) -> None:
-        """Write the damages that are not in the file yet; raises UserError where the file cannot be written."""
-        new = [damage for damage in damages if damage not in self._listed]
-        if not new:
-            return
-        records = [{**damage._asdict(), "rank": self._rank} for damage in new]
+        """Write the damages that are not in the file yet; they wait in memory where the file cannot be written."""
+        records = [{**damage._asdict(), "rank": self._rank} for damage in damages if damage not in self._listed]
         for record in records:
             if record["origin"] is None:
                 del record["origin"]
-        lines = [json.dumps(record) + "\n" for record in records]
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # In one write, so that ranks that append at the same time do not cut each other's lines.
-            with self.path.open("ab", buffering=0) as log:
-                log.write("".join(lines).encode())
+        self._file.append([json.dumps(record) for record in records])  # and lines that wait, where there are no new
 
 
 class DamageCount:

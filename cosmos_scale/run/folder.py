@@ -1,0 +1,50 @@
+"""A run's folder: it is made and looked at before any work, so that what is wrong with it is told at once."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.config.load import dump_config
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_file
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+DAMAGE_FILE = "damaged.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def check_folder(config: RunConfig, folder: Path) -> None:
+    """Raise UserError where a run cannot write to its folder, which need not exist; leaves nothing behind."""
+    with _told(folder):
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        for name in (CONFIG_FILE, METRICS_FILE, DAMAGE_FILE):
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise UserError(f"output: {folder / name} is no file; rule: move it away, since the run writes a file")
+        for name in (CHECKPOINTS, "tensorboard", "wandb", *(evaluator.name for evaluator in config.eval)):
+            if (folder / name).exists() and not (folder / name).is_dir():
+                raise UserError(f"output: {folder / name} is no folder; rule: move it away, since the run makes one")
+        for name in (METRICS_FILE, DAMAGE_FILE):
+            if (folder / name).exists():
+                (folder / name).open("ab").close()
+
+
+def prepare_folder(config: RunConfig, folder: Path) -> None:
+    """Make a run's folder and leave the resolved configuration there; raises UserError where it cannot be used."""
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / CONFIG_FILE) as part:
+            part.write_text(dump_config(config), encoding="utf-8")
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as failure:
+        raise UserError(f"output: {folder} cannot be written to: {failure.strerror}") from failure
