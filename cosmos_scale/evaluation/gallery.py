@@ -179,7 +179,9 @@ class Gallery:
             if known:
                 break
         shards = self._index.sources[0].shards.shown
-        captions = [key for key in known if plain_column(key) in KNOWN_NAMES] or list(known)
+        order = [*KNOWN_NAMES, *OTHER_NAMES]
+        found_keys = sorted(known, key=lambda key: order.index(plain_column(key)))
+        captions = [key for key in found_keys if plain_column(key) in KNOWN_NAMES] or found_keys
         if len(captions) > 1:
             found = ", ".join(f"{key} ({counted(known[key], 'sample')})" for key in captions)
             raise UserError(f"{shards}: its samples have captions under several keys: {found}; {NAME_THE_KEY}")
