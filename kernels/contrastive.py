@@ -43,8 +43,8 @@ PAIR_ELEMENTS = 2**14
 # How many elements of a pair are multiplied by their factors at a time: the most that torch computes in one CPU thread.
 # With several threads each small operation waits for all of them, which takes longer where the cores are shared.
 FACTOR_ELEMENTS = 2**15
-# Elements of features that are widened at a time for the scale's derivative: 2 MiB in float32.
-WIDENED_ELEMENTS = 2**19
+# Elements of features that are widened at a time for the scale's derivative: 1 MiB in float32.
+WIDENED_ELEMENTS = 2**18
 
 
 class Partials(NamedTuple):

@@ -91,7 +91,7 @@ def test_every_command_takes_a_bare_name_and_says_what_it_took(
 def test_a_folder_of_shards_keeps_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "demo").mkdir()
     assert cli.main(["data", "verify", "demo"]) == 2
-    assert "no .tar shards match demo" in capsys.readouterr().err
+    assert f"no .tar shards match {tmp_path}/demo" in capsys.readouterr().err
 
 
 def test_configs_are_listed_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -314,7 +314,7 @@ def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
     (images.parent / "captions.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"captions\.parquet: captions come as \.jsonl or \.csv"):
         attempt(images, images.parent / "captions.parquet")
-    with pytest.raises(UserError, match=r"none of its 1 row can be used; see .*rejected\.jsonl"):
+    with pytest.raises(UserError, match=r"no row of 1 can be used; see .*rejected\.jsonl"):
         build(images, [{"image": "missing.jpg", "caption": "x"}])
     build(images, [{"image": "0.jpg", "caption": "x"}])
     with pytest.raises(UserError, match=r"out: holds shards already"):
