@@ -1,6 +1,19 @@
-"""Numbers in sentences: "1 shard", "2 shards"."""
+"""Numbers in sentences ("1 shard", "2 shards"), and rows of text as wide as a terminal."""
+
+import sys
+import textwrap
+
+COLUMNS = 80
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun, in the plural unless the number is 1. plural: where an s more is not enough."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def print_row(label: str, text: str) -> None:
+    """Print a label and beside it a text, broken into lines of COLUMNS; signs that the output lacks become codes."""
+    encoding = sys.stdout.encoding or "ascii"
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)
+    lines = textwrap.wrap(shown, COLUMNS - len(label), break_on_hyphens=False) or [""]
+    print("\n".join([f"{label}{lines[0]}", *(" " * len(label) + line for line in lines[1:])]))

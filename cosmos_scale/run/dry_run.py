@@ -1,7 +1,5 @@
 """The second half of a dry run: what a launch looks for before it builds anything, in a table, found or refused."""
 
-import sys
-import textwrap
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -13,8 +11,8 @@ from cosmos_scale.data.shards.store import is_remote
 from cosmos_scale.engine.ranks import choose_device
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.opening import Opening
+from cosmos_scale.words import print_row
 
-COLUMNS = 80
 NAMES, VERDICTS = 14, 10  # columns of the table's first two
 
 
@@ -73,10 +71,4 @@ def _any_shards(sections: Iterable[SourceConfig | EvaluatorConfig]) -> bool:
 
 
 def _print_row(name: str, verdict: str, text: str) -> None:
-    """Print a row, its text broken into lines of 80 columns; characters that the output lacks are written as codes."""
-    encoding = sys.stdout.encoding or "ascii"
-    shown = text.encode(encoding, "backslashreplace").decode(encoding)
-    first, *others = textwrap.wrap(shown, COLUMNS - NAMES - VERDICTS - 2, break_on_hyphens=False) or [""]
-    print(f"  {name:<{NAMES}}{verdict:<{VERDICTS}}{first}")
-    for line in others:
-        print(" " * (2 + NAMES + VERDICTS) + line)
+    print_row(f"  {name:<{NAMES}}{verdict:<{VERDICTS}}", text)

@@ -12,7 +12,7 @@ from cosmos_scale.engine.memory import state_memory, total_bytes
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel, parameter_decays
-from cosmos_scale.words import counted
+from cosmos_scale.words import counted, print_row
 
 MIB, GIB = 2**20, 2**30
 
@@ -43,7 +43,7 @@ def explain(config: RunConfig, world_size: int) -> None:
         *_output_rows(config),
     ]
     for name, value in rows:
-        print(f"  {name:<24}{value}")
+        print_row(f"  {name:<24}", value)
     print(f"schedules: momentum {config.ema.schedule}, teacher moves {config.ema.order}")
     print(f"  {'step':>10}{'learning rate':>16}{'teacher momentum':>19}")
     for step in _telling_steps(config.optimizer.warmup_steps, steps):
