@@ -4,6 +4,8 @@ import math
 import os
 from pathlib import Path
 
+import torch
+
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _MEMORY = Path("/proc/meminfo")
@@ -12,6 +14,11 @@ _MEMORY = Path("/proc/meminfo")
 def ranks_of_this_host(*, unknown: int) -> int:
     """Return how many of the ranks run on this host, as torchrun or DeepSpeed's launcher says; else `unknown`."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
+
+
+def uses_gpu(device: str) -> bool:
+    """Tell whether the ranks of a run compute on GPUs. device: as the config has it, auto, cpu or cuda."""
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def usable_cores() -> int:

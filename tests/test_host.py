@@ -8,7 +8,7 @@ import torch
 
 from cosmos_scale import host
 from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.host import free_memory, ranks_of_this_host, usable_cores
+from cosmos_scale.host import free_memory, ranks_of_this_host, usable_cores, uses_gpu
 from cosmos_scale.testing.ranks import run_ranks
 
 
@@ -125,3 +125,14 @@ def test_memory_is_that_of_the_host_and_of_limits(
     monkeypatch.setattr(host, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(host, "_MEMORY", tmp_path / "meminfo")
     assert free_memory() == mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("device", "seen", "expected"),
+    [("auto", True, True), ("cuda", True, True), ("cpu", True, False), ("auto", False, False)],
+)
+def test_a_run_on_cpus_leaves_a_gpu_alone(
+    device: str, seen: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: seen)
+    assert uses_gpu(device) is expected

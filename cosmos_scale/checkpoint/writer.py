@@ -61,6 +61,7 @@ class CheckpointWriter:
         self._group, self._rank, self._world_size = group, dist.get_rank(group), dist.get_world_size(group)
         self._config = config
         self._lock = SavingLock(root)
+        self._on_gpu = any(fragment.weight.is_cuda for fragment in self._fragments)
         self._copies = self._allocate()
         self._thread: threading.Thread | None = None
         self._saving: Path | None = None
@@ -116,7 +117,7 @@ class CheckpointWriter:
         for fragment, copies in zip(self._fragments, self._copies, strict=True):
             for kind, tensor in fragment.tensors().items():
                 copies[kind].copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.synchronize()
         self._begin(state)
 
@@ -292,9 +293,8 @@ class CheckpointWriter:
 
     def _allocate(self) -> list[dict[str, Tensor]]:
         """Return memory for the copies, each page touched: a first touch in `save` would take as long as the copy."""
-        pinned = torch.cuda.is_available()
         return [
-            {kind: torch.zeros(fragment.weight.numel(), pin_memory=pinned).fill_(0.0) for kind in KINDS}
+            {kind: torch.zeros(fragment.weight.numel(), pin_memory=self._on_gpu).fill_(0.0) for kind in KINDS}
             for fragment in self._fragments
         ]
 

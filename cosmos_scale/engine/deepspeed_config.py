@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from cosmos_scale.config import RunConfig
+from cosmos_scale.host import uses_gpu
 
 GRADIENT_BUCKET = 50_000_000
 
@@ -27,7 +26,7 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
         **zero_keys,
     }
     if config.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": uses_gpu(config.device)}
     return {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.samples_per_rank(world_size) // config.train.micro_batches,

@@ -20,7 +20,7 @@ from cosmos_scale.engine.meeting import meet
 from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 from cosmos_scale.errors import UserError
-from cosmos_scale.host import ranks_of_this_host, usable_cores
+from cosmos_scale.host import ranks_of_this_host, usable_cores, uses_gpu
 
 Value = TypeVar("Value")
 
@@ -129,7 +129,7 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
-    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    chosen = "cuda" if uses_gpu(device) else "cpu"
     # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
     os.environ.setdefault("DS_ACCELERATOR", chosen)
     return torch.device(chosen)

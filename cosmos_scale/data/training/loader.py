@@ -28,7 +28,7 @@ from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.room import ReadyBatches
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsToGiveUp, UserError
-from cosmos_scale.host import ranks_of_this_host, usable_cores
+from cosmos_scale.host import ranks_of_this_host, usable_cores, uses_gpu
 from cosmos_scale.words import counted
 
 MOST_WORKERS = 8  # by default; the config may say more
@@ -171,7 +171,7 @@ class TrainLoader:
             collate_fn=_as_is,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=uses_gpu(self._config.device),
             worker_init_fn=start_worker,
             # Forked workers share the index's pages and start at once. They touch neither CUDA nor the process group.
             multiprocessing_context="fork" if workers else None,
