@@ -20,6 +20,7 @@ from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations, RankPlace
 from cosmos_scale.run.folder import CHECKPOINTS, check_folder
+from cosmos_scale.words import counted
 
 
 class Look(NamedTuple):
@@ -80,7 +81,8 @@ class Opening:
     def _data(self) -> str:
         self.index = open_sources(self._config.data.sources, self._config.data.remote)
         check_loading(self._config, self.index, self._ranks.world_size)
-        return f"{self.index.epoch_samples:,} samples an epoch, in {len(self.index.shard_samples):,} indexed shards"
+        shards = counted(len(self.index.shard_samples), "indexed shard")
+        return f"{counted(self.index.epoch_samples, 'sample')} an epoch, in {shards}"
 
     def _start(self) -> str:
         # A dry run may have no index: then only the checkpoint's data is not compared with it.
