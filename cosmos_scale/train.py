@@ -18,7 +18,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
     """Train until the last step or a stop; collective. Raises UserError on all ranks alike."""
     run = start_run(config, ranks)
     student, teacher = run.pair
-    cosmos_loss = CosmosLoss(config.optimizer.gradient_scale)
+    cosmos_loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
     step, last_step = run.first_step, run.last_step
 
     with run.writer() as checkpoints, run.progress(checkpoints) as progress:

@@ -74,17 +74,23 @@ class Gradients(NamedTuple):
 
 
 def forward_partials(
-    rows: Tensor, columns: Tensor, scale: Tensor, *, first_row: int, block_elements: int = BLOCK_ELEMENTS
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    *,
+    first_row: int,
+    triton: bool = True,
+    block_elements: int = BLOCK_ELEMENTS,
 ) -> Partials:
     """Reduce this rank's logits to row and column statistics.
 
     rows: [V, B, E]; columns: [T, G, E]; any floating dtype. scale: [] factor of the logits, not its logarithm.
-    first_row: the column that holds the positive of row 0. block_elements: the most logits that exist at a time (but
-    one row's at least).
+    first_row: the column that holds the positive of row 0. triton: whether the Triton kernels may serve.
+    block_elements: the most logits that exist at a time (but one row's at least).
     Raises ValueError on shapes that do not fit.
     """
     V, B, T, G = _check(rows, columns, scale, first_row)
-    if _is_fused(rows, columns):
+    if triton and _is_fused(rows, columns):
         return _fused_partials(rows, columns, scale, first_row)
     dtype = _arithmetic_dtype(rows, columns)
     columns_NE = columns.reshape(T * G, -1).to(dtype)
@@ -131,15 +137,16 @@ def backward(
     *,
     first_row: int,
     column_gradients: bool,
+    triton: bool = True,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Gradients:
     """Return the loss's derivatives by this rank's rows, by the log-scale and, with column_gradients, by all columns.
 
-    rows, columns, scale, first_row, block_elements: as for `forward_partials`. weights: [V, T].
+    rows, columns, scale, first_row, triton, block_elements: as for `forward_partials`. weights: [V, T].
     row_lse: [V, T, B]; column_lse_VTG: [V, T, G] over all ranks' rows.
     """
     V, B, T, G = _check(rows, columns, scale, first_row)
-    if _is_fused(rows, columns):
+    if triton and _is_fused(rows, columns):
         return _fused_backward(
             rows,
             columns,
@@ -176,13 +183,15 @@ def whole_batch(
     weights: Tensor,
     *,
     column_gradients: bool,
+    triton: bool = True,
     block_elements: int = BLOCK_ELEMENTS,
     pair_elements: int = PAIR_ELEMENTS,
 ) -> tuple[Tensor, Gradients]:
     """Return the loss, [] float64, and its gradients where this process holds all rows.
 
-    rows: [V, B, E]; columns: [T, B, E]; scale, weights, column_gradients: as for `backward`. Pairs of pair_elements to
-    block_elements logits are computed one by one, smaller and larger pairs by `forward_partials` and `backward`.
+    rows: [V, B, E]; columns: [T, B, E]; scale, weights, column_gradients, triton: as for `backward`. On a CPU pairs of
+    pair_elements to block_elements logits are computed one by one. All others are computed by `forward_partials` and
+    `backward`: on a GPU launching the small kernels of one pair after the other would take most of the time.
     Raises ValueError on shapes that do not fit.
     """
     _, B, _, G = _check(rows, columns, scale, 0)
@@ -190,7 +199,7 @@ def whole_batch(
         raise ValueError(f"rows {list(rows.shape)} must be all rows: as many as columns {list(columns.shape)}")
     if rows.device.type == "cpu" and pair_elements <= B**2 <= block_elements:
         return _pair_by_pair(rows, columns, scale, weights, column_gradients)
-    partials = forward_partials(rows, columns, scale, first_row=0, block_elements=block_elements)
+    partials = forward_partials(rows, columns, scale, first_row=0, triton=triton, block_elements=block_elements)
     column_lse_VTG = column_lse(partials.column_max, partials.column_sum)
     gradients = backward(
         rows,
@@ -201,6 +210,7 @@ def whole_batch(
         column_lse_VTG,
         first_row=0,
         column_gradients=column_gradients,
+        triton=triton,
         block_elements=block_elements,
     )
     return finish(partials, column_lse_VTG, weights, first_row=0), gradients

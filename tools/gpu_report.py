@@ -45,6 +45,7 @@ STAGES = {
     "kernels": Stage(kernels.measure, 60),
     "products": Stage(products.measure, 45),
     "graph": Stage(graph.measure, 45),
+    "torch64": Stage(step.of(64, "kernels=torch"), 100),
     "compile64": Stage(step.of(64, "model.compile=true"), 150),
 }
 

@@ -38,6 +38,11 @@ class RunConfig(Section):
     precision: Literal["bf16", "fp32", "fp16"] = Field(
         "bf16", description="number format of forward and backward; updates, teacher average and losses are fp32"
     )
+    kernels: Literal["auto", "torch"] = Field(
+        "auto",
+        description="auto: the project's Triton kernels where they serve (bf16 and fp16 on GPUs); torch: none of them",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     non_finite: Literal["stop", "skip"] = Field(
         "stop",
         description="stop: a loss or gradient that is not finite stops the run; skip: its step changes nothing",

@@ -62,10 +62,18 @@ class CosmosLoss:
         derivatives (for W a power of 2 the factor is exact).
         Either way the log-scales' gradients are the loss's whole derivatives on every rank.
     group: the ranks; None is the default group, or this process alone where torch.distributed is not initialised.
+    kernels: as in the config.
     """
 
-    def __init__(self, gradient_scale: Literal["true", "published"], group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        gradient_scale: Literal["true", "published"],
+        group: ProcessGroup | None = None,
+        *,
+        kernels: Literal["auto", "torch"] = "auto",
+    ) -> None:
         self.ranks = BatchRanks(group)
+        self._triton = kernels == "auto"
         self.feature_factor = float(self.ranks.size) if gradient_scale == "true" else 1.0
 
     @torch.no_grad()
@@ -96,7 +104,7 @@ class CosmosLoss:
         )
         problems = (clip, distill)
         (clip_share, by_clip), (distill_share, by_distill) = (
-            self._across_ranks(problems, first_row) if self.ranks.size > 1 else [_alone(p) for p in problems]
+            self._across_ranks(problems, first_row) if self.ranks.size > 1 else [self._alone(p) for p in problems]
         )
         non_finite_here = _count_non_finite(features, teacher)
         shares = [clip_share, distill_share, by_clip.log_scale, by_distill.log_scale, non_finite_here]
@@ -126,7 +134,10 @@ class CosmosLoss:
 
     def _across_ranks(self, problems: Sequence[_Problem], first_row: int) -> list[tuple[Tensor, contrastive.Gradients]]:
         """Return this rank's share of each loss and its gradients, from the columns' statistics of all ranks."""
-        partials = [contrastive.forward_partials(p.rows, p.columns, p.scale, first_row=first_row) for p in problems]
+        partials = [
+            contrastive.forward_partials(p.rows, p.columns, p.scale, first_row=first_row, triton=self._triton)
+            for p in problems
+        ]
         statistics = self.ranks.combine_columns([p.column_max for p in partials], [p.column_sum for p in partials])
         results = []
         for problem, partial, (column_max, column_sum) in zip(problems, partials, statistics, strict=True):
@@ -140,16 +151,21 @@ class CosmosLoss:
                 column_lse,
                 first_row=first_row,
                 column_gradients=problem.column_gradients,
+                triton=self._triton,
             )
             results.append((contrastive.finish(partial, column_lse, problem.weights, first_row=first_row), gradients))
         return results
 
-
-def _alone(problem: _Problem) -> tuple[Tensor, contrastive.Gradients]:
-    """Return a loss and its gradients where there are no other ranks."""
-    return contrastive.whole_batch(
-        problem.rows, problem.columns, problem.scale, problem.weights, column_gradients=problem.column_gradients
-    )
+    def _alone(self, problem: _Problem) -> tuple[Tensor, contrastive.Gradients]:
+        """Return a loss and its gradients where there are no other ranks."""
+        return contrastive.whole_batch(
+            problem.rows,
+            problem.columns,
+            problem.scale,
+            problem.weights,
+            column_gradients=problem.column_gradients,
+            triton=self._triton,
+        )
 
 
 def _check(features: Features, teacher: TeacherFeatures) -> None:

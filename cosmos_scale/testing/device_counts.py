@@ -135,7 +135,9 @@ def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
             taught = teacher.teacher_features(batch, config.data.captions.global_count)
         with counter.phase("loss"):
             scales = {name: getattr(features, name).float() for name in ("logit_scale", "distill_logit_scale")}
-            loss = CosmosLoss(config.optimizer.gradient_scale)(features._replace(**scales), taught)
+            loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)(
+                features._replace(**scales), taught
+            )
         with counter.phase("backward"):
             surrogate(features, loss.gradients).backward()
     return counter
@@ -148,7 +150,10 @@ def count_update(rank: int, world_size: int, config: RunConfig) -> tuple[dict[st
     and "refresh"; and the elements of the model. All that is counted is done for each element. So bytes may be scaled
     to a model of the same depth and another width.
     """
-    pair, loss = drawn_pair(config, start_ranks("cpu")), CosmosLoss(config.optimizer.gradient_scale)
+    pair, loss = (
+        drawn_pair(config, start_ranks("cpu")),
+        CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels),
+    )
     student, teacher = pair
     captions = config.data.captions.count
     batch = random_batch(config.model, config.data.views, 1, [(4, config.model.text.context_length)] * captions)

@@ -84,7 +84,7 @@ class TrainerStep:
         model.load_state_dict(weights)
         teacher_model.load_state_dict(weights)
         self.pair = pair_of_models(config, ranks, model, teacher_model)
-        self.loss = CosmosLoss(config.optimizer.gradient_scale)
+        self.loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
 
     def __call__(self, batch: Batch, lr: float, momentum: float) -> Losses:
         """Train on a batch and return its losses."""

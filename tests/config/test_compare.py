@@ -39,6 +39,7 @@ MAY_DIFFER_BY_HOST = {
 MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "output",
     "device",
+    "kernels",
     "non_finite",
     "resume",
     "init_from",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cosmos_scale.kernels import contrastive
+from cosmos_scale.testing.device_counts import DeviceCounter
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -68,6 +69,16 @@ print(json.dumps(gpu_compile.faults(slopes, 80, found._replace(spilled=0, multip
     spills, others = lines("-c", code, interpret=False)
     assert any("registers are spilled" in text for text in spills)
     assert {"a bare trap", "no mma.sync"} <= set(others)
+
+
+def test_the_kernels_serve_unless_torch_is_asked_for() -> None:
+    rows = torch.empty(2, 4, 16, dtype=torch.bfloat16, device="meta")
+    scale = torch.empty((), device="meta")
+    for triton, launches in ((True, 1), (False, 0)):
+        with DeviceCounter() as counter:
+            contrastive.forward_partials(rows, rows, scale, first_row=0, triton=triton)
+        found = [count.launches for (_, name), count in counter.counts.items() if name == "contrastive_statistics"]
+        assert sum(found) == launches
 
 
 def test_features_of_low_precision_take_the_kernels_on_a_gpu_alone() -> None:

@@ -70,7 +70,10 @@ def _setting(recorder: Recorder, samples: int, overrides: tuple[str, ...]) -> Se
     sizes = TINY if recorder.tiny else ()
     fixed = (f"train.global_batch={samples}", "train.schedule_steps=100000", f"device={recorder.device.type}")
     config = load_config(shipped_file("cc3m_vitb16"), [*fixed, *sizes, *overrides])
-    pair, loss = drawn_pair(config, start_ranks(config.device)), CosmosLoss(config.optimizer.gradient_scale)
+    pair, loss = (
+        drawn_pair(config, start_ranks(config.device)),
+        CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels),
+    )
     batches = [step_batch(config, seed) for seed in range(BATCHES)]
     if recorder.on_gpu:
         batches = [Batch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
