@@ -39,6 +39,35 @@ TILES = TileSizes()
 
 
 @triton.jit
+def cosines(
+    rows,
+    row_place,  # [ROWS] which features of `rows`
+    row_exists,
+    columns,
+    column_place,  # [COLUMNS] which features of `columns`
+    column_exists,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Multiply a block of features by another, summed in float32: [ROWS, COLUMNS]; 0 where either does not exist."""
+    result = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for step in range(0, E, STEP):
+        inner = step + tl.arange(0, STEP)
+        a = tl.load(
+            rows + row_place[:, None] * E + inner[None, :], mask=row_exists[:, None] & (inner < E)[None, :], other=0.0
+        )
+        b = tl.load(
+            columns + column_place[None, :] * E + inner[:, None],
+            mask=column_exists[None, :] & (inner < E)[:, None],
+            other=0.0,
+        )
+        result = tl.dot(a, b, result, input_precision="ieee")
+    return result
+
+
+@triton.jit
 def statistics_kernel(
     rows,  # [V, B, E]
     columns,  # [T, G, E]
@@ -69,25 +98,14 @@ def statistics_kernel(
     own = tl.zeros([ROWS], tl.float32)
     begin = stretch * STRETCH
     end = tl.minimum(begin + STRETCH, G)
-    column_place = (pair * tl.num_programs(0) + block) * G
+    column_result = (pair * tl.num_programs(0) + block) * G
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         column_exists = column < end
-        logits = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for step in range(0, E, STEP):
-            inner = step + tl.arange(0, STEP)
-            a = tl.load(
-                rows + (view * B + row)[:, None] * E + inner[None, :],
-                mask=row_exists[:, None] & (inner < E)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                columns + (other * G + column)[None, :] * E + inner[:, None],
-                mask=column_exists[None, :] & (inner < E)[:, None],
-                other=0.0,
-            )
-            logits = tl.dot(a, b, logits, input_precision="ieee")
-        logits *= factor
+        row_place, column_place = view * B + row, other * G + column
+        logits = factor * cosines(
+            rows, row_place, row_exists, columns, column_place, column_exists, E, ROWS, COLUMNS, STEP
+        )
         own += tl.sum(tl.where(column[None, :] == (first_row + row)[:, None], logits, 0.0), 1)
         in_row = tl.where(column_exists[None, :], logits, float("-inf"))
         higher = tl.maximum(largest, tl.max(in_row, 1))
@@ -95,12 +113,12 @@ def statistics_kernel(
         largest = higher
         in_column = tl.where(row_exists[:, None], logits, float("-inf"))
         highest = tl.max(in_column, 0)
-        tl.store(column_max + column_place + column, highest, mask=column_exists)
+        tl.store(column_max + column_result + column, highest, mask=column_exists)
         sums = tl.sum(tl.exp(in_column - highest[None, :]), 0)
-        tl.store(column_sum + column_place + column, sums, mask=column_exists)
-    row_place = (pair * tl.num_programs(2) + stretch) * B + row
-    tl.store(row_max + row_place, largest, mask=row_exists)
-    tl.store(row_sum + row_place, total, mask=row_exists)
+        tl.store(column_sum + column_result + column, sums, mask=column_exists)
+    row_result = (pair * tl.num_programs(2) + stretch) * B + row
+    tl.store(row_max + row_result, largest, mask=row_exists)
+    tl.store(row_sum + row_result, total, mask=row_exists)
     own_column = first_row + row
     here = row_exists & (own_column >= begin) & (own_column < end)
     tl.store(positive + pair * B + row, own, mask=here)
@@ -150,21 +168,9 @@ def slopes_kernel(
             column = start + tl.arange(0, COLUMNS)
             column_exists = column < end
             place = (other * C + column).to(tl.int64)
-            logits = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for step in range(0, E, STEP):
-                inner = step + tl.arange(0, STEP)
-                a = tl.load(
-                    features + (view * A + row)[:, None] * E + inner[None, :],
-                    mask=row_exists[:, None] & (inner < E)[None, :],
-                    other=0.0,
-                )
-                b = tl.load(
-                    others + place[None, :] * E + inner[:, None],
-                    mask=column_exists[None, :] & (inner < E)[:, None],
-                    other=0.0,
-                )
-                logits = tl.dot(a, b, logits, input_precision="ieee")
-            logits *= factor
+            logits = factor * cosines(
+                features, view * A + row, row_exists, others, place, column_exists, E, ROWS, COLUMNS, STEP
+            )
             other_lse = tl.load(others_lse + view * others_a + other * others_c + column, mask=column_exists, other=0.0)
             slope = tl.exp(logits - own_lse[:, None]) + tl.exp(logits - other_lse[None, :])
             slope = tl.where(column[None, :] == (row + offset)[:, None], slope - 2.0, slope) * weight
