@@ -1,15 +1,19 @@
 """Where records go beside metrics.jsonl: TensorBoard's files and Weights & Biases."""
 
 import os
+import re
 import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_file
+from cosmos_scale.run.folder import WANDB_ID
 
 MOST_RECORDS_KEPT = 100_000  # for a place, while it cannot be written
 
@@ -60,6 +64,16 @@ class KeptRecords:
             self._say(f"{self._tracker.name}: cannot be closed: {_in_one_line(failure)}")
 
 
+def check_trackers(config: LogConfig) -> None:
+    """Raise UserError where the config names a place whose package is not installed; nothing is imported."""
+    for key, package, wanted in (
+        ("log.tensorboard", "tensorboard", config.tensorboard),
+        ("log.wandb", "wandb", config.wandb is not None),
+    ):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"{key}: the package {package} is not installed; rule: install it, or leave {key} out")
+
+
 def open_trackers(
     folder: Path, config: LogConfig, *, name: str, run_config: Mapping[str, Any], first_step: int
 ) -> list[Tracker]:
@@ -70,6 +84,8 @@ def open_trackers(
             trackers.append(_TensorBoard(folder / "tensorboard", first_step))
         if config.wandb is not None:
             trackers.append(_Wandb(folder, config.wandb, name, run_config))
+    except ImportError as failure:
+        raise UserError(f"log: {failure}; rule: mend the installation, or leave the key out") from failure
     except OSError as failure:
         raise UserError(f"log: {failure.filename or folder}: cannot be written: {failure.strerror}") from failure
     return trackers
@@ -118,9 +134,7 @@ class _Wandb:
     def __init__(self, folder: Path, config: WandbConfig, name: str, run_config: Mapping[str, Any]) -> None:
         import wandb  # here: the import takes a second, and few runs need it
 
-        identity = folder / "wandb_id"
-        if not identity.exists():  # a resumed run continues the same record
-            identity.write_text(secrets.token_hex(4))
+        identity = record_name(folder / WANDB_ID)
         mode: Any = config.mode or os.environ.get("WANDB_MODE")
         # The library takes some 30 lines to tell where an offline run lies; `announcement` takes one.
         settings = wandb.Settings(silent=True) if mode == "offline" else wandb.Settings(quiet=True)
@@ -128,7 +142,7 @@ class _Wandb:
             self._run = wandb.init(
                 project=config.project,
                 name=name,
-                id=identity.read_text(),
+                id=identity,
                 resume="allow",
                 dir=str(folder),
                 mode=mode,
@@ -150,6 +164,16 @@ class _Wandb:
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
+
+
+def record_name(path: Path) -> str:
+    """Return the name of the run's record, which a resumed run continues; a new one where the file holds none."""
+    identity = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"[\w-]+", identity, re.ASCII):  # none yet, or torn
+        identity = secrets.token_hex(4)
+        with whole_file(path) as part:
+            part.write_text(identity)
+    return identity
 
 
 def _in_one_line(failure: Exception) -> str:

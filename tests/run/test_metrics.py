@@ -19,6 +19,7 @@ from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
+from cosmos_scale.run.trackers import record_name
 from cosmos_scale.testing.runs import records, train_to_end, write_run
 from tests.test_files import files_of_at_most
 
@@ -167,6 +168,15 @@ def test_wandb_works_offline_and_goes_on_in_the_same_record(
     assert files
     assert all(file.stat().st_size > 0 for file in files)
     assert steps(tmp_path) == [("train", 1), ("train", 2)]
+
+
+@pytest.mark.parametrize("torn", [b"", b"\0" * 8])
+def test_a_torn_name_of_the_wandb_record_is_replaced(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "wandb_id"
+    path.write_bytes(torn)
+    name = record_name(path)
+    assert re.fullmatch("[0-9a-f]{8}", name)
+    assert record_name(path) == path.read_text() == name
 
 
 def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
