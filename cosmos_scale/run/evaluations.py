@@ -75,6 +75,15 @@ class Evaluations:
         """Measure everything at the run's end, as `run_due` does; collective."""
         self._run(self._evaluators, step, student, teacher, progress)
 
+    def run_missed(self, step: int, last_step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+        """Measure what is due at a resumed run's first step and has no record, as `run_due` does; collective.
+
+        The step was saved before it was evaluated, and the launch that saved it was ended in between.
+        """
+        due = self._evaluators if step == last_step else self._due(step)
+        if due:
+            self._run(due[progress.evaluations_of(step) :], step, student, teacher, progress)  # in order, so the rest
+
     def _run(
         self, evaluators: Sequence[Evaluator], step: int, student: Student, teacher: Teacher, progress: Progress
     ) -> None:

@@ -102,6 +102,14 @@ class MetricLog:
         self._write({"step": step, **flat}, "eval")
         self._progress.console.print(table)
 
+    def evaluations_of(self, step: int) -> int:
+        """Return how many records of a step's evaluations the file has, those of failures among them."""
+        try:
+            found = [json.loads(line) for line in self._file.path.read_bytes().splitlines()]
+        except (OSError, ValueError):
+            return 0
+        return sum(entry["kind"] in ("eval", "eval_failed") and entry["step"] == step for entry in found)
+
     def evaluation_failed(self, step: int, name: str, failures: int) -> None:
         """Write how often an evaluator has failed; the record's kind is another than that of results."""
         self._write({"step": step, f"{name}/failures": failures}, "eval_failed")
