@@ -26,7 +26,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
         if step > 0:
-            run.opened.evaluations.run_missed(step, last_step, student, teacher, progress)
+            with progress.pause():
+                run.opened.evaluations.run_missed(step, last_step, student, teacher, progress)
         ahead = Lookahead(
             run.loader, ranks, stop, progress.say, first=step, last=last_step, unsaved=checkpoints.unsaved
         )
