@@ -15,6 +15,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_file
 from cosmos_scale.run.folder import WANDB_ID
 
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 MOST_RECORDS_KEPT = 100_000  # for a place, while it cannot be written
 
 
@@ -65,13 +66,15 @@ class KeptRecords:
 
 
 def check_trackers(config: LogConfig) -> None:
-    """Raise UserError where the config names a place whose package is not installed; nothing is imported."""
+    """Raise UserError where the config names a place that cannot be opened here; nothing is imported or sent."""
     for key, package, wanted in (
         ("log.tensorboard", "tensorboard", config.tensorboard),
         ("log.wandb", "wandb", config.wandb is not None),
     ):
         if wanted and find_spec(package) is None:
             raise UserError(f"{key}: the package {package} is not installed; rule: install it, or leave {key} out")
+    if config.wandb is not None:
+        _mode_of(config.wandb)
 
 
 def open_trackers(
@@ -135,10 +138,10 @@ class _Wandb:
         import wandb  # here: the import takes a second, and few runs need it
 
         identity = record_name(folder / WANDB_ID)
-        mode: Any = config.mode or os.environ.get("WANDB_MODE")
+        mode: Any = _mode_of(config)
         # The library takes some 30 lines to tell where an offline run lies; `announcement` takes one.
-        settings = wandb.Settings(silent=True) if mode == "offline" else wandb.Settings(quiet=True)
         try:
+            settings = wandb.Settings(silent=True) if mode == "offline" else wandb.Settings(quiet=True)
             self._run = wandb.init(
                 project=config.project,
                 name=name,
@@ -149,7 +152,7 @@ class _Wandb:
                 config=dict(run_config),
                 settings=settings,
             )
-        except wandb.errors.Error as failure:
+        except Exception as failure:  # any: the library reads the environment and the network
             said = " ".join(str(failure).split())
             raise UserError(f"log.wandb: {said}; rule: log in, or set log.wandb.mode to offline") from failure
         # The library's own step only grows. It would drop what a run writes that goes back to an earlier checkpoint.
@@ -164,6 +167,14 @@ class _Wandb:
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
+
+
+def _mode_of(config: WandbConfig) -> str | None:
+    """Return the mode that the config names, or else the environment; raises UserError where there is no such mode."""
+    environment = os.environ.get("WANDB_MODE")
+    if environment is not None and environment not in WANDB_MODES:  # the library refuses it whatever the config says
+        raise UserError(f"WANDB_MODE: {environment!r}; rule: one of {', '.join(WANDB_MODES)}, or unset")
+    return config.mode or environment
 
 
 def record_name(path: Path) -> str:

@@ -106,6 +106,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("data.sources=[{name: a}]", "data.sources.0.shards: this key is required and missing"),
         ("train.epochs", "'train.epochs' is not an override; the form is dotted.key=value"),
         ("train={a", "train: line 1 is not valid YAML"),
+        ("log.wandb.project=a/b", 'log.wandb.project: "a/b" must be at most 128 characters, none of / '),
         ("output=/data/\udcff", "holds bytes that are no UTF-8"),
         (f"name={'n' * 201}", "must be a folder's plain name: at most 200 letters"),
     ],

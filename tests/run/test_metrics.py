@@ -19,7 +19,7 @@ from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
-from cosmos_scale.run.trackers import record_name
+from cosmos_scale.run.trackers import check_trackers, record_name
 from cosmos_scale.testing.runs import records, train_to_end, write_run
 from tests.test_files import files_of_at_most
 
@@ -177,6 +177,18 @@ def test_a_torn_name_of_the_wandb_record_is_replaced(tmp_path: Path, torn: bytes
     name = record_name(path)
     assert re.fullmatch("[0-9a-f]{8}", name)
     assert record_name(path) == path.read_text() == name
+
+
+@pytest.mark.parametrize("value", ["bogus", ""])
+def test_what_wandb_refuses_in_the_environment_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", value)
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="offline"))
+    with pytest.raises(UserError, match=r"^WANDB_MODE: [^\n]*$"):
+        MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
+    with pytest.raises(UserError, match=r"^WANDB_MODE: "):  # the dry run
+        check_trackers(config)
 
 
 def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
