@@ -67,7 +67,7 @@ def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.Captu
     assert "a table" in capsys.readouterr().out
 
 
-def test_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
+def test_resumed_run_writes_each_step_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with opened(tmp_path) as log:
         for step in (1, 2, 3, 4):
             log.training(record(step))
@@ -79,6 +79,8 @@ def test_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
         log.training(record(3, loss=7.0))
     assert steps(tmp_path) == [("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == 7.0
+    said = "metrics.jsonl: dropped 4 lines of steps after 2, taken anew now"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
 def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:
