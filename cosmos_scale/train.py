@@ -25,6 +25,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         progress.say(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
+        if step > 0:
+            with progress.pause():
+                run.opened.evaluations.run_missed(step, last_step, student, teacher, progress)
         ahead = Lookahead(
             run.loader, ranks, stop, progress.say, first=step, last=last_step, unsaved=checkpoints.unsaved
         )

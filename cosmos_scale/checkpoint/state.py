@@ -67,8 +67,17 @@ def step_of(folder: Path) -> int:
 
 
 def saved_folders(root: Path) -> list[Path]:
-    """Return the folders with a checkpoint's final name, oldest first; each was whole when it got this name."""
-    return sorted((folder for folder in root.glob("step-*") if step_of(folder) >= 0), key=step_of)
+    """Return the folders with a checkpoint's final name, oldest first; each was whole when it got this name.
+
+    Raises UserError where the folder is there and cannot be listed: it may hold checkpoints.
+    """
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as failure:
+        raise UserError(f"{root}: cannot be listed: {failure.strerror}") from failure
+    return sorted((root / name for name in names if step_of(root / name) >= 0), key=step_of)
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -263,7 +263,8 @@ class CheckpointWriter:
         sync_folder(self.root)
         sync_folder(self.root.parent)  # where the folder of checkpoints may be new
         shutil.rmtree(displaced, ignore_errors=True)
-        self._prune(final)
+        with suppress(UserError):  # of a folder that cannot be listed for a while: this checkpoint is whole
+            self._prune(final)
 
     def _seen(self, records: Sequence[Path]) -> bool:
         """Wait until every rank's small file exists; return False where a rank could not write."""

@@ -23,8 +23,10 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
         status = main()
     except SystemExit as end:  # of argparse
         status = _status(end)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before `main` handles it, or after
         status = 130  # as shells number it
+        with suppress(OSError):
+            print("cosmos-scale: interrupted", file=sys.stderr)
     except BaseException:
         _show_error()
     for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]

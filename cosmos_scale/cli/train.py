@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
@@ -132,8 +133,11 @@ class _PrintingHandler(logging.Handler):
 def _print_lost_contact(error: Exception, rank: str, checkpoints: Path) -> None:
     from cosmos_scale.checkpoint import newest
 
+    known: Path | str | None = "unknown, since their folder cannot be listed"
+    with suppress(UserError):
+        known = newest(checkpoints)
     print(
         f"cosmos-scale train: rank {rank} lost contact with another rank, which ended or cannot be reached "
-        f"({str(error).splitlines()[0]}); newest checkpoint: {newest(checkpoints) or 'none'}",
+        f"({str(error).splitlines()[0]}); newest checkpoint: {known or 'none'}",
         file=sys.stderr,
     )

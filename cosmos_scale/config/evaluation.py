@@ -42,7 +42,11 @@ class EvaluatorConfig(Section):
 
     def _check_rules(self) -> None:
         if not PLAIN_NAME.fullmatch(self.name):
-            refuse("name", self.name, "must be a folder's plain name: letters, digits, . _ - and no leading dot")
+            refuse(
+                "name",
+                self.name,
+                "must be a folder's plain name: at most 200 letters, digits, . _ - and no leading dot",
+            )
 
 
 class RetrievalConfig(EvaluatorConfig):

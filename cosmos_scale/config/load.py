@@ -53,6 +53,10 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
             key, equals, text = override.partition("=")
             if not equals or not key:
                 raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; the form is dotted.key=value")
+            if any("\ud800" <= character <= "\udfff" for character in override):  # bytes that Python could not decode
+                raise UserError(
+                    f"{COMMAND_LINE}: {override!r} holds bytes that are no UTF-8; rule: keys and values are"
+                )
             for set_key, value in settings_of(tree, origins, key, override_value(key, text, f"{COMMAND_LINE}: {key}")):
                 _set(tree, set_key, value)
                 _record(origins, set_key, COMMAND_LINE)

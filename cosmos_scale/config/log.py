@@ -1,17 +1,20 @@
 """The section `log`: what is written down."""
 
+import re
 from typing import Literal
 
 from pydantic import Field
 
-from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section
+from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section, refuse
 
 
 class WandbConfig(Section):
     """Records at Weights & Biases; null: none."""
 
     project: str = Field(
-        "cosmos-scale", description="project that the run appears in", json_schema_extra=RESUME_MAY_CHANGE
+        "cosmos-scale",
+        description="project that the run appears in: at most 128 characters, none of / \\ # ? % :",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     mode: Literal["online", "offline"] | None = Field(
         None,
@@ -19,6 +22,10 @@ class WandbConfig(Section):
         "environment's WANDB_MODE says, else online",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
+
+    def _check_rules(self) -> None:
+        if not re.fullmatch(r"[^/\\#?%:\n]{1,128}", self.project):  # what the service takes
+            refuse("project", self.project, "must be at most 128 characters, none of / \\ # ? % :")
 
 
 class LogConfig(Section):

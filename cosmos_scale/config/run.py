@@ -73,7 +73,11 @@ class RunConfig(Section):
 
     def _check_rules(self) -> None:
         if not PLAIN_NAME.fullmatch(self.name):
-            refuse("name", self.name, "must be a folder's plain name: letters, digits, . _ - and no leading dot")
+            refuse(
+                "name",
+                self.name,
+                "must be a folder's plain name: at most 200 letters, digits, . _ - and no leading dot",
+            )
         views, patch_size = self.data.views, self.model.vision.patch_size
         if views.local_crops and views.local_size % patch_size:
             rule = f"must be a multiple of model.vision.patch_size ({patch_size})"

@@ -19,7 +19,7 @@ MAY_DIFFER_BY_HOST: dict[str, Any] = RESUME_MAY_CHANGE | {"may_differ_by_host": 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 
-PLAIN_NAME = re.compile(r"[\w-][\w.-]*")  # one path component, not hidden
+PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,199}")  # one path component, not hidden
 
 _USER = re.compile(r"(://)[^/@\s'\"]+@")
 _QUERY = re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+", re.IGNORECASE)

@@ -27,14 +27,17 @@ _LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*(?::[0-9_.]+)+)$")
 def parse_yaml(text: str, where: str) -> Any:
     """Return what a YAML text holds; where: what the error names. Raises UserError where it is not valid."""
     try:
-        value = yaml.load(text, _Loader)
+        return _with_text_keys(yaml.load(text, _Loader), where)
+    except RecursionError:
+        raise UserError(
+            f"{where}: a value holds itself, or lies too deep; rule: no anchor inside its own value"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}:{line} is not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
-    return _with_text_keys(value, where)
 
 
 def write_yaml(tree: dict[str, Any]) -> str:
@@ -65,10 +68,11 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -45,6 +45,20 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "d
     return store
 
 
+def require_agent(place: RankVariables, wait: float = ANSWER) -> None:
+    """Raise WrongRankVariable where nothing listens at torchrun's port: the variables are of a launch that has ended.
+
+    wait: seconds to try; torchrun's agent listens before it starts ranks.
+    """
+    try:
+        _connected(place, wait).close()
+    except WrongRankVariable as error:
+        raise WrongRankVariable(
+            f"TORCHELASTIC_USE_AGENT_STORE: True, but no torchrun answers at {place.address}:{place.port}; rule: start "
+            "ranks by torchrun, or unset the variables that it has left"
+        ) from error
+
+
 def _store(place: RankVariables, listener: int | None) -> "dist.Store":  # type: ignore[name-defined]
     return dist.TCPStore(  # type: ignore[attr-defined]
         place.address,

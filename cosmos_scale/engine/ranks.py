@@ -16,7 +16,7 @@ from torch import Tensor
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name, sweep
 from cosmos_scale.engine.gpu_memory import use_expandable_segments
-from cosmos_scale.engine.meeting import meet
+from cosmos_scale.engine.meeting import meet, require_agent
 from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 from cosmos_scale.errors import UserError
@@ -114,7 +114,9 @@ def _join(backend: str) -> None:
     if place is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun's agent has the port
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent has the port
+        require_agent(place)
+    else:
         from deepspeed.constants import default_pg_timeout
 
         dist.init_process_group(

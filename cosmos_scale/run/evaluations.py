@@ -17,6 +17,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
+from cosmos_scale.run.folder import EVALUATION
 from cosmos_scale.run.progress import Progress
 
 
@@ -45,7 +46,7 @@ class Evaluations:
         Raises UserError where data is missing or wrong. A resumed run goes on without it: the evaluation opens its data
         when it is due, and fails where the data is still not there.
         """
-        self._folder = folder / "evaluation"
+        self._folder = folder / EVALUATION
         self._setting = Setting.of_run(config, ranks.rank, ranks.world_size, ranks.device)
         self._evaluators: list[Evaluator] = []
         self._failures: Counter[str] = Counter()  # by evaluator, since the start of this process
@@ -73,6 +74,15 @@ class Evaluations:
     def run_all(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
         """Measure everything at the run's end, as `run_due` does; collective."""
         self._run(self._evaluators, step, student, teacher, progress)
+
+    def run_missed(self, step: int, last_step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+        """Measure what is due at a resumed run's first step and has no record, as `run_due` does; collective.
+
+        The step was saved before it was evaluated, and the launch that saved it was ended in between.
+        """
+        due = self._evaluators if step == last_step else self._due(step)
+        if due:
+            self._run(due[progress.evaluations_of(step) :], step, student, teacher, progress)  # in order, so the rest
 
     def _run(
         self, evaluators: Sequence[Evaluator], step: int, student: Student, teacher: Teacher, progress: Progress

@@ -14,19 +14,22 @@ from cosmos_scale.files import whole_file
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 DAMAGE_FILE = "damaged.jsonl"
+WANDB_ID = "wandb_id"
 CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation"
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
     """Raise UserError where a run cannot write to its folder, which need not exist; leaves nothing behind."""
     with _told(folder):
         existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-        for name in (CONFIG_FILE, METRICS_FILE, DAMAGE_FILE):
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(dump_config(config).encode())  # on a full disk a file can be made, and nothing be written to it
+        for name in (CONFIG_FILE, METRICS_FILE, DAMAGE_FILE, WANDB_ID):
             if (folder / name).exists() and not (folder / name).is_file():
                 raise UserError(f"output: {folder / name} is no file; rule: move it away, since the run writes a file")
-        for name in (CHECKPOINTS, "tensorboard", "wandb", *(evaluator.name for evaluator in config.eval)):
+        evaluations = (f"{EVALUATION}/{evaluator.name}" for evaluator in config.eval)
+        for name in (CHECKPOINTS, "tensorboard", "wandb", EVALUATION, *evaluations):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise UserError(f"output: {folder / name} is no folder; rule: move it away, since the run makes one")
         for name in (METRICS_FILE, DAMAGE_FILE):

@@ -17,6 +17,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, make_folder, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
 from cosmos_scale.run.trackers import KeptRecords, open_trackers
+from cosmos_scale.words import counted
 
 
 class MetricLog:
@@ -43,10 +44,13 @@ class MetricLog:
         """
         self._first_step, self._last_step, self._steps_per_epoch = first_step, last_step, steps_per_epoch
         make_folder(folder)
-        _drop_from(folder / METRICS_FILE, first_step)
+        dropped = _drop_from(folder / METRICS_FILE, first_step)
         self._file = LineFile(folder / METRICS_FILE)
         trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step)
         self._announcements = [tracker.announcement for tracker in trackers if tracker.announcement]
+        if dropped:
+            lines = counted(dropped, "line")
+            self._announcements.append(f"{METRICS_FILE}: dropped {lines} of steps after {first_step}, taken anew now")
         self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
         console = Console()
         self._progress = Progress(
@@ -102,6 +106,14 @@ class MetricLog:
         self._write({"step": step, **flat}, "eval")
         self._progress.console.print(table)
 
+    def evaluations_of(self, step: int) -> int:
+        """Return how many records of a step's evaluations the file has, those of failures among them."""
+        try:
+            found = [json.loads(line) for line in self._file.path.read_bytes().splitlines()]
+        except (OSError, ValueError):
+            return 0
+        return sum(entry["kind"] in ("eval", "eval_failed") and entry["step"] == step for entry in found)
+
     def evaluation_failed(self, step: int, name: str, failures: int) -> None:
         """Write how often an evaluator has failed; the record's kind is another than that of results."""
         self._write({"step": step, f"{name}/failures": failures}, "eval_failed")
@@ -146,19 +158,20 @@ def _span(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
-def _drop_from(path: Path, step: int) -> None:
+def _drop_from(path: Path, step: int) -> int:
     """Delete a file's records of steps after `step`, all of them where it is 0, and lines that are torn.
 
-    The file is replaced whole or not at all. Raises UserError where it cannot be written.
+    Returns how many lines were deleted. The file is replaced whole or not at all. Raises UserError where it cannot be
+    written.
     """
     if not path.exists():
-        return
+        return 0
     try:
         before = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    kept = []
-    for line in before.splitlines():
+    kept, lines = [], before.splitlines()
+    for line in lines:
         try:
             if json.loads(line)["step"] <= step > 0:
                 kept.append(line + b"\n")
@@ -167,3 +180,4 @@ def _drop_from(path: Path, step: int) -> None:
     after = b"".join(kept)
     if after != before:  # where nothing is to be dropped, a full disk does no harm
         replace_file(path, after)
+    return len(lines) - len(kept)

@@ -20,6 +20,7 @@ from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations, RankPlace
 from cosmos_scale.run.folder import CHECKPOINTS, check_folder
+from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.words import counted
 
 
@@ -130,4 +131,5 @@ class Opening:
 
     def _output(self) -> str:
         check_folder(self._config, self.folder)
+        check_trackers(self._config.log)
         return f"{self.folder} can be written to"

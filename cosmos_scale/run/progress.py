@@ -157,6 +157,10 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
+    def evaluations_of(self, step: int) -> int:
+        """Return how many evaluators have a record of a step, of numbers or of a failure; collective."""
+        return from_all(0 if self._log is None else self._log.evaluations_of(step), self._ranks)[0]
+
     def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers], table: Table) -> None:
         """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind."""
         if self._log is not None:

@@ -40,15 +40,25 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         opening = Opening(config, ranks)
         for look in opening.looks():
             look.find()
-        if ranks.is_main:
-            prepare_folder(config, opening.folder)
         opened = Opened(opening.folder, opening.index, opening.tokenizer, opening.evaluations, opening.start)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
     assert opened is not None
     _require_one_run(config, opened, ranks)
+    _prepare_folder(config, opened.folder, ranks)
     return opened
+
+
+def _prepare_folder(config: RunConfig, folder: Path, ranks: Ranks) -> None:
+    """Make the run's folder, once nothing refuses the run: its config.yaml is that of the last launch; collective."""
+    error = None
+    if ranks.is_main:
+        try:
+            prepare_folder(config, folder)
+        except UserError as failure:
+            error = failure
+    raise_together(ranks, error)
 
 
 def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, Start, list[str]]:

@@ -1,16 +1,21 @@
 """Where records go beside metrics.jsonl: TensorBoard's files and Weights & Biases."""
 
 import os
+import re
 import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_file
+from cosmos_scale.run.folder import WANDB_ID
 
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 MOST_RECORDS_KEPT = 100_000  # for a place, while it cannot be written
 
 
@@ -60,6 +65,18 @@ class KeptRecords:
             self._say(f"{self._tracker.name}: cannot be closed: {_in_one_line(failure)}")
 
 
+def check_trackers(config: LogConfig) -> None:
+    """Raise UserError where the config names a place that cannot be opened here; nothing is imported or sent."""
+    for key, package, wanted in (
+        ("log.tensorboard", "tensorboard", config.tensorboard),
+        ("log.wandb", "wandb", config.wandb is not None),
+    ):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"{key}: the package {package} is not installed; rule: install it, or leave {key} out")
+    if config.wandb is not None:
+        _mode_of(config.wandb)
+
+
 def open_trackers(
     folder: Path, config: LogConfig, *, name: str, run_config: Mapping[str, Any], first_step: int
 ) -> list[Tracker]:
@@ -70,6 +87,8 @@ def open_trackers(
             trackers.append(_TensorBoard(folder / "tensorboard", first_step))
         if config.wandb is not None:
             trackers.append(_Wandb(folder, config.wandb, name, run_config))
+    except ImportError as failure:
+        raise UserError(f"log: {failure}; rule: mend the installation, or leave the key out") from failure
     except OSError as failure:
         raise UserError(f"log: {failure.filename or folder}: cannot be written: {failure.strerror}") from failure
     return trackers
@@ -118,24 +137,22 @@ class _Wandb:
     def __init__(self, folder: Path, config: WandbConfig, name: str, run_config: Mapping[str, Any]) -> None:
         import wandb  # here: the import takes a second, and few runs need it
 
-        identity = folder / "wandb_id"
-        if not identity.exists():  # a resumed run continues the same record
-            identity.write_text(secrets.token_hex(4))
-        mode: Any = config.mode or os.environ.get("WANDB_MODE")
+        identity = record_name(folder / WANDB_ID)
+        mode: Any = _mode_of(config)
         # The library takes some 30 lines to tell where an offline run lies; `announcement` takes one.
-        settings = wandb.Settings(silent=True) if mode == "offline" else wandb.Settings(quiet=True)
         try:
+            settings = wandb.Settings(silent=True) if mode == "offline" else wandb.Settings(quiet=True)
             self._run = wandb.init(
                 project=config.project,
                 name=name,
-                id=identity.read_text(),
+                id=identity,
                 resume="allow",
                 dir=str(folder),
                 mode=mode,
                 config=dict(run_config),
                 settings=settings,
             )
-        except wandb.errors.Error as failure:
+        except Exception as failure:  # any: the library reads the environment and the network
             said = " ".join(str(failure).split())
             raise UserError(f"log.wandb: {said}; rule: log in, or set log.wandb.mode to offline") from failure
         # The library's own step only grows. It would drop what a run writes that goes back to an earlier checkpoint.
@@ -150,6 +167,24 @@ class _Wandb:
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
+
+
+def _mode_of(config: WandbConfig) -> str | None:
+    """Return the mode that the config names, or else the environment; raises UserError where there is no such mode."""
+    environment = os.environ.get("WANDB_MODE")
+    if environment is not None and environment not in WANDB_MODES:  # the library refuses it whatever the config says
+        raise UserError(f"WANDB_MODE: {environment!r}; rule: one of {', '.join(WANDB_MODES)}, or unset")
+    return config.mode or environment
+
+
+def record_name(path: Path) -> str:
+    """Return the name of the run's record, which a resumed run continues; a new one where the file holds none."""
+    identity = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"[\w-]+", identity, re.ASCII):  # none yet, or torn
+        identity = secrets.token_hex(4)
+        with whole_file(path) as part:
+            part.write_text(identity)
+    return identity
 
 
 def _in_one_line(failure: Exception) -> str:

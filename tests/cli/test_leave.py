@@ -36,7 +36,7 @@ leave_after(main)
         ("sys.exit()", 0, ""),
         ("sys.exit(2)", 2, ""),
         ("sys.exit('no')", 1, "no\n"),
-        ("raise KeyboardInterrupt", 130, ""),
+        ("raise KeyboardInterrupt", 130, "cosmos-scale: interrupted\n"),
         ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
         ("atexit.register(lambda: 1 / 0); return 3", 3, "ZeroDivisionError: division by zero\n"),
     ],

@@ -106,6 +106,9 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("data.sources=[{name: a}]", "data.sources.0.shards: this key is required and missing"),
         ("train.epochs", "'train.epochs' is not an override; the form is dotted.key=value"),
         ("train={a", "train: line 1 is not valid YAML"),
+        ("log.wandb.project=a/b", 'log.wandb.project: "a/b" must be at most 128 characters, none of / '),
+        ("output=/data/\udcff", "holds bytes that are no UTF-8"),
+        (f"name={'n' * 201}", "must be a folder's plain name: at most 200 letters"),
     ],
 )
 def test_a_wrong_override_is_named(run: Path, override: str, words: str) -> None:
@@ -184,7 +187,10 @@ def test_several_errors_are_counted(run: Path) -> None:
     [
         ("- a\n- b\n", "holds a list; a config is a mapping of keys"),
         ("train: {epochs: 1\n", "line 2 is not valid YAML"),
-        ("seed: 1\nseed: 2\n", "line 1 is not valid YAML: key 'seed' is given twice"),
+        ("seed: 1\nseed: 2\n", "line 2 is not valid YAML: key 'seed' is given twice"),
+        ("seed: &here [*here]\n", "a value holds itself, or lies too deep"),
+        ("seed: &here {is: *here}\n", "a value holds itself, or lies too deep"),
+        (f"seed: {'[' * 3000}\n", "a value holds itself, or lies too deep"),
         ("extends: 5\n", "extends: 5 must be a path or a list of paths"),
         ("extends: none.yaml\n", "none.yaml: no such config file"),
         ("extends: .\n", ": is a folder; a config is a YAML file"),

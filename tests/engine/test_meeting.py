@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from cosmos_scale.engine.meeting import meet
+from cosmos_scale.engine.meeting import meet, require_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
@@ -137,3 +137,13 @@ def connected(port: int) -> Iterator[socket.socket]:
             break
     with connection:
         yield connection
+
+
+def test_a_torchrun_that_has_ended_is_named() -> None:
+    """Its variables may outlive it; torch alone would wait for half an hour."""
+    with pytest.raises(
+        UserError, match=r"^TORCHELASTIC_USE_AGENT_STORE: True, but no torchrun answers at 127\.0\.0\.1:"
+    ):
+        require_agent(place(0, 1, free_port()), 0.1)
+    with stranger(lambda visitor: None) as port:
+        require_agent(place(0, 1, port))

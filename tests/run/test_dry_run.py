@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.folder import check_folder
 from cosmos_scale.run.start import open_run
+from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.testing.runs import last_checkpoint, train_to_end, write_run
 
 COLUMNS = 80
@@ -107,6 +109,7 @@ REFUSED = [
     ("output", ["output={tmp}/file"], "output: {tmp}/file/tiny cannot be written to: Not a directory"),
     ("output", ["output={tmp}/file/below"], "cannot be written to: Not a directory"),
     ("output", ["output={tmp}", "name=odd"], "metrics.jsonl is no file; rule: move it away"),
+    ("output", ["output={tmp}", "name=taken"], "taken/evaluation/retrieval is no folder; rule: move it away"),
 ]
 
 
@@ -123,6 +126,8 @@ def test_what_a_launch_refuses_the_dry_run_refuses(
     (tmp_path / "file").write_text("")
     (tmp_path / "0.tar").write_bytes(b"")  # shards without an index
     (tmp_path / "odd" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "taken" / "evaluation").mkdir(parents=True)
+    (tmp_path / "taken" / "evaluation" / "retrieval").write_text("")
     shutil.copytree(scenes.train, tmp_path / "lost", ignore=shutil.ignore_patterns("*.tar"))
     shutil.copytree(last_checkpoint(trained), tmp_path / "torn")
     next((tmp_path / "torn").glob("*.safetensors")).write_bytes(bytes(10))
@@ -191,6 +196,37 @@ def test_a_plan_without_shards_refuses_nothing_for_their_absence(
     # A run that is resumed goes on without its gallery.
     assert found["evaluation"][1].endswith("cannot be opened now: retrieval")
     assert cli.main(["train", "--dry-run", str(trained), *absent, "seed=9"]) == 2
+
+
+def test_a_path_that_is_too_long_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--dry-run", str(trained), f"output={tmp_path / ('n' * 300)}"]) == 2
+    captured = capsys.readouterr()
+    assert "/checkpoints: cannot be listed: File name too long" in captured.err
+    assert rows(captured.out)["output"][0] == "REFUSED"
+
+
+def test_a_full_disk_is_refused(trained: Path, tmp_path: Path) -> None:
+    """A disk without a free byte, on which a file can still be made."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written to: File too large"):
+            check_folder(load_config(trained, []), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize(
+    ("key", "package"), [("log.wandb.mode=offline", "wandb"), ("log.tensorboard=true", "tensorboard")]
+)
+def test_a_package_that_is_missing_is_refused(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, key: str, package: str
+) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    with pytest.raises(UserError, match=f"log.{package}: the package {package} is not installed"):
+        check_trackers(load_config(trained, [key]).log)
 
 
 def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Evaluations in whole runs: each evaluator at its own steps, failures told and tried again, runs of the old form."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -96,9 +97,31 @@ def test_a_step_is_saved_before_it_is_evaluated(tmp_path: Path, scenes: SceneSha
             train_to_end(run, f"train.max_steps={last_step}", program="tests.run.dying_train").require(DIED)
         assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in steps]
         assert [record["step"] for record in records(run)] == list(range(1, steps[-1] + 1))
-    for last_step, evaluated in (("5", [4, 5]), ("6", [4, 5, 6])):  # each step once
+    # Each step once; that of step 2 by the launch after the one that died in it. Step 3 is no last step any more.
+    for last_step, evaluated in (("5", [2, 4, 5]), ("6", [2, 4, 5, 6]), ("6", [2, 4, 5, 6])):
         train_to_end(run, f"train.max_steps={last_step}").require(0)
         assert [record["step"] for record in records(run, kind="eval")] == evaluated
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2)])
+def test_an_evaluation_that_was_cut_off_is_measured_by_the_next_launch(
+    tmp_path: Path, scenes: SceneShards, ranks: int, stage: int
+) -> None:
+    """At the run's last step, when nothing else is left to do: with the numbers of a run that was not cut off."""
+    section = {"kind": "retrieval", "every": 2, "shards": str(scenes.gallery), "max_samples": 16}
+    run = write_run(tmp_path, scenes, eval=[section, {**section, "name": "again"}], zero={"stage": stage})
+    train_to_end(run, "train.max_steps=4", "name=whole", ranks=ranks).require(0)
+    train_to_end(run, "train.max_steps=4", ranks=ranks).require(0)
+    path = tmp_path / "tiny" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["again/student/images"] == 16
+    for missing in (1, 2, 0):  # the second evaluator's record of step 4, both records, none
+        path.write_text("".join(lines[: len(lines) - missing]))
+        train_to_end(run, "train.max_steps=4", ranks=ranks).require(0)
+        found, expected = (
+            [{**record, "time": 0} for record in records(run, name, kind="eval")] for name in ("tiny", "whole")
+        )
+        assert found == expected
 
 
 def test_runs_that_wrote_the_old_form_resume(failing: Failing, tmp_path: Path) -> None:
@@ -113,7 +136,7 @@ def test_runs_that_wrote_the_old_form_resume(failing: Failing, tmp_path: Path) -
     resumed = train_to_end(failing.run, *overrides, f"eval.retrieval.shards={failing.gallery}").require(0)
     assert f"resumed from {checkpoint}" in resumed.output
     evaluations = records(tmp_path / "run.yaml", kind="eval")
-    assert [record["step"] for record in evaluations] == [5, 6]
+    assert [record["step"] for record in evaluations] == [4, 5, 6]  # step 4 is due now, and has no record here
     assert evaluations[-1]["teacher/images"] == 11
 
 

@@ -19,6 +19,7 @@ from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
+from cosmos_scale.run.trackers import check_trackers, record_name
 from cosmos_scale.testing.runs import records, train_to_end, write_run
 from tests.test_files import files_of_at_most
 
@@ -66,7 +67,7 @@ def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.Captu
     assert "a table" in capsys.readouterr().out
 
 
-def test_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
+def test_resumed_run_writes_each_step_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with opened(tmp_path) as log:
         for step in (1, 2, 3, 4):
             log.training(record(step))
@@ -78,6 +79,8 @@ def test_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
         log.training(record(3, loss=7.0))
     assert steps(tmp_path) == [("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == 7.0
+    said = "metrics.jsonl: dropped 4 lines of steps after 2, taken anew now"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
 
 
 def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:
@@ -167,6 +170,27 @@ def test_wandb_works_offline_and_goes_on_in_the_same_record(
     assert files
     assert all(file.stat().st_size > 0 for file in files)
     assert steps(tmp_path) == [("train", 1), ("train", 2)]
+
+
+@pytest.mark.parametrize("torn", [b"", b"\0" * 8])
+def test_a_torn_name_of_the_wandb_record_is_replaced(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "wandb_id"
+    path.write_bytes(torn)
+    name = record_name(path)
+    assert re.fullmatch("[0-9a-f]{8}", name)
+    assert record_name(path) == path.read_text() == name
+
+
+@pytest.mark.parametrize("value", ["bogus", ""])
+def test_what_wandb_refuses_in_the_environment_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", value)
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="offline"))
+    with pytest.raises(UserError, match=r"^WANDB_MODE: [^\n]*$"):
+        MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
+    with pytest.raises(UserError, match=r"^WANDB_MODE: "):  # the dry run
+        check_trackers(config)
 
 
 def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

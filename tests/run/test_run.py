@@ -67,6 +67,12 @@ def test_hosts_with_other_indexes_or_keys_are_refused(tmp_path: Path) -> None:
         assert said == f"rank 1 and rank 0 differ in {key}; rule: all ranks share one run's keys"
 
 
+def test_a_launch_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes)
+    assert "differ in seed" in run_ranks(prepared, 2, [[(run, []), (run, ["seed=1"])]])[0][0]
+    assert not (tmp_path / "tiny").exists()
+
+
 def dali_lacks_on_rank_1(rank: int, world_size: int, run: Path) -> str:
     def require() -> None:
         if rank == 1:
