@@ -46,12 +46,14 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
             if step < last_step and run.opened.evaluations.due(step):
                 with progress.pause():
                     run.opened.evaluations.run_due(step, student, teacher, progress)
-        if step < last_step:
+        if step < last_step and ahead.failure is None:
             progress.say(f"stopping after step {step} of {last_step}: a signal, or train.max_minutes")
         progress.read_pending()
         if step > run.first_step:
             checkpoints.save(run.state(step))
             progress.say(f"checkpoint: {checkpoints.finish()}")
+        if ahead.failure is not None:
+            raise ahead.failure
         if run.first_step < step == last_step:
             run.opened.evaluations.run_all(step, student, teacher, progress)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cosmos_scale.checkpoint.state import read_state
+from cosmos_scale.checkpoint.state import read_state, step_of
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import open_sources
@@ -106,6 +106,8 @@ def test_more_lost_than_allowed_ends_all_ranks_in_one_line(tmp_path: Path, ranks
         finished = process.wait().require(2)
     (line,) = finished.errors.splitlines()
     assert "is lost: No such file or directory" in line
+    # The steps before are saved: with the data back, the run goes on.
+    assert step_of(last_checkpoint(run)) == records(run)[-1]["step"] >= 1
     # Five of 40 shards are too many. When ranks look for substitutes, each rank may find another shard lost.
     assert re.search(
         r"[56] lost shards hold 1[25]\.[05]0% of all samples, more than data\.max_damaged 0\.1 allows", line

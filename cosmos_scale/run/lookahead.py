@@ -72,8 +72,9 @@ class Lookahead:
 
     The loop's next turn fetches the next batch: the device still works on the step that was launched before. A rank
     that cannot get its batch would leave the others waiting in the next collective. So all ranks exchange one small
-    message about each batch before any of them starts its step, and end together with the message of the rank that
-    failed. Where a rank came upon a lost shard, all give up this shard from that step on and fetch its batch anew.
+    message about each batch before any of them starts its step. Where one rank failed, the batches end on all ranks,
+    and `failure` holds that rank's message: the steps done can be saved first. Where a rank came upon a lost shard, all
+    give up this shard from that step on and fetch its batch anew.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Lookahead:
         self._say = say
         self._unsaved = unsaved
         self._step, self._last = first, last
+        self.failure: UserError | None = None  # why there is no batch any more, the same on all ranks
         # Kept to the end, so that loader processes are shut down after the last checkpoint: that may take long.
         self._batches = loader.batches(first)
 
@@ -101,7 +103,7 @@ class Lookahead:
         return self
 
     def __next__(self) -> Fetched:
-        """Raises UserError on every rank where any rank has no batch, or more data is lost than the run allows."""
+        """End on every rank where any rank has no batch, or more data is lost than the run allows: see `failure`."""
         waited = 0.0
         while self._step < self._last:
             start = time.perf_counter()
@@ -109,14 +111,17 @@ class Lookahead:
             waited += time.perf_counter() - start
             here = [error is not None, self._stop.wanted, bool(lost), self._unsaved()]
             failed, stop, any_lost, unsaved = maxima(here, self._ranks)
-            if failed:
-                raise_together(self._ranks, error)
-            if stop:
+            try:
+                if failed:
+                    raise_together(self._ranks, error)
+                if any_lost and not stop:
+                    self._give_up(lost)
+                    continue
+            except UserError as failure:
+                self.failure = failure
+            if stop or self.failure is not None:
                 self._last = self._step  # no batch comes any more
                 break
-            if any_lost:
-                self._give_up(lost)
-                continue
             assert batch is not None
             self._step += 1
             return Fetched(batch, waited, bool(unsaved))

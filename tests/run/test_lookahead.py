@@ -83,13 +83,10 @@ def test_the_last_batch_is_that_of_the_last_step() -> None:
 
 
 def take_until_error(ahead: Lookahead) -> tuple[int, str]:
-    taken = 0
-    try:
-        for _ in ahead:
-            taken += 1
-    except UserError as error:
-        return taken, str(error)
-    raise AssertionError("no rank failed")
+    taken = sum(1 for _ in ahead)
+    assert ahead.failure is not None
+    assert next(ahead, None) is None, "no batch comes after the failure"
+    return taken, str(ahead.failure)
 
 
 def second_batch_fails(rank: int, world_size: int) -> tuple[int, str]:
