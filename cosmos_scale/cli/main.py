@@ -49,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 and 141 as `exit_status` says.
     """
     spell_out()  # --help too
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        _tell("cosmos-scale: interrupted")
+        return 130
     return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))
 
 
