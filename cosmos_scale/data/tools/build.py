@@ -124,6 +124,8 @@ def build_shards(
         raise UserError(f"--background {background}: must be white, black, #rrggbb or keep")
     if not images.is_dir():
         raise UserError(f"{whole_path(images)}: no such folder of pictures")
+    if captions.is_fifo() or captions.is_char_device():
+        raise UserError(f"{captions}: is a pipe or a device, but is read several times; give a file")
     lines = count_lines(captions)
     work = Work(BUILD, out)
     options = {

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -342,3 +343,11 @@ def test_two_columns_of_one_name_are_refused_where_one_would_be_lost(images: Pat
     first, second = read_rows(lines)
     assert first.fault == "two keys of one name: caption; the row has image, caption, Caption"
     assert (second.fault, second.document) == (None, {"caption": "a"})
+
+
+def test_a_pipe_of_captions_is_refused(images: Path) -> None:
+    """To open a pipe that nobody writes would wait for ever."""
+    captions = images.parent / "captions.csv"
+    os.mkfifo(captions)
+    with pytest.raises(UserError, match="is a pipe or a device, but is read several times; give a file"):
+        build_shards(images, captions, images.parent / "out", samples_per_shard=3, workers=1, progress=False)
