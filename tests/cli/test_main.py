@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, refusals on one line, and every command down to its result."""
 
+import errno
 import json
 import os
 import re
@@ -82,6 +83,8 @@ def raising(error: BaseException) -> Callable[[], int]:
         (lambda: 1, 1, ""),
         (raising(UserError("seed: -1 is wrong")), 2, "cosmos-scale data: seed: -1 is wrong\n"),
         (raising(KeyboardInterrupt()), 130, "cosmos-scale data: interrupted\n"),
+        (raising(OSError(errno.ENOSPC, "No space left")), 2, "cosmos-scale data: No space left\n"),
+        (raising(OSError(errno.EDQUOT, "Quota exceeded", "a/b")), 2, "cosmos-scale data: a/b: Quota exceeded\n"),
     ],
 )
 def test_one_place_turns_errors_into_exit_statuses(
