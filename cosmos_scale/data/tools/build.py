@@ -127,6 +127,7 @@ def build_shards(
     if captions.is_fifo() or captions.is_char_device():
         raise UserError(f"{captions}: is a pipe or a device, but is read several times; give a file")
     lines = count_lines(captions)
+    next(read_rows(captions, columns), None)  # a file that is refused leaves no folder behind
     work = Work(BUILD, out)
     options = {
         **{"samples-per-shard": samples_per_shard, "background": background},

@@ -351,3 +351,12 @@ def test_a_pipe_of_captions_is_refused(images: Path) -> None:
     os.mkfifo(captions)
     with pytest.raises(UserError, match="is a pipe or a device, but is read several times; give a file"):
         build_shards(images, captions, images.parent / "out", samples_per_shard=3, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.txt"])
+def test_a_refused_captions_file_leaves_no_folder(images: Path, name: str) -> None:
+    captions, out = images.parent / name, images.parent / "out"
+    captions.write_text("image;caption\n0.jpg;a\n")
+    with pytest.raises(UserError):
+        build_shards(images, captions, out, samples_per_shard=3, workers=1, progress=False)
+    assert not out.exists()
