@@ -37,6 +37,10 @@ examples:
 """
 
 
+# What ends any command and is no fault of the program: too few open files allowed, and a full disk or quota.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
+
+
 def program() -> NoReturn:
     """The command `cosmos-scale`: run `main` on the process's arguments and leave with its status."""
     leave_after(main)
@@ -49,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 and 141 as `exit_status` says.
     """
     spell_out()  # --help too
-    arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        _tell("cosmos-scale: interrupted")
+        return 130
     return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))
 
 
@@ -57,8 +65,8 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
     """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
 
     The command's own status; 2 where it raises UserError, which is printed on one line after the label, where too few
-    open files are allowed, or where its output cannot be written; 130 where it is interrupted, which is printed too;
-    141 where the reader of its output leaves early.
+    open files are allowed, a disk is full, or its output cannot be written; 130 where it is interrupted, which is
+    printed too; 141 where the reader of its output leaves early.
     """
     spell_out()
     try:
@@ -71,9 +79,10 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 141
     except OSError as error:
-        if error.errno != errno.EMFILE:
+        if error.errno not in _OF_THE_MACHINE:
             raise
-        _tell(f"{label}: {reason_of(error)}")
+        where = "" if error.errno == errno.EMFILE or not error.filename else f"{error.filename}: "
+        _tell(f"{label}: {where}{reason_of(error)}")
         return 2
     except KeyboardInterrupt:
         _tell(f"{label}: interrupted")

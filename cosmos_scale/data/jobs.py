@@ -59,15 +59,17 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
                 f"a worker process was killed (out of memory?); use fewer workers than {workers}"
             ) from error
         finally:
-            for future in running:
-                future.cancel()
+            # The pool's thread drops the waiting jobs. It ends with a traceback where it meets a job that another
+            # thread has dropped after an interrupt ended a worker.
+            pool.shutdown(cancel_futures=True)
 
 
 _busy = False  # in a worker: whether it does a job now
 
 
 def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, _leave)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # the parent goes on after an interrupt, so go on too
+        signal.signal(signal.SIGINT, _leave)
     _end_with_parent(parent)
 
 

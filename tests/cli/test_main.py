@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, refusals on one line, and every command down to its result."""
 
+import errno
 import json
 import os
 import re
@@ -83,6 +84,8 @@ def raising(error: BaseException) -> Callable[[], int]:
         (lambda: 1, 1, ""),
         (raising(UserError("seed: -1 is wrong")), 2, "cosmos-scale data: seed: -1 is wrong\n"),
         (raising(KeyboardInterrupt()), 130, "cosmos-scale data: interrupted\n"),
+        (raising(OSError(errno.ENOSPC, "No space left")), 2, "cosmos-scale data: No space left\n"),
+        (raising(OSError(errno.EDQUOT, "Quota exceeded", "a/b")), 2, "cosmos-scale data: a/b: Quota exceeded\n"),
     ],
 )
 def test_one_place_turns_errors_into_exit_statuses(
@@ -228,6 +231,43 @@ def test_an_interrupt_of_the_imports_is_one_line(module: str, tmp_path: Path) ->
     assert ended.returncode != 0
     assert ended.stderr.endswith(": interrupted\n")
     assert ended.stderr.count("\n") == 1
+
+
+def test_an_interrupt_before_the_command_is_known_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cosmos_scale.cli.main._parse", interrupted)
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == "cosmos-scale: interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["cosmos_scale.cli", "cosmos_scale.train", "cosmos_scale.demo"])
+def test_an_interrupt_that_an_imported_module_swallows_ends_the_program(module: str, tmp_path: Path) -> None:
+    """Extension modules such as torch's lose an interrupt of their imports, make another error of it, or abort."""
+    for name in ("argparse", "torch"):
+        (tmp_path / f"{name}.py").write_text(
+            "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException: pass\n"
+        )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    # A shell may start tests with interrupts ignored, which processes inherit.
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        f"os.execv(sys.executable, [sys.executable, '-m', {module!r}, '--help'])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1)
+    assert ended.stderr.endswith(": interrupted\n")
 
 
 def test_an_output_that_lacks_signs_has_them_spelled_out() -> None:

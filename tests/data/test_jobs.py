@@ -63,12 +63,12 @@ def wait_in_a_file(path: Path) -> None:
 
 
 def test_an_interrupt_ends_workers_without_a_word_and_cleaned_up(tmp_path: Path) -> None:
-    """As a terminal sends it: to the process and its workers at once."""
+    """As a terminal sends it: to the process and its workers at once, while jobs wait that no worker has yet."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from cosmos_scale.data.jobs import map_jobs\n"
         "from tests.data.test_jobs import wait_in_a_file\n"
-        f"try: list(map_jobs(wait_in_a_file, [Path({str(tmp_path)!r}, name) for name in 'abc'], 2))\n"
+        f"try: list(map_jobs(wait_in_a_file, [Path({str(tmp_path)!r}, name) for name in 'abcdefgh'], 2))\n"
         "except KeyboardInterrupt: print('interrupted')\n"
     )
     process = subprocess.Popen(
@@ -85,3 +85,20 @@ def test_an_interrupt_ends_workers_without_a_word_and_cleaned_up(tmp_path: Path)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_workers_ignore_an_interrupt_that_their_parent_ignores(tmp_path: Path) -> None:
+    """Shells start what a script puts in the background so; the terminal's interrupt comes to all of it."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from cosmos_scale.data.jobs import map_jobs\n"
+        "from tests.data.test_jobs import interrupt_itself\n"
+        "print(list(map_jobs(interrupt_itself, [1, 2, 3], 2)))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("[1, 2, 3]\n", "")
+
+
+def interrupt_itself(job: int) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return job

@@ -7,8 +7,12 @@ import ast
 import csv
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
+
+from cosmos_scale.data.samples.caption_keys import plain_column
+from cosmos_scale.errors import UserError
 
 # Characters of one cell, and lines of one record. Captions have fewer; an unclosed quote soon reaches one of the two.
 CELL_LIMIT = 1 << 24
@@ -46,6 +50,26 @@ def read_cell(cell: str, *, lists: bool) -> str | list[str] | None:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
     return cell
+
+
+def refuse_utf16(path: Path) -> None:
+    """Raise UserError where a file of captions begins as UTF-16 or UTF-32 does, and OSError where it cannot be read."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
+        raise UserError(f"{path}: is UTF-16 or no text; save it as UTF-8")
+
+
+def refuse_columns_twice(path: Path, header: Iterable[str], used: Collection[str]) -> None:
+    """Raise UserError where a header has two columns of one plain name that is in use: cells of one would be lost."""
+    named: dict[str, str] = {}
+    for column in header:
+        name = plain_column(column)
+        if name in named and name in used:
+            raise UserError(
+                f"{path}: two columns are called {name} ({named[name]}, {column}); rename one or leave one out"
+            )
+        named.setdefault(name, column)
 
 
 class _TooManyLines(Exception):

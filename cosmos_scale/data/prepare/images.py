@@ -210,4 +210,6 @@ def _break_off(archive: tarfile.TarFile | None) -> str | None:
         return None
     if end.is_short:
         return f"torn shard: it ends at byte {end.byte} without an end mark"
+    if end.is_behind:
+        return f"torn shard: more data from byte {end.byte} on, behind the end of the archive"
     return f"torn shard: no header at byte {end.byte}"

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from cosmos_scale.data.prepare import parquet
-from cosmos_scale.data.prepare.csv_records import CELL_LIMIT, read_cell, read_records
+from cosmos_scale.data.prepare.csv_records import (
+    CELL_LIMIT,
+    read_cell,
+    read_records,
+    refuse_columns_twice,
+    refuse_utf16,
+)
 from cosmos_scale.data.prepare.datasets import Dataset, Join
 from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS, plain_column
 from cosmos_scale.errors import UserError
@@ -77,7 +83,7 @@ def caption_files(paths: list[Path]) -> list[Path]:
 def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> str:
     """Return the plain name of the column that joins a file's rows with images.
 
-    Raises: UserError where the header lacks it, or every column of captions.
+    Raises: UserError where the header lacks it or every column of captions, or has one of these twice.
     """
     names = {plain_column(name) for name in header}
     shown = ", ".join(header) or "nothing"
@@ -88,6 +94,7 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
     if names.isdisjoint(dataset.captions):
         wanted = tuple(dataset.captions)
         raise UserError(f"{path}: no column of captions: one of {', '.join(wanted)} is needed, it has {shown}")
+    refuse_columns_twice(path, header, {column, *dataset.captions})
     return column
 
 
@@ -108,6 +115,7 @@ def _scan_csv(
     path: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
 ) -> tuple[RowFile, Iterator[PlacedRow]]:
     try:
+        refuse_utf16(path)
         with path.open("rb") as file:
             first = next(read_records(_Lines(file)), None)
     except OSError as error:

@@ -108,7 +108,8 @@ def index_shards(
     samples = sum(row.samples for row in rows)
     if samples == 0:
         raise UserError(
-            f"{shards.shown}: no usable sample in {counted(len(names), 'shard')}; see {folder / REJECTED}"
+            f"{shards.shown}: no usable sample in {counted(len(names), 'shard')}"
+            f"{f'; see {folder / REJECTED}' if faults else ''}"
             f"{''.join(f'; {hint}' for hint in key_hints(rejected))}"
         )
     write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))

@@ -117,7 +117,7 @@ def parse_text(data: bytes, kind: str) -> dict[str, Any]:
     """
     try:
         if kind == "txt":
-            return {"caption": data.decode("utf-8").strip()}
+            return {"caption": data.decode("utf-8-sig").strip()}  # Windows' editors begin a text with a mark
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamagedSample(f"unreadable {kind}: {error}") from error

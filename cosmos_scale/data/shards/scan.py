@@ -220,28 +220,45 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[T
     end = torn_end(archive)
     if end is not None and end.is_short:
         torn.append(f"truncated: ends at byte {size} without an end-of-archive block")
+    elif end is not None and end.is_behind:
+        where = f"from byte {end.byte} on, behind the end of the archive"
+        torn.append(f"unread end: more data {where}, which no reader reaches")
     elif end is not None:
         torn.append(f"damaged: no tar header at byte {end.byte}; the rest cannot be reached")
 
 
 class TornEnd(NamedTuple):
-    """How an archive breaks off: the file ends at a byte (`is_short`), or what stands at the byte is no header."""
+    """How an archive breaks off at a byte.
+
+    The file ends there (`is_short`), or what stands there is no header. is_behind: the archive has ended before, and
+    data stand there that no reader reaches, as where one tar was appended to another.
+    """
 
     byte: int
     is_short: bool
+    is_behind: bool = False
 
 
 def torn_end(archive: tarfile.TarFile) -> TornEnd | None:
     """Return how an archive breaks off after its last member was read; None where it ends as archives do.
 
-    tarfile takes any broken header but the first for the end of the archive: only a block of zeros is the end.
+    tarfile takes any broken header but the first for the end of the archive: only a block of zeros is the end, and
+    zeros alone may follow.
     """
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    block = archive.fileobj.read(BLOCK)
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    block = file.read(BLOCK)
     if len(block) < BLOCK:
         return TornEnd(archive.offset + len(block), is_short=True)
-    return None if block.count(0) == BLOCK else TornEnd(archive.offset, is_short=False)
+    if block.count(0) < BLOCK:
+        return TornEnd(archive.offset, is_short=False)
+    byte = archive.offset + BLOCK
+    while data := file.read(1 << 20):
+        if behind := data.lstrip(b"\0"):
+            return TornEnd(byte + len(data) - len(behind), is_short=False, is_behind=True)
+        byte += len(data)
+    return None
 
 
 def _split_repeats(members: list[TarMember]) -> tuple[list[TarMember], list[TarMember]]:

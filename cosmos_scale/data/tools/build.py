@@ -124,7 +124,10 @@ def build_shards(
         raise UserError(f"--background {background}: must be white, black, #rrggbb or keep")
     if not images.is_dir():
         raise UserError(f"{whole_path(images)}: no such folder of pictures")
+    if captions.is_fifo() or captions.is_char_device():
+        raise UserError(f"{captions}: is a pipe or a device, but is read several times; give a file")
     lines = count_lines(captions)
+    next(read_rows(captions, columns), None)  # a file that is refused leaves no folder behind
     work = Work(BUILD, out)
     options = {
         **{"samples-per-shard": samples_per_shard, "background": background},

@@ -1,11 +1,12 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
 import json
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.prepare.csv_records import read_cell, read_records
+from cosmos_scale.data.prepare.csv_records import read_cell, read_records, refuse_columns_twice, refuse_utf16
 from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, WHOLE_KEYS, is_missing, plain_column
 from cosmos_scale.errors import UserError
 
@@ -67,6 +68,7 @@ def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Captio
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: captions come as .jsonl or .csv")
     try:
+        refuse_utf16(path)
         yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -115,6 +117,7 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                     f"{path}: no {needed} column among {', '.join(header) or 'none'}; "
                     f"one of these is needed: {', '.join(known)}; {option} names another"
                 )
+        refuse_columns_twice(path, header, {*columns.image_names, *columns.caption_keys(present)})
         for number, record in enumerate(records, start=1):
             cells = record.cells
             if fault := next(filter(None, map(_undecoded, cells)), record.fault):
@@ -134,6 +137,9 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     if image is None:
         wanted = ", ".join(columns.image_names)
         return CaptionRow(number, None, {}, f"no picture named: expected one of {wanted}; the row has {shown}")
+    used = {*columns.image_names, *columns.caption_keys(plain)}
+    if len(plain) < len(values) and (twice := next(filter(used.__contains__, _twice(values)), None)):
+        return CaptionRow(number, image, {}, f"two keys of one name: {twice}; the row has {shown}")
     document: dict[str, str | list[str]] = {}
     for column, key in columns.caption_keys(plain).items():
         value = plain.get(column)
@@ -146,6 +152,11 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
         elif not is_missing(value):
             return CaptionRow(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
     return CaptionRow(number, image, document, None if document else _no_caption(plain, columns, shown))
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    """The plain names that some names have in common."""
+    return [name for name, count in Counter(map(plain_column, names)).items() if count > 1]
 
 
 def _no_caption(plain: dict[str, Any], columns: Columns, shown: str) -> str:

@@ -1,5 +1,6 @@
 """A picture of what the towers see in training: one row a sample, views at their own size, captions beside them."""
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cosmos_scale.data.decode import MEAN, STD, Views
-from cosmos_scale.files import make_folder
+from cosmos_scale.files import make_folder, replace_file
 
 MARGIN, GAP, LINE, LABEL = 20, 8, 18, 18
 CAPTION_WIDTH = 620
@@ -70,7 +71,9 @@ def contact_sheet(
         top += row.height + 2 * MARGIN
         draw.line((MARGIN, top, width - MARGIN, top), fill=RULE)
     make_folder(path.parent)
-    sheet.save(path, format="PNG")
+    encoded = io.BytesIO()
+    sheet.save(encoded, format="PNG")
+    replace_file(path, encoded.getvalue())
 
 
 def to_image(view: Tensor) -> Image.Image:

@@ -1,5 +1,6 @@
 """A survey of shards for people and programs: tables and histograms for a terminal, a picture, JSON."""
 
+import io
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_scale.data.tools.inspect import Survey, Tally
-from cosmos_scale.files import make_folder
+from cosmos_scale.files import make_folder, replace_file
 from cosmos_scale.words import counted
 
 if TYPE_CHECKING:
@@ -243,7 +244,9 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     make_folder(path.parent)
-    figure.savefig(path)
+    encoded = io.BytesIO()
+    figure.savefig(encoded, format="png")
+    replace_file(path, encoded.getvalue())
 
 
 def _draw_histogram(axes: "Axes", name: str, values: Counter[int]) -> None:

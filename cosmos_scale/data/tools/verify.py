@@ -13,13 +13,13 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from cosmos_scale.config import DataConfig, RemoteConfig, SourceConfig
 from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent
@@ -189,7 +189,7 @@ def verify_shards(
     )
     check = partial(_check, begin_pass(data), trained)
     with ExitStack() as stack:
-        file = None if log is None else stack.enter_context(_open_log(log))
+        write = None if log is None else stack.enter_context(_open_log(log))
         advance = stack.enter_context(progress_bar("verifying samples", verdict.samples, show=progress))
         for _, shard in groupby(map_jobs(check, _jobs(indexes), workers), key=lambda checked: checked.job[:2]):
             parts = []
@@ -201,8 +201,8 @@ def verify_shards(
             verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
                 verdict.note(fault)
-                if file is not None:
-                    file.write(json.dumps(fault.as_record()) + "\n")
+                if write is not None:
+                    write(fault)
     return verdict
 
 
@@ -219,10 +219,32 @@ def _faults(parts: Sequence[_Checked]) -> Iterator[Fault]:
     yield from sorted(samples.values(), key=lambda fault: fault.byte or 0)
 
 
-def _open_log(path: Path) -> TextIO:
+@contextmanager
+def _open_log(path: Path) -> Iterator[Callable[[Fault], None]]:
+    """Yield a function that writes a fault to the log; raises UserError where the log cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8")
+        _refuse_foreign(path)
+        file = path.open("w", encoding="utf-8")
+
+    def write(fault: Fault) -> None:
+        with writing(path):
+            file.write(json.dumps(fault.as_record()) + "\n")
+
+    try:
+        yield write
+    finally:
+        with writing(path):
+            file.close()
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise UserError where a file is there that is no log: a shard must not be lost by a mistyped option."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                rule = "name another file with --out"
+                raise UserError(f"{path}: holds something else than a report of `data verify`; {rule}")
 
 
 def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:

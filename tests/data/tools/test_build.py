@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES
 from cosmos_scale.data.samples.captions import caption_pool
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.build import BuildReport, build_shards
-from cosmos_scale.data.tools.captions_file import IMAGE_COLUMNS
+from cosmos_scale.data.tools.captions_file import IMAGE_COLUMNS, read_rows
 from cosmos_scale.data.tools.verify import verify_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import open_folder, picture
@@ -319,3 +320,43 @@ def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
     build(images, [{"image": "0.jpg", "caption": "x"}])
     with pytest.raises(UserError, match=r"out: holds shards already"):
         build(images, [{"image": "0.jpg", "caption": "x"}])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_captions_in_utf16_are_refused(images: Path, kind: str, encoding: str) -> None:
+    captions = images.parent / f"captions.{kind}"
+    captions.write_text("image,caption\n0.jpg,a\n" if kind == "csv" else json.dumps({"image": "0"}), encoding=encoding)
+    with pytest.raises(UserError, match="is UTF-16 or no text; save it as UTF-8"):
+        list(read_rows(captions))
+
+
+def test_two_columns_of_one_name_are_refused_where_one_would_be_lost(images: Path) -> None:
+    captions = images.parent / "captions.csv"
+    captions.write_text("image,caption,Caption\n0.jpg,a,b\n")
+    with pytest.raises(UserError, match=r"two columns are called caption \(caption, Caption\)"):
+        list(read_rows(captions))
+    captions.write_text("image,caption,note,note,title,title\n0.jpg,a,b,c,d,e\n")
+    assert [row.document for row in read_rows(captions)] == [{"caption": "a"}]
+    lines = captions.with_suffix(".jsonl")
+    lines.write_text('{"image": "0", "caption": "a", "Caption": ""}\n{"image": "0", "caption": "a", "N": 1, "n": 2}\n')
+    first, second = read_rows(lines)
+    assert first.fault == "two keys of one name: caption; the row has image, caption, Caption"
+    assert (second.fault, second.document) == (None, {"caption": "a"})
+
+
+def test_a_pipe_of_captions_is_refused(images: Path) -> None:
+    """To open a pipe that nobody writes would wait for ever."""
+    captions = images.parent / "captions.csv"
+    os.mkfifo(captions)
+    with pytest.raises(UserError, match="is a pipe or a device, but is read several times; give a file"):
+        build_shards(images, captions, images.parent / "out", samples_per_shard=3, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.txt"])
+def test_a_refused_captions_file_leaves_no_folder(images: Path, name: str) -> None:
+    captions, out = images.parent / name, images.parent / "out"
+    captions.write_text("image;caption\n0.jpg;a\n")
+    with pytest.raises(UserError):
+        build_shards(images, captions, out, samples_per_shard=3, workers=1, progress=False)
+    assert not out.exists()

@@ -370,3 +370,16 @@ def test_tables_are_whole_on_80_columns(capsys: pytest.CaptureFixture[str]) -> N
     assert f"source 1: {pattern}" in lines
     assert any(line.split() == ["source", "1", "1,243", "10,010,225", "1,234,567,890,123"] for line in lines)
     assert not any("\u2026" in line or len(line) > 80 for line in lines if not line.startswith("source 1: "))
+
+
+@pytest.mark.parametrize("name", ["views.png", "statistics.png"])
+def test_pictures_that_cannot_be_written_are_one_line(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).mkdir()
+    assert (
+        cli.main(["data", "inspect", str(folder), "--samples=1", "--rows=1", "--workers=1", f"--out={tmp_path}"]) == 2
+    )
+    assert (
+        capsys.readouterr().err == f"cosmos-scale data inspect: {tmp_path / name}: cannot be written: Is a directory\n"
+    )

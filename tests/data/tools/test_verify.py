@@ -323,6 +323,22 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest
     assert "00000.tar/log: cannot be written" in captured.err
 
 
+def test_a_log_does_not_replace_a_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path, [1])
+    shard, before = folder / "00000.tar", (folder / "00000.tar").read_bytes()
+    assert cli.main(["data", "verify", str(folder), "--quiet", "--out", str(shard)]) == 2
+    assert "00000.tar: holds something else than a report" in capsys.readouterr().err
+    assert shard.read_bytes() == before
+
+
+def test_a_log_on_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path, [2])
+    replace_json(folder / "00000.tar", "000001", {"raw_caption": []})
+    assert cli.main(["data", "verify", str(folder), "--quiet", "--out", "/dev/full"]) == 2
+    error = capsys.readouterr().err
+    assert error == "cosmos-scale data verify: /dev/full: cannot be written: No space left on device\n"
+
+
 def test_a_runs_galleries_are_verified_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, gallery = write_shards(tmp_path / "shards", [3]), tmp_path / "gallery"
     gallery.mkdir()
