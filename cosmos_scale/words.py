@@ -12,8 +12,12 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def print_row(label: str, text: str) -> None:
-    """Print a label and beside it a text, broken into lines of COLUMNS; signs that the output lacks become codes."""
+    """Print a label and beside it a text, broken between words into lines of COLUMNS; a long path stays whole.
+
+    Signs that the output lacks become codes.
+    """
     encoding = sys.stdout.encoding or "ascii"
     shown = text.encode(encoding, "backslashreplace").decode(encoding)
-    lines = textwrap.wrap(shown, COLUMNS - len(label), break_on_hyphens=False) or [""]
+    width = COLUMNS - len(label)
+    lines = textwrap.wrap(shown, width, break_on_hyphens=False, break_long_words=False) or [""]
     print("\n".join([f"{label}{lines[0]}", *(" " * len(label) + line for line in lines[1:])]))
