@@ -65,7 +65,12 @@ def _write(name: str, file: str) -> str:
         raise UserError(f"--write: {path} must end in .yaml; rule: commands know a run's file by its suffix")
     try:
         with path.open("xb") as opened:
-            opened.write(text)
+            try:
+                opened.write(text)
+                opened.flush()
+            except OSError:
+                path.unlink()  # on a full disk: what is left would be in the way of the next try
+                raise
     except FileExistsError:
         raise UserError(f"--write: {path} exists; rule: name a new file, since nothing is written over") from None
     except OSError as error:

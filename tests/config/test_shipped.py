@@ -1,5 +1,6 @@
 """The configs of the package: how they are named, found and listed, and how one is written as a start."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,17 @@ def test_configs_are_listed_in_80_columns(capsys: pytest.CaptureFixture[str]) ->
     assert "".join(lines).isascii()
     names = {line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "}
     assert names == {one.name for one in shipped_configs()}
+
+
+def test_a_disk_that_is_full_leaves_no_part_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        assert cli.main(["configs", "--write", "cc3m_vitb16", "my_run.yaml"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "--write: my_run.yaml cannot be written: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_config_is_written_as_a_start_and_never_over_a_file(
