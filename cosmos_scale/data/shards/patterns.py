@@ -8,6 +8,7 @@ that its braces make. The command's output is the shard, which is named after th
 """
 
 import glob
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -23,6 +24,8 @@ from cosmos_scale.files import whole_path
 
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
+MOST_SHARDS = 10_000_000  # that the ranges of a pattern may mean
+_RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)(?:\.\.(-?[0-9]+))?\}")
 _TAR_WORD = re.compile(r"[^\s'\"|<>;&]*\.tar\b[^\s'\"|<>;&]*")
 
 
@@ -266,6 +269,10 @@ def _name_test(patterns: list[str]) -> Callable[[str], bool]:
 
 
 def _expand(pattern: str) -> list[str]:
+    ranges = [[int(number or 1) for number in found] for found in _RANGE.findall(pattern)]
+    # Before they are expanded: a range that is too long would take all memory.
+    if math.prod(abs(last - first) // max(1, abs(step)) + 1 for first, last, step in ranges) > MOST_SHARDS:
+        raise UserError(f"{redact(pattern)}: its braces mean more than {MOST_SHARDS:,} shards; rule: at most so many")
     try:
         paths = list(braceexpand(pattern))
     except ValueError as error:

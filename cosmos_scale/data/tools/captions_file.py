@@ -89,7 +89,7 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+                values = json.loads(line.removeprefix(b"\xef\xbb\xbf"), object_pairs_hook=_without_repeats)
             except (ValueError, RecursionError) as error:
                 yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
@@ -97,6 +97,16 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                 yield _row(number, values, columns)
             else:
                 yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a json object; raises ValueError where a key stands twice, of which json would keep the last value."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} stands twice in one object")
+    return values
 
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
