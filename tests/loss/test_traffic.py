@@ -4,18 +4,12 @@ One process plays rank 0 of 128: torch's fake process group takes every collecti
 dtypes are real while values are not.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import Tensor
-from torch import distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.traffic import Collective, CollectiveCounter, be_rank_0_of
 from tests.loss.reference import Counts, random_features
 
 W, GLOBAL_BATCH = 128, 4096
@@ -23,56 +17,14 @@ COUNTS = Counts(V=8, K=8, V_global=2, K_global=2, E=512, G=GLOBAL_BATCH // W)
 MOST_COLLECTIVES = 6
 MOST_GIB_RECEIVED = 0.05  # in bfloat16; the published implementation: 160 collectives, 1.25 GiB
 
-# Bytes that a rank receives in a ring, over those of the largest tensor the collective is handed.
-RING_SHARE = {
-    "_allgather_base_": (W - 1) / W,
-    "_reduce_scatter_base_": (W - 1) / W,
-    "allreduce_": 2 * (W - 1) / W,
-}
-
-
-class Collective(NamedTuple):
-    """One collective. name: of its operation. dtype, elements: of the largest tensor it is handed."""
-
-    name: str
-    dtype: torch.dtype
-    elements: int
-
-    @property
-    def bytes_received(self) -> float:
-        return self.elements * self.dtype.itemsize * RING_SHARE[self.name]
-
-
-class _Collectives(TorchDispatchMode):
-    """Record every collective that runs, with what it is handed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[Collective] = []
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        namespace, _, name = str(func).partition(".")
-        if namespace == "c10d":
-            flat = [item for argument in args for item in (argument if isinstance(argument, list) else [argument])]
-            largest = max((item for item in flat if isinstance(item, Tensor)), key=lambda tensor: tensor.numel())
-            self.seen.append(Collective(name.partition(".")[0], largest.dtype, largest.numel()))
-        return func(*args, **(kwargs or {}))
-
 
 def _record(rank: int, world_size: int, dtype: torch.dtype) -> list[Collective]:
-    dist.destroy_process_group()
-    dist.init_process_group("fake", rank=0, world_size=W, store=FakeStore())
+    be_rank_0_of(W)
     features, teacher = random_features(COUNTS)
     kinds = [tensor.to(dtype) for tensor in features[:4]]
     features = features._replace(**dict(zip(features._fields[:4], kinds, strict=True)))
     teacher = teacher._replace(image=teacher.image.to(dtype), text=teacher.text.to(dtype))
-    collectives = _Collectives()
+    collectives = CollectiveCounter()
     with collectives:
         output = CosmosLoss("true")(features, teacher)
     assert output.gradients.image.shape == (COUNTS.V, COUNTS.G, COUNTS.E)
@@ -88,8 +40,8 @@ def case(request: pytest.FixtureRequest) -> tuple[torch.dtype, list[Collective]]
 
 
 def test_few_collectives(case: tuple[torch.dtype, list[Collective]]) -> None:
-    names = [collective.name for collective in case[1]]
-    assert names == ["_allgather_base_", "allreduce_", "allreduce_", "allreduce_", "_reduce_scatter_base_"]
+    names = [collective.kind for collective in case[1]]
+    assert names == ["all_gather", "all_reduce", "all_reduce", "all_reduce", "reduce_scatter"]
     assert len(names) <= MOST_COLLECTIVES
 
 
@@ -99,7 +51,7 @@ def test_only_what_other_ranks_rows_need_travels(case: tuple[torch.dtype, list[C
     gathered = (COUNTS.V_global + COUNTS.V_global + COUNTS.K_global) * GLOBAL_BATCH * COUNTS.E
     assert pairs == 80
     # Features in the dtype they come in; a number or two a column and pair; gradients of the global image views alone.
-    assert [tuple(collective)[1:] for collective in collectives] == [
+    assert [(collective.dtype, collective.elements) for collective in collectives] == [
         (dtype, gathered),
         (torch.float32, pairs * GLOBAL_BATCH),
         (torch.float32, pairs * GLOBAL_BATCH),
@@ -110,7 +62,7 @@ def test_only_what_other_ranks_rows_need_travels(case: tuple[torch.dtype, list[C
 
 def test_little_is_received(case: tuple[torch.dtype, list[Collective]]) -> None:
     dtype, collectives = case
-    received = sum(collective.bytes_received for collective in collectives) / 2**30
+    received = sum(collective.bytes_received(W) for collective in collectives) / 2**30
     # 0.044 and 0.067 GiB: the features are 0.023 of it, in float32 0.047; their gradients 0.016; statistics 0.005.
     assert received <= MOST_GIB_RECEIVED * (1 if dtype == torch.bfloat16 else 2)
     assert received > 0.02, "the count has missed the features"

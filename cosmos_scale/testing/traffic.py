@@ -1,0 +1,182 @@
+"""What a step moves between ranks, counted in one process: torch's fake process group takes collectives, moves nothing.
+
+Shapes and dtypes are those of a real step of rank 0; values are not.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cosmos_scale.batch import Features, TeacherFeatures
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.comm_build import use_own_environment
+from cosmos_scale.engine.pair import drawn_pair
+from cosmos_scale.engine.ranks import Ranks
+from cosmos_scale.loss import CosmosLoss
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.testing.batches import random_batch
+from cosmos_scale.testing.device_counts import META, Count, DeviceCounter
+
+PHASES = ("student", "teacher", "loss", "backward", "update", "refresh")
+_KINDS = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "_allgather_base": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "broadcast": "broadcast",
+}
+
+
+class Collective(NamedTuple):
+    """One collective.
+
+    phase: where it ran. kind: all_reduce, all_gather, reduce_scatter or broadcast. dtype, elements: of the largest
+    tensor that it is handed: the whole one, not a rank's share.
+    """
+
+    phase: str
+    kind: str
+    dtype: torch.dtype
+    elements: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the largest tensor."""
+        return self.elements * self.dtype.itemsize
+
+    def bytes_received(self, world_size: int) -> float:
+        """Return the bytes that a rank receives where ranks form a ring."""
+        share = (world_size - 1) / world_size
+        return self.nbytes * {"all_reduce": 2 * share, "broadcast": 1.0}.get(self.kind, share)
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Notes every collective that runs inside it. A context manager. seen: in the order of the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[Collective] = []
+        self._phase = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what runs inside."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        namespace, _, name = str(func).partition(".")
+        kind = _KINDS.get(name.partition(".")[0].removesuffix("_"))
+        if namespace == "c10d" and kind is not None:
+            flat = [item for argument in args for item in _tensors(argument)]
+            largest = max(flat, key=lambda tensor: tensor.numel())
+            self.seen.append(Collective(self._phase, kind, largest.dtype, largest.numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def be_rank_0_of(world_size: int) -> Ranks:
+    """Make this process rank 0 of a fake group, in place of the group that it is in."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    use_own_environment()
+    import deepspeed  # here, since it reads the environment as it is imported
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    control = dist.group.WORLD
+    assert control is not None, "the group has just been made"
+    return Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), control=control)
+
+
+def count_traffic(rank: int, _: int, config: RunConfig, world_size: int) -> tuple[list[Collective], int]:
+    """Return the collectives of a step of one sample a rank, and the model's elements. In a process of its own.
+
+    config: of a model that a CPU can train; train.global_batch is `world_size`.
+    """
+    ranks = be_rank_0_of(world_size)
+    pair, loss = drawn_pair(config, ranks), CosmosLoss(config.optimizer.gradient_scale)
+    student, teacher = pair
+    lengths = [(4, config.model.text.context_length)] * config.data.captions.count
+    batch = random_batch(config.model, config.data.views, 1, lengths)
+    counter = CollectiveCounter()
+
+    def step() -> None:
+        with counter.phase("student"):
+            features = student(batch)
+        with counter.phase("teacher"):
+            taught = teacher(batch)
+        with counter.phase("loss"):
+            found = loss(student.with_full_scales(features), taught)
+        with counter.phase("backward"):
+            student.backward(batch, features, found.gradients)
+        with counter.phase("update"):
+            student.update(lr=1e-4, momentum=0.99, finite=torch.tensor(True))
+        with counter.phase("refresh"):
+            teacher.refresh()
+            _ = teacher.model  # waits for what a thread may do
+
+    for _ in range(2):  # stage 3 learns the order of its gathers in the first steps
+        step()
+    counter.seen.clear()
+    with counter:
+        step()
+    return counter.seen, sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
+
+
+def count_losses(
+    rank: int, _: int, config: RunConfig, world_sizes: Sequence[int]
+) -> list[tuple[list[Collective], dict[str, Count]]]:
+    """Return the loss's collectives, and what it asks of a device by group, for each world size; tensors are "meta".
+
+    config: train.global_batch is a rank's share.
+    """
+    found = []
+    for world_size in world_sizes:
+        be_rank_0_of(world_size)
+        loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
+        features, taught = _meta_features(config)
+        loss(features, taught)  # makes what it keeps from step to step
+        collectives, operators = CollectiveCounter(), DeviceCounter()
+        with operators, collectives, collectives.phase("loss"):
+            loss(features, taught)
+        found.append((collectives.seen, operators.by_group()))
+    return found
+
+
+def _meta_features(config: RunConfig) -> tuple[Features, TeacherFeatures]:
+    """Return features of a rank's share, without values, in compute precision; the scales are float32."""
+    views, captions, width = config.data.views, config.data.captions, config.model.embed_dim
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+
+    def of(count: int) -> Tensor:
+        return torch.empty(count, config.train.global_batch, width, dtype=dtype, device=META)
+
+    crops = views.global_crops + views.local_crops
+    scales = [torch.empty(1, device=META) for _ in range(2)]
+    features = Features(of(crops), of(captions.count), of(crops), of(captions.count), *scales)
+    return features, TeacherFeatures(of(views.global_crops), of(captions.global_count))
+
+
+def _tensors(argument: object) -> Iterator[Tensor]:
+    """Yield the tensors of an argument, which may be a list of lists of them."""
+    if isinstance(argument, Tensor):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for item in argument:
+            yield from _tensors(item)

@@ -1,0 +1,100 @@
+"""The paper model divides counts by rates as it says; the counts are those of a real step's code."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.device_counts import NARROW, case_config
+from benchmarks.paper_model import Assumed, Chip, Work, attention_flops, paper_step
+from cosmos_scale.testing.device_counts import GROUPS, Count
+from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.traffic import Collective, count_losses, count_traffic
+
+# 100 TFLOP/s, 1 TB/s, 100 GB/s inside a node, 10 GB/s between nodes, all of it reached.
+CHIP = Chip("chip", peak=200, products=100, memory=1, link=100, network=10)
+ALL_REACHED = Assumed(products=1, attention=1, memory=1, traffic=1, launch_us=10, collective_us=0)
+NOTHING = dict.fromkeys(GROUPS, Count())
+WORLD_SIZE = 8
+
+
+def work_of(**changes: Any) -> Work:
+    """Work of 1 TFLOP of products and nothing else, with changes."""
+    products = NOTHING | {"products": Count(launches=1, flops=10**12)}
+    phases = {"student": products, "teacher": NOTHING, "backward": NOTHING}
+    phases |= {"gradients": NOTHING, "update": NOTHING, "refresh": NOTHING}
+    losses = dict.fromkeys((1, 8, 16), ((), NOTHING))
+    whole = Work(phases, losses, attention=0, needed_loss=0, needed=10**12, collectives=(), samples=10)
+    return whole._replace(**changes)
+
+
+def test_products_take_their_operations_at_the_rate_of_products() -> None:
+    step = paper_step(work_of(), CHIP, 1, ALL_REACHED)
+    assert step.parts["products"] == pytest.approx(10.0)  # 1 TFLOP at 100 TFLOP/s
+    assert step.ms == pytest.approx(10.0)
+    assert step.samples_per_second == pytest.approx(1000.0)
+    assert step.mfu == pytest.approx(0.5)  # 1 TFLOP in 10 ms is 100 of 200 TFLOP/s
+
+
+def test_a_part_takes_the_longer_of_operations_and_bytes() -> None:
+    much_read = NOTHING | {"products": Count(read=20 * 10**9, flops=10**12)}
+    phases = dict(work_of().phases) | {"student": much_read}
+    assert paper_step(work_of(phases=phases), CHIP, 1, ALL_REACHED).parts["products"] == pytest.approx(20.0)
+
+
+def test_a_host_that_launches_longer_than_the_device_works_sets_the_time() -> None:
+    many = NOTHING | {"products": Count(launches=5000, flops=10**12)}
+    phases = dict(work_of().phases) | {"student": many}
+    assert paper_step(work_of(phases=phases), CHIP, 1, ALL_REACHED).ms == pytest.approx(50.0)
+
+
+def test_ranks_share_the_update_and_not_the_gradients() -> None:
+    a_gigabyte = NOTHING | {"copies": Count(read=10**9)}
+    phases = dict(work_of().phases) | {"gradients": a_gigabyte, "update": a_gigabyte}
+    assert paper_step(work_of(phases=phases), CHIP, 1, ALL_REACHED).parts["gradients, update"] == pytest.approx(2.0)
+    assert paper_step(work_of(phases=phases), CHIP, 8, ALL_REACHED).parts["gradients, update"] == pytest.approx(1.125)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "ms"),
+    [
+        ("all_gather", 8, 8.75),  # 7/8 of a gigabyte at 100 GB/s
+        ("all_reduce", 8, 17.5),
+        ("all_gather", 16, 8.75 + 6.25),  # and half of an eighth of it at 10 GB/s
+    ],
+)
+def test_a_collective_crosses_links_and_network(kind: str, gpus: int, ms: float) -> None:
+    gigabyte = Collective("refresh", kind, torch.bfloat16, 10**9 // 2)
+    step = paper_step(work_of(collectives=[gigabyte]), CHIP, gpus, ALL_REACHED)
+    assert step.parts["traffic"] == pytest.approx(ms)
+
+
+def test_attention_counts_pairs_of_tokens() -> None:
+    """One sample of ViT-B/16: 2 crops of 197 tokens and 6 of 37, 8 captions of 10 tokens, half of whose pairs count."""
+    config = case_config("vitb16", 1)
+    lengths = torch.full((config.data.captions.count, 1), 10)
+    captions = [77 if config.model.text_padding == "attend" else 10] + [10] * 7
+    student = 768 * (2 * 197**2 + 6 * 37**2) + 512 * sum(length * (length + 1) // 2 for length in captions)
+    teacher = 768 * 2 * 197**2 + 512 * 2 * 55
+    assert attention_flops(config, lengths) == 4 * 12 * (3.5 * student + teacher)
+
+
+def test_counted_traffic_is_that_of_the_code() -> None:
+    """At stage 1 both models' weights are gathered once a step, and the gradients' traffic is bounded."""
+    config = case_config("vitb16", WORLD_SIZE, *NARROW, f"train.global_batch={WORLD_SIZE}")
+    ((seen, elements),) = run_ranks(count_traffic, 1, config, WORLD_SIZE)
+    gathered = {phase: sum(x.nbytes for x in seen if x.phase == phase) for phase in ("update", "refresh")}
+    for phase in gathered:
+        assert gathered[phase] == pytest.approx(2 * elements, rel=1e-3), phase
+    gradients = [x for x in seen if x.phase == "backward"]
+    assert sum(x.nbytes for x in gradients) <= 4 * elements * 1.001
+    assert {x.kind for x in seen if x.phase in ("student", "teacher")} == set()
+
+
+def test_the_loss_grows_with_the_ranks() -> None:
+    config = case_config("vitb16", 32)
+    ((few, few_groups), (many, many_groups)) = run_ranks(count_losses, 1, config, (8, 128))[0]
+    assert [x.kind for x in few] == [x.kind for x in many]
+    assert len(many) == 5
+    assert many[0].elements == 16 * few[0].elements
+    assert many_groups["products"].flops == 16 * few_groups["products"].flops
