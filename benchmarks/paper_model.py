@@ -281,7 +281,7 @@ def draw(run: str, work: Work, picture: Path) -> None:
             below = [start + spent for start, spent in zip(below, times, strict=True)]
         left.scatter(places, [step.host for step in steps], marker="_", s=500, color="black", label=None, zorder=3)
     left.set_xticks(range(len(CHIPS)), [f"{name}\nhopeful | cautious" for name in names], fontsize=8)
-    left.set(title=f"A step on one node, {work.samples} samples a GPU (bars: host)", ylabel="ms, by calculation")
+    left.set(title=f"A step on one node, {work.samples} samples a GPU (lines: host)", ylabel="ms, by calculation")
     left.legend(frameon=False, fontsize=8)
     for number, chip in enumerate(CHIPS):
         bounds = [[paper_step(work, chip, gpus, of).samples_per_second for gpus in GPUS] for of in (CAUTIOUS, HOPEFUL)]
