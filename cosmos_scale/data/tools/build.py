@@ -20,6 +20,7 @@ from cosmos_scale.config import BACKGROUND
 from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is_transparent, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import index_shards
@@ -233,13 +234,13 @@ def _write_rows(images: Path, background: str, job: _Job, shard: TarWriter) -> t
     transparent = 0
     for row in job.rows:
         key = f"{row.number:09d}"
+        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image)}
         try:
             picture = _jpeg(images, background, row)
+            text = encode_document(document)
         except DamagedSample as damage:
             rejected.append(_Reject(job.captions, row.number, key, row.image, str(damage)))
             continue
-        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image)}
-        text = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
         shard.write({"__key__": key, "jpg": picture.data, "json": text})
         transparent += picture.transparent
     return rejected, transparent

@@ -1,6 +1,5 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
-import json
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cosmos_scale.data.prepare.csv_records import read_cell, read_records, refuse_columns_twice, refuse_utf16
 from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, WHOLE_KEYS, is_missing, plain_column
+from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
@@ -89,7 +89,7 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.removeprefix(b"\xef\xbb\xbf"), object_pairs_hook=_without_repeats)
+                values = parse_json(line)
             except (ValueError, RecursionError) as error:
                 yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
@@ -97,16 +97,6 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                 yield _row(number, values, columns)
             else:
                 yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a json object; raises ValueError where a key stands twice, of which json would keep the last value."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object")
-    return values
 
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:

@@ -222,3 +222,27 @@ def test_the_help_names_every_key_of_captions(capsys: pytest.CaptureFixture[str]
         main(["data", "index", "--help"])
     said = capsys.readouterr().out.replace(",", " ").replace(".", " ").split()
     assert {*KNOWN_KEYS, *OTHER_NAMES} <= set(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (
+            "a.json",
+            b'{"caption": "one", "caption": "two"}',
+            "unreadable json: the key 'caption' stands twice in one object",
+        ),
+        ("a.json", rb'{"caption": "a \ud83d"}', "unreadable json: half of a surrogate pair"),
+        ("a.txt", bytes(20), "unreadable txt: NUL at byte 0"),
+        ("a.txt", b"caf\xe9", "unreadable txt: 'utf-8' codec"),
+        ("a.txt", "a cat".encode("utf-16"), "unreadable txt: "),
+    ],
+)
+def test_a_text_that_would_be_changed_in_passing_rejects_its_sample(
+    tmp_path: Path, name: str, text: bytes, reason: str
+) -> None:
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), (name, text), ("b.jpg", picture(1)), ("b.txt", TXT)])
+    scan = scan_shard(path)
+    assert keys(scan) == ["b"]
+    (rejected,) = scan.rejected
+    assert rejected.key == "a" and rejected.reason.startswith(reason)

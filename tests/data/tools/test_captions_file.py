@@ -1,6 +1,9 @@
-"""What a captions file says twice is not dropped without a word."""
+"""What a captions file says twice, or what no text is, is not dropped or changed without a word."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, read_rows
 
@@ -11,3 +14,46 @@ def test_a_key_that_stands_twice_is_a_fault_of_its_row(tmp_path: Path) -> None:
     first, second = read_rows(path, DEFAULT_COLUMNS)
     assert first.fault == "not json: the key 'caption' stands twice in one object"
     assert second.fault is None
+
+
+def test_half_of_a_surrogate_pair_is_a_fault_of_its_row_and_a_whole_pair_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    path.write_bytes(
+        rb'{"image": "a.jpg", "caption": "a \ud83d"}'
+        + b"\n"
+        + rb'{"image": "b.jpg", "caption": "a \ud83d\ude00"}'
+        + b"\n"
+    )
+    first, second = read_rows(path, DEFAULT_COLUMNS)
+    assert str(first.fault).startswith(r"not json: half of a surrogate pair, \ud83d, stands alone")
+    assert (second.fault, second.document) == (None, {"caption": "a \U0001f600"})
+
+
+def test_nul_in_a_cell_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_bytes(b"image,caption\na.jpg,one\nb.jpg,\0\0\0\nc.jpg,three\n")
+    faults = [row.fault for row in read_rows(path, DEFAULT_COLUMNS)]
+    assert faults[0] is None and faults[2] is None
+    assert "NUL" in str(faults[1])
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("['One.' 'Two.']", ["One.", "Two."]),  # an array of numpy, as pandas writes it
+        ("['One.'\n \"It's two.\"]", ["One.", "It's two."]),
+        ("['One.', 'Two.']", ["One.", "Two."]),
+        ("[2019]", "[2019]"),
+        ("[photo] a dog [sic]", "[photo] a dog [sic]"),
+        ('["One.", null]', None),
+        ("['One.', nan]", "['One.', nan]"),
+    ],
+)
+def test_a_cell_that_spells_a_list_keeps_its_sentences_apart(tmp_path: Path, cell: str, expected: Any) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("image,caption\na.jpg," + '"' + cell.replace('"', '""') + '"\n')
+    (row,) = read_rows(path, DEFAULT_COLUMNS)
+    if expected is None:
+        assert row.fault == "wrong type: caption is neither a string nor a list of strings"
+    else:
+        assert (row.fault, row.document) == (None, {"caption": expected})
