@@ -245,4 +245,5 @@ def test_a_text_that_would_be_changed_in_passing_rejects_its_sample(
     scan = scan_shard(path)
     assert keys(scan) == ["b"]
     (rejected,) = scan.rejected
-    assert rejected.key == "a" and rejected.reason.startswith(reason)
+    assert rejected.key == "a"
+    assert rejected.reason.startswith(reason)

@@ -33,7 +33,8 @@ def test_nul_in_a_cell_is_a_fault_of_its_row(tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     path.write_bytes(b"image,caption\na.jpg,one\nb.jpg,\0\0\0\nc.jpg,three\n")
     faults = [row.fault for row in read_rows(path, DEFAULT_COLUMNS)]
-    assert faults[0] is None and faults[2] is None
+    assert faults[0] is None
+    assert faults[2] is None
     assert "NUL" in str(faults[1])
 
 
