@@ -86,7 +86,7 @@ def index_shards(
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
-    torn = dotted = unnamed = 0
+    torn = dotted = unnamed = unread = 0
     unfinished = Unfinished(folder / UNFINISHED, rules) if is_remote(pattern) else None
     known = unfinished.read(names) if unfinished else {}
     work = map_jobs(partial(_index_one, shards, folder, rules), [name for name in names if name not in known], workers)
@@ -97,9 +97,11 @@ def index_shards(
             rows.append(ShardRow(done.name, done.samples, done.size))
             dotted += done.dotted
             unnamed += done.unnamed
+            unread += len(done.unread)
             marks[done.name] = done.mark
             rejected.update(reason_class(reason) for _, reason in done.rejected)
-            faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
+            named = [*done.rejected, *done.unread]
+            faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in named]
             if done.torn is not None:
                 torn += 1
                 faults.append({"shard": done.name, "key": None, "reason": done.torn})
@@ -115,7 +117,14 @@ def index_shards(
     write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()
-    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed)
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, _alike(rows, marks))
+
+
+def _alike(rows: Iterable[ShardRow], marks: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Pair each shard with an earlier one of its size and mark: links and copies, whose samples count twice."""
+    first: dict[tuple[int, str], str] = {}
+    names = [(row.name, first.setdefault((row.size, marks[row.name]), row.name)) for row in rows if row.samples]
+    return [(name, like) for name, like in names if name != like]
 
 
 class SourceShards(NamedTuple):
@@ -320,9 +329,10 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
     path = folder / _table_name(name)
     make_folder(path.parent)
     replace_file(path, pack_table(scan.entries))
-    rejected = [(fault.key, fault.reason) for fault in scan.rejected]
+    rejected, unread = ([(fault.key, fault.reason) for fault in faults] for faults in (scan.rejected, scan.unread))
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
-    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark)
+    samples, size = len(scan.entries), scan.size
+    return IndexedShard(name, samples, size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread)
 
 
 def _table_name(shard: str) -> str:

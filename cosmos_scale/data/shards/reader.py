@@ -28,7 +28,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of
 
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # in order of preference, which is the published loader's
 TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes both, and the json says more
 # Kinds of text whose bytes reach from the first of two members to the end of the second, headers between them included.
 JSON_THEN_TXT, TXT_THEN_JSON = "j+t", "t+j"

@@ -281,13 +281,21 @@ def _picture_path(images: Path, name: str) -> Path:
     """
     extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
     root = os.path.abspath(images)
+    found: list[Path] = []
     for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):
         path = Path(os.path.abspath(images / candidate))
         if not path.is_relative_to(root):
             raise DamagedSample(f"picture outside the folder: {images} does not hold it")
         try:
             if path.is_file():
-                return path
+                if candidate == name:
+                    return path
+                if not any(path.samefile(other) for other in found):  # as on disks that ignore capitals
+                    found.append(path)
         except (OSError, ValueError) as error:
             raise DamagedSample(f"picture cannot be read: {error}") from error
-    raise DamagedSample("picture not found")
+    if len(found) > 1:
+        raise DamagedSample(f"picture unclear: the name is that of {', '.join(path.name for path in found)}")
+    if not found:
+        raise DamagedSample("picture not found")
+    return found[0]

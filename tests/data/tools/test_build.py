@@ -360,3 +360,12 @@ def test_a_refused_captions_file_leaves_no_folder(images: Path, name: str) -> No
     with pytest.raises(UserError):
         build_shards(images, captions, out, samples_per_shard=3, workers=1, progress=False)
     assert not out.exists()
+
+
+def test_a_name_without_extension_that_two_pictures_have_is_rejected(images: Path) -> None:
+    (images / "0.png").write_bytes(picture(20, "PNG"))
+    (images / "1.png").symlink_to(images / "1.jpg")  # one picture, under two names
+    report = build(images, [{"image": name, "caption": name} for name in ("0", "0.png", "1", "2")])
+    assert (report.samples, dict(report.rejected)) == (3, {"picture unclear": 1})
+    (line,) = map(json.loads, (report.folder / "rejected.jsonl").read_text().splitlines())
+    assert line["reason"] == "picture unclear: the name is that of 0.jpg, 0.png"
