@@ -40,6 +40,7 @@ class BuildReport(NamedTuple):
     """What `build_shards` made; `rejected` counts rows by reason.
 
     transparent: pictures with transparent pixels. background: what `--background` says of them.
+    unread: rows by a column called as captions are called, whose text is not read.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class BuildReport(NamedTuple):
     rejected: Counter[str]
     transparent: int
     background: str
+    unread: Counter[str]
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
@@ -55,6 +57,9 @@ class BuildReport(NamedTuple):
         if self.transparent:
             how = "hidden colours shown" if self.background == KEEP else f"put on {self.background}"
             lines.append(f"{counted(self.transparent, 'transparent picture')}: {how} (--background)")
+        for name, times in self.unread.items():
+            rows = counted(times, "row has", "rows have")
+            lines.append(f"{rows} text under {name}, which is not read (--caption-column {name} reads it alone)")
         lines += [f"{counted(times, 'row')} rejected: {reason}" for reason, times in self.rejected.most_common()]
         if self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
@@ -136,9 +141,10 @@ def build_shards(
         **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
     }
     rejected: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     samples = transparent = 0
     with open_work(work, options):
-        jobs = _jobs(captions, columns, work, samples_per_shard)
+        jobs = _jobs(captions, columns, work, samples_per_shard, unread)
         results = map_jobs(partial(_write_shard, images, background), jobs, workers)
         (out / SUMMARY).unlink(missing_ok=True)  # of a build that was stopped in its last step
         with ExitStack() as stack:
@@ -157,7 +163,7 @@ def build_shards(
     close_work(work)
     if not samples:
         raise UserError(f"{captions}: no row of {rejected.total():,} can be used; see {out / REJECTED}")
-    return BuildReport(out, index.shards, index.samples, rejected, transparent, background)
+    return BuildReport(out, index.shards, index.samples, rejected, transparent, background, unread)
 
 
 def _digest(path: Path) -> str:
@@ -168,10 +174,12 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _jobs(captions: Path, columns: Columns, work: Work, samples_per_shard: int) -> Iterator[_Job]:
+def _jobs(captions: Path, columns: Columns, work: Work, samples_per_shard: int, unread: Counter[str]) -> Iterator[_Job]:
+    """Divide the rows of a file into shards, and count in `unread` the columns whose text is not read."""
     rows = read_rows(captions, columns)
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
+        unread.update(name for row in stretch for name in row.unread)
         yield _Job(work, f"{number:06d}", captions.name, stretch)
         number += 1
 

@@ -369,3 +369,16 @@ def test_a_name_without_extension_that_two_pictures_have_is_rejected(images: Pat
     assert (report.samples, dict(report.rejected)) == (3, {"picture unclear": 1})
     (line,) = map(json.loads, (report.folder / "rejected.jsonl").read_text().splitlines())
     assert line["reason"] == "picture unclear: the name is that of 0.jpg, 0.png"
+
+
+def test_captions_that_are_not_read_are_counted_and_two_for_one_key_are_refused(images: Path) -> None:
+    rows = [
+        {"image": "0.jpg", "title": "a", "Text": "b"},
+        {"image": "1.jpg", "caption": "a", "text": "b", "title": " "},
+        {"image": "2.jpg", "vlm_caption": "a", "caption": "b"},
+        {"image": "3.jpg", "vlm_caption": "a", "caption": ""},
+    ]
+    report = build(images, rows)
+    assert [document for _, document in read_all(report.folder).values()] == [{"caption": text} for text in "baa"]
+    assert (dict(report.unread), dict(report.rejected)) == ({"title": 1, "text": 1}, {"two captions for caption": 1})
+    assert "1 row has text under title, which is not read (--caption-column title reads it alone)" in report.describe()
