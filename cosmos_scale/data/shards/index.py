@@ -26,7 +26,7 @@ from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
 from cosmos_scale.data.shards.index_report import REJECTED, IndexReport, key_hints, merge_rejected
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
-from cosmos_scale.data.shards.reader import Folders, Location, ShardFile, ShardReader
+from cosmos_scale.data.shards.reader import MARKED, Folders, Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, is_remote, join_url, redact
 from cosmos_scale.data.shards.summary import (
@@ -229,13 +229,20 @@ class MergedIndex:
         return (source.shard_file(shard) for source, shard in self._shards)
 
     def check_tables(self, shards: Iterable[int]) -> None:
-        """Raise UserError where this machine lacks the table of a shard, given by its place in `shard_samples`."""
+        """Raise UserError where this machine lacks the table of a shard, given by its place in `shard_samples`.
+
+        MARKED tables of this machine at most, spread over all, are opened: a table may be cut off.
+        """
         folders = Folders()
-        for source, shard in map(self._shards.__getitem__, shards):
+        wanted = [self._shards[place] for place in shards]
+        every = -(-len(wanted) // MARKED)
+        for place, (source, shard) in enumerate(wanted):
             path = source.table_path(shard)
             try:
                 if not is_remote(path):
                     folders.require(path)
+                    if place % every == 0 and source.rows[shard].samples:
+                        source.locate(shard, 0)
             except OSError as error:
                 rule = "run `cosmos-scale data index`"
                 raise UserError(f"{path}: index cannot be read: {error.strerror or error}; {rule}") from error
