@@ -100,6 +100,11 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
     return column
 
 
+def check_header(path: Path, dataset: Dataset, join: Join) -> None:
+    """Raise UserError where a captions file cannot be used, as far as its header tells."""
+    scan_captions(path, Path(os.devnull), dataset, join, lambda _: None)  # the rows are read when asked for
+
+
 def scan_captions(
     path: Path, copy: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
 ) -> tuple[RowFile, Iterator[PlacedRow]]:

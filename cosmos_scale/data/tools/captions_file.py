@@ -99,12 +99,20 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
             try:
                 values = parse_json(line)
             except (ValueError, RecursionError) as error:
+                if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                    raise _one_array(path) from error
                 yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
+            if number == 1 and isinstance(values, list) and any(isinstance(value, dict) for value in values):
+                raise _one_array(path)
             if isinstance(values, dict):
                 yield _row(number, values, columns)
             else:
                 yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
+
+
+def _one_array(path: Path) -> UserError:
+    return UserError(f"{path}: is one json array; rule: .jsonl holds one object a line, as `jq -c '.[]'` writes them")
 
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:

@@ -35,7 +35,7 @@ from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import writing
+from cosmos_scale.files import whole_file, writing
 from cosmos_scale.words import counted
 
 SAMPLES_A_JOB = 128
@@ -227,21 +227,25 @@ def _faults(parts: Sequence[_Checked]) -> Iterator[Fault]:
 
 @contextmanager
 def _open_log(path: Path) -> Iterator[Callable[[Fault], None]]:
-    """Yield a function that writes a fault to the log; raises UserError where the log cannot be written."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(path)
-        file = path.open("w", encoding="utf-8")
+    """Yield a function that writes a fault to the log, which is there whole at the end, or not at all.
 
-    def write(fault: Fault) -> None:
+    Raises: UserError where the log cannot be written.
+    """
+    with ExitStack() as stack:
         with writing(path):
-            file.write(json.dumps(fault.as_record()) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(path)
+            # What is no plain file, such as /dev/stdout, is written to as it is.
+            whole = path if path.exists() and not path.is_file() else stack.enter_context(whole_file(path))
+            file = stack.enter_context(whole.open("w", encoding="utf-8"))
 
-    try:
+        def write(fault: Fault) -> None:
+            with writing(path):
+                file.write(json.dumps(fault.as_record()) + "\n")
+
         yield write
-    finally:
         with writing(path):
-            file.close()
+            stack.close()
 
 
 def _refuse_foreign(path: Path) -> None:

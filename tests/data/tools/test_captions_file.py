@@ -1,11 +1,13 @@
 """What a captions file says twice, or what no text is, is not dropped or changed without a word."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, read_rows
+from cosmos_scale.errors import UserError
 
 
 def test_a_key_that_stands_twice_is_a_fault_of_its_row(tmp_path: Path) -> None:
@@ -58,3 +60,13 @@ def test_a_cell_that_spells_a_list_keeps_its_sentences_apart(tmp_path: Path, cel
         assert row.fault == "wrong type: caption is neither a string nor a list of strings"
     else:
         assert (row.fault, row.document) == (None, {"caption": expected})
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_json_array_is_refused_with_the_way_out(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "captions.jsonl"
+    rows = [{"image": f"{number}.jpg", "caption": "a"} for number in range(3)]
+    for text in (json.dumps(rows, indent=indent), "[" + ",\n".join(map(json.dumps, rows)) + "]"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"is one json array; rule: .jsonl holds one object a line"):
+            list(read_rows(path, DEFAULT_COLUMNS))
