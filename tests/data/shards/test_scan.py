@@ -232,7 +232,6 @@ def test_the_help_names_every_key_of_captions(capsys: pytest.CaptureFixture[str]
             b'{"caption": "one", "caption": "two"}',
             "unreadable json: the key 'caption' stands twice in one object",
         ),
-        ("a.json", rb'{"caption": "a \ud83d"}', "unreadable json: half of a surrogate pair"),
         ("a.txt", bytes(20), "unreadable txt: NUL at byte 0"),
         ("a.txt", b"caf\xe9", "unreadable txt: 'utf-8' codec"),
         ("a.txt", "a cat".encode("utf-16"), "unreadable txt: "),

@@ -382,3 +382,11 @@ def test_captions_that_are_not_read_are_counted_and_two_for_one_key_are_refused(
     assert [document for _, document in read_all(report.folder).values()] == [{"caption": text} for text in "baa"]
     assert (dict(report.unread), dict(report.rejected)) == ({"title": 1, "text": 1}, {"two captions for caption": 1})
     assert "1 row has text under title, which is not read (--caption-column title reads it alone)" in report.describe()
+
+
+def test_half_of_a_surrogate_pair_rejects_its_row_and_a_whole_pair_is_kept(images: Path) -> None:
+    texts = ("a \ud83d", "a \U0001f600", ["a", "\ude00"], "sound")
+    report = build(images, [{"image": f"{number}.jpg", "caption": text} for number, text in enumerate(texts)])
+    assert [document["caption"] for _, document in read_all(report.folder).values()] == ["a \U0001f600", "sound"]
+    assert dict(report.rejected) == {"not text": 2}
+    assert rejected(report.folder) == {1: "not text", 3: "not text"}

@@ -18,19 +18,6 @@ def test_a_key_that_stands_twice_is_a_fault_of_its_row(tmp_path: Path) -> None:
     assert second.fault is None
 
 
-def test_half_of_a_surrogate_pair_is_a_fault_of_its_row_and_a_whole_pair_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "captions.jsonl"
-    path.write_bytes(
-        rb'{"image": "a.jpg", "caption": "a \ud83d"}'
-        + b"\n"
-        + rb'{"image": "b.jpg", "caption": "a \ud83d\ude00"}'
-        + b"\n"
-    )
-    first, second = read_rows(path, DEFAULT_COLUMNS)
-    assert str(first.fault).startswith(r"not json: half of a surrogate pair, \ud83d, stands alone")
-    assert (second.fault, second.document) == (None, {"caption": "a \U0001f600"})
-
-
 def test_nul_in_a_cell_is_a_fault_of_its_row(tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     path.write_bytes(b"image,caption\na.jpg,one\nb.jpg,\0\0\0\nc.jpg,three\n")
