@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from cosmos_scale.files import replace_file
 from cosmos_scale.words import counted
 
 REJECTED = "rejected.jsonl"
+SECOND_PICTURE = "second picture"  # begins the reason of a picture beside the one that is read of its sample
 
 
 class IndexReport(NamedTuple):
@@ -65,6 +66,19 @@ def key_hints(rejected: Counter[str]) -> list[str]:
     if not all(any(reason.startswith(lack) for reason in rejected) for lack in ("no picture", "no text")):
         return []
     return ["members of one sample share the name before the first dot: 1.jpg and 1.txt, not image.jpg and caption.txt"]
+
+
+def count_rejected(folder: str, shards: Container[str]) -> int:
+    """Count the samples of some shards that an index of this machine leaves out; 0 where no file can be read there."""
+    count = 0
+    try:
+        for line in (Path(folder) / REJECTED).read_bytes().splitlines():
+            fault = json.loads(line)
+            of_sample = fault["key"] is not None and not fault["reason"].startswith(SECOND_PICTURE)
+            count += of_sample and fault.get("shard") in shards
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return count
+    return count
 
 
 def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
+from cosmos_scale.data.shards.index_report import SECOND_PICTURE
 from cosmos_scale.data.shards.mark import HEAD, mark_of
 from cosmos_scale.data.shards.members import (
     DEFAULT_RULES,
@@ -193,7 +194,9 @@ def _unread(members: list[TarMember], image: TarMember) -> list[Rejected]:
     """Name the pictures of a sample that are not read."""
     others = [member for member in members if member.extension in IMAGE_EXTENSIONS and member is not image]
     return [
-        Rejected(other.key, f"second picture: .{image.extension} is read, not .{other.extension}", other.offset - BLOCK)
+        Rejected(
+            other.key, f"{SECOND_PICTURE}: .{image.extension} is read, not .{other.extension}", other.offset - BLOCK
+        )
         for other in others
     ]
 
