@@ -64,7 +64,7 @@ class Retrieval(Evaluator):
         self._config = config
         source = SourceConfig(name=config.name, shards=config.shards, index=config.index)
         index = open_sources([source], setting.remote)
-        if setting.rank == 0 and (rejected := index.count_rejected()):
+        if setting.rank == 0 and (rejected := index.unindexed().samples):
             where = f"{redact_urls(config.shards)}: not in the index, so in no number"
             print(f"{where}: {counted(rejected, 'sample')} that indexing rejected ({REJECTED})", file=sys.stderr)
         self._gallery = Gallery(

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
-from cosmos_scale.data.shards.index_report import REJECTED, IndexReport, count_rejected, key_hints, merge_rejected
+from cosmos_scale.data.shards.index_report import (
+    REJECTED,
+    IndexReport,
+    Unindexed,
+    count_unindexed,
+    key_hints,
+    merge_rejected,
+)
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
 from cosmos_scale.data.shards.reader import MARKED, Folders, Location, ShardFile, ShardReader
@@ -270,9 +277,10 @@ class MergedIndex:
         source, shard = self._shards[position]
         return source.locate(shard, sample - int(self._ends[position] - self.shard_samples[position]))
 
-    def count_rejected(self) -> int:
-        """Count the samples that indexing left out of the shards, as far as files of this machine tell."""
-        return sum(count_rejected(source.folder, {row.name for row in source.rows}) for source in self.sources)
+    def unindexed(self) -> Unindexed:
+        """Count what indexing left out of the shards, as far as files of this machine tell."""
+        counts = [count_unindexed(source.folder, {row.name for row in source.rows}) for source in self.sources]
+        return Unindexed(*map(sum, zip(*counts, strict=True)))
 
     def fingerprint(self) -> str:
         """Return a digest of all that the order of the data depends on: the shards' names, sizes and counts."""

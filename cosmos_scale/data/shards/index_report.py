@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,17 +69,23 @@ def key_hints(rejected: Counter[str]) -> list[str]:
     return ["members of one sample share the name before the first dot: 1.jpg and 1.txt, not image.jpg and caption.txt"]
 
 
-def count_rejected(folder: str, shards: Container[str]) -> int:
-    """Count the samples of some shards that an index of this machine leaves out; 0 where no file can be read there."""
-    count = 0
-    try:
+class Unindexed(NamedTuple):
+    """What an index leaves out: samples that it rejected, and pictures that are not read beside another one."""
+
+    samples: int = 0
+    pictures: int = 0
+
+
+def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
+    """Count what an index of this machine leaves out of some shards; nothing where no file can be read there."""
+    samples = pictures = 0
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         for line in (Path(folder) / REJECTED).read_bytes().splitlines():
             fault = json.loads(line)
-            of_sample = fault["key"] is not None and not fault["reason"].startswith(SECOND_PICTURE)
-            count += of_sample and fault.get("shard") in shards
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return count
-    return count
+            if fault.get("shard") in shards and fault["key"] is not None:
+                is_picture = fault["reason"].startswith(SECOND_PICTURE)
+                samples, pictures = samples + (not is_picture), pictures + is_picture
+    return Unindexed(samples, pictures)
 
 
 def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:

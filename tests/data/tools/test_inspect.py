@@ -383,15 +383,3 @@ def test_pictures_that_cannot_be_written_are_one_line(
     assert (
         capsys.readouterr().err == f"cosmos-scale data inspect: {tmp_path / name}: cannot be written: Is a directory\n"
     )
-
-
-def test_an_inspection_that_fails_leaves_no_folder(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    new, old = tmp_path / "new", tmp_path / "old"
-    old.mkdir()
-    for out in (new, old):
-        arguments = ["data", "inspect", str(folder), "--first", "1000000", "--out", str(out), "--quiet"]
-        assert cli.main(arguments) == 2
-        assert "--first 1000000" in capsys.readouterr().err
-    assert (new.exists(), old.exists()) == (False, True)
