@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
     tell_interrupts("demo")
 
-import argparse
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_scale.checkpoint import newest
-from cosmos_scale.cli.arguments import path
+from cosmos_scale.cli.arguments import CommandParser, path
 from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.main import exit_status
 from cosmos_scale.config import RetrievalConfig, RunConfig
@@ -305,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0, 1 where the student did not learn, 2 where the run failed, 130 where it was interrupted.
     """
-    parser = argparse.ArgumentParser(prog="python -m cosmos_scale.demo", description="Train a small COSMOS model.")
+    parser = CommandParser(prog="python -m cosmos_scale.demo", description="Train a small COSMOS model.")
     parser.add_argument("--quick", action="store_true", help="a shortened run of about a minute")
     parser.add_argument("--out", type=path, default=Path("demo_out"), metavar="DIR", help="default: demo_out")
     arguments = parser.parse_args(argv)

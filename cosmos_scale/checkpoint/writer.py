@@ -146,7 +146,7 @@ class CheckpointWriter:
         Raises UserError on every rank where any rank could not write; earlier checkpoints stay as they are.
         """
         if failure := self._settle():
-            raise UserError(_untouched(failure))
+            raise UserError(_untouched(failure, self.root))
         return self._saving
 
     def _settle_or_tell(self) -> str | None:
@@ -159,10 +159,10 @@ class CheckpointWriter:
             return None
         if self._failures >= self._config.failures:
             count = f"; {self._failures} failed in a row (checkpoint.failures)" if self._failures > 1 else ""
-            raise UserError(_untouched(failure) + count)
+            raise UserError(_untouched(failure, self.root) + count)
         if self._rank == 0:
             count = f"failure {self._failures}, {self._config.failures} in a row end the run"
-            _LOG.warning("%s; %s", _untouched(failure), count)
+            _LOG.warning("%s; %s", _untouched(failure, self.root), count)
         return failure
 
     def _settle(self) -> str | None:
@@ -306,7 +306,10 @@ class CheckpointWriter:
         return next((text for text in errors if text is not None), None)
 
 
-def _untouched(failure: str) -> str:
+def _untouched(failure: str, root: Path) -> str:
+    with suppress(OSError, UserError):  # of a folder that cannot be listed now
+        if not checkpoints(root):
+            return f"{failure}; no checkpoint was saved before"
     return f"{failure}; the previous checkpoints are untouched"
 
 

@@ -3,7 +3,9 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cosmos_scale.errors import UserError
 
@@ -41,6 +43,45 @@ def run_file(text: str) -> Path:
     if found.said and os.environ.get("RANK", "0") == "0":
         print(found.said, file=sys.stderr)
     return found.file
+
+
+def say_repeats(overrides: Sequence[str]) -> None:
+    """Say on stderr, on the main rank, which dotted keys are given twice with two values: the last one counts."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        values.setdefault(key, []).append(text)
+    for key, texts in values.items():
+        if len(set(texts)) > 1 and os.environ.get("RANK", "0") == "0":
+            from cosmos_scale.config.section import redact_urls  # here: --help need not wait for it
+
+            shown = [redact_urls(text) for text in texts]
+            print(f"{key} is given {len(shown)} times ({', '.join(shown)}): {shown[-1]} counts", file=sys.stderr)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that refuses an option given twice with two values: argparse would drop the first without a word."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name in (None, "store"):
+            self.register("action", name, _StoreOnce)
+
+
+class _StoreOnce(argparse._StoreAction):
+    """Stores an argument. One object parses one command line: what it met before was an option given twice."""
+
+    _met: list[Any] | None = None
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if self.option_strings and self._met not in (None, [values]):
+            before, now = (shown if isinstance(shown, list) else [shown] for shown in ((self._met or [])[0], values))
+            both = f"{' '.join(map(str, before))} and {' '.join(map(str, now))}"
+            raise argparse.ArgumentError(self, f"given twice: {both}; give it once")
+        self._met = [values]
+        super().__call__(parser, namespace, values, option_string)
 
 
 def with_examples(parser: argparse.ArgumentParser, examples: str) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,12 +226,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from cosmos_scale.model.tokenizer import Tokenizer
 
     config = _config(arguments)
+    is_new = not arguments.out.exists()
     make_output_folder(arguments.out)
     context_length = config.model.text.context_length
     statistics, views = arguments.out / "statistics.png", arguments.out / "views.png"
-    inspect.draw_visits(
-        config, Tokenizer(context_length), views, epoch=arguments.epoch, first=arguments.first, count=arguments.rows
-    )
+    try:
+        inspect.draw_visits(
+            config, Tokenizer(context_length), views, epoch=arguments.epoch, first=arguments.first, count=arguments.rows
+        )
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # a folder that holds something stays
+                arguments.out.rmdir()
+        raise
     found = inspect.survey(
         config,
         Tokenizer(LONGEST_CAPTION),

@@ -16,7 +16,7 @@ from typing import NoReturn
 from cosmos_scale import __version__
 from cosmos_scale.cli import checkpoint, configs, data, train
 from cosmos_scale.cli import eval as evaluate
-from cosmos_scale.cli.arguments import with_examples
+from cosmos_scale.cli.arguments import CommandParser, say_repeats, with_examples
 from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
@@ -108,6 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parsed.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    say_repeats(getattr(parsed, "overrides", ()))
     return parsed
 
 
@@ -122,7 +123,7 @@ def _setup(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = with_examples(argparse.ArgumentParser(prog="cosmos-scale", description=_DESCRIPTION), EXAMPLES)
+    parser = with_examples(CommandParser(prog="cosmos-scale", description=_DESCRIPTION), EXAMPLES)
     parser.set_defaults(parser=parser)  # the parser that refuses arguments; a command may set its own
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -4,6 +4,7 @@ Every rank encodes its slice of the gallery, receives the features of all slices
 the collective is handed in, so that this module knows nothing of process groups.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from cosmos_scale.config import RetrievalConfig, SourceConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, one_process
 from cosmos_scale.evaluation.gallery import Gallery, GalleryBatch
@@ -61,8 +63,12 @@ class Retrieval(Evaluator):
         super().__init__(config, setting)
         self._config = config
         source = SourceConfig(name=config.name, shards=config.shards, index=config.index)
+        index = open_sources([source], setting.remote)
+        if setting.rank == 0 and (rejected := index.unindexed().samples):
+            where = f"{redact_urls(config.shards)}: not in the index, so in no number"
+            print(f"{where}: {counted(rejected, 'sample')} that indexing rejected ({REJECTED})", file=sys.stderr)
         self._gallery = Gallery(
-            open_sources([source], setting.remote),
+            index,
             config.captions,
             image_size=setting.image_size,
             max_pixels=setting.max_pixels,

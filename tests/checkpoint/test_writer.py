@@ -253,7 +253,7 @@ def test_a_second_failure_waits_for_the_interval_and_a_third_ends_all_ranks(tmp_
     assert saved_steps(tmp_path / "two") == [6]
     first, second = run_ranks(save_with_failures, 2, tmp_path / "three", {0, 1, 2}, [3, 6, 9])
     assert first[-1] == second[-1]
-    assert first[-1].endswith("; 3 failed in a row (checkpoint.failures)")
+    assert first[-1].endswith("; no checkpoint was saved before; 3 failed in a row (checkpoint.failures)")
     assert saved_steps(tmp_path / "three") == []
 
 

@@ -14,7 +14,7 @@ from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
-from cosmos_scale.testing.shard_files import flip_bytes, sample, write_shard, write_shards
+from cosmos_scale.testing.shard_files import flip_bytes, picture, sample, write_shard, write_shards
 from tests.checkpoint.edit import content_of, rewrite
 from tests.data.web_server import web_server
 from tests.evaluation.measured import retrieval_of
@@ -170,3 +170,19 @@ def test_shards_of_a_server_are_evaluated_by_an_index_of_this_machine(
         data = f"{server.url}/{{00000..00001}}.tar"
         assert cli.main(["eval", "retrieval", "--checkpoint", str(checkpoints), "--data", data, *options]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 7
+
+
+def test_samples_that_indexing_rejected_are_said_not_to_count(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [{**sample(place), "png": picture(place)} for place in range(4)]
+    members[1]["jpg"] = members[2]["jpg"] = b"no picture"
+    write_shard(tmp_path / "0.tar", members)
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert (report.samples, report.unread) == (2, 2)
+    command = ["eval", "retrieval", "--checkpoint", str(checkpoints), "--data", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*command, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["images"] == 2
+    said = f"{tmp_path}: not in the index, so in no number: 2 samples that indexing rejected (rejected.jsonl)"
+    assert captured.err.splitlines().count(said) == 1

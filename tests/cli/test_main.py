@@ -331,3 +331,31 @@ def test_a_lost_contact_is_told_where_the_checkpoints_cannot_be_listed(
     said = capsys.readouterr().err
     assert said.startswith("cosmos-scale train: rank 1 lost contact with another rank")
     assert said.endswith("; newest checkpoint: unknown, since their folder cannot be listed\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("data index shards --out a --out b", "argument --out: given twice: a and b; give it once"),
+        ("data index shards --captions a b --captions c", "argument --captions: given twice: a b and c; give it once"),
+        ("data build --images a --captions b --out c --workers 1 --workers 2", "argument --workers: given twice"),
+    ],
+)
+def test_an_option_given_twice_is_refused(arguments: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments.split())
+    assert reason in capsys.readouterr().err
+
+
+def test_an_option_may_be_repeated_with_one_value(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", [2])
+    out = str(tmp_path / "index")
+    assert cli.main(["data", "index", str(shards), "--out", out, "--out", out, "--workers", "1", "--quiet"]) == 0
+
+
+def test_the_last_of_two_overrides_counts_which_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["seed=3", "seed=3", "train.max_steps=1", "seed=none"]
+    assert cli.main(["train", "cc3m_vitb16", *overrides, "--dry-run"]) == 2
+    errors = capsys.readouterr().err
+    assert "seed is given 3 times (3, 3, none): none counts\n" in errors
+    assert "max_steps is given" not in errors

@@ -9,7 +9,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from cosmos_scale.config import DataConfig
-from cosmos_scale.data.decode.background import KEEP, has_transparent_pixels, on_background
+from cosmos_scale.data.decode.background import KEEP, eight_bits, has_transparent_pixels, on_background
 from cosmos_scale.data.samples.sample import DamagedSample
 
 Pixels = npt.NDArray[np.uint8]
@@ -72,10 +72,7 @@ def _decode_other(image_bytes: bytes, max_pixels: int, background: str = KEEP) -
         # Checks every chunk's checksum, which decoding does not. The check uses the file up, so open it again.
         image.verify()
         image = Image.open(io.BytesIO(image_bytes))
-    if image.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion clips values at 255, which makes the picture almost white.
-        return _rgbx(Image.fromarray((np.asarray(image) // 256).astype(np.uint8)))
-    image = on_background(image, background)
+    image = on_background(eight_bits(image), background)
     # A palette goes through RGBA, or Pillow warns of the palette's transparency. Transparent pixels keep their colour.
     return _rgbx(image.convert("RGBA") if image.mode == "P" else image)
 

@@ -5,11 +5,13 @@ The record with such a quote has a fault, and the lines behind the quote's line 
 
 import ast
 import csv
+import io
 import json
+import tokenize
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.errors import UserError
@@ -33,23 +35,37 @@ class CsvRecord(NamedTuple):
     fault: str | None
 
 
-def read_cell(cell: str, *, lists: bool) -> str | list[str] | None:
+def read_cell(cell: str, *, lists: bool) -> str | list[Any] | None:
     """Return what a cell of captions says: its text, or (lists) the strings that it lists in json or Python's syntax.
 
-    None for a cell that spells NaN, as pandas may write what it lacks.
+    None for a cell that spells NaN, as pandas may write what it lacks. A list of strings may hold other items too,
+    which its reader refuses; a list without strings is text.
     """
     if cell in ("nan", "NaN"):
         return None
     if not lists or not (cell.startswith("[") and cell.endswith("]")):
         return cell
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, _python_list):
         try:
             value = parse(cell)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and (not value or any(isinstance(item, str) for item in value)):
             return value
     return cell
+
+
+def _python_list(cell: str) -> object:
+    """Read a list in Python's syntax, or one of strings without commas, as pandas writes arrays of numpy.
+
+    Python itself would join strings without commas between them to one.
+    """
+    value = ast.literal_eval(cell)
+    tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
+    strings = [token.string for token in tokens if token.type == tokenize.STRING]
+    if isinstance(value, list) and len(strings) > len(value) and all(isinstance(item, str) for item in value):
+        return [ast.literal_eval(string) for string in strings]
+    return value
 
 
 def refuse_utf16(path: Path) -> None:
@@ -139,6 +155,8 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
             fault = f"wrong number of cells: {len(cells)}, the header has {width}"
             if len(feed.taken) > 1:
                 fault += f"; it takes lines {line:,} to {line + len(feed.taken) - 1:,}: is a quote in it left open?"
+        if fault is None and any("\0" in cell for cell in cells):
+            fault = "not text: NUL in a cell"
         yield CsvRecord(line, len(feed.taken), cells, fault)
         line += len(feed.taken)
         width = len(cells) if width is None else width

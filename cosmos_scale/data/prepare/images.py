@@ -4,7 +4,6 @@ A shard NAME is NAME.tar, or a folder NAME/ whose name is a number. NAME.parquet
 was tried. Tars of the same form without such a list are read too: their .json members say the same.
 """
 
-import json
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.datasets import Join, join_value
+from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.patterns import COMPRESSED_ENDINGS
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
@@ -123,7 +123,7 @@ def read_listing(shard: ImageShard, join: Join) -> list[Listed]:
 
 def _value_of(key: str, texts: list[bytes | None], join: Join) -> str | None:
     try:
-        document = json.loads(texts[0] or b"") if texts else {}
+        document = parse_json(texts[0] or b"") if texts else {}
     except (ValueError, RecursionError):
         document = {}
     value = document.get(join) if isinstance(document, dict) else None

@@ -49,7 +49,8 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
             matched += int((found.downloaded & (found.positions != MISSING)).sum())
             without_value += found.without_value
             examples += found.examples[: 2 - len(examples)]
-            np.save(task.plan(shard.name), positions)
+            with writing(task.plan(shard.name)):
+                np.save(task.plan(shard.name), positions)
             advance(1)
     if matched == 0:
         raise UserError(_no_overlap(task, images, without_value, examples))

@@ -36,9 +36,24 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[list[list[Any]]
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
-                yield [batch.column(name).to_pylist() for name in columns]
+                yield [_values(batch.column(name)) for name in columns]
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet: {_first_line(error)}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; bytes for a text that is not UTF-8."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return bytes(scalar.as_buffer()) if hasattr(scalar, "as_buffer") else [_value(item) for item in scalar.values]
 
 
 def version() -> str:

@@ -9,7 +9,7 @@ from cosmos_scale.data.prepare.datasets import Dataset, Join
 from cosmos_scale.data.prepare.images import list_images
 from cosmos_scale.data.prepare.manifest import Prepared, read_prepare_manifest, write_prepare_manifest, write_rejected
 from cosmos_scale.data.prepare.matching import match_images
-from cosmos_scale.data.prepare.rows import caption_files
+from cosmos_scale.data.prepare.rows import caption_files, check_header
 from cosmos_scale.data.prepare.table import build_table
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.prepare.writing import write_prepared_shard
@@ -44,6 +44,8 @@ def prepare_dataset(
     if (done := read_prepare_manifest(task)) is not None:
         shutil.rmtree(task.work, ignore_errors=True)
         return done
+    for path in task.captions:  # a file that is refused leaves no folder behind
+        check_header(path, task.form, task.join)
     with open_work(task.as_work, task.options()):
         make_folder(task.work / "plan")
         build_table(task.table, task.captions, task.form, task.join, progress=progress)

@@ -23,6 +23,8 @@ from cosmos_scale.data.prepare.csv_records import (
 )
 from cosmos_scale.data.prepare.datasets import Dataset, Join
 from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS, plain_column
+from cosmos_scale.data.samples.document import encode_document
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -96,6 +98,11 @@ def join_column(path: Path, header: list[str], dataset: Dataset, join: Join) -> 
         raise UserError(f"{path}: no column of captions: one of {', '.join(wanted)} is needed, it has {shown}")
     refuse_columns_twice(path, header, {column, *dataset.captions})
     return column
+
+
+def check_header(path: Path, dataset: Dataset, join: Join) -> None:
+    """Raise UserError where a captions file cannot be used, as far as its header tells."""
+    scan_captions(path, Path(os.devnull), dataset, join, lambda _: None)  # the rows are read when asked for
 
 
 def scan_captions(
@@ -201,13 +208,32 @@ def _parquet_rows(
         for batch in parquet.read_columns(path, columns):
             for values in zip(*batch, strict=True):
                 number += 1
-                value = values[position]
-                line = json.dumps(values, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+                try:
+                    cells = [_plain(value, column) for value, column in zip(values, columns, strict=True)]
+                    line, fault = encode_document(cells) + b"\n", None
+                except DamagedSample as damage:
+                    cells, line, fault = [None] * len(values), b"", str(damage)
                 file.write(line)
-                fault = None if isinstance(value, str) else f"wrong type: its {columns[position]} is no text"
+                value = cells[position]
+                if fault is None and not isinstance(value, str):
+                    fault = f"wrong type: its {columns[position]} is no text"
                 yield PlacedRow(number, offset, len(line), value if isinstance(value, str) else "", fault)
                 offset += len(line)
             advance(len(batch[0]) * size // rows)
+
+
+def _plain(value: Any, column: str) -> Any:
+    """Return a value of a parquet file as a value of json: bytes are text. Raises DamagedSample for other types."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise DamagedSample(f"not UTF-8: byte 0x{value[error.start]:02x} in {column}") from error
+    if isinstance(value, list):
+        return [_plain(item, column) for item in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise DamagedSample(f"wrong type: {column} is neither a text nor a list of texts")
 
 
 class RowReader:

@@ -5,9 +5,10 @@ a row to one of 64 files. Each file is sorted on its own, so that memory stays b
 files, one after the other, are one sorted table, which look-ups map into memory.
 """
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from cosmos_scale.data.prepare.datasets import Dataset, Join, join_value
 from cosmos_scale.data.prepare.rows import PlacedRow, RowFile, scan_captions
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, replace_file
+from cosmos_scale.files import make_folder, reason_of, replace_file
 
 PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
 RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
@@ -76,18 +77,30 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
     make_folder(folder)
     builder = _Builder(folder, captions, dataset, join)
     total = sum(path.stat().st_size for path in captions)
-    with progress_bar("reading captions (bytes)", total, show=progress) as advance:
+    with progress_bar("reading captions (bytes)", total, show=progress) as advance, _full_disk_named(folder):
         builder.read(_in_steps(advance, total))
     if builder.usable == 0:
         first = builder.first_fault or "there is none"
         raise UserError(f"{captions[0]}: none of {builder.rows} rows can be used; the first: {first}")
-    builder.sort()
+    with _full_disk_named(folder):
+        builder.sort()
     content = {
         "files": [[str(file.path), file.kind, file.columns] for file in builder.files],
         "rows": builder.rows,
         "examples": builder.examples,
     }
     replace_file(summary, json.dumps(content).encode())
+
+
+@contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Name the folder where its disk is full: what writes a part of a file does not know the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{folder}: cannot be written: {reason_of(error)}") from error
 
 
 def read_table_summary(folder: Path) -> TableSummary:

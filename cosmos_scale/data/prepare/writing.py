@@ -17,6 +17,7 @@ from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.samples.caption_keys import plain_column
+from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file, whole_file, writing
@@ -113,12 +114,11 @@ def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> I
                 continue
             row = captions.place(position)
             try:
-                document = captions.read(known, position)
+                text = encode_document({**captions.read(known, position), task.join: known.value})
                 _check(image)
             except DamagedSample as damage:
                 reject(image.key, str(damage), known.value, row)
                 continue
-            text = json.dumps({**document, task.join: known.value}, ensure_ascii=False).encode("utf-8", "replace")
             yield {"__key__": image.key, image.extension: image.data, "json": text}
         for known, position in by_key.values():
             reject(known.key, _absent(known), known.value, captions.place(position))

@@ -48,8 +48,21 @@ def caption_keys(document: Mapping[str, Any]) -> list[str]:
     return [name for name, value in document.items() if _called_caption(name) and has_text(value)]
 
 
+def name_clash(document: Mapping[str, Any]) -> str | None:
+    """Return which two keys with text mean one known key (`Caption`, `CAPTION`), where none is written as that key."""
+    if any(has_text(document.get(key)) for key in KNOWN_KEYS):
+        return None
+    met: dict[str, str] = {}
+    for name in caption_keys(document):
+        plain = plain_column(name)
+        before = met.setdefault(KNOWN_NAMES.get(plain, plain), name)
+        if before != name:
+            return f"two keys of one name: {before}, {name}"
+    return None
+
+
 def with_known_keys(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a document with its captions under known keys.
+    """Return a document with its captions under known keys; see `name_clash` for what would leave one out.
 
     A document that has a caption under a known key stays as it is. Otherwise known keys in other letters (`Caption`)
     count, and where there is none of these either, the first of captions, text and title becomes `caption`.
@@ -68,8 +81,10 @@ def caption_fault(document: dict[str, Any], keys: Sequence[str] = ()) -> str | N
     keys: the only keys that count, if the user names any. Without them a document of foreign keys may have a caption:
     a run's `data.captions.keys` may name one of these. A caption of a wrong type is left to the sampling.
     """
-    if any(has_text(document.get(key)) for key in keys) or (not keys and caption_keys(document)):
+    if any(has_text(document.get(key)) for key in keys):
         return None
+    if not keys and caption_keys(document):
+        return name_clash(document)
     named = [name for name in document if (name in keys if keys else _called_caption(name))]
     if named and all(is_empty(document[name]) for name in named):
         shown = ", ".join(f"{name} is {'null' if is_missing(document[name]) else 'empty'}" for name in named)

@@ -18,6 +18,7 @@ from cosmos_scale.data.samples.caption_keys import (
     SHORT_KEYS,
     is_empty,
     is_missing,
+    name_clash,
     with_known_keys,
 )
 from cosmos_scale.data.samples.sample import CAPTION_STREAM, DamagedSample, SampleKey, sample_generator
@@ -61,6 +62,8 @@ def caption_pool(sampling: str, document: Any, keys: Sequence[str] | None = None
     if keys is not None:
         _require_any(keys, document, "data.captions.keys")
         return [sentence for name in keys for sentence in _sentences(document, name)]
+    if clash := name_clash(document):
+        raise DamagedSample(clash)
     known, mode = with_known_keys(document), f"sampling {sampling}"
     if sampling in POOL_KEYS:
         names = POOL_KEYS[sampling]

@@ -7,7 +7,9 @@ ORIGIN_KEY = "origin"
 
 def make_origin(captions: str, row: int, image: str | None) -> dict[str, Any]:
     """Return the origin of a row's sample. captions: the file's name. row: from 1. image: the picture it names."""
-    return {"captions": captions, "row": row, "image": image}
+    # Bytes of a file's name that are not UTF-8 are lone surrogates here: they are spelled out (\xe9).
+    shown = captions.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return {"captions": shown, "row": row, "image": image}
 
 
 def describe_origin(document: dict[str, Any]) -> str | None:

@@ -23,10 +23,17 @@ from numpy.typing import NDArray
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
-from cosmos_scale.data.shards.index_report import REJECTED, IndexReport, key_hints, merge_rejected
+from cosmos_scale.data.shards.index_report import (
+    REJECTED,
+    IndexReport,
+    Unindexed,
+    count_unindexed,
+    key_hints,
+    merge_rejected,
+)
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
-from cosmos_scale.data.shards.reader import Folders, Location, ShardFile, ShardReader
+from cosmos_scale.data.shards.reader import MARKED, Folders, Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, is_remote, join_url, redact
 from cosmos_scale.data.shards.summary import (
@@ -86,7 +93,7 @@ def index_shards(
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
-    torn = dotted = unnamed = 0
+    torn = dotted = unnamed = unread = 0
     unfinished = Unfinished(folder / UNFINISHED, rules) if is_remote(pattern) else None
     known = unfinished.read(names) if unfinished else {}
     work = map_jobs(partial(_index_one, shards, folder, rules), [name for name in names if name not in known], workers)
@@ -97,9 +104,11 @@ def index_shards(
             rows.append(ShardRow(done.name, done.samples, done.size))
             dotted += done.dotted
             unnamed += done.unnamed
+            unread += len(done.unread)
             marks[done.name] = done.mark
             rejected.update(reason_class(reason) for _, reason in done.rejected)
-            faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in done.rejected]
+            named = [*done.rejected, *done.unread]
+            faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in named]
             if done.torn is not None:
                 torn += 1
                 faults.append({"shard": done.name, "key": None, "reason": done.torn})
@@ -115,7 +124,14 @@ def index_shards(
     write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()
-    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed)
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, _alike(rows, marks))
+
+
+def _alike(rows: Iterable[ShardRow], marks: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Pair each shard with an earlier one of its size and mark: links and copies, whose samples count twice."""
+    first: dict[tuple[int, str], str] = {}
+    names = [(row.name, first.setdefault((row.size, marks[row.name]), row.name)) for row in rows if row.samples]
+    return [(name, like) for name, like in names if name != like]
 
 
 class SourceShards(NamedTuple):
@@ -220,13 +236,20 @@ class MergedIndex:
         return (source.shard_file(shard) for source, shard in self._shards)
 
     def check_tables(self, shards: Iterable[int]) -> None:
-        """Raise UserError where this machine lacks the table of a shard, given by its place in `shard_samples`."""
+        """Raise UserError where this machine lacks the table of a shard, given by its place in `shard_samples`.
+
+        MARKED tables of this machine at most, spread over all, are opened: a table may be cut off.
+        """
         folders = Folders()
-        for source, shard in map(self._shards.__getitem__, shards):
+        wanted = [self._shards[place] for place in shards]
+        every = -(-len(wanted) // MARKED)
+        for place, (source, shard) in enumerate(wanted):
             path = source.table_path(shard)
             try:
                 if not is_remote(path):
                     folders.require(path)
+                    if place % every == 0 and source.rows[shard].samples:
+                        source.locate(shard, 0)
             except OSError as error:
                 rule = "run `cosmos-scale data index`"
                 raise UserError(f"{path}: index cannot be read: {error.strerror or error}; {rule}") from error
@@ -253,6 +276,11 @@ class MergedIndex:
         position = int(np.searchsorted(self._ends, sample, side="right"))
         source, shard = self._shards[position]
         return source.locate(shard, sample - int(self._ends[position] - self.shard_samples[position]))
+
+    def unindexed(self) -> Unindexed:
+        """Count what indexing left out of the shards, as far as files of this machine tell."""
+        counts = [count_unindexed(source.folder, {row.name for row in source.rows}) for source in self.sources]
+        return Unindexed(*map(sum, zip(*counts, strict=True)))
 
     def fingerprint(self) -> str:
         """Return a digest of all that the order of the data depends on: the shards' names, sizes and counts."""
@@ -320,9 +348,10 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
     path = folder / _table_name(name)
     make_folder(path.parent)
     replace_file(path, pack_table(scan.entries))
-    rejected = [(fault.key, fault.reason) for fault in scan.rejected]
+    rejected, unread = ([(fault.key, fault.reason) for fault in faults] for faults in (scan.rejected, scan.unread))
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
-    return IndexedShard(name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark)
+    samples, size = len(scan.entries), scan.size
+    return IndexedShard(name, samples, size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread)
 
 
 def _table_name(shard: str) -> str:

@@ -3,21 +3,26 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Container, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import replace_file
 from cosmos_scale.words import counted
 
 REJECTED = "rejected.jsonl"
+SECOND_PICTURE = "second picture"  # begins the reason of a picture beside the one that is read of its sample
 
 
 class IndexReport(NamedTuple):
     """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off.
 
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: samples whose captions, if
-    they have any, stand under no known key.
+    they have any, stand under no known key. unread: pictures that are not read, since their sample has another.
+    alike: pairs of shards of one size and one beginning, the later one first.
     """
 
     folder: Path
@@ -27,6 +32,8 @@ class IndexReport(NamedTuple):
     torn: int
     dotted: int
     unnamed: int
+    unread: int = 0
+    alike: Sequence[tuple[str, str]] = ()
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
@@ -41,9 +48,16 @@ class IndexReport(NamedTuple):
             where = "name its key by --captions KEY here and by data.captions.keys in the run"
             unnamed = counted(self.unnamed, "sample has", "samples have")
             lines.append(f"{unnamed} no caption under a known key; {where}")
+        if self.unread:
+            order = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
+            lines.append(f"{counted(self.unread, 'second picture')} of a sample not read: the first of {order} is")
+        if self.alike:
+            pairs = counted(len(self.alike), "shard looks", "shards look")
+            example = "{} like {}".format(*self.alike[0])
+            lines.append(f"{pairs} like another one ({example}): if they are one, its samples count twice")
         lines += [f"{counted(times, 'sample')} rejected: {reason}" for reason, times in self.rejected.most_common()]
         lines += key_hints(self.rejected)
-        if self.torn or self.rejected:
+        if self.torn or self.rejected or self.unread:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
 
@@ -53,6 +67,25 @@ def key_hints(rejected: Counter[str]) -> list[str]:
     if not all(any(reason.startswith(lack) for reason in rejected) for lack in ("no picture", "no text")):
         return []
     return ["members of one sample share the name before the first dot: 1.jpg and 1.txt, not image.jpg and caption.txt"]
+
+
+class Unindexed(NamedTuple):
+    """What an index leaves out: samples that it rejected, and pictures that are not read beside another one."""
+
+    samples: int = 0
+    pictures: int = 0
+
+
+def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
+    """Count what an index of this machine leaves out of some shards; nothing where no file can be read there."""
+    samples = pictures = 0
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        for line in (Path(folder) / REJECTED).read_bytes().splitlines():
+            fault = json.loads(line)
+            if fault.get("shard") in shards and fault["key"] is not None:
+                is_picture = fault["reason"].startswith(SECOND_PICTURE)
+                samples, pictures = samples + (not is_picture), pictures + is_picture
+    return Unindexed(samples, pictures)
 
 
 def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:

@@ -1,7 +1,6 @@
 """Shards: tar files of samples, read by offset, wherever they lie."""
 
 import errno
-import json
 import os
 import sys
 from collections import OrderedDict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
+from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.cache import ShardCache
 from cosmos_scale.data.shards.mark import HEAD, is_other
@@ -28,7 +28,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of
 
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # in order of preference, which is the published loader's
 TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes both, and the json says more
 # Kinds of text whose bytes reach from the first of two members to the end of the second, headers between them included.
 JSON_THEN_TXT, TXT_THEN_JSON = "j+t", "t+j"
@@ -113,12 +113,15 @@ def refuse_compressed(path: Path | str, head: bytes) -> None:
 def parse_text(data: bytes, kind: str) -> dict[str, Any]:
     """Turn a sample's text member (`kind`: json or txt) into its document.
 
-    Raises: DamagedSample where it is not UTF-8, not json, or json that is not an object.
+    Raises: DamagedSample where it is not UTF-8, not json, or json that is not an object; where `parse_json` refuses the
+    json; and where a txt holds NUL, as files do that a power cut left full of zeros.
     """
     try:
         if kind == "txt":
+            if b"\0" in data:
+                raise DamagedSample(f"unreadable txt: NUL at byte {data.index(0)}")
             return {"caption": data.decode("utf-8-sig").strip()}  # Windows' editors begin a text with a mark
-        document = json.loads(data)
+        document = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise DamagedSample(f"unreadable {kind}: {error}") from error
     if not isinstance(document, dict):

@@ -1,8 +1,9 @@
 """What a shard holds: which members make a sample, where they lie, and what cannot be used.
 
 Members belong together by webdataset's rule: the same path up to the first dot of the file name, one after the other.
-A sample is one picture (.jpg, .jpeg, .png, .webp) and one text (.json, or .txt, which becomes {"caption": text});
-members of other extensions (`.mask.png` is one: the extension starts at the first dot) are left alone.
+A sample is one picture (.jpg, .png, .jpeg, .webp) and one text (.json, or .txt, which becomes {"caption": text}). Of
+several pictures the first in this order is read, as the published loader does; the others are named. Members of other
+extensions (`.mask.png` is one: the extension starts at the first dot) are left alone.
 Where an extension comes a second time under one key, a second sample begins, which is rejected: keys name samples.
 Two cases go beyond webdataset's rule, and take samples that the rule rejects. Where no extension from the first dot on
 is one of the above, the key ends at the last dot (`www.a.org_1.jpg`). And members of one key that lie apart, such as
@@ -13,7 +14,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from operator import attrgetter
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
+from cosmos_scale.data.shards.index_report import SECOND_PICTURE
 from cosmos_scale.data.shards.mark import HEAD, mark_of
 from cosmos_scale.data.shards.members import (
     DEFAULT_RULES,
@@ -60,7 +62,7 @@ class ShardScan(NamedTuple):
     """What one shard holds; `torn` says where and how it breaks off, if it does.
 
     unnamed: samples among `entries` whose captions, if they have any, stand under no known key. mark: as `mark_of`
-    makes it.
+    makes it. unread: pictures of samples among `entries` that are not read, since another one is.
     """
 
     size: int
@@ -69,6 +71,7 @@ class ShardScan(NamedTuple):
     torn: str | None
     unnamed: int = 0
     mark: str = ""
+    unread: Sequence[Rejected] = ()
 
 
 def scan_shard(
@@ -115,7 +118,8 @@ def _scan(file: BinaryIO, rules: ScanRules) -> ShardScan:
         for _, group in groupby(members, key=attrgetter("key")):
             samples.add(list(group))
         samples.join()
-    return ShardScan(size, samples.entries, samples.rejected, torn[0] if torn else None, samples.unnamed)
+    end = torn[0] if torn else None
+    return ShardScan(size, samples.entries, samples.rejected, end, samples.unnamed, unread=samples.unread)
 
 
 class _Samples:
@@ -124,6 +128,7 @@ class _Samples:
     def __init__(self, file: BinaryIO, rules: ScanRules) -> None:
         self.entries: list[Entry] = []
         self.rejected: list[Rejected] = []
+        self.unread: list[Rejected] = []
         self.unnamed = 0
         self._file, self._rules = file, rules
         self._incomplete: dict[str, list[list[TarMember]]] = {}  # groups without picture, text or caption
@@ -166,6 +171,7 @@ class _Samples:
             if isinstance(found, FoundText):
                 self.entries.append(Entry(key, image.offset, image.size, *found.fields))
                 self.unnamed += not found.is_named
+                self.unread += _unread(members, image)
         if found is None:
             return False
         if isinstance(found, str):
@@ -182,6 +188,17 @@ class _Samples:
             if image and text:
                 reason = f"key with dots: a part of {group[0].key}; --last-dot makes it a sample of its own"
                 self.rejected.append(Rejected(members[0].key, reason, min(image.offset, text.offset) - BLOCK))
+
+
+def _unread(members: list[TarMember], image: TarMember) -> list[Rejected]:
+    """Name the pictures of a sample that are not read."""
+    others = [member for member in members if member.extension in IMAGE_EXTENSIONS and member is not image]
+    return [
+        Rejected(
+            other.key, f"{SECOND_PICTURE}: .{image.extension} is read, not .{other.extension}", other.offset - BLOCK
+        )
+        for other in others
+    ]
 
 
 def _samples_in(group: list[TarMember]) -> list[list[TarMember]]:

@@ -1,7 +1,7 @@
 """What an unfinished indexing of far shards has done, so that no shard is read twice: they may be terabytes."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class IndexedShard(NamedTuple):
     """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off.
 
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: see ShardScan. mark: see mark.py;
-    empty: not known.
+    empty: not known. unread: (key, reason) of second pictures.
     """
 
     name: str
@@ -24,6 +24,7 @@ class IndexedShard(NamedTuple):
     dotted: int = 0
     unnamed: int = 0
     mark: str = ""
+    unread: Sequence[tuple[str, str]] = ()
 
 
 class Unfinished:
@@ -42,12 +43,12 @@ class Unfinished:
         done = {}
         for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
             try:
-                name, samples, size, rejected, torn, dotted, unnamed, mark, rules = json.loads(line)
+                name, samples, size, rejected, torn, dotted, unnamed, mark, unread, rules = json.loads(line)
             except (ValueError, TypeError):
                 continue
             if name in wanted and rules == self._rules:
-                faults = [(key, reason) for key, reason in rejected]
-                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed, mark)
+                faults, others = ([(key, reason) for key, reason in pairs] for pairs in (rejected, unread))
+                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed, mark, tuple(others))
         return done
 
     def append(self, shard: IndexedShard) -> None:

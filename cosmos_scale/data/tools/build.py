@@ -20,6 +20,7 @@ from cosmos_scale.config import BACKGROUND
 from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is_transparent, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import index_shards
@@ -39,6 +40,7 @@ class BuildReport(NamedTuple):
     """What `build_shards` made; `rejected` counts rows by reason.
 
     transparent: pictures with transparent pixels. background: what `--background` says of them.
+    unread: rows by a column called as captions are called, whose text is not read.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class BuildReport(NamedTuple):
     rejected: Counter[str]
     transparent: int
     background: str
+    unread: Counter[str]
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
@@ -54,6 +57,9 @@ class BuildReport(NamedTuple):
         if self.transparent:
             how = "hidden colours shown" if self.background == KEEP else f"put on {self.background}"
             lines.append(f"{counted(self.transparent, 'transparent picture')}: {how} (--background)")
+        for name, times in self.unread.items():
+            rows = counted(times, "row has", "rows have")
+            lines.append(f"{rows} text under {name}, which is not read (--caption-column {name} reads it alone)")
         lines += [f"{counted(times, 'row')} rejected: {reason}" for reason, times in self.rejected.most_common()]
         if self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
@@ -135,9 +141,10 @@ def build_shards(
         **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
     }
     rejected: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     samples = transparent = 0
     with open_work(work, options):
-        jobs = _jobs(captions, columns, work, samples_per_shard)
+        jobs = _jobs(captions, columns, work, samples_per_shard, unread)
         results = map_jobs(partial(_write_shard, images, background), jobs, workers)
         (out / SUMMARY).unlink(missing_ok=True)  # of a build that was stopped in its last step
         with ExitStack() as stack:
@@ -156,7 +163,7 @@ def build_shards(
     close_work(work)
     if not samples:
         raise UserError(f"{captions}: no row of {rejected.total():,} can be used; see {out / REJECTED}")
-    return BuildReport(out, index.shards, index.samples, rejected, transparent, background)
+    return BuildReport(out, index.shards, index.samples, rejected, transparent, background, unread)
 
 
 def _digest(path: Path) -> str:
@@ -167,10 +174,12 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _jobs(captions: Path, columns: Columns, work: Work, samples_per_shard: int) -> Iterator[_Job]:
+def _jobs(captions: Path, columns: Columns, work: Work, samples_per_shard: int, unread: Counter[str]) -> Iterator[_Job]:
+    """Divide the rows of a file into shards, and count in `unread` the columns whose text is not read."""
     rows = read_rows(captions, columns)
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
+        unread.update(name for row in stretch for name in row.unread)
         yield _Job(work, f"{number:06d}", captions.name, stretch)
         number += 1
 
@@ -233,13 +242,13 @@ def _write_rows(images: Path, background: str, job: _Job, shard: TarWriter) -> t
     transparent = 0
     for row in job.rows:
         key = f"{row.number:09d}"
+        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image)}
         try:
             picture = _jpeg(images, background, row)
+            text = encode_document(document)
         except DamagedSample as damage:
             rejected.append(_Reject(job.captions, row.number, key, row.image, str(damage)))
             continue
-        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image)}
-        text = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
         shard.write({"__key__": key, "jpg": picture.data, "json": text})
         transparent += picture.transparent
     return rejected, transparent
@@ -280,13 +289,21 @@ def _picture_path(images: Path, name: str) -> Path:
     """
     extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
     root = os.path.abspath(images)
+    found: list[Path] = []
     for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):
         path = Path(os.path.abspath(images / candidate))
         if not path.is_relative_to(root):
             raise DamagedSample(f"picture outside the folder: {images} does not hold it")
         try:
             if path.is_file():
-                return path
+                if candidate == name:
+                    return path
+                if not any(path.samefile(other) for other in found):  # as on disks that ignore capitals
+                    found.append(path)
         except (OSError, ValueError) as error:
             raise DamagedSample(f"picture cannot be read: {error}") from error
-    raise DamagedSample("picture not found")
+    if len(found) > 1:
+        raise DamagedSample(f"picture unclear: the name is that of {', '.join(path.name for path in found)}")
+    if not found:
+        raise DamagedSample("picture not found")
+    return found[0]

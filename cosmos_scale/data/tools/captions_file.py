@@ -1,13 +1,20 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
-import json
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos_scale.data.prepare.csv_records import read_cell, read_records, refuse_columns_twice, refuse_utf16
-from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, WHOLE_KEYS, is_missing, plain_column
+from cosmos_scale.data.samples.caption_keys import (
+    KNOWN_NAMES,
+    OTHER_NAMES,
+    WHOLE_KEYS,
+    has_text,
+    is_missing,
+    plain_column,
+)
+from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
@@ -50,13 +57,14 @@ class CaptionRow(NamedTuple):
     """One row of a captions file.
 
     number: from 1, header left out. image: the picture that the row names. document: the row's captions. fault: what is
-    wrong with the row, if anything is.
+    wrong with the row, if anything is. unread: columns called as captions are called, whose text is not read.
     """
 
     number: int
     image: str | None
     document: dict[str, str | list[str]]
     fault: str | None
+    unread: tuple[str, ...] = ()
 
 
 def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[CaptionRow]:
@@ -89,24 +97,22 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.removeprefix(b"\xef\xbb\xbf"), object_pairs_hook=_without_repeats)
+                values = parse_json(line)
             except (ValueError, RecursionError) as error:
+                if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                    raise _one_array(path) from error
                 yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
+            if number == 1 and isinstance(values, list) and any(isinstance(value, dict) for value in values):
+                raise _one_array(path)
             if isinstance(values, dict):
                 yield _row(number, values, columns)
             else:
                 yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a json object; raises ValueError where a key stands twice, of which json would keep the last value."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object")
-    return values
+def _one_array(path: Path) -> UserError:
+    return UserError(f"{path}: is one json array; rule: .jsonl holds one object a line, as `jq -c '.[]'` writes them")
 
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
@@ -153,15 +159,19 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     document: dict[str, str | list[str]] = {}
     for column, key in columns.caption_keys(plain).items():
         value = plain.get(column)
-        if isinstance(value, str):
-            if value.strip():
-                document[key] = value
-        elif isinstance(value, list) and all(isinstance(sentence, str) for sentence in value):
-            if any(sentence.strip() for sentence in value):
-                document[key] = value
-        elif not is_missing(value):
+        if is_missing(value):
+            continue
+        if not isinstance(value, str) and not (
+            isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+        ):
             return CaptionRow(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
-    return CaptionRow(number, image, document, None if document else _no_caption(plain, columns, shown))
+        if has_text(value):
+            if key in document:
+                return CaptionRow(number, image, {}, f"two captions for {key}: {column} is one; the row has {shown}")
+            document[key] = value
+    named = (*KNOWN_NAMES, *OTHER_NAMES) if columns.caption is None else ()
+    unread = tuple(name for name in named if name not in used and has_text(plain.get(name)))
+    return CaptionRow(number, image, document, None if document else _no_caption(plain, columns, shown), unread)
 
 
 def _twice(names: Iterable[str]) -> list[str]:

@@ -26,6 +26,7 @@ from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
 from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.data.shards.index import open_sources
+from cosmos_scale.data.shards.index_report import Unindexed
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import Original, contact_sheet
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
@@ -81,12 +82,13 @@ class SourceCounts(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What `survey` found; `tally` is of `read` samples out of `total`."""
+    """What `survey` found; `tally` is of `read` samples out of `total`. unindexed: what the index leaves out."""
 
     sources: list[SourceCounts]
     total: int
     read: int
     tally: Tally
+    unindexed: Unindexed = Unindexed()
 
 
 def survey(
@@ -125,7 +127,7 @@ def survey(
         for part in map_jobs(work, _jobs(len(index), chosen, config.seed), workers):
             tally.add(part)
             advance(part.samples + part.damaged.total())
-    return Survey(sources, len(index), chosen, tally)
+    return Survey(sources, len(index), chosen, tally, index.unindexed())
 
 
 def _jobs(total: int, chosen: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.tools.inspect import Survey, Tally
 from cosmos_scale.files import make_folder, replace_file
 from cosmos_scale.words import counted
@@ -125,6 +126,7 @@ def as_json(survey: Survey, context_length: int) -> dict[str, Any]:
         "sources": [source._asdict() for source in survey.sources],
         "samples": survey.total,
         "read": survey.read,
+        "not_in_index": survey.unindexed._asdict(),
         "damaged": dict(tally.damaged),
         "image_bytes": tally.image_bytes,
         "text_bytes": tally.text_bytes,
@@ -150,6 +152,10 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
     console.print(
         f"\nread: {which}; captions as epoch {epoch} of seed {seed} draws them, sampling {sampling}", soft_wrap=True
     )
+    samples, pictures = survey.unindexed
+    if samples or pictures:
+        left = [counted(samples, "sample")] * bool(samples) + [counted(pictures, "second picture")] * bool(pictures)
+        console.print(f"not in the index, so never read: {' and '.join(left)} ({REJECTED})", soft_wrap=True)
     if tally.damaged:
         count = tally.damaged.total()
         console.print(

@@ -35,7 +35,7 @@ from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import writing
+from cosmos_scale.files import whole_file, writing
 from cosmos_scale.words import counted
 
 SAMPLES_A_JOB = 128
@@ -67,7 +67,8 @@ class Verdict:
 
     damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
     read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
-    transparent: sound pictures with transparent pixels.
+    transparent: sound pictures with transparent pixels. unread: pictures that are not read, since their sample has
+    another.
     reasons: all faults by reason, numbers left out.
     """
 
@@ -80,6 +81,7 @@ class Verdict:
     shards_damaged: int = 0
     checksums: int = 0
     transparent: int = 0
+    unread: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[Fault] = field(default_factory=list)
 
@@ -107,6 +109,8 @@ class Verdict:
             read += f"; {counted(self.checksums, 'shard')} compared with the checksums of {MANIFEST}"
         if self.transparent:
             read += f"; {counted(self.transparent, 'transparent picture')} (data.background)"
+        if self.unread:
+            read += f"; {counted(self.unread, 'second picture')} of a sample not read"
         if self.sound:
             return f"{read}: {'it is' if self.samples == 1 else 'all are'} sound"
         lines = [read]
@@ -161,6 +165,7 @@ class _Checked(NamedTuple):
     unreadable: Fault | None
     checksum: bool = False  # whether there was a checksum to compare with
     transparent: int = 0  # sound pictures with transparent pixels
+    unread: int = 0  # pictures that are not read, since their sample has another
 
 
 def verify_shards(
@@ -198,6 +203,7 @@ def verify_shards(
                 advance(part.job.last - part.job.first)
             verdict.unreadable += sum(part.job.last - part.job.first for part in parts if part.unreadable)
             verdict.transparent += sum(part.transparent for part in parts)
+            verdict.unread += sum(part.unread for part in parts)
             verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
                 verdict.note(fault)
@@ -221,21 +227,25 @@ def _faults(parts: Sequence[_Checked]) -> Iterator[Fault]:
 
 @contextmanager
 def _open_log(path: Path) -> Iterator[Callable[[Fault], None]]:
-    """Yield a function that writes a fault to the log; raises UserError where the log cannot be written."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(path)
-        file = path.open("w", encoding="utf-8")
+    """Yield a function that writes a fault to the log, which is there whole at the end, or not at all.
 
-    def write(fault: Fault) -> None:
+    Raises: UserError where the log cannot be written.
+    """
+    with ExitStack() as stack:
         with writing(path):
-            file.write(json.dumps(fault.as_record()) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(path)
+            # What is no plain file, such as /dev/stdout, is written to as it is.
+            whole = path if path.exists() and not path.is_file() else stack.enter_context(whole_file(path))
+            file = stack.enter_context(whole.open("w", encoding="utf-8"))
 
-    try:
+        def write(fault: Fault) -> None:
+            with writing(path):
+                file.write(json.dumps(fault.as_record()) + "\n")
+
         yield write
-    finally:
         with writing(path):
-            file.close()
+            stack.close()
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -276,11 +286,12 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
     row, file = index.rows[job.shard], index.shard_file(job.shard)
     checksum = _checksums(pass_)[job.source].get(row.name)
     structure: list[Fault] = []
+    unread = 0
     try:
         _require_table(index, job.shard)
         with _here(file, pass_.data.remote) as local:
             if job.first == 0:
-                structure = _compare(index, job.shard, local, pass_.data.captions.keys or ())
+                structure, unread = _compare(index, job.shard, local, pass_.data.captions.keys or ())
             if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
                 changed = f"bytes have changed since {MANIFEST} was written"
                 structure.append(Fault(file.shown, None, None, changed, indexed=True))
@@ -288,7 +299,7 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
     except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
-    return _Checked(job, samples, structure, None, checksum is not None, transparent)
+    return _Checked(job, samples, structure, None, checksum is not None, transparent, unread)
 
 
 def _require_table(index: SourceIndex, shard: int) -> None:
@@ -360,8 +371,8 @@ def _scan_as_indexed(local: ShardFile, indexed: Mapping[str, Entry], captions: t
     return by_last_dot if known[1] > known[0] else scan
 
 
-def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[str, ...]) -> list[Fault]:
-    """Walk a shard's headers and compare what they say with its index."""
+def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[str, ...]) -> tuple[list[Fault], int]:
+    """Walk a shard's headers and compare what they say with its index; also count pictures that are not read."""
     row, path = index.rows[shard], local.shown
     indexed: dict[str, Entry] = {}
     for place in range(row.samples):
@@ -370,7 +381,7 @@ def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[s
     scan = _scan_as_indexed(local, indexed, captions)
     if scan.size != row.size:
         # The size differs. `_read` reports this, and the index's offsets mean nothing now.
-        return []
+        return [], 0
     faults = [Fault(path, None, None, scan.torn, indexed=True)] if scan.torn else []
     found = {entry.key: entry for entry in scan.entries}
     for rejected in scan.rejected:
@@ -385,4 +396,4 @@ def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[s
     for key, entry in found.items():
         if key not in indexed:
             faults.append(Fault(path, key, entry.start, "in the shard but not in the index", indexed=False))
-    return faults
+    return faults, len(scan.unread)

@@ -1,11 +1,13 @@
 """Transparent pictures in training and evaluation: what stands behind them, by either decoder, and who counts them."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.decode import MEAN, STD
@@ -95,3 +97,20 @@ def test_verify_and_inspect_count_transparent_pictures(tmp_path: Path, capsys: p
     assert "4 transparent (data.background)" in " ".join(capsys.readouterr().out.split())
     assert main([*inspect, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["transparent"] == 4
+
+
+def test_the_transparent_value_of_16_bit_grey_lets_the_background_through() -> None:
+    values = np.array([[0, 1000, 1001], [1000, 30000, 65535]], dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG", transparency=1000)
+    data = buffer.getvalue()
+    for background, colour in COLOURS.items():
+        pixels = decode_rgbx(data, 10**4, background)[..., :3].astype(int)
+        expected = np.repeat((values // 256).astype(int)[..., None], 3, axis=2)
+        if background != "keep":
+            expected[values == 1000] = colour
+        np.testing.assert_array_equal(pixels, expected)
+    assert is_transparent(data, 10**4)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG", transparency=999)  # no pixel has it
+    assert not is_transparent(buffer.getvalue(), 10**4)

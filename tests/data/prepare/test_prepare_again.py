@@ -16,6 +16,8 @@ import pytest
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.prepare import csv_records
+from cosmos_scale.data.prepare.datasets import DREAMLIP
+from cosmos_scale.data.prepare.table import BUCKET_BITS, build_table
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
 from tests.conftest import REPOSITORY
@@ -324,3 +326,21 @@ def test_the_commands_of_the_page_are_understood(
     # Each dataset is verified with the sampling of its captions; textcrop is the default.
     for name, sampling in (("cc3m", ""), ("pixelprose", " --captions textcrop_pixelprose")):
         assert f"$ cosmos-scale data verify /data/{name}{sampling}\n" in page
+
+
+def test_a_refused_header_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    write_dreamlip(tmp_path / "captions" / "0.csv", [dreamlip_row(0)])
+    write_dreamlip(tmp_path / "captions" / "1.csv", [["a", "b"]], header=["name", "raw_caption"])
+    write_tar(tmp_path / "images", "00000", [download(0)])
+    with pytest.raises(UserError, match="no column for --join url"):
+        run(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_by_the_folder(tmp_path: Path) -> None:
+    captions = write_dreamlip(tmp_path / "0.csv", [dreamlip_row(number) for number in range(3)])
+    for bucket in range(1 << BUCKET_BITS):
+        (tmp_path / f"bucket-{bucket:02d}.bin").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: No space left on device$"):
+        build_table(tmp_path, [captions], DREAMLIP, "url", progress=False)

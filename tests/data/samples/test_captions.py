@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from cosmos_scale.config import CaptionSampling, CaptionsConfig
-from cosmos_scale.data.samples.caption_keys import caption_keys
+from cosmos_scale.data.samples.caption_keys import caption_fault, caption_keys
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 
@@ -257,3 +257,24 @@ def test_keys_of_the_run_are_the_pool() -> None:
 def test_caption_keys_are_named_as_they_stand() -> None:
     document = {"url": "x", "Caption": "a", "raw_caption": [""], "text": None, "title": ["b"], "captions": float("nan")}
     assert caption_keys(document) == ["Caption", "title"]
+
+
+@pytest.mark.parametrize(
+    ("document", "clash"),
+    [
+        ({"Caption": "a", "CAPTION": "b"}, "Caption, CAPTION"),
+        ({"vlm_caption": "a", "Caption": "b"}, "vlm_caption, Caption"),
+        ({"Text": "a", "text": "b"}, "Text, text"),
+        ({"Caption": "a", "CAPTION": " "}, None),
+        ({"caption": "a", "CAPTION": "b"}, None),  # the key as it is known comes first
+        ({"captions": "a", "text": "b"}, None),  # so does the first of other names
+    ],
+)
+def test_two_keys_of_one_name_are_refused(document: dict[str, Any], clash: str | None) -> None:
+    if clash is None:
+        assert caption_pool("textcrop", document) == ["a"]
+        assert caption_fault(document) is None
+    else:
+        with pytest.raises(DamagedSample, match=f"^two keys of one name: {clash}$"):
+            caption_pool("textcrop", document)
+        assert caption_fault(document) == f"two keys of one name: {clash}"

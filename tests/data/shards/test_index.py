@@ -378,3 +378,13 @@ def test_shards_that_changed_are_indexed_anew_beside_themselves(
         for name in ("00000.tar", "00001.tar"):
             write_shard(tmp_path / "a" / name, [sample(10 * number)])
         assert index_shards("a", out, workers=1, progress=False).samples == 2
+
+
+def test_a_table_that_is_cut_off_is_found_before_a_run(tmp_path: Path) -> None:
+    index_shards(str(write_shards(tmp_path, [3, 4])), None, progress=False)
+    open_folder(tmp_path).check_tables([0, 1])
+    table = sorted(tmp_path.glob("*.index.npy"))[1]
+    table.write_bytes(table.read_bytes()[:-20])
+    open_folder(tmp_path).check_tables([0])
+    with pytest.raises(UserError, match=r"its index .*.index.npy cannot be read: damaged; run `cosmos-scale"):
+        open_folder(tmp_path).check_tables([0, 1])

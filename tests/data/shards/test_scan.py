@@ -222,3 +222,75 @@ def test_the_help_names_every_key_of_captions(capsys: pytest.CaptureFixture[str]
         main(["data", "index", "--help"])
     said = capsys.readouterr().out.replace(",", " ").replace(".", " ").split()
     assert {*KNOWN_KEYS, *OTHER_NAMES} <= set(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        (
+            "a.json",
+            b'{"caption": "one", "caption": "two"}',
+            "unreadable json: the key 'caption' stands twice in one object",
+        ),
+        ("a.txt", bytes(20), "unreadable txt: NUL at byte 0"),
+        ("a.txt", b"caf\xe9", "unreadable txt: 'utf-8' codec"),
+        ("a.txt", "a cat".encode("utf-16"), "unreadable txt: "),
+    ],
+)
+def test_a_text_that_would_be_changed_in_passing_rejects_its_sample(
+    tmp_path: Path, name: str, text: bytes, reason: str
+) -> None:
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), (name, text), ("b.jpg", picture(1)), ("b.txt", TXT)])
+    scan = scan_shard(path)
+    assert keys(scan) == ["b"]
+    (rejected,) = scan.rejected
+    assert rejected.key == "a"
+    assert rejected.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "read"), [("jpg png", "jpg"), ("png jpg", "jpg"), ("jpeg png", "png"), ("webp jpeg", "jpeg")]
+)
+def test_of_two_pictures_one_is_read_and_the_other_is_counted(tmp_path: Path, kinds: str, read: str) -> None:
+    # In the order of the published loader, whichever comes first in the tar.
+    data = {kind: picture(number, "JPEG") for number, kind in enumerate(kinds.split())}
+    members = [("a.txt", TXT), *((f"a.{kind}", data[kind]) for kind in data), ("b.jpg", picture(5)), ("b.txt", TXT)]
+    path = write_tar(tmp_path / "0.tar", members)
+    report = index_shards(str(tmp_path), None, progress=False)
+    assert (report.samples, report.unread, dict(report.rejected)) == (2, 1, {})
+    assert "1 second picture of a sample not read: the first of .jpg, .png, .jpeg, .webp is" in report.describe()
+    (other,) = set(kinds.split()) - {read}
+    (line,) = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
+    assert (line["key"], line["reason"]) == ("a", f"second picture: .{read} is read, not .{other}")
+    scan, reader = scan_shard(path), ShardReader()
+    assert reader.read(location(path, scan, 0))[0] == data[read]
+    reader.close()
+    config = DataConfig.model_validate({"sources": [{"name": "s", "shards": str(tmp_path)}]})
+    verdict = verify_shards(config, workers=1, progress=False)
+    assert (verdict.sound, verdict.unread) == (True, 1)
+    assert "1 second picture of a sample not read" in verdict.describe(None)
+
+
+def test_of_two_texts_or_pictures_of_one_extension_the_second_is_a_rejected_sample(tmp_path: Path) -> None:
+    repeats = [("a.jpg", picture(0)), ("a.JPG", picture(1)), ("a.txt", TXT)]
+    texts = [("b.jpg", picture(2)), ("b.txt", TXT), ("b.TXT", b"other")]
+    path = write_tar(tmp_path / "0.tar", [*repeats, *texts, ("A.jpg", picture(3)), ("A.txt", TXT)])
+    scan = scan_shard(path)
+    assert keys(scan) == ["b", "A"]
+    assert [(fault.key, fault.reason.split(":")[0]) for fault in scan.rejected] == [
+        ("a", "no text (.json, .txt)"),
+        ("a", "duplicate key"),
+        ("b", "duplicate key"),
+    ]
+
+
+def test_links_and_copies_of_a_shard_are_named(tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", [("a.jpg", picture(number)), ("a.txt", TXT)])
+    (tmp_path / "2.tar").symlink_to(tmp_path / "0.tar")
+    (tmp_path / "3.tar").hardlink_to(tmp_path / "1.tar")
+    report = index_shards(str(tmp_path), None, progress=False)
+    assert report.alike == [("2.tar", "0.tar"), ("3.tar", "1.tar")]
+    assert "2 shards look like another one (2.tar like 0.tar): if they are one, its samples count twice" in (
+        report.describe()
+    )

@@ -360,3 +360,33 @@ def test_a_refused_captions_file_leaves_no_folder(images: Path, name: str) -> No
     with pytest.raises(UserError):
         build_shards(images, captions, out, samples_per_shard=3, workers=1, progress=False)
     assert not out.exists()
+
+
+def test_a_name_without_extension_that_two_pictures_have_is_rejected(images: Path) -> None:
+    (images / "0.png").write_bytes(picture(20, "PNG"))
+    (images / "1.png").symlink_to(images / "1.jpg")  # one picture, under two names
+    report = build(images, [{"image": name, "caption": name} for name in ("0", "0.png", "1", "2")])
+    assert (report.samples, dict(report.rejected)) == (3, {"picture unclear": 1})
+    (line,) = map(json.loads, (report.folder / "rejected.jsonl").read_text().splitlines())
+    assert line["reason"] == "picture unclear: the name is that of 0.jpg, 0.png"
+
+
+def test_captions_that_are_not_read_are_counted_and_two_for_one_key_are_refused(images: Path) -> None:
+    rows = [
+        {"image": "0.jpg", "title": "a", "Text": "b"},
+        {"image": "1.jpg", "caption": "a", "text": "b", "title": " "},
+        {"image": "2.jpg", "vlm_caption": "a", "caption": "b"},
+        {"image": "3.jpg", "vlm_caption": "a", "caption": ""},
+    ]
+    report = build(images, rows)
+    assert [document for _, document in read_all(report.folder).values()] == [{"caption": text} for text in "baa"]
+    assert (dict(report.unread), dict(report.rejected)) == ({"title": 1, "text": 1}, {"two captions for caption": 1})
+    assert "1 row has text under title, which is not read (--caption-column title reads it alone)" in report.describe()
+
+
+def test_half_of_a_surrogate_pair_rejects_its_row_and_a_whole_pair_is_kept(images: Path) -> None:
+    texts = ("a \ud83d", "a \U0001f600", ["a", "\ude00"], "sound")
+    report = build(images, [{"image": f"{number}.jpg", "caption": text} for number, text in enumerate(texts)])
+    assert [document["caption"] for _, document in read_all(report.folder).values()] == ["a \U0001f600", "sound"]
+    assert dict(report.rejected) == {"not text": 2}
+    assert rejected(report.folder) == {1: "not text", 3: "not text"}

@@ -1,8 +1,13 @@
-"""What a captions file says twice is not dropped without a word."""
+"""What a captions file says twice, or what no text is, is not dropped or changed without a word."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, read_rows
+from cosmos_scale.errors import UserError
 
 
 def test_a_key_that_stands_twice_is_a_fault_of_its_row(tmp_path: Path) -> None:
@@ -11,3 +16,44 @@ def test_a_key_that_stands_twice_is_a_fault_of_its_row(tmp_path: Path) -> None:
     first, second = read_rows(path, DEFAULT_COLUMNS)
     assert first.fault == "not json: the key 'caption' stands twice in one object"
     assert second.fault is None
+
+
+def test_nul_in_a_cell_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_bytes(b"image,caption\na.jpg,one\nb.jpg,\0\0\0\nc.jpg,three\n")
+    faults = [row.fault for row in read_rows(path, DEFAULT_COLUMNS)]
+    assert faults[0] is None
+    assert faults[2] is None
+    assert "NUL" in str(faults[1])
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("['One.' 'Two.']", ["One.", "Two."]),  # an array of numpy, as pandas writes it
+        ("['One.'\n \"It's two.\"]", ["One.", "It's two."]),
+        ("['One.', 'Two.']", ["One.", "Two."]),
+        ("[2019]", "[2019]"),
+        ("[photo] a dog [sic]", "[photo] a dog [sic]"),
+        ('["One.", null]', None),
+        ("['One.', nan]", "['One.', nan]"),
+    ],
+)
+def test_a_cell_that_spells_a_list_keeps_its_sentences_apart(tmp_path: Path, cell: str, expected: Any) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("image,caption\na.jpg," + '"' + cell.replace('"', '""') + '"\n')
+    (row,) = read_rows(path, DEFAULT_COLUMNS)
+    if expected is None:
+        assert row.fault == "wrong type: caption is neither a string nor a list of strings"
+    else:
+        assert (row.fault, row.document) == (None, {"caption": expected})
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_json_array_is_refused_with_the_way_out(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "captions.jsonl"
+    rows = [{"image": f"{number}.jpg", "caption": "a"} for number in range(3)]
+    for text in (json.dumps(rows, indent=indent), "[" + ",\n".join(map(json.dumps, rows)) + "]"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"is one json array; rule: .jsonl holds one object a line"):
+            list(read_rows(path, DEFAULT_COLUMNS))

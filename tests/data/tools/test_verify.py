@@ -12,6 +12,7 @@ import pytest
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.tools import verify as verify_module
 from cosmos_scale.testing.shard_files import Member, picture, sample, write_shard, write_shards
 from tests.data.prepare.downloads import download, dreamlip_row, write_dreamlip, write_tar
 from tests.data.web_server import web_server
@@ -369,3 +370,23 @@ def test_one_reason_is_one_line_whatever_a_sample_holds_besides(
     assert reason.startswith("    3  sampling textcrop needs one of raw_caption")
     assert "sha256" in out
     assert "shaN" not in out
+
+
+def test_a_log_is_whole_or_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, log = write_shards(tmp_path / "shards", [3, 3]), tmp_path / "log.jsonl"
+    index_shards(str(shards), None, progress=False)
+    log.write_text('{"before": 1}\n')
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify_module, "_read", broken)
+    assert cli.main(["data", "verify", str(shards), "--out", str(log), "--quiet", "--workers", "1"]) == 130
+    assert log.read_text() == '{"before": 1}\n'
+    monkeypatch.undo()
+    capsys.readouterr()
+    verify(capsys, shards, "--out", log)
+    assert log.read_text() == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "shards"]
