@@ -2,14 +2,17 @@
 
 import errno
 import functools
+import json
 import logging
 import os
+import stat
 import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from cosmos_scale.errors import UserError
 
@@ -19,7 +22,55 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 MOST_LINES_KEPT = 100_000  # of a LineFile, while they cannot be written
 
+_IRREGULAR = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
 _LOG = logging.getLogger(__name__)
+
+
+def regular_only(path: str, flags: int) -> int:
+    """The opener, for `open`, of every file that a user or a folder names: it opens regular files only.
+
+    To open a FIFO waits for a process at its other end, and a device such as /dev/zero never ends. Raises: OSError,
+    with the kind of the file as its reason.
+    """
+    try:
+        # Without O_NONBLOCK to open a FIFO would wait already. For a regular file the flag changes nothing.
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a FIFO that nobody reads, opened to be written
+            raise _irregular(path, os.stat(path).st_mode) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _irregular(path, mode)
+    return descriptor
+
+
+def _irregular(path: str, mode: int) -> OSError:
+    kind = _IRREGULAR.get(stat.S_IFMT(mode), "of another kind")
+    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    return OSError(number, f"it is {kind}, not a regular file", path)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """Return the bytes of a regular file; raises OSError, also where the path is a folder, a FIFO or a device."""
+    with open(path, "rb", opener=regular_only) as file:
+        return file.read()
+
+
+def load_json(data: str | bytes | bytearray) -> Any:
+    """Return what a JSON text holds; raises ValueError where it is not valid, or nested too deep to be read."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 @contextmanager
@@ -104,7 +155,7 @@ class LineFile:
         data = b"\n" * self._torn + b"".join(self._waiting)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Opened each time: a handle may be of a file that is gone, or of a server that has restarted.
-        with self.path.open("ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=regular_only) as file:
             before = os.fstat(file.fileno()).st_size
             try:
                 written = file.write(data)

@@ -18,7 +18,7 @@ PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation
 MAY_IMPORT = {
     "__init__": set(),
     "batch": set(),
-    "config": {"errors"},
+    "config": {"errors", "files"},
     "errors": set(),
     "files": {"errors"},
     "fragments": set(),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import load_json, regular_only
 
 CHUNK = 1 << 20  # bytes under one checksum
 HEADER = 8  # bytes of the header's length
@@ -90,7 +91,7 @@ class TensorFile:
         self._record = record
         self._chunk: tuple[int, bytes] = (-1, b"")  # the last chunk read: slices that follow each other share it
         try:
-            self._file = self.path.open("rb", buffering=0)
+            self._file = open(self.path, "rb", buffering=0, opener=regular_only)  # noqa: SIM115 - stays open
         except OSError as failure:
             raise self._broken(failure.strerror or str(failure)) from failure
         try:
@@ -134,7 +135,7 @@ class TensorFile:
         header = bytearray(length)
         self._read(HEADER, memoryview(header))
         try:
-            entries: dict[str, Any] = json.loads(header)
+            entries: dict[str, Any] = load_json(header)
         except ValueError as failure:
             raise self._broken("has no readable header") from failure
         return entries, HEADER + length

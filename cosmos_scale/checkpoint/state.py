@@ -25,7 +25,7 @@ from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFi
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.evaluation import in_new_form
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import sync_folder
+from cosmos_scale.files import load_json, read_regular, sync_folder
 from cosmos_scale.fragments import Fragment
 
 FORMAT = 2
@@ -284,7 +284,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = load_json(read_regular(path))
         # The checksum comes first: a damaged format number would look like another version's. Format 1 had no checksum.
         if ("checksum" in content or content["format"] == FORMAT) and content["checksum"] != manifest_checksum(content):
             raise ValueError("its checksum is another")
@@ -294,6 +294,8 @@ def read_manifest(folder: Path) -> Manifest:
             )
         files = {file["name"]: FileRecord(**file) for file in content["files"]}
         state = RunState(**content["state"])
+        if step_of(folder) not in (-1, state.step):
+            raise ValueError(f"it is of step {state.step}, not of the step in the folder's name")
         return Manifest(state, content["written"], content["versions"], content["parameters"], files)
     except (OSError, ValueError, KeyError, TypeError) as failure:
         raise BrokenCheckpoint(

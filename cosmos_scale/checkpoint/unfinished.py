@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import IO
 
-from cosmos_scale.files import no_locks
+from cosmos_scale.files import no_locks, regular_only
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class SavingLock:
         """
         if self._file is not None:
             return True
-        file = self._path.open("ab")
+        file = open(self._path, "ab", opener=regular_only)  # noqa: SIM115 - stays open
         try:
             # Not flock: loader processes inherit such a lock, and would hold it after their parent was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,7 +32,7 @@ from cosmos_scale.checkpoint.state import (
 from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import sync_folder, whole_file
+from cosmos_scale.files import load_json, read_regular, sync_folder, whole_file
 from cosmos_scale.fragments import Fragment
 
 _LOG = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class CheckpointWriter:
             return
         ranks = []
         for record in records:
-            file, pieces = json.loads(record.read_text())
+            file, pieces = load_json(read_regular(record))
             if pieces:
                 ranks.append((FileRecord(*file), pieces))
             else:  # the rank has no element that another rank does not save

@@ -41,15 +41,15 @@ class BlurConfig(Section):
     local: Fraction = Field(0.5, description="probability that a local crop is blurred")
 
     def _check_rules(self) -> None:
-        check_range("radius", self.radius, above=0.0)
+        check_range("radius", self.radius, above=0.0, most=1000.0)
 
 
 class ViewsConfig(Section):
     """The crops of one image; the side of global crops is model.vision.image_size."""
 
-    global_crops: int = Field(2, ge=1, description="crops that the teacher and the student see")
-    local_crops: int = Field(6, ge=0, description="smaller crops that only the student sees")
-    local_size: int = Field(96, gt=0, description="side of the local crops in pixels")
+    global_crops: int = Field(2, ge=1, le=100, description="crops that the teacher and the student see")
+    local_crops: int = Field(6, ge=0, le=100, description="smaller crops that only the student sees")
+    local_size: int = Field(96, gt=0, le=8_192, description="side of the local crops in pixels")
     global_scale: Range = Field(
         (0.4, 1.0), description="smallest and largest area of a global crop, as shares of the picture's"
     )
@@ -73,7 +73,7 @@ class ViewsConfig(Section):
     def _check_rules(self) -> None:
         check_range("global_scale", self.global_scale, above=0.0, most=1.0)
         check_range("local_scale", self.local_scale, above=0.0, most=1.0)
-        check_range("ratio", self.ratio, above=0.0)
+        check_range("ratio", self.ratio, above=0.0, most=1000.0)
 
 
 CaptionSampling = Literal[
@@ -84,15 +84,17 @@ CaptionSampling = Literal[
 class CaptionsConfig(Section):
     """The captions of one sample."""
 
-    count: int = Field(8, ge=1, description="captions per sample, global ones included")
-    global_count: int = Field(2, ge=1, description="captions that the teacher and the student see; the rest are local")
+    count: int = Field(8, ge=1, le=1_000, description="captions per sample, global ones included")
+    global_count: int = Field(
+        2, ge=1, le=1_000, description="captions that the teacher and the student see; the rest are local"
+    )
     sampling: CaptionSampling = Field(
         "textcrop",
         description="textcrop: a global caption has 1 to max_sentences sentences of all texts, a local one has one; "
         "random, raw, short, long: each caption is one sentence, of all texts, the raw text, the raw and short texts, "
         "the long texts; a name that ends in _pixelprose: the same with PixelProse's texts",
     )
-    max_sentences: int = Field(5, ge=1, description="most sentences in a global caption")
+    max_sentences: int = Field(5, ge=1, le=1_000, description="most sentences in a global caption")
     keys: tuple[str, ...] | None = Field(
         None,
         min_length=1,
@@ -122,6 +124,7 @@ class SourceConfig(Section):
     weight: float = Field(
         1.0,
         gt=0.0,
+        le=1000000.0,
         description="how often an epoch visits a sample of the source: at 2.5 each twice and half of them a third "
         "time, at 0.1 a tenth of them; each epoch draws these samples anew",
     )
@@ -143,20 +146,30 @@ class RemoteConfig(Section):
     cache_gb: float = Field(
         100.0,
         gt=0.0,
+        le=1000000000.0,
         description="most that the cache holds, in 10^9 bytes; the least recently used shards go first",
         json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     retries: int = Field(
-        5, ge=0, description="tries after the first, of local shards too", json_schema_extra=MAY_DIFFER_BY_HOST
+        5,
+        ge=0,
+        le=10_000,
+        description="tries after the first, of local shards too",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     backoff_s: float = Field(
         0.5,
         ge=0.0,
+        le=86400.0,
         description="seconds before the first retry; they double each time, up to 30",
         json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     timeout_s: float = Field(
-        60.0, gt=0.0, description="most seconds without a byte (http, pipe:)", json_schema_extra=MAY_DIFFER_BY_HOST
+        60.0,
+        gt=0.0,
+        le=86400.0,
+        description="most seconds without a byte (http, pipe:)",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
     )
 
     def _check_rules(self) -> None:
@@ -211,7 +224,10 @@ class DataConfig(Section):
     views: ViewsConfig = ViewsConfig()
     captions: CaptionsConfig = CaptionsConfig()
     window: int = Field(
-        65536, gt=0, description="samples that are shuffled together; more mix better, fewer read more sequentially"
+        65536,
+        gt=0,
+        le=100_000_000,
+        description="samples that are shuffled together; more mix better, fewer read more sequentially",
     )
     last_batch: Literal["drop", "pad"] = Field(
         "drop", description="an epoch's incomplete last batch: drop it, or pad it with the epoch's first samples"
@@ -225,6 +241,7 @@ class DataConfig(Section):
     max_pixels: int = Field(
         178_956_970,
         gt=0,
+        le=10_000_000_000,
         description="most pixels of a picture; larger pictures count as damaged",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
@@ -236,12 +253,13 @@ class DataConfig(Section):
     workers: int | None = Field(
         None,
         ge=0,
+        le=1_024,
         description="loader processes per rank; 0: the training process loads; null: cores / ranks of the host - 1, "
         "at most 8, and at least 1 with a GPU",
         json_schema_extra=MAY_DIFFER_BY_HOST,
     )
     prefetch: int = Field(
-        4, ge=1, description="batches that each worker makes ahead", json_schema_extra=MAY_DIFFER_BY_HOST
+        4, ge=1, le=1_000, description="batches that each worker makes ahead", json_schema_extra=MAY_DIFFER_BY_HOST
     )
     decoder: Literal["torch", "dali"] = Field(
         "torch",

@@ -77,7 +77,9 @@ class RetrievalConfig(EvaluatorConfig):
         description="first samples of the shards that are used; null: all",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    batch: int = Field(64, gt=0, description="samples encoded at a time, per rank", json_schema_extra=RESUME_MAY_CHANGE)
+    batch: int = Field(
+        64, gt=0, le=100_000, description="samples encoded at a time, per rank", json_schema_extra=RESUME_MAY_CHANGE
+    )
 
     def describe(self) -> str:
         """A few words on what is measured on what."""

@@ -24,8 +24,9 @@ from cosmos_scale.config.overrides import override_value
 from cosmos_scale.config.paths import expand_path, path_texts
 from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.config.shipped import is_shipped_name, shipped_file
-from cosmos_scale.config.yaml_text import parse_yaml, reading_hint, shown_value, write_yaml
+from cosmos_scale.config.yaml_text import MOST_LEVELS, parse_yaml, reading_hint, shown_value, write_yaml
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import read_regular, reason_of
 
 COMMAND_LINE = "command line"
 
@@ -53,6 +54,8 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
             key, equals, text = override.partition("=")
             if not equals or not key:
                 raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; the form is dotted.key=value")
+            if key.count(".") >= MOST_LEVELS:
+                raise UserError(f"{COMMAND_LINE}: {shown_value(key)}: no such key; rule: at most {MOST_LEVELS} levels")
             if any("\ud800" <= character <= "\udfff" for character in override):  # bytes that Python could not decode
                 raise UserError(
                     f"{COMMAND_LINE}: {override!r} holds bytes that are no UTF-8; rule: keys and values are"
@@ -87,17 +90,20 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     if resolved in seen:
         raise UserError(f"{path}: extends: a file extends itself by way of {' -> '.join(map(str, seen))}")
-    if not path.is_file():
-        named_by = f"{seen[-1]}: extends: " if seen else ""
-        wrong = "is a folder; a config is a YAML file" if path.is_dir() else "no such config file"
-        raise UserError(f"{named_by}{path.absolute()}: {wrong}")
+    named_by = f"{seen[-1]}: extends: " if seen else ""
+    if path.is_dir():
+        raise UserError(f"{named_by}{path.absolute()}: is a folder; a config is a YAML file")
+    if not os.path.lexists(path):
+        raise UserError(f"{named_by}{path.absolute()}: no such config file")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        text = read_regular(path).decode()
+    except OSError as error:
+        raise UserError(f"{named_by}{path}: cannot be read: {reason_of(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{named_by}{path}: cannot be read: {' '.join(str(error).split())}") from error
     own = parse_yaml(text, str(path))
     if own is None:
         own = {}

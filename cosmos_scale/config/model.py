@@ -12,11 +12,11 @@ TOKENIZER_VOCABULARY = 49408  # CLIP's byte-pair vocabulary, start and end token
 class VisionConfig(Section):
     """The image tower (ViT)."""
 
-    image_size: int = Field(224, gt=0, description="side of the global crops in pixels")
-    patch_size: int = Field(16, gt=0, description="side of a patch in pixels")
-    width: int = Field(768, gt=0, description="numbers per token")
-    layers: int = Field(12, gt=0, description="transformer blocks")
-    head_width: int = Field(64, gt=0, description="numbers per attention head; width / head_width heads")
+    image_size: int = Field(224, gt=0, le=8_192, description="side of the global crops in pixels")
+    patch_size: int = Field(16, gt=0, le=8_192, description="side of a patch in pixels")
+    width: int = Field(768, gt=0, le=65_536, description="numbers per token")
+    layers: int = Field(12, gt=0, le=1_000, description="transformer blocks")
+    head_width: int = Field(64, gt=0, le=65_536, description="numbers per attention head; width / head_width heads")
 
     def _check_rules(self) -> None:
         if self.width % self.head_width:
@@ -31,12 +31,12 @@ class TextConfig(Section):
     """The causal text tower."""
 
     context_length: int = Field(
-        77, gt=2, description="most tokens of a caption, start and end included; longer captions are cut"
+        77, gt=2, le=65_536, description="most tokens of a caption, start and end included; longer captions are cut"
     )
-    vocab_size: int = Field(TOKENIZER_VOCABULARY, gt=2, description="rows of the token embedding")
-    width: int = Field(512, gt=0, description="numbers per token")
-    layers: int = Field(12, gt=0, description="transformer blocks")
-    heads: int = Field(8, gt=0, description="attention heads of a block")
+    vocab_size: int = Field(TOKENIZER_VOCABULARY, gt=2, le=10_000_000, description="rows of the token embedding")
+    width: int = Field(512, gt=0, le=65_536, description="numbers per token")
+    layers: int = Field(12, gt=0, le=1_000, description="transformer blocks")
+    heads: int = Field(8, gt=0, le=65_536, description="attention heads of a block")
 
     def _check_rules(self) -> None:
         if self.width % self.heads:
@@ -46,8 +46,8 @@ class TextConfig(Section):
 class ModelConfig(Section):
     """Both towers and the cross-modality heads."""
 
-    embed_dim: int = Field(512, gt=0, description="numbers per feature, of pictures and captions alike")
-    pooler_heads: int = Field(8, gt=0, description="attention heads of the cross-modality poolers")
+    embed_dim: int = Field(512, gt=0, le=65_536, description="numbers per feature, of pictures and captions alike")
+    pooler_heads: int = Field(8, gt=0, le=65_536, description="attention heads of the cross-modality poolers")
     text_padding: Literal["attend", "mask"] = Field(
         "attend", description="attend: the text pooler also reads a caption's padding (published); mask: it does not"
     )
@@ -66,6 +66,7 @@ class ModelConfig(Section):
     token_multiple: int | None = Field(
         None,
         gt=0,
+        le=65_536,
         description="a step's text tokens are filled up to a multiple of it, so that a GPU uses its memory again at "
         "the next step; null: 256 on a GPU, 1 on a CPU",
         json_schema_extra=RESUME_MAY_CHANGE,

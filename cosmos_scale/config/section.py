@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
@@ -18,6 +18,11 @@ MAY_DIFFER_BY_HOST: dict[str, Any] = RESUME_MAY_CHANGE | {"may_differ_by_host": 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
+
+# The largest numbers of any key; many keys have a smaller limit of their own. Larger whole numbers do not fit the 64
+# bits that numpy and torch count in, and larger numbers are infinite in float32.
+MOST_WHOLE = (1 << 63) - 1
+MOST = 1e30
 
 PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,199}")  # one path component, not hidden
 
@@ -59,6 +64,15 @@ class Section(BaseModel):
     """A block of keys; unknown keys are refused and values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_numbers(cls, value: Any) -> Any:
+        for number in value if isinstance(value, tuple) else (value,):
+            most = MOST_WHOLE if isinstance(number, int) else MOST
+            if isinstance(number, (int, float)) and number > most:
+                raise PydanticCustomError("less_than_equal", "Input should be less than or equal to {le}", {"le": most})
+        return value
 
     def _check_rules(self) -> None:
         """Raise RuleBroken where keys of this section, or of sections inside it, do not go together."""

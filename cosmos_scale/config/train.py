@@ -8,22 +8,29 @@ from cosmos_scale.config.section import RESUME_MAY_CHANGE, Section
 class TrainConfig(Section):
     """Length and batch of the run."""
 
-    global_batch: int = Field(1024, gt=0, description="samples per step over all ranks")
+    global_batch: int = Field(1024, gt=0, le=10_000_000, description="samples per step over all ranks")
     micro_batches: int = Field(
         1,
         gt=0,
+        le=10_000_000,
         description="parts that a rank cuts its share of a batch into, to save memory; the loss is of the whole batch",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     recompute: int = Field(
         0,
         ge=0,
+        le=1_000,
         description="every n-th block of the towers is computed again in the backward, to save memory; 1: all; 0: none",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    epochs: int = Field(32, gt=0, description="epochs that the schedules span, where schedule_steps is null")
+    epochs: int = Field(
+        32, gt=0, le=1_000_000, description="epochs that the schedules span, where schedule_steps is null"
+    )
     epoch_steps_multiple: int = Field(
-        1, gt=0, description="an epoch's steps are rounded up to a multiple of this (published runs: 16, their workers)"
+        1,
+        gt=0,
+        le=1_000_000,
+        description="an epoch's steps are rounded up to a multiple of this (published runs: 16, their workers)",
     )
     max_steps: int | None = Field(
         None,
@@ -34,6 +41,7 @@ class TrainConfig(Section):
     max_minutes: float | None = Field(
         None,
         gt=0.0,
+        le=1000000000.0,
         description="minutes after its start at which a launch stops, with a checkpoint; null: never",
         json_schema_extra=RESUME_MAY_CHANGE,
     )

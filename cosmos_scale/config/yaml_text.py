@@ -6,6 +6,7 @@ that takes a number refuses them.
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -13,6 +14,10 @@ import yaml
 from cosmos_scale.errors import UserError
 
 _TAG = "tag:yaml.org,2002:"
+
+MOST_VALUES = 100_000  # in one text, each alias counted as often as it stands for its value
+MOST_LEVELS = 50  # of mappings and lists inside each other
+
 _WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
 _DECIMAL = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
@@ -27,11 +32,13 @@ _LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*(?::[0-9_.]+)+)$")
 def parse_yaml(text: str, where: str) -> Any:
     """Return what a YAML text holds; where: what the error names. Raises UserError where it is not valid."""
     try:
-        return _with_text_keys(yaml.load(text, _Loader), where)
+        node = yaml.compose(text, _Loader)
+        if node is None:
+            return None
+        _check_size(node, where)
+        return _with_text_keys(_construct(node), where)
     except RecursionError:
-        raise UserError(
-            f"{where}: a value holds itself, or lies too deep; rule: no anchor inside its own value"
-        ) from None
+        raise _too_deep(where) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
@@ -64,15 +71,59 @@ def reading_hint(value: Any, wanted: str) -> str:
     return ""
 
 
+def _too_deep(where: str) -> UserError:
+    return UserError(
+        f"{where}: a value holds itself, or lies too deep; rule: no anchor inside its own value, and at most "
+        f"{MOST_LEVELS} levels"
+    )
+
+
+def _check_size(root: yaml.Node, where: str) -> None:
+    """Raise UserError where the values under a node are too many or lie too deep; each node is looked at once.
+
+    An alias costs a few bytes, and its value may hold aliases too. So a short text can mean more values than any
+    memory has, unless they are counted before they are made.
+    """
+    sizes: dict[int, int] = {}  # by the node's id: the values under the node, with itself
+
+    def measure(node: yaml.Node, level: int) -> int:
+        if level > MOST_LEVELS:  # so does a node that holds itself
+            raise _too_deep(where)
+        if id(node) not in sizes:
+            sizes[id(node)] = 1 + sum(measure(child, level + 1) for child in _children(node))
+        return sizes[id(node)]
+
+    if measure(root, 0) > MOST_VALUES:
+        raise UserError(f"{where}: holds more than {MOST_VALUES:,} values, its aliases counted; rule: at most so many")
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = _Loader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
+        seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # is refused as a key
             if key.value in seen and key.value != "<<":
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.append(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

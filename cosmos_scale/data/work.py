@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, make_output_folder, no_locks, replace_file, writing
+from cosmos_scale.files import (
+    load_json,
+    make_folder,
+    make_output_folder,
+    no_locks,
+    read_regular,
+    regular_only,
+    replace_file,
+    writing,
+)
 
 MANIFEST = "manifest.json"
 
@@ -84,7 +93,7 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
         raise UserError(f"{work.out}: {work.kind.foreign}")
     make_folder(work.folder)
     with writing(work.folder / "lock"):
-        lock_file = (work.folder / "lock").open("w")
+        lock_file = open(work.folder / "lock", "w", opener=regular_only)  # noqa: SIM115 - stays open
     with lock_file as lock:
         try:
             # Not flock: workers inherit such a lock, and would hold it after their parent was killed.
@@ -119,7 +128,7 @@ def close_work(work: Work) -> None:
 
 def _read_options(path: Path) -> dict[str, Any]:
     try:
-        options: dict[str, Any] = json.loads(path.read_bytes())
+        options: dict[str, Any] = load_json(read_regular(path))
         return dict(options)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; delete {path.parent.parent} and begin anew") from error

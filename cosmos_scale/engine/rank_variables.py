@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
 
+MOST_RANKS = 1_000_000  # DeepSpeed and torch read such numbers into 32 bits
+
 ONE_PROCESS = "to train in one process, unset RANK, WORLD_SIZE and LOCAL_RANK"
 
 
@@ -56,11 +58,14 @@ def _check_ranks_here() -> None:
 
 def _number(name: str, least: int = 0, most: int | None = None) -> int:
     text = _text(name)
-    number = int(text) if text.isascii() and text.isdecimal() else -1
-    if number < least or (most is not None and number > most):
-        limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
-        raise WrongRankVariable(f"{name}: {text!r}; rule: a whole number {limits}")
-    return number
+    is_number = text.isascii() and text.isdecimal()
+    number = int(text[:20]) if is_number else -1  # Python refuses to read thousands of digits
+    if least <= number <= (MOST_RANKS if most is None else most):
+        return number
+    limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
+    if most is None and number > MOST_RANKS:
+        limits = f"of at most {MOST_RANKS}"
+    raise WrongRankVariable(f"{name}: {text[:80]!r}; rule: a whole number {limits}")
 
 
 def _below(name: str, limit: int, of: str) -> int:

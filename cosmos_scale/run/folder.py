@@ -9,7 +9,7 @@ from pathlib import Path
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import dump_config
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import whole_file
+from cosmos_scale.files import regular_only, whole_file
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -34,7 +34,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
                 raise UserError(f"output: {folder / name} is no folder; rule: move it away, since the run makes one")
         for name in (METRICS_FILE, DAMAGE_FILE):
             if (folder / name).exists():
-                (folder / name).open("ab").close()
+                open(folder / name, "ab", opener=regular_only).close()
 
 
 def prepare_folder(config: RunConfig, folder: Path) -> None:

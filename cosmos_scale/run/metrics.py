@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cosmos_scale.config import LogConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import LineFile, make_folder, replace_file
+from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
 from cosmos_scale.run.trackers import KeptRecords, open_trackers
 from cosmos_scale.words import counted
@@ -109,10 +109,11 @@ class MetricLog:
     def evaluations_of(self, step: int) -> int:
         """Return how many records of a step's evaluations the file has, those of failures among them."""
         try:
-            found = [json.loads(line) for line in self._file.path.read_bytes().splitlines()]
+            found = [load_json(line) for line in read_regular(self._file.path).splitlines()]
         except (OSError, ValueError):
             return 0
-        return sum(entry["kind"] in ("eval", "eval_failed") and entry["step"] == step for entry in found)
+        records = [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
+        return sum(entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step for entry in records)
 
     def evaluation_failed(self, step: int, name: str, failures: int) -> None:
         """Write how often an evaluator has failed; the record's kind is another than that of results."""
@@ -167,13 +168,13 @@ def _drop_from(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     try:
-        before = path.read_bytes()
+        before = read_regular(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     kept, lines = [], before.splitlines()
     for line in lines:
         try:
-            if json.loads(line)["step"] <= step > 0:
+            if load_json(line)["step"] <= step > 0:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import whole_file
+from cosmos_scale.files import read_regular, whole_file
 from cosmos_scale.run.folder import WANDB_ID
 
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
@@ -179,7 +179,7 @@ def _mode_of(config: WandbConfig) -> str | None:
 
 def record_name(path: Path) -> str:
     """Return the name of the run's record, which a resumed run continues; a new one where the file holds none."""
-    identity = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    identity = read_regular(path).decode(errors="replace").strip() if path.exists() else ""
     if not re.fullmatch(r"[\w-]+", identity, re.ASCII):  # none yet, or torn
         identity = secrets.token_hex(4)
         with whole_file(path) as part:

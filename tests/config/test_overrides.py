@@ -154,3 +154,8 @@ def test_a_dumped_name_like_a_number_stays_a_name(tmp_path: Path) -> None:
         file.write_text(dump_config(RunConfig(name=name)))
         assert load_config(file).name == name
         assert json.dumps(yaml.safe_load(file.read_text())["name"]) == json.dumps(name)
+
+
+def test_a_key_of_too_many_levels_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^command line: .*no such key; rule: at most 50 levels$"):
+        make_config({}, [".".join(["a"] * 10_000) + "=1"])

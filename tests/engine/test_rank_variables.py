@@ -47,6 +47,12 @@ def test_a_whole_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        *(
+            ({name: number}, f"{name}: '{number[:80]}'; rule: a whole number of at most 1000000")
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+            for number in ("9" * 20, "9" * 5000, "1000001")
+        ),
+        ({"MASTER_PORT": "9" * 5000}, f"MASTER_PORT: '{'9' * 80}'; rule: a whole number from 1 to 65535"),
         ({"WORLD_SIZE": None}, "WORLD_SIZE: is not set, but RANK is; rule: a launcher sets both"),
         ({"LOCAL_RANK": None}, "LOCAL_RANK: is not set, but RANK is; rule: a launcher sets both (under SLURM: "),
         ({"MASTER_ADDR": None}, "MASTER_ADDR: is not set, but RANK is"),

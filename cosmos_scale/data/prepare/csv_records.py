@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import regular_only
 
 # Characters of one cell, and lines of one record. Captions have fewer; an unclosed quote soon reaches one of the two.
 CELL_LIMIT = 1 << 24
@@ -70,7 +71,7 @@ def _python_list(cell: str) -> object:
 
 def refuse_utf16(path: Path) -> None:
     """Raise UserError where a file of captions begins as UTF-16 or UTF-32 does, and OSError where it cannot be read."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         head = file.read(4)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
         raise UserError(f"{path}: is UTF-16 or no text; save it as UTF-8")

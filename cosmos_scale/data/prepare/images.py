@@ -19,6 +19,7 @@ from cosmos_scale.data.shards.patterns import COMPRESSED_ENDINGS
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.shards.scan import torn_end
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import read_regular, regular_only
 
 SUCCESS = "success"
 
@@ -163,7 +164,7 @@ def _open(shard: ImageShard) -> Iterator[tarfile.TarFile | None]:
         return
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(shard.path.open("rb"))
+            file = stack.enter_context(open(shard.path, "rb", opener=regular_only))
             archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
         except tarfile.TarError:
             archive = None
@@ -192,7 +193,7 @@ def _read(archive: tarfile.TarFile | None, member: _Member) -> bytes | None:
     """A member's bytes; None where the shard ends inside them."""
     try:
         if isinstance(member.entry, Path):
-            return member.entry.read_bytes()
+            return read_regular(member.entry)
         assert archive is not None
         file = archive.extractfile(member.entry)
         data = b"" if file is None else file.read()

@@ -20,7 +20,7 @@ from cosmos_scale.data.samples.sample import reason_class
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.work import MANIFEST, check_options
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import replace_file, whole_file, writing
+from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, writing
 from cosmos_scale.words import counted
 
 FORMAT = "cosmos-scale prepared dataset 1"
@@ -59,7 +59,7 @@ def read_prepare_manifest(task: Task) -> Prepared | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = load_json(read_regular(path))
         if content["format"] != FORMAT:
             raise ValueError(f"format is {content['format']!r}")
         options: dict[str, Any] = content["options"]
@@ -85,7 +85,7 @@ def write_rejected(task: Task) -> Counter[str]:
         for shard in task.images:
             report = read_report(task, shard.name)
             _write(file, [] if report is None else report.rejected, counts)
-        with (task.table / "rows.jsonl").open() as rows:
+        with open(task.table / "rows.jsonl", opener=regular_only) as rows:
             _write(file, map(json.loads, rows), counts)
         _write(file, _rows_without_image(task), counts)
     return counts

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import regular_only
 
 BATCH_ROWS = 4096
 
@@ -15,7 +16,7 @@ BATCH_ROWS = 4096
 def column_names(path: Path) -> list[str]:
     """Return the names of a file's columns; raises UserError where it is no parquet file."""
     try:
-        return list(pyarrow.parquet.read_schema(path).names)
+        return list(pyarrow.parquet.read_schema(_regular(path)).names)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet: {_first_line(error)}") from error
 
@@ -23,7 +24,7 @@ def column_names(path: Path) -> list[str]:
 def count_rows(path: Path) -> int:
     """Return a file's number of rows, from its footer."""
     try:
-        return int(pyarrow.parquet.read_metadata(path).num_rows)
+        return int(pyarrow.parquet.read_metadata(_regular(path)).num_rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet: {_first_line(error)}") from error
 
@@ -34,7 +35,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[list[list[Any]]
     Raises: UserError where the file cannot be read.
     """
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(_regular(path)) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
                 yield [_values(batch.column(name)) for name in columns]
     except (OSError, pyarrow.ArrowException) as error:
@@ -59,6 +60,12 @@ def _value(scalar: Any) -> Any:
 def version() -> str:
     """Return pyarrow's version."""
     return str(pyarrow.__version__)
+
+
+def _regular(path: Path) -> Path:
+    """Return a path that pyarrow may open; raises OSError where to open it would wait for ever."""
+    with open(path, "rb", opener=regular_only):
+        return path
 
 
 def _first_line(error: BaseException) -> str:

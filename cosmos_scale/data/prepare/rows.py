@@ -26,6 +26,7 @@ from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS, plain_column
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import regular_only
 
 BOM = b"\xef\xbb\xbf"
 
@@ -123,7 +124,7 @@ def _scan_csv(
 ) -> tuple[RowFile, Iterator[PlacedRow]]:
     try:
         refuse_utf16(path)
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             first = next(read_records(_Lines(file)), None)
     except OSError as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
@@ -137,7 +138,7 @@ def _scan_csv(
 
 
 def _csv_rows(path: Path, position: int, advance: Callable[[int], None]) -> Iterator[PlacedRow]:
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         lines = _Lines(file)
         number, offset = -1, 0
         for record in read_records(lines):
@@ -259,7 +260,8 @@ class RowReader:
         path = self._files[file].path
         try:
             if file not in self._descriptors:
-                self._descriptors[file] = self._stack.enter_context(path.open("rb")).fileno()
+                opened = open(path, "rb", opener=regular_only)  # noqa: SIM115 - the stack closes it
+                self._descriptors[file] = self._stack.enter_context(opened).fileno()
             return self._files[file].cells(os.pread(self._descriptors[file], size, offset), joins)
         except (OSError, ValueError, csv.Error, StopIteration) as error:
             raise UserError(f"{path}: no row at byte {offset} any more: {error}; has it changed?") from error

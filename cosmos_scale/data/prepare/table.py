@@ -22,7 +22,7 @@ from cosmos_scale.data.prepare.datasets import Dataset, Join, join_value
 from cosmos_scale.data.prepare.rows import PlacedRow, RowFile, scan_captions
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, reason_of, replace_file
+from cosmos_scale.files import load_json, make_folder, read_regular, reason_of, replace_file
 
 PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
 RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
@@ -105,7 +105,7 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
 
 def read_table_summary(folder: Path) -> TableSummary:
     """Return the summary of a whole table."""
-    content = json.loads((folder / "table.json").read_text())
+    content = load_json(read_regular(folder / "table.json"))
     files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
     return TableSummary(files, content["rows"], content["examples"])
 

@@ -20,7 +20,7 @@ from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import replace_file, whole_file, writing
+from cosmos_scale.files import load_json, read_regular, replace_file, whole_file, writing
 
 
 class Written(NamedTuple):
@@ -81,7 +81,7 @@ def read_report(task: Task, shard: str) -> Written | None:
     if not path.exists():
         return None
     try:
-        written = Written(*json.loads(path.read_text()))
+        written = Written(*load_json(read_regular(path)))
     except (ValueError, TypeError):  # the power failed before the disk had the report
         return None
     target = task.out / f"{shard}.tar"

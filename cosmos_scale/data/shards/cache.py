@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from cosmos_scale.data.shards.store import Transient, WrongSize
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import no_locks
+from cosmos_scale.files import no_locks, regular_only
 
 WHOLE, PART = ".shard", ".part"  # only files with these endings are counted and deleted
 _FAILED = b"failed"  # what a part holds after its download failed, for the processes that wait for it
@@ -64,7 +64,7 @@ class ShardCache:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(PART)
-        file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        file = os.fdopen(regular_only(str(part), os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is(file, part):
@@ -150,7 +150,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / "lock").open("wb") as lock:
+        with open(self.folder / "lock", "wb", opener=regular_only) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -164,7 +164,7 @@ def _name(address: str, total: int) -> str:
 
 def _open_whole(path: Path, total: int) -> BinaryIO | None:
     try:
-        file = path.open("rb", buffering=0)
+        file = open(path, "rb", buffering=0, opener=regular_only)  # noqa: SIM115 - stays open
     except FileNotFoundError:
         return None
     if os.fstat(file.fileno()).st_size == total:
@@ -184,7 +184,7 @@ def _is(file: BinaryIO, path: Path) -> bool:
 
 def _clear_dead(part: Path) -> bool:
     """Delete a part that no process holds; False where a process holds it, or where it has become a shard."""
-    with part.open("r+b", buffering=0) as file:
+    with open(part, "r+b", buffering=0, opener=regular_only) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import replace_file
+from cosmos_scale.files import load_json, read_regular, replace_file
 from cosmos_scale.words import counted
 
 REJECTED = "rejected.jsonl"
@@ -92,12 +92,12 @@ def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | Non
     """Rewrite rejected.jsonl; lines of other shards stay, and lines of the pictures that a build refused."""
     kept, unreadable = [], 0
     try:
-        old_lines = path.read_bytes().splitlines() if path.exists() else []
+        old_lines = read_regular(path).splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     for line in old_lines:
         try:
-            fault = json.loads(line)
+            fault = load_json(line)
             if fault.get("shard") not in names:
                 kept.append(json.dumps(fault))
         except (ValueError, AttributeError, TypeError):

@@ -90,7 +90,7 @@ class _Paths(ShardPattern):
         names: set[str] = set()
         missing = []
         for path in self._paths():
-            if os.path.isfile(path):
+            if os.path.exists(path) and not os.path.isdir(path):  # of a FIFO too, to be refused by its kind
                 names.add(os.path.relpath(path, root))
             elif _has_wildcard(str(Path(path).relative_to(_root(path)))):
                 names.update(glob.glob(_plain_root(path, self.folder), root_dir=root))

@@ -25,7 +25,7 @@ from cosmos_scale.data.shards.store import (
     retried,
 )
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import reason_of
+from cosmos_scale.files import reason_of, regular_only
 
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # in order of preference, which is the published loader's
@@ -294,7 +294,7 @@ class ShardReader:
         if file is not None:
             self._files.move_to_end(shard.address)
             return file
-        file = open(shard.address, "rb", buffering=0)  # noqa: SIM115 - stays open
+        file = open(shard.address, "rb", buffering=0, opener=regular_only)  # noqa: SIM115 - stays open
         size = os.fstat(file.fileno()).st_size
         if size != shard.size:
             file.close()
@@ -361,7 +361,7 @@ def _no_access(shard: ShardFile, reason: str) -> UserError:
 @contextmanager
 def _opened(shard: ShardFile) -> Iterator[BinaryIO]:
     try:
-        with open(shard.address, "rb", buffering=0) as file:
+        with open(shard.address, "rb", buffering=0, opener=regular_only) as file:
             yield file
     except OSError as error:
         raise _no_access(shard, reason_of(error)) from error

@@ -43,6 +43,7 @@ from cosmos_scale.data.shards.reader import (
 )
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import regular_only
 
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
@@ -92,7 +93,7 @@ def scan_shard(
                 file: BinaryIO = stack.enter_context(tempfile.TemporaryFile())
                 fetch_into(file, address, remote)
             else:
-                file = stack.enter_context(open(address, "rb"))
+                file = stack.enter_context(open(address, "rb", opener=regular_only))
             head = file.read(HEAD)
             refuse_compressed(name, head)
             return _scan(file, rules)._replace(mark=mark_of(head))

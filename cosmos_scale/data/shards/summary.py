@@ -10,11 +10,13 @@ from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.shards.store import Transient, redact
 from cosmos_scale.data.shards.table import read_whole
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import replace_file
+from cosmos_scale.files import load_json, read_regular, replace_file
 
 SUMMARY = "index.json"
 FORMAT = "cosmos-scale shard index 1"
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken summary raises
+_MOST = 1 << 53  # of samples, and of bytes, of one shard
+# What reading a broken summary raises.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 class ShardRow(NamedTuple):
@@ -50,10 +52,13 @@ def read_index_summary(path: str, remote: RemoteConfig | None = None) -> Summary
 
 
 def _parse_summary(data: bytes) -> Summary:
-    summary = json.loads(data)
+    summary = load_json(data)
     if summary["format"] != FORMAT:
         raise ValueError(f"format is {summary['format']!r}, expected {FORMAT!r}")
     rows = [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
+    for row in rows:
+        if min(row.samples, row.size) < 0 or row.samples > _MOST or row.size > _MOST:
+            raise ValueError(f"{row.name}: {row.samples} samples in {row.size} bytes cannot be")
     marks = {str(name): str(mark) for name, mark in summary.get("marks", {}).items()}
     return Summary(rows, marks)
 
@@ -72,7 +77,7 @@ def summary_before(folder: Path) -> Summary:
     path = folder / SUMMARY
     if path.exists():
         try:
-            return _parse_summary(path.read_bytes())
+            return _parse_summary(read_regular(path))
         except _UNREADABLE as error:  # to index again mends the file, and that is being done
             print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
     return Summary([], {})

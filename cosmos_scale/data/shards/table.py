@@ -3,7 +3,6 @@
 import errno
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, MAY_PASS, Entry
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote, redact, retried
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import reason_of
+from cosmos_scale.files import read_regular, reason_of, regular_only
 
 SampleTable = NDArray[np.void]
 
@@ -71,7 +70,7 @@ def read_whole(path: str, remote: RemoteConfig | None = None) -> bytes:
 
     def attempt() -> bytes:
         try:
-            return Path(path).read_bytes()
+            return read_regular(path)
         except OSError as error:
             if error.errno in MAY_PASS and error.errno != errno.ENOENT:
                 raise Transient(error.strerror or str(error)) from error
@@ -83,7 +82,8 @@ def read_whole(path: str, remote: RemoteConfig | None = None) -> bytes:
 def _parsed(file: str | io.BytesIO) -> SampleTable:
     try:
         if isinstance(file, str):
-            table: SampleTable = np.lib.format.open_memmap(file, mode="r")
+            with open(file, "rb", opener=regular_only):  # to map a FIFO would wait for ever
+                table: SampleTable = np.lib.format.open_memmap(file, mode="r")
         else:
             table = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:

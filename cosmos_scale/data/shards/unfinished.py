@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.data.shards.members import ScanRules
-from cosmos_scale.files import writing
+from cosmos_scale.files import load_json, read_regular, regular_only, writing
 
 
 class IndexedShard(NamedTuple):
@@ -41,9 +41,9 @@ class Unfinished:
         """Return the shards that are done among some shards, by name. A shard whose line is torn is not done."""
         wanted = set(names)
         done = {}
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
+        for line in read_regular(self._path).splitlines() if self._path.exists() else []:
             try:
-                name, samples, size, rejected, torn, dotted, unnamed, mark, unread, rules = json.loads(line)
+                name, samples, size, rejected, torn, dotted, unnamed, mark, unread, rules = load_json(line)
             except (ValueError, TypeError):
                 continue
             if name in wanted and rules == self._rules:
@@ -53,7 +53,7 @@ class Unfinished:
 
     def append(self, shard: IndexedShard) -> None:
         """Write down that a shard is done."""
-        with writing(self._path), self._path.open("ab") as file:
+        with writing(self._path), open(self._path, "ab", opener=regular_only) as file:
             file.write(json.dumps([*shard, self._rules]).encode() + b"\n")
 
     def remove(self) -> None:

@@ -30,7 +30,7 @@ from cosmos_scale.data.shards.summary import SUMMARY
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import replace_file, whole_file, whole_path, writing
+from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, whole_path, writing
 from cosmos_scale.words import counted
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
@@ -168,7 +168,7 @@ def build_shards(
 
 def _digest(path: Path) -> str:
     digest = sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
@@ -216,7 +216,7 @@ def _read_report(job: _Job) -> _Written | None:
     if not path.exists():
         return None
     try:
-        rows, samples, rejected, *others = json.loads(path.read_bytes())
+        rows, samples, rejected, *others = load_json(read_regular(path))
         written = _Written(rows, samples, [_Reject(*reject) for reject in rejected], *others)
     except (ValueError, TypeError):  # the power failed before the disk had the report
         return None
@@ -276,7 +276,7 @@ def _find(images: Path, name: str) -> bytes:
     """Read the picture that a row names; raises DamagedSample."""
     path = _picture_path(images, name)
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise DamagedSample(f"picture cannot be read: {error}") from error
 

@@ -16,6 +16,7 @@ from cosmos_scale.data.samples.caption_keys import (
 )
 from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import regular_only
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
@@ -85,14 +86,14 @@ def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Captio
 def count_lines(path: Path) -> int:
     """Count a file's lines: its rows, or a few more where cells hold line breaks."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -117,7 +118,7 @@ def _one_array(path: Path) -> UserError:
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
     # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=regular_only) as file:
         records = read_records(file)
         first = next(records, None)
         if first is not None and first.fault is not None:

@@ -35,7 +35,7 @@ from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import whole_file, writing
+from cosmos_scale.files import load_json, read_regular, regular_only, whole_file, writing
 from cosmos_scale.words import counted
 
 SAMPLES_A_JOB = 128
@@ -251,7 +251,7 @@ def _open_log(path: Path) -> Iterator[Callable[[Fault], None]]:
 def _refuse_foreign(path: Path) -> None:
     """Raise UserError where a file is there that is no log: a shard must not be lost by a mistyped option."""
     if path.is_file():
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular_only) as file:
             if file.read(1) not in (b"", b"{"):
                 rule = "name another file with --out"
                 raise UserError(f"{path}: holds something else than a report of `data verify`; {rule}")
@@ -274,7 +274,7 @@ def _checksums(pass_: Pass) -> list[dict[str, str]]:
 def _noted_checksums(folder: Path) -> dict[str, str]:
     """The checksums in the manifest beside an index; none where no readable manifest stands there."""
     try:
-        shards = json.loads((folder / MANIFEST).read_bytes())["shards"]
+        shards = load_json(read_regular(folder / MANIFEST))["shards"]
         return {str(shard["shard"]): str(shard["sha256"]) for shard in shards}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -355,7 +355,7 @@ def _read(
 
 def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular_only) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import LineFile
+from cosmos_scale.files import LineFile, load_json, read_regular
 
 # The damaged share is taken of at least so many samples: one damaged picture in the first batch proves nothing.
 FEWEST_JUDGED = 1000
@@ -44,12 +44,12 @@ class DamageLog:
         """
         self._listed.clear()
         try:
-            lines = self.path.read_bytes().splitlines()
+            lines = read_regular(self.path).splitlines()
         except OSError:  # there is none yet; a file that cannot be read costs nothing but lines written twice
             return
         for line in lines:
             try:
-                record = json.loads(line)
+                record = load_json(line)
                 damage = Damage(*({"origin": None, **record}[field] for field in Damage._fields))
                 if damage.step >= step:
                     self._listed.add(damage)
