@@ -98,19 +98,6 @@ def test_output_and_gradients_match_the_formula(queries: list[int], keys: list[i
         torch.testing.assert_close(mine, oracle, rtol=0, atol=TOLERANCE)
 
 
-@each_case
-def test_the_dense_form_matches_the_formula(queries: list[int], keys: list[int] | None, causal: bool) -> None:
-    """With any number of runs of equally long segments, empty ones too."""
-    exact, segments = random_tokens(queries, keys), Segments(queries, keys)
-    expected = output_and_gradients(
-        lambda q, k, v: softmax_attention(q, k, v, queries, queries if keys is None else keys, causal), exact
-    )
-    dense = BACKENDS["dense"]
-    ours = output_and_gradients(lambda q, k, v: dense(q, k, v, segments, causal), [tensor.float() for tensor in exact])
-    for mine, oracle in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, oracle, rtol=0, atol=TOLERANCE)
-
-
 def test_queries_keys_and_values_may_be_parts_of_one_projection() -> None:
     lengths = [9, 9, 8, 4]
     packed = torch.stack(random_tokens(lengths, None), dim=1)
@@ -212,40 +199,6 @@ def test_auto_goes_by_device_dtype_head_size_and_what_is_installed(
     choose_backend.cache_clear()
     if not installed:
         assert obstacle("flash_attn_2", device, dtype, head_size) == "not here"
-
-
-@pytest.mark.parametrize(
-    ("capability", "cudnn", "head_size", "even", "installed", "expected"),
-    [
-        ((9, 0), 91800, 64, True, EVERYTHING - {"flash_attn_3"}, "dense"),
-        ((9, 0), 91800, 64, False, EVERYTHING - {"flash_attn_3"}, "flash_attn_2"),
-        ((9, 0), 91800, 64, True, EVERYTHING, "flash_attn_3"),
-        ((9, 0), 91700, 64, True, EVERYTHING - {"flash_attn_3"}, "flash_attn_2"),
-        ((9, 0), None, 64, True, {"torch_varlen"}, "torch_varlen"),
-        ((9, 0), 91800, 256, True, {"flash_attn_2"}, "flash_attn_2"),
-        ((8, 0), 91800, 64, True, {"flash_attn_2"}, "flash_attn_2"),
-        ((10, 0), 91800, 64, True, {"torch_varlen"}, "torch_varlen"),
-    ],
-)
-def test_auto_takes_the_dense_form_on_hopper_for_equal_lengths(
-    capability: tuple[int, int],
-    cudnn: int | None,
-    head_size: int,
-    even: bool,
-    installed: set[str],
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-    monkeypatch.setattr(kernel, "find_function", lambda name: print if name in installed else "not here")
-    choose_backend.cache_clear()
-    device = torch.device("cuda", 0)
-    assert choose_backend("auto", device, torch.bfloat16, head_size, even) == expected
-    # By its name the dense form runs wherever it can; segments of other lengths go the way of `auto`.
-    forced = choose_backend("dense", device, torch.bfloat16, head_size, even)
-    assert forced == ("dense" if even else choose_backend("auto", device, torch.bfloat16, head_size))
-    choose_backend.cache_clear()
 
 
 def test_a_block_of_steps_asks_for_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:

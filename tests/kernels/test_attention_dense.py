@@ -1,4 +1,4 @@
-"""Attention on strided views of one projection, as the towers call it: outputs and gradients of every back end.
+"""The dense form of attention, and every back end on strided views of one projection, as the towers call them.
 
 The same body runs here for the back ends that a CPU has, and on a GPU for all that can be imported there. Kernels that
 take strides may be wrong for them in the backward alone, at some lengths alone.
@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cosmos_scale.kernels import attention as kernel
 from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, choose_backend, obstacle
 from cosmos_scale.kernels.segments import Segments
+from tests.kernels.test_attention import EVERYTHING, each_case, output_and_gradients, random_tokens, softmax_attention
+from tests.kernels.test_attention import TOLERANCE as OF_THE_FORMULA
 
 HEADS, HEAD_SIZE = 3, 64
 # Of the largest result. Sums of up to 201 products of order 1; results are rounded to the dtype, and so are the
@@ -86,6 +88,53 @@ def test_the_dense_form_is_for_equal_lengths(monkeypatch: pytest.MonkeyPatch) ->
         q = torch.zeros(sum(lengths), HEADS, HEAD_SIZE)
         assert attention(q, q, q, Segments(lengths), backend="dense").shape == q.shape
     assert runs == [1, 1, 2, 1, 1]  # neither captions nor odd lengths
+
+
+@each_case
+def test_the_dense_form_matches_the_formula(queries: list[int], keys: list[int] | None, causal: bool) -> None:
+    """With any number of runs of equally long segments, empty ones too."""
+    exact, segments = random_tokens(queries, keys), Segments(queries, keys)
+    expected = output_and_gradients(
+        lambda q, k, v: softmax_attention(q, k, v, queries, queries if keys is None else keys, causal), exact
+    )
+    dense = BACKENDS["dense"]
+    ours = output_and_gradients(lambda q, k, v: dense(q, k, v, segments, causal), [tensor.float() for tensor in exact])
+    for mine, oracle in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, oracle, rtol=0, atol=OF_THE_FORMULA)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "head_size", "even", "installed", "expected"),
+    [
+        ((9, 0), 91800, 64, True, EVERYTHING - {"flash_attn_3"}, "dense"),
+        ((9, 0), 91800, 64, False, EVERYTHING - {"flash_attn_3"}, "flash_attn_2"),
+        ((9, 0), 91800, 64, True, EVERYTHING, "flash_attn_3"),
+        ((9, 0), 91700, 64, True, EVERYTHING - {"flash_attn_3"}, "flash_attn_2"),
+        ((9, 0), None, 64, True, {"torch_varlen"}, "torch_varlen"),
+        ((9, 0), 91800, 256, True, {"flash_attn_2"}, "flash_attn_2"),
+        ((8, 0), 91800, 64, True, {"flash_attn_2"}, "flash_attn_2"),
+        ((10, 0), 91800, 64, True, {"torch_varlen"}, "torch_varlen"),
+    ],
+)
+def test_auto_takes_the_dense_form_on_hopper_for_equal_lengths(
+    capability: tuple[int, int],
+    cudnn: int | None,
+    head_size: int,
+    even: bool,
+    installed: set[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(kernel, "find_function", lambda name: print if name in installed else "not here")
+    choose_backend.cache_clear()
+    device = torch.device("cuda", 0)
+    assert choose_backend("auto", device, torch.bfloat16, head_size, even) == expected
+    # By its name the dense form runs wherever it can; segments of other lengths go the way of `auto`.
+    forced = choose_backend("dense", device, torch.bfloat16, head_size, even)
+    assert forced == ("dense" if even else choose_backend("auto", device, torch.bfloat16, head_size))
+    choose_backend.cache_clear()
 
 
 @pytest.mark.gpu
