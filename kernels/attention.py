@@ -6,6 +6,7 @@ A segment is one view: a segment's queries attend to the same segment's keys onl
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -17,7 +18,14 @@ from cosmos_scale.kernels.segments import Segments
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "flash_attn_3", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"]
+Backend = Literal["auto", "flash_attn_3", "dense", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"]
+
+DENSE_KERNELS = ("CUDNN_ATTENTION", "FLASH_ATTENTION")
+"""What `dense` runs on a GPU: the first of torch's kernels that takes the tensors; never its slow ones."""
+DENSE_CUDNN = 91800
+"""The least cuDNN (9.18) that `auto` trusts with `dense`: from it on torch itself prefers cuDNN on Hopper."""
+DENSE_HEAD = 128
+"""The widest head whose backward cuDNN computes on Hopper in all of these versions."""
 
 
 def attention(
@@ -29,7 +37,8 @@ def attention(
     causal: query i of a segment sees the segment's keys 0..i; each segment then needs as many queries as keys. Logits
     are scaled by D^-1/2.
     backend: `auto` takes the first of BACKENDS that runs with the tensors' device, dtype and D, and logs it once;
-    those of BY_NAME_ALONE it does not take.
+    those of BY_NAME_ALONE it does not take. `dense` wants segments that are equally long but for a few changes, as
+    crops are; others go the way of `auto`.
     Raises ValueError for shapes or dtypes that do not fit one another, and for a back end that cannot run here.
     """
     shapes = [list(tensor.shape) for tensor in (q_THD, k_SHD, v_SHD)]
@@ -46,15 +55,19 @@ def attention(
         raise ValueError("attention: causal segments need as many queries as keys")
     if not segments.query_tokens:
         return torch.empty_like(q_THD)
-    name = choose_backend(backend, q_THD.device, q_THD.dtype, q_THD.shape[-1])
+    even = segments.is_even and (backend == "dense" or q_THD.is_cuda)  # asked for only where the answer depends on it
+    name = choose_backend(backend, q_THD.device, q_THD.dtype, q_THD.shape[-1], even)
     return BACKENDS[name](q_THD, k_SHD, v_SHD, segments, causal)
 
 
 @lru_cache(maxsize=64)
-def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+def choose_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int, even: bool = False
+) -> str:
     """Return the name of the back end to run: for `auto` the first that can run here.
 
-    Raises ValueError where a named back end does not exist or cannot run here.
+    even: whether the segments are `Segments.is_even`. Raises ValueError where a named back end does not exist or cannot
+    run here.
     """
     if backend != "auto":
         if backend not in BACKENDS:
@@ -62,22 +75,44 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype, h
         reason = obstacle(backend, device, dtype, head_size)
         if reason:
             raise ValueError(f"attention: back end {backend!r} cannot run: {reason}")
-        return backend
+        if backend != "dense" or even:
+            return backend
     reasons = {name: obstacle(name, device, dtype, head_size) for name in BACKENDS if name not in BY_NAME_ALONE}
+    if not (even and _trusts_dense(device, head_size)):
+        del reasons["dense"]
     chosen = next(name for name, reason in reasons.items() if not reason)
     # Off CUDA all others lack the same, a CUDA device: the log need not say so.
     passed_over = reasons.items() if device.type == "cuda" else ()
     others = "; ".join(f"{name}: {reason}" for name, reason in passed_over if reason)
+    which = ", equally long segments" if even else ""
     logger.info(
-        "attention on %s in %s, heads of %d: %s%s", device, dtype, head_size, chosen, f" ({others})" if others else ""
+        "attention on %s in %s, heads of %d%s: %s%s",
+        device,
+        dtype,
+        head_size,
+        which,
+        chosen,
+        f" ({others})" if others else "",
     )
     return chosen
 
 
+def _trusts_dense(device: torch.device, head_size: int) -> bool:
+    """Tell whether `auto` takes `dense`: on Hopper, whose tensor cores cuDNN uses better than FlashAttention 2 does."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and (torch.backends.cudnn.version() or 0) >= DENSE_CUDNN
+        and head_size <= DENSE_HEAD
+    )
+
+
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return in a line why a back end cannot run here, or None where it can."""
-    if backend == "sdpa":
+    if backend == "sdpa" or (backend == "dense" and device.type == "cpu"):
         return None
+    if backend == "dense" and device.type == "meta":
+        return "torch computes it without its kernels where tensors have no memory"
     if (
         device.type == "meta"
     ):  # tensors without memory, which show what a GPU's step would do: see testing/device_counts
@@ -97,6 +132,8 @@ def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: 
     most = 128 if backend == "flash_attn_4" else 256
     if head_size % 8 or head_size > most:
         return f"it needs heads of a multiple of 8 up to {most}, not {head_size}"
+    if backend == "dense":  # a part of torch
+        return None
     function = find_function(backend)
     return function if isinstance(function, str) else None
 
@@ -231,9 +268,41 @@ def _sdpa(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causa
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _dense(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """Run each run of equally long segments as one batch, a view of the packed tokens; nothing is padded."""
+    query_tokens = [run.size * run.queries for run in segments.runs]
+    key_tokens = [run.size * run.keys for run in segments.runs]
+    parts = zip(q_THD.split(query_tokens), k_SHD.split(key_tokens), v_SHD.split(key_tokens), strict=True)
+    outputs = []
+    with _dense_kernels(q_THD.device):
+        for run, (q, k, v) in zip(segments.runs, parts, strict=True):
+            if run.queries:
+                output_BHLD = functional.scaled_dot_product_attention(
+                    q.unflatten(0, (run.size, run.queries)).transpose(1, 2),
+                    k.unflatten(0, (run.size, run.keys)).transpose(1, 2),
+                    v.unflatten(0, (run.size, run.keys)).transpose(1, 2),
+                    is_causal=causal,
+                )
+                outputs.append(output_BHLD.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _dense_kernels(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which torch's dense attention on a GPU runs the first of DENSE_KERNELS that can, or raises."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    context: AbstractContextManager[object] = sdpa_kernel(
+        [getattr(SDPBackend, name) for name in DENSE_KERNELS], set_priority=True
+    )
+    return context
+
+
 # In the order of preference.
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments, bool], Tensor]] = {
     "flash_attn_3": _flash_attn_3,
+    "dense": _dense,
     "flash_attn_2": _flash_attn_2,
     "torch_varlen": _torch_varlen,
     "xformers": _xformers,

@@ -18,6 +18,10 @@ from torch import Tensor
 MOST_PADDING = 0.25
 
 
+MOST_RUNS = 4
+"""The most runs of equally long segments that dense attention takes: each of them is a call."""
+
+
 class Group(NamedTuple):
     """Neighbouring segments that SDPA takes as one batch, padded to the longest: `size` segments from `first` on.
 
@@ -75,18 +79,31 @@ class Segments:
         return self._cu_seqlens[device]
 
     @cached_property
+    def runs(self) -> list[Group]:
+        """Runs of equally long segments, in packed order: batches without padding."""
+        lengths = zip(self.queries, self.keys, strict=True)
+        runs: list[Group] = []
+        for (queries, keys), run in itertools.groupby(lengths):
+            first = runs[-1].first + runs[-1].size if runs else 0
+            runs.append(Group(first, sum(1 for _ in run), queries, keys, True, True))
+        return runs
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether the segments are equally long but for a few changes, as the crops of two sizes are."""
+        return len(self.runs) <= MOST_RUNS
+
+    @cached_property
     def groups(self) -> list[Group]:
         """SDPA's batches, in packed order: runs of equally long segments, several together where padding is little.
 
         So sorted segments form few groups, whatever their lengths. Segments without queries join no other run: padding
         would give them queries, and a query must find a key.
         """
-        lengths = list(zip(self.queries, self.keys, strict=True))
-        runs = [(pair, sum(1 for _ in run)) for pair, run in itertools.groupby(lengths)]
         groups: list[Group] = []
         tokens = 0  # queries and keys of the last group, without padding
-        for (queries, keys), count in runs:
-            first = groups[-1].first + groups[-1].size if groups else 0
+        for run in self.runs:
+            count, queries, keys = run.size, run.queries, run.keys
             own_tokens = count * (queries + keys)
             if groups and queries and groups[-1].queries:
                 last = groups[-1]
@@ -102,7 +119,7 @@ class Segments:
                     groups[-1] = merged
                     tokens += own_tokens
                     continue
-            groups.append(Group(first, count, queries, keys, True, True))
+            groups.append(run)
             tokens = own_tokens
         return groups
 

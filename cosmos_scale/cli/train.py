@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,7 +95,7 @@ def _train(arguments: argparse.Namespace) -> int:
             ranks = start_ranks(config.device, config.log.level)
             if ranks.is_main:
                 _print_choices()
-            with StopRequest(config.train.max_minutes) as stop:
+            with ranks.contact, StopRequest(config.train.max_minutes) as stop:
                 train(config, ranks, stop)
         return 0
     except WrongRankVariable:
@@ -132,12 +131,9 @@ class _PrintingHandler(logging.Handler):
 
 def _print_lost_contact(error: Exception, rank: str, checkpoints: Path) -> None:
     from cosmos_scale.checkpoint import newest
+    from cosmos_scale.engine.ranks import tell_lost_contact
 
     known: Path | str | None = "unknown, since their folder cannot be listed"
     with suppress(UserError):
         known = newest(checkpoints)
-    print(
-        f"cosmos-scale train: rank {rank} lost contact with another rank, which ended or cannot be reached "
-        f"({str(error).splitlines()[0]}); newest checkpoint: {known or 'none'}",
-        file=sys.stderr,
-    )
+    tell_lost_contact(error, rank, f"newest checkpoint: {known or 'none'}")

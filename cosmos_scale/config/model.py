@@ -51,12 +51,12 @@ class ModelConfig(Section):
     text_padding: Literal["attend", "mask"] = Field(
         "attend", description="attend: the text pooler also reads a caption's padding (published); mask: it does not"
     )
-    attention: Literal["auto", "flash_attn_3", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"] = (
-        Field(
-            "auto",
-            description="back end of attention; auto: the first that runs on this device, in this precision",
-            json_schema_extra=RESUME_MAY_CHANGE,
-        )
+    attention: Literal[
+        "auto", "flash_attn_3", "dense", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"
+    ] = Field(
+        "auto",
+        description="back end of attention; auto: the first that runs on this device, in this precision",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     compile: bool = Field(
         False,

@@ -2,18 +2,21 @@
 
 Rank 0 listens at the port. Every other rank connects and names itself, and hears at once that it is at the right place;
 another program at the port does not answer so. When all ranks have come, rank 0 tells each to go on, and torch's store
-takes over the port. Where two ranks contradict each other, rank 0 tells all of them.
+takes over the port. Where two ranks contradict each other, rank 0 tells all of them. The connections stay: see
+`engine.contact`.
 """
 
 import errno
+import os
 import socket
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import torch.distributed as dist
 
+from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.errors import UserError
 
@@ -21,42 +24,47 @@ WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits fo
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 GREETS = 3.0  # seconds in which a rank that has connected names itself: less, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
-GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank", "cosmos-scale welcome", "go", "refused: "
+GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go", "refused: "
 
 
-def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "dist.Store":  # type: ignore[name-defined]
-    """Meet all ranks, and return the store that they share.
+def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "tuple[dist.Store, Contact]":  # type: ignore[name-defined]
+    """Meet all ranks, and return the store that they share, and the contact to them.
 
     wait, answer: seconds for all ranks to come, and for rank 0 to answer one. Raises UserError where the port belongs
     to another program, ranks contradict each other, or some do not come.
     """
     if place.rank > 0:
-        _visit(place, wait, answer)
-        return _store(place, None)
-    here: dict[int, socket.socket] = {}
-    try:
-        with _listen(place) as listener:
-            _receive(place, listener, here, wait)
-            store = _store(place, listener.detach())
-        _tell(here, GO)  # now the store answers at the port
-    finally:
-        for visitor in here.values():
-            visitor.close()
-    return store
+        contact = _visit(place, wait, answer)
+        return _store(place, None), contact
+    with _listen(place) as listener:
+        here = _receive(place, listener, wait)
+        store = _store(place, listener.detach())
+    _tell(here, GO)  # now the store answers at the port
+    return store, Contact(0, here)
 
 
-def require_agent(place: RankVariables, wait: float = ANSWER) -> None:
-    """Raise WrongRankVariable where nothing listens at torchrun's port: the variables are of a launch that has ended.
+def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> Contact:
+    """Meet the ranks of a torchrun, whose agent has the port and the store; returns the contact to them.
 
-    wait: seconds to try; torchrun's agent listens before it starts ranks.
+    wait, answer: as for `meet`; the agent listens before it starts ranks, so `answer` is what it gets too. Raises
+    WrongRankVariable where nothing listens at the port: the variables are of a launch that has ended.
     """
     try:
-        _connected(place, wait).close()
+        _connected(place, answer).close()
     except WrongRankVariable as error:
         raise WrongRankVariable(
             f"TORCHELASTIC_USE_AGENT_STORE: True, but no torchrun answers at {place.address}:{place.port}; rule: start "
             "ranks by torchrun, or unset the variables that it has left"
         ) from error
+    store = dist.TCPStore(place.address, place.port, timeout=timedelta(seconds=wait))  # type: ignore[attr-defined]
+    key = f"cosmos-scale port {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if place.rank > 0:
+        return _visit(place._replace(port=int(store.get(key))), wait, answer)
+    with _listen(place._replace(port=0)) as listener:
+        store.set(key, str(listener.getsockname()[1]))
+        here = _receive(place, listener, wait)
+    _tell(here, GO)
+    return Contact(0, here)
 
 
 def _store(place: RankVariables, listener: int | None) -> "dist.Store":  # type: ignore[name-defined]
@@ -85,8 +93,9 @@ def _listen(place: RankVariables) -> socket.socket:
         ) from error
 
 
-def _receive(place: RankVariables, listener: socket.socket, here: dict[int, socket.socket], wait: float) -> None:
-    """Wait for all other ranks, and keep their connections in `here`; tell all of them where something is wrong."""
+def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict[int, Peer]:
+    """Wait for all other ranks, and return them; tell all of them where something is wrong."""
+    here: dict[int, Peer] = {}
     deadline = time.monotonic() + wait
     while len(here) < place.world_size - 1:
         listener.settimeout(max(0.01, deadline - time.monotonic()))
@@ -100,61 +109,61 @@ def _receive(place: RankVariables, listener: socket.socket, here: dict[int, sock
         if named is None:  # a stranger
             visitor.close()
             continue
-        rank, world_size = named
+        rank, world_size, host = named
         twice = rank in here or rank == 0
-        here[-1 if twice else rank] = visitor
+        here[-1 if twice else rank] = Peer(rank, host, visitor)
         if world_size != place.world_size:
             _refuse(here, f"WORLD_SIZE: rank {rank} has {world_size}, rank 0 has {place.world_size}; rule: all agree")
         if twice:
             _refuse(here, f"RANK: two processes have {rank}; rule: each rank has its own number")
     listener.settimeout(None)
+    return here
 
 
-def _named(visitor: socket.socket) -> tuple[int, int] | None:
-    """Welcome a visitor, and return its rank and its world size; None where it is no rank."""
-    visitor.settimeout(GREETS)
+def _named(visitor: socket.socket) -> tuple[int, int, str] | None:
+    """Welcome a visitor, and return its rank, its world size and its host; None where it is no rank."""
     try:
-        with _lines(visitor) as lines:
-            rank, world_size = map(int, _line(lines).removeprefix(GREETING).split())
-        visitor.sendall(f"{WELCOME}\n".encode())
+        rank, world_size, host = read_line(visitor, GREETS).removeprefix(GREETING).split()
+        named = int(rank), int(world_size), host
+        visitor.sendall(f"{WELCOME}{socket.gethostname()}\n".encode())
     except (OSError, ValueError):
         return None
-    return rank, world_size
+    return named
 
 
-def _refuse(here: dict[int, socket.socket], text: str) -> NoReturn:
+def _refuse(here: dict[int, Peer], text: str) -> NoReturn:
     _tell(here, f"{REFUSED}{text}")
     raise UserError(text)
 
 
-def _tell(here: dict[int, socket.socket], line: str) -> None:
+def _tell(here: dict[int, Peer], line: str) -> None:
     for visitor in here.values():
         with suppress(OSError):  # of a rank that has ended
-            visitor.sendall(f"{line}\n".encode())
+            visitor.connection.sendall(f"{line}\n".encode())
 
 
-def _visit(place: RankVariables, wait: float, answer: float) -> None:
-    """Name this rank to rank 0, and wait until all have come."""
+def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
+    """Name this rank to rank 0, wait until all have come, and return the contact to rank 0."""
     where = f"{place.address}:{place.port}"
-    with _connected(place, wait) as host, _lines(host) as lines:
-        host.settimeout(answer)
-        said = ""
-        with suppress(OSError):
-            host.sendall(f"{GREETING} {place.rank} {place.world_size}\n".encode())
-            said = _line(lines)
-        if said != WELCOME:
-            raise WrongRankVariable(
-                f"MASTER_PORT: what listens at {where} is not rank 0 of this launch; rule: a free port of rank 0's "
-                "host (deepspeed --master_port, torchrun --master_port)"
-            )
-        host.settimeout(wait + answer)
-        said = ""
-        with suppress(OSError):
-            said = _line(lines)
+    host = _connected(place, wait)
+    said = ""
+    with suppress(OSError):
+        host.sendall(f"{GREETING}{place.rank} {place.world_size} {socket.gethostname()}\n".encode())
+        said = read_line(host, answer)
+    if not said.startswith(WELCOME):
+        raise WrongRankVariable(
+            f"MASTER_PORT: what listens at {where} is not rank 0 of this launch; rule: a free port of rank 0's "
+            "host (deepspeed --master_port, torchrun --master_port)"
+        )
+    first = Peer(0, said.removeprefix(WELCOME), host)
+    said = ""
+    with suppress(OSError):
+        said = read_line(host, wait + answer)
     if said.startswith(REFUSED):
         raise UserError(said.removeprefix(REFUSED))
     if said != GO:
         raise UserError(f"rank 0, at {where}, ended before all ranks had come; its own output says why")
+    return Contact(place.rank, {0: first})
 
 
 def _connected(place: RankVariables, wait: float) -> socket.socket:
@@ -174,12 +183,3 @@ def _connected(place: RankVariables, wait: float) -> socket.socket:
                     "rule: the name or address of rank 0's host"
                 ) from error
             time.sleep(PAUSE)
-
-
-def _lines(connection: socket.socket) -> TextIO:
-    return connection.makefile("r", encoding="utf-8", errors="replace", newline="\n")
-
-
-def _line(lines: TextIO) -> str:
-    """Return the next line without its end, or what comes of it; raises OSError."""
-    return lines.readline(1000).rstrip("\n")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name, sweep
+from cosmos_scale.engine.contact import Contact, LostRank
 from cosmos_scale.engine.gpu_memory import use_expandable_segments
-from cosmos_scale.engine.meeting import meet, require_agent
+from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
 from cosmos_scale.errors import UserError
@@ -27,12 +28,16 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all ranks. control: a group of all ranks on the CPU, for small messages."""
+    """This process's place among all ranks.
+
+    control: a group of all ranks on the CPU, for small messages. contact: tells which rank has ended.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     control: dist.ProcessGroup
+    contact: Contact
 
     @property
     def is_main(self) -> bool:
@@ -41,6 +46,9 @@ class Ranks:
 
 
 _started: list[Ranks] = []  # the ranks of this process, once they have started
+_contacts: list[Contact] = []  # this process's contact to the other ranks, once it has met them
+
+NAMED_WITHIN = 5.0  # seconds in which the contact learns of a rank whose end broke a collective
 
 
 def start_ranks(device: str, level: str = "error") -> Ranks:
@@ -72,6 +80,8 @@ def _start(use_cuda: bool, level: str) -> Ranks:
     backend = "nccl" if use_cuda else "gloo"
     if not dist.is_initialized():
         _join(backend)
+    if not _contacts:  # a process alone, or a group that was made elsewhere
+        _contacts.append(Contact(dist.get_rank(), {}))
     if not use_cuda:
         if local_rank == 0:
             sweep()
@@ -92,6 +102,7 @@ def _start(use_cuda: bool, level: str) -> Ranks:
         world_size=dist.get_world_size(),
         device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
         control=control,
+        contact=_contacts[0],
     )
 
 
@@ -115,13 +126,21 @@ def _join(backend: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent has the port
-        require_agent(place)
+        _keep_contact(meet_at_agent(place))  # DeepSpeed makes the group
     else:
         from deepspeed.constants import default_pg_timeout
 
+        store, contact = meet(place)
+        _keep_contact(contact)
         dist.init_process_group(
-            backend, store=meet(place), rank=place.rank, world_size=place.world_size, timeout=default_pg_timeout
+            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=default_pg_timeout
         )
+
+
+def _keep_contact(contact: Contact) -> None:
+    """Watch the other ranks from now on: torch's groups wait half an hour for a rank that ends while they are made."""
+    _contacts.append(contact)
+    contact.watch()
 
 
 def choose_device(device: str) -> torch.device:
@@ -165,11 +184,22 @@ def raise_together(ranks: Ranks, error: UserError | None) -> None:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Return whether an error of a collective means that another rank has ended or cannot be reached."""
-    if isinstance(error, dist.DistError):
+    """Return whether an error means that another rank has ended or cannot be reached."""
+    if isinstance(error, LostRank | dist.DistError):
         return True
     # gloo raises plain RuntimeErrors.
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "onnection", "NCCL"))
+
+
+def tell_lost_contact(error: BaseException, rank: str, more: str) -> None:
+    """Print on one line which rank is lost, as far as this process learns it; from then on it keeps its groups.
+
+    error: one that is a `lost_contact`. rank: this one. more: the line's end. A process prints one such line.
+    """
+    contact = _contacts[0] if _contacts else Contact(int(rank), {})
+    lost = contact.lost_within(NAMED_WITHIN)
+    what = lost or f"it has ended or cannot be reached ({str(error).splitlines()[0]})"
+    contact.tell(f"cosmos-scale train: rank {rank} lost contact with another rank: {what}; {more}")
 
 
 def maxima(values: Sequence[float], ranks: Ranks) -> list[float]:
@@ -195,5 +225,6 @@ def from_all(value: Value, ranks: Ranks) -> list[Value]:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
+    # Where a rank is lost, destroying groups could wait for ever.
+    if dist.is_initialized() and not any(contact.broken for contact in _contacts):
         dist.destroy_process_group()

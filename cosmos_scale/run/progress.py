@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
@@ -66,10 +67,10 @@ class _Pending:
         if self._copied is not None:
             self._copied.record()
 
-    def read(self) -> _Figures:
-        """Wait for the step, not for later ones, and return its figures."""
+    def read(self, contact: Contact) -> _Figures:
+        """Wait for the step, not for later ones, and return its figures; raises LostRank where it cannot end."""
         if self._copied is not None:
-            self._copied.synchronize()
+            contact.wait_for(self._copied.query)
         return _Figures(*self._copy.tolist())
 
 
@@ -148,7 +149,7 @@ class Progress:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        figures = pending.read()
+        figures = pending.read(self._ranks.contact)
         self._substituted += pending.substituted
         if not figures.finite:
             self._not_finite(pending.step, figures)

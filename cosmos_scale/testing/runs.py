@@ -104,6 +104,11 @@ class Launched:
             raise AssertionError(f"still running after {timeout:.0f} s\n{finished.output}\n{finished.errors}")
         return finished
 
+    def wait_until_ended(self, rank: int, timeout: float = SECONDS) -> None:
+        """Wait until one rank's process has ended; fail where it runs past the time limit."""
+        if _wait(self.processes[rank], timeout) is None:
+            raise AssertionError(f"rank {rank} still runs\n{self._read('out')}\n{self._read('err')}")
+
     def wait_until_gone(self, timeout: float = SECONDS) -> None:
         """Wait until no process is left in the process groups, whichever process started it."""
         deadline = time.monotonic() + timeout

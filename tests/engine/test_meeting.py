@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import torch.distributed as dist
 
-from cosmos_scale.engine.meeting import meet, require_agent
+from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
@@ -26,7 +27,7 @@ def said(places: list[RankVariables], wait: float = SECONDS, answer: float = 1.0
 
     def one(own: RankVariables) -> str:
         try:
-            store = meet(own, wait, answer)
+            store, _ = meet(own, wait, answer)
         except UserError as error:
             return str(error)
         if own.rank == 0:
@@ -144,6 +145,11 @@ def test_a_torchrun_that_has_ended_is_named() -> None:
     with pytest.raises(
         UserError, match=r"^TORCHELASTIC_USE_AGENT_STORE: True, but no torchrun answers at 127\.0\.0\.1:"
     ):
-        require_agent(place(0, 1, free_port()), 0.1)
-    with stranger(lambda visitor: None) as port:
-        require_agent(place(0, 1, port))
+        meet_at_agent(place(0, 1, free_port()), answer=0.1)
+
+
+def test_ranks_of_a_torchrun_meet_at_a_port_of_their_own() -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(3) as pool:
+        ranks = [pool.submit(meet_at_agent, place(rank, 3, agent.port)) for rank in (2, 1, 0)]
+        assert [rank.result(SECONDS).rank for rank in ranks] == [2, 1, 0]

@@ -150,7 +150,7 @@ def test_auto_takes_sdpa_on_a_cpu_and_logs_it_once(caplog: pytest.LogCaptureFixt
     assert caplog.messages[0].endswith("heads of 8: sdpa")
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("sdpa", "dense")])
 def test_a_forced_back_end_that_cannot_run_says_why(backend: Any) -> None:
     q = torch.zeros(2, 1, 8)
     with pytest.raises(ValueError, match=f"back end '{backend}' cannot run: it needs a CUDA device, not cpu"):
@@ -163,7 +163,7 @@ def test_an_unknown_back_end_is_refused_with_those_there_are() -> None:
         attention(q, q, q, Segments([2]), backend="flash")  # type: ignore[arg-type]
 
 
-FLASH_2, EVERYTHING = {"flash_attn_2"}, set(BACKENDS)
+EVERYTHING = set(BACKENDS)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,28 @@ def test_auto_goes_by_device_dtype_head_size_and_what_is_installed(
     choose_backend.cache_clear()
     if not installed:
         assert obstacle("flash_attn_2", device, dtype, head_size) == "not here"
+
+
+def test_a_block_of_steps_asks_for_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
+    asked: list[object] = []
+    signature = inspect.signature
+
+    def counted(function: Callable[..., Any]) -> inspect.Signature:
+        asked.append(function)
+        return signature(function)
+
+    def stand_in(q: Tensor, *_: object, is_causal: bool = False) -> Tensor:
+        return q
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    monkeypatch.setattr(inspect, "signature", counted)
+    kernel.find_function.cache_clear()
+    (q, k, v), segments = random_tokens([3, 2], None), Segments([3, 2])
+    for _ in range(50):
+        BACKENDS["torch_varlen"](q, k, v, segments, False)
+    kernel.find_function.cache_clear()
+    assert len(asked) == 1
 
 
 def test_an_empty_flash_attn_namespace_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, obstacle
+from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, choose_backend, obstacle
 from cosmos_scale.kernels.segments import Segments
 from tools.gpu_stages.recorder import Recorder, failure, relative_error
 
@@ -44,6 +44,9 @@ def check(recorder: Recorder) -> None:
         (expected_gradient,) = torch.autograd.grad(expected, exact, upstream.float())
         for backend in BACKENDS:
             reason = obstacle(backend, recorder.device, recorder.dtype, HEAD)
+            even = Segments(case.queries, case.keys).is_even
+            if not reason and choose_backend(backend, recorder.device, recorder.dtype, HEAD, even) != backend:
+                reason = "its segments are not equally long"
             if reason:
                 recorder.write(case=name, backend=backend, cannot_run=reason)
                 continue

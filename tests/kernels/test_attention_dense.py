@@ -1,0 +1,164 @@
+"""The dense form of attention, and every back end on strided views of one projection, as the towers call them.
+
+The same body runs here for the back ends that a CPU has, and on a GPU for all that can be imported there. Kernels that
+take strides may be wrong for them in the backward alone, at some lengths alone.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cosmos_scale.kernels import attention as kernel
+from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, choose_backend, obstacle
+from cosmos_scale.kernels.segments import Segments
+from tests.kernels.test_attention import EVERYTHING, each_case, output_and_gradients, random_tokens, softmax_attention
+from tests.kernels.test_attention import TOLERANCE as OF_THE_FORMULA
+
+HEADS, HEAD_SIZE = 3, 64
+# Of the largest result. Sums of up to 201 products of order 1; results are rounded to the dtype, and so are the
+# weights and their gradients on the way.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+LENGTHS = {
+    "global crops": [197] * 3,
+    "local crops": [37] * 5,
+    "both": [197] * 2 + [37] * 6,
+    "whole captions": [77] * 4,
+    "captions": [77, 77, 41, 23, 21, 9],
+    "odd": [1, 2, 37, 77, 129, 130, 197, 201],
+    "one token each": [1] * 4,
+}
+CASES = [(name, causal) for name in LENGTHS for causal in (False, True)]
+
+
+def exact(packed_T3HD: Tensor, lengths: list[int], causal: bool) -> Tensor:
+    """The same attention in float32, by torch's plain form, one segment after the other."""
+    outputs = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for part in packed_T3HD.split(lengths):
+            q, k, v = part.permute(1, 2, 0, 3)[:, None]
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)[0])
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def compare(backend: Backend, device: torch.device, dtype: torch.dtype, name: str, causal: bool) -> None:
+    """Compare output and gradient of the packed projection with those of float32."""
+    lengths = LENGTHS[name]
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(sum(lengths), 3, HEADS, HEAD_SIZE, generator=generator).to(device, dtype)
+    upstream = torch.randn(sum(lengths), HEADS, HEAD_SIZE, generator=generator).to(device, dtype)
+
+    def ours(packed_T3HD: Tensor) -> Tensor:
+        q, k, v = packed_T3HD.unbind(1)
+        assert not q.is_contiguous()
+        return attention(q, k, v, Segments(lengths), causal, backend)
+
+    def result(run: Callable[[Tensor], Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = values.detach().requires_grad_()
+        output = run(leaf)
+        (gradient,) = torch.autograd.grad(output, leaf, upstream.to(values.dtype))
+        return output.detach().float(), gradient.float()
+
+    expected = result(lambda values: exact(values, lengths, causal), packed.float())
+    for mine, oracle in zip(result(ours, packed), expected, strict=True):
+        error = (mine - oracle).abs().max() / oracle.abs().max()
+        assert error <= TOLERANCES[dtype], f"{backend}, {name}, causal {causal}: {error}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if obstacle(name, torch.device("cpu"), torch.float32, 64) is None]
+)
+def test_strided_views_on_a_cpu(backend: Backend, dtype: torch.dtype) -> None:
+    for name, causal in CASES:
+        compare(backend, torch.device("cpu"), dtype, name, causal)
+
+
+def test_the_dense_form_is_for_equal_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def note(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+        runs.append(len(segments.runs))
+        return q
+
+    monkeypatch.setitem(BACKENDS, "dense", note)
+    for lengths in LENGTHS.values():
+        q = torch.zeros(sum(lengths), HEADS, HEAD_SIZE)
+        assert attention(q, q, q, Segments(lengths), backend="dense").shape == q.shape
+    assert runs == [1, 1, 2, 1, 1]  # neither captions nor odd lengths
+
+
+@each_case
+def test_the_dense_form_matches_the_formula(queries: list[int], keys: list[int] | None, causal: bool) -> None:
+    """With any number of runs of equally long segments, empty ones too."""
+    exact, segments = random_tokens(queries, keys), Segments(queries, keys)
+    expected = output_and_gradients(
+        lambda q, k, v: softmax_attention(q, k, v, queries, queries if keys is None else keys, causal), exact
+    )
+    dense = BACKENDS["dense"]
+    ours = output_and_gradients(lambda q, k, v: dense(q, k, v, segments, causal), [tensor.float() for tensor in exact])
+    for mine, oracle in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, oracle, rtol=0, atol=OF_THE_FORMULA)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "head_size", "even", "installed", "expected"),
+    [
+        ((9, 0), 91800, 64, True, EVERYTHING - {"flash_attn_3"}, "dense"),
+        ((9, 0), 91800, 64, False, EVERYTHING - {"flash_attn_3"}, "flash_attn_2"),
+        ((9, 0), 91800, 64, True, EVERYTHING, "flash_attn_3"),
+        ((9, 0), 91700, 64, True, EVERYTHING - {"flash_attn_3"}, "flash_attn_2"),
+        ((9, 0), None, 64, True, {"torch_varlen"}, "torch_varlen"),
+        ((9, 0), 91800, 256, True, {"flash_attn_2"}, "flash_attn_2"),
+        ((8, 0), 91800, 64, True, {"flash_attn_2"}, "flash_attn_2"),
+        ((10, 0), 91800, 64, True, {"torch_varlen"}, "torch_varlen"),
+    ],
+)
+def test_auto_takes_the_dense_form_on_hopper_for_equal_lengths(
+    capability: tuple[int, int],
+    cudnn: int | None,
+    head_size: int,
+    even: bool,
+    installed: set[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(kernel, "find_function", lambda name: print if name in installed else "not here")
+    choose_backend.cache_clear()
+    device = torch.device("cuda", 0)
+    assert choose_backend("auto", device, torch.bfloat16, head_size, even) == expected
+    # By its name the dense form runs wherever it can; segments of other lengths go the way of `auto`.
+    forced = choose_backend("dense", device, torch.bfloat16, head_size, even)
+    assert forced == ("dense" if even else choose_backend("auto", device, torch.bfloat16, head_size))
+    choose_backend.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_strided_views_on_a_gpu(backend: Backend, dtype: torch.dtype) -> None:
+    """Torch's versions choose kernels by length: each length is a launch of its own."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = None if backend == "auto" else obstacle(backend, device, dtype, HEAD_SIZE)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    for name, causal in CASES:
+        compare(backend, device, dtype, name, causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernels", kernel.DENSE_KERNELS)
+def test_each_dense_kernel_on_a_gpu(kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = obstacle("dense", device, dtype, HEAD_SIZE)
+    if reason:
+        pytest.skip(f"dense: {reason}")
+    monkeypatch.setattr(kernel, "DENSE_KERNELS", (kernels,))
+    for name, causal in CASES:
+        if choose_backend("dense", device, dtype, HEAD_SIZE, Segments(LENGTHS[name]).is_even) == "dense":
+            compare("dense", device, dtype, name, causal)

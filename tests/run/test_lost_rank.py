@@ -1,0 +1,55 @@
+"""A rank that is killed, wherever the others wait for it: each of them ends, and names the rank on one line."""
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.testing.runs import Launched, start, write_run
+from tests.run.losing_train import DESTROYED, PLACE, PLACES
+
+SECONDS = 30.0  # from the end of the one rank to the ends of all
+
+
+@pytest.fixture
+def run(tmp_path: Path, scenes: SceneShards, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of a few steps that saves after the third of them and then evaluates."""
+    monkeypatch.setenv(DESTROYED, str(tmp_path / "destroyed"))
+    evaluation = {"kind": "retrieval", "name": "scenes", "shards": str(scenes.gallery), "every": 3}
+    return write_run(
+        tmp_path,
+        scenes,
+        train={"global_batch": 12, "schedule_steps": 8, "max_steps": 4},
+        checkpoint={"every": 3},
+        zero={"stage": 1},
+        eval=[evaluation],
+    )
+
+
+def ends_of(launched: Launched) -> tuple[list[int], list[str]]:
+    """Wait for the end of the last rank, then for the others within the time; their statuses and lines of errors."""
+    launched.wait_until_ended(len(launched.processes) - 1)
+    finished = launched.wait(SECONDS)
+    return finished.statuses, finished.errors.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("place", "ranks", "workers"),
+    [*((place, 3, 0) for place in PLACES), ("step", 2, 0), ("device read", 2, 1)],  # workers are forked, and live on
+)
+def test_all_others_end_and_name_the_rank_that_is_lost(
+    place: str, ranks: int, workers: int, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(PLACE, place)
+    with start(run, f"data.workers={workers}", ranks=ranks, program="tests.run.losing_train") as launched:
+        statuses, lines = ends_of(launched)
+    assert statuses == [1] * (ranks - 1) + [-signal.SIGKILL], lines
+    assert len(lines) == ranks - 1, lines
+    for rank, line in enumerate(sorted(lines)):
+        lost = f"rank {ranks - 1} on host {socket.gethostname()} has ended"
+        assert f"rank {rank} lost contact with another rank: {lost}" in line
+    if place == "evaluation":
+        assert all("newest checkpoint: " in line and "step-00000003" in line for line in lines)
+    assert not (tmp_path / "destroyed").exists()
