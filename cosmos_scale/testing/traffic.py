@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.comm_build import use_own_environment
+from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.loss import CosmosLoss
@@ -101,7 +102,8 @@ def be_rank_0_of(world_size: int) -> Ranks:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     control = dist.group.WORLD
     assert control is not None, "the group has just been made"
-    return Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), control=control)
+    device, nobody = torch.device("cpu"), Contact(0, {})
+    return Ranks(rank=0, world_size=world_size, device=device, control=control, contact=nobody)
 
 
 def count_traffic(rank: int, _: int, config: RunConfig, world_size: int) -> tuple[list[Collective], int]:
