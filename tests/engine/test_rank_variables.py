@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable, read_rank_variables
 from cosmos_scale.engine.ranks import choose_device, free_port
 from cosmos_scale.errors import UserError
@@ -118,3 +119,9 @@ def test_an_accelerator_that_is_the_device_is_taken(value: str | None, monkeypat
     set_to(monkeypatch, {"DS_ACCELERATOR": value})
     assert choose_device("cpu").type == "cpu"
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_a_folder_of_extensions_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    with pytest.raises(UserError, match=r"^TORCH_EXTENSIONS_DIR: /proc/none: .*; rule: a folder that can be made$"):
+        use_own_environment()
