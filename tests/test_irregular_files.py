@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile
-from cosmos_scale.checkpoint.state import MANIFEST, read_manifest
+from cosmos_scale.checkpoint.inspect import total_size
+from cosmos_scale.checkpoint.state import MANIFEST, RunState, read_manifest, saved_folders, write_manifest
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.prepare import parquet
@@ -242,3 +243,34 @@ def _reads_anything(call: ast.Call) -> bool:
     if not is_path or any(keyword.arg == "opener" for keyword in call.keywords):
         return False
     return not mode or not isinstance(mode[0], ast.Constant) or not set(str(mode[0].value)) & set("wxa+")
+
+
+def _write_empty(folder: Path, step: int) -> Path:
+    folder.mkdir()
+    write_manifest(folder, RunState(step, 0, 0, 1, {}, "", {}), [])
+    return folder
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_broken(tmp_path: Path) -> None:
+    with pytest.raises(BrokenCheckpoint, match="it is of step 20, not of the step in the folder's name"):
+        read_manifest(_write_empty(tmp_path / "step-00000010", 20))
+
+
+@pytest.mark.parametrize("name", ["step-00000020", "step-20", "renamed"])
+def test_a_checkpoint_under_its_own_name_or_a_free_one_is_read(name: str, tmp_path: Path) -> None:
+    assert read_manifest(_write_empty(tmp_path / name, 20)).state.step == 20
+
+
+def test_links_that_lead_nowhere_have_no_size(tmp_path: Path) -> None:
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
+    (tmp_path / "part.safetensors").write_bytes(b"12345")
+    assert total_size([tmp_path]) == 5
+
+
+def test_a_checkpoint_that_is_a_file_or_a_loop_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").write_text("")
+    (tmp_path / "step-00000002").symlink_to(tmp_path / "step-00000002")
+    for folder in saved_folders(tmp_path):
+        with pytest.raises(BrokenCheckpoint, match="no readable"):
+            read_manifest(folder)

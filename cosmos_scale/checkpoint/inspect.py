@@ -88,7 +88,8 @@ def find_folders(folder: Path) -> list[Path]:
 
 def total_size(folders: list[Path]) -> int:
     """Return how many bytes are read when these checkpoints are verified."""
-    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+    files = (file for folder in folders for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def inspect(folder: Path, *, verify: bool, advance: Callable[[int], None] = lambda count: None) -> Inspection:

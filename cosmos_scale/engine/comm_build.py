@@ -37,7 +37,7 @@ def use_own_environment() -> None:
 
     The environment's programs (ninja, deepspeed) come first on PATH. Extensions are built into the environment:
     DeepSpeed's build depends on where its sources lie, so two environments that share torch's usual cache would each
-    undo the other's build.
+    undo the other's build. Raises UserError where the folder for extensions cannot be made.
     """
     # torch's module warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -47,3 +47,9 @@ def use_own_environment() -> None:
         os.environ["PATH"] = os.pathsep.join([folder, *folders])
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if extensions := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        try:
+            os.makedirs(extensions, exist_ok=True)  # as torch does, without a line for the user
+        except OSError as error:
+            said = error.strerror or error
+            raise UserError(f"TORCH_EXTENSIONS_DIR: {extensions}: {said}; rule: a folder that can be made") from error

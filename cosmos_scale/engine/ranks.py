@@ -152,7 +152,9 @@ def choose_device(device: str) -> torch.device:
         raise UserError("device: 'cuda', but torch sees no CUDA device; rule: use auto or cpu on this machine")
     chosen = "cuda" if uses_gpu(device) else "cpu"
     # Without this DeepSpeed probes for an accelerator, and warns when it finds none.
-    os.environ.setdefault("DS_ACCELERATOR", chosen)
+    named = os.environ.setdefault("DS_ACCELERATOR", chosen)
+    if named not in ("cpu", "cuda"):
+        raise UserError(f"DS_ACCELERATOR: {named!r}; rule: cpu or cuda, or unset: then the config's device says which")
     return torch.device(chosen)
 
 

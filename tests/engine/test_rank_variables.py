@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable, read_rank_variables
-from cosmos_scale.engine.ranks import free_port
+from cosmos_scale.engine.ranks import choose_device, free_port
+from cosmos_scale.errors import UserError
 from cosmos_scale.testing.runs import write_run
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -103,3 +105,23 @@ def test_each_rank_prints_its_own_line(rank: str, local_rank: str | None, tmp_pa
     ended = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert re.fullmatch(r"cosmos-scale train: (LOCAL_RANK|RANK): .*; rule: .*\n", ended.stderr), ended.stderr
+
+
+@pytest.mark.parametrize("value", ["foo", "", "CPU", "xpu"])
+def test_an_accelerator_that_no_run_computes_on_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", value)
+    with pytest.raises(UserError, match=rf"^DS_ACCELERATOR: '{value}'; rule: cpu or cuda, or unset"):
+        choose_device("cpu")
+
+
+@pytest.mark.parametrize("value", ["cpu", None])
+def test_an_accelerator_that_is_the_device_is_taken(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to(monkeypatch, {"DS_ACCELERATOR": value})
+    assert choose_device("cpu").type == "cpu"
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_a_folder_of_extensions_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    with pytest.raises(UserError, match=r"^TORCH_EXTENSIONS_DIR: /proc/none: .*; rule: a folder that can be made$"):
+        use_own_environment()
