@@ -108,6 +108,7 @@ def measure(training: Training, config: RunConfig, ranks: Ranks, root: Path, rou
             synchronize()
             start = time.perf_counter()
             writer.save(RunState(step, step, student.updates, 1, student.layout.loss_scaler(), "random", plain))
+            synchronize()  # a GPU's next step waits for the copies
             times.stalls.append(time.perf_counter() - start)
 
         save(0)  # not counted: it makes the folder, and touches the copies' memory again

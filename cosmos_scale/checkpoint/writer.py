@@ -16,13 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from cosmos_scale.checkpoint.files import FileRecord, write_tensors
+from cosmos_scale.checkpoint.snapshot import Snapshot
 from cosmos_scale.checkpoint.state import (
-    KINDS,
     RunState,
     checkpoint_name,
     checkpoints,
@@ -49,7 +47,7 @@ class CheckpointWriter:
     `checkpoint.failures` of them in a row raise UserError.
 
     A context: its end waits for the checkpoint under way; after an error that other ranks may not have, it waits only
-    LAST_SECONDS. Holds a copy of what this rank saves: 16 bytes for each of its elements.
+    LAST_SECONDS. Holds a copy of what this rank saves: 16 bytes for each of its elements, until the context ends.
     """
 
     def __init__(
@@ -61,8 +59,8 @@ class CheckpointWriter:
         self._group, self._rank, self._world_size = group, dist.get_rank(group), dist.get_world_size(group)
         self._config = config
         self._lock = SavingLock(root)
-        self._on_gpu = any(fragment.weight.is_cuda for fragment in self._fragments)
-        self._copies = self._allocate()
+        on_gpu = any(fragment.weight.is_cuda for fragment in self._fragments)
+        self._snapshot = Snapshot(self._fragments, on_gpu=on_gpu)
         self._thread: threading.Thread | None = None
         self._saving: Path | None = None
         self._state: RunState | None = None  # of the copies
@@ -83,6 +81,8 @@ class CheckpointWriter:
     ) -> None:
         try:
             self._leave(kind, error)
+            if kind is None or issubclass(kind, UserError):  # else the thread may still write
+                self._snapshot.free()
         finally:
             with suppress(OSError):
                 self._lock.release()
@@ -114,11 +114,7 @@ class CheckpointWriter:
         if self.root / checkpoint_name(state.step) == self._saving and not self._agree(self._error):
             return
         self._settle_or_tell()
-        for fragment, copies in zip(self._fragments, self._copies, strict=True):
-            for kind, tensor in fragment.tensors().items():
-                copies[kind].copy_(tensor, non_blocking=True)
-        if self._on_gpu:
-            torch.cuda.synchronize()
+        self._snapshot.take()
         self._begin(state)
 
     def save_again(self) -> None:
@@ -223,12 +219,8 @@ class CheckpointWriter:
         """In the thread: write this rank's file; on the first rank, then make the folder a checkpoint."""
         path = temporary / f"fragments-{self._rank:05d}.safetensors"
         try:
-            tensors = {
-                f"{fragment.name}|{kind}": copies[kind]
-                for kind in KINDS
-                for fragment, copies in zip(self._fragments, self._copies, strict=True)
-            }
-            record = write_tensors(path, tensors)
+            self._snapshot.wait()
+            record = write_tensors(path, self._snapshot.tensors)
             pieces = [(part.name, list(part.shape), part.start, part.weight.numel()) for part in self._fragments]
             # Written whole at once: the first rank takes this file as complete as soon as it exists.
             with whole_file(_record_path(temporary, self._rank)) as part:
@@ -291,13 +283,6 @@ class CheckpointWriter:
             with suppress(OSError):  # what cannot be deleted harms no run
                 old.rename(going)  # under its own name, half deleted, it would look like a damaged one
                 shutil.rmtree(going)
-
-    def _allocate(self) -> list[dict[str, Tensor]]:
-        """Return memory for the copies, each page touched: a first touch in `save` would take as long as the copy."""
-        return [
-            {kind: torch.zeros(fragment.weight.numel(), pin_memory=self._on_gpu).fill_(0.0) for kind in KINDS}
-            for fragment in self._fragments
-        ]
 
     def _agree(self, error: str | None) -> str | None:
         """Return the lowest failing rank's error on every rank; collective."""
