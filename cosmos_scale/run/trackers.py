@@ -155,6 +155,7 @@ class _Wandb:
         except Exception as failure:  # any: the library reads the environment and the network
             said = " ".join(str(failure).split())
             raise UserError(f"log.wandb: {said}; rule: log in, or set log.wandb.mode to offline") from failure
+        self._teardown = wandb.teardown
         # The library's own step only grows. It would drop what a run writes that goes back to an earlier checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -167,6 +168,8 @@ class _Wandb:
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
+        # The library's own process may still write its file: `finish` does not wait for that, and a run leaves at once.
+        self._teardown()
 
 
 def _mode_of(config: WandbConfig) -> str | None:
