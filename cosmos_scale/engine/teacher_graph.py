@@ -30,13 +30,17 @@ class GraphedEncoder:
         self._replay: Callable[[], object] | None = None
         self._failed = False
 
+    @property
+    def replays(self) -> bool:
+        """Whether a graph has been made."""
+        return self._replay is not None
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features of images; they are the caller's own."""
         kind = (images.shape, images.dtype)
         if self._replay is None and not self._failed:
-            self._calls = self._calls + 1 if kind == self._kind else 1
-            self._kind = kind
+            self._calls, self._kind = self._calls + 1 if kind == self._kind else 1, kind
             if self._calls > WARM_UP:
                 self._capture(images)
         if self._replay is None or kind != self._kind:

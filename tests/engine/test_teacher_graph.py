@@ -107,6 +107,6 @@ def test_the_replay_equals_the_tower_on_a_gpu(dtype: torch.dtype) -> None:
         kept.append((encoder(images), model.encode_image(images)))
         for parameter in model.parameters():  # as the refresh after a step does
             parameter.mul_(1.01)
-    assert encoder._replay is not None
+    assert encoder.replays
     for replayed, expected in kept:  # no result is overwritten by a later replay
         assert torch.equal(replayed, expected)
