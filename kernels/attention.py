@@ -225,14 +225,16 @@ def _xformers(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, c
     return output[0]
 
 
-@lru_cache(maxsize=16)
 def xformers_mask(segments: Segments, causal: bool, device: torch.device) -> Any:
-    """Return xformers' block-diagonal mask of the segments; cached, since every block of a tower asks for it."""
+    """Return xformers' block-diagonal mask of the segments; kept: each block of a tower asks for it."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    with torch.inference_mode(False):  # the mask is kept and serves later backward passes
-        mask = BlockDiagonalMask.from_seqlens(list(segments.queries), list(segments.keys), device=device)
-    return mask.make_causal() if causal else mask
+    def make() -> Any:
+        with torch.inference_mode(False):  # the mask is kept and serves later backward passes
+            mask = BlockDiagonalMask.from_seqlens(list(segments.queries), list(segments.keys), device=device)
+        return mask.make_causal() if causal else mask
+
+    return segments.kept(("xformers", causal, device), make)
 
 
 def _sdpa(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:

@@ -4,7 +4,7 @@ A segment is one view. No back end waits for the device to learn the lengths.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class Segments:
         self.query_tokens, self.key_tokens = sum(self.queries), sum(self.keys)
         self._cu_seqlens: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._padding: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[object, ...], Any] = {}
 
     @cached_property
     def longest_queries(self) -> int:
@@ -122,6 +123,12 @@ class Segments:
             groups.append(run)
             tokens = own_tokens
         return groups
+
+    def kept(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """Return what a back end derives from the lengths: made at the first call with a key, and kept."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def padding(self, lengths: tuple[int, ...], longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return where tokens lie in segments padded to `longest`: rows [T] int64, mask [segments, longest] bool."""

@@ -73,7 +73,8 @@ def _pages(elements: int) -> Tensor:
     """Return [elements] float32 of zeros in pages of their own, all of them touched."""
     if not elements:
         return torch.zeros(0)
-    # Not torch's pinned memory, which takes the next power of two; and the pages go back as soon as they are free.
+    # Not torch's pinned memory, which takes the next power of two. Shared with forked loader processes: else each page
+    # would be copied before the first write behind a fork. The pages go back as soon as nobody holds them.
     pages: Tensor = torch.frombuffer(mmap.mmap(-1, 4 * elements), dtype=torch.float32)
     return pages.fill_(0.0)
 

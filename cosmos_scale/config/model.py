@@ -55,7 +55,8 @@ class ModelConfig(Section):
         "auto", "flash_attn_3", "dense", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"
     ] = Field(
         "auto",
-        description="back end of attention; auto: the first that runs on this device, in this precision",
+        description="back end of attention; auto: the first that runs on this device, in this precision; dense: cuDNN "
+        "or flash without segments, for the equally long crops alone",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     compile: bool = Field(

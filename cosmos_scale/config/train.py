@@ -23,6 +23,12 @@ class TrainConfig(Section):
         description="every n-th block of the towers is computed again in the backward, to save memory; 1: all; 0: none",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
+    teacher_graph: bool = Field(
+        True,
+        description="whether a GPU replays the teacher's image tower as a CUDA graph, at ZeRO stages 0 to 2: one "
+        "launch for hundreds, and memory for one forward of it",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     epochs: int = Field(
         32, gt=0, le=1_000_000, description="epochs that the schedules span, where schedule_steps is null"
     )

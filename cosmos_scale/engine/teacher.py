@@ -10,6 +10,7 @@ from cosmos_scale.batch import Batch, TeacherFeatures
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import join
 from cosmos_scale.engine.student import Student
+from cosmos_scale.engine.teacher_graph import GraphedEncoder
 from cosmos_scale.model.cosmos import CosmosModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +23,10 @@ class Teacher:
         """Take over a model whose weights are replaced by the student's average."""
         self._model = model.to(student.ranks.device, DTYPES[config.precision]).requires_grad_(False).eval()
         self._micro_batches = student.micro_batches
-        forward = _GlobalViews(self._model, config.data.captions.global_count)
+        # At stage 3 the weights are gathered into other memory at each forward.
+        graphed = config.train.teacher_graph and student.ranks.device.type == "cuda" and config.zero.stage < 3
+        encoder = GraphedEncoder(self._model.encode_image) if graphed else None
+        forward = _GlobalViews(self._model, config.data.captions.global_count, encoder)
         self._weights = student.layout.teacher_weights(self._model, forward, student.fragments)
         self.refresh()
 
@@ -58,11 +62,12 @@ class Teacher:
 class _GlobalViews(nn.Module):
     """A module whose forward is the teacher's work: DeepSpeed gathers sharded weights only in a module's forward."""
 
-    def __init__(self, model: CosmosModel, global_captions: int) -> None:
+    def __init__(self, model: CosmosModel, global_captions: int, encoder: GraphedEncoder | None) -> None:
         super().__init__()
+        self.encoder = encoder
         self.model = model
         self.global_captions = global_captions
 
     def forward(self, batch: Batch) -> TeacherFeatures:
         """Features of the global crops and captions of a batch."""
-        return self.model.teacher_features(batch, self.global_captions)
+        return self.model.teacher_features(batch, self.global_captions, self.encoder)

@@ -5,6 +5,7 @@ models of this class; the teacher uses its towers only.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,11 +91,16 @@ class CosmosModel(TextTower):
             distill_logit_scale=self.distill_logit_scale,
         )
 
-    def teacher_features(self, batch: Batch, n_global: int) -> TeacherFeatures:
-        """Return the teacher's features of the global crops and of the first `n_global` captions; forms no graph."""
+    def teacher_features(
+        self, batch: Batch, n_global: int, encode_image: Callable[[Tensor], Tensor] | None = None
+    ) -> TeacherFeatures:
+        """Return the teacher's features of the global crops and of the first `n_global` captions; forms no graph.
+
+        encode_image: does what the method of that name does, in another way.
+        """
         samples = batch.captions.shape[1]
         with torch.no_grad():
-            image_BE = self.encode_image(batch.global_crops.flatten(0, 1))
+            image_BE = (encode_image or self.encode_image)(batch.global_crops.flatten(0, 1))
             captions_BL, lengths_B = batch.captions[:n_global].flatten(0, 1), batch.caption_lengths[:n_global].flatten()
             text_BE = self.encode_text(captions_BL, lengths_B)
         return TeacherFeatures(image_BE.unflatten(0, (-1, samples)), text_BE.unflatten(0, (-1, samples)))

@@ -4,7 +4,7 @@ The tower's blocks see one [T, D] matrix. Layouts are made on the host, by numpy
 host does not wait for the device.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def token_multiple(wanted: int | None, device: torch.device) -> int:
     return 1 if device.type == "cpu" else 256
 
 
-@lru_cache(maxsize=64)
+@cache  # kept for good: a CUDA graph reads them, and there are few
 def pack_crops(crops: tuple[tuple[int, int], ...], tokens_of: int, device: torch.device) -> CropLayout:
     """Lay out crops, by resolution (how many, tokens of each); the patches of the first `tokens_of` crops are read."""
     lengths = np.repeat([length for _, length in crops], [count for count, _ in crops])

@@ -1,7 +1,7 @@
 """The image tower: a vision transformer that takes crops of any size."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class VisionTower(nn.Module):
         return torch.cat([table[:1], patches.to(table.dtype)])
 
 
-@lru_cache(maxsize=64)
+@cache  # kept for good: a CUDA graph reads them, and there are few
 def interpolation_matrix(patches: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the bicubic interpolation of a square position table as a matrix: [rows x columns, patches].
 

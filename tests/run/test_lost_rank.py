@@ -3,10 +3,14 @@
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cosmos_scale.cli.main import main
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.ranks import maxima
+from cosmos_scale.run.progress import _Pending
 from cosmos_scale.testing.runs import Launched, start, write_run
 from tests.run.losing_train import DESTROYED, PLACE, PLACES
 
@@ -53,3 +57,22 @@ def test_all_others_end_and_name_the_rank_that_is_lost(
     if place == "evaluation":
         assert all("newest checkpoint: " in line and "step-00000003" in line for line in lines)
     assert not (tmp_path / "destroyed").exists()
+
+
+def test_ranks_agree_before_they_read_a_step_of_the_device(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a rank that is lost between two steps is noticed by the agreement; the last step has no other behind it."""
+    order: list[str] = []
+
+    def agree(*args: Any) -> Any:
+        order.append("agree")
+        return maxima(*args)
+
+    def read(self: _Pending, *args: Any) -> Any:
+        order.append(f"read {self.step}")
+        return reading(self, *args)
+
+    reading = _Pending.read
+    monkeypatch.setattr("cosmos_scale.run.lookahead.maxima", agree)
+    monkeypatch.setattr(_Pending, "read", read)
+    assert main(["train", str(run), "checkpoint.every=0", "eval=[]"]) == 0
+    assert order == ["agree", "agree", "read 1", "agree", "read 2", "agree", "read 3", "read 4"]
