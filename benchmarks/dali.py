@@ -83,8 +83,8 @@ def measure(batches: Batches, rounds: int, device: torch.device) -> dict[str, fl
     count = sum(len(photos) for _, photos in batches)
     decoder = DaliDecoder(VIEWS, SIDE, size, device, DaliConfig(threads=1 if device.type == "cpu" else 4, prefetch=0))
     on_cpu = Views(
-        torch.empty(VIEWS.global_crops, size, 3, SIDE, SIDE),
-        torch.empty(VIEWS.local_crops, size, 3, VIEWS.local_size, VIEWS.local_size),
+        torch.empty(VIEWS.global_crops, size, 3, SIDE, SIDE, dtype=torch.uint8),
+        torch.empty(VIEWS.local_crops, size, 3, VIEWS.local_size, VIEWS.local_size, dtype=torch.uint8),
     )
 
     here = torch.device("cpu")

@@ -18,12 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos_scale.kernels import triton_contrastive
+from cosmos_scale.kernels import triton_contrastive, triton_patches
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, at most
 TENSOR_MEMORY = 512  # columns
 WIDTH = 512  # of features: ViT-B's
+PATCH_SIZE, SIDES = 16, (224, 96)  # ViT-B/16's, and of the crops in pixels
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -55,7 +56,7 @@ class Resources(NamedTuple):
 
 
 def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> Iterator[LaunchedKernel]:
-    """Yield every kernel with the launch parameters that training uses, for bfloat16 features of ViT-B's width."""
+    """Yield every kernel with the launch parameters that training uses, for bfloat16 and ViT-B/16's sizes."""
     features, numbers = ("*bf16", "*bf16"), ("*fp32",)
     yield LaunchedKernel(
         "contrastive statistics",
@@ -75,6 +76,16 @@ def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> I
         tiles.stages,
         multiplies=True,
     )
+    for side in SIDES:
+        yield LaunchedKernel(
+            f"patches of {side} pixels",
+            triton_patches.patches_kernel,
+            ("*u8", "*bf16", "*bf16"),
+            triton_patches.patches_constants(3, side, side, PATCH_SIZE),
+            triton_patches.WARPS,
+            1,
+            multiplies=False,
+        )
 
 
 def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:

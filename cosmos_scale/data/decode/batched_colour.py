@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos_scale.data.decode import MEAN, STD
 from cosmos_scale.data.samples.view_plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION
 
 LUMA = (19595.0, 38470.0, 7471.0)  # ITU-R 601-2 weights of red, green, blue, times 2^16
@@ -39,14 +38,6 @@ def colour_(
             moved = rows.to(levels_NCHW.device, non_blocking=True)
             changed = operation(levels_NCHW.index_select(0, moved), parameters[rows])
             levels_NCHW.index_copy_(0, moved, changed)
-
-
-def normalise_(levels_NCHW: Tensor) -> None:
-    """Turn levels into what the towers take: in place, 0..255 to CLIP's zero mean and unit deviation."""
-    scale = torch.tensor([1.0 / (255.0 * std) for std in STD]).view(3, 1, 1)
-    shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)]).view(3, 1, 1)
-    device = levels_NCHW.device
-    levels_NCHW.mul_(scale.to(device, non_blocking=True)).add_(shift.to(device, non_blocking=True))
 
 
 def _jitter_(levels_NCHW: Tensor, order_N4: Tensor, factors_N4: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.background import KEEP
-from cosmos_scale.data.decode.batched_colour import colour_, normalise_
+from cosmos_scale.data.decode.batched_colour import colour_
 from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.samples.view_plan import ViewPlan
@@ -146,7 +146,7 @@ class DaliDecoder:
     def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Generator[tuple[Views, T], None, None]:
         """Yield the views of batch after batch, each with what came with it, while DALI works on the next ones.
 
-        Views: [V, B, 3, H, W] float32, normalised, on the device. The host waits for no GPU: on a GPU the views are
+        Views: [V, B, 3, H, W] uint8 on the device. The host waits for no GPU: on a GPU the views are
         valid on the stream that was current when they were asked for. data.dali.prefetch batches are asked for ahead.
         One stream at a time. Raises UserError where DALI fails, as where a GPU has no memory left.
         """
@@ -202,10 +202,8 @@ class DaliDecoder:
             levels_VBCHW = torch.empty(len(crops[kind]), batch, 3, side, side, device=self._device)
             for levels, pixels in zip(levels_VBCHW, crops[kind], strict=True):
                 levels.copy_(pixels.permute(0, 3, 1, 2))
-            levels_NCHW = levels_VBCHW.flatten(0, 1)
-            colour_(levels_NCHW, *encoded.colour(kind))
-            normalise_(levels_NCHW)
-            made.append(levels_VBCHW)
+            colour_(levels_VBCHW.flatten(0, 1), *encoded.colour(kind))
+            made.append(levels_VBCHW.to(torch.uint8))
         return Views(*made)
 
 
