@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 256
+PIECE = 2**18  # values that a CPU looks up at a time
 
 
 def cut_patches(images_BCHW: Tensor, size: int) -> Tensor:
@@ -38,7 +39,7 @@ def level_values(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 def normalised_patches(crops: Sequence[Tensor], size: int, values: Tensor, *, triton: bool = True) -> Tensor:
     """Cut crops of 8-bit levels into patches and look the levels up: [sum of B x rows x columns, C size size].
 
-    crops: a contiguous tensor [B, C, H, W] uint8 for each resolution, on one device. values: [C, 256], as
+    crops: a tensor [B, C, H, W] uint8 for each resolution, on one device. values: [C, 256], as
     `level_values` returns them; their dtype is the result's. The order is that of `cut_patches`. triton: whether the
     Triton kernel may serve. Both forms give the same bits.
     """
@@ -46,20 +47,25 @@ def normalised_patches(crops: Sequence[Tensor], size: int, values: Tensor, *, tr
     result = values.new_empty(sum(counts), values.shape[0] * size * size)
     write = _write_fused if triton and _is_fused(values) else _write
     for images, rows in zip(crops, result.split(counts), strict=True):
-        write(rows, images, values, size)
+        if len(rows):
+            write(rows, images, values, size)
     return result
 
 
 def _write(rows: Tensor, images_BCHW: Tensor, values: Tensor, size: int) -> None:
-    channels = torch.arange(values.shape[0], dtype=torch.int32, device=values.device)
-    places = cut_patches(images_BCHW, size).unflatten(2, (-1, size * size)) + LEVELS * channels[:, None]
-    torch.index_select(values.flatten(), 0, places.flatten(), out=rows.view(-1))
+    first_C11 = LEVELS * torch.arange(values.shape[0], dtype=torch.int32, device=values.device)[:, None, None]
+    # On a CPU a few crops at a time, whose places stay in its caches; a GPU would launch more kernels.
+    piece = max(1, PIECE // images_BCHW[0].numel()) if values.device.type == "cpu" else len(images_BCHW)
+    pieces = images_BCHW.split(piece)
+    for images, into in zip(pieces, rows.split(len(rows) * piece // len(images_BCHW)), strict=True):
+        places = cut_patches(images.to(torch.int32).add_(first_C11), size)
+        torch.index_select(values.flatten(), 0, places.flatten(), out=into.view(-1))
 
 
 def _write_fused(rows: Tensor, images_BCHW: Tensor, values: Tensor, size: int) -> None:
     from cosmos_scale.kernels import triton_patches  # here: triton is there on Linux with a GPU build of torch only
 
-    triton_patches.write_patches_(rows, images_BCHW, values, size)
+    triton_patches.write_patches_(rows, images_BCHW.contiguous(), values, size)
 
 
 def _is_fused(values: Tensor) -> bool:

@@ -47,8 +47,6 @@ def write_patches_(rows: Tensor, levels: Tensor, values: Tensor, size: int) -> N
     """
     B, C, H, W = levels.shape
     grid = (B * C, H // size, triton.cdiv(size * W, PIXELS))
-    if 0 in grid:
-        return
     patches_kernel[grid](levels, values, rows, **patches_constants(C, H, W, size), num_warps=WARPS)
 
 

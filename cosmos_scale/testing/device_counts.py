@@ -129,6 +129,8 @@ def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
         model.allow_triton(config.kernels == "auto")
     student.recompute_blocks(config.train.recompute)
     batch = meta_batch(config, lengths_KB)
+    with torch.no_grad():
+        student(batch)  # makes tables that later steps find
     counter = DeviceCounter()
     with counter:
         with counter.phase("student"):

@@ -1,12 +1,15 @@
 """Each kind of kernel of the step alone: its time, and the rate at which it moves bytes."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.kernels import adamw_ema, contrastive
+from cosmos_scale.kernels.patches import level_values, normalised_patches
 from tools.gpu_stages.recorder import Recorder, failure
 
 TOKENS, WIDTH = 39424, 768  # of the student's crops at 64 samples, ViT-B/16
@@ -17,6 +20,7 @@ LOSSES = ((64, 64), (256, 256), (64, 1024), (32, 4096), (64, 32768))  # samples 
 def measure(recorder: Recorder) -> None:
     """Write a row for each kernel."""
     _pointwise(recorder)
+    _patches(recorder)
     _optimizer(recorder)
     for samples, columns in ((4, 4), (4, 8)) if recorder.tiny else LOSSES:
         try:
@@ -53,6 +57,20 @@ def _pointwise(recorder: Recorder) -> None:
     for name, (call, times) in calls.items():
         spent = recorder.milliseconds(call)
         recorder.write(kernel=name, ms=spent, tb_per_s=times * nbytes / spent / 1e9)
+
+
+def _patches(recorder: Recorder) -> None:
+    """Write the time from levels to normalised patches of both kinds of crops, in both forms."""
+    samples, size, sides = (2, 8, (16, 8)) if recorder.tiny else (64, 16, (224, 96))
+    crops = [
+        torch.randint(0, 256, (views * samples, 3, side, side), dtype=torch.uint8, device=recorder.device)
+        for views, side in zip((2, 6), sides, strict=True)
+    ]
+    values = level_values(MEAN, STD, recorder.dtype).to(recorder.device)
+    nbytes = sum(images.numel() for images in crops) * (1 + values.element_size())
+    for triton in (True, False):
+        spent = recorder.milliseconds(partial(normalised_patches, crops, size, values, triton=triton))
+        recorder.write(kernel="normalised patches", triton=triton, ms=spent, tb_per_s=nbytes / spent / 1e9)
 
 
 def _optimizer(recorder: Recorder) -> None:
