@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos_scale.kernels import triton_contrastive, triton_patches
+from cosmos_scale.kernels import triton_colour, triton_contrastive, triton_patches
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, at most
@@ -32,7 +32,8 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class LaunchedKernel(NamedTuple):
     """A kernel as it is launched.
 
-    types: of its run-time arguments in order, such as "*bf16". multiplies: whether it needs tensor cores.
+    types: of its run-time arguments in order, such as "*bf16". multiplies: whether it needs tensor cores. fp_fusion:
+    whether a product and a sum may be rounded once.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LaunchedKernel(NamedTuple):
     warps: int
     stages: int
     multiplies: bool
+    fp_fusion: bool = True
 
 
 class Resources(NamedTuple):
@@ -86,6 +88,22 @@ def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> I
             1,
             multiplies=False,
         )
+    pixels, plans, rows = "*u8", "*fp32", "*i64"
+    size = {"PIXELS": triton_colour.PIXELS}
+    blocks = {"BLOCKS": triton.next_power_of_2(triton.cdiv(SIDES[0] ** 2, triton_colour.PIXELS))}
+    for name, function, types, constants in (
+        ("grey sums", triton_colour.grey_sums_kernel, (pixels, plans, "*i32", "i32"), size),
+        ("recolour", triton_colour.recolour_kernel, (pixels, plans, "*i32", pixels, "i32", "i32"), size | blocks),
+        (
+            "box blur",
+            triton_colour.box_blur_kernel,
+            (pixels, rows, pixels, rows, plans, plans, "i32", "i32", "i32"),
+            size | {"ALONG_WIDTH": 1},
+        ),
+    ):
+        yield LaunchedKernel(
+            name, function, types, constants, triton_colour.WARPS, 1, multiplies=False, fp_fusion=False
+        )
 
 
 def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
@@ -98,7 +116,7 @@ def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].startswith("*")
     }
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=aligned)
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": kernel.fp_fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, spilled = _registers(ptx, capability)

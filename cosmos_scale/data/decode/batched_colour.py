@@ -40,12 +40,16 @@ def colour_(
             levels_NCHW.index_copy_(0, moved, changed)
 
 
+def hue_steps(turns: Tensor) -> Tensor:
+    """Return how far hues turn in Pillow's 8-bit HSV: torchvision's cast of the shift truncates towards zero."""
+    return (turns * 255).trunc()
+
+
 def _jitter_(levels_NCHW: Tensor, order_N4: Tensor, factors_N4: Tensor) -> None:
     """Each crop's operations in its own order: in every position, all crops that have the same operation there."""
     active_N4 = factors_N4 != factors_N4.new_tensor(NO_JITTER)
     factors_N4 = factors_N4.clone()
-    # torchvision's cast of the shift to 8 bits truncates towards zero.
-    factors_N4[:, HUE] = (factors_N4[:, HUE] * 255).trunc()
+    factors_N4[:, HUE] = hue_steps(factors_N4[:, HUE])
     operations, rows, factors = [], [], []
     for order_N in order_N4.unbind(1):
         for operation in (BRIGHTNESS, CONTRAST, SATURATION, HUE):
@@ -132,7 +136,7 @@ def _solarise(levels_NCHW: Tensor, thresholds: Tensor) -> Tensor:
 
 def _blur(levels_NCHW: Tensor, radius: Tensor) -> Tensor:
     """Pillow's Gaussian blur: along each axis three box blurs of fractional width, rounded to 8 bits after each."""
-    weights_RN = _box_weights(radius.double())
+    weights_RN = box_weights(radius.double())
     weights = weights_RN.float().view(-1, len(radius), 1, 1, 1).to(levels_NCHW.device, non_blocking=True).unbind()
     for axis in (3, 2):
         for _ in range(BLUR_PASSES):
@@ -140,7 +144,7 @@ def _blur(levels_NCHW: Tensor, radius: Tensor) -> Tensor:
     return levels_NCHW
 
 
-def _box_weights(radius: Tensor) -> Tensor:
+def box_weights(radius: Tensor) -> Tensor:
     """Weights of a box blur's pixels by their distance from the centre: [N] float64 to [R + 1, N].
 
     Three such boxes have the variance of a Gaussian of this radius (Gwosdek et al. 2011, extended box filters).
