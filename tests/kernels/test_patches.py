@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.batch import MEAN, STD
+from cosmos_scale.engine.pair import drawn_pair
+from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.kernels.patches import cut_patches, level_values, normalised_patches
-from cosmos_scale.testing.device_counts import DeviceCounter, total
+from cosmos_scale.testing.device_counts import Count, DeviceCounter, count_step
+from cosmos_scale.testing.tiny import tiny_config
 from tests.kernels.triton_programs import lines
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -59,18 +62,28 @@ def test_the_interpreted_kernel_has_the_same_bits() -> None:
 
 
 @needs_triton
-def test_the_kernel_serves_unless_torch_is_asked_for() -> None:
+def test_the_kernel_reads_each_level_and_writes_each_value_once() -> None:
     crops, values = some_crops((2, 32, 32), (4, 16, 16), device="meta"), level_values(MEAN, STD, torch.bfloat16)
-    for triton, launches in ((True, 2), (False, 6)):
-        with DeviceCounter() as counter:
+    counters = {}
+    for triton in (True, False):
+        with DeviceCounter() as counters[triton]:
             normalised_patches(crops, 16, values.to("meta"), triton=triton)
-        found = total(count for (_, name), count in counter.counts.items() if (name == "write_patches_") == triton)
-        assert found.launches >= launches if not triton else found.launches == launches
-        if triton:  # each level is read and each value written once
-            levels = sum(images.numel() for images in crops)
-            assert (found.read, found.written) == (levels + 2 * values.nbytes, 2 * levels)
-        else:
-            assert ("", "write_patches_") not in counter.counts
+    levels = sum(images.numel() for images in crops)
+    assert counters[True].counts["", "write_patches_"] == Count(2, levels + 2 * values.nbytes, 2 * levels)
+    assert ("", "write_patches_") not in counters[False].counts
+
+
+@needs_triton
+def test_the_config_says_whether_the_kernel_serves() -> None:
+    for kernels, served in (("auto", True), ("torch", False)):
+        config = tiny_config(kernels=kernels)
+        counter = count_step(config, torch.full((config.data.captions.count, config.train.global_batch), 4))
+        launched = {phase for phase, operator in counter.counts if operator == "write_patches_"}
+        assert launched == ({"student", "teacher"} if served else set())
+        student, teacher = drawn_pair(config, start_ranks("cpu"))
+        for model in (student.model, teacher.model):
+            assert model.visual.conv1.triton == served
+        student.layout.close()
 
 
 @pytest.mark.gpu
