@@ -21,7 +21,7 @@ import torch
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
-from cosmos_scale.data.decode.batched_colour import colour_
+from cosmos_scale.data.decode.crop_colour import colour_crops_
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, picture_for_dali, require_dali, stack
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
@@ -59,9 +59,11 @@ def for_dali(first: int, photos: list[bytes]) -> Encoded:
 
 def colour_global_crops(encoded: Encoded, device: torch.device) -> Callable[[], None]:
     """Return a call that changes only the colour of a batch's global crops, which are noise here."""
-    rows = encoded.colour(slice(VIEWS.global_crops))
-    levels_NCHW = torch.randint(0, 256, (len(rows[0]), 3, SIDE, SIDE), device=device).float()
-    return lambda: colour_(levels_NCHW, *rows)
+    plan, samples = encoded.colour(slice(VIEWS.global_crops)), encoded.boxes.shape[1]
+    shape = (VIEWS.global_crops, samples, SIDE, SIDE, 3)
+    pixels = list(torch.randint(0, 256, shape, dtype=torch.uint8, device=device))
+    views = torch.empty(VIEWS.global_crops, samples, 3, SIDE, SIDE, dtype=torch.uint8, device=device)
+    return lambda: colour_crops_(views, pixels, *plan)
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
@@ -83,8 +85,8 @@ def measure(batches: Batches, rounds: int, device: torch.device) -> dict[str, fl
     count = sum(len(photos) for _, photos in batches)
     decoder = DaliDecoder(VIEWS, SIDE, size, device, DaliConfig(threads=1 if device.type == "cpu" else 4, prefetch=0))
     on_cpu = Views(
-        torch.empty(VIEWS.global_crops, size, 3, SIDE, SIDE),
-        torch.empty(VIEWS.local_crops, size, 3, VIEWS.local_size, VIEWS.local_size),
+        torch.empty(VIEWS.global_crops, size, 3, SIDE, SIDE, dtype=torch.uint8),
+        torch.empty(VIEWS.local_crops, size, 3, VIEWS.local_size, VIEWS.local_size, dtype=torch.uint8),
     )
 
     here = torch.device("cpu")

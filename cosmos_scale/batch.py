@@ -5,12 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# CLIP's statistics of RGB values in 0..1 (Radford et al. 2021, released code).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 class Batch(NamedTuple):
     """One rank's share of a training batch; the first global crop and caption feed the cross-modality poolers.
 
-    global_crops: [V_global, B, 3, H, W] float32, normalised.
-    local_crops: [V_local, B, 3, h, w] float32, normalised; V_local may be 0.
+    global_crops: [V_global, B, 3, H, W] uint8, levels of 8-bit pixels, which the image tower normalises by MEAN and
+    STD; or of a floating dtype, normalised already.
+    local_crops: [V_local, B, 3, h, w] of the same dtype; V_local may be 0.
     captions: [K, B, L] int32 token ids, 0 is padding, the largest id of a row is EOT; global captions first.
     caption_lengths: [K, B] int64, the tokens of each caption up to and including EOT.
     sample_ids: [B] int64, the position of each sample in the merged index of all sources.

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "loss": {"kernels"} | FOUNDATION,
     "engine": {"kernels", "model", "loss", "checkpoint"} | FOUNDATION,
     "step": {"loss", "engine"} | FOUNDATION,
-    "data": FOUNDATION,
+    "data": {"kernels"} | FOUNDATION,
     "checkpoint": FOUNDATION,
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
     "profiling": {"model", "engine"} | FOUNDATION,  # of engine its formulas

@@ -63,6 +63,10 @@ class CosmosModel(TextTower):
         """Let the backward compute every n-th block of both towers again, to keep no activations of it; 0: none."""
         self.transformer.recompute = self.visual.transformer.recompute = every
 
+    def allow_triton(self, allowed: bool) -> None:
+        """Let the project's Triton kernels serve where they can, or keep them out."""
+        self.visual.conv1.triton = allowed
+
     def forward(self, batch: Batch) -> Features:
         """Return the student's features of every view, in the parameters' dtype.
 
@@ -106,7 +110,7 @@ class CosmosModel(TextTower):
         return TeacherFeatures(image_BE.unflatten(0, (-1, samples)), text_BE.unflatten(0, (-1, samples)))
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
-        """Return the normalised features [B, E] of images [B, 3, H, W] of one size."""
+        """Return the normalised features [B, E] of images [B, 3, H, W] of one size, as in Batch.global_crops."""
         pooled_BE, _ = self.visual([images_BCHW])
         return normalise(pooled_BE)
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.config import VisionConfig
 from cosmos_scale.kernels.linear import linear
+from cosmos_scale.kernels.patches import cut_patches, level_values, normalised_patches
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.packing import pack_crops
 from cosmos_scale.model.transformer import Attention, LayerNorm, Linear, Transformer, empty_parameter, normal_, uniform_
@@ -20,25 +22,24 @@ class PatchEmbedding(nn.Module):
     def __init__(self, width: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.triton = True  # whether the Triton kernel may serve
         self.weight = empty_parameter(width, 3, patch_size, patch_size)
 
     def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
         """Embed crops, one tensor [B, 3, H, W] for each resolution: a token for each whole patch, row by row.
 
-        Returns [B, rows x columns, D] for each resolution; pixels past the last whole patch are unused.
+        crops: uint8 levels, or of a floating dtype and normalised. Returns [B, rows x columns, D] for each resolution;
+        pixels past the last whole patch are unused.
         """
-        patches = [self._cut(images_BCHW) for images_BCHW in crops]
-        tokens_TD = linear(torch.cat([cut.flatten(0, 1) for cut in patches]), self.weight.flatten(1), steady=True)
-        split = tokens_TD.split([cut.shape[0] * cut.shape[1] for cut in patches])
-        return [tokens.unflatten(0, cut.shape[:2]) for tokens, cut in zip(split, patches, strict=True)]
-
-    def _cut(self, images_BCHW: Tensor) -> Tensor:
-        """Return the pixels of each whole patch: [B, rows x columns, 3 size size]."""
-        size = self.patch_size
-        rows, columns = images_BCHW.shape[2] // size, images_BCHW.shape[3] // size
-        whole = images_BCHW[:, :, : rows * size, : columns * size]
-        patches: Tensor = whole.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
-        return patches.flatten(3).flatten(1, 2)
+        size, dtype = self.patch_size, self.weight.dtype
+        if crops[0].dtype == torch.uint8:
+            patches_TI = normalised_patches(crops, size, pixel_values(dtype, crops[0].device), triton=self.triton)
+        else:
+            patches_TI = torch.cat([cut_patches(images.to(dtype), size).flatten(0, 1) for images in crops])
+        tokens_TD = linear(patches_TI, self.weight.flatten(1), steady=True)
+        counts = [(len(images), images.shape[2] // size * (images.shape[3] // size)) for images in crops]
+        split = tokens_TD.split([count * patches for count, patches in counts])
+        return [tokens.unflatten(0, sizes) for tokens, sizes in zip(split, counts, strict=True)]
 
 
 class VisionTower(nn.Module):
@@ -79,11 +80,11 @@ class VisionTower(nn.Module):
     def forward(self, crops: Sequence[Tensor], tokens_of: int = 0) -> tuple[Tensor, Tensor]:
         """Encode crops of one or several resolutions, all of them in one pass.
 
-        crops: a tensor [B, 3, H, W] for each resolution, normalised; cast to the parameters' dtype. Returns the pooled
-        features [sum of B, E], not normalised, and the patch tokens after ln_post, without the class token, of the
-        first `tokens_of` crops, one after the other: [tokens_of x patches, D].
+        crops: a tensor [B, 3, H, W] for each resolution, as in PatchEmbedding. Returns the pooled features [sum of B,
+        E], not normalised, and the patch tokens after ln_post, without the class token, of the first `tokens_of` crops,
+        one after the other: [tokens_of x patches, D].
         """
-        embedded = self.conv1([images_BCHW.to(self.proj.dtype) for images_BCHW in crops])
+        embedded = self.conv1(crops)
         views = []
         for images_BCHW, patches_BLD in zip(crops, embedded, strict=True):
             class_B1D = self.class_embedding.expand(patches_BLD.shape[0], 1, -1)
@@ -110,6 +111,13 @@ class VisionTower(nn.Module):
 
 
 @cache  # kept for good: a CUDA graph reads them, and there are few
+def pixel_values(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the normalised value of each 8-bit level of red, green and blue: [3, 256]."""
+    with torch.inference_mode(False):  # see interpolation_matrix
+        return level_values(MEAN, STD, dtype).to(device)
+
+
+@cache  # as above
 def interpolation_matrix(patches: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the bicubic interpolation of a square position table as a matrix: [rows x columns, patches].
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import Ranks, from_all, maxima, raise_together
 from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.run.copy_stream import CopyStream
 
 
 class StopRequest:
@@ -91,6 +92,7 @@ class Lookahead:
         """first: steps done. last: steps done at the end. say: is told of lost shards. unsaved: asked at each step."""
         self._loader = loader
         self._ranks = ranks
+        self._copies = CopyStream(ranks.device)
         self._stop = stop
         self._say = say
         self._unsaved = unsaved
@@ -137,7 +139,7 @@ class Lookahead:
     def _fetch(self) -> tuple[Batch | None, Mapping[str, str], UserError | None]:
         """This rank's next batch; or the shards that it found lost, or what prevents it."""
         try:
-            return next(self._batches).to(self._ranks.device), {}, None
+            return self._copies.bring(next(self._batches)), {}, None
         except ShardsToGiveUp as loss:
             return None, loss.shards, None
         except UserError as error:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cosmos_scale.batch import Batch
+from cosmos_scale.batch import MEAN, STD, Batch
 from cosmos_scale.config import ModelConfig, ViewsConfig
 
 
@@ -14,7 +14,8 @@ def random_batch(
 ) -> Batch:
     """Return a batch of noise, which a seed determines: crops, and captions with the EOT, the largest id, at their end.
 
-    lengths: for each caption of a sample, the fewest and the most tokens, the EOT included. Other ids are from 1 up.
+    Crops are float32, normalised. lengths: for each caption of a sample, the fewest and the most tokens, the EOT
+    included. Other ids are from 1 up.
     """
     generator = torch.Generator().manual_seed(seed)
     eot = model.text.vocab_size - 1
@@ -38,3 +39,13 @@ def random_batch(
         torch.arange(samples),
         torch.tensor(0),
     )
+
+
+def with_levels(batch: Batch) -> Batch:
+    """Return a batch whose normalised crops are rounded to levels of 8-bit pixels, as a loader makes them."""
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+
+    def levels(crops: Tensor) -> Tensor:
+        return ((crops * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    return batch._replace(global_crops=levels(batch.global_crops), local_crops=levels(batch.local_crops))

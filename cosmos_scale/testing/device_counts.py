@@ -32,7 +32,7 @@ META = torch.device("meta")
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 LOOKUPS = {"embedding", "index_select", "gather", "index"}
 # Operators whose first operand is written, not read.
-FILLS = {"copy_", "fill_", "zero_", "index_copy_", "index_put_"}
+FILLS = {"copy_", "fill_", "zero_", "index_copy_", "index_put_", "write_patches_"}
 COPIES = {"copy_", "_to_copy", "clone", "cat", "stack", "_foreach_copy_"}
 GROUPS = ("products", "attention", "copies", "norms and pointwise")
 
@@ -125,8 +125,12 @@ def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     with META:
         student, teacher = CosmosModel(config.model).to(dtype), CosmosModel(config.model).to(dtype)
+    for model in (student, teacher):
+        model.allow_triton(config.kernels == "auto")
     student.recompute_blocks(config.train.recompute)
     batch = meta_batch(config, lengths_KB)
+    with torch.no_grad():
+        student(batch)  # makes tables that later steps find
     counter = DeviceCounter()
     with counter:
         with counter.phase("student"):
@@ -188,7 +192,7 @@ def meta_batch(config: RunConfig, lengths_KB: Tensor) -> Batch:
     captions, samples = lengths_KB.shape
 
     def crops(count: int, side: int) -> Tensor:
-        return torch.empty(count, samples, 3, side, side, device=META)
+        return torch.empty(count, samples, 3, side, side, dtype=torch.uint8, device=META)
 
     return Batch(
         crops(views.global_crops, model.vision.image_size),

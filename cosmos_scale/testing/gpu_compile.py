@@ -18,12 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos_scale.kernels import triton_contrastive
+from cosmos_scale.kernels import triton_colour, triton_contrastive, triton_patches
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, at most
 TENSOR_MEMORY = 512  # columns
 WIDTH = 512  # of features: ViT-B's
+PATCH_SIZE, SIDES = 16, (224, 96)  # ViT-B/16's, and of the crops in pixels
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -31,7 +32,8 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class LaunchedKernel(NamedTuple):
     """A kernel as it is launched.
 
-    types: of its run-time arguments in order, such as "*bf16". multiplies: whether it needs tensor cores.
+    types: of its run-time arguments in order, such as "*bf16". multiplies: whether it needs tensor cores. fp_fusion:
+    whether a product and a sum may be rounded once.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LaunchedKernel(NamedTuple):
     warps: int
     stages: int
     multiplies: bool
+    fp_fusion: bool = True
 
 
 class Resources(NamedTuple):
@@ -55,7 +58,7 @@ class Resources(NamedTuple):
 
 
 def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> Iterator[LaunchedKernel]:
-    """Yield every kernel with the launch parameters that training uses, for bfloat16 features of ViT-B's width."""
+    """Yield every kernel with the launch parameters that training uses, for bfloat16 and ViT-B/16's sizes."""
     features, numbers = ("*bf16", "*bf16"), ("*fp32",)
     yield LaunchedKernel(
         "contrastive statistics",
@@ -75,6 +78,32 @@ def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> I
         tiles.stages,
         multiplies=True,
     )
+    for side in SIDES:
+        yield LaunchedKernel(
+            f"patches of {side} pixels",
+            triton_patches.patches_kernel,
+            ("*u8", "*bf16", "*bf16"),
+            triton_patches.patches_constants(3, side, side, PATCH_SIZE),
+            triton_patches.WARPS,
+            1,
+            multiplies=False,
+        )
+    pixels, plans, rows = "*u8", "*fp32", "*i64"
+    size = {"PIXELS": triton_colour.PIXELS}
+    blocks = {"BLOCKS": triton.next_power_of_2(triton.cdiv(SIDES[0] ** 2, triton_colour.PIXELS))}
+    for name, function, types, constants in (
+        ("grey sums", triton_colour.grey_sums_kernel, (pixels, plans, "*i32", "i32"), size),
+        ("recolour", triton_colour.recolour_kernel, (pixels, plans, "*i32", pixels, "i32", "i32"), size | blocks),
+        (
+            "box blur",
+            triton_colour.box_blur_kernel,
+            (pixels, rows, pixels, rows, plans, plans, "i32", "i32", "i32"),
+            size | {"ALONG_WIDTH": 1},
+        ),
+    ):
+        yield LaunchedKernel(
+            name, function, types, constants, triton_colour.WARPS, 1, multiplies=False, fp_fusion=False
+        )
 
 
 def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
@@ -87,7 +116,7 @@ def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].startswith("*")
     }
     source = ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=aligned)
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": kernel.fp_fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, spilled = _registers(ptx, capability)

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from cosmos_scale.data.decode import MEAN, STD
+from cosmos_scale.batch import MEAN, STD
 
 GLOBAL_CROPS, LOCAL_CROPS = 2, 6
 GLOBAL_SIDE, LOCAL_SIDE = 224, 96

@@ -1,38 +1,18 @@
 """The Triton kernels of the contrastive loss: right in Triton's interpreter, and fit for their GPUs when compiled."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import torch
 
 from cosmos_scale.kernels import contrastive
 from cosmos_scale.testing.device_counts import DeviceCounter
-from tests.conftest import REPOSITORY
+from tests.kernels.triton_programs import lines
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 # Of statistics absolute, of gradients relative. float16 rounds slopes to 11 bits before the second product.
 TOLERANCES = {"torch.float32": (2e-5, 3e-6), "torch.float16": (2e-5, 1e-3)}
-
-
-def lines(*arguments: str, interpret: bool, status: int = 0) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    finished = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env=environment | ({"TRITON_INTERPRET": "1"} if interpret else {}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == status, finished.stderr
-    return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
 def test_the_interpreted_kernels_equal_float64_at_odd_sizes() -> None:
@@ -47,11 +27,13 @@ def test_the_interpreted_kernels_equal_float64_at_odd_sizes() -> None:
 @pytest.mark.slow
 def test_the_compiled_kernels_fit_their_gpus() -> None:
     rows = lines("-m", "cosmos_scale.testing.gpu_compile", interpret=False)
+    names = {"contrastive statistics", "contrastive slopes", "patches of 224 pixels", "patches of 96 pixels"}
+    names |= {"grey sums", "recolour", "box blur"}
     assert {(row["kernel"], row["capability"]) for row in rows} == {
-        (f"contrastive {name}", capability) for name in ("statistics", "slopes") for capability in (80, 90, 100)
+        (name, capability) for name in names for capability in (80, 90, 100)
     }
     assert [row for row in rows if row["faults"]] == []
-    assert all(row["registers"] > 32 for row in rows)
+    assert all(row["registers"] > 32 for row in rows if row["kernel"].startswith("contrastive"))
 
 
 @pytest.mark.slow
@@ -61,7 +43,8 @@ def test_the_check_finds_a_kernel_that_does_not_fit() -> None:
 import json
 from cosmos_scale.testing import gpu_compile
 from cosmos_scale.kernels.triton_contrastive import TileSizes
-_, slopes = gpu_compile.kernels(TileSizes(columns=128, width=512))
+kernels = gpu_compile.kernels(TileSizes(columns=128, width=512))
+(slopes,) = (kernel for kernel in kernels if kernel.name == "contrastive slopes")
 found = gpu_compile.compile_for(slopes, 80)
 print(json.dumps(gpu_compile.faults(slopes, 80, found)))
 print(json.dumps(gpu_compile.faults(slopes, 80, found._replace(spilled=0, multiplies=False, has_trap=True))))

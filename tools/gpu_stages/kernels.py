@@ -1,12 +1,20 @@
 """Each kind of kernel of the step alone: its time, and the rate at which it moves bytes."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cosmos_scale.batch import MEAN, STD
+from cosmos_scale.config import ViewsConfig
+from cosmos_scale.data.decode.crop_colour import colour_crops_
+from cosmos_scale.data.decode.dali import stack
+from cosmos_scale.data.samples.sample import SampleKey
+from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.kernels import adamw_ema, contrastive
+from cosmos_scale.kernels.patches import level_values, normalised_patches
 from tools.gpu_stages.recorder import Recorder, failure
 
 TOKENS, WIDTH = 39424, 768  # of the student's crops at 64 samples, ViT-B/16
@@ -17,6 +25,8 @@ LOSSES = ((64, 64), (256, 256), (64, 1024), (32, 4096), (64, 32768))  # samples 
 def measure(recorder: Recorder) -> None:
     """Write a row for each kernel."""
     _pointwise(recorder)
+    _patches(recorder)
+    _colour(recorder)
     _optimizer(recorder)
     for samples, columns in ((4, 4), (4, 8)) if recorder.tiny else LOSSES:
         try:
@@ -53,6 +63,33 @@ def _pointwise(recorder: Recorder) -> None:
     for name, (call, times) in calls.items():
         spent = recorder.milliseconds(call)
         recorder.write(kernel=name, ms=spent, tb_per_s=times * nbytes / spent / 1e9)
+
+
+def _patches(recorder: Recorder) -> None:
+    """Write the time from levels to normalised patches of both kinds of crops, in both forms."""
+    samples, size, sides = (2, 8, (16, 8)) if recorder.tiny else (64, 16, (224, 96))
+    crops = [
+        torch.randint(0, 256, (views * samples, 3, side, side), dtype=torch.uint8, device=recorder.device)
+        for views, side in zip((2, 6), sides, strict=True)
+    ]
+    values = level_values(MEAN, STD, recorder.dtype).to(recorder.device)
+    nbytes = sum(images.numel() for images in crops) * (1 + values.element_size())
+    for triton in (True, False):
+        spent = recorder.milliseconds(partial(normalised_patches, crops, size, values, triton=triton))
+        recorder.write(kernel="normalised patches", triton=triton, ms=spent, tb_per_s=nbytes / spent / 1e9)
+
+
+def _colour(recorder: Recorder) -> None:
+    """Write the time of the colours of a batch's global crops as DALI hands them over, in both forms."""
+    views, samples, side = ViewsConfig(), *((2, 16) if recorder.tiny else (64, 224))
+    plans = [plan_views(views, side, SampleKey(0, 0, sample), 400, 600) for sample in range(samples)]
+    encoded = stack([b"unread"] * samples, plans).colour(slice(views.global_crops))
+    shape = (views.global_crops, samples, side, side, 3)
+    pixels = list(torch.randint(0, 256, shape, dtype=torch.uint8, device=recorder.device))
+    result = torch.empty(*shape[:2], 3, side, side, dtype=torch.uint8, device=recorder.device)
+    for triton in (True, False):
+        spent = recorder.milliseconds(partial(colour_crops_, result, pixels, *encoded, triton=triton))
+        recorder.write(kernel="colour of DALI's global crops", triton=triton, ms=spent)
 
 
 def _optimizer(recorder: Recorder) -> None:

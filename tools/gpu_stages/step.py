@@ -18,7 +18,9 @@ from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.loss import CosmosLoss
+from cosmos_scale.run.copy_stream import CopyStream
 from cosmos_scale.step import StepOutput, train_step
+from cosmos_scale.testing.batches import with_levels
 from cosmos_scale.testing.needed_flops import step_flops
 from cosmos_scale.testing.step_race import step_batch
 from tools.gpu_stages.recorder import Recorder
@@ -74,18 +76,19 @@ def _setting(recorder: Recorder, samples: int, overrides: tuple[str, ...]) -> Se
         drawn_pair(config, start_ranks(config.device)),
         CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels),
     )
-    batches = [step_batch(config, seed) for seed in range(BATCHES)]
+    batches = [with_levels(step_batch(config, seed)) for seed in range(BATCHES)]
     if recorder.on_gpu:
         batches = [Batch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
     return Setting(config, pair, loss, batches)
 
 
 def _loops(recorder: Recorder, setting: Setting, resident: list[Batch], samples: int) -> None:
-    """Write the time of steps whose batches lie on the device, and of steps that copy the next batch meanwhile."""
+    """Write the time of steps whose batches lie on the device, and of steps that copy batches as a run does."""
     steps = 3 if recorder.tiny else 20
     tflop = statistics.mean(step_flops(batch, setting.config) for batch in setting.batches) / 1e12
+    copies = CopyStream(recorder.device)
     for loop in ("batches on the device", "batches copied"):
-        following = setting.batches[0].to(recorder.device)
+        following = copies.bring(setting.batches[0])
         recorder.wait()
         began, host = time.perf_counter(), 0.0
         for number in range(steps):
@@ -94,7 +97,7 @@ def _loops(recorder: Recorder, setting: Setting, resident: list[Batch], samples:
             setting.step(batch)
             host += time.perf_counter() - launched
             if loop == "batches copied":
-                following = setting.batches[(number + 1) % BATCHES].to(recorder.device)
+                following = copies.bring(setting.batches[(number + 1) % BATCHES])
         recorder.wait()
         seconds, peak = (time.perf_counter() - began) / steps, recorder.peak()
         recorder.write(

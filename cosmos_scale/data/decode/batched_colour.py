@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos_scale.data.decode import MEAN, STD
 from cosmos_scale.data.samples.view_plan import BRIGHTNESS, CONTRAST, HUE, NO_JITTER, NO_SOLARISE, SATURATION
 
 LUMA = (19595.0, 38470.0, 7471.0)  # ITU-R 601-2 weights of red, green, blue, times 2^16
@@ -41,20 +40,16 @@ def colour_(
             levels_NCHW.index_copy_(0, moved, changed)
 
 
-def normalise_(levels_NCHW: Tensor) -> None:
-    """Turn levels into what the towers take: in place, 0..255 to CLIP's zero mean and unit deviation."""
-    scale = torch.tensor([1.0 / (255.0 * std) for std in STD]).view(3, 1, 1)
-    shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)]).view(3, 1, 1)
-    device = levels_NCHW.device
-    levels_NCHW.mul_(scale.to(device, non_blocking=True)).add_(shift.to(device, non_blocking=True))
+def hue_steps(turns: Tensor) -> Tensor:
+    """Return how far hues turn in Pillow's 8-bit HSV: torchvision's cast of the shift truncates towards zero."""
+    return (turns * 255).trunc()
 
 
 def _jitter_(levels_NCHW: Tensor, order_N4: Tensor, factors_N4: Tensor) -> None:
     """Each crop's operations in its own order: in every position, all crops that have the same operation there."""
     active_N4 = factors_N4 != factors_N4.new_tensor(NO_JITTER)
     factors_N4 = factors_N4.clone()
-    # torchvision's cast of the shift to 8 bits truncates towards zero.
-    factors_N4[:, HUE] = (factors_N4[:, HUE] * 255).trunc()
+    factors_N4[:, HUE] = hue_steps(factors_N4[:, HUE])
     operations, rows, factors = [], [], []
     for order_N in order_N4.unbind(1):
         for operation in (BRIGHTNESS, CONTRAST, SATURATION, HUE):
@@ -141,7 +136,7 @@ def _solarise(levels_NCHW: Tensor, thresholds: Tensor) -> Tensor:
 
 def _blur(levels_NCHW: Tensor, radius: Tensor) -> Tensor:
     """Pillow's Gaussian blur: along each axis three box blurs of fractional width, rounded to 8 bits after each."""
-    weights_RN = _box_weights(radius.double())
+    weights_RN = box_weights(radius.double())
     weights = weights_RN.float().view(-1, len(radius), 1, 1, 1).to(levels_NCHW.device, non_blocking=True).unbind()
     for axis in (3, 2):
         for _ in range(BLUR_PASSES):
@@ -149,7 +144,7 @@ def _blur(levels_NCHW: Tensor, radius: Tensor) -> Tensor:
     return levels_NCHW
 
 
-def _box_weights(radius: Tensor) -> Tensor:
+def box_weights(radius: Tensor) -> Tensor:
     """Weights of a box blur's pixels by their distance from the centre: [N] float64 to [R + 1, N].
 
     Three such boxes have the variance of a Gaussian of this radius (Gwosdek et al. 2011, extended box filters).

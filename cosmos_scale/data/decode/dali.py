@@ -1,8 +1,8 @@
 """The DALI decoder: executes view plans of a whole batch, on a GPU where there is one.
 
-Workers hand over encoded pictures with their plans. DALI decodes, crops and resizes. Colour follows in batched torch on
-the same device, because DALI's own colour operations do not use HSV and have no order. Nothing is drawn at random here,
-so there is no state to save.
+Workers hand over encoded pictures with their plans. DALI decodes, crops and resizes. Colour follows on the same device
+(crop_colour.py), because DALI's own colour operations do not use HSV and have no order. Nothing is drawn at random
+here, so there is no state to save.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.background import KEEP
-from cosmos_scale.data.decode.batched_colour import colour_, normalise_
+from cosmos_scale.data.decode.crop_colour import colour_crops_
 from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.samples.view_plan import ViewPlan
@@ -106,7 +106,7 @@ class Encoded(NamedTuple):
     solarise: Tensor
 
     def colour(self, views: slice) -> list[Tensor]:
-        """Arguments of `colour_` for the crops of some views, [N, ...] each: view by view, then sample by sample."""
+        """Arguments of `colour_crops_` for some views' crops, [N, ...] each: view by view, then sample by sample."""
         fields = (self.jitter_order, self.jitter_factors, self.grey, self.blur_radius, self.solarise)
         return [field[views].flatten(0, 1) for field in fields]
 
@@ -125,13 +125,23 @@ def stack(pictures: Sequence[bytes], plans: Sequence[ViewPlan]) -> Encoded:
 class DaliDecoder:
     """Turns batches of encoded pictures into their views.
 
-    image_size: side of the global crops. batch: most pictures in a batch. Raises UserError where DALI is missing.
+    image_size: side of the global crops. batch: most pictures in a batch. triton: whether Triton kernels may serve.
+    Raises UserError where DALI is missing.
     """
 
     def __init__(
-        self, views: ViewsConfig, image_size: int, batch: int, device: torch.device, options: DaliConfig
+        self,
+        views: ViewsConfig,
+        image_size: int,
+        batch: int,
+        device: torch.device,
+        options: DaliConfig,
+        *,
+        triton: bool = True,
     ) -> None:
         require_dali()
+        self._triton = triton
+        self._read: list[tuple[torch.cuda.Event, list[Tensor]]] = []  # outputs of DALI that a GPU may still read
         self._views = views
         self._image_size = image_size
         self._device = device
@@ -146,7 +156,7 @@ class DaliDecoder:
     def stream(self, batches: Iterator[tuple[Encoded, T]]) -> Generator[tuple[Views, T], None, None]:
         """Yield the views of batch after batch, each with what came with it, while DALI works on the next ones.
 
-        Views: [V, B, 3, H, W] float32, normalised, on the device. The host waits for no GPU: on a GPU the views are
+        Views: [V, B, 3, H, W] uint8 on the device. The host waits for no GPU: on a GPU the views are
         valid on the stream that was current when they were asked for. data.dali.prefetch batches are asked for ahead.
         One stream at a time. Raises UserError where DALI fails, as where a GPU has no memory left.
         """
@@ -199,14 +209,19 @@ class DaliDecoder:
         kinds = ((self._image_size, slice(V_global)), (self._views.local_size, slice(V_global, len(crops))))
         made = []
         for side, kind in kinds:
-            levels_VBCHW = torch.empty(len(crops[kind]), batch, 3, side, side, device=self._device)
-            for levels, pixels in zip(levels_VBCHW, crops[kind], strict=True):
-                levels.copy_(pixels.permute(0, 3, 1, 2))
-            levels_NCHW = levels_VBCHW.flatten(0, 1)
-            colour_(levels_NCHW, *encoded.colour(kind))
-            normalise_(levels_NCHW)
-            made.append(levels_VBCHW)
+            views = torch.empty(len(crops[kind]), batch, 3, side, side, dtype=torch.uint8, device=self._device)
+            colour_crops_(views, crops[kind], *encoded.colour(kind), triton=self._triton)
+            made.append(views)
+        if self._device.type == "cuda":
+            self._keep(crops)
         return Views(*made)
+
+    def _keep(self, crops: list[Tensor]) -> None:
+        """Keep DALI's memory until the GPU has read it: DALI may not know the stream that reads."""
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        self._read = [(event, kept) for event, kept in self._read if not event.query()]
+        self._read.append((done, crops))
 
 
 def define_pipeline(

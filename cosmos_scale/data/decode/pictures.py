@@ -81,8 +81,8 @@ def batch_fields(config: RunConfig, batch: int) -> tuple[Field, ...]:
     views, captions, model = config.data.views, config.data.captions, config.model
     side, local_side, K = model.vision.image_size, views.local_size, captions.count
     return (
-        Field((views.global_crops, batch, 3, side, side), torch.float32),
-        Field((views.local_crops, batch, 3, local_side, local_side), torch.float32),
+        Field((views.global_crops, batch, 3, side, side), torch.uint8),
+        Field((views.local_crops, batch, 3, local_side, local_side), torch.uint8),
         Field((K, batch, model.text.context_length), torch.int32),
         Field((K, batch), torch.int64),
         Field((batch,), torch.int64),

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos_scale.data.decode import MEAN, STD, colour
+from cosmos_scale.batch import MEAN, STD
+from cosmos_scale.data.decode import colour
 from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.samples.view_plan import NO_JITTER, NO_SOLARISE, ViewPlan
@@ -21,15 +22,15 @@ TABLES = [
 def execute(picture: Pixels, plan: ViewPlan, global_crops: Tensor, local_crops: Tensor) -> None:
     """Make all planned views of a decoded [H, W, 4] picture.
 
-    global_crops: [V_global, 3, H, W], local_crops: [V_local, 3, h, w], float32, each view contiguous, so that they may
-    be slices of a batch; they are overwritten, normalised.
+    global_crops: [V_global, 3, H, W], local_crops: [V_local, 3, h, w], uint8, each view contiguous, so that they may be
+    slices of a batch; they are overwritten.
     """
     for view, out in enumerate([*global_crops, *local_crops]):
-        normalise_pixels(execute_view(picture, plan, view), out)
+        split_channels(execute_view(picture, plan, view), out)
 
 
 def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
-    """Make one view of a decoded [H, W, 4] picture: [side, side, 3] uint8, before normalisation."""
+    """Make one view of a decoded [H, W, 4] picture: [side, side, 3] uint8."""
     return blur_and_solarise(recolour(crop(picture, plan, view), plan, view), plan, view)
 
 
@@ -45,7 +46,10 @@ def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int, backg
     # Python rounds the margin as torchvision's CenterCrop does.
     top, left = (round((side - image_size) / 2) for side in resized.shape[:2])
     centre = resized[top : top + image_size, left : left + image_size]
-    return normalise_pixels(colour.rgb(centre), torch.empty(3, image_size, image_size))
+    image = torch.empty(3, image_size, image_size)
+    for plane, levels, table in zip(image.numpy(), cv2.split(colour.rgb(centre)), TABLES, strict=True):
+        cv2.LUT(levels, table, dst=plane)
+    return image
 
 
 def crop(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
@@ -74,16 +78,12 @@ def blur_and_solarise(pixels: Pixels, plan: ViewPlan, view: int) -> Pixels:
     return pixels
 
 
-def normalise_pixels(pixels: Pixels, out: Tensor) -> Tensor:
-    """Write [H, W, 3] uint8 into `out` [3, H, W] float32, contiguous, normalised; returns it."""
-    if out.dtype != torch.float32 or not out.is_contiguous() or out.shape[1:] != pixels.shape[:2]:
-        # OpenCV would write to a new array instead of `out`.
-        raise ValueError(
-            f"{tuple(out.shape)} {out.dtype} cannot take a view of {pixels.shape[:2]}: see normalise_pixels"
-        )
-    for plane, levels, table in zip(out.numpy(), cv2.split(pixels), TABLES, strict=True):
-        cv2.LUT(levels, table, dst=plane)
-    return out
+def split_channels(pixels: Pixels, out: Tensor) -> None:
+    """Write [H, W, 3] uint8 into `out` [3, H, W] uint8, contiguous: the channels one after the other."""
+    if out.dtype != torch.uint8 or not out.is_contiguous() or out.shape[1:] != pixels.shape[:2]:
+        # OpenCV would write to new arrays instead of `out`.
+        raise ValueError(f"{tuple(out.shape)} {out.dtype} cannot take a view of {pixels.shape[:2]}: see split_channels")
+    cv2.split(pixels, list(out.numpy()))
 
 
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cosmos_scale.data.decode import MEAN, STD, Views
+from cosmos_scale.data.decode import Views
 from cosmos_scale.files import make_folder, replace_file
 
 MARGIN, GAP, LINE, LABEL = 20, 8, 18, 18
@@ -43,7 +42,7 @@ def contact_sheet(
     zoom: int = 1,
     originals: Sequence[Original] | None = None,
 ) -> None:
-    """Write a PNG of all views and captions of some samples; views are shown pixel by pixel, colours undone.
+    """Write a PNG of all views and captions of some samples; views are shown pixel by pixel.
 
     samples: one (views, captions) a row, as `execute` and `draw_captions` return them. global_captions: how many of the
     captions are marked as global. zoom: side of the square, in pixels of the PNG, that shows one pixel of a view.
@@ -77,10 +76,8 @@ def contact_sheet(
 
 
 def to_image(view: Tensor) -> Image.Image:
-    """Undo the normalisation of one view [3, H, W]."""
-    levels = (view.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
-    pixels = levels.round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    """Return one view [3, H, W] uint8 as a picture."""
+    return Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
 
 
 def _row(views: Views, captions: list[str], global_captions: int, zoom: int, font: Font, bold: Font) -> Image.Image:

@@ -127,7 +127,10 @@ class TrainLoader:
 
         if self._decoder is None:
             views, side = self._config.data.views, self._config.model.vision.image_size
-            self._decoder = DaliDecoder(views, side, self._samples_per_rank, self._device, self._config.data.dali)
+            self._decoder = DaliDecoder(
+                *(views, side, self._samples_per_rank, self._device, self._config.data.dali),
+                triton=self._config.kernels == "auto",
+            )
         for made, others in self._decoder.stream(encoded()):
             yield Batch(*made, *others)
         raise failures[0]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.cli.main import main
-from cosmos_scale.data.decode import MEAN, STD
 from cosmos_scale.data.decode.dali import picture_for_dali
 from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
@@ -82,9 +82,10 @@ def test_training_and_evaluation_read_the_key(tmp_path: Path) -> None:
         order = batch.sample_ids.tolist()
         # The largest blue of each transparent picture, in training's first view and in evaluation.
         crops = batch.global_crops[0, [order.index(sample) for sample in (1, 3, 5, 7)], 2].amax((1, 2))
-        blue[background] = crops.tolist() + images[1::2, 2].amax((1, 2)).tolist()
-    assert max(blue["keep"]) < 0  # the hidden colour has almost no blue
-    assert min(blue["#0000ff"]) > 1.5
+        levels = (images[1::2, 2].amax((1, 2)) * STD[2] + MEAN[2]) * 255
+        blue[background] = crops.tolist() + levels.tolist()
+    assert max(blue["keep"]) < 100  # the hidden colour has almost no blue
+    assert min(blue["#0000ff"]) > 210
 
 
 def test_verify_and_inspect_count_transparent_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 
 from cosmos_scale.config import ViewsConfig
-from cosmos_scale.data.decode import MEAN, STD
-from cosmos_scale.data.decode.batched_colour import colour_, normalise_
+from cosmos_scale.data.decode.batched_colour import colour_
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import (
     BRIGHTNESS,
@@ -142,13 +141,3 @@ def test_a_crop_does_not_see_its_batch() -> None:
 def test_no_crops_are_no_trouble() -> None:
     assert coloured([photo(8, 8)] * 2, **plan(2)).shape == (2, 8, 8, 3)
     colour_(torch.empty(0, 3, 8, 8), **plan(0))
-
-
-def test_normalisation() -> None:
-    levels_NCHW = torch.arange(256.0).repeat(2, 3, 1, 1)
-    expected = (levels_NCHW.double() / 255 - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(
-        STD
-    ).double().view(3, 1, 1)
-    normalise_(levels_NCHW)
-    # float32: a few units of 2^-24, relative to values up to 2.7
-    torch.testing.assert_close(levels_NCHW.double(), expected, rtol=0, atol=1e-6)

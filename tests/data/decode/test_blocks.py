@@ -12,6 +12,7 @@ import torch
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode.blocks import ALIGNMENT, Field, TensorBlock, block_bytes
+from cosmos_scale.data.decode.pictures import batch_fields
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.worker import Loaded, StepBatches
@@ -44,6 +45,16 @@ def test_tensors_of_a_block_are_apart_and_aligned(shared: bool) -> None:
         assert (tuple(tensor.shape), tensor.dtype) == tuple(field)
         assert (tensor.data_ptr() - block.memory.data_ptr()) % ALIGNMENT == 0
         assert (tensor == number).all()
+
+
+def test_a_batch_of_the_published_sizes_is_a_byte_a_level() -> None:
+    config = RunConfig.model_validate({"data": {"sources": [{"name": "a", "shards": "b"}]}})
+    samples = 64
+    pixels = samples * 3 * (2 * 224**2 + 6 * 96**2)
+    captions = samples * config.data.captions.count * (4 * config.model.text.context_length + 8)
+    nbytes = block_bytes(batch_fields(config, samples))
+    assert pixels + captions < nbytes < pixels + captions + 1024  # sample ids, the count, and what alignment adds
+    assert nbytes / 1e6 == pytest.approx(30.0, abs=0.1)
 
 
 def test_copied_tensors_equal_the_originals() -> None:

@@ -22,7 +22,7 @@ def whole_pictures(pictures: Sequence[bytes], side: int) -> list[Any]:
     plan.boxes[:] = (0, 0, side, side)
     plan.flip[:] = False
     crops = decode_with(ONE_VIEW, side, len(pictures))(stack(pictures, [plan] * len(pictures)))
-    return [np.rint(levels(crop)).astype(np.uint8) for crop in crops.global_crops[0]]
+    return [levels(crop).astype(np.uint8) for crop in crops.global_crops[0]]
 
 
 RARE_MARKERS = {

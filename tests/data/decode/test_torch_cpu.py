@@ -12,8 +12,9 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.config import BlurConfig, JitterConfig, ViewsConfig
-from cosmos_scale.data.decode import MEAN, STD, Views
+from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import evaluation_image, execute, execute_view
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
@@ -76,10 +77,12 @@ def reference_view(image: Image.Image, plan: ViewPlan, view: int) -> Image.Image
     return image
 
 
-def levels(normalised: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Undo the normalisation: [3, H, W] to [H, W, 3] in 0..255, float64."""
-    values = normalised.double().permute(1, 2, 0) * torch.tensor(STD).double() + torch.tensor(MEAN).double()
-    result: np.ndarray[Any, np.dtype[np.float64]] = values.numpy() * 255
+def levels(view: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """[3, H, W], levels or normalised, to [H, W, 3] in 0..255, float64."""
+    values = view.double().permute(1, 2, 0)
+    if view.is_floating_point():
+        values = (values * torch.tensor(STD).double() + torch.tensor(MEAN).double()) * 255
+    result: np.ndarray[Any, np.dtype[np.float64]] = values.numpy()
     return result
 
 
@@ -202,7 +205,7 @@ def test_same_key_same_bits() -> None:
     again = make_views(JPEG, ViewsConfig(), 224, KEYS[0])
     other = make_views(JPEG, ViewsConfig(), 224, KEYS[1])
     for one, same, different in zip(first, again, other, strict=True):
-        assert one.dtype == torch.float32
+        assert one.dtype == torch.uint8
         assert one.is_contiguous()
         assert torch.equal(one, same)
         assert not torch.equal(one, different)
@@ -213,11 +216,11 @@ def test_views_are_written_into_slices_of_a_batch() -> None:
     views = ViewsConfig(local_crops=3)
     expected = make_views(JPEG, views, 64, KEYS[1])
     picture = decode_rgbx(JPEG, MAX_PIXELS)
-    batch = torch.full((2, 4, 3, 64, 64), 7.0), torch.full((3, 4, 3, 96, 96), 7.0)
+    batch = [torch.full((*sizes, 3, side, side), 7, dtype=torch.uint8) for sizes, side in (((2, 4), 64), ((3, 4), 96))]
     execute(picture, plan_views(views, 64, KEYS[1], *picture.shape[:2]), *(crops[:, 2] for crops in batch))
     for crops, alone in zip(batch, expected, strict=True):
         assert torch.equal(crops[:, 2], alone)
-        assert (crops[:, [0, 1, 3]] == 7.0).all()
+        assert (crops[:, [0, 1, 3]] == 7).all()
 
 
 def test_threads_change_nothing() -> None:
@@ -237,10 +240,10 @@ def test_tensors_that_cannot_be_written_in_place_are_refused() -> None:
     picture = decode_rgbx(JPEG, MAX_PIXELS)
     views = ViewsConfig(local_crops=0)
     plan = plan_views(views, 32, KEYS[0], *picture.shape[:2])
-    fitting = torch.empty(2, 3, 32, 32)
-    for wrong in (fitting.double(), fitting.to(memory_format=torch.channels_last), torch.empty(2, 3, 32, 33)):
+    fitting = torch.empty(2, 3, 32, 32, dtype=torch.uint8)
+    for wrong in (fitting.float(), fitting.to(memory_format=torch.channels_last), fitting.new_empty(2, 3, 32, 33)):
         with pytest.raises(ValueError, match="cannot take a view"):
-            execute(picture, plan, wrong, torch.empty(0, 3, 96, 96))
+            execute(picture, plan, wrong, fitting.new_empty(0, 3, 96, 96))
 
 
 def test_other_sizes_and_counts() -> None:
@@ -249,8 +252,7 @@ def test_other_sizes_and_counts() -> None:
     assert crops.global_crops.shape == (3, 3, 64, 64)
     assert crops.local_crops.shape == (0, 3, 32, 32)
     one_pixel = make_views(encoded(Image.new("RGB", (1, 1), "#ff8000"), "PNG"), PLAIN, 8, KEYS[0])
-    # Exact, apart from the normalisation's float32.
-    np.testing.assert_allclose(levels(one_pixel.local_crops[0]), np.broadcast_to([255, 128, 0], (96, 96, 3)), atol=1e-4)
+    np.testing.assert_array_equal(levels(one_pixel.local_crops[0]), np.broadcast_to([255, 128, 0], (96, 96, 3)))
 
 
 @pytest.mark.parametrize("size", [(200, 320), (333, 224), (224, 224), (100, 57), (1000, 30)])

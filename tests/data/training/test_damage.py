@@ -180,7 +180,7 @@ def test_what_is_odd_but_sound_trains(tmp_path: Path, name: str) -> None:
     assert sorted(torch.cat([batch.sample_ids for batch in batches]).tolist()) == [*range(SAMPLES)]
     assert sum(int(batch.substituted) for batch in batches) == 0
     for batch in batches:
-        assert torch.isfinite(batch.global_crops).all()
+        assert batch.global_crops.dtype == torch.uint8
         assert (batch.caption_lengths >= 2).all()
 
 
@@ -283,8 +283,8 @@ def test_both_decoders_find_the_same_damage(half_damaged: tuple[Path, Path, set[
     for one, other in zip(*made, strict=True):
         for name in ("captions", "caption_lengths", "sample_ids", "substituted"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
-        # Crops of 8-bit noise by two resizers, colours by two libraries: some levels of 255, in units of about 68.
-        assert (one.global_crops - other.global_crops).abs().mean() < 4 / 68
+        # Crops of 8-bit noise by two resizers, colours by two libraries: some levels of 255.
+        assert (one.global_crops.float() - other.global_crops.float()).abs().mean() < 4
 
 
 def named(log: Path) -> set[str]:

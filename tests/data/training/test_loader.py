@@ -70,7 +70,7 @@ def test_a_batch_is_its_samples_plans_and_captions(shards: Path) -> None:
                 (2, 4, 3, 16, 16), (1, 4, 3, 8, 8), (3, 4, 16), (3, 4), (4,), (),
             ]  # fmt: skip
             assert [tensor.dtype for tensor in batch] == [
-                torch.float32, torch.float32, torch.int32, torch.int64, torch.int64, torch.int64,
+                torch.uint8, torch.uint8, torch.int32, torch.int64, torch.int64, torch.int64,
             ]  # fmt: skip
             assert batch.substituted.item() == 0
             for b, number in enumerate(batch.sample_ids.tolist()):
