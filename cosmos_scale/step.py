@@ -38,7 +38,7 @@ def train_step(
 
     batch: this rank's share, on the device. lr: learning rate. momentum: the share of itself that the teacher keeps.
     Nothing here makes the host wait for the device. DeepSpeed (0.19) makes it wait around the update: at stage 3, with
-    clipping or offloading, in fp16, and at stage 0 in bf16.
+    offloading, in fp16, and at stage 0 in bf16.
     """
     features = student(batch)
     teacher_features = teacher(batch)

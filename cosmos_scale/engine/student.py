@@ -10,9 +10,10 @@ from torch import Tensor
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import cut, join, surrogate
+from cosmos_scale.engine.layout import Placement
 from cosmos_scale.engine.optimizer import build_optimizer
 from cosmos_scale.engine.ranks import Ranks
-from cosmos_scale.engine.zero import Placement, lay_out
+from cosmos_scale.engine.zero import lay_out
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.model.cosmos import CosmosModel
 
@@ -83,7 +84,7 @@ class Student:
         finite: [] bool, equal on all ranks: whether the loss is finite. In fp16 the gradient does not count, since the
         loss scaler drops the AdamW update where the scaled gradient is not finite.
         """
-        norm = self.layout.gradient_norm()
+        norm = self.layout.clip_gradients()
         if self.layout.scaler is None:
             finite = finite & norm.isfinite()
         self.optimizer.update(self.layout.step, lr=lr, momentum=momentum, skip=1.0 - finite.float())
