@@ -21,6 +21,12 @@ class ZeroConfig(Section):
         description="whether masters, moments and average stay in the host's memory and are updated there",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="number format in which gradients travel and are summed over the ranks; fp32 rounds no gradient of "
+        "a lower precision; bf16 halves the bytes, and rounds each gradient and each partial sum",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
 
     def _check_rules(self) -> None:
         if self.offload and self.stage == 0:

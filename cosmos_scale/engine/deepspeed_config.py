@@ -31,7 +31,8 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.samples_per_rank(world_size) // config.train.micro_batches,
         "gradient_accumulation_steps": config.train.micro_batches,
-        "gradient_clipping": config.optimizer.clip_norm or 0.0,
+        # DeepSpeed clips where it knows the norm; elsewhere the layout clips.
+        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if zero.get("compute_grad_norm", True) else 0.0,
         "zero_allow_untested_optimizer": True,
         # Our optimizer steps on the host too. DeepSpeed's CPU optimizer would be compiled at the first launch.
         "zero_force_ds_cpu_optimizer": False,
@@ -39,8 +40,7 @@ def deepspeed_config(config: RunConfig, world_size: int, elements: int, zero_key
         # Our device-side gate replaces DeepSpeed's overflow check, which the host waits for.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": config.precision == "fp16"},
-        # Low-precision gradients are summed over ranks in fp32.
-        "communication_data_type": "fp32",
+        "communication_data_type": config.zero.gradient_dtype,
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},
     }

@@ -5,7 +5,7 @@ Bytes for each parameter, with b = 4 in fp32 and b = 2 in bf16 and fp16. `/ W`: 
 | stage       | weights | gradients | masters          | moments | average | teacher          |
 |-------------|---------|-----------|------------------|---------|---------|------------------|
 | 0           | b       | b         | 4 (fp32: 0)      | 8       | 4       | b (fp32: 0)      |
-| 1, 2        | b       | b / W     | 4 / W (fp32: 0)  | 8 / W   | 4 / W   | b                |
+| 1, 2        | b       | 4 / W     | 4 / W (fp32: 0)  | 8 / W   | 4 / W   | b                |
 | 3           | b / W   | b / W     | 4 / W            | 8 / W   | 4 / W   | b / W            |
 | 1, 2 + host | b       | 4 / W     | 4 / W            | 8 / W   | 4 / W   | b                |
 | 3 + host    | b / W   | (b + 4)/W | 4 / W            | 8 / W   | 4 / W   | b / W            |
@@ -13,7 +13,8 @@ Bytes for each parameter, with b = 4 in fp32 and b = 2 in bf16 and fp16. `/ W`: 
 Masters take nothing in fp32 at stages 0 to 2: they are the weights themselves. The teacher takes nothing in fp32 where
 a rank holds the whole average (stage 0, and one process up to stage 2): the teacher is the average itself. With
 `zero.offload` the masters, the moments, the average and the masters' gradients lie on the host. The table holds between
-backward and update. During the backward, stage 1 holds whole gradients, and stage 2 a bucket of them.
+backward and update. During the backward, stages 1 and 2 hold the gradients of a few buckets where there are several
+ranks. But stage 1 holds whole float32 gradients where micro-batches add up.
 """
 
 import math
@@ -22,7 +23,14 @@ from typing import Literal, NamedTuple
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.deepspeed_config import gradient_bucket
 from cosmos_scale.engine.optimizer import build_optimizer
-from cosmos_scale.engine.zero import LAYOUTS, PERSISTENT_WEIGHTS, ShardedStates, ShardedWeights, Unsharded
+from cosmos_scale.engine.zero import (
+    PERSISTENT_WEIGHTS,
+    OffloadedStates,
+    ShardedStates,
+    ShardedWeights,
+    Unsharded,
+    layout_of,
+)
 from cosmos_scale.model.cosmos import CosmosModel
 
 Part = Literal["weights", "gradients", "masters", "moments", "average", "teacher", "buffers", "padding"]
@@ -60,14 +68,17 @@ def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list
 
     model: on any device, the meta device too; not yet taken over by DeepSpeed.
     """
+    layout = layout_of(config)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
     groups = [
         [parameter.numel() for parameter in group["params"]]
-        for group in build_optimizer(model.named_parameters(), config.optimizer, config.ema).param_groups
+        for group in layout.optimizer_groups(optimizer.param_groups, world_size)
     ]
     elements, exact = sum(map(sum, groups)), config.precision == "fp32"
     sizes = _Sizes(groups, elements, elements // world_size, world_size, 4 if exact else 2, exact)
-    formulas = {Unsharded: _unsharded, ShardedStates: _sharded_states, ShardedWeights: _sharded_weights}
-    return formulas[LAYOUTS[config.zero.stage]](sizes, config)
+    formulas = {Unsharded: _unsharded, ShardedWeights: _sharded_weights}
+    formulas |= {ShardedStates: _sharded_states, OffloadedStates: _sharded_states}
+    return formulas[layout](sizes, config)
 
 
 def total_bytes(rows: list[MemoryRow], *, on_host: bool | None = None) -> int:
@@ -91,11 +102,10 @@ def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
     low, host, W = sizes.low, config.zero.offload, sizes.world_size
     are_weights = sizes.exact and not host  # whether the masters are the weights
     is_average = are_weights and W == 1  # whether the teacher is the average
-    gradient = 4 if host else low
     teacher = 0 if is_average else low
     rows = [
         MemoryRow("weights", "whole", low, sizes.elements),
-        MemoryRow("gradients", "shard", gradient, sizes.share, host),
+        MemoryRow("gradients", "shard", 4, sizes.share, host),
         MemoryRow(
             "masters", "views of the weights" if are_weights else "shard", 0 if are_weights else 4, sizes.share, host
         ),
@@ -108,13 +118,8 @@ def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
     flats = [math.ceil(sum(group) / alignment) * alignment for group in sizes.groups]
     padding, masters = sum(flats) - sizes.elements, 0 if are_weights else 4
     rows.append(MemoryRow("padding", "of whole flat groups", low + teacher, padding))
-    rows.append(MemoryRow("padding", "of shards", gradient + masters + 8 + 4, padding // W))
-    beyond = max(
-        sum(_beyond_share(group, flat // W, rank) for group, flat in zip(sizes.groups, flats, strict=True))
-        for rank in range(W)
-    )
+    rows.append(MemoryRow("padding", "of shards", 4 + masters + 8 + 4, padding // W))
     if not host:
-        rows.append(MemoryRow("gradients", "other ranks' ends of tensors that a shard's limit cuts", low, beyond))
         return rows
     largest = max(map(max, sizes.groups))
     rows += [
@@ -123,6 +128,10 @@ def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
         MemoryRow("buffers", "one gradient on its way", low, largest, True),
     ]
     if config.train.micro_batches > 1:
+        beyond = max(
+            sum(_beyond_share(group, flat // W, rank) for group, flat in zip(sizes.groups, flats, strict=True))
+            for rank in range(W)
+        )
         whole = sizes.share + beyond
         rows.append(MemoryRow("buffers", "gradients of earlier micro-batches, of whole tensors", low, whole, True))
     return rows

@@ -10,9 +10,10 @@ from torch import Tensor
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import cut, join, surrogate
+from cosmos_scale.engine.layout import Placement
 from cosmos_scale.engine.optimizer import build_optimizer
 from cosmos_scale.engine.ranks import Ranks
-from cosmos_scale.engine.zero import Placement, lay_out
+from cosmos_scale.engine.zero import lay_out
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.model.cosmos import CosmosModel
 
@@ -36,7 +37,9 @@ class Student:
         """Wrap a float32 model; the average starts from `teacher`, float32 parameters by name."""
         self.ranks = ranks
         self.micro_batches = config.train.micro_batches
-        self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
+        self.optimizer = build_optimizer(
+            model.named_parameters(), config.optimizer, config.ema, triton=config.kernels == "auto"
+        )
         model.recompute_blocks(config.train.recompute)
         # DeepSpeed makes its masters from low-precision weights. The loop below puts the float32 weights into them.
         exact = {} if config.precision == "fp32" else _copies(model)
@@ -86,7 +89,13 @@ class Student:
         norm = self.layout.gradient_norm()
         if self.layout.scaler is None:
             finite = finite & norm.isfinite()
-        self.optimizer.update(self.layout.step, lr=lr, momentum=momentum, skip=1.0 - finite.float())
+        self.optimizer.update(
+            self.layout.step,
+            lr=lr,
+            momentum=momentum,
+            skip=1.0 - finite.float(),
+            gradient_factor=self.layout.clip_factor(norm),
+        )
         self._scales = self.layout.scales()
         return Update(finite, norm)
 

@@ -23,6 +23,7 @@ class Teacher:
         """Take over a model whose weights are replaced by the student's average."""
         self._model = model.to(student.ranks.device, DTYPES[config.precision]).requires_grad_(False).eval()
         self._micro_batches = student.micro_batches
+        self._optimizer = student.optimizer
         # At stage 3 the weights are gathered into other memory at each forward.
         graphed = config.train.teacher_graph and student.ranks.device.type == "cuda" and config.zero.stage < 3
         encoder = GraphedEncoder(self._model.encode_image) if graphed else None
@@ -43,7 +44,7 @@ class Teacher:
         At stages 1 and 2 each group of the optimizer takes one all-gather, which runs in the background until the
         teacher's next use. At the other stages ranks exchange nothing.
         """
-        self._weights.refresh()
+        self._weights.refresh(copied=self._optimizer.take_averages_copied())
 
     @property
     def model(self) -> CosmosModel:

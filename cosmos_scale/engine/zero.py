@@ -1,23 +1,21 @@
 """The stages of ZeRO: how DeepSpeed lays student and teacher over the ranks, a class for each layout.
 
-Only this file branches on the stage and reads DeepSpeed's insides, as they are in the versions that pyproject.toml
-admits. DeepSpeed's public functions (deepspeed.utils.safe_get_*) are not enough: they gather whole parameters, or give
-parts at stage 3 only, and never say where a part begins.
+Only this file branches on the stage. Only this file and layout.py read DeepSpeed's insides, as they are in the versions
+that pyproject.toml admits. DeepSpeed's public functions (deepspeed.utils.safe_get_*) are not enough: they gather whole
+parameters, or give parts at stage 3 only, and never say where a part begins.
 
 - Unsharded (stage 0): every rank holds everything.
 - ShardedStates (stages 1 and 2): each group of the optimizer is one flat tensor, cut into one shard a rank. Masters,
-  moments and average are shards; the weights stay whole. Stage 2 shards the gradients too, inside DeepSpeed.
+  moments and average are shards, and the gradients once they are reduced; the weights stay whole. OffloadedStates: the
+  same with shards on the host.
 - ShardedWeights (stage 3): each parameter is cut into one part a rank, the weights too.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Size, Tensor, nn
 from typing_extensions import override
 
@@ -27,125 +25,19 @@ from cosmos_scale.engine.deepspeed_config import (
     gradient_bucket,
     teacher_deepspeed_config,
 )
+from cosmos_scale.engine.gradients import GradientBuckets, cut_groups
+from cosmos_scale.engine.layout import Layout, Placement
 from cosmos_scale.engine.optimizer import SCALES_GROUP, AdamWEma
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.teacher_weights import CopiedTeacher, GatheredTeacher, ShardedTeacher, TeacherWeights
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.gather import all_gather_flat
 
-NORM_PIECE = 2**14  # elements
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIVE_WEIGHTS = 50_000_000
 REUSED_WEIGHTS = 20_000_000
 PERSISTENT_WEIGHTS = 100_000
 """Stage 3 keeps parameters of fewer elements than this whole on every rank: norms, biases, scales."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where `count` elements of a parameter, from element `start` on, lie in the fp32 master tensor `master`."""
-
-    name: str
-    parameter: nn.Parameter
-    shape: Size
-    start: int
-    count: int
-    master: Tensor
-    master_start: int
-
-
-class Layout(ABC):
-    """What a rank holds of a student inside its DeepSpeed engine.
-
-    engine: DeepSpeed's. masters: this rank's fp32 tensors for each of the optimizer's groups. placements: where the
-    elements that this rank holds lie in the masters. owned: whether this rank saves these elements; False where another
-    rank saves the same elements.
-    """
-
-    masters: list[list[Tensor]]
-    placements: list[Placement]
-    owned = True
-
-    def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
-        """engine: DeepSpeed's, of the model and the optimizer."""
-        self.model = model
-        self.engine = engine
-        self.optimizer = optimizer
-        self.config = config
-        self.ranks = ranks
-        self._wrapper = engine.optimizer
-        self._loss_scale = 1.0  # of the last backward
-
-    @staticmethod
-    @abstractmethod
-    def zero_keys(config: RunConfig, elements: int) -> dict[str, Any]:
-        """DeepSpeed's `zero_optimization` keys of this layout, for a model of so many elements."""
-
-    @property
-    def scaler(self) -> Any:
-        """DeepSpeed's fp16 loss scaler; None in other precisions."""
-        return self._wrapper.loss_scaler if self.engine.fp16_enabled() else None
-
-    def loss_scaler(self) -> dict[str, Any]:
-        """Return the fp16 loss scaler's numbers, for checkpoints; empty in other precisions."""
-        numbers = {} if self.scaler is None else vars(self.scaler)
-        return {key: value for key, value in numbers.items() if isinstance(value, bool | int | float)}
-
-    def set_loss_scaler(self, numbers: Mapping[str, Any]) -> None:
-        """Set numbers that `loss_scaler` returned."""
-        if self.scaler is not None:
-            vars(self.scaler).update(numbers)
-
-    def step(self) -> bool:
-        """Let DeepSpeed count a micro-batch, and at the last of them update; whether it updated anything."""
-        self.engine.step()
-        return bool(self.engine.was_step_applied())
-
-    def close(self) -> None:
-        """Free the engine, which otherwise keeps itself alive."""
-        self.engine.destroy()
-
-    def backward(self, scalar: Tensor) -> None:
-        """Backpropagate through the engine, which scales the scalar in fp16 and averages gradients over the ranks."""
-        self._note_loss_scale()
-        # Not divided by the number of micro-batches: the loss is the whole batch's, so their gradients add up.
-        self.engine.backward(scalar, scale_wrt_gas=False)
-
-    @abstractmethod
-    def gradients(self) -> list[Tensor]:
-        """Return the gradients that this rank updates with: averaged over ranks, in fp16 times the loss scale."""
-
-    def gradient_norm(self) -> Tensor:
-        """Return the L2 norm of the last gradient over all parameters, before clipping: [] float32. Collective."""
-        norms = torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)
-        squared = torch.stack(norms).square().sum().to(self.ranks.device)
-        return self._sum_over_ranks(squared).sqrt() / self._loss_scale
-
-    @abstractmethod
-    def publish(self) -> None:
-        """Copy the masters into the weights that the forward uses. Collective from stage 1 on."""
-
-    @abstractmethod
-    def scales(self) -> list[Tensor]:
-        """Return both log-scales as the masters have them, [1] float32 each, on every rank. Collective from stage 1."""
-
-    def whole_model(self) -> AbstractContextManager[None]:
-        """Hold whole weights on every rank; inside, each rank may call the model as often as it likes. Collective."""
-        return nullcontext()
-
-    @abstractmethod
-    def teacher_weights(self, teacher: nn.Module, forward: nn.Module, fragments: Sequence[Fragment]) -> TeacherWeights:
-        """Lay out a teacher's weights beside the student's.
-
-        teacher: the model, in compute precision. forward: a module that holds it and computes its features.
-        fragments: of the student, with the average.
-        """
-
-    def _note_loss_scale(self) -> None:
-        self._loss_scale = 1.0 if self.scaler is None else float(self.scaler.cur_scale)
-
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value)
-        return value
 
 
 class Unsharded(Layout):
@@ -156,13 +48,14 @@ class Unsharded(Layout):
         engine.enable_backward_allreduce = False  # `backward` reduces the gradients itself
         self.owned = ranks.is_main
         self.masters = [list(group["params"]) for group in optimizer.param_groups]
-        whole = [master for group in self.masters for master in group]
         # In low precision the masters are copies, and DeepSpeed lists the weights in the same order.
-        weights = [weight for group in getattr(self._wrapper, "fp16_groups", []) for weight in group] or whole
+        copied: list[list[Any]] = getattr(self._wrapper, "fp16_groups", [])
+        self._weights, optimizer.weight_copies = copied or [list(group) for group in self.masters], list(copied)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.placements = [
             Placement(names[id(weight)], weight, weight.shape, 0, weight.numel(), master, 0)
-            for weight, master in zip(weights, whole, strict=True)
+            for weights, masters in zip(self._weights, self.masters, strict=True)
+            for weight, master in zip(weights, masters, strict=True)
         ]
         self._bucket = gradient_bucket(sum(placement.count for placement in self.placements))
 
@@ -190,6 +83,20 @@ class Unsharded(Layout):
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     @override
+    def _take_gradients(self) -> list[list[Tensor]]:
+        taken = [
+            [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+            for weights in self._weights
+        ]
+        for placement in self.placements:
+            placement.parameter.grad = None
+        return taken
+
+    @override
+    def _share_weights(self) -> None:
+        pass  # every rank updates all weights
+
+    @override
     def publish(self) -> None:
         for placement in self.placements:
             if placement.master is not placement.parameter:
@@ -203,7 +110,9 @@ class Unsharded(Layout):
     def teacher_weights(self, teacher: nn.Module, forward: nn.Module, fragments: Sequence[Fragment]) -> TeacherWeights:
         own = dict(teacher.named_parameters())
         if self.config.precision != "fp32":
-            return CopiedTeacher(forward, [own[fragment.name].view(-1) for fragment in fragments], fragments)
+            copies = iter(own[placement.name] for placement in self.placements)
+            self.optimizer.average_copies = [[next(copies) for _ in masters] for masters in self.masters]
+            return CopiedTeacher(forward, *self._copies_and_averages())
         for fragment in fragments:
             own[fragment.name].data = fragment.ema.view(fragment.shape)
         return TeacherWeights(forward)
@@ -222,9 +131,7 @@ class _Sharded(Layout):
             return [gradient for group in self._wrapper.averaged_gradients.values() for gradient in group]
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)  # DeepSpeed (0.19) waits for copies to the host only in its step
-        shards = [shard for group in self.masters for shard in group]
-        # In pieces: on a CPU the squares of a tensor are added up in float32, which loses digits in large shards.
-        return [piece for shard in shards if shard.grad is not None for piece in shard.grad.split(NORM_PIECE)]
+        return [shard.grad for group in self.masters for shard in group if shard.grad is not None]
 
     @override
     def scales(self) -> list[Tensor]:
@@ -234,7 +141,7 @@ class _Sharded(Layout):
         return list(flat[:2].split(1))  # the first rank's shard begins with the two scales
 
 
-class ShardedStates(_Sharded):
+class _FlatStates(_Sharded):
     """Stages 1 and 2: masters, moments and average are a flat shard for each group and rank; weights are whole."""
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
@@ -243,13 +150,24 @@ class ShardedStates(_Sharded):
         if self._exact_on_device:
             self._share_masters()
         self.masters = [[shard] for shard in self._wrapper.single_partition_of_fp32_groups]
+        if config.precision != "fp32":
+            groups = self._wrapper.parallel_partitioned_bit16_groups
+            optimizer.weight_copies = [[parts[ranks.rank]] for parts in groups]
         self.placements = list(self._placed({id(parameter): name for name, parameter in model.named_parameters()}))
+        self._groups = [list(parameters) for parameters in self._wrapper.bit16_groups]
 
-    @staticmethod
     @override
-    def zero_keys(config: RunConfig, elements: int) -> dict[str, Any]:
-        # The host waits for DeepSpeed's norm, which clipping and offloading need. It does not wait for ours.
-        return {"compute_grad_norm": config.zero.offload or config.optimizer.clip_norm is not None}
+    def _take_gradients(self) -> list[list[Tensor]]:
+        taken = list(self._wrapper.averaged_gradients.values())
+        self._wrapper.averaged_gradients = {}
+        return taken
+
+    @override
+    def _share_weights(self) -> None:
+        if self.ranks.world_size > 1:
+            groups = (self._wrapper.bit16_groups_flat, self._wrapper.parallel_partitioned_bit16_groups)
+            for flat, parts in zip(*groups, strict=True):
+                all_gather_flat(flat, parts[self.ranks.rank])
 
     @override
     def publish(self) -> None:
@@ -261,7 +179,11 @@ class ShardedStates(_Sharded):
         averages = [self.optimizer.state[shard]["ema"] for (shard,) in self.masters]
         flats = averages if is_average else self._empty_flats(next(teacher.parameters()).dtype)
         self._lay_into(flats, teacher)
-        return TeacherWeights(forward) if is_average else GatheredTeacher(forward, flats, averages)
+        if is_average:
+            return TeacherWeights(forward)
+        gathered = GatheredTeacher(forward, flats, averages, self.ranks.rank)
+        self.optimizer.average_copies = [[part] for part in gathered.parts]
+        return gathered
 
     def _share_masters(self) -> None:
         """Make fp32 masters views of this rank's part of the fp32 weights: DeepSpeed made a copy of this part."""
@@ -288,13 +210,65 @@ class ShardedStates(_Sharded):
         """Make the teacher's weights views of flat tensors, laid out like the student's, so that shards line up."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         own = dict(teacher.named_parameters())
-        for flat, student_flat, parameters in zip(
-            flats, self._wrapper.bit16_groups_flat, self._wrapper.bit16_groups, strict=True
-        ):
+        for flat, student_flat, parameters in zip(flats, self._wrapper.bit16_groups_flat, self._groups, strict=True):
             for parameter in parameters:
                 # The student's parameter is a view of its flat tensor: the same place serves the teacher's.
                 offset = (parameter.data_ptr() - student_flat.data_ptr()) // parameter.element_size()
                 own[names[id(parameter)]].data = flat.narrow(0, offset, parameter.numel()).view_as(parameter)
+
+
+class ShardedStates(_FlatStates):
+    """Stages 1 and 2 on the device. The gradients take a way of their own, engine/gradients.py.
+
+    DeepSpeed would copy each gradient twice, all-reduce whole gradients after the backward, and clear and set each
+    parameter several times a step. Here it knows the flat groups alone: the weights are views of these.
+    """
+
+    def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
+        super().__init__(model, engine, optimizer, config, ranks)
+        engine.enable_backward_allreduce = False
+        self._buckets = GradientBuckets(
+            self._groups,
+            [flat.numel() for flat in self._wrapper.bit16_groups_flat],
+            ranks,
+            traffic=DTYPES[config.zero.gradient_dtype],
+            accumulates_whole=config.zero.stage == 1,
+        )
+        for parameters in (*self._wrapper.bit16_groups, *self._wrapper.params_in_partition):
+            parameters.clear()
+        for parameters in self._wrapper.params_not_in_partition:
+            parameters.clear()
+        for parameter in model.parameters():
+            parameter._hp_mapping = None  # type: ignore[attr-defined]  # holds views of the masters
+
+    @staticmethod
+    @override
+    def zero_keys(config: RunConfig, elements: int) -> dict[str, Any]:
+        # Without hooks and buffers of DeepSpeed's, and without its norm, which the host would wait for.
+        return {"stage": 1, "contiguous_gradients": False, "compute_grad_norm": False}
+
+    @staticmethod
+    @override
+    def optimizer_groups(groups: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+        elements = sum(parameter.numel() for group in groups for parameter in group["params"])
+        return groups if world_size == 1 else cut_groups(groups, gradient_bucket(elements))
+
+    @override
+    def backward(self, scalar: Tensor) -> None:
+        last = self.engine.is_gradient_accumulation_boundary()
+        with self._buckets.taken(last=last) as shards:
+            super().backward(scalar)
+        if last:
+            self._wrapper.averaged_gradients = {group: [shard] for group, shard in enumerate(shards)}
+
+
+class OffloadedStates(_FlatStates):
+    """Stages 1 and 2 with masters, moments and average on the host, where DeepSpeed brings the gradients."""
+
+    @staticmethod
+    @override
+    def zero_keys(config: RunConfig, elements: int) -> dict[str, Any]:
+        return {}
 
 
 class ShardedWeights(_Sharded):
@@ -306,6 +280,7 @@ class ShardedWeights(_Sharded):
         # A group of over 10^9 elements has several shards.
         for sub_group, shard in enumerate(self._wrapper.fp32_partitioned_groups_flat):
             self.masters[self._wrapper.sub_group_to_group_id[sub_group]].append(shard)
+        optimizer.weight_copies = self._by_group(self._wrapper.fp16_partitioned_groups_flat)
         self.placements = list(self._placed({id(parameter): name for name, parameter in model.named_parameters()}))
 
     @staticmethod
@@ -324,13 +299,26 @@ class ShardedWeights(_Sharded):
         }
 
     @override
+    def _take_gradients(self) -> list[list[Tensor]]:
+        self._wrapper._pre_step()
+        self._wrapper.parameter_offload.partition_all_parameters()
+        self._wrapper.zero_grad(set_to_none=True)
+        self._wrapper.averaged_gradients.clear()
+        sizes = [shard.numel() for shard in self._wrapper.fp32_partitioned_groups_flat]
+        return self._by_group(self._wrapper.grad_partitions_flat_buffer.split(sizes))
+
+    @override
+    def _share_weights(self) -> None:
+        if self._wrapper.persistent_parameters:  # small parameters, which stay gathered on every rank
+            self._wrapper.persistent_parameters[0].all_gather(self._wrapper.persistent_parameters)
+
+    @override
     def publish(self) -> None:
         self._wrapper.parameter_offload.partition_all_parameters()
         pairs = zip(self._wrapper.fp16_partitioned_groups_flat, self._wrapper.fp32_partitioned_groups_flat, strict=True)
         for weights, shard in pairs:
             weights.copy_(shard)
-        if self._wrapper.persistent_parameters:  # small parameters, which stay gathered on every rank
-            self._wrapper.persistent_parameters[0].all_gather(self._wrapper.persistent_parameters)
+        self._share_weights()
 
     @override
     def whole_model(self) -> AbstractContextManager[None]:
@@ -347,9 +335,26 @@ class ShardedWeights(_Sharded):
         keys = teacher_deepspeed_config(self.config, self.ranks.world_size, zero)
         # Without an optimizer: DeepSpeed only shards the weights, and gathers them module by module in the forward.
         engine, *_ = deepspeed.initialize(model=forward, config=keys)
+        self.optimizer.average_copies = self._by_group(self._laid_like_masters(teacher))
+        return ShardedTeacher(engine, *self._copies_and_averages(), lambda: _gathered(engine))
+
+    def _laid_like_masters(self, teacher: nn.Module) -> list[Tensor]:
+        """Make this rank's parts of the teacher's weights views of flat tensors, laid out like the masters."""
         own: dict[str, Any] = dict(teacher.named_parameters())  # DeepSpeed adds `ds_tensor`: this rank's part
-        weights = [own[fragment.name].ds_tensor.narrow(0, 0, fragment.ema.numel()) for fragment in fragments]
-        return ShardedTeacher(engine, weights, fragments, lambda: _gathered(engine))
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        flats = []
+        for parameters in self._wrapper.fp16_groups:
+            parts = [own[names[id(parameter)]].ds_tensor for parameter in parameters]
+            flats.append(torch.cat(parts))
+            for part, place in zip(parts, flats[-1].split([part.numel() for part in parts]), strict=True):
+                part.data = place
+        return flats
+
+    def _by_group(self, shards: Sequence[Tensor]) -> list[list[Tensor]]:
+        groups: list[list[Tensor]] = [[] for _ in self.masters]
+        for sub_group, shard in enumerate(shards):
+            groups[self._wrapper.sub_group_to_group_id[sub_group]].append(shard)
+        return groups
 
     def _placed(self, names: dict[int, str]) -> Iterator[Placement]:
         rank = self.ranks.rank
@@ -375,15 +380,22 @@ def _gathered(engine: Any) -> Iterator[None]:
 
 
 LAYOUTS: dict[int, type[Layout]] = {0: Unsharded, 1: ShardedStates, 2: ShardedStates, 3: ShardedWeights}
-"""The layout of each stage."""
+"""The layout of each stage, where nothing is offloaded."""
+
+
+def layout_of(config: RunConfig) -> type[Layout]:
+    """Return the layout of a config's stage."""
+    kind = LAYOUTS[config.zero.stage]
+    return OffloadedStates if config.zero.offload and kind is ShardedStates else kind
 
 
 def lay_out(model: nn.Module, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> Layout:
     """Hand a model on the ranks' device to DeepSpeed; return the layout of the config's stage. Collective."""
     import deepspeed  # here, since its import takes seconds and --help should not
 
-    kind = LAYOUTS[config.zero.stage]
+    kind = layout_of(config)
     elements = sum(parameter.numel() for parameter in model.parameters())
     keys = deepspeed_config(config, ranks.world_size, elements, kind.zero_keys(config, elements))
+    optimizer.param_groups = kind.optimizer_groups(optimizer.param_groups, ranks.world_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=keys)
     return kind(model, engine, optimizer, config, ranks)

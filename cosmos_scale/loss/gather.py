@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 # torch 2.14 renamed these two functions and warns of their old names, which older versions need.
 all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class BatchRanks:
@@ -70,7 +70,7 @@ class BatchRanks:
         B = G // self.size
         by_rank_WTBE = gradients_TGE.view(T, self.size, B, E).transpose(0, 1).contiguous()
         own_TBE = gradients_TGE.new_empty(T, B, E)
-        _reduce_scatter(own_TBE.view(-1), by_rank_WTBE.view(-1), group=self.group)
+        reduce_scatter_flat(own_TBE.view(-1), by_rank_WTBE.view(-1), group=self.group)
         return own_TBE
 
     def add(self, scalars: Tensor) -> Tensor:
