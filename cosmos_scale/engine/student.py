@@ -38,6 +38,7 @@ class Student:
         self.micro_batches = config.train.micro_batches
         self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
         model.recompute_blocks(config.train.recompute)
+        model.choose_kernels(config.kernels)
         # DeepSpeed makes its masters from low-precision weights. The loop below puts the float32 weights into them.
         exact = {} if config.precision == "fp32" else _copies(model)
         self.model = model

@@ -21,6 +21,7 @@ class Teacher:
     def __init__(self, model: CosmosModel, student: Student, config: RunConfig) -> None:
         """Take over a model whose weights are replaced by the student's average."""
         self._model = model.to(student.ranks.device, DTYPES[config.precision]).requires_grad_(False).eval()
+        self._model.choose_kernels(config.kernels)
         self._micro_batches = student.micro_batches
         forward = _GlobalViews(self._model, config.data.captions.global_count)
         self._weights = student.layout.teacher_weights(self._model, forward, student.fragments)

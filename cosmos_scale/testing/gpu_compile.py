@@ -18,12 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos_scale.kernels import triton_contrastive
+from cosmos_scale.kernels import triton_bias, triton_contrastive, triton_norm, triton_sums
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, at most
 TENSOR_MEMORY = 512  # columns
 WIDTH = 512  # of features: ViT-B's
+WIDTHS = (512, 768, 1024, 1280)  # of towers
+TOKENS = 39424
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -54,8 +56,8 @@ class Resources(NamedTuple):
     multiplies: bool
 
 
-def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> Iterator[LaunchedKernel]:
-    """Yield every kernel with the launch parameters that training uses, for bfloat16 features of ViT-B's width."""
+def contrastive_kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> Iterator[LaunchedKernel]:
+    """Yield the loss's kernels with the launch parameters that training uses: bfloat16 features of ViT-B's width."""
     features, numbers = ("*bf16", "*bf16"), ("*fp32",)
     yield LaunchedKernel(
         "contrastive statistics",
@@ -75,6 +77,61 @@ def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> I
         tiles.stages,
         multiplies=True,
     )
+
+
+def pointwise_kernels() -> Iterator[LaunchedKernel]:
+    """Yield the kernels around products and attention, as bfloat16 training launches them; every width in WIDTHS."""
+    low, numbers, warps, stages = "*bf16", "*fp32", triton_sums.WARPS, triton_sums.STAGES
+    for D in WIDTHS:
+        rows, columns, *_ = triton_norm.norm_tiling(TOKENS, D)
+        sizes = {"D": D, "ROWS": rows, "COLUMNS": columns}
+        yield LaunchedKernel(
+            f"add and norm, width {D}",
+            triton_norm.add_norm_kernel,
+            (*(low,) * 6, numbers, numbers, "i32", "fp32"),
+            sizes | {"ADDS": True, "SAVES": True},
+            warps,
+            stages,
+            multiplies=False,
+        )
+        yield LaunchedKernel(
+            f"add and norm backward, width {D}",
+            triton_norm.add_norm_backward_kernel,
+            (*(low,) * 3, numbers, numbers, low, low, numbers, "i32", "i32"),
+            sizes | {"JOINS": True, "SUMS_BIAS": True},
+            warps,
+            stages,
+            multiplies=False,
+        )
+        rows, columns, *_ = triton_bias.columns_tiling(TOKENS, 4 * D)
+        yield LaunchedKernel(
+            f"gelu backward, width {4 * D}",
+            triton_bias.gelu_backward_kernel,
+            (*(low,) * 3, numbers, "i32", "i32"),
+            {"W": 4 * D, "ROWS": rows, "COLUMNS": columns},
+            warps,
+            stages,
+            multiplies=False,
+        )
+        rows, columns, *_ = triton_bias.columns_tiling(TOKENS, D, 3)
+        yield LaunchedKernel(
+            f"stack of gradients, width {D}",
+            triton_bias.stack_gradients_kernel,
+            (*(low,) * 4, numbers, "i32", "i32"),
+            {"STRIDE": D, "D": D, "ROWS": rows, "COLUMNS": columns, "STORES": True},
+            warps,
+            stages,
+            multiplies=False,
+        )
+        yield LaunchedKernel(
+            f"sum of partial sums, width {D}",
+            triton_sums.sum_partials_kernel,
+            (numbers, *(low,) * 3, "i32", "i32"),
+            triton_sums.sum_constants(D),
+            triton_sums.SECOND_WARPS,
+            stages,
+            multiplies=False,
+        )
 
 
 def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
@@ -132,7 +189,7 @@ def _registers(ptx: str, capability: int) -> tuple[int, int]:
 def main() -> int:
     """Compile every kernel for every capability and print a json line each; returns 1 where anything is wrong."""
     wrong = False
-    for kernel in kernels():
+    for kernel in (*contrastive_kernels(), *pointwise_kernels()):
         for capability in CAPABILITIES:
             found = compile_for(kernel, capability)
             bad = faults(kernel, capability, found)
