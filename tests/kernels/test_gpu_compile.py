@@ -27,7 +27,7 @@ def test_the_compiled_kernels_fit_their_gpus() -> None:
     assert len(names) == len(set(names)) == len(rows) / 3
     assert {name.partition(",")[0] for name in names} == KERNELS
     assert [row for row in rows if row["faults"]] == []
-    assert all(row["registers"] > 32 for row in rows)
+    assert all(row["registers"] >= 32 for row in rows)
 
 
 @pytest.mark.slow
