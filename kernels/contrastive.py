@@ -25,13 +25,13 @@ logits of a pair lie up to 200 apart, and exp(-104) is 0 in float32, so a whole 
 row and every column has a maximum of its own.
 """
 
-import importlib.util
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cosmos_scale.kernels.serving import serves
 
 # Elements of a block of logits: 16 MiB in float32, small beside activations and large enough for a GPU's matmul.
 BLOCK_ELEMENTS = 2**22
@@ -217,14 +217,8 @@ def whole_batch(
 
 
 def _is_fused(rows: Tensor, columns: Tensor) -> bool:
-    """Tell whether the Triton kernels serve: features of one low-precision dtype on a GPU, or on "meta" for counts."""
-    low = rows.dtype == columns.dtype and rows.dtype in (torch.bfloat16, torch.float16)
-    return low and (rows.is_cuda or rows.is_meta) and _has_triton()
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Tell whether the Triton kernels serve: features of one low-precision dtype, where `serving.py` says."""
+    return rows.dtype == columns.dtype and serves(rows)
 
 
 def _fused_partials(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> Partials:

@@ -20,35 +20,47 @@ from torch.nn import functional
 LEAST_WORK = 2**27
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, steady: bool = False) -> Tensor:
+def linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    steady: bool = False,
+    sum_bias: bool = True,
+) -> Tensor:
     """Return x @ weight.T + bias: [T, O], with a graph; differentiable once.
 
     x: [T, I]; weight: [O, I]; bias: [O] or None. steady: whether T is the same at every step, or one of a few numbers.
+    sum_bias: whether the backward forms the bias's gradient; False where a function of `pointwise.py` does.
     Where oneDNN is not used, results equal those of torch.nn.functional.linear bit for bit.
     """
     if torch.compiler.is_compiling():  # the compiler chooses products itself; a branch on sizes would split its graph
         return functional.linear(x_TI, weight_OI, bias_O)
-    output: Tensor = _Linear.apply(x_TI, weight_OI, bias_O, steady)
+    output: Tensor = _Linear.apply(x_TI, weight_OI, bias_O, steady, sum_bias)
     return output
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, steady: bool) -> Tensor:
+    def forward(
+        ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, steady: bool, sum_bias: bool
+    ) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI)
         ctx.steady = steady
+        ctx.sum_bias = sum_bias
         return _product(x_TI, weight_OI, bias_O, steady)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x_TI, weight_OI = ctx.saved_tensors
-        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         return (
             _product(gradient_TO, weight_OI.t(), None, ctx.steady) if for_x else None,
             # oneDNN is no faster for this product.
             gradient_TO.t() @ x_TI if for_weight else None,
-            gradient_TO.sum(0) if for_bias else None,
+            gradient_TO.sum(0) if for_bias and ctx.sum_bias else None,
+            None,
             None,
         )
 

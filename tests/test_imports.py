@@ -67,7 +67,7 @@ ONLY_IN = {
         "cosmos_scale/testing/",
     },
     # A fork server imports it once for the ranks of all tests.
-    "deepspeed": {"cosmos_scale/engine/", "cosmos_scale/testing/preloaded.py", "cosmos_scale/testing/traffic.py"},
+    "deepspeed": {"cosmos_scale/engine/", "cosmos_scale/testing/preloaded.py"},
 }
 # Optional or slow packages: one module each, whichever it is.
 ONE_PLACE = (

@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 def pair_of_models(config: RunConfig, ranks: Ranks, student: CosmosModel, teacher: CosmosModel) -> Pair:
     """Take over two float32 models with whole weights, the same on every rank. Collective."""
     for model in (student, teacher):
-        model.allow_triton(config.kernels == "auto")
+        model.choose_kernels(config.kernels)
     wrapped = Student(student, dict(teacher.named_parameters()), config, ranks)
     return Pair(wrapped, Teacher(teacher, wrapped, config))
 

@@ -6,7 +6,7 @@ models of this class; the teacher uses its towers only.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
 from cosmos_scale.config import ModelConfig
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.text import TextTower
-from cosmos_scale.model.transformer import Attention, Block, Linear, empty_parameter
+from cosmos_scale.model.transformer import Attention, Block, LayerNorm, Linear, empty_parameter
 from cosmos_scale.model.vision import VisionTower
 
 LOG_SCALES = ("logit_scale", "distill_logit_scale")
@@ -63,9 +63,12 @@ class CosmosModel(TextTower):
         """Let the backward compute every n-th block of both towers again, to keep no activations of it; 0: none."""
         self.transformer.recompute = self.visual.transformer.recompute = every
 
-    def allow_triton(self, allowed: bool) -> None:
-        """Let the project's Triton kernels serve where they can, or keep them out."""
-        self.visual.conv1.triton = allowed
+    def choose_kernels(self, kernels: Literal["auto", "torch"]) -> None:
+        """Let the Triton kernels serve in both towers and heads, or not; kernels: as in the config."""
+        self.visual.conv1.triton = kernels == "auto"
+        for module in self.modules():
+            if isinstance(module, LayerNorm):
+                module.triton = kernels == "auto"
 
     def forward(self, batch: Batch) -> Features:
         """Return the student's features of every view, in the parameters' dtype.

@@ -60,6 +60,6 @@ class TextTower(nn.Module):
         layout = pack_captions(lengths_B, context, ids_BL.device, tokens_of, keep_padding, multiple)
         ids_T = ids_BL.flatten().index_select(0, layout.ids)
         x_TD = self.token_embedding(ids_T) + functional.embedding(layout.places, self.positional_embedding)
-        x_RD = self.ln_final(self.transformer(x_TD, layout.segments, layout.read, causal=True))
+        x_RD = self.transformer(x_TD, layout.segments, layout.read, self.ln_final, causal=True)
         ends_BD, tokens_TD = x_RD.split([samples, x_RD.shape[0] - samples])
         return ends_BD @ self.text_projection, tokens_TD, layout.read_lengths

@@ -6,6 +6,7 @@ have OpenCLIP's names, since these stand in checkpoints.
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cosmos_scale.kernels.attention import Backend, attention
 from cosmos_scale.kernels.linear import linear
+from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
 from cosmos_scale.kernels.segments import Segments
+from cosmos_scale.kernels.serving import serves
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -55,13 +58,21 @@ class Linear(nn.Linear):
         uniform_(self.weight, bound, generator)
         uniform_(self.bias, bound, generator)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return [T, E]."""
-        return linear(x_TD, self.weight, self.bias, steady=self.steady)
+    def forward(self, x_TD: Tensor, *, sum_bias: bool = True) -> Any:
+        """Return [T, E]; without sum_bias (see `linear`) also a view of the bias, to which its gradient may flow.
+
+        The view is made here, where ZeRO stage 3 has gathered the bias. It is None where nobody wants gradients.
+        """
+        output = linear(x_TD, self.weight, self.bias, steady=self.steady, sum_bias=sum_bias)
+        if sum_bias:
+            return output
+        return output, self.bias.view_as(self.bias) if torch.is_grad_enabled() else None
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm (eps 1e-5) without its initialisation."""
+    """nn.LayerNorm (eps 1e-5) without its initialisation. triton: whether the Triton kernels may serve."""
+
+    triton = True
 
     def reset_parameters(self) -> None:
         """Leave NaN until the owner initialises."""
@@ -72,6 +83,22 @@ class LayerNorm(nn.LayerNorm):
         """Set weight 1 and bias 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
+
+    def forward(
+        self, x: Tensor, update: Tensor | None = None, bias_D: Tensor | None = None, *, with_sum: bool = False
+    ) -> Any:
+        """Return x, or x + update, normalised over the last dimension; with_sum: x + update first, then that.
+
+        update and with_sum are only for tensors that the Triton kernels serve; bias: see `add_norm`.
+        """
+        if self.served(x):
+            total, normed = add_norm(x, update, bias_D, self.weight, self.bias, self.eps)
+            return (total, normed) if with_sum else normed
+        return super().forward(x)
+
+    def served(self, x: Tensor) -> bool:
+        """Tell whether the Triton kernels serve for x."""
+        return self.triton and serves(x)
 
 
 class Embedding(nn.Embedding):
@@ -116,9 +143,14 @@ class Attention(nn.Module):
         output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each."""
-        return self._split_heads(linear(x_TD, self.in_proj_weight, self.in_proj_bias, steady=self.steady), 3)
+    def project(self, x_TD: Tensor, *, served: bool = False) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each.
+
+        served: whether the Triton kernels serve.
+        """
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        stacked_TW = linear(x_TD, weight, bias, steady=self.steady, sum_bias=not served)
+        return split_stacked(stacked_TW, bias, self.heads) if served else self._split_heads(stacked_TW, 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool = False) -> Tensor:
         """Attend in all heads; returns [T, D], before the output projection."""
@@ -137,14 +169,18 @@ class Mlp(nn.Module):
         self.c_fc = Linear(width, 4 * width)
         self.c_proj = Linear(4 * width, width)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return [T, D]."""
-        output: Tensor = self.c_proj(functional.gelu(self.c_fc(x_TD)))
-        return output
+    def forward(self, x_TD: Tensor, *, served: bool = False, sum_bias: bool = True) -> Any:
+        """Return [T, D]. served: whether the Triton kernels serve. Without sum_bias: as `Linear`, of c_proj."""
+        active_TW = gelu(*self.c_fc(x_TD, sum_bias=False)) if served else functional.gelu(self.c_fc(x_TD))
+        return self.c_proj(active_TW, sum_bias=sum_bias)
 
 
 class Block(nn.Module):
-    """A pre-norm residual block."""
+    """A pre-norm residual block.
+
+    Where the Triton kernels serve, a block may leave its last addition to the norm that follows it, in the next block
+    or after the last: one pass adds and normalises. The pass also sums the gradient of c_proj's bias.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -154,14 +190,53 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.compiled = False
 
-    def forward(self, x_TD: Tensor, segments: Segments, causal: bool, read: Tensor | None = None) -> Tensor:
-        """Return the tokens `read` ([R] int64; None: all of them): [R, D]."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        causal: bool,
+        read: Tensor | None = None,
+        update_TD: Tensor | None = None,
+        update_bias_D: Tensor | None = None,
+        leave_open: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        """Return the tokens `read` ([R] int64; None: all of them): [R, D].
+
+        The other arguments are for tensors that the Triton kernels serve. update: [T, D], is to be added to x first;
+        update_bias: the bias in it. leave_open: return this block's x, update and bias, without their addition.
+        """
+        if self.served(x_TD):
+            return self._forward_served(x_TD, segments, causal, read, update_TD, update_bias_D, leave_open)
         enter, leave = _compiled_parts() if self.compiled else (Block._enter, Block._leave)
         q, k, v = enter(self, x_TD)
         attended_RD = _rows(self.attn.attend(q, k, v, segments, causal), read)
         # The projection is not compiled with the rest: attention's output is a view at times, which would make torch
         # compile the rest twice.
         return leave(self, _rows(x_TD, read), self.attn.out_proj(attended_RD))
+
+    def served(self, x_TD: Tensor) -> bool:
+        """Tell whether the Triton kernels serve for x."""
+        return not self.compiled and self.ln_1.served(x_TD)
+
+    def _forward_served(
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        causal: bool,
+        read: Tensor | None,
+        update_TD: Tensor | None,
+        update_bias_D: Tensor | None,
+        leave_open: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        x_TD, normed_TD = self.ln_1(x_TD, update_TD, update_bias_D, with_sum=True)
+        q, k, v = self.attn.project(normed_TD, served=True)
+        attended_RD = _rows(self.attn.attend(q, k, v, segments, causal), read)
+        update_RD, bias_D = self.attn.out_proj(attended_RD, sum_bias=False)
+        x_RD, normed_RD = self.ln_2(_rows(x_TD, read), update_RD, bias_D, with_sum=True)
+        if leave_open:
+            return x_RD, *self.mlp(normed_RD, served=True, sum_bias=False)
+        closed_RD: Tensor = x_RD + self.mlp(normed_RD, served=True)
+        return closed_RD
 
     def compile_parts(self) -> None:
         """Compile the parts before and after attention, for any number of tokens.
@@ -203,22 +278,33 @@ class Transformer(nn.Module):
         """Return the blocks, typed."""
         return [block for block in self.resblocks if isinstance(block, Block)]
 
-    def forward(self, x_TD: Tensor, segments: Segments, read: Tensor, causal: bool = False) -> Tensor:
-        """Run all views' tokens [T, D] through each block once; returns the tokens `read`: [R, D].
+    def forward(self, x_TD: Tensor, segments: Segments, read: Tensor, norm: LayerNorm, causal: bool = False) -> Tensor:
+        """Run all views' tokens [T, D] through each block once; returns the tokens `read`, after `norm`: [R, D].
 
         In the last block a token that is not read serves as key and value only: its output projection and MLP are left
         out.
         """
-        last = len(self.resblocks) - 1
-        for number, block in enumerate(self.resblocks):
-            arguments = (x_TD, segments, causal, read if number == last else None)
-            if self.recompute and number % self.recompute == 0 and torch.is_grad_enabled():
+        blocks = self.blocks()
+        recomputed = [self._recomputes(number) for number in range(len(blocks))]
+        update_TD = bias_D = None
+        for number, block in enumerate(blocks):
+            arguments = (x_TD, segments, causal, read if block is blocks[-1] else None)
+            if recomputed[number]:
                 # The reentrant form: the other form compares the shapes of weights, and ZeRO stage 3 takes weights away
                 # before the backward.
                 x_TD = checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
+            elif block.served(x_TD) and not any(recomputed[number + 1 : number + 2]):
+                x_TD, update_TD, bias_D = block(*arguments, update_TD, bias_D, leave_open=True)
+                continue
             else:
-                x_TD = block(*arguments)
-        return x_TD
+                x_TD = block(*arguments, update_TD, bias_D)
+            update_TD = bias_D = None
+        normed_RD: Tensor = norm(x_TD, update_TD, bias_D)
+        return normed_RD
+
+    def _recomputes(self, number: int) -> bool:
+        """Tell whether a block keeps only its input, one tensor: nothing is left open before it, nor by it."""
+        return self.recompute > 0 and number % self.recompute == 0 and torch.is_grad_enabled()
 
 
 def _rows(x_TD: Tensor, read: Tensor | None) -> Tensor:

@@ -92,7 +92,7 @@ class VisionTower(nn.Module):
             views.append(torch.cat([class_B1D, patches_BLD], dim=1) + positions_LD)
         x_TD = self.ln_pre(torch.cat([view_BLD.flatten(0, 1) for view_BLD in views]))
         layout = pack_crops(tuple((view.shape[0], view.shape[1]) for view in views), tokens_of, x_TD.device)
-        x_RD = self.ln_post(self.transformer(x_TD, layout.segments, layout.read))
+        x_RD = self.transformer(x_TD, layout.segments, layout.read, self.ln_post)
         count = len(layout.segments.queries)
         class_BD, patches_TD = x_RD.split([count, x_RD.shape[0] - count])
         return class_BD @ self.proj, patches_TD

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cosmos_scale.engine.comm_build import use_own_environment
+from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.ranks import Ranks, choose_device
 
 
@@ -24,4 +25,4 @@ def start_fake_ranks(world_size: int) -> Ranks:
     logging.disable(logging.WARNING)  # DeepSpeed sets the level of its messages when it is imported
     control = dist.group.WORLD
     assert control is not None
-    return Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), control=control)
+    return Ranks(rank=0, world_size=world_size, device=torch.device("cpu"), control=control, contact=Contact(0, {}))

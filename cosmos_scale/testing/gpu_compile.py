@@ -8,24 +8,18 @@ Run in a process without TRITON_INTERPRET: kernels that are interpreted cannot b
 import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos_scale.kernels import shard_table, triton_adamw_ema, triton_colour, triton_contrastive, triton_patches
-
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, at most
 TENSOR_MEMORY = 512  # columns
-WIDTH = 512  # of features: ViT-B's
-PATCH_SIZE, SIDES = 16, (224, 96)  # ViT-B/16's, and of the crops in pixels
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -62,98 +56,6 @@ class Resources(NamedTuple):
     has_trap: bool
     multiplies: bool
     widest: int
-
-
-def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> Iterator[LaunchedKernel]:
-    """Yield every kernel with the launch parameters that training uses, for bfloat16 and ViT-B/16's sizes."""
-    features, numbers = ("*bf16", "*bf16"), ("*fp32",)
-    yield LaunchedKernel(
-        "contrastive statistics",
-        triton_contrastive.statistics_kernel,
-        (*features, *numbers * 6, *("i32",) * 4),
-        triton_contrastive.statistics_constants(tiles, WIDTH),
-        tiles.warps,
-        tiles.stages,
-        multiplies=True,
-    )
-    yield LaunchedKernel(
-        "contrastive slopes",
-        triton_contrastive.slopes_kernel,
-        (*features, *numbers * 5, *("i32",) * 11),
-        triton_contrastive.slopes_constants(tiles, WIDTH),
-        tiles.warps,
-        tiles.stages,
-        multiplies=True,
-    )
-    for side in SIDES:
-        yield LaunchedKernel(
-            f"patches of {side} pixels",
-            triton_patches.patches_kernel,
-            ("*u8", "*bf16", "*bf16"),
-            triton_patches.patches_constants(3, side, side, PATCH_SIZE),
-            triton_patches.WARPS,
-            1,
-            multiplies=False,
-        )
-    pixels, plans, rows = "*u8", "*fp32", "*i64"
-    size = {"PIXELS": triton_colour.PIXELS}
-    blocks = {"BLOCKS": triton.next_power_of_2(triton.cdiv(SIDES[0] ** 2, triton_colour.PIXELS))}
-    for name, function, types, constants in (
-        ("grey sums", triton_colour.grey_sums_kernel, (pixels, plans, "*i32", "i32"), size),
-        ("recolour", triton_colour.recolour_kernel, (pixels, plans, "*i32", pixels, "i32", "i32"), size | blocks),
-        (
-            "box blur",
-            triton_colour.box_blur_kernel,
-            (pixels, rows, pixels, rows, plans, plans, "i32", "i32", "i32"),
-            size | {"ALONG_WIDTH": 1},
-        ),
-    ):
-        yield LaunchedKernel(
-            name, function, types, constants, triton_colour.WARPS, 1, multiplies=False, fp_fusion=False
-        )
-
-
-def optimizer_kernels(*, aligned: bool = True) -> Iterator[LaunchedKernel]:
-    """Yield the optimizer's kernels as stages 1 to 3 launch them in bfloat16, and stage 0 for hundreds of parameters.
-
-    aligned: whether all shards begin where wide accesses may begin; DeepSpeed's do.
-    """
-    numbers = {"gradient_factor": None, **triton_adamw_ema.numbers_constants(0.9, 0.98)}
-    types = (*("*fp32",) * 3, "fp32", "fp32")
-    yield LaunchedKernel("optimizer numbers", triton_adamw_ema.numbers_kernel, types, numbers, 1, 3, multiplies=False)
-    blocks, access = triton_adamw_ema.BLOCKS, shard_table.ALIGNMENT if aligned else 0
-    for where, shards in (("flat", 1), ("listed", 215)):
-        for name, average_first in (("published order", True), ("average last", False)):
-            constants = triton_adamw_ema.update_constants(
-                shards,
-                torch.bfloat16,
-                torch.bfloat16,
-                weight_copies=True,
-                average_copies=True,
-                average_first=average_first,
-                clamps=False,
-                aligned=aligned,
-            )
-            yield LaunchedKernel(
-                f"optimizer update, {where}, {name}",
-                triton_adamw_ema.update_kernel,
-                ("*i64", "*fp32", *("fp32",) * 8),
-                constants,
-                blocks.warps,
-                3,
-                multiplies=False,
-                least_access=access,
-            )
-        yield LaunchedKernel(
-            f"gradient squares, {where}",
-            triton_adamw_ema.squares_kernel,
-            ("*i64", "*fp32"),
-            triton_adamw_ema.squares_constants(shards, torch.bfloat16, aligned=aligned),
-            blocks.warps,
-            3,
-            multiplies=False,
-            least_access=access,
-        )
 
 
 def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
@@ -227,12 +129,3 @@ def check(launched: Iterable[LaunchedKernel]) -> int:
             row = {"kernel": kernel.name, "capability": capability, **found._asdict(), "faults": bad}
             print(json.dumps(row), flush=True)
     return 1 if wrong else 0
-
-
-def main() -> int:
-    """Check every kernel."""
-    return check((*kernels(), *optimizer_kernels()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,4 @@
-"""What a step moves between ranks, counted in one process: torch's fake process group takes collectives, moves nothing.
-
-Shapes and dtypes are those of a real step of rank 0; values are not.
-"""
+"""What a step moves between ranks, counted in one process that plays one of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,20 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.comm_build import use_own_environment
-from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.pair import drawn_pair
-from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.batches import random_batch
 from cosmos_scale.testing.device_counts import META, Count, DeviceCounter
+from cosmos_scale.testing.fake_ranks import start_fake_ranks
 
 PHASES = ("student", "teacher", "loss", "backward", "update", "refresh")
 _KINDS = {
@@ -91,27 +84,12 @@ class CollectiveCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def be_rank_0_of(world_size: int) -> Ranks:
-    """Make this process rank 0 of a fake group, in place of the group that it is in."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    use_own_environment()
-    import deepspeed  # here, since it reads the environment as it is imported
-
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    control = dist.group.WORLD
-    assert control is not None, "the group has just been made"
-    device, nobody = torch.device("cpu"), Contact(0, {})
-    return Ranks(rank=0, world_size=world_size, device=device, control=control, contact=nobody)
-
-
 def count_traffic(rank: int, _: int, config: RunConfig, world_size: int) -> tuple[list[Collective], int]:
     """Return the collectives of a step of one sample a rank, and the model's elements. In a process of its own.
 
     config: of a model that a CPU can train; train.global_batch is `world_size`.
     """
-    ranks = be_rank_0_of(world_size)
+    ranks = start_fake_ranks(world_size)
     pair, loss = drawn_pair(config, ranks), CosmosLoss(config.optimizer.gradient_scale)
     student, teacher = pair
     lengths = [(4, config.model.text.context_length)] * config.data.captions.count
@@ -150,7 +128,7 @@ def count_losses(
     """
     found = []
     for world_size in world_sizes:
-        be_rank_0_of(world_size)
+        start_fake_ranks(world_size)
         loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
         features, taught = _meta_features(config)
         loss(features, taught)  # makes what it keeps from step to step

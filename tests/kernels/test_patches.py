@@ -13,7 +13,7 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.kernels.patches import cut_patches, level_values, normalised_patches
 from cosmos_scale.testing.device_counts import Count, DeviceCounter, count_step
 from cosmos_scale.testing.tiny import tiny_config
-from tests.kernels.triton_programs import lines
+from tests.kernels.programs import json_lines
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -56,7 +56,7 @@ def test_crops_smaller_than_a_patch_and_no_crops_have_no_patches() -> None:
 
 @needs_triton
 def test_the_interpreted_kernel_has_the_same_bits() -> None:
-    rows = lines("-m", "tests.kernels.interpret_patches", interpret=True)
+    rows = json_lines("-m", "tests.kernels.interpret_patches", interpret=True)
     assert len(rows) == 5
     assert [row for row in rows if not row["equal"]] == []
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the optimizer: right in Triton's interpreter, and fit for their GPUs when compiled."""
+"""The Triton kernels of the optimizer: right in Triton's interpreter, and few launches and bytes."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cosmos_scale.kernels import adamw_ema
 from cosmos_scale.testing.device_counts import DeviceCounter
-from tests.kernels.test_triton_contrastive import lines
+from tests.kernels.programs import json_lines
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -20,36 +20,12 @@ SIZES = (1, 2048, 5000, 33)
 
 
 def test_the_interpreted_kernels_equal_float64_at_odd_sizes() -> None:
-    rows = lines("-m", "tests.kernels.interpret_adamw_ema", interpret=True)
+    rows = json_lines("-m", "tests.kernels.interpret_adamw_ema", interpret=True)
     assert len(rows) == 6
     for row in rows:
         assert {*TOLERANCES, "wrong copies", "changed by a skipped update", "stray writes"} == set(row["found"])
         for name, error in row["found"].items():
             assert error <= TOLERANCES.get(name, 0.0), (row["case"], name)
-
-
-@pytest.mark.slow
-def test_the_compiled_kernels_fit_their_gpus() -> None:
-    code = "from cosmos_scale.testing import gpu_compile as g; raise SystemExit(g.check(g.optimizer_kernels()))"
-    rows = lines("-c", code, interpret=False)
-    assert len(rows) == 3 * 7  # 3 GPUs: numbers; update in 2 orders and squares, each of one shard and of many
-    assert [row for row in rows if row["faults"]] == []
-    # Two thirds of an H100's threads at least.
-    assert all(row["registers"] <= 80 for row in rows)
-
-
-@pytest.mark.slow
-def test_the_check_finds_shards_that_allow_no_wide_access() -> None:
-    code = """
-import json
-from cosmos_scale.testing import gpu_compile
-for aligned, narrow in zip(gpu_compile.optimizer_kernels(), gpu_compile.optimizer_kernels(aligned=False)):
-    if aligned.least_access:
-        print(json.dumps(gpu_compile.faults(aligned, 90, gpu_compile.compile_for(narrow, 90))))
-"""
-    rows = lines("-c", code, interpret=False)
-    assert len(rows) == 6
-    assert all(any("bytes, 16 at least" in text for text in faults) for faults in rows)
 
 
 @pytest.mark.parametrize("shards", [1, 200])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cosmos_scale.loss import CosmosLoss
+from cosmos_scale.testing.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.traffic import Collective, CollectiveCounter, be_rank_0_of
+from cosmos_scale.testing.traffic import Collective, CollectiveCounter
 from tests.loss.reference import Counts, random_features
 
 W, GLOBAL_BATCH = 128, 4096
@@ -19,7 +20,7 @@ MOST_GIB_RECEIVED = 0.05  # in bfloat16; the published implementation: 160 colle
 
 
 def _record(rank: int, world_size: int, dtype: torch.dtype) -> list[Collective]:
-    be_rank_0_of(W)
+    start_fake_ranks(W)
     features, teacher = random_features(COUNTS)
     kinds = [tensor.to(dtype) for tensor in features[:4]]
     features = features._replace(**dict(zip(features._fields[:4], kinds, strict=True)))

@@ -1,6 +1,6 @@
 """Each kind of kernel of the step alone: its time, and the rate at which it moves bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,8 +13,9 @@ from cosmos_scale.data.decode.crop_colour import colour_crops_
 from cosmos_scale.data.decode.dali import stack
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
-from cosmos_scale.kernels import adamw_ema, contrastive
+from cosmos_scale.kernels import adamw_ema, contrastive, pointwise
 from cosmos_scale.kernels.patches import level_values, normalised_patches
+from cosmos_scale.kernels.serving import serves
 from tools.gpu_stages.recorder import Recorder, failure
 
 TOKENS, WIDTH = 39424, 768  # of the student's crops at 64 samples, ViT-B/16
@@ -59,6 +60,8 @@ def _pointwise(recorder: Recorder) -> None:
         "bias gradient of the wide layer": (lambda: wide_upstream.sum(0), 4),
         "residual addition": (lambda: x.detach() + upstream, 3),
     }
+    if serves(x):
+        calls |= _own_pointwise(x, wide, upstream, wide_upstream, gain)
     nbytes = tokens * width * x.element_size()
     for name, (call, times) in calls.items():
         spent = recorder.milliseconds(call)
@@ -90,6 +93,42 @@ def _colour(recorder: Recorder) -> None:
     for triton in (True, False):
         spent = recorder.milliseconds(partial(colour_crops_, result, pixels, *encoded, triton=triton))
         recorder.write(kernel="colour of DALI's global crops", triton=triton, ms=spent)
+
+
+def _own_pointwise(
+    x: Tensor, wide: Tensor, upstream: Tensor, wide_upstream: Tensor, gain: Tensor
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """Return what the project's kernels do in one pass, beside torch's operators above, as `_pointwise` lists them."""
+    width, heads = gain.shape[0], gain.shape[0] // 64
+    update, shift, bias = upstream.clone().requires_grad_(), torch.zeros_like(gain), torch.zeros_like(gain)
+    wide_bias, stacked_bias = gain.detach().repeat(4), gain.detach().repeat(3)
+    for tensor in (shift, bias, wide_bias, stacked_bias):
+        tensor.requires_grad_()
+    total, normed = pointwise.add_norm(x, update, bias, gain, shift, 1e-5)
+    active = pointwise.gelu(wide, wide_bias)
+    stacked = wide_upstream[:, : 3 * width].contiguous().requires_grad_()
+    parts = pointwise.split_stacked(stacked, stacked_bias, heads)
+    gradients = [torch.randn_like(part, memory_format=torch.contiguous_format) for part in parts]
+
+    def grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], given: Sequence[Tensor]) -> object:
+        return torch.autograd.grad(outputs, inputs, given, retain_graph=True)
+
+    norm_inputs = (x, update, bias, gain, shift)
+    return {
+        "residual addition and layer norm": (
+            lambda: pointwise.add_norm(x.detach(), upstream, None, gain.detach(), shift.detach(), 1e-5),
+            4,
+        ),
+        "residual addition and layer norm, backward, with the bias gradient": (
+            lambda: grad((total, normed), norm_inputs, (upstream, update.detach())),
+            4,
+        ),
+        "gelu, backward, with the bias gradient": (lambda: grad((active,), (wide, wide_bias), (wide_upstream,)), 12),
+        "stack of q, k, v gradients, with the bias gradient": (
+            lambda: grad(parts, (stacked, stacked_bias), gradients),
+            6,
+        ),
+    }
 
 
 def _optimizer(recorder: Recorder) -> None:

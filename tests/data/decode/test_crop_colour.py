@@ -10,7 +10,7 @@ from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode.crop_colour import colour_crops_
 from cosmos_scale.testing.device_counts import DeviceCounter
 from tests.data.decode.crop_plans import plan_fields, some_pixels
-from tests.kernels.triton_programs import lines
+from tests.kernels.programs import json_lines
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -21,7 +21,7 @@ BLUR_MISSES = 1e-4
 
 @needs_triton
 def test_the_interpreted_kernels_make_the_same_levels() -> None:
-    rows = lines("-m", "tests.data.decode.interpret_colour", interpret=True)
+    rows = json_lines("-m", "tests.data.decode.interpret_colour", interpret=True)
     assert len(rows) == 5
     for row in rows:
         assert row["changed"] > 0.5, row["case"]

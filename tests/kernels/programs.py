@@ -1,4 +1,4 @@
-"""Programs that run in processes of their own, since Triton decides once whether kernels are interpreted."""
+"""Programs that try Triton kernels: a process decides once whether kernels are interpreted."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import Any
 from tests.conftest import REPOSITORY
 
 
-def lines(*arguments: str, interpret: bool, status: int = 0) -> list[dict[str, Any]]:
-    """Run Python with arguments, kernels interpreted or not, and return the json lines that it prints."""
+def json_lines(*arguments: str, interpret: bool, status: int = 0) -> list[Any]:
+    """Run a Python program and return the json values that it prints, one a line."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     finished = subprocess.run(
         [sys.executable, *arguments],

@@ -1,0 +1,61 @@
+"""The model with the Triton kernels equals the model without, and takes them where they serve."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.testing.device_counts import META, DeviceCounter
+from tests.kernels.programs import json_lines
+from tests.model.models import SMALL, small_batch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+OPERATORS = {"add_norm", "add_norm_backward", "gelu_bias_backward", "stack_gradients"}
+# Relative to the largest element of a tensor: float32 sums of some hundred rows in another order. 1.2e-6 was seen.
+TOLERANCE = 5e-6
+
+
+@pytest.mark.slow
+def test_features_and_all_gradients_equal_those_without_kernels() -> None:
+    rows = json_lines("-m", "tests.model.interpret_model", interpret=True)
+    assert [row["recompute"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["tensors"] > 90
+        assert row["error"] < TOLERANCE, row
+
+
+@pytest.mark.slow
+def test_steps_through_the_engine_equal_those_without_kernels() -> None:
+    """Losses after updates, and gradient norms, of two ranks at stages 1 and 3."""
+    rows = json_lines("-m", "tests.model.interpret_model", "engine", interpret=True)
+    assert [row["stage"] for row in rows] == [1, 3]
+    for row in rows:
+        for with_kernels, without in zip(row["auto"], row["torch"], strict=True):
+            assert with_kernels == pytest.approx(without, rel=2e-6), row
+
+
+def operators(*, kernels: bool, dtype: torch.dtype, compiled: bool = False) -> set[str]:
+    """Return which of OPERATORS run in a forward and a backward."""
+    with META:
+        model = CosmosModel(SMALL.model_copy(update={"compile": compiled})).to(dtype)
+    model.choose_kernels("auto" if kernels else "torch")
+    batch = small_batch(2)
+    on_meta = batch._replace(
+        **{name: getattr(batch, name).to(META) for name in ("global_crops", "local_crops", "captions")}
+    )
+    with torch.compiler.set_stance("force_eager"), DeviceCounter() as counter:
+        features = model(on_meta)
+        torch.stack([features.image.sum(), features.text_crossmodal.sum()]).sum().backward()
+    return {name for _, name in counter.counts} & OPERATORS
+
+
+def test_the_kernels_serve_low_precision_unless_torch_is_asked_for() -> None:
+    assert operators(kernels=True, dtype=torch.bfloat16) == OPERATORS
+    assert operators(kernels=False, dtype=torch.bfloat16) == set()
+    assert operators(kernels=True, dtype=torch.float32) == set()
+
+
+def test_blocks_that_are_compiled_are_left_to_the_compiler() -> None:
+    assert operators(kernels=True, dtype=torch.bfloat16, compiled=True) == {"add_norm", "add_norm_backward"}
