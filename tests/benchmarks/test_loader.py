@@ -83,8 +83,12 @@ def test_it_runs(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--photos", "3", "--rounds", "1", "--json", file]) == 0
     with open(file, encoding="utf-8") as figures:
         rows = {row["name"]: row for row in json.load(figures)}
-    assert {"loader_speedup", "loader_total_speedup", "loader_ours_normalise_ms", "loader_published_decode_ms"} <= set(
-        rows
-    )
+    assert {
+        "loader_speedup",
+        "loader_worker_speedup",
+        "loader_total_speedup",
+        "loader_ours_normalise_ms",
+        "loader_published_decode_ms",
+    } <= set(rows)
     assert all(row["value"] > 0 for row in rows.values())
     assert "medians of 1 rounds" in rows["loader_speedup"]["note"]

@@ -55,8 +55,7 @@ def colour_by_kernels_(
 
     blurred = blur_radius > 0
     thresholds = torch.where(blurred, NO_SOLARISE, solarise)  # those of blurred crops come after the blur
-    parameters = _parameters(jitter_order, jitter_factors, grey, thresholds)
-    parameters = parameters.to(result_VBCHW.device, non_blocking=True)
+    parameters = _send(_parameters(jitter_order, jitter_factors, grey, thresholds), result_VBCHW.device)
     per_view = parameters.unflatten(0, (-1, result_VBCHW.shape[1])) if len(parameters) else ()
     for result, pixels, own in zip(result_VBCHW, pixels_BHWC, per_view, strict=True):
         triton_colour.recolour_(result, pixels, own, triton_colour.grey_sums(pixels, own))
@@ -82,11 +81,9 @@ def _blur_(levels_NCHW: Tensor, rows: Tensor, radius: Tensor, thresholds: Tensor
     from cosmos_scale.kernels import triton_colour
 
     device = levels_NCHW.device
-    all_rows = torch.stack([rows, torch.arange(len(rows))]).to(device, non_blocking=True)
-    limits = torch.stack([torch.full_like(thresholds, NO_SOLARISE), thresholds])
-    none, limit = limits.float().to(device, non_blocking=True)
-    weights = box_weights(radius.double()).float().to(device, non_blocking=True)
-    place, beside = all_rows
+    place, beside = _send(torch.stack([rows, torch.arange(len(rows))]), device)
+    none, limit = _send(torch.stack([torch.full_like(thresholds, NO_SOLARISE), thresholds]).float(), device)
+    weights = _send(box_weights(radius.double()).float(), device)
     source, source_rows = levels_NCHW, place
     spare = [levels_NCHW.new_empty((len(rows), *levels_NCHW.shape[1:])) for _ in range(2)]
     passes = [True] * BLUR_PASSES + [False] * BLUR_PASSES
@@ -96,6 +93,11 @@ def _blur_(levels_NCHW: Tensor, rows: Tensor, radius: Tensor, thresholds: Tensor
         limits = limit if is_last else none
         triton_colour.box_blur_(target, target_rows, source, source_rows, weights, limits, along_width)
         source, source_rows = target, target_rows
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; through pinned memory, since from other memory CUDA may let the host wait."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _is_fused(result: Tensor) -> bool:
