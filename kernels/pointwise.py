@@ -124,5 +124,6 @@ class _SplitStacked(torch.autograd.Function):
         stacked_TW = side_by_side(parts)
         if stacked_TW is None:
             parts = [part.contiguous() for part in parts]
-        sum_W, *copied = triton_bias.stack_gradients(*parts, ctx.bias_dtype, stacked_TW is None)
+        queries, keys, values = parts
+        sum_W, *copied = triton_bias.stack_gradients(queries, keys, values, ctx.bias_dtype, stacked_TW is None)
         return copied[0] if stacked_TW is None else stacked_TW, sum_W if ctx.needs_input_grad[1] else None, None
