@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cosmos_scale.kernels.pointwise import side_by_side
 from cosmos_scale.kernels.segments import Segments
 
 logger = logging.getLogger(__name__)
@@ -152,6 +154,8 @@ def find_function(backend: str) -> Callable[..., Any] | str:
             from flash_attn_interface import flash_attn_varlen_func as function
         elif backend == "flash_attn_2":
             from flash_attn import flash_attn_varlen_func as function
+        elif backend == "flash_attn_2_packed":
+            from flash_attn import flash_attn_varlen_qkvpacked_func as function
         elif backend == "torch_varlen":
             from torch.nn.attention.varlen import varlen_attn as function
         else:
@@ -190,7 +194,33 @@ def _flash_attn_3(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segment
 
 
 def _flash_attn_2(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:
-    return _flash_attn("flash_attn_2", q_THD, k_SHD, v_SHD, segments, causal)
+    if (
+        side_by_side([q_THD.flatten(1), k_SHD.flatten(1), v_SHD.flatten(1)]) is None
+        or segments.queries != segments.keys
+    ):
+        return _flash_attn("flash_attn_2", q_THD, k_SHD, v_SHD, segments, causal)
+    # As one tensor: its backward then writes the three gradients side by side, where nobody need stack them.
+    function = find_function("flash_attn_2_packed")
+    assert not isinstance(function, str), function
+    cu_queries, _ = segments.cu_seqlens(q_THD.device)
+    packed_T3HD = _Packed.apply(q_THD, k_SHD, v_SHD)
+    output: Tensor = function(packed_T3HD, cu_queries, segments.longest_queries, causal=causal)
+    return output
+
+
+class _Packed(torch.autograd.Function):
+    """Views three tensors that lie side by side as one, and its gradient as three."""
+
+    @staticmethod
+    def forward(ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+        tokens, heads, width = q_THD.shape
+        row, _, _ = q_THD.stride()
+        return q_THD.as_strided((tokens, 3, heads, width), (row, heads * width, width, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_T3HD: Tensor) -> tuple[Tensor, ...]:
+        return gradient_T3HD.unbind(1)
 
 
 def _torch_varlen(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, segments: Segments, causal: bool) -> Tensor:

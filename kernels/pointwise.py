@@ -6,6 +6,7 @@ anyway. The linear map is then asked not to sum (`linear.py`). The bias itself i
 the linear map alone; None means that nobody needs its gradient.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ def split_stacked(stacked_TW: Tensor, bias_W: Tensor | None, heads: int) -> tupl
     """
     queries, keys, values = _SplitStacked.apply(stacked_TW, bias_W, heads)
     return queries, keys, values
+
+
+def side_by_side(parts_TD: Sequence[Tensor]) -> Tensor | None:
+    """Return the matrix [T, parts D] whose columns the parts [T, D] are, one after the other; None: there is none."""
+    first, width, row = parts_TD[0], parts_TD[0].shape[1], len(parts_TD) * parts_TD[0].shape[1]
+    for number, part in enumerate(parts_TD):
+        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata
+        place = first.storage_offset() + number * width
+        if not same or part.stride() != (row, 1) or part.storage_offset() != place:
+            return None
+    return first.as_strided((first.shape[0], row), (row, 1))
 
 
 class _AddNorm(torch.autograd.Function):
@@ -109,19 +121,9 @@ class _SplitStacked(torch.autograd.Function):
         from cosmos_scale.kernels import triton_bias
 
         parts = [gradient.flatten(1) for gradient in gradients_THD]
-        stacked_TW = _side_by_side(parts)
+        stacked_TW = side_by_side(parts)
         if stacked_TW is None:
             parts = [part.contiguous() for part in parts]
-        sum_W, *copied = triton_bias.stack_gradients(*parts, ctx.bias_dtype, stacked_TW is None)
+        queries, keys, values = parts
+        sum_W, *copied = triton_bias.stack_gradients(queries, keys, values, ctx.bias_dtype, stacked_TW is None)
         return copied[0] if stacked_TW is None else stacked_TW, sum_W if ctx.needs_input_grad[1] else None, None
-
-
-def _side_by_side(parts_TD: list[Tensor]) -> Tensor | None:
-    """Return the matrix [T, 3 D] whose columns the parts are, one after the other, or None where there is none."""
-    first, width = parts_TD[0], parts_TD[0].shape[1]
-    for number, part in enumerate(parts_TD):
-        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata
-        place = first.storage_offset() + number * width
-        if not same or part.stride() != (3 * width, 1) or part.storage_offset() != place:
-            return None
-    return first.as_strided((first.shape[0], 3 * width), (3 * width, 1))

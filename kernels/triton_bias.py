@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cosmos_scale.kernels.operators import operator
 from cosmos_scale.kernels.triton_sums import PROGRAMS, SCRATCH_BYTES, WARPS, Tiling, empty_sums, sum_partials, tile
 
 ELEMENTS = 4096  # of a tile
@@ -93,7 +94,11 @@ def columns_tiling(rows: int, width: int, matrices: int = 1) -> Tiling:
     return tile(rows, columns, ELEMENTS, programs)
 
 
-@torch.library.custom_op("cosmos_scale::gelu_bias_backward", mutates_args=())
+def _fake_gelu(upstream: Tensor, x: Tensor, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[1], dtype=bias_dtype)
+
+
+@operator("gelu_bias_backward", _fake_gelu)
 def gelu_bias_backward(upstream: Tensor, x: Tensor, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the gradient of x [T, W], where upstream [T, W] is that of the exact gelu(x), and its sum over rows [W].
 
@@ -110,12 +115,12 @@ def gelu_bias_backward(upstream: Tensor, x: Tensor, bias_dtype: torch.dtype) -> 
     return result, summed
 
 
-@gelu_bias_backward.register_fake
-def _(upstream: Tensor, x: Tensor, bias_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[1], dtype=bias_dtype)
+def _fake_stack(first: Tensor, second: Tensor, third: Tensor, bias_dtype: torch.dtype, stores: bool) -> list[Tensor]:
+    T, D = first.shape
+    return [*empty_sums(first, 3 * D, [bias_dtype]), *([first.new_empty((T, 3 * D))] if stores else [])]
 
 
-@torch.library.custom_op("cosmos_scale::stack_gradients", mutates_args=())
+@operator("stack_gradients", _fake_stack)
 def stack_gradients(
     first: Tensor, second: Tensor, third: Tensor, bias_dtype: torch.dtype, stores: bool
 ) -> list[Tensor]:
@@ -137,12 +142,6 @@ def stack_gradients(
         num_warps=WARPS,
     )
     return [*sum_partials(partials, [bias_dtype]), *stacked]
-
-
-@stack_gradients.register_fake
-def _(first: Tensor, second: Tensor, third: Tensor, bias_dtype: torch.dtype, stores: bool) -> list[Tensor]:
-    T, D = first.shape
-    return [*empty_sums(first, 3 * D, [bias_dtype]), *([first.new_empty((T, 3 * D))] if stores else [])]
 
 
 def _gelu_scratch(upstream: Tensor, x: Tensor, bias_dtype: torch.dtype) -> int:

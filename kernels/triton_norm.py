@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cosmos_scale.kernels.operators import operator
 from cosmos_scale.kernels.triton_sums import SCRATCH_BYTES, WARPS, Tiling, empty_sums, sum_partials, tile
 
 ELEMENTS = 2048  # of a tile
@@ -119,7 +120,18 @@ def norm_tiling(rows: int, width: int) -> Tiling:
     return tile(rows, triton.next_power_of_2(width), ELEMENTS)
 
 
-@torch.library.custom_op("cosmos_scale::add_norm", mutates_args=())
+def _empty_forward(x: Tensor, update: Tensor | None, saves: bool) -> list[Tensor]:
+    statistics = [x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)] if saves else []
+    return [torch.empty_like(x), *statistics, *([] if update is None else [torch.empty_like(x)])]
+
+
+def _fake_forward(
+    x: Tensor, update: Tensor | None, gain: Tensor, offset: Tensor, eps: float, saves: bool
+) -> list[Tensor]:
+    return _empty_forward(x, update, saves)
+
+
+@operator("add_norm", _fake_forward)
 def add_norm_forward(
     x: Tensor, update: Tensor | None, gain: Tensor, offset: Tensor, eps: float, saves: bool
 ) -> list[Tensor]:
@@ -143,12 +155,20 @@ def add_norm_forward(
     return results
 
 
-@add_norm_forward.register_fake
-def _(x: Tensor, update: Tensor | None, gain: Tensor, offset: Tensor, eps: float, saves: bool) -> list[Tensor]:
-    return _empty_forward(x, update, saves)
+def _fake_backward(
+    d_normed: Tensor,
+    d_total: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    bias_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    dtypes = [gain.dtype, gain.dtype, *([] if bias_dtype is None else [bias_dtype])]
+    return [torch.empty_like(total), *empty_sums(total, total.shape[1], dtypes)]
 
 
-@torch.library.custom_op("cosmos_scale::add_norm_backward", mutates_args=())
+@operator("add_norm_backward", _fake_backward)
 def add_norm_backward(
     d_normed: Tensor,
     d_total: Tensor | None,
@@ -178,25 +198,6 @@ def add_norm_backward(
         num_warps=WARPS,
     )
     return [result, *sum_partials(partials, dtypes)]
-
-
-@add_norm_backward.register_fake
-def _(
-    d_normed: Tensor,
-    d_total: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gain: Tensor,
-    bias_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    dtypes = [gain.dtype, gain.dtype, *([] if bias_dtype is None else [bias_dtype])]
-    return [torch.empty_like(total), *empty_sums(total, total.shape[1], dtypes)]
-
-
-def _empty_forward(x: Tensor, update: Tensor | None, saves: bool) -> list[Tensor]:
-    statistics = [x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)] if saves else []
-    return [torch.empty_like(x), *statistics, *([] if update is None else [torch.empty_like(x)])]
 
 
 def _scratch(

@@ -61,7 +61,8 @@ class ModelConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="whether torch.compile compiles the towers' blocks: meant for GPUs; a CPU gains nothing measurable",
+        description="whether torch.compile compiles the towers' blocks, in place of the project's kernels there: "
+        "meant for GPUs",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     token_multiple: int | None = Field(

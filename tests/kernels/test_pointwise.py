@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
 from cosmos_scale.testing.device_counts import META, DeviceCounter
@@ -86,3 +87,13 @@ def test_nothing_is_summed_for_a_bias_without_gradient() -> None:
     active.backward(torch.empty_like(active))
     assert x.grad is not None
     assert x.grad.shape == x.shape
+
+
+def test_fake_tensors_run_the_operators_too() -> None:
+    with FakeTensorMode():
+        x, update = (torch.empty(5, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        gain, offset, bias = (torch.empty(64, requires_grad=True) for _ in range(3))
+        total, normed = add_norm(x, update, bias, gain, offset, 1e-5)
+        found = torch.autograd.grad([total, normed], [x, update, bias, gain], [total, normed])
+    assert [tensor.shape for tensor in found] == [x.shape, x.shape, bias.shape, gain.shape]
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
