@@ -33,6 +33,8 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 LOOKUPS = {"embedding", "index_select", "gather", "index"}
 # Operators whose first operand is written, not read.
 FILLS = {"copy_", "fill_", "zero_", "index_copy_", "index_put_"}
+# Operands that the project's own operators write without reading them.
+WRITTEN_ONLY = {("adamw_ema_update", "weight_copies"), ("adamw_ema_update", "average_copies")}
 COPIES = {"copy_", "_to_copy", "clone", "cat", "stack", "_foreach_copy_"}
 GROUPS = ("products", "attention", "copies", "norms and pointwise")
 
@@ -228,7 +230,7 @@ def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: st
         writes = argument.alias_info is not None and argument.alias_info.is_write
         if writes:
             written += tensors
-        if not writes or (not argument.is_out and name not in FILLS):
+        if not writes or (not argument.is_out and name not in FILLS and (name, argument.name) not in WRITTEN_ONLY):
             read += tensors
     return read, written
 

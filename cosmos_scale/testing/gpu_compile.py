@@ -10,15 +10,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos_scale.kernels import triton_contrastive
+from cosmos_scale.kernels import triton_adamw_ema, triton_contrastive
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, at most
@@ -32,19 +33,24 @@ class LaunchedKernel(NamedTuple):
     """A kernel as it is launched.
 
     types: of its run-time arguments in order, such as "*bf16". multiplies: whether it needs tensor cores.
+    least_access: bytes that a thread's widest access to the GPU's memory must have.
     """
 
     name: str
     function: Any
     types: tuple[str, ...]
-    constants: dict[str, int]
+    constants: Mapping[str, object]
     warps: int
     stages: int
     multiplies: bool
+    least_access: int = 0
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel asks for. spilled: bytes of registers stored and loaded. shared: bytes of a block."""
+    """What a compiled kernel asks for. spilled: bytes of registers stored and loaded. shared: bytes of a block.
+
+    widest: bytes of a thread's widest access to the GPU's memory, addresses aside.
+    """
 
     registers: int
     spilled: int
@@ -52,6 +58,7 @@ class Resources(NamedTuple):
     tensor_columns: int
     has_trap: bool
     multiplies: bool
+    widest: int
 
 
 def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> Iterator[LaunchedKernel]:
@@ -77,6 +84,49 @@ def kernels(tiles: triton_contrastive.TileSizes = triton_contrastive.TILES) -> I
     )
 
 
+def optimizer_kernels(*, aligned: bool = True) -> Iterator[LaunchedKernel]:
+    """Yield the optimizer's kernels as stages 1 to 3 launch them in bfloat16, and stage 0 for hundreds of parameters.
+
+    aligned: whether all shards begin where wide accesses may begin; DeepSpeed's do.
+    """
+    numbers = {"gradient_factor": None, **triton_adamw_ema.numbers_constants(0.9, 0.98)}
+    types = (*("*fp32",) * 3, "fp32", "fp32")
+    yield LaunchedKernel("optimizer numbers", triton_adamw_ema.numbers_kernel, types, numbers, 1, 3, multiplies=False)
+    blocks, access = triton_adamw_ema.BLOCKS, triton_adamw_ema.ALIGNMENT if aligned else 0
+    for where, shards in (("flat", 1), ("listed", 215)):
+        for name, average_first in (("published order", True), ("average last", False)):
+            constants = triton_adamw_ema.update_constants(
+                shards,
+                torch.bfloat16,
+                torch.bfloat16,
+                weight_copies=True,
+                average_copies=True,
+                average_first=average_first,
+                clamps=False,
+                aligned=aligned,
+            )
+            yield LaunchedKernel(
+                f"optimizer update, {where}, {name}",
+                triton_adamw_ema.update_kernel,
+                ("*i64", "*fp32", *("fp32",) * 8),
+                constants,
+                blocks.warps,
+                3,
+                multiplies=False,
+                least_access=access,
+            )
+        yield LaunchedKernel(
+            f"gradient squares, {where}",
+            triton_adamw_ema.squares_kernel,
+            ("*i64", "*fp32"),
+            triton_adamw_ema.squares_constants(shards, torch.bfloat16, aligned=aligned),
+            blocks.warps,
+            3,
+            multiplies=False,
+            least_access=access,
+        )
+
+
 def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
     """Compile a kernel for a compute capability (80: 8.0) and return what it asks for."""
     names = kernel.function.arg_names
@@ -98,6 +148,7 @@ def compile_for(kernel: LaunchedKernel, capability: int) -> Resources:
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         has_trap=re.search(r"^\s*trap;", ptx, re.MULTILINE) is not None,
         multiplies=PRODUCTS[capability] in ptx,
+        widest=_widest_access(ptx),
     )
 
 
@@ -111,6 +162,7 @@ def faults(kernel: LaunchedKernel, capability: int, found: Resources) -> list[st
         > TENSOR_MEMORY,
         "a bare trap": found.has_trap,
         f"no {PRODUCTS[capability]}": kernel.multiplies and not found.multiplies,
+        f"accesses of {found.widest} bytes, {kernel.least_access} at least": found.widest < kernel.least_access,
     }
     return [text for text, wrong in checks.items() if wrong]
 
@@ -129,10 +181,16 @@ def _registers(ptx: str, capability: int) -> tuple[int, int]:
     return int(registers), sum(map(int, spilled))
 
 
-def main() -> int:
-    """Compile every kernel for every capability and print a json line each; returns 1 where anything is wrong."""
+def _widest_access(ptx: str) -> int:
+    """Return the bytes of the widest load or store of elements of at most 32 bits by a thread; 0 without any."""
+    found = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](16|32)\b", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+
+
+def check(launched: Iterable[LaunchedKernel]) -> int:
+    """Compile kernels for every capability and print a json line each; returns 1 where anything is wrong."""
     wrong = False
-    for kernel in kernels():
+    for kernel in launched:
         for capability in CAPABILITIES:
             found = compile_for(kernel, capability)
             bad = faults(kernel, capability, found)
@@ -140,6 +198,11 @@ def main() -> int:
             row = {"kernel": kernel.name, "capability": capability, **found._asdict(), "faults": bad}
             print(json.dumps(row), flush=True)
     return 1 if wrong else 0
+
+
+def main() -> int:
+    """Check every kernel."""
+    return check((*kernels(), *optimizer_kernels()))
 
 
 if __name__ == "__main__":
