@@ -37,8 +37,8 @@ def train_step(
     """Train on one batch. Collective.
 
     batch: this rank's share, on the device. lr: learning rate. momentum: the share of itself that the teacher keeps.
-    Nothing here makes the host wait for the device. DeepSpeed (0.19) makes it wait around the update: at stage 3, with
-    offloading, in fp16, and at stage 0 in bf16.
+    Nothing here makes the host wait for the device. DeepSpeed (0.19) makes it wait around the update with offloading
+    and in fp16.
     """
     features = student(batch)
     teacher_features = teacher(batch)

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 
 # Kinds of devices that the Triton kernels serve. "meta": tensors without memory, for counts.
 FUSED_DEVICES = frozenset({"cuda", "meta"})
+NORM_PIECE = 2**14  # elements
 
 
 def adamw_ema_(
@@ -122,7 +123,11 @@ def squared_norm(gradients: Sequence[Tensor], *, triton: bool = True) -> Tensor:
             for of in sorted({gradient.dtype for gradient in gradients}, key=str)
         ]
         return torch.cat(partials).sum() if len(partials) > 1 else partials[0].sum()
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    pieces = list(gradients)
+    if pieces[0].device.type == "cpu":
+        # There the squares of a tensor are added up one after another in float32: digits are lost in large tensors.
+        pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(NORM_PIECE)]
+    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
     return torch.stack(norms).square().sum()
 
 

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Size, Tensor, nn
 
@@ -15,6 +14,7 @@ from cosmos_scale.engine.optimizer import AdamWEma
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.teacher_weights import TeacherWeights
 from cosmos_scale.fragments import Fragment
+from cosmos_scale.kernels.adamw_ema import squared_norm
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,21 @@ class Layout(ABC):
         if self.scaler is not None:
             vars(self.scaler).update(numbers)
 
+    @property
+    def updates_itself(self) -> bool:
+        """Whether updates are made without DeepSpeed's step: it keeps the fp16 loss scaler, and the way to the host."""
+        return self.config.precision != "fp16" and not self.config.zero.offload
+
     def step(self) -> bool:
-        """Let DeepSpeed count a micro-batch, and at the last of them update; whether it updated anything."""
-        self.engine.step()
-        return bool(self.engine.was_step_applied())
+        """Count a micro-batch, and at the last of them update; whether anything was updated."""
+        if not (self.updates_itself and self.engine.is_gradient_accumulation_boundary()):
+            self.engine.step()
+            return bool(self.engine.was_step_applied())
+        # DeepSpeed's step would copy gradients to fp32 and masters to the weights, and make the host wait.
+        self.optimizer.step_shards(self._take_gradients())
+        self._share_weights()
+        self.engine.micro_steps += 1
+        return True
 
     def close(self) -> None:
         """Free the engine, which otherwise keeps itself alive."""
@@ -96,11 +107,25 @@ class Layout(ABC):
     def gradients(self) -> list[Tensor]:
         """Return the gradients that this rank updates with: averaged over ranks, in fp16 times the loss scale."""
 
-    def clip_gradients(self) -> Tensor:
-        """Clip the gradients, or leave it to DeepSpeed's step; return their L2 norm before: [] float32. Collective."""
-        norms = torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)
-        squared = torch.stack(norms).square().sum().to(self.ranks.device)
+    def gradient_norm(self) -> Tensor:
+        """Return the L2 norm of the last gradient over all parameters, before clipping: [] float32. Collective."""
+        squared = squared_norm(self.gradients(), triton=self.optimizer.triton).to(self.ranks.device)
         return self._sum_over_ranks(squared).sqrt() / self._loss_scale
+
+    def clip_factor(self, norm: Tensor) -> Tensor | None:
+        """Return what the gradients are to be multiplied by; None where they are not clipped, or DeepSpeed clips."""
+        clip_norm = self.config.optimizer.clip_norm
+        if clip_norm is None or (not self.updates_itself and self.engine.gradient_clipping() > 0.0):
+            return None
+        return (clip_norm / (norm + 1e-6)).clamp(max=1.0)  # DeepSpeed's formula
+
+    @abstractmethod
+    def _take_gradients(self) -> list[list[Tensor]]:
+        """Return a gradient for each master, and leave none behind in DeepSpeed."""
+
+    @abstractmethod
+    def _share_weights(self) -> None:
+        """Bring the weights that other ranks updated. Collective from stage 1 on."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -121,6 +146,10 @@ class Layout(ABC):
         teacher: the model, in compute precision. forward: a module that holds it and computes its features.
         fragments: of the student, with the average.
         """
+
+    def _copies_and_averages(self) -> tuple[list[Tensor], list[Tensor]]:
+        copies = [copy for group in self.optimizer.average_copies for copy in group]
+        return copies, [self.optimizer.state[master]["ema"] for group in self.masters for master in group]
 
     def _note_loss_scale(self) -> None:
         self._loss_scale = 1.0 if self.scaler is None else float(self.scaler.cur_scale)

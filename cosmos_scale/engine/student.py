@@ -37,7 +37,9 @@ class Student:
         """Wrap a float32 model; the average starts from `teacher`, float32 parameters by name."""
         self.ranks = ranks
         self.micro_batches = config.train.micro_batches
-        self.optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
+        self.optimizer = build_optimizer(
+            model.named_parameters(), config.optimizer, config.ema, triton=config.kernels == "auto"
+        )
         model.recompute_blocks(config.train.recompute)
         # DeepSpeed makes its masters from low-precision weights. The loop below puts the float32 weights into them.
         exact = {} if config.precision == "fp32" else _copies(model)
@@ -84,10 +86,16 @@ class Student:
         finite: [] bool, equal on all ranks: whether the loss is finite. In fp16 the gradient does not count, since the
         loss scaler drops the AdamW update where the scaled gradient is not finite.
         """
-        norm = self.layout.clip_gradients()
+        norm = self.layout.gradient_norm()
         if self.layout.scaler is None:
             finite = finite & norm.isfinite()
-        self.optimizer.update(self.layout.step, lr=lr, momentum=momentum, skip=1.0 - finite.float())
+        self.optimizer.update(
+            self.layout.step,
+            lr=lr,
+            momentum=momentum,
+            skip=1.0 - finite.float(),
+            gradient_factor=self.layout.clip_factor(norm),
+        )
         self._scales = self.layout.scales()
         return Update(finite, norm)
 

@@ -22,6 +22,7 @@ class Teacher:
         """Take over a model whose weights are replaced by the student's average."""
         self._model = model.to(student.ranks.device, DTYPES[config.precision]).requires_grad_(False).eval()
         self._micro_batches = student.micro_batches
+        self._optimizer = student.optimizer
         forward = _GlobalViews(self._model, config.data.captions.global_count)
         self._weights = student.layout.teacher_weights(self._model, forward, student.fragments)
         self.refresh()
@@ -39,7 +40,7 @@ class Teacher:
         At stages 1 and 2 each group of the optimizer takes one all-gather, which runs in the background until the
         teacher's next use. At the other stages ranks exchange nothing.
         """
-        self._weights.refresh()
+        self._weights.refresh(copied=self._optimizer.take_averages_copied())
 
     @property
     def model(self) -> CosmosModel:

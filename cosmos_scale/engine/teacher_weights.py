@@ -1,6 +1,6 @@
 """The teacher's weights, and how the average gets into them: a class for each way that `engine.zero` lays them out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from cosmos_scale.batch import Batch, TeacherFeatures
-from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.gather import all_gather_flat
 
 
@@ -22,8 +21,8 @@ class TeacherWeights:
     def __init__(self, forward: Callable[[Batch], TeacherFeatures]) -> None:
         self.forward = forward
 
-    def refresh(self) -> None:
-        """Start to copy the average into the weights."""
+    def refresh(self, *, copied: bool) -> None:
+        """Start to copy the average into the weights; copied: whether the update has written the copies."""
 
     def wait(self) -> None:
         """Wait until the last refresh is done."""
@@ -34,40 +33,47 @@ class TeacherWeights:
 
 
 class CopiedTeacher(TeacherWeights):
-    """Weights that are copied from averages of the same elements."""
+    """Weights that are copies of averages of the same elements: a copy for each tensor of averages."""
 
     def __init__(
-        self, forward: Callable[[Batch], TeacherFeatures], weights: list[Tensor], fragments: Sequence[Fragment]
+        self, forward: Callable[[Batch], TeacherFeatures], copies: list[Tensor], averages: list[Tensor]
     ) -> None:
         super().__init__(forward)
-        self._weights = weights
-        self._averages = [fragment.ema for fragment in fragments]
+        self._copies, self._averages = copies, averages
 
     @override
-    def refresh(self) -> None:
-        torch._foreach_copy_(self._weights, self._averages)
+    def refresh(self, *, copied: bool) -> None:
+        if not copied:
+            torch._foreach_copy_(self._copies, self._averages)
 
 
-class GatheredTeacher(TeacherWeights):
-    """Flat whole weights, gathered from the ranks' shards of the average by one all-gather a group."""
+class GatheredTeacher(CopiedTeacher):
+    """Flat whole weights, in which each rank's part is a copy; one all-gather a group brings the other ranks' parts.
+
+    The update may write this rank's part: between a refresh and the next update the teacher is used, and then waits.
+    """
 
     def __init__(
-        self, forward: Callable[[Batch], TeacherFeatures], flats: list[Tensor], averages: list[Tensor]
+        self, forward: Callable[[Batch], TeacherFeatures], flats: list[Tensor], averages: list[Tensor], rank: int
     ) -> None:
-        super().__init__(forward)
-        self._flats, self._averages = flats, averages
-        self._gathering: list[tuple[Any, Tensor]] = []
+        self.parts = [
+            flat.narrow(0, rank * average.numel(), average.numel())
+            for flat, average in zip(flats, averages, strict=True)
+        ]
+        super().__init__(forward, self.parts, averages)
+        self._flats = flats
+        self._gathering: list[Any] = []
 
     @override
-    def refresh(self) -> None:
+    def refresh(self, *, copied: bool) -> None:
         self.wait()
-        for flat, average in zip(self._flats, self._averages, strict=True):
-            shard = average.to(flat)
-            self._gathering.append((all_gather_flat(flat, shard, async_op=True), shard))
+        super().refresh(copied=copied)
+        for flat, part in zip(self._flats, self.parts, strict=True):
+            self._gathering.append(all_gather_flat(flat, part, async_op=True))
 
     @override
     def wait(self) -> None:
-        for work, _ in self._gathering:  # the list keeps each shard until the all-gather that reads it is done
+        for work in self._gathering:
             work.wait()
         self._gathering.clear()
 
@@ -78,19 +84,19 @@ class ShardedTeacher(CopiedTeacher):
     def __init__(
         self,
         forward: Callable[[Batch], TeacherFeatures],
-        weights: list[Tensor],
-        fragments: Sequence[Fragment],
+        copies: list[Tensor],
+        averages: list[Tensor],
         gathered: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """gathered: returns a context that holds the whole weights on every rank."""
-        super().__init__(forward, weights, fragments)
+        super().__init__(forward, copies, averages)
         self._gathered = gathered
         self._written: torch.cuda.Event | None = None
 
     @override
-    def refresh(self) -> None:
-        super().refresh()
-        if any(weight.is_cuda for weight in self._weights):
+    def refresh(self, *, copied: bool) -> None:
+        super().refresh(copied=copied)
+        if any(copy.is_cuda for copy in self._copies):
             # DeepSpeed (0.19) gathers in a stream of its own, which does not wait for what other streams write.
             self._written = torch.cuda.Event()
             self._written.record()

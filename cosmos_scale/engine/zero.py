@@ -1,8 +1,8 @@
 """The stages of ZeRO: how DeepSpeed lays student and teacher over the ranks, a class for each layout.
 
-Only this file branches on the stage and reads DeepSpeed's insides, as they are in the versions that pyproject.toml
-admits. DeepSpeed's public functions (deepspeed.utils.safe_get_*) are not enough: they gather whole parameters, or give
-parts at stage 3 only, and never say where a part begins.
+Only this file branches on the stage. Only this file and layout.py read DeepSpeed's insides, as they are in the versions
+that pyproject.toml admits. DeepSpeed's public functions (deepspeed.utils.safe_get_*) are not enough: they gather whole
+parameters, or give parts at stage 3 only, and never say where a part begins.
 
 - Unsharded (stage 0): every rank holds everything.
 - ShardedStates (stages 1 and 2): each group of the optimizer is one flat tensor, cut into one shard a rank. Masters,
@@ -34,7 +34,6 @@ from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.gather import all_gather_flat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NORM_PIECE = 2**14  # elements
 LIVE_WEIGHTS = 50_000_000
 REUSED_WEIGHTS = 20_000_000
 PERSISTENT_WEIGHTS = 100_000
@@ -49,13 +48,14 @@ class Unsharded(Layout):
         engine.enable_backward_allreduce = False  # `backward` reduces the gradients itself
         self.owned = ranks.is_main
         self.masters = [list(group["params"]) for group in optimizer.param_groups]
-        whole = [master for group in self.masters for master in group]
         # In low precision the masters are copies, and DeepSpeed lists the weights in the same order.
-        weights = [weight for group in getattr(self._wrapper, "fp16_groups", []) for weight in group] or whole
+        copied: list[list[Any]] = getattr(self._wrapper, "fp16_groups", [])
+        self._weights, optimizer.weight_copies = copied or [list(group) for group in self.masters], list(copied)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.placements = [
             Placement(names[id(weight)], weight, weight.shape, 0, weight.numel(), master, 0)
-            for weight, master in zip(weights, whole, strict=True)
+            for weights, masters in zip(self._weights, self.masters, strict=True)
+            for weight, master in zip(weights, masters, strict=True)
         ]
         self._bucket = gradient_bucket(sum(placement.count for placement in self.placements))
 
@@ -83,6 +83,20 @@ class Unsharded(Layout):
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     @override
+    def _take_gradients(self) -> list[list[Tensor]]:
+        taken = [
+            [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+            for weights in self._weights
+        ]
+        for placement in self.placements:
+            placement.parameter.grad = None
+        return taken
+
+    @override
+    def _share_weights(self) -> None:
+        pass  # every rank updates all weights
+
+    @override
     def publish(self) -> None:
         for placement in self.placements:
             if placement.master is not placement.parameter:
@@ -96,7 +110,9 @@ class Unsharded(Layout):
     def teacher_weights(self, teacher: nn.Module, forward: nn.Module, fragments: Sequence[Fragment]) -> TeacherWeights:
         own = dict(teacher.named_parameters())
         if self.config.precision != "fp32":
-            return CopiedTeacher(forward, [own[fragment.name].view(-1) for fragment in fragments], fragments)
+            copies = iter(own[placement.name] for placement in self.placements)
+            self.optimizer.average_copies = [[next(copies) for _ in masters] for masters in self.masters]
+            return CopiedTeacher(forward, *self._copies_and_averages())
         for fragment in fragments:
             own[fragment.name].data = fragment.ema.view(fragment.shape)
         return TeacherWeights(forward)
@@ -115,7 +131,7 @@ class _Sharded(Layout):
             return [gradient for group in self._wrapper.averaged_gradients.values() for gradient in group]
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)  # DeepSpeed (0.19) waits for copies to the host only in its step
-        return _in_pieces([shard.grad for group in self.masters for shard in group if shard.grad is not None])
+        return [shard.grad for group in self.masters for shard in group if shard.grad is not None]
 
     @override
     def scales(self) -> list[Tensor]:
@@ -134,8 +150,24 @@ class _FlatStates(_Sharded):
         if self._exact_on_device:
             self._share_masters()
         self.masters = [[shard] for shard in self._wrapper.single_partition_of_fp32_groups]
+        if config.precision != "fp32":
+            groups = self._wrapper.parallel_partitioned_bit16_groups
+            optimizer.weight_copies = [[parts[ranks.rank]] for parts in groups]
         self.placements = list(self._placed({id(parameter): name for name, parameter in model.named_parameters()}))
         self._groups = [list(parameters) for parameters in self._wrapper.bit16_groups]
+
+    @override
+    def _take_gradients(self) -> list[list[Tensor]]:
+        taken = list(self._wrapper.averaged_gradients.values())
+        self._wrapper.averaged_gradients = {}
+        return taken
+
+    @override
+    def _share_weights(self) -> None:
+        if self.ranks.world_size > 1:
+            groups = (self._wrapper.bit16_groups_flat, self._wrapper.parallel_partitioned_bit16_groups)
+            for flat, parts in zip(*groups, strict=True):
+                all_gather_flat(flat, parts[self.ranks.rank])
 
     @override
     def publish(self) -> None:
@@ -147,7 +179,11 @@ class _FlatStates(_Sharded):
         averages = [self.optimizer.state[shard]["ema"] for (shard,) in self.masters]
         flats = averages if is_average else self._empty_flats(next(teacher.parameters()).dtype)
         self._lay_into(flats, teacher)
-        return TeacherWeights(forward) if is_average else GatheredTeacher(forward, flats, averages)
+        if is_average:
+            return TeacherWeights(forward)
+        gathered = GatheredTeacher(forward, flats, averages, self.ranks.rank)
+        self.optimizer.average_copies = [[part] for part in gathered.parts]
+        return gathered
 
     def _share_masters(self) -> None:
         """Make fp32 masters views of this rank's part of the fp32 weights: DeepSpeed made a copy of this part."""
@@ -225,18 +261,6 @@ class ShardedStates(_FlatStates):
         if last:
             self._wrapper.averaged_gradients = {group: [shard] for group, shard in enumerate(shards)}
 
-    @override
-    def gradients(self) -> list[Tensor]:
-        return _in_pieces(super().gradients())
-
-    @override
-    def clip_gradients(self) -> Tensor:
-        norm = super().clip_gradients()
-        if self.config.optimizer.clip_norm is not None:
-            # DeepSpeed's formula, without its waits for the host.
-            torch._foreach_mul_(self.gradients(), (self.config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
 
 class OffloadedStates(_FlatStates):
     """Stages 1 and 2 with masters, moments and average on the host, where DeepSpeed brings the gradients."""
@@ -256,6 +280,7 @@ class ShardedWeights(_Sharded):
         # A group of over 10^9 elements has several shards.
         for sub_group, shard in enumerate(self._wrapper.fp32_partitioned_groups_flat):
             self.masters[self._wrapper.sub_group_to_group_id[sub_group]].append(shard)
+        optimizer.weight_copies = self._by_group(self._wrapper.fp16_partitioned_groups_flat)
         self.placements = list(self._placed({id(parameter): name for name, parameter in model.named_parameters()}))
 
     @staticmethod
@@ -274,13 +299,26 @@ class ShardedWeights(_Sharded):
         }
 
     @override
+    def _take_gradients(self) -> list[list[Tensor]]:
+        self._wrapper._pre_step()
+        self._wrapper.parameter_offload.partition_all_parameters()
+        self._wrapper.zero_grad(set_to_none=True)
+        self._wrapper.averaged_gradients.clear()
+        sizes = [shard.numel() for shard in self._wrapper.fp32_partitioned_groups_flat]
+        return self._by_group(self._wrapper.grad_partitions_flat_buffer.split(sizes))
+
+    @override
+    def _share_weights(self) -> None:
+        if self._wrapper.persistent_parameters:  # small parameters, which stay gathered on every rank
+            self._wrapper.persistent_parameters[0].all_gather(self._wrapper.persistent_parameters)
+
+    @override
     def publish(self) -> None:
         self._wrapper.parameter_offload.partition_all_parameters()
         pairs = zip(self._wrapper.fp16_partitioned_groups_flat, self._wrapper.fp32_partitioned_groups_flat, strict=True)
         for weights, shard in pairs:
             weights.copy_(shard)
-        if self._wrapper.persistent_parameters:  # small parameters, which stay gathered on every rank
-            self._wrapper.persistent_parameters[0].all_gather(self._wrapper.persistent_parameters)
+        self._share_weights()
 
     @override
     def whole_model(self) -> AbstractContextManager[None]:
@@ -297,9 +335,26 @@ class ShardedWeights(_Sharded):
         keys = teacher_deepspeed_config(self.config, self.ranks.world_size, zero)
         # Without an optimizer: DeepSpeed only shards the weights, and gathers them module by module in the forward.
         engine, *_ = deepspeed.initialize(model=forward, config=keys)
+        self.optimizer.average_copies = self._by_group(self._laid_like_masters(teacher))
+        return ShardedTeacher(engine, *self._copies_and_averages(), lambda: _gathered(engine))
+
+    def _laid_like_masters(self, teacher: nn.Module) -> list[Tensor]:
+        """Make this rank's parts of the teacher's weights views of flat tensors, laid out like the masters."""
         own: dict[str, Any] = dict(teacher.named_parameters())  # DeepSpeed adds `ds_tensor`: this rank's part
-        weights = [own[fragment.name].ds_tensor.narrow(0, 0, fragment.ema.numel()) for fragment in fragments]
-        return ShardedTeacher(engine, weights, fragments, lambda: _gathered(engine))
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        flats = []
+        for parameters in self._wrapper.fp16_groups:
+            parts = [own[names[id(parameter)]].ds_tensor for parameter in parameters]
+            flats.append(torch.cat(parts))
+            for part, place in zip(parts, flats[-1].split([part.numel() for part in parts]), strict=True):
+                part.data = place
+        return flats
+
+    def _by_group(self, shards: Sequence[Tensor]) -> list[list[Tensor]]:
+        groups: list[list[Tensor]] = [[] for _ in self.masters]
+        for sub_group, shard in enumerate(shards):
+            groups[self._wrapper.sub_group_to_group_id[sub_group]].append(shard)
+        return groups
 
     def _placed(self, names: dict[int, str]) -> Iterator[Placement]:
         rank = self.ranks.rank
@@ -313,11 +368,6 @@ class ShardedWeights(_Sharded):
                     shape = Size(parameter.ds_shape)
                     yield Placement(names[id(parameter)], parameter, shape, start, count, master, place)
                 place += part
-
-
-def _in_pieces(flats: list[Tensor]) -> list[Tensor]:
-    """Cut what lies on a CPU, where a tensor's squares are added up in float32: digits are lost in large tensors."""
-    return [piece for flat in flats for piece in (flat.split(NORM_PIECE) if flat.device.type == "cpu" else [flat])]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos_scale.kernels import triton_adamw_ema, triton_contrastive
+from cosmos_scale.kernels import shard_table, triton_adamw_ema, triton_contrastive
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, at most
@@ -92,7 +92,7 @@ def optimizer_kernels(*, aligned: bool = True) -> Iterator[LaunchedKernel]:
     numbers = {"gradient_factor": None, **triton_adamw_ema.numbers_constants(0.9, 0.98)}
     types = (*("*fp32",) * 3, "fp32", "fp32")
     yield LaunchedKernel("optimizer numbers", triton_adamw_ema.numbers_kernel, types, numbers, 1, 3, multiplies=False)
-    blocks, access = triton_adamw_ema.BLOCKS, triton_adamw_ema.ALIGNMENT if aligned else 0
+    blocks, access = triton_adamw_ema.BLOCKS, shard_table.ALIGNMENT if aligned else 0
     for where, shards in (("flat", 1), ("listed", 215)):
         for name, average_first in (("published order", True), ("average last", False)):
             constants = triton_adamw_ema.update_constants(

@@ -26,6 +26,7 @@ INSIDES = {
     "fp16_groups",
     "fp16_partitioned_groups_flat",
     "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer",
     "loss_scale_config",
     "params_in_partition",
     "params_not_in_partition",

@@ -79,12 +79,12 @@ def test_the_norm_reads_the_gradients_once() -> None:
 
 
 def test_shards_of_other_sizes_are_refused() -> None:
-    from cosmos_scale.kernels import triton_adamw_ema
+    from cosmos_scale.kernels import shard_table
 
     with pytest.raises(ValueError, match=r"\[3\] and \[2\] elements must agree"):
-        triton_adamw_ema.table_of(([torch.zeros(2)], [torch.zeros(3)]), 64)
+        shard_table.table_of(([torch.zeros(2)], [torch.zeros(3)]), 64)
     with pytest.raises(ValueError, match="contiguous"):
-        triton_adamw_ema.table_of(([torch.zeros(4, 4).T],), 64)
+        shard_table.table_of(([torch.zeros(4, 4).T],), 64)
 
 
 @pytest.mark.gpu
