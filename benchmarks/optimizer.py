@@ -119,9 +119,11 @@ def _adamw(groups: Sequence[Group], *, fused: bool) -> Callable[[], None]:
 
     def update() -> None:
         for group, counts in zip(groups, steps, strict=True):
-            lists = (group.cut[name] for name in ("weights", "gradients", "first", "second"))
             adamw(
-                *lists,
+                group.cut["weights"],
+                group.cut["gradients"],
+                group.cut["first"],
+                group.cut["second"],
                 [],
                 counts,
                 foreach=not fused,

@@ -40,7 +40,8 @@ class RunConfig(Section):
     )
     kernels: Literal["auto", "torch"] = Field(
         "auto",
-        description="auto: the project's Triton kernels where they serve (bf16 and fp16 on GPUs); torch: none of them",
+        description="auto: the project's Triton kernels where they serve, on GPUs (the loss's in bf16 and fp16); "
+        "torch: none of them",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     non_finite: Literal["stop", "skip"] = Field(

@@ -151,8 +151,7 @@ class _FlatStates(_Sharded):
             self._share_masters()
         self.masters = [[shard] for shard in self._wrapper.single_partition_of_fp32_groups]
         if config.precision != "fp32":
-            groups = self._wrapper.parallel_partitioned_bit16_groups
-            optimizer.weight_copies = [[parts[ranks.rank]] for parts in groups]
+            optimizer.weight_copies = [[parts[ranks.rank]] for parts in self._wrapper.parallel_partitioned_bit16_groups]
         self.placements = list(self._placed({id(parameter): name for name, parameter in model.named_parameters()}))
         self._groups = [list(parameters) for parameters in self._wrapper.bit16_groups]
 

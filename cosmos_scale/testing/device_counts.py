@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from cosmos_scale.batch import Batch
@@ -23,6 +23,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import surrogate
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.kernels import adamw_ema
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
@@ -101,7 +102,7 @@ class DeviceCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = func(*args, **kwargs) if _runs_here(func, args) else _zeros(func, args, kwargs)
         count = _count(func, args, kwargs, output)
         if count is not None:
             place = (self._phase, func.name().split("::")[1].split(".")[0])
@@ -116,6 +117,17 @@ def group_of(operator: str) -> str:
     if "varlen" in operator or "attention" in operator or "flash" in operator:
         return "attention"
     return "copies" if operator in COPIES else "norms and pointwise"
+
+
+@contextmanager
+def triton_update_on_cpu() -> Iterator[None]:
+    """Let the optimizer call its Triton kernels for tensors on the CPU; a `DeviceCounter` counts them, nothing runs."""
+    before = adamw_ema.FUSED_DEVICES
+    adamw_ema.FUSED_DEVICES = before | {"cpu"}
+    try:
+        yield
+    finally:
+        adamw_ema.FUSED_DEVICES = before
 
 
 def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
@@ -148,6 +160,8 @@ def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
 def count_update(rank: int, world_size: int, config: RunConfig) -> tuple[dict[str, dict[str, Count]], int]:
     """Count by phase and group what the engine does beside the model, on a real step on CPUs; collective.
 
+    The update's Triton kernels, which a CPU cannot run, are counted and left out.
+
     Returns the counts of "gradients" (the engine's backward less the same model's backward without an engine), "update"
     and "refresh"; and the elements of the model. All that is counted is done for each element. So bytes may be scaled
     to a model of the same depth and another width.
@@ -165,7 +179,7 @@ def count_update(rank: int, world_size: int, config: RunConfig) -> tuple[dict[st
     features = student(batch)
     gradients = loss(student.with_full_scales(features), teacher(batch)).gradients
     counter, plain = DeviceCounter(), DeviceCounter()
-    with counter:
+    with counter, triton_update_on_cpu():
         with counter.phase("gradients"):
             student.backward(batch, features, gradients)
         with counter.phase("update"):
@@ -218,6 +232,19 @@ def _count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     formula = flop_registry.get(func.overloadpacket)
     flops = 0 if formula is None or group_of(name) != "products" else int(formula(*args, **kwargs, out_val=output))
     return Count(1, sum(map(_nbytes, read)), sum(map(_nbytes, written)) + made, flops)
+
+
+def _runs_here(func: Any, args: tuple[Any, ...]) -> bool:
+    """Tell whether the tensors' device can run an operator: none of the project's runs on a CPU."""
+    return func.namespace != "cosmos_scale" or all(
+        leaf.device.type != "cpu" for leaf in tree_leaves(args) if isinstance(leaf, Tensor)
+    )
+
+
+def _zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return zeros of the shapes that an operator returns, and leave all else as it is."""
+    there = tree_map_only(Tensor, lambda tensor: tensor.to(META), (args, kwargs))
+    return tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device="cpu"), func(*there[0], **there[1]))
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,7 @@
 """Each kind of kernel of the step alone: its time, and the rate at which it moves bytes."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,13 +57,17 @@ def _pointwise(recorder: Recorder) -> None:
 
 
 def _optimizer(recorder: Recorder) -> None:
+    """Time the update of one flat shard in both forms, and the gradient's norm."""
     elements = 10_000 if recorder.tiny else PARAMETERS
-    weights, gradients, first, second, average = (torch.rand(elements, device=recorder.device) for _ in range(5))
+    weights, first, second, average = (torch.rand(elements, device=recorder.device) for _ in range(4))
+    gradients, *copies = (torch.rand(elements, device=recorder.device, dtype=recorder.dtype) for _ in range(3))
     steps, skip = (torch.zeros((), device=recorder.device) for _ in range(2))
 
-    def update() -> None:
+    def update(*, triton: bool) -> None:
         adamw_ema.adamw_ema_(
             *([weights], [gradients], [first], [second], [average], [steps]),
+            weight_copies=[copies[0]],
+            average_copies=[copies[1]],
             lr=1e-4,
             betas=(0.9, 0.98),
             eps=1e-8,
@@ -70,11 +75,17 @@ def _optimizer(recorder: Recorder) -> None:
             momentum=0.99,
             average_first=True,
             skip=skip,
+            triton=triton,
         )
 
-    spent = recorder.milliseconds(update, repeats=5)
-    # Weights, moments and average are read and written, gradients are read.
-    recorder.write(kernel="AdamW and average", ms=spent, tb_per_s=36 * elements / spent / 1e9)
+    # Weights, moments and average are read and written, the gradient is read, both copies are written.
+    nbytes = (32 + 3 * gradients.element_size()) * elements
+    for name, triton in (("AdamW, average and copies", True), ("AdamW, average and copies by torch", False)):
+        spent = recorder.milliseconds(partial(update, triton=triton), repeats=5)
+        recorder.write(kernel=name, ms=spent, tb_per_s=nbytes / spent / 1e9)
+    for name, triton in (("gradient norm", True), ("gradient norm by torch", False)):
+        spent = recorder.milliseconds(partial(adamw_ema.squared_norm, [gradients], triton=triton), repeats=5)
+        recorder.write(kernel=name, ms=spent, tb_per_s=gradients.nbytes / spent / 1e9)
 
 
 def _loss(recorder: Recorder, samples: int, columns: int) -> Callable[[], object]:
