@@ -65,7 +65,8 @@ class Assumed(NamedTuple):
     """Which shares of a chip's rates are reached.
 
     products, attention: of the most measured rate of products. memory, traffic: of the data sheets' rates. launch_us:
-    the host's time for an operator, in microseconds. collective_us: what a collective takes beside its bytes.
+    the host's time for an operator, in microseconds. collective_us: what a collective takes beside its bytes. exposed:
+    the share of the gradients' traffic that the backward does not hide.
     """
 
     products: float
@@ -74,10 +75,15 @@ class Assumed(NamedTuple):
     traffic: float
     launch_us: float
     collective_us: float
+    exposed: float
 
 
-HOPEFUL = Assumed(products=0.95, attention=0.6, memory=0.9, traffic=0.8, launch_us=8.0, collective_us=20.0)
-CAUTIOUS = Assumed(products=0.65, attention=0.3, memory=0.7, traffic=0.5, launch_us=18.0, collective_us=60.0)
+HOPEFUL = Assumed(
+    products=0.95, attention=0.6, memory=0.9, traffic=0.8, launch_us=8.0, collective_us=20.0, exposed=0.25
+)
+CAUTIOUS = Assumed(
+    products=0.65, attention=0.3, memory=0.7, traffic=0.5, launch_us=18.0, collective_us=60.0, exposed=1.0
+)
 
 
 class Work(NamedTuple):
@@ -157,13 +163,14 @@ def paper_step(work: Work, chip: Chip, gpus: int, assumed: Assumed) -> Step:
 
 
 def _seconds(collective: Collective, chip: Chip, gpus: int, assumed: Assumed) -> float:
-    """Return the seconds of a collective on so many GPUs."""
+    """Return the seconds for which a collective holds up so many GPUs."""
     ways = 2 if collective.kind == "all_reduce" else 1
     inside, nodes = min(NODE, gpus), max(1, gpus // NODE)
     nbytes = collective.nbytes * ways
     links = nbytes * (inside - 1) / inside / (chip.link * 1e9)
     network = nbytes / inside * (nodes - 1) / nodes / (chip.network * 1e9)
-    return (links + network) / assumed.traffic + assumed.collective_us / 1e6
+    seconds = (links + network) / assumed.traffic + assumed.collective_us / 1e6
+    return seconds * (assumed.exposed if collective.phase == "backward" else 1.0)
 
 
 def attention_flops(config: RunConfig, lengths_KB: torch.Tensor) -> int:

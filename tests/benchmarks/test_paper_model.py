@@ -13,7 +13,7 @@ from cosmos_scale.testing.traffic import Collective, count_losses, count_traffic
 
 # 100 TFLOP/s, 1 TB/s, 100 GB/s inside a node, 10 GB/s between nodes, all of it reached.
 CHIP = Chip("chip", peak=200, products=100, memory=1, link=100, network=10)
-ALL_REACHED = Assumed(products=1, attention=1, memory=1, traffic=1, launch_us=10, collective_us=0)
+ALL_REACHED = Assumed(products=1, attention=1, memory=1, traffic=1, launch_us=10, collective_us=0, exposed=0.5)
 NOTHING = dict.fromkeys(GROUPS, Count())
 WORLD_SIZE = 8
 
@@ -67,6 +67,12 @@ def test_a_collective_crosses_links_and_network(kind: str, gpus: int, ms: float)
     gigabyte = Collective("refresh", kind, torch.bfloat16, 10**9 // 2)
     step = paper_step(work_of(collectives=[gigabyte]), CHIP, gpus, ALL_REACHED)
     assert step.parts["traffic"] == pytest.approx(ms)
+
+
+def test_the_backward_hides_a_share_of_its_traffic() -> None:
+    gradients = Collective("backward", "all_gather", torch.bfloat16, 10**9 // 2)
+    step = paper_step(work_of(collectives=[gradients]), CHIP, 8, ALL_REACHED)
+    assert step.parts["traffic"] == pytest.approx(8.75 / 2)
 
 
 def test_attention_counts_pairs_of_tokens() -> None:
