@@ -296,10 +296,10 @@ def draw(run: str, work: Work, picture: Path) -> None:
     right.set(title="Samples a second and GPU", xscale="log", xlabel="GPUs", ylim=(0, None))
     right.set_xticks(GPUS, [f"{gpus:,}" for gpus in GPUS])
     right.minorticks_off()
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(run)
+    figure.suptitle(f"{run}: by calculation, not measured")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
