@@ -23,8 +23,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
     """Raise UserError where a run cannot write to its folder, which need not exist; leaves nothing behind."""
     with _told(folder):
         existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(dump_config(config).encode())  # on a full disk a file can be made, and nothing be written to it
+        _try_to_write(config, existing)
         for name in (CONFIG_FILE, METRICS_FILE, DAMAGE_FILE, WANDB_ID):
             if (folder / name).exists() and not (folder / name).is_file():
                 raise UserError(f"output: {folder / name} is no file; rule: move it away, since the run writes a file")
@@ -32,6 +31,9 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         for name in (CHECKPOINTS, "tensorboard", "wandb", EVALUATION, *evaluations):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise UserError(f"output: {folder / name} is no folder; rule: move it away, since the run makes one")
+        if os.path.lexists(folder / CHECKPOINTS):  # it may be another user's, or a link to a disk that is full or gone
+            with _told(folder / CHECKPOINTS):
+                _try_to_write(config, folder / CHECKPOINTS)
         for name in (METRICS_FILE, DAMAGE_FILE):
             if (folder / name).exists():
                 open(folder / name, "ab", opener=regular_only).close()
@@ -43,6 +45,11 @@ def prepare_folder(config: RunConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / CONFIG_FILE) as part:
             part.write_text(dump_config(config), encoding="utf-8")
+
+
+def _try_to_write(config: RunConfig, folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(dump_config(config).encode())  # on a full disk a file can be made, and nothing be written to it
 
 
 @contextmanager

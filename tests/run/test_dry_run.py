@@ -244,3 +244,11 @@ def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path
     with pytest.raises(UserError, match="checkpoints is no folder; rule: "):
         check_folder(config, tmp_path / "run2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "run", "run2"]
+
+
+@pytest.mark.parametrize("disk", ["nowhere", "/proc"])
+def test_checkpoints_linked_to_a_disk_that_takes_none_are_refused(trained: Path, tmp_path: Path, disk: str) -> None:
+    """Without the look a run would train to its first checkpoint, and end there. To /proc not even root can write."""
+    (tmp_path / "checkpoints").symlink_to(disk)
+    with pytest.raises(UserError, match=r"^output: .*/checkpoints cannot be written to: No such file"):
+        check_folder(load_config(trained, []), tmp_path)
