@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cosmos_scale.config import RunConfig
@@ -17,6 +17,8 @@ DAMAGE_FILE = "damaged.jsonl"
 WANDB_ID = "wandb_id"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation"
+
+MIB = 2**20
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
@@ -37,6 +39,27 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         for name in (METRICS_FILE, DAMAGE_FILE):
             if (folder / name).exists():
                 open(folder / name, "ab", opener=regular_only).close()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise UserError where the disk of a run's checkpoints has no room for one of `needed` bytes.
+
+    Without it such a run would end at its first checkpoint. What killed runs have left there counts as free.
+    """
+    root = folder / CHECKPOINTS
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    with _told(folder):
+        disk = os.statvfs(existing)
+    if disk.f_blocks == 0:  # a file system that does not say
+        return
+    free = disk.f_bavail * disk.f_frsize
+    with suppress(OSError):
+        free += sum(file.stat().st_size for file in root.glob("step-*.tmp/*"))
+    if free < needed:
+        raise UserError(
+            f"output: {existing} has {free / MIB:,.0f} MiB left, but a checkpoint takes {needed / MIB:,.0f}; "
+            "rule: make room, or choose another output"
+        )
 
 
 def prepare_folder(config: RunConfig, folder: Path) -> None:

@@ -16,7 +16,8 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.folder import check_folder
+from cosmos_scale.run.folder import check_folder, check_room
+from cosmos_scale.run.opening import checkpoint_bytes
 from cosmos_scale.run.start import open_run
 from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.testing.runs import last_checkpoint, train_to_end, write_run
@@ -244,6 +245,22 @@ def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path
     with pytest.raises(UserError, match="checkpoints is no folder; rule: "):
         check_folder(config, tmp_path / "run2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "run", "run2"]
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path: Path) -> None:
+    disk = shutil.disk_usage(tmp_path)
+    with pytest.raises(UserError, match=r"^output: .* MiB left, but a checkpoint takes [\d,]+; rule: make room"):
+        check_room(tmp_path / "new" / "run", disk.total)
+    left = tmp_path / "checkpoints" / "step-00000002.tmp"  # deleted when the run starts
+    left.mkdir(parents=True)
+    (left / "fragments-00000.safetensors").touch()
+    os.truncate(left / "fragments-00000.safetensors", disk.total)
+    check_room(tmp_path, disk.total)
+
+
+def test_the_room_looked_for_is_that_of_a_checkpoint(trained: Path) -> None:
+    saved = sum(file.stat().st_size for file in last_checkpoint(trained).glob("*.safetensors"))
+    assert checkpoint_bytes(load_config(trained, [])) == pytest.approx(saved, rel=0.002)  # headers come on top
 
 
 @pytest.mark.parametrize("disk", ["nowhere", "/proc"])
