@@ -14,6 +14,7 @@ import torch
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.data.training import room
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.folder import check_folder, check_room
@@ -150,8 +151,11 @@ def test_what_a_launch_refuses_the_dry_run_refuses(
     assert captured.err == f"cosmos-scale train: {launch.value}\n"
 
 
-def test_several_refusals_are_counted(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    wrong = ["seed=3", "data.workers=1000000", "model.attention=flash_attn_2"]
+def test_several_refusals_are_counted(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "free_memory", lambda: 2**20)
+    wrong = ["seed=3", "data.workers=8", "model.attention=flash_attn_2"]
     assert cli.main(["train", "--dry-run", str(trained), *wrong]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("cosmos-scale train: model.attention: ")
@@ -170,12 +174,13 @@ def test_a_missing_device_is_refused(trained: Path, capsys: pytest.CaptureFixtur
 def test_memory_for_the_loaders_is_looked_at(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = [f"data.workers={10**6}", "data.prefetch=100"]
+    many = ["data.workers=8", "data.prefetch=100"]
+    monkeypatch.setattr(room, "free_memory", lambda: 2**20)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=0, f_blocks=0, f_bavail=0))  # no limit
     assert cli.main(["train", "--dry-run", str(trained), *many]) == 2
     captured = capsys.readouterr()
     assert rows(captured.out)["loaders"][0] == "REFUSED"
-    assert captured.err.startswith("cosmos-scale train: data.prefetch: 100 batches ready in each of 1000000 workers ")
+    assert captured.err.startswith("cosmos-scale train: data.prefetch: 100 batches ready in each of 8 workers ")
     assert "but this host, or the limit of its container, has " in captured.err
     with pytest.raises(UserError) as launch:
         open_run(load_config(trained, many), start_ranks("cpu"))
