@@ -11,6 +11,7 @@ import torch
 
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.testing.runs import (
     Launched,
     checkpoint_tensors,
@@ -22,6 +23,7 @@ from cosmos_scale.testing.runs import (
     wait_for_step,
     write_run,
 )
+from cosmos_scale.testing.shard_files import sample, write_shard, write_shards
 from tests.evaluation.measured import retrieval_of
 
 MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
@@ -203,6 +205,21 @@ def test_other_shards_are_refused_on_resume(tmp_path: Path, scenes: SceneShards)
     assert "the shards of data.sources are not those" in (
         train_to_end(run, f"data.sources.0.shards={scenes.gallery}").require(2).errors
     )
+
+
+def test_shards_written_anew_are_told_on_resume(tmp_path: Path) -> None:
+    """Same names, sizes and counts: the order of samples stays, so the run goes on, but not without a word."""
+    shards = write_shards(tmp_path / "shards", [16])
+    run = write_run(tmp_path, SceneShards(shards, shards))
+    train_to_end(run, "train.max_steps=1").require(0)
+    said = "warning: the shards have the names, sizes and counts of those that this run has trained on, but begin with"
+    assert said not in train_to_end(run, "train.max_steps=2").require(0).output
+    (tar,) = shards.glob("*.tar")
+    size = tar.stat().st_size
+    write_shard(tar, [sample(number) for number in range(100, 116)])
+    assert tar.stat().st_size == size
+    index_shards(str(shards), None, workers=1, progress=False)
+    assert said in train_to_end(run, "train.max_steps=3").require(0).output
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,6 +1,7 @@
 """What is in a checkpoint, and which of its files are broken; for people and programs."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,8 +89,11 @@ def find_folders(folder: Path) -> list[Path]:
 
 def total_size(folders: list[Path]) -> int:
     """Return how many bytes are read when these checkpoints are verified."""
-    files = (file for folder in folders for file in folder.glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files if file.is_file())
+    size = 0
+    for folder in folders:
+        with suppress(OSError):  # of a checkpoint that its run deletes meanwhile
+            size += sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+    return size
 
 
 def inspect(folder: Path, *, verify: bool, advance: Callable[[int], None] = lambda count: None) -> Inspection:

@@ -42,6 +42,7 @@ class RunState:
     saved. loss_scaler: numbers of fp16's scaler. data: digest of the index that gives the samples' order.
     config: the run's configuration as plain data. lost_shards: the shards given up, each with the step from which on
     its samples are replaced. steps_per_epoch: of the data at this global batch, None where that was not saved.
+    marks: digest of the shards' marks, empty where there is none.
     """
 
     step: int
@@ -53,6 +54,7 @@ class RunState:
     config: dict[str, Any]
     lost_shards: dict[str, int] = field(default_factory=dict)
     steps_per_epoch: int | None = None
+    marks: str = ""
 
 
 def checkpoint_name(step: int) -> str:

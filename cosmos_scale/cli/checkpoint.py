@@ -37,6 +37,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from cosmos_scale.checkpoint.inspect import find_folders, inspect, show, show_all, total_size
+    from cosmos_scale.errors import UserError
+    from cosmos_scale.files import whole_path
 
     folders = find_folders(arguments.folder)
     hidden = arguments.quiet or not arguments.verify or not sys.stderr.isatty()
@@ -47,6 +49,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
             inspect(folder, verify=arguments.verify, advance=lambda count: bar.advance(task, count))
             for folder in folders
         ]
+    # A run under way deletes its old checkpoints; such a one is not broken.
+    gone = [one.folder for one in found if not one.whole and not one.folder.exists()]
+    if len(gone) == len(found):
+        raise UserError(f"{whole_path(gone[0])}: was deleted while it was looked at; rule: look again")
+    for folder in gone:
+        print(f"{folder}: was deleted while it was looked at", file=sys.stderr)
+    found = [one for one in found if one.folder not in gone]
     if arguments.json:
         of_a_run = [one.as_json() for one in found]
         print(json.dumps(of_a_run[0] if folders == [arguments.folder] else of_a_run))

@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     spell_out()  # --help too
     try:
+        os.getcwd()
+    except OSError:  # MKL, which torch loads, would end the process without a word on the cause
+        _tell("cosmos-scale: the current folder is deleted; rule: change to one that is there")
+        return 2
+    try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         _tell("cosmos-scale: interrupted")

@@ -8,8 +8,10 @@ takes over the port. Where two ranks contradict each other, rank 0 tells all of 
 
 import errno
 import os
+import select
 import socket
 import time
+from collections.abc import Generator
 from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
@@ -22,7 +24,7 @@ from cosmos_scale.errors import UserError
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
-GREETS = 3.0  # seconds in which a rank that has connected names itself: less, since the others wait meanwhile
+GREETS = 1.0  # seconds in which a visitor that has begun its greeting ends it: short, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
 GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go", "refused: "
 
@@ -96,35 +98,62 @@ def _listen(place: RankVariables) -> socket.socket:
 def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict[int, Peer]:
     """Wait for all other ranks, and return them; tell all of them where something is wrong."""
     here: dict[int, Peer] = {}
-    deadline = time.monotonic() + wait
+    visitors = _speaking_visitors(listener, wait)
     while len(here) < place.world_size - 1:
-        listener.settimeout(max(0.01, deadline - time.monotonic()))
-        try:
-            visitor, _ = listener.accept()
-        except TimeoutError:
+        visitor = next(visitors)
+        named = None if visitor is None else _named(visitor)
+        if visitor is None:
             missing = sorted({*range(1, place.world_size)} - here.keys())
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             _refuse(here, f"ranks {shown} have not come within {wait:g} s; rule: every rank of WORLD_SIZE starts")
-        named = _named(visitor)
-        if named is None:  # a stranger
+        elif named is None:  # a stranger
             visitor.close()
-            continue
-        rank, world_size, host = named
-        twice = rank in here or rank == 0
-        here[-1 if twice else rank] = Peer(rank, host, visitor)
-        if world_size != place.world_size:
-            _refuse(here, f"WORLD_SIZE: rank {rank} has {world_size}, rank 0 has {place.world_size}; rule: all agree")
-        if twice:
-            _refuse(here, f"RANK: two processes have {rank}; rule: each rank has its own number")
-    listener.settimeout(None)
+        else:
+            rank, world_size, host = named
+            twice = rank in here or rank == 0
+            here[-1 if twice else rank] = Peer(rank, host, visitor)
+            if world_size != place.world_size:
+                _refuse(
+                    here, f"WORLD_SIZE: rank {rank} has {world_size}, rank 0 has {place.world_size}; rule: all agree"
+                )
+            if twice:
+                _refuse(here, f"RANK: two processes have {rank}; rule: each rank has its own number")
+    visitors.close()
     return here
+
+
+def _speaking_visitors(listener: socket.socket, wait: float) -> Generator[socket.socket | None, None, None]:
+    """Yield who connects and says something, and None after some seconds; who says nothing keeps nobody waiting."""
+    deadline = time.monotonic() + wait
+    silent: dict[int, socket.socket] = {}
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            for number, _ in poll.poll(1000 * left):
+                if number == listener.fileno():
+                    visitor, _ = listener.accept()
+                    silent[visitor.fileno()] = visitor
+                    poll.register(visitor, select.POLLIN)
+                else:
+                    poll.unregister(number)
+                    yield silent.pop(number)
+        yield None
+    finally:
+        for visitor in silent.values():
+            visitor.close()
 
 
 def _named(visitor: socket.socket) -> tuple[int, int, str] | None:
     """Welcome a visitor, and return its rank, its world size and its host; None where it is no rank."""
     try:
-        rank, world_size, host = read_line(visitor, GREETS).removeprefix(GREETING).split()
+        line = read_line(visitor, GREETS)
+        if not line.startswith(GREETING):
+            return None
+        rank, world_size, host = line.removeprefix(GREETING).split()
         named = int(rank), int(world_size), host
+        if not 0 <= named[0] < named[1]:
+            return None
         visitor.sendall(f"{WELCOME}{socket.gethostname()}\n".encode())
     except (OSError, ValueError):
         return None

@@ -31,6 +31,7 @@ def read_rank_variables() -> RankVariables | None:
     Raises WrongRankVariable where variables are half set, no numbers, or contradict each other.
     """
     _check_ranks_here()
+    _check_interfaces()
     if "RANK" not in os.environ:
         for name, alone in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
             if name in os.environ and _number(name) != alone:
@@ -54,6 +55,17 @@ def _check_ranks_here() -> None:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if name in os.environ:
             _number(name, least=1)
+
+
+def _check_interfaces() -> None:
+    """Look at the network interfaces that gloo is told to take, also by a process alone; it heeds no single letter."""
+    named, here = os.environ.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    unknown = [name for name in named.split(",") if name not in here]
+    if len(named) > 1 and unknown:
+        raise WrongRankVariable(
+            f"GLOO_SOCKET_IFNAME: {unknown[0]!r} is no network interface of this host; rule: of {', '.join(here)}, or "
+            "unset"
+        )
 
 
 def _number(name: str, least: int = 0, most: int | None = None) -> int:

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cosmos_scale.config import RunConfig
@@ -18,13 +18,14 @@ WANDB_ID = "wandb_id"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation"
 
+MIB = 2**20
+
 
 def check_folder(config: RunConfig, folder: Path) -> None:
     """Raise UserError where a run cannot write to its folder, which need not exist; leaves nothing behind."""
     with _told(folder):
         existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(dump_config(config).encode())  # on a full disk a file can be made, and nothing be written to it
+        _try_to_write(config, existing)
         for name in (CONFIG_FILE, METRICS_FILE, DAMAGE_FILE, WANDB_ID):
             if (folder / name).exists() and not (folder / name).is_file():
                 raise UserError(f"output: {folder / name} is no file; rule: move it away, since the run writes a file")
@@ -32,9 +33,33 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         for name in (CHECKPOINTS, "tensorboard", "wandb", EVALUATION, *evaluations):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise UserError(f"output: {folder / name} is no folder; rule: move it away, since the run makes one")
+        if os.path.lexists(folder / CHECKPOINTS):  # it may be another user's, or a link to a disk that is full or gone
+            with _told(folder / CHECKPOINTS):
+                _try_to_write(config, folder / CHECKPOINTS)
         for name in (METRICS_FILE, DAMAGE_FILE):
             if (folder / name).exists():
                 open(folder / name, "ab", opener=regular_only).close()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise UserError where the disk of a run's checkpoints has no room for one of `needed` bytes.
+
+    Without it such a run would end at its first checkpoint. What killed runs have left there counts as free.
+    """
+    root = folder / CHECKPOINTS
+    existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    with _told(folder):
+        disk = os.statvfs(existing)
+    if disk.f_blocks == 0:  # a file system that does not say
+        return
+    free = disk.f_bavail * disk.f_frsize
+    with suppress(OSError):
+        free += sum(file.stat().st_size for file in root.glob("step-*.tmp/*"))
+    if free < needed:
+        raise UserError(
+            f"output: {existing} has {free / MIB:,.0f} MiB left, but a checkpoint takes {needed / MIB:,.0f}; "
+            "rule: make room, or choose another output"
+        )
 
 
 def prepare_folder(config: RunConfig, folder: Path) -> None:
@@ -43,6 +68,11 @@ def prepare_folder(config: RunConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / CONFIG_FILE) as part:
             part.write_text(dump_config(config), encoding="utf-8")
+
+
+def _try_to_write(config: RunConfig, folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(dump_config(config).encode())  # on a full disk a file can be made, and nothing be written to it
 
 
 @contextmanager

@@ -180,5 +180,5 @@ def _drop_from(path: Path, step: int) -> int:
             continue
     after = b"".join(kept)
     if after != before:  # where nothing is to be dropped, a full disk does no harm
-        replace_file(path, after)
+        replace_file(path.resolve(), after)  # a link stays one: the file that it names keeps the run's records
     return len(lines) - len(kept)

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 
 from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import check_fits, find_checkpoint
+from cosmos_scale.checkpoint.state import KINDS, check_fits, find_checkpoint
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.caption_check import check_captions
 from cosmos_scale.data.training.loader import check_loading, ready_batches
 from cosmos_scale.data.training.lost import check_shards
+from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.ranks import check_precision
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.teacher import DTYPES
@@ -19,7 +20,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations, RankPlace
-from cosmos_scale.run.folder import CHECKPOINTS, check_folder
+from cosmos_scale.run.folder import CHECKPOINTS, check_folder, check_room
 from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.words import counted
 
@@ -132,4 +133,20 @@ class Opening:
     def _output(self) -> str:
         check_folder(self._config, self.folder)
         check_trackers(self._config.log)
+        if not self._is_finished():
+            check_room(self.folder, checkpoint_bytes(self._config))
         return f"{self.folder} can be written to"
+
+    def _is_finished(self) -> bool:
+        """Whether the run has no step left, so that it saves nothing."""
+        if self._found_start.state is None or not hasattr(self, "index"):
+            return False
+        last = self._config.last_step(steps_per_epoch(self.index.epoch_samples, self._config))
+        return self._found_start.state.step >= last
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Return the bytes of the tensors in a run's checkpoint, all in float32; no memory is allocated."""
+    with torch.device("meta"):
+        model = CosmosModel(config.model)
+    return 4 * len(KINDS) * sum(parameter.numel() for parameter in model.parameters())

@@ -1,11 +1,14 @@
 """A run: everything that its steps need, made in one order by `start_run`, and what it says and writes of itself."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from cosmos_scale.checkpoint.resume import Start
 from cosmos_scale.checkpoint.state import RunState
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
+from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair
@@ -14,6 +17,11 @@ from cosmos_scale.run.folder import CHECKPOINTS, DAMAGE_FILE
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.run.start import Opened, build_pair, open_run
 from cosmos_scale.words import counted
+
+OTHER_SHARDS = (
+    "warning: the shards have the names, sizes and counts of those that this run has trained on, but begin with other "
+    "bytes: they were written anew"
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,18 @@ class Run:
         world = counted(self.ranks.world_size, "rank")
         lines = [
             *self.said,
+            *([OTHER_SHARDS] if self._shards_written_anew() else []),
             f"{self.opened.folder}: {origin}; {counted(self.opened.index.epoch_samples, 'sample')} and "
             f"{counted(self.loader.steps_per_epoch, 'step')} an epoch",
             f"{steps}, global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
             f"{self.config.precision}, ZeRO {self.config.zero.stage})",
         ]
         return "\n".join(lines)
+
+    def _shards_written_anew(self) -> bool:
+        """Whether a resumed run's shards begin with other bytes than those that it has trained on."""
+        state, now = self.start.state, _marks_digest(self.opened.index)
+        return state is not None and bool(state.marks and now) and state.marks != now
 
     def writer(self) -> CheckpointWriter:
         """Return what writes the run's checkpoints, beside the training."""
@@ -90,6 +104,7 @@ class Run:
             config=self.config.model_dump(mode="json"),
             lost_shards=self.loader.lost_shards,
             steps_per_epoch=self.loader.steps_per_epoch,
+            marks=_marks_digest(self.opened.index),
         )
 
 
@@ -113,3 +128,9 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
         device=ranks.device,
     )
     return Run(config, ranks, opened, pair, start, loader, total_steps, last_step, said)
+
+
+def _marks_digest(index: MergedIndex) -> str:
+    """Return a digest of all shards' marks, which differs where shards were written anew; empty where one lacks."""
+    marks = [source.marks.get(row.name, "") for source in index.sources for row in source.rows]
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16] if all(marks) else ""

@@ -10,7 +10,7 @@ import pytest
 from torch import Size
 
 from cosmos_scale import __version__
-from cosmos_scale.checkpoint.state import MANIFEST
+from cosmos_scale.checkpoint.state import MANIFEST, Manifest, read_manifest
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config import RunConfig
 from cosmos_scale.testing.ranks import run_ranks
@@ -141,6 +141,26 @@ def test_missing_files_are_seen_without_verify(
         assert "BROKEN" in text
         assert lost in text
     assert inspect(capsys, root / "step-00000003")
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_broken(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(folder: Path) -> Manifest:
+        if folder in deleted:
+            shutil.rmtree(folder)
+        return read_manifest(folder)
+
+    monkeypatch.setattr("cosmos_scale.checkpoint.inspect.read_manifest", read)
+    root = copy_of(run, tmp_path)
+    deleted = [root / "step-00000003"]
+    assert cli.main(["checkpoint", "inspect", str(root), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [one["step"] for one in json.loads(captured.out)] == [6, 1200]
+    assert captured.err == f"{deleted[0]}: was deleted while it was looked at\n"
+    deleted = [root / "step-00000006"]
+    said = inspect(capsys, deleted[0], status=2)
+    assert "step-00000006: was deleted while it was looked at; rule: look again" in said
 
 
 def test_what_is_no_checkpoint_is_wrong_use(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

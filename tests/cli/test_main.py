@@ -359,3 +359,19 @@ def test_the_last_of_two_overrides_counts_which_is_said(capsys: pytest.CaptureFi
     errors = capsys.readouterr().err
     assert "seed is given 3 times (3, 3, none): none counts\n" in errors
     assert "max_steps is given" not in errors
+
+
+def test_a_deleted_current_folder_is_one_line(tmp_path: Path) -> None:
+    """MKL ends a process there as soon as torch is imported."""
+    program = (
+        "import os, sys; from cosmos_scale.cli.main import main; os.rmdir(os.getcwd()); sys.exit(main(sys.argv[1:]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "checkpoint", "inspect", str(tmp_path.parent)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "cosmos-scale: the current folder is deleted; rule: change to one that is there\n"

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch.distributed as dist
@@ -122,6 +122,25 @@ def test_strangers_at_the_door_disturb_nobody() -> None:
             with connected(port) as visitor:
                 visitor.sendall(words)
         assert said([place(1, 2, port)]) == ["value"]
+        assert ranks.result(SECONDS) == ["value"]
+
+
+STRANGERS = {
+    "silent": b"",
+    "rank -1": b"cosmos-scale rank -1 2 x\n",
+    "rank 2": b"cosmos-scale rank 2 2 x\n",
+    "bare": b"1 2 x\n",
+}
+
+
+@pytest.mark.parametrize("words", STRANGERS.values(), ids=STRANGERS)
+def test_many_strangers_that_stay_keep_nobody_waiting(words: bytes) -> None:
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool, ExitStack() as strangers:
+        ranks = pool.submit(said, [place(0, 2, port)])
+        for _ in range(20):
+            strangers.enter_context(connected(port)).sendall(words)
+        assert said([place(1, 2, port)], answer=SECONDS) == ["value"]
         assert ranks.result(SECONDS) == ["value"]
 
 

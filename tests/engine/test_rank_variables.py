@@ -41,6 +41,19 @@ def test_one_process_needs_no_variable(harmless: dict[str, str | None], monkeypa
     assert read_rank_variables() is None
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_unknown_network_interface_is_named(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo alone ends the launch in a traceback, also that of a process alone."""
+    variables: dict[str, str | None] = {} if alone else {**SOUND}
+    set_to(monkeypatch, variables)
+    for known in ("", "lo", "e"):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", known)
+        assert (read_rank_variables() is None) == alone
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ether7")
+    with pytest.raises(WrongRankVariable, match=r"^GLOO_SOCKET_IFNAME: 'ether7' is no network .* rule: of .*lo.*, or"):
+        read_rank_variables()
+
+
 def test_a_whole_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     set_to(monkeypatch, {**SOUND, "LOCAL_WORLD_SIZE": "2"})
     assert read_rank_variables() == RankVariables(1, 4, 1, "127.0.0.1", 29500)

@@ -14,9 +14,11 @@ import torch
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.data.training import room
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.folder import check_folder
+from cosmos_scale.run.folder import check_folder, check_room
+from cosmos_scale.run.opening import checkpoint_bytes
 from cosmos_scale.run.start import open_run
 from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.testing.runs import last_checkpoint, train_to_end, write_run
@@ -149,8 +151,11 @@ def test_what_a_launch_refuses_the_dry_run_refuses(
     assert captured.err == f"cosmos-scale train: {launch.value}\n"
 
 
-def test_several_refusals_are_counted(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    wrong = ["seed=3", "data.workers=1000000", "model.attention=flash_attn_2"]
+def test_several_refusals_are_counted(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "free_memory", lambda: 2**20)
+    wrong = ["seed=3", "data.workers=8", "model.attention=flash_attn_2"]
     assert cli.main(["train", "--dry-run", str(trained), *wrong]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("cosmos-scale train: model.attention: ")
@@ -169,12 +174,13 @@ def test_a_missing_device_is_refused(trained: Path, capsys: pytest.CaptureFixtur
 def test_memory_for_the_loaders_is_looked_at(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = [f"data.workers={10**6}", "data.prefetch=100"]
+    many = ["data.workers=8", "data.prefetch=100"]
+    monkeypatch.setattr(room, "free_memory", lambda: 2**20)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=0, f_blocks=0, f_bavail=0))  # no limit
     assert cli.main(["train", "--dry-run", str(trained), *many]) == 2
     captured = capsys.readouterr()
     assert rows(captured.out)["loaders"][0] == "REFUSED"
-    assert captured.err.startswith("cosmos-scale train: data.prefetch: 100 batches ready in each of 1000000 workers ")
+    assert captured.err.startswith("cosmos-scale train: data.prefetch: 100 batches ready in each of 8 workers ")
     assert "but this host, or the limit of its container, has " in captured.err
     with pytest.raises(UserError) as launch:
         open_run(load_config(trained, many), start_ranks("cpu"))
@@ -244,3 +250,27 @@ def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path
     with pytest.raises(UserError, match="checkpoints is no folder; rule: "):
         check_folder(config, tmp_path / "run2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "run", "run2"]
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path: Path) -> None:
+    disk = shutil.disk_usage(tmp_path)
+    with pytest.raises(UserError, match=r"^output: .* MiB left, but a checkpoint takes [\d,]+; rule: make room"):
+        check_room(tmp_path / "new" / "run", disk.total)
+    left = tmp_path / "checkpoints" / "step-00000002.tmp"  # deleted when the run starts
+    left.mkdir(parents=True)
+    (left / "fragments-00000.safetensors").touch()
+    os.truncate(left / "fragments-00000.safetensors", disk.total)
+    check_room(tmp_path, disk.total)
+
+
+def test_the_room_looked_for_is_that_of_a_checkpoint(trained: Path) -> None:
+    saved = sum(file.stat().st_size for file in last_checkpoint(trained).glob("*.safetensors"))
+    assert checkpoint_bytes(load_config(trained, [])) == pytest.approx(saved, rel=0.002)  # headers come on top
+
+
+@pytest.mark.parametrize("disk", ["nowhere", "/proc"])
+def test_checkpoints_linked_to_a_disk_that_takes_none_are_refused(trained: Path, tmp_path: Path, disk: str) -> None:
+    """Without the look a run would train to its first checkpoint, and end there. To /proc not even root can write."""
+    (tmp_path / "checkpoints").symlink_to(disk)
+    with pytest.raises(UserError, match=r"^output: .*/checkpoints cannot be written to: No such file"):
+        check_folder(load_config(trained, []), tmp_path)

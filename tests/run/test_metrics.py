@@ -109,6 +109,17 @@ def test_lines_that_are_no_records_are_dropped(tmp_path: Path) -> None:
     assert steps(tmp_path) == [("train", 1)]
 
 
+def test_a_file_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    """The records are on another disk, say; those before the resume would stay there, and the others come here."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("../records")
+    (tmp_path / "records").write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
+    with opened(tmp_path / "run", first_step=1) as log:
+        log.training(record(2, loss=7.0))
+    assert (tmp_path / "run" / "metrics.jsonl").is_symlink()
+    assert [json.loads(line).get("loss") for line in (tmp_path / "records").read_text().splitlines()] == [None, 7.0]
+
+
 def test_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     with opened(tmp_path) as log:

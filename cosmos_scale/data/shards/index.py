@@ -167,7 +167,7 @@ class SourceIndex:
         self.shards = shards
         self.folder = folder
         self.rows = rows
-        self._marks = marks
+        self.marks = marks
         self.weight = weight  # see training.order.EpochOrder
         self._remote = remote
         self._tables: OrderedDict[int, SampleTable] = OrderedDict()
@@ -186,7 +186,7 @@ class SourceIndex:
         if shard not in self._files:
             name, _, size = self.rows[shard]
             shown, address = self.shards.show(name), self.shards.address(name)
-            self._files[shard] = ShardFile(self.name, shown, size, address, self._marks.get(name, ""))
+            self._files[shard] = ShardFile(self.name, shown, size, address, self.marks.get(name, ""))
         return self._files[shard]
 
     def table_path(self, shard: int) -> str:
