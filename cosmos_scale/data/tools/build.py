@@ -149,7 +149,8 @@ def build_shards(
         (out / SUMMARY).unlink(missing_ok=True)  # of a build that was stopped in its last step
         with ExitStack() as stack:
             stack.enter_context(writing(out / REJECTED))
-            log = stack.enter_context(stack.enter_context(whole_file(out / REJECTED)).open("w"))
+            part = stack.enter_context(whole_file(out / REJECTED))
+            log = stack.enter_context(open(part, "w", opener=regular_only))
             advance = stack.enter_context(progress_bar("building shards", lines, show=progress))
             for written in results:
                 samples += written.samples
@@ -197,6 +198,7 @@ def _write_shard(images: Path, background: str, job: _Job) -> _Written:
                 f"or delete {job.work.out} and build anew"
             )
         return standing
+    job.work.claim(job.shard)
     with writing(job.path), whole_file(job.path) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
