@@ -80,7 +80,7 @@ def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
     """Count what an index of this machine leaves out of some shards; nothing where no file can be read there."""
     samples = pictures = 0
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        for line in (Path(folder) / REJECTED).read_bytes().splitlines():
+        for line in read_regular(Path(folder) / REJECTED).splitlines():
             fault = json.loads(line)
             if fault.get("shard") in shards and fault["key"] is not None:
                 is_picture = fault["reason"].startswith(SECOND_PICTURE)
