@@ -26,7 +26,7 @@ from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
-from cosmos_scale.data.shards.summary import SUMMARY
+from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
@@ -140,6 +140,7 @@ def build_shards(
         **{"image-column": columns.image, "caption-column": columns.caption},
         **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
     }
+    refuse_foreign_summary(out / SUMMARY)
     rejected: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     samples = transparent = 0

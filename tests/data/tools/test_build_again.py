@@ -238,3 +238,15 @@ def test_a_shard_that_was_written_without_its_report_is_written_again(inputs: Pa
     build(inputs)
     build(inputs, "whole")
     assert contents(inputs / "out") == contents(inputs / "whole")
+
+
+def test_an_index_json_of_another_program_is_kept(inputs: Path) -> None:
+    theirs = inputs / "out" / "index.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"__kind__": "wids-shard-index-v1", "shardlist": []}')
+    with pytest.raises(UserError, match=r"index\.json: is the file of another program; move it away, or name another"):
+        build(inputs)
+    (theirs.parent / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"index\.json: is the file of another program"):
+        index_shards(str(theirs.parent), None, workers=1, progress=False)
+    assert "wids" in theirs.read_text()
