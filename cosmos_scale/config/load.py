@@ -10,6 +10,7 @@ dotted key, the value and the rule.
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -31,6 +32,9 @@ from cosmos_scale.files import read_regular, reason_of
 
 COMMAND_LINE = "command line"
 MOST_FILES = 100  # that one config may extend: each counts as often as it is named
+
+# A text with bytes that Python could not decode, or with half of a surrogate pair.
+_NOT_UTF8 = re.compile(r'"[^"]*[\ud800-\udfff][^"]*"')
 
 # Which file (or the command line) set a dotted key.
 Origins = dict[str, str]
@@ -69,6 +73,9 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
         for key, holder, name, text in path_texts(keys):
             written = written_key(key, tree.get("eval"))
             holder[name] = _expanded(text, f"{_origin_of(written, [], origins, default)}: {written}")
+        if found := _NOT_UTF8.search(json.dumps(keys, ensure_ascii=False)):
+            shown = found[0].encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"{default}: {shown} holds bytes that are no UTF-8; rule: paths and values of a run are")
         # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
         # since there strict validation still makes tuples of lists and paths of strings.
         return RunConfig.model_validate_json(json.dumps(keys), strict=True)
