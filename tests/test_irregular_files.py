@@ -198,6 +198,7 @@ def test_a_manifest_of_another_form_breaks_the_checkpoint_only(text: str, tmp_pa
         '[["a", -1, 1]]',
         f'[["a", {10**20}, 1]]',
         '[["a", "x", 1]]',
+        '[["a", 1, 1], ["a", 1, 1]]',
         "[" * 9999,
     ],
 )

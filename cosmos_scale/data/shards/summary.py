@@ -59,6 +59,8 @@ def _parse_summary(data: bytes) -> Summary:
     for row in rows:
         if min(row.samples, row.size) < 0 or row.samples > _MOST or row.size > _MOST:
             raise ValueError(f"{row.name}: {row.samples} samples in {row.size} bytes cannot be")
+    if len({row.name for row in rows}) < len(rows):
+        raise ValueError("a shard stands twice in it, whose samples would count twice")
     marks = {str(name): str(mark) for name, mark in summary.get("marks", {}).items()}
     return Summary(rows, marks)
 

@@ -12,6 +12,7 @@ from cosmos_scale.config import DataConfig
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.shards.index_report import REJECTED, count_unindexed
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
@@ -315,3 +316,9 @@ def test_far_shards_that_are_done_say_nothing_of_others_of_their_names(tmp_path:
         index_shards(f"file://{here}/{{00000..00001}}.tar", tmp_path / "index", workers=1, progress=False)
     report = index_shards(f"file://{there}/{{00000..00001}}.tar", tmp_path / "index", workers=1, progress=False)
     assert report.samples == 8
+
+
+def test_an_unreadable_line_hides_no_line_behind_it(tmp_path: Path) -> None:
+    line = '{"shard": "0.tar", "key": "1", "reason": "no picture"}'
+    (tmp_path / REJECTED).write_text(f'{line}\ncut {{\n{{"shard": ["0.tar"]}}\n{line}\n')
+    assert count_unindexed(str(tmp_path), {"0.tar"}).samples == 2
