@@ -45,7 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     checksums = _Checksums()
-    with path.open("wb", buffering=0) as file:
+    with open(path, "wb", buffering=0, opener=regular_only) as file:
         for piece in _pieces(header, tensors):
             checksums.add(piece)
             while piece:  # an unbuffered file may take only a part at a time

@@ -25,7 +25,7 @@ from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFi
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.evaluation import in_new_form
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, sync_folder
+from cosmos_scale.files import load_json, read_regular, regular_only, sync_folder
 from cosmos_scale.fragments import Fragment
 
 FORMAT = 2
@@ -267,7 +267,7 @@ def write_manifest(
         "files": [record._asdict() for record, _ in ranks],
     }
     content["checksum"] = manifest_checksum(content)
-    with (folder / MANIFEST).open("w") as file:
+    with open(folder / MANIFEST, "w", opener=regular_only) as file:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())

@@ -9,16 +9,33 @@ from typing import Any
 
 from cosmos_scale.errors import UserError
 
+MOST = 2**63 - 1  # of a number on the command line
+
 
 def positive(text: str) -> int:
-    """Return the whole number that a text holds; a number below 1, or another text, is refused."""
-    if not text.isdecimal() or int(text) < 1:
+    """Return the whole number that a text holds; a number below 1 or above MOST, or another text, is refused."""
+    if not text.isdecimal() or not text.strip("0"):
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return _bounded(text)
+
+
+def count(text: str) -> int:
+    """Return the whole number that a text holds; one above MOST, or another text, is refused."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0")
+    return _bounded(text)
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 20 or int(text) > MOST:  # thousands of digits are no number for Python
+        raise argparse.ArgumentTypeError(f"{text[:20]}{'...' * (len(text) > 20)} must be at most {MOST:,}")
     return int(text)
 
 
 def place(text: str) -> str:
-    """Return a path or URL with ~ and $VARIABLES put in; an unset variable is refused."""
+    """Return a path or URL with ~ and $VARIABLES put in; an unset variable and an empty path are refused."""
+    if not text.strip():  # pathlib would take it for the current folder, as where a shell's variable is not set
+        raise argparse.ArgumentTypeError("the path is empty; rule: . is the current folder")
     from cosmos_scale.config.paths import expand_path  # here: --help need not wait for it
 
     try:

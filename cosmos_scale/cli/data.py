@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import path, place, positive, run_file, with_examples
+from cosmos_scale.cli.arguments import count, path, place, positive, run_file, with_examples
 from cosmos_scale.cli.prepare import add_prepare_commands
 from cosmos_scale.errors import UserError
 
@@ -94,9 +94,9 @@ def add_data_commands(commands: "Commands") -> None:
     read.add_argument("--samples", type=positive, default=2000, metavar="N", help="drawn at random; default: 2000")
     read.add_argument("--all", action="store_true", help="read every sample")
     inspect.add_argument("--rows", type=positive, default=8, metavar="N", help="samples in views.png; default: 8")
-    inspect.add_argument("--epoch", type=_count, default=0, metavar="N", help="whose draws; default: 0")
-    inspect.add_argument("--first", type=_count, default=0, metavar="N", help="position in the epoch; default: 0")
-    inspect.add_argument("--seed", type=_count, metavar="N", help="of the draws; default: the run's")
+    inspect.add_argument("--epoch", type=count, default=0, metavar="N", help="whose draws; default: 0")
+    inspect.add_argument("--first", type=count, default=0, metavar="N", help="position in the epoch; default: 0")
+    inspect.add_argument("--seed", type=count, metavar="N", help="of the draws; default: the run's")
     inspect.add_argument(
         "--out",
         type=path,
@@ -183,12 +183,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--captions", metavar="SAMPLING", help="caption sampling; default: the run's, else textcrop")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of tables")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0")
-    return int(text)
 
 
 def _config(arguments: argparse.Namespace) -> "RunConfig":

@@ -10,7 +10,9 @@ dotted key, the value and the rule.
 import copy
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +31,10 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, reason_of
 
 COMMAND_LINE = "command line"
+MOST_FILES = 100  # that one config may extend: each counts as often as it is named
+
+# A text with bytes that Python could not decode, or with half of a surrogate pair.
+_NOT_UTF8 = re.compile(r'"[^"]*[\ud800-\udfff][^"]*"')
 
 # Which file (or the command line) set a dotted key.
 Origins = dict[str, str]
@@ -39,7 +45,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError: a missing or malformed file, an unknown key, a wrong type or value, a broken rule between keys.
     """
-    tree, origins = _read_with_bases(Path(path), seen=())
+    tree, origins = _read_with_bases(Path(path), (), count())
     return _resolve(tree, origins, overrides, str(path))
 
 
@@ -67,6 +73,9 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
         for key, holder, name, text in path_texts(keys):
             written = written_key(key, tree.get("eval"))
             holder[name] = _expanded(text, f"{_origin_of(written, [], origins, default)}: {written}")
+        if found := _NOT_UTF8.search(json.dumps(keys, ensure_ascii=False)):
+            shown = found[0].encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"{default}: {shown} holds bytes that are no UTF-8; rule: paths and values of a run are")
         # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
         # since there strict validation still makes tuples of lists and paths of strings.
         return RunConfig.model_validate_json(json.dumps(keys), strict=True)
@@ -89,7 +98,10 @@ def dump_config(config: RunConfig) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+def _read_with_bases(path: Path, seen: tuple[Path, ...], read: Iterator[int]) -> tuple[dict[str, Any], Origins]:
+    """Read a config. seen: the files that extend it. read: counts the files; each may name others many times."""
+    if next(read) > MOST_FILES:
+        raise UserError(f"{seen[0]}: extends: more than {MOST_FILES} files; rule: name fewer, or each fewer times")
     resolved = Path(os.path.realpath(path))
     if resolved in seen:
         raise UserError(f"{path}: extends: a file extends itself by way of {' -> '.join(map(str, seen))}")
@@ -116,7 +128,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any]
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in bases:
-        _add(tree, origins, *_read_with_bases(_base_file(base, path), (*seen, resolved)))
+        _add(tree, origins, *_read_with_bases(_base_file(base, path), (*seen, resolved), read))
     _add(tree, origins, own, dict.fromkeys(_dotted_keys(own), os.path.normpath(path)))
     return tree, origins
 

@@ -6,6 +6,7 @@ whose work is unfinished.
 
 import fcntl
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from cosmos_scale.files import (
 )
 
 MANIFEST = "manifest.json"
+_PART = re.compile(r".+\.(tar|npy|json|jsonl)\.\d+\.part")  # as `whole_file` names what this work writes
 
 
 class WorkKind(NamedTuple):
@@ -74,6 +76,19 @@ class Work(NamedTuple):
         """Return the file that says how a shard was written; it is written after the shard."""
         return self.folder / "shards" / f"{shard}.json"
 
+    def claim(self, shard: str) -> None:
+        """Note that a shard's file is this work's own, before it is written; raises UserError."""
+        mark = self._mark(shard)
+        with writing(mark):
+            mark.touch()
+
+    def owns(self, shard: str) -> bool:
+        """Whether this work wrote, or began to write, a shard's file."""
+        return self._mark(shard).exists() or self.report(shard).exists()
+
+    def _mark(self, shard: str) -> Path:
+        return self.folder / "shards" / f"{shard}.begun"
+
     @property
     def is_unfinished(self) -> bool:
         """Whether the work was begun and not finished."""
@@ -105,6 +120,7 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
             if work.kind.needs_lock or not no_locks(error):
                 raise UserError(reason) from error
             print(f"{reason}; only one process may write there now", file=sys.stderr)
+        _refuse_foreign_shards(work)
         path = work.folder / "options.json"
         if path.exists() and not any(work.folder.glob("shards/*.json")):
             _begin_anew(work, options, _read_options(path))
@@ -114,7 +130,8 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
             replace_file(path, json.dumps(options).encode())
         make_folder(work.folder / "shards")
         for part in work.out.glob("*.part"):
-            part.unlink()
+            if _PART.fullmatch(part.name):  # not what a download of the user left
+                part.unlink()
         yield
 
 
@@ -132,6 +149,16 @@ def _read_options(path: Path) -> dict[str, Any]:
         return dict(options)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; delete {path.parent.parent} and begin anew") from error
+
+
+def _refuse_foreign_shards(work: Work) -> None:
+    """Raise UserError where shards of the user lie in the folder: they would be indexed, overwritten or deleted."""
+    for shard in sorted(work.out.glob("*.tar")):
+        if not work.owns(shard.stem):
+            raise UserError(
+                f"{shard}: lies in the folder of an unfinished {work.kind.name} that did not write it; "
+                "move it elsewhere, or name another folder with --out"
+            )
 
 
 def _begin_anew(work: Work, options: dict[str, Any], before: dict[str, Any]) -> None:

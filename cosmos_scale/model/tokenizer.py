@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cosmos_scale.config import TOKENIZER_VOCABULARY
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import regular_only
 
 START_OF_TEXT, END_OF_TEXT = TOKENIZER_VOCABULARY - 2, TOKENIZER_VOCABULARY - 1
 VOCABULARY_PACKAGE = "open_clip"
@@ -102,8 +103,8 @@ def _word_merger() -> tokenizers.Tokenizer:
     path = Path(package.submodule_search_locations[0]) / VOCABULARY_FILE
     if not path.is_file():
         raise UserError(f"{path}: missing, though the installed open-clip-torch should bring this vocabulary")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a version
+    with open(path, "rb", opener=regular_only) as file:
+        lines = gzip.decompress(file.read()).decode().split("\n")[1 : MERGES + 1]  # the first line is a version
     merges = [(first, second) for first, second in (line.split() for line in lines)]
     letters = _byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges)]

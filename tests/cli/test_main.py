@@ -375,3 +375,23 @@ def test_a_deleted_current_folder_is_one_line(tmp_path: Path) -> None:
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "cosmos-scale: the current folder is deleted; rule: change to one that is there\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("data", "build", "--images", "a", "--captions", "b", "--out", ""),
+            "--out: the path is empty; rule: . is the",
+        ),
+        (("data", "index", " "), "PATTERN: the path is empty"),
+        (("data", "inspect", "shards", "--epoch", "9" * 5000), f"--epoch: {'9' * 20}... must be at most 9,223,372,036"),
+        (("data", "verify", "shards", "--workers", str(2**63)), "--workers: 9223372036854775808 must be at most"),
+    ],
+)
+def test_an_empty_path_and_a_number_without_end_are_refused(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert f"error: argument {said}" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.keys import nearest_key, valid_keys
-from cosmos_scale.config.load import dump_config, load_config
+from cosmos_scale.config.load import dump_config, load_config, make_config
 from cosmos_scale.errors import UserError
 
 
@@ -239,3 +239,25 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.yaml: cannot be read: 'utf-8' codec") as error:
         load_config(path)
     assert "\n" not in str(error.value)
+
+
+def test_files_that_name_each_other_many_times_are_refused(run: Path) -> None:
+    for level in range(9):
+        (run.parent / f"level{level}.yaml").write_text(f"extends: [{', '.join([f'level{level + 1}.yaml'] * 10)}]\n")
+    (run.parent / "level9.yaml").write_text("seed: 1\n")
+    run.write_text("extends: level0.yaml\n")
+    assert "extends: more than 100 files; rule: name fewer, or each fewer times" in refusal(run)
+
+
+def test_a_long_chain_of_files_is_refused(run: Path) -> None:
+    for level in range(2000):
+        (run.parent / f"level{level}.yaml").write_text(f"extends: level{level + 1}.yaml\n")
+    run.write_text("extends: level0.yaml\n")
+    assert refusal(run).startswith(f"{run}: extends: more than 100 files")
+
+
+def test_a_folder_whose_name_is_no_utf8_is_named() -> None:
+    with pytest.raises(
+        UserError, match=r'^command line: "/data/caf\\udce9" holds bytes that are no UTF-8; rule: paths'
+    ):
+        make_config({"data": {"sources": [{"name": "s", "shards": "/data/caf\udce9"}]}})

@@ -14,7 +14,7 @@ import cosmos_scale
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.matching import UNSEEN
 from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
-from cosmos_scale.data.prepare.work import Task
+from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.prepare.writing import read_report
 from cosmos_scale.data.samples.sample import reason_class
 from cosmos_scale.data.shards.index_report import REJECTED
@@ -81,11 +81,11 @@ def write_rejected(task: Task) -> Counter[str]:
     """Write what every shard rejected, and the rows of captions without image; returns counts by reason."""
     counts: Counter[str] = Counter()
     path = task.out / REJECTED
-    with writing(path), whole_file(path) as part, part.open("w") as file:
+    with writing(path), whole_file(path) as part, open(part, "w", opener=regular_only) as file:
         for shard in task.images:
             report = read_report(task, shard.name)
             _write(file, [] if report is None else report.rejected, counts)
-        with open(task.table / "rows.jsonl", opener=regular_only) as rows:
+        with reading_work(task.table / "rows.jsonl"), open(task.table / "rows.jsonl", opener=regular_only) as rows:
             _write(file, map(json.loads, rows), counts)
         _write(file, _rows_without_image(task), counts)
     return counts
@@ -130,7 +130,10 @@ def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
 def _rows_without_image(task: Task) -> Iterator[dict[str, Any]]:
     """Yield the table's rows that no listing has, in the order of their files."""
     table = JoinTable(task.table)
-    state: NDArray[np.uint8] = np.load(task.work / "states.npy", mmap_mode="r")
+    with reading_work(path := task.work / "states.npy"), open(path, "rb", opener=regular_only) as file:
+        state: NDArray[np.uint8] = np.load(file)
+        if len(state) != len(table):
+            raise ValueError(f"it has {len(state)} rows, the table {len(table)}")
     names = [path.name for path in task.captions]
     reason = f"no image: no shard lists its {task.join}"
     unseen = np.concatenate(

@@ -15,7 +15,7 @@ from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import whole_file, writing
+from cosmos_scale.files import regular_only, whole_file, writing
 from cosmos_scale.words import counted
 
 DUPLICATE = -2  # in a plan: the image's row belongs to an image before it
@@ -49,12 +49,12 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
             matched += int((found.downloaded & (found.positions != MISSING)).sum())
             without_value += found.without_value
             examples += found.examples[: 2 - len(examples)]
-            with writing(task.plan(shard.name)):
-                np.save(task.plan(shard.name), positions)
+            with writing(path := task.plan(shard.name)), open(path, "wb", opener=regular_only) as file:
+                np.save(file, positions)
             advance(1)
     if matched == 0:
         raise UserError(_no_overlap(task, images, without_value, examples))
-    with writing(states), whole_file(states) as part, part.open("wb") as file:
+    with writing(states), whole_file(states) as part, open(part, "wb", opener=regular_only) as file:
         np.save(file, state)
 
 

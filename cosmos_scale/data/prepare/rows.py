@@ -205,7 +205,7 @@ def _parquet_rows(
 ) -> Iterator[PlacedRow]:
     rows, size = max(parquet.count_rows(path), 1), path.stat().st_size
     number = offset = 0
-    with copy.open("wb") as file:
+    with open(copy, "wb", opener=regular_only) as file:
         for batch in parquet.read_columns(path, columns):
             for values in zip(*batch, strict=True):
                 number += 1

@@ -7,12 +7,13 @@ files, one after the other, are one sorted table, which look-ups map into memory
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.data.prepare.datasets import Dataset, Join, join_value
 from cosmos_scale.data.prepare.rows import PlacedRow, RowFile, scan_captions
+from cosmos_scale.data.prepare.work import reading_work
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, make_folder, read_regular, reason_of, replace_file
+from cosmos_scale.files import load_json, make_folder, read_regular, reason_of, regular_only, replace_file
 
 PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
 RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
@@ -43,8 +45,11 @@ class JoinTable:
     """The table on disk; positions in it stand for rows of captions."""
 
     def __init__(self, folder: Path) -> None:
-        self.hashes: NDArray[np.uint64] = np.memmap(folder / "hashes.bin", dtype="<u8", mode="r")
-        self.places: NDArray[np.void] = np.memmap(folder / "places.bin", dtype=PLACE, mode="r")
+        self.hashes: NDArray[np.uint64] = _mapped(folder / "hashes.bin", np.dtype("<u8"))
+        self.places: NDArray[np.void] = _mapped(folder / "places.bin", PLACE)
+        if len(self.hashes) != len(self.places):
+            with reading_work(folder / "places.bin"):
+                raise ValueError(f"it has {len(self.places)} rows, hashes.bin {len(self.hashes)}")
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -58,6 +63,11 @@ class JoinTable:
         positions = np.searchsorted(self.hashes, wanted).astype(np.int64)
         found = self.hashes[np.minimum(positions, len(self.hashes) - 1)] == wanted
         return np.where(found & (positions < len(self.hashes)), positions, MISSING)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    with reading_work(path), open(path, "rb", opener=regular_only) as file:  # to map a FIFO would wait for ever
+        return np.memmap(file, dtype=dtype, mode="r")
 
 
 def join_hash(value: str) -> int:
@@ -85,7 +95,7 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
     with _full_disk_named(folder):
         builder.sort()
     content = {
-        "files": [[str(file.path), file.kind, file.columns] for file in builder.files],
+        "files": [[os.path.abspath(file.path), file.kind, file.columns] for file in builder.files],
         "rows": builder.rows,
         "examples": builder.examples,
     }
@@ -105,9 +115,11 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
 
 def read_table_summary(folder: Path) -> TableSummary:
     """Return the summary of a whole table."""
-    content = load_json(read_regular(folder / "table.json"))
-    files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
-    return TableSummary(files, content["rows"], content["examples"])
+    path = folder / "table.json"
+    with reading_work(path):
+        content = load_json(read_regular(path))
+        files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
+        return TableSummary(files, content["rows"], content["examples"])
 
 
 def _in_steps(advance: Callable[[int], None], total: int) -> Callable[[int], None]:
@@ -138,8 +150,11 @@ class _Builder:
     def read(self, advance: Callable[[int], None]) -> None:
         """Scatter all rows over the buckets."""
         with ExitStack() as stack:
-            buckets = [stack.enter_context(self._bucket(bits).open("wb")) for bits in range(1 << BUCKET_BITS)]
-            faults = stack.enter_context((self._folder / "rows.jsonl").open("w"))
+            buckets = [
+                stack.enter_context(open(self._bucket(bits), "wb", opener=regular_only))
+                for bits in range(1 << BUCKET_BITS)
+            ]
+            faults = stack.enter_context(open(self._folder / "rows.jsonl", "w", opener=regular_only))
             for number, path in enumerate(self._captions):
                 copy = self._folder / f"captions-{number:05d}.jsonl"
                 file, rows = scan_captions(path, copy, self._dataset, self._join, advance)
@@ -186,12 +201,12 @@ class _Builder:
     def sort(self) -> None:
         """Sort the buckets into the table; of rows with the same value the first stays."""
         with (
-            (self._folder / "hashes.bin").open("wb") as hashes,
-            (self._folder / "places.bin").open("wb") as places,
-            (self._folder / "rows.jsonl").open("a") as faults,
+            open(self._folder / "hashes.bin", "wb", opener=regular_only) as hashes,
+            open(self._folder / "places.bin", "wb", opener=regular_only) as places,
+            open(self._folder / "rows.jsonl", "a", opener=regular_only) as faults,
         ):
             for bits in range(1 << BUCKET_BITS):
-                records = np.fromfile(self._bucket(bits), dtype=RECORD)
+                records = np.frombuffer(read_regular(self._bucket(bits)), dtype=RECORD)
                 records = records[np.argsort(records["hash"], kind="stable")]
                 first = np.ones(len(records), dtype=bool)
                 first[1:] = records["hash"][1:] != records["hash"][:-1]

@@ -1,5 +1,7 @@
 """One preparation: what it was asked for, and the files of what it has done so far."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Jo
 from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.work import PREPARATION, Work
+from cosmos_scale.errors import UserError
 
 
 class Task(NamedTuple):
@@ -66,3 +69,14 @@ class Task(NamedTuple):
             "image_shards": len(self.images),
             "image_shards_digest": digest.hexdigest()[:16],
         }
+
+
+@contextmanager
+def reading_work(path: Path) -> Iterator[None]:
+    """Turn the errors of a block that reads a file of the work under way into a UserError which says the way on."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        folder = next(parent for parent in path.parents if parent.name == PREPARATION.folder)
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read: {said}; delete {folder.parent} and begin anew") from error

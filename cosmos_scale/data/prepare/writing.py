@@ -15,12 +15,12 @@ from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed,
 from cosmos_scale.data.prepare.matching import DUPLICATE
 from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
-from cosmos_scale.data.prepare.work import Task
+from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, replace_file, whole_file, writing
+from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, writing
 
 
 class Written(NamedTuple):
@@ -60,8 +60,9 @@ def write_prepared_shard(task: Task, shard: ImageShard) -> Written:
     target = task.out / f"{shard.name}.tar"
     rejected: list[dict[str, Any]] = []
     samples = 0
+    task.as_work.claim(shard.name)
     with writing(target), whole_file(target) as part:
-        with part.open("wb") as file:
+        with open(part, "wb", opener=regular_only) as file:
             sink = _Sink(file)
             # A fixed time: the same input gives the same bytes.
             with TarWriter(sink, encoder=False, mtime=0) as archive:
@@ -92,7 +93,8 @@ def read_report(task: Task, shard: str) -> Written | None:
 def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard in its images' order; other images and rows are added to `rejected`."""
     listed = read_listing(shard, task.join)
-    plan: NDArray[np.int64] = np.load(task.plan(shard.name))
+    with reading_work(task.plan(shard.name)), open(task.plan(shard.name), "rb", opener=regular_only) as file:
+        plan: NDArray[np.int64] = np.load(file)
     if len(plan) != len(listed):
         raise UserError(f"{shard.path}: changed while it was prepared; name another folder with --out")
     by_key = {image.key: (image, int(position)) for image, position in zip(listed, plan, strict=True)}

@@ -16,7 +16,7 @@ import numpy as np
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.scenes.scenes import CLASSES, Scene, captions, draw_scene, render
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.files import make_folder
+from cosmos_scale.files import make_folder, regular_only
 
 SAMPLES_PER_SHARD = 128
 
@@ -114,7 +114,10 @@ def _shard_jobs(folder: Path, split: str, scenes: list[Scene], described: list[i
 
 
 def _write_shard(job: _ShardJob) -> int:
-    with tarfile.open(job.path, "w", format=tarfile.USTAR_FORMAT) as shard:
+    with (
+        open(job.path, "wb", opener=regular_only) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as shard,
+    ):
         for number, sample in enumerate(job.samples, start=job.first):
             for extension, content in _members(sample):
                 # The member's time stays 0, so that equal runs write equal bytes.

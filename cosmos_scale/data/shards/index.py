@@ -94,12 +94,13 @@ def index_shards(
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
     torn = dotted = unnamed = unread = 0
-    unfinished = Unfinished(folder / UNFINISHED, rules) if is_remote(pattern) else None
+    unfinished = Unfinished(folder / UNFINISHED, rules, shards.address) if is_remote(pattern) else None
     known = unfinished.read(names) if unfinished else {}
     work = map_jobs(partial(_index_one, shards, folder, rules), [name for name in names if name not in known], workers)
     with progress_bar("indexing shards", len(names), show=progress) as advance:
         for done in chain(known.values(), work):
-            if unfinished and done.name not in known:
+            # Not a shard that breaks off: a server may have sent a page of its own, or less than the whole.
+            if unfinished and done.name not in known and done.torn is None:
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
             dotted += done.dotted

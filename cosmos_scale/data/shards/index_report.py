@@ -79,9 +79,12 @@ class Unindexed(NamedTuple):
 def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
     """Count what an index of this machine leaves out of some shards; nothing where no file can be read there."""
     samples = pictures = 0
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        for line in (Path(folder) / REJECTED).read_bytes().splitlines():
-            fault = json.loads(line)
+    lines: list[bytes] = []
+    with suppress(OSError):
+        lines = read_regular(Path(folder) / REJECTED).splitlines()
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            fault = load_json(line)
             if fault.get("shard") in shards and fault["key"] is not None:
                 is_picture = fault["reason"].startswith(SECOND_PICTURE)
                 samples, pictures = samples + (not is_picture), pictures + is_picture

@@ -86,7 +86,8 @@ class _Paths(ShardPattern):
                 raise UserError(
                     f"{root / compressed[0]}: is compressed; samples are read by offset, so unpack it to .tar"
                 )
-            return [name for name in files if name.endswith(".tar")], []
+            # Without hidden files, as `*.tar`: macOS lays a ._0.tar beside each 0.tar on foreign disks.
+            return [name for name in files if name.endswith(".tar") and not name.startswith(".")], []
         names: set[str] = set()
         missing = []
         for path in self._paths():

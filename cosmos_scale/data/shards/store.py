@@ -230,7 +230,7 @@ class WebStore:
             error = error.__context__
         if isinstance(error, TimeoutError):
             return f"no answer for {self._timeout_s:g} s"
-        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_total(found: str | None, total: int | None) -> None:

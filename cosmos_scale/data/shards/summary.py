@@ -59,6 +59,8 @@ def _parse_summary(data: bytes) -> Summary:
     for row in rows:
         if min(row.samples, row.size) < 0 or row.samples > _MOST or row.size > _MOST:
             raise ValueError(f"{row.name}: {row.samples} samples in {row.size} bytes cannot be")
+    if len({row.name for row in rows}) < len(rows):
+        raise ValueError("a shard stands twice in it, whose samples would count twice")
     marks = {str(name): str(mark) for name, mark in summary.get("marks", {}).items()}
     return Summary(rows, marks)
 
@@ -73,11 +75,26 @@ def write_index_summary(path: Path, summary: Summary) -> None:
 
 
 def summary_before(folder: Path) -> Summary:
-    """The summary of an existing index; an empty one where there is none, or it is unreadable."""
+    """The summary of an existing index; an empty one where there is none, or it is unreadable.
+
+    Raises: UserError where an index.json of another program lies there.
+    """
     path = folder / SUMMARY
+    refuse_foreign_summary(path)
     if path.exists():
         try:
             return _parse_summary(read_regular(path))
         except _UNREADABLE as error:  # to index again mends the file, and that is being done
             print(f"{path}: not a shard index ({error}); what it said of other shards is dropped", file=sys.stderr)
     return Summary([], {})
+
+
+def refuse_foreign_summary(path: Path) -> None:
+    """Raise UserError where a file is sound json of another program, such as wids: it must not be replaced."""
+    try:
+        found = load_json(read_regular(path))
+    except (OSError, ValueError):
+        return
+    kind = found.get("format") if isinstance(found, dict) else None
+    if not str(kind).startswith(FORMAT.rpartition(" ")[0]):
+        raise UserError(f"{path}: is the file of another program; move it away, or name another folder with --out")

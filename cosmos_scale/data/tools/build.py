@@ -26,7 +26,7 @@ from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
-from cosmos_scale.data.shards.summary import SUMMARY
+from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
@@ -140,6 +140,7 @@ def build_shards(
         **{"image-column": columns.image, "caption-column": columns.caption},
         **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
     }
+    refuse_foreign_summary(out / SUMMARY)
     rejected: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     samples = transparent = 0
@@ -149,7 +150,8 @@ def build_shards(
         (out / SUMMARY).unlink(missing_ok=True)  # of a build that was stopped in its last step
         with ExitStack() as stack:
             stack.enter_context(writing(out / REJECTED))
-            log = stack.enter_context(stack.enter_context(whole_file(out / REJECTED)).open("w"))
+            part = stack.enter_context(whole_file(out / REJECTED))
+            log = stack.enter_context(open(part, "w", opener=regular_only))
             advance = stack.enter_context(progress_bar("building shards", lines, show=progress))
             for written in results:
                 samples += written.samples
@@ -197,6 +199,7 @@ def _write_shard(images: Path, background: str, job: _Job) -> _Written:
                 f"or delete {job.work.out} and build anew"
             )
         return standing
+    job.work.claim(job.shard)
     with writing(job.path), whole_file(job.path) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:

@@ -249,10 +249,11 @@ def _open_log(path: Path) -> Iterator[Callable[[Fault], None]]:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raise UserError where a file is there that is no log: a shard must not be lost by a mistyped option."""
+    """Raise UserError where a file is there that is no log: a mistyped option must lose no shard or index."""
     if path.is_file():
         with open(path, "rb", opener=regular_only) as file:
-            if file.read(1) not in (b"", b"{"):
+            line = file.readline(1 << 20)
+            if line and not (line.startswith(b'{"shard": ') and b', "indexed": ' in line):
                 rule = "name another file with --out"
                 raise UserError(f"{path}: holds something else than a report of `data verify`; {rule}")
 

@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 
 from cosmos_scale.cli import main as cli
-from cosmos_scale.data.prepare import csv_records
+from cosmos_scale.data.prepare import csv_records, prepare, table
 from cosmos_scale.data.prepare.datasets import DREAMLIP
-from cosmos_scale.data.prepare.table import BUCKET_BITS, build_table
+from cosmos_scale.data.prepare.table import build_table
+from cosmos_scale.data.work import PREPARATION, Work
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
 from tests.conftest import REPOSITORY
@@ -338,9 +340,37 @@ def test_a_refused_header_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_named_by_the_folder(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_by_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = write_dreamlip(tmp_path / "0.csv", [dreamlip_row(number) for number in range(3)])
-    for bucket in range(1 << BUCKET_BITS):
-        (tmp_path / f"bucket-{bucket:02d}.bin").symlink_to("/dev/full")
+    monkeypatch.setattr(table, "regular_only", lambda path, flags: os.open("/dev/full", flags))
     with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: No space left on device$"):
         build_table(tmp_path, [captions], DREAMLIP, "url", progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["table/hashes.bin", "table/places.bin", "table/table.json", "states.npy", "plan/00000.npy"]
+)
+@pytest.mark.parametrize("how", ["FIFO", "empty", "cut"])
+def test_a_damaged_file_of_the_work_ends_it_by_its_name(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    work = Work(PREPARATION, inputs / "out")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_prepared_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, out="out", workers=1)
+    damaged = work.folder / name
+    whole = damaged.read_bytes()
+    damaged.unlink()
+    if how == "FIFO":
+        os.mkfifo(damaged)
+    else:
+        damaged.write_bytes(whole[: len(whole) // 2 // 26 * 26] if how == "cut" else b"")
+    signal.alarm(60)  # instead of a wait for ever
+    with pytest.raises(UserError, match=rf"{damaged.name}: cannot be read: .*; delete .*out and begin anew"):
+        run(inputs, out="out", workers=1)
+    signal.alarm(0)

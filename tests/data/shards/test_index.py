@@ -245,7 +245,7 @@ def test_a_broken_summary_is_an_error(tmp_path: Path, content: str) -> None:
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', f'{{"format": "{FORMAT}", "shards": [1]}}'])
+@pytest.mark.parametrize("content", ["", "{", f'{{"format": "{FORMAT}", "shards": [1]}}'])
 def test_a_broken_summary_is_made_anew(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path, [2, 1])
     (tmp_path / "index.json").write_text(content)

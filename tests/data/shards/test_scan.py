@@ -12,12 +12,14 @@ from cosmos_scale.config import DataConfig
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.shards.index_report import REJECTED, count_unindexed
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.data.tools.verify import verify_shards
-from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture
+from cosmos_scale.errors import UserError
+from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, write_shards
 from tests.data.shards.test_reader import JSON, keys, location, write_tar
 
 TXT = b"a photo of a thing"
@@ -212,9 +214,9 @@ def test_a_key_with_dots_beside_its_first_part_is_said_with_the_option(tmp_path:
 
 def test_what_was_indexed_by_other_rules_is_indexed_again(tmp_path: Path) -> None:
     shard = IndexedShard("0.tar", 3, 10, [("a", "no caption")], None, dotted=2, unnamed=1)
-    Unfinished(tmp_path / "unfinished", DEFAULT_RULES).append(shard)
-    assert Unfinished(tmp_path / "unfinished", DEFAULT_RULES).read(["0.tar"]) == {"0.tar": shard}
-    assert Unfinished(tmp_path / "unfinished", ScanRules(("blip",))).read(["0.tar"]) == {}
+    Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).append(shard)
+    assert Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).read(["0.tar"]) == {"0.tar": shard}
+    assert Unfinished(tmp_path / "unfinished", ScanRules(("blip",)), str).read(["0.tar"]) == {}
 
 
 def test_the_help_names_every_key_of_captions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,3 +296,29 @@ def test_links_and_copies_of_a_shard_are_named(tmp_path: Path) -> None:
     assert "2 shards look like another one (2.tar like 0.tar): if they are one, its samples count twice" in (
         report.describe()
     )
+
+
+def test_a_page_in_place_of_a_far_shard_is_asked_for_again(tmp_path: Path) -> None:
+    """A server that asks for a login answers with a page: once logged in, the same command reads the shard itself."""
+    shard = write_shards(tmp_path / "far", [2]) / "00000.tar"
+    answer = tmp_path / "answer"
+    answer.write_text("<html>please log in</html>")
+    pattern = f"pipe:cat {answer} # 00000.tar"
+    with pytest.raises(UserError, match="no usable sample in 1 shard"):
+        index_shards(pattern, tmp_path / "index", workers=1, progress=False)
+    answer.write_bytes(shard.read_bytes())
+    assert index_shards(pattern, tmp_path / "index", workers=1, progress=False).samples == 2
+
+
+def test_far_shards_that_are_done_say_nothing_of_others_of_their_names(tmp_path: Path) -> None:
+    here, there = write_shards(tmp_path / "here", [2]), write_shards(tmp_path / "there", [5, 3])
+    with pytest.raises(UserError, match=r"00001\.tar"):  # it is missing here, so that the indexing stays unfinished
+        index_shards(f"file://{here}/{{00000..00001}}.tar", tmp_path / "index", workers=1, progress=False)
+    report = index_shards(f"file://{there}/{{00000..00001}}.tar", tmp_path / "index", workers=1, progress=False)
+    assert report.samples == 8
+
+
+def test_an_unreadable_line_hides_no_line_behind_it(tmp_path: Path) -> None:
+    line = '{"shard": "0.tar", "key": "1", "reason": "no picture"}'
+    (tmp_path / REJECTED).write_text(f'{line}\ncut {{\n{{"shard": ["0.tar"]}}\n{line}\n')
+    assert count_unindexed(str(tmp_path), {"0.tar"}).samples == 2

@@ -17,7 +17,7 @@ from cosmos_scale.cli.main import main
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.tools import build as build_module
 from cosmos_scale.data.tools.build import build_shards
-from cosmos_scale.data.work import BUILD, Work, close_work
+from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import open_folder, picture
 
@@ -206,3 +206,47 @@ def test_an_interrupted_deletion_leaves_the_build_finished(inputs: Path, monkeyp
         close_work(work)
     assert not work.is_unfinished
     assert len(open_folder(work.out)) == 14
+
+
+def test_a_build_deletes_no_file_of_the_user(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (inputs / "out").mkdir()
+    download = inputs / "out" / "movie.tar.part"
+    download.write_bytes(b"half")
+    out = stopped(inputs, monkeypatch)
+    (out / "000005.tar.123.part").write_bytes(b"of a build that was killed")
+    build(inputs)
+    assert [path.name for path in out.glob("*.part")] == [download.name]
+
+
+@pytest.mark.parametrize("name", ["000000.tar", "cc3m-train-0000.tar"])
+@pytest.mark.parametrize("background", ["white", "black"])
+def test_shards_that_came_into_an_unfinished_build_are_kept(inputs: Path, name: str, background: str) -> None:
+    out = inputs / "out"
+    with open_work(Work(BUILD, out), {"background": "white"}):
+        pass
+    (out / name).write_bytes(b"a shard of the user")
+    with pytest.raises(UserError, match=f"{name}: lies in the folder of an unfinished build that did not write it"):
+        build(inputs, background=background)
+    assert (out / name).read_bytes() == b"a shard of the user"
+
+
+def test_a_shard_that_was_written_without_its_report_is_written_again(inputs: Path) -> None:
+    work = Work(BUILD, inputs / "out")
+    with open_work(work, {"background": "black"}):
+        work.claim("000000")
+        (work.out / "000000.tar").write_bytes(b"of the build that was killed")
+    build(inputs)
+    build(inputs, "whole")
+    assert contents(inputs / "out") == contents(inputs / "whole")
+
+
+def test_an_index_json_of_another_program_is_kept(inputs: Path) -> None:
+    theirs = inputs / "out" / "index.json"
+    theirs.parent.mkdir()
+    theirs.write_text('{"__kind__": "wids-shard-index-v1", "shardlist": []}')
+    with pytest.raises(UserError, match=r"index\.json: is the file of another program; move it away, or name another"):
+        build(inputs)
+    (theirs.parent / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"index\.json: is the file of another program"):
+        index_shards(str(theirs.parent), None, workers=1, progress=False)
+    assert "wids" in theirs.read_text()

@@ -324,12 +324,15 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest
     assert "00000.tar/log: cannot be written" in captured.err
 
 
-def test_a_log_does_not_replace_a_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["00000.tar", "index.json", "captions.jsonl", "rejected.jsonl"])
+def test_a_log_replaces_no_other_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_shards(tmp_path, [1])
-    shard, before = folder / "00000.tar", (folder / "00000.tar").read_bytes()
-    assert cli.main(["data", "verify", str(folder), "--quiet", "--out", str(shard)]) == 2
-    assert "00000.tar: holds something else than a report" in capsys.readouterr().err
-    assert shard.read_bytes() == before
+    (folder / "captions.jsonl").write_text('{"image": "1.jpg", "caption": "a"}\n')
+    (folder / "rejected.jsonl").write_text('{"shard": "00000.tar", "key": "1", "reason": "a"}\n')
+    before = (folder / name).read_bytes()
+    assert cli.main(["data", "verify", str(folder), "--quiet", "--out", str(folder / name)]) == 2
+    assert f"{name}: holds something else than a report" in capsys.readouterr().err
+    assert (folder / name).read_bytes() == before
 
 
 def test_a_log_on_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,14 +380,14 @@ def test_a_log_is_whole_or_as_it_was(
 ) -> None:
     shards, log = write_shards(tmp_path / "shards", [3, 3]), tmp_path / "log.jsonl"
     index_shards(str(shards), None, progress=False)
-    log.write_text('{"before": 1}\n')
+    log.write_text('{"shard": "a", "indexed": true}\n')
 
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verify_module, "_read", broken)
     assert cli.main(["data", "verify", str(shards), "--out", str(log), "--quiet", "--workers", "1"]) == 130
-    assert log.read_text() == '{"before": 1}\n'
+    assert log.read_text() == '{"shard": "a", "indexed": true}\n'
     monkeypatch.undo()
     capsys.readouterr()
     verify(capsys, shards, "--out", log)
