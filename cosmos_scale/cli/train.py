@@ -74,10 +74,11 @@ def _train(arguments: argparse.Namespace) -> int:
     """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
     from cosmos_scale.config.load import load_config
     from cosmos_scale.engine.messages import limit_messages
-    from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
+    from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
 
     ranks = None
     try:
+        adopt_rank_variables()
         config = load_config(run_file(arguments.file), arguments.overrides)
         limit_messages(config.log.level)
         read_rank_variables()

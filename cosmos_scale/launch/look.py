@@ -64,6 +64,7 @@ class Looker:
             self._answers.send({"seen": [name for name in message["see"] if (folder / name).exists()]})
 
     def _facts(self, asked: Message) -> Message:
+        os.environ.update(asked["environment"])  # as the ranks will have it: paths of the config may name variables
         facts: Message = {
             "python": sys.version.split()[0],
             "packages": _packages(),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.errors import UserError
-from cosmos_scale.launch.connection import Connection
+from cosmos_scale.launch.connection import Connection, passed_environment
 from cosmos_scale.launch.hostfile import Host
 from cosmos_scale.launch.look import TOKEN
 from cosmos_scale.launch.supervise import LaunchedRun, Meeting
@@ -55,7 +55,12 @@ class Preflight:
         try:
             for host in self._hosts:
                 self._open[host.name] = Connection(host, LOOKER, Path.cwd())
-            asked = {"file": self._run.file, "overrides": list(self._run.overrides), "resumed": self._is_resumed()}
+            asked = {
+                "file": self._run.file,
+                "overrides": list(self._run.overrides),
+                "resumed": self._is_resumed(),
+                "environment": passed_environment(),
+            }
             for place, name in enumerate(self._open):
                 self._send(name, {"look": asked | {"token": f"{token}-{place}"}})
             self._facts = self._answers(self._open, "facts", FACTS_SECONDS)
