@@ -110,8 +110,8 @@ def _supervise(run: "LaunchedRun", hosts: "list[Host]") -> int:
     with lasting_output():
         printer = Printer()
         try:
-            with RunLock(run.folder), StopSignals() as stop:
-                return Supervisor(run, hosts, look_at(run, printer.say), printer, stop).run()
+            with RunLock(run.folder, printer.say), StopSignals() as stop:
+                return Supervisor(run, hosts, look_at(run, printer.say, stop), printer, stop).run()
         finally:
             printer.close()
 

@@ -79,6 +79,7 @@ class Agent:
         self._heard = time.monotonic()
         self._beat = 0.0
         self._link_limit: float | None = None  # seconds of silence after which the launcher counts as gone
+        self._every = BEAT
         self._stop_limit: float | None = None
         self._alone = False  # the launcher is gone
         self._kill_at: float | None = None
@@ -134,7 +135,7 @@ class Agent:
         return False
 
     def _start(self, job: Message) -> None:
-        self._link_limit, self._stop_limit = job["link_limit"], job["stop_limit"]
+        self._link_limit, self._stop_limit, self._every = job["link_limit"], job["stop_limit"], job["beat"]
         libc, own = ctypes.CDLL(None, use_errno=True), os.getpid()
 
         def die_with_agent() -> None:
@@ -186,7 +187,7 @@ class Agent:
 
     def _keep_time(self) -> None:
         now = time.monotonic()
-        if now - self._beat > BEAT:
+        if now - self._beat > self._every:
             self._beat = now
             self._reports.send({"alive": True}, may_drop=True)
         silent = self._link_limit is not None and now - self._heard > self._link_limit

@@ -96,7 +96,7 @@ class Attempt:
         self._failures: list[RankFailure] = []
         self._failed_at = self._stopped_at = self._interrupted_at = 0.0  # 0: not yet
         self._sent: set[str] = set()  # the reasons for which the ranks were signalled
-        self._beat = time.monotonic()
+        self._beat, self._every = time.monotonic(), min(BEAT, job.link_limit / 4)
         self._open = [Connection(place.host, AGENT, job.folder) for place in places]
         world_size = sum(len(place.ranks) for place in places)
         for connection in self._open:
@@ -133,6 +133,7 @@ class Attempt:
             "title": title,
             # A child's pipe ends with the launcher; a connection over the network may just be silent.
             "link_limit": None if place.host.is_here else job.link_limit,
+            "beat": self._every,
             "stop_limit": job.stop_limit,
         }
 
@@ -199,7 +200,7 @@ class Attempt:
 
     def _keep_time(self) -> None:
         now = time.monotonic()
-        if now - self._beat > BEAT:
+        if now - self._beat > self._every:
             self._beat = now
             for connection in self._open:
                 connection.outbox.send({"alive": True}, may_drop=True)

@@ -119,9 +119,10 @@ class Connection:
         except subprocess.TimeoutExpired:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(5.0)
+                process.wait(1.0)
             process.kill()
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # of a process that waits for a file server for ever
+                process.wait(1.0)
         for pipe in self._pipes[1:]:
             pipe.close()
 

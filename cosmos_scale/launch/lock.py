@@ -13,6 +13,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +30,16 @@ DEAD_AFTER = 45.0  # seconds without a touch
 class RunLock:
     """The lock on a run's folder, as a context; raises UserError where another launch holds it, and names that one."""
 
-    def __init__(self, folder: Path, *, touched_every: float = TOUCHED_EVERY, dead_after: float = DEAD_AFTER) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        say: Callable[[str], None],
+        *,
+        touched_every: float = TOUCHED_EVERY,
+        dead_after: float = DEAD_AFTER,
+    ) -> None:
+        """say: is told of a wait."""
+        self._say = say
         self._path = folder / LOCK_FILE
         self._every, self._dead_after = touched_every, dead_after
         self._descriptor = -1
@@ -96,9 +106,16 @@ class RunLock:
             if _start_of(holder.get("pid", 0)) == holder.get("started"):
                 return True
         first = os.stat(self._path).st_mtime
+        told = False
         while self._server_time() - (last := os.stat(self._path).st_mtime) < self._dead_after:
             if last > first:
                 return True
+            if not told:
+                told = True
+                self._say(
+                    f"waiting, {self._dead_after:g} s at most, for a sign of life of the launch on host "
+                    f"{holder.get('host', 'unknown')} that {self._path} names"
+                )
             time.sleep(self._every / 10)
         return False
 

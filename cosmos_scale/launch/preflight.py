@@ -13,6 +13,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.launch.connection import Connection, passed_environment
 from cosmos_scale.launch.hostfile import Host
 from cosmos_scale.launch.look import TOKEN
+from cosmos_scale.launch.signals import StoppedEarly, StopSignals
 from cosmos_scale.launch.supervise import LaunchedRun, Meeting
 from cosmos_scale.launch.wire import Message
 from cosmos_scale.run.folder import CHECKPOINTS
@@ -39,7 +40,9 @@ class Row(NamedTuple):
 class Preflight:
     """What one look at some hosts found. rows: in the order of the table. meeting: where the ranks may meet."""
 
-    def __init__(self, run: LaunchedRun, hosts: Sequence[Host]) -> None:
+    def __init__(self, run: LaunchedRun, hosts: Sequence[Host], stop: StopSignals | None = None) -> None:
+        """stop: ends the look early, by StoppedEarly."""
+        self._stop = stop
         self.rows: list[Row] = []
         self.gone: dict[str, str] = {}  # the hosts that do not answer, and why
         self._run = run
@@ -295,6 +298,8 @@ class Preflight:
         deadline = time.monotonic() + seconds
         waiting = dict(asked)
         while waiting and time.monotonic() < deadline:
+            if self._stop is not None and self._stop.first is not None:
+                raise StoppedEarly
             for name, connection in list(waiting.items()):
                 connection.outbox.flush()
                 for message in connection.receive()[0]:
@@ -311,18 +316,20 @@ class Preflight:
         return answers
 
 
-def look_at(run: LaunchedRun, say: Callable[[str], None]) -> Callable[[Sequence[Host], bool], Meeting]:
+def look_at(
+    run: LaunchedRun, say: Callable[[str], None], stop: StopSignals
+) -> Callable[[Sequence[Host], bool], Meeting]:
     """Return what a supervisor looks at hosts with; the first look is printed as a table."""
 
     def look(hosts: Sequence[Host], is_first: bool) -> Meeting:
-        found = Preflight(run, hosts)
+        found = Preflight(run, hosts, stop)
         found.look()
         if is_first:
             found.print()
         if not is_first and found.gone and len(found.gone) < len(hosts):
             for name, reason in found.gone.items():
                 say(f"host {name} is gone: {reason}")
-            found = Preflight(run, [host for host in hosts if host.name not in found.gone])
+            found = Preflight(run, [host for host in hosts if host.name not in found.gone], stop)
             found.look()
         return found.require()
 

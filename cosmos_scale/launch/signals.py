@@ -11,6 +11,10 @@ _ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _ONE_WISH = 1.0  # seconds: programs that wrap this one pass on the Ctrl-C that the terminal sends to all
 
 
+class StoppedEarly(Exception):
+    """A signal has come before any rank was started."""
+
+
 class StopSignals:
     """A context inside which SIGTERM, SIGINT, SIGHUP and SIGUSR1 only ask to stop; one that is ignored stays so.
 

@@ -21,7 +21,7 @@ from cosmos_scale.launch.connection import passed_environment
 from cosmos_scale.launch.fit import fit_ranks, place_ranks, slots_of
 from cosmos_scale.launch.hostfile import Host
 from cosmos_scale.launch.printer import Printer
-from cosmos_scale.launch.signals import StopSignals
+from cosmos_scale.launch.signals import StoppedEarly, StopSignals
 from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE
 from cosmos_scale.words import counted
 
@@ -89,6 +89,8 @@ class Supervisor:
             try:
                 meeting = self._look(self._hosts, number == 0)
                 outcome = self._attempt(number, meeting)
+            except StoppedEarly:
+                return self._stopped_status(False)
             except UserError as error:
                 if number == 0:
                     raise

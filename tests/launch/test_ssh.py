@@ -124,3 +124,28 @@ def test_a_run_is_trained_over_ssh(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes)
     launch(tmp_path, "--hostfile", str(write_hostfile(tmp_path, 1, 1)), str(run)).require(FINISHED)
     assert [record["step"] for record in records(run)] == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("on_path")
+def test_a_host_that_falls_silent_is_lost_and_ends_its_own_ranks(tmp_path: Path) -> None:
+    """The connection is there, and nothing comes: a stopped ssh, in the place of a host without power."""
+    words = ["1!:wait", "0!:wait"]
+    hosts = [HOSTS[0], [["worker-a", 1]]]
+    with launched(tmp_path / "run", *words, hosts=hosts, link_limit=3.0, restarts=1) as running:
+        pids = [running.pid_of(rank) for rank in range(2)]
+        clients = [pid for pid in children_of(running.process.pid) if b"worker-b" in command_of(pid)]
+        os.kill(clients[0], signal.SIGSTOP)
+        ended = running.end().require(FINISHED)
+    assert "host worker-b is lost (no answer for 3 s)" in ended.errors
+    assert "1 of 2 ranks go on" in ended.errors
+    assert not any(map(lives, pids))
+
+
+def children_of(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def command_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
