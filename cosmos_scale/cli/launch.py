@@ -101,11 +101,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _supervise(run: "LaunchedRun", hosts: "list[Host]") -> int:
-    from cosmos_scale.launch.lock import RunLock
     from cosmos_scale.launch.preflight import look_at
     from cosmos_scale.launch.printer import Printer
     from cosmos_scale.launch.signals import StopSignals
     from cosmos_scale.launch.supervise import Supervisor
+    from cosmos_scale.run.lock import RunLock
 
     with lasting_output():
         printer = Printer()

@@ -165,7 +165,8 @@ class Supervisor:
     def _stopped_status(self, saved: bool) -> int:
         """Return STOPPED where steps are left to do, else FINISHED; says so. saved: whether the ranks ended well."""
         done = self._done()
-        if saved and (done is None or done[0] >= done[1]) and (done is not None or self._stop.first is None):
+        unknown = self._stop.first is None and self._reached() > 0  # whether it is finished where no checkpoint tells
+        if saved and (unknown if done is None else done[0] >= done[1]):
             self._printer.say("finished")
             return FINISHED
         if saved and done is not None:

@@ -58,7 +58,8 @@ class Launch:
         return Ended(status, (self.folder / "out").read_text(), (self.folder / "err").read_text())
 
     def text(self) -> str:
-        return "".join((self.folder / name).read_text() for name in ("out", "err"))
+        files = (self.folder / name for name in ("out", "err"))
+        return "".join(file.read_text() for file in files if file.exists())
 
 
 @contextmanager

@@ -74,3 +74,5 @@ if __name__ == "__main__":
         if who.rstrip("!") in ("*", str(RANK)) and (first or not who.endswith("!")):
             name, _, text = action.partition("~")
             ACTIONS[name](text)
+    if RANK == 0 and not stopped:
+        step("1000")  # the last one

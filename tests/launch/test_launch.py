@@ -1,6 +1,7 @@
 """`cosmos-scale launch` with the real trainer on two ranks of this host: to the end, stopped, resumed, refused."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.exit_status import FINISHED, REFUSED, STOPPED
+from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED
 from cosmos_scale.testing.runs import records, write_run
+from tests.conftest import REPOSITORY
 from tests.launch.launches import SECONDS, Ended, Launch, lives
 
 
@@ -62,6 +64,18 @@ def launch_in_own_folder(folder: Path, *arguments: str) -> Ended:
 
 
 @pytest.mark.slow
+def test_a_limit_of_time_is_a_stop(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes, train={"schedule_steps": 4000, "max_minutes": 0.02})
+    ended = launch(tmp_path, "--ranks", "2", str(run)).require(STOPPED)
+    assert "stopped before a step was done; newest checkpoint: none" in ended.errors
+
+
+def test_the_exit_statuses_are_documented() -> None:
+    rows = re.findall(r"^\| (\d+) \|", (REPOSITORY / "docs" / "launching.md").read_text(), re.MULTILINE)
+    assert [int(row) for row in rows] == sorted({FINISHED, FAILED, REFUSED, STOPPED, INTERRUPTED})
+
+
+@pytest.mark.slow
 def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes, train={"schedule_steps": 60}, checkpoint={"every": 5})
     with launching(tmp_path, "--ranks", "2", str(run)) as process:
@@ -101,6 +115,16 @@ def test_a_check_starts_nothing(tmp_path: Path, scenes: SceneShards, capfd: pyte
     for name in ("hosts", "python", "packages", "sources", "config", "index", "output", "/dev/shm", "GPUs", "clock"):
         assert any(line.split()[:2] == [name, "ok"] for line in table.splitlines()), table
     assert list((tmp_path / "tiny").iterdir()) == []  # not even a token
+
+
+def test_a_signal_ends_the_look(tmp_path: Path, scenes: SceneShards) -> None:
+    run = write_run(tmp_path, scenes)
+    with launching(tmp_path, "--ranks", "2", str(run)) as process:
+        process.wait_until(lambda: any((tmp_path / "tiny").glob(".launch-*")), "the look")
+        process.signal(signal.SIGTERM)
+        ended = process.end().require(STOPPED)
+    assert ended.errors == "cosmos-scale launch: stopped before a step was done; newest checkpoint: none\n"
+    assert ended.output == ""
 
 
 def test_what_is_wrong_on_this_host_is_refused(

@@ -8,10 +8,16 @@ import pytest
 import yaml
 
 from cosmos_scale.cli.main import main
+from cosmos_scale.config.load import load_config
+from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
+from cosmos_scale.launch.hostfile import Host
+from cosmos_scale.launch.preflight import look_at
+from cosmos_scale.launch.signals import StopSignals
+from cosmos_scale.launch.supervise import LaunchedRun
 from tests.launch.fake_ssh import write_ssh
 
-THREE = {"a": {}, "b": {}, "c": {}}
+THREE: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "c": {}}
 
 
 def check(
@@ -106,3 +112,18 @@ def test_an_address_that_others_do_not_reach_is_refused(
     assert status == REFUSED
     assert "a, b, c does not reach port " in rows["network"]
     assert "at no-such-host.invalid; rule: let the hosts reach each other" in rows["network"]
+
+
+def test_a_restart_does_without_hosts_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump({"name": "run", "output": str(tmp_path)}))
+    monkeypatch.setenv("PATH", f"{write_ssh(tmp_path / 'bin', {'a': {}, 'c': {}})}:{os.environ['PATH']}")
+    said: list[str] = []
+    with StopSignals() as stop:
+        look = look_at(LaunchedRun(str(run), (), load_config(run)), said.append, stop)
+        meeting = look([Host("a", 8), Host("b", 8), Host("c", 8)], False)
+        assert meeting.hosts == [Host("a", 8), Host("c", 8)]
+        assert set(meeting.interfaces) == {"a", "c"}
+        assert said == ["host b is gone: ssh: connect to host b port 22: No route to host"]
+        with pytest.raises(UserError, match="hosts: b does not answer"):
+            look([Host("b", 8)], False)

@@ -76,6 +76,7 @@ def test_a_host_that_cannot_be_reached_is_lost_by_name(tmp_path: Path) -> None:
     assert "1 of 2 ranks go on" in ended.errors
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_path")
 def test_hosts_are_looked_at_over_ssh(
     tmp_path: Path, scenes: SceneShards, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -97,6 +98,7 @@ def test_hosts_are_looked_at_over_ssh(
     assert "GLOO_SOCKET_IFNAME" not in said.out  # the user has set it
 
 
+@pytest.mark.slow
 def test_hosts_that_differ_are_refused(
     tmp_path: Path, scenes: SceneShards, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

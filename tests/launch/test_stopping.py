@@ -1,16 +1,19 @@
 """What stops a launch, or must not: second interrupts, dead launchers and agents, outputs that nobody takes."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
 from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, STOPPED
-from tests.launch.launches import launched, lives, run_to_end
+from tests.launch.launches import Launch, launched, lives, run_to_end
 
 
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
@@ -103,3 +106,37 @@ def test_a_full_disk_under_the_ranks_files_ends_nothing(tmp_path: Path) -> None:
     ended = run_to_end(folder, "*:say~here").require(FINISHED)
     assert "here" in ended.output.splitlines()
     assert "cannot be written" in ended.errors
+
+
+@pytest.mark.parametrize("event", ["Ctrl-C", "closed"])
+def test_a_terminal_stops_with_a_checkpoint(tmp_path: Path, event: str) -> None:
+    """Ctrl-C at a terminal, and a terminal that is closed: then nothing can be written to it any more either."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ours, theirs = pty.openpty()
+    fields = '{"hosts": [[["localhost", 2]]]}'
+    command = [sys.executable, "-m", "tests.launch.driver", str(folder), fields, "*:say~here", "*:wait", "*:say~end"]
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal
+    )
+    os.close(theirs)
+    launch = Launch(folder, process)
+    try:
+        pids = [launch.pid_of(rank) for rank in range(2)]
+        if event == "Ctrl-C":
+            os.write(ours, b"\x03")
+        else:
+            os.close(ours)
+        assert process.wait(60) == STOPPED
+        assert not any(map(lives, pids))
+        assert (folder / "saved-0").exists()
+        assert (folder / "saved-1").exists()
+    finally:
+        process.kill()
+        process.wait()
+        if event == "Ctrl-C":
+            os.close(ours)

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.launch.lock import LOCK_FILE, RunLock
+from cosmos_scale.run.lock import LOCK_FILE, RunLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from cosmos_scale.launch.lock import RunLock
+from cosmos_scale.run.lock import RunLock
 with RunLock(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
