@@ -11,9 +11,11 @@ their signals or the folder that two launches share. Nothing slow is imported he
 
 import ctypes
 import os
+import queue
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,17 +26,48 @@ from cosmos_scale.launch.wire import Inbox, Message, Outbox
 
 BEAT = 5.0  # seconds between two signs of life, of both sides
 LONGEST_LINE = 1 << 16  # bytes of a rank's output, after which a line is cut
+LAST_LINES_WITHIN = 5.0  # seconds for what still waits for the ranks' files
+MOST_PIECES = 10_000  # of output that wait for the ranks' files
 ENDS_WITHIN = 20.0  # seconds in which the ranks of a host without a launcher end after the first one that failed
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
+class Logs:
+    """The files that keep what ranks print, written by a thread: a file server that hangs does not silence the agent."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[tuple[LineFile, list[str]] | None] = queue.Queue(MOST_PIECES)
+        self._thread = threading.Thread(target=self._write, daemon=True)
+
+    def start(self) -> None:
+        """Begin to write; once all ranks are started, since a process with threads does not fork well."""
+        self._thread.start()
+
+    def put(self, log: LineFile, lines: list[str]) -> None:
+        """Give lines to be written to a file; they are dropped where too many wait."""
+        with suppress(queue.Full):
+            self._waiting.put_nowait((log, lines))
+
+    def close(self, seconds: float) -> None:
+        """Write what waits, but for no longer than some seconds."""
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=seconds)
+        self._thread.join(seconds)
+
+    def _write(self) -> None:
+        while (piece := self._waiting.get()) is not None:
+            log, lines = piece
+            log.append(lines)
+
+
 class RankProcess:
     """A rank's process, which leads a session of its own, with its output and the file that keeps it."""
 
-    def __init__(self, number: int, process: "subprocess.Popen[bytes]", log: LineFile) -> None:
+    def __init__(self, number: int, process: "subprocess.Popen[bytes]", log: LineFile, logs: Logs) -> None:
         assert process.stdout and process.stderr  # noqa: PT018 (one fact: both are pipes)
-        self.number, self.process, self._log = number, process, log
+        self.number, self.process = number, process
+        self._log, self._logs = log, logs
         self._pipes = process.stdout, process.stderr
         self.inboxes = {
             "out": Inbox(process.stdout.fileno(), LONGEST_LINE),
@@ -43,10 +76,10 @@ class RankProcess:
         self.last_error = ""  # the last line on standard error
 
     def take(self, kind: str) -> list[str]:
-        """Return the lines that have come on one stream, "out" or "err", once the rank's file has them."""
+        """Return the lines that have come on one stream, "out" or "err"; the rank's file gets them too."""
         lines = self.inboxes[kind].lines()
         if lines:
-            self._log.append(lines)
+            self._logs.put(self._log, lines)
         if kind == "err":
             self.last_error = next((line for line in reversed(lines) if line.strip()), self.last_error)
         return lines
@@ -76,6 +109,7 @@ class Agent:
         self._orders, self._reports = Inbox(0), Outbox(1)
         self._waits = selectors.DefaultSelector()
         self._ranks: dict[int, RankProcess] = {}
+        self._logs = Logs()
         self._heard = time.monotonic()
         self._beat = 0.0
         self._link_limit: float | None = None  # seconds of silence after which the launcher counts as gone
@@ -99,12 +133,13 @@ class Agent:
             for message in self._orders.messages()[0]:
                 self._heard = time.monotonic()
                 started = self._obey(message) or started
-            if self._orders.closed and not started:
+            if (self._orders.closed or self._alone) and not started:
                 return
             if self._orders.closed and self._orders in self._waits.get_map():
                 self._waits.unregister(self._orders)
             self._collect()
             self._keep_time()
+        self._logs.close(LAST_LINES_WITHIN)
         self._send_rest({"done": True})
 
     def _note(self, number: int, frame: Any) -> None:
@@ -162,11 +197,11 @@ class Agent:
                 self._reports.send({"ended": number, "status": 2, "last": f"cannot be started: {error}"})
                 continue
             log = LineFile(Path(job["logs"]) / f"{job['log_name']}-{number}.log")
-            log.append([job["title"]])
-            rank = self._ranks[number] = RankProcess(number, process, log)
+            self._logs.put(log, [job["title"]])
+            rank = self._ranks[number] = RankProcess(number, process, log, self._logs)
             for kind, inbox in rank.inboxes.items():
                 self._waits.register(inbox, selectors.EVENT_READ, (rank, kind))
-            self._reports.send({"started": number, "pid": process.pid})
+        self._logs.start()
 
     def _collect(self) -> None:
         """Report the ranks' lines, and the ranks that have ended."""

@@ -141,7 +141,8 @@ class Supervisor:
                 self._printer.say(f"the stop did not end well: {failure}; {self._newest()}")
                 return FAILED
             return self._stopped_status(False)
-        if failure.status == REFUSED and reached <= before:
+        # Another program may take the port between the look and the start; then the next start has another one.
+        if failure.status == REFUSED and reached <= before and "MASTER_PORT: " not in failure.text:
             self._printer.say(f"{failure}: a restart will not cure this")
             return REFUSED
         way = (reached, _way(failure))

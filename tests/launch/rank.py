@@ -53,8 +53,8 @@ def again() -> None:
 
 
 ACTIONS: dict[str, Callable[[str], object]] = {
-    "say": lambda text: print(text.replace("_", " ").format(rank=RANK), flush=True),
-    "err": lambda text: print(text.replace("_", " ").format(rank=RANK), file=sys.stderr, flush=True),
+    "say": lambda text: print(text.replace("+", " ").format(rank=RANK), flush=True),
+    "err": lambda text: print(text.replace("+", " ").format(rank=RANK), file=sys.stderr, flush=True),
     "exit": lambda text: os._exit(int(text)),
     "kill": lambda text: os.kill(os.getpid(), int(text)),
     "sleep": lambda text: time.sleep(float(text)),

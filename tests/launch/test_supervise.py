@@ -13,7 +13,7 @@ from tests.launch.launches import HERE, launched, lives, run_to_end
 
 def test_ranks_get_their_variables_and_their_output_is_told_apart(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = ["*:variables", "0:say~first", "1:say~second", "1:err~odd", "*:say~here_is_{rank}", "2:say~"]
+    words = ["*:variables", "0:say~first", "1:say~second", "1:err~odd", "*:say~here+is+{rank}", "2:say~"]
     ended = run_to_end(folder, *words, ranks=3, batch=6).require(FINISHED)
     for rank in range(3):
         assert json.loads((folder / f"variables-{rank}").read_text()) == {
@@ -64,12 +64,18 @@ def test_a_restart_cures_what_happens_once(tmp_path: Path) -> None:
     assert ", start 2: " in log
 
 
+def test_a_port_that_another_program_took_is_cured_by_a_restart(tmp_path: Path) -> None:
+    words = ["1!:sleep~0.5", "*!:err~MASTER_PORT:+29500+is+taken", "*!:exit~2"]
+    ended = run_to_end(tmp_path / "run", *words).require(FINISHED)
+    assert "restart 1 of 3" in ended.errors
+
+
 @pytest.mark.parametrize(
     ("words", "attempts", "said"),
     [
-        (["*:err~no_such_key", "*:exit~2"], 1, "ended with exit status 2: a restart will not cure this"),
+        (["*:err~no+such+key", "*:exit~2"], 1, "ended with exit status 2: a restart will not cure this"),
         (
-            ["*!:step~5", "0:err~step_5_of_pid_77", "0:exit~1"],
+            ["*!:step~5", "0:err~step+5+of+pid+77", "0:exit~1"],
             2,
             "as before, after step 5: a restart will not cure this",
         ),
