@@ -34,7 +34,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 class Logs:
-    """The files that keep what ranks print, written by a thread: a file server that hangs does not silence the agent."""
+    """The files that keep what ranks print, written by a thread: a hanging file server does not silence the agent."""
 
     def __init__(self) -> None:
         self._waiting: queue.Queue[tuple[LineFile, list[str]] | None] = queue.Queue(MOST_PIECES)
