@@ -10,6 +10,7 @@ from pathlib import Path
 from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
 from cosmos_scale.cli.output import lasting_output
 from cosmos_scale.errors import UserError
+from cosmos_scale.exit_status import FAILED, REFUSED
 
 EXAMPLES = """\
 examples:
@@ -107,7 +108,7 @@ def _train(arguments: argparse.Namespace) -> int:
         # of one machine alone, so local rank 0 of each machine prints it.
         prints = ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0"
         if not prints:
-            return 2
+            return REFUSED
         raise
     except Exception as error:
         from cosmos_scale.engine.ranks import lost_contact
@@ -115,7 +116,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if "RANK" not in os.environ or not lost_contact(error):
             raise
         _print_lost_contact(error, os.environ["RANK"], config.output / config.name / "checkpoints")
-        return 1
+        return FAILED
 
 
 def _print_choices() -> None:

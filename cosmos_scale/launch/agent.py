@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cosmos_scale.exit_status import REFUSED
 from cosmos_scale.files import LineFile
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
 
@@ -194,7 +195,7 @@ class Agent:
                     preexec_fn=die_with_agent,
                 )
             except OSError as error:
-                self._reports.send({"ended": number, "status": 2, "last": f"cannot be started: {error}"})
+                self._reports.send({"ended": number, "status": REFUSED, "last": f"cannot be started: {error}"})
                 continue
             log = LineFile(Path(job["logs"]) / f"{job['log_name']}-{number}.log")
             self._logs.put(log, [job["title"]])
