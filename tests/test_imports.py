@@ -11,7 +11,18 @@ from tests.conftest import REPOSITORY
 MOST_LINES = 400
 
 # What everything may build on: plain data, configuration, errors, files, the host. "__init__": the version.
-FOUNDATION = {"__init__", "batch", "config", "errors", "files", "fragments", "host", "interrupt", "words"}
+FOUNDATION = {
+    "__init__",
+    "batch",
+    "config",
+    "errors",
+    "exit_status",
+    "files",
+    "fragments",
+    "host",
+    "interrupt",
+    "words",
+}
 
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation", "step"} | FOUNDATION
@@ -20,6 +31,7 @@ MAY_IMPORT = {
     "batch": set(),
     "config": {"errors", "files"},
     "errors": set(),
+    "exit_status": set(),
     "files": {"errors"},
     "fragments": set(),
     "host": set(),
@@ -36,9 +48,10 @@ MAY_IMPORT = {
     "profiling": {"model", "engine"} | FOUNDATION,  # of engine its formulas
     "run": PARTS - {"kernels", "loss"},
     "train": PARTS - {"kernels"} | {"run"},
-    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "profiling"},
+    "launch": {"checkpoint", "data", "run"} | FOUNDATION,
+    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling"},
     "demo": PARTS | {"run", "cli"},
-    "testing": PARTS | {"run", "train", "cli"},
+    "testing": PARTS | {"run", "train", "launch", "cli"},
 }
 # Within data, arrows go the way of a sample: samples <- decode <- shards <- training. Three rooms stand beside it:
 # tools, prepare and scenes. The modules jobs and work lie in no room: the long work of every room uses them.

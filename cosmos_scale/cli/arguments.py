@@ -32,6 +32,24 @@ def _bounded(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Return the whole number of at least 0 that a text holds; another text is refused."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 0")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return the seconds, more than 0, that a text holds; another text is refused."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of seconds, more than 0")
+    return number
+
+
 def place(text: str) -> str:
     """Return a path or URL with ~ and $VARIABLES put in; an unset variable and an empty path are refused."""
     if not text.strip():  # pathlib would take it for the current folder, as where a shell's variable is not set

@@ -1,4 +1,4 @@
-"""The command line: `cosmos-scale train | configs | eval | data | checkpoint | setup`.
+"""The command line: `cosmos-scale train | launch | configs | eval | data | checkpoint | setup`.
 
 Each command imports what it needs when it runs, so that `--help` and mistyped commands answer at once.
 """
@@ -14,12 +14,13 @@ from functools import partial
 from typing import NoReturn
 
 from cosmos_scale import __version__
-from cosmos_scale.cli import checkpoint, configs, data, train
+from cosmos_scale.cli import checkpoint, configs, data, launch, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import CommandParser, say_repeats, with_examples
 from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
+from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
 from cosmos_scale.files import reason_of
 
 EXAMPLES = """\
@@ -31,6 +32,7 @@ examples:
   cosmos-scale configs --write cc3m_vitb16 my_run.yaml
   cosmos-scale train my_run.yaml --dry-run --world-size 16
   cosmos-scale train cc3m_vitb16 data.sources.0.shards=/data/cc3m train.max_steps=100
+  cosmos-scale launch --hostfile hosts my_run.yaml
   deepspeed --num_accelerators 8 --module cosmos_scale.train my_run.yaml
   cosmos-scale eval retrieval --checkpoint runs/cc3m_vitb16/checkpoints --data /data/coco_val --json
   cosmos-scale checkpoint inspect runs/cc3m_vitb16 --verify
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         _tell("cosmos-scale: interrupted")
-        return 130
+        return INTERRUPTED
     return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))
 
 
@@ -79,19 +81,19 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
             return command()
     except UserError as error:
         _tell(f"{label}: {error}")
-        return 2
+        return REFUSED
     except BrokenPipeError:  # the reader of the output (head, a pager) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        return 141
+        return CLOSED_PIPE
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
         where = "" if error.errno == errno.EMFILE or not error.filename else f"{error.filename}: "
         _tell(f"{label}: {where}{reason_of(error)}")
-        return 2
+        return REFUSED
     except KeyboardInterrupt:
         _tell(f"{label}: interrupted")
-        return 130
+        return INTERRUPTED
 
 
 def spell_out() -> None:
@@ -133,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_train_command(commands)
+    launch.add_launch_command(commands)
     configs.add_configs_command(commands)
 
     data_parser = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")

@@ -9,6 +9,7 @@ from pathlib import Path
 from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
 from cosmos_scale.cli.output import lasting_output
 from cosmos_scale.errors import UserError
+from cosmos_scale.exit_status import FAILED, REFUSED
 
 EXAMPLES = """\
 examples:
@@ -73,10 +74,11 @@ def _train(arguments: argparse.Namespace) -> int:
     """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
     from cosmos_scale.config.load import load_config
     from cosmos_scale.engine.messages import limit_messages
-    from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
+    from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
 
     ranks = None
     try:
+        adopt_rank_variables()
         config = load_config(run_file(arguments.file), arguments.overrides)
         limit_messages(config.log.level)
         read_rank_variables()
@@ -105,7 +107,7 @@ def _train(arguments: argparse.Namespace) -> int:
         # of one machine alone, so local rank 0 of each machine prints it.
         prints = ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0"
         if not prints:
-            return 2
+            return REFUSED
         raise
     except Exception as error:
         from cosmos_scale.engine.ranks import lost_contact
@@ -113,7 +115,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if "RANK" not in os.environ or not lost_contact(error):
             raise
         _print_lost_contact(error, os.environ["RANK"], config.output / config.name / "checkpoints")
-        return 1
+        return FAILED
 
 
 def _print_choices() -> None:

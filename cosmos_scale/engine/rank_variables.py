@@ -1,6 +1,7 @@
 """What a launcher's environment says of a rank: read and checked before anything slow or collective."""
 
 import os
+import re
 import socket
 from typing import NamedTuple
 
@@ -49,6 +50,82 @@ def read_rank_variables() -> RankVariables | None:
     port = _number("MASTER_PORT", least=1, most=65535)
     _check_resolves(address, port)
     return RankVariables(rank, world_size, local_rank, address, port)
+
+
+class _Launcher(NamedTuple):
+    """The variables by which a launcher that does not set RANK says a rank's place. how: to set what it leaves out."""
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_size: str
+    how: str
+
+
+_MPI = "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 (Open MPI), or -genv (MPICH)"
+_OTHER_LAUNCHERS = (
+    # Only srun sets the number of a step's tasks: a batch script itself, and a login on a node, are no ranks.
+    _Launcher(
+        "srun",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+        'before srun, export MASTER_PORT=29500 MASTER_ADDR=$(scontrol show hostnames "$SLURM_NODELIST" | head -n 1)',
+    ),
+    _Launcher(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        _MPI,
+    ),
+    _Launcher("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", _MPI),
+)
+
+
+def adopt_rank_variables() -> None:
+    """Where RANK is missing, set it and its like from what srun or mpirun has set; one task alone stays one process.
+
+    Raises WrongRankVariable where srun or mpirun has set only some of what a rank needs, or WORLD_SIZE contradicts.
+    """
+    launcher = next((one for one in _OTHER_LAUNCHERS if one.world_size in os.environ), None)
+    if "RANK" in os.environ or launcher is None or _number(launcher.world_size, least=1) == 1:
+        return
+    for name in (launcher.rank, launcher.local_rank):
+        if name not in os.environ:
+            raise WrongRankVariable(
+                f"{name}: is not set, but {launcher.world_size} is; rule: {launcher.name} sets both, or set RANK, "
+                "WORLD_SIZE and LOCAL_RANK"
+            )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise WrongRankVariable(f"{name}: is not set, but {launcher.rank} is; rule: {launcher.how}")
+    world_size = os.environ[launcher.world_size]
+    if os.environ.get("WORLD_SIZE", world_size) != world_size:
+        raise WrongRankVariable(
+            f"WORLD_SIZE: {os.environ['WORLD_SIZE']}, but {launcher.world_size} is {world_size}; rule: unset WORLD_SIZE"
+        )
+    os.environ |= {"RANK": os.environ[launcher.rank], "WORLD_SIZE": world_size}
+    os.environ.setdefault("LOCAL_RANK", os.environ[launcher.local_rank])
+    local_size = _ranks_of_node(os.environ.get(launcher.local_size, ""))
+    if local_size:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
+        os.environ.setdefault("LOCAL_SIZE", local_size)  # DeepSpeed's name
+
+
+def _ranks_of_node(text: str) -> str:
+    """Return the number for this node of a list as Slurm writes it, 8(x3),4; empty where that cannot be told."""
+    numbers: list[str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,6})(\(x([0-9]{1,6})\))?", part)
+        if match is None:
+            return ""
+        numbers += [match[1]] * int(match[3] or 1)
+    node = os.environ.get("SLURM_NODEID", "0")
+    return numbers[int(node)] if node.isdecimal() and int(node) < len(numbers) else ""
 
 
 def _check_ranks_here() -> None:

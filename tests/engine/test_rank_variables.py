@@ -4,28 +4,54 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.comm_build import use_own_environment
-from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable, read_rank_variables
+from cosmos_scale.engine.rank_variables import (
+    RankVariables,
+    WrongRankVariable,
+    adopt_rank_variables,
+    read_rank_variables,
+)
 from cosmos_scale.engine.ranks import choose_device, free_port
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.runs import write_run
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SRUN = {
+    "SLURM_PROCID": "9",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),2,2",
+    "SLURM_NODEID": "2",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "9",
+    "OMPI_COMM_WORLD_SIZE": "12",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+MPICH = {"PMI_RANK": "9", "PMI_SIZE": "12", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 SOUND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
-def unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in NAMES:
+def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in (*NAMES, *SRUN, *OPEN_MPI, *MPICH):
         monkeypatch.delenv(name, raising=False)
+    before = {**os.environ}
+    yield
+    for name in NAMES:  # those that were adopted
+        if name not in before:
+            os.environ.pop(name, None)
 
 
-def set_to(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None]) -> None:
+def set_to(monkeypatch: pytest.MonkeyPatch, changes: Mapping[str, str | None]) -> None:
     for name, value in changes.items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
@@ -52,6 +78,63 @@ def test_an_unknown_network_interface_is_named(alone: bool, monkeypatch: pytest.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ether7")
     with pytest.raises(WrongRankVariable, match=r"^GLOO_SOCKET_IFNAME: 'ether7' is no network .* rule: of .*lo.*, or"):
         read_rank_variables()
+
+
+@pytest.mark.parametrize("launcher", [SRUN, OPEN_MPI, MPICH], ids=["srun", "Open MPI", "MPICH"])
+def test_the_variables_of_other_launchers_are_read(launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to(monkeypatch, {**launcher, **MEETING})
+    adopt_rank_variables()
+    assert read_rank_variables() == RankVariables(9, 12, 1, "127.0.0.1", 29500)
+    assert os.environ["LOCAL_WORLD_SIZE"] == os.environ["LOCAL_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # a batch script, which is no step
+        {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    ],
+    ids=["batch", "one task", "one rank"],
+)
+def test_one_task_is_one_process(harmless: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to(monkeypatch, harmless)
+    adopt_rank_variables()
+    assert read_rank_variables() is None
+
+
+def test_variables_of_a_rank_come_before_those_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to(monkeypatch, {**SRUN, **SOUND})
+    adopt_rank_variables()
+    assert read_rank_variables() == RankVariables(1, 4, 1, "127.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            SRUN,
+            "MASTER_ADDR: is not set, but SLURM_PROCID is; rule: before srun, export MASTER_PORT=29500 MASTER_ADDR=",
+        ),
+        ({**SRUN, "MASTER_ADDR": "a"}, "MASTER_PORT: is not set, but SLURM_PROCID is; rule: before srun"),
+        ({**SRUN, **MEETING, "SLURM_LOCALID": None}, "SLURM_LOCALID: is not set, but SLURM_STEP_NUM_TASKS is"),
+        (
+            {**SRUN, **MEETING, "WORLD_SIZE": "4"},
+            "WORLD_SIZE: 4, but SLURM_STEP_NUM_TASKS is 12; rule: ",
+        ),
+        ({**OPEN_MPI}, "MASTER_ADDR: is not set, but OMPI_COMM_WORLD_RANK is; rule: mpirun -x MASTER_ADDR=HOST"),
+        ({**MPICH, **MEETING, "PMI_SIZE": "many"}, "PMI_SIZE: 'many'; rule: a whole number of at least 1"),
+    ],
+    ids=str,
+)
+def test_a_half_set_launcher_is_refused(
+    changes: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to(monkeypatch, changes)
+    with pytest.raises(WrongRankVariable) as refused:
+        adopt_rank_variables()
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_whole_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,155 @@
+"""The lock of a run: one launch at a time, and one that died holds nobody up.
+
+The file `launch.lock` in the run's folder says who holds it. The holder has a lock of the file system on it, which ends
+with its process, and touches it every few seconds. Where a file system has no locks, or locks of one host alone, the
+touches tell a holder that lives: their times and the time of now are both the file server's.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import no_locks, writing
+
+LOCK_FILE = "launch.lock"
+TOUCHED_EVERY = 10.0  # seconds
+DEAD_AFTER = 45.0  # seconds without a touch
+
+
+class RunLock:
+    """The lock on a run's folder, as a context; raises UserError where another launch holds it, and names that one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        say: Callable[[str], None],
+        *,
+        touched_every: float = TOUCHED_EVERY,
+        dead_after: float = DEAD_AFTER,
+    ) -> None:
+        """say: is told of a wait."""
+        self._say = say
+        self._path = folder / LOCK_FILE
+        self._every, self._dead_after = touched_every, dead_after
+        self._descriptor = -1
+        self._ends = threading.Event()
+        self._toucher = threading.Thread(target=self._touch, daemon=True)
+
+    def __enter__(self) -> "RunLock":
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        try:
+            self._take()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._toucher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._toucher.join()
+        with suppress(OSError):  # of a disk that is full or gone: the lock ends with the process, or with its touches
+            # The file stays, empty: another launch may wait for a lock on this very file.
+            os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+
+    def _take(self) -> None:
+        with writing(self._path):
+            locks = self._lock()
+            holder = self._holder()
+            if holder is not None and self._lives(holder, locks):
+                self._refuse(holder)
+            own = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": _start_of(os.getpid()),
+                "since": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+            }
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(own).encode(), 0)
+            if not locks:
+                time.sleep(min(2.0, self._every))  # two launches of one moment: the later one's name stays
+                holder = self._holder()
+                if holder is not None and holder != own:
+                    self._refuse(holder)
+
+    def _lock(self) -> bool:
+        """Return whether the lock is this process's now, False where the file system has none; else refuse."""
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if no_locks(error):
+                return False
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            self._refuse(self._holder() or {})
+        return True
+
+    def _lives(self, holder: dict[str, Any], locks: bool) -> bool:
+        """Tell whether the launch that the file names still runs; waits for its next touch where only that can tell."""
+        if holder.get("host") == socket.gethostname():
+            if locks:
+                return False  # this host's locks count for all of its processes
+            if _start_of(holder.get("pid", 0)) == holder.get("started"):
+                return True
+        first = os.stat(self._path).st_mtime
+        told = False
+        while self._server_time() - (last := os.stat(self._path).st_mtime) < self._dead_after:
+            if last > first:
+                return True
+            if not told:
+                told = True
+                self._say(
+                    f"waiting, {self._dead_after:g} s at most, for a sign of life of the launch on host "
+                    f"{holder.get('host', 'unknown')} that {self._path} names"
+                )
+            time.sleep(self._every / 10)
+        return False
+
+    def _server_time(self) -> float:
+        """Return the time as the clock of the folder's file server has it."""
+        with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".now-") as file:
+            file.write(b"now")
+            file.flush()
+            return os.stat(file.name).st_mtime
+
+    def _holder(self) -> dict[str, Any] | None:
+        """Return what the file says of the launch that holds it, None where it holds nobody's name."""
+        with suppress(ValueError):
+            found = json.loads(os.pread(self._descriptor, 1 << 16, 0))
+            return found if isinstance(found, dict) else None
+        return None
+
+    def _refuse(self, holder: dict[str, Any]) -> None:
+        host, pid, since = (holder.get(key, "unknown") for key in ("host", "pid", "since"))
+        raise UserError(
+            f"{self._path.parent}: this run is launched already, on host {host} by process {pid} since {since}; rule: "
+            "one launch of a run at a time, so stop that one, or give this run another name"
+        )
+
+    def _touch(self) -> None:
+        while not self._ends.wait(self._every):
+            with suppress(OSError):  # a file server that is away for a while
+                os.utime(self._descriptor)
+
+
+def _start_of(pid: int) -> str:
+    """Return when a process of this host started, in the kernel's ticks; empty where there is none."""
+    try:
+        # After the name, which may hold spaces and brackets, the start is the 20th field.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

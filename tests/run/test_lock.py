@@ -1,0 +1,93 @@
+"""The lock of a run: a second launch is refused by name, and what a dead one left holds nobody up."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.run.lock import LOCK_FILE, RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cosmos_scale.run.lock import RunLock
+with RunLock(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def held(folder: Path) -> "Iterator[subprocess.Popen[str]]":
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_launch_is_refused_and_a_killed_one_holds_nobody_up(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with held(folder) as process:
+        said = f"run: this run is launched already, on host {socket.gethostname()} by process {process.pid} since 20"
+        with pytest.raises(UserError, match=re.escape(said)), RunLock(folder, print):
+            pass
+        process.kill()
+        process.wait()
+        start = time.monotonic()
+        with RunLock(folder, print):
+            assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
+        assert time.monotonic() - start < 5
+    with RunLock(folder, print):  # given back
+        pass
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_without_locks_of_the_file_system_the_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with held(tmp_path) as process:
+        with (
+            pytest.raises(UserError, match=f"by process {process.pid} since"),
+            RunLock(tmp_path, print, touched_every=0.1),
+        ):
+            pass
+        process.kill()
+        process.wait()
+        with RunLock(tmp_path, print, touched_every=0.1, dead_after=0.5):
+            pass
+
+
+def test_touches_tell_whether_a_launch_on_another_host_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks that count on one host alone are taken by both hosts."""
+    with RunLock(tmp_path, print, touched_every=0.05):
+        file = tmp_path / LOCK_FILE
+        holder = json.loads(file.read_text()) | {"host": "elsewhere", "pid": 77}
+        file.write_text(json.dumps(holder))
+        with (
+            pytest.raises(UserError, match="on host elsewhere by process 77"),
+            RunLock(tmp_path, print, touched_every=0.1, dead_after=5),
+        ):
+            pass
+    file.write_text(json.dumps(holder))  # it died
+    with RunLock(tmp_path, print, touched_every=0.1, dead_after=0.5):
+        assert json.loads(file.read_text())["host"] == socket.gethostname()
+
+
+def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match=r"launch\.lock: cannot be written"), RunLock(tmp_path / "run", print):
+        pass
