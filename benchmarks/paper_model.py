@@ -86,7 +86,7 @@ CAUTIOUS = Assumed(
 )
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
     """What a step of one rank asks for.
 
     phases: by phase and group, of one rank alone, without the loss. losses: the loss's collectives and its counts by
@@ -104,7 +104,7 @@ class Work(NamedTuple):
     samples: int
 
 
-class Step(NamedTuple):
+class PaperStep(NamedTuple):
     """The paper's step. parts: ms of the device by PARTS. host: ms. mfu: needed operations over the peak."""
 
     parts: dict[str, float]
@@ -118,7 +118,7 @@ class Step(NamedTuple):
         return max(self.host, sum(self.parts.values()))
 
 
-def paper_step(work: Work, chip: Chip, gpus: int, assumed: Assumed) -> Step:
+def paper_step(work: StepWork, chip: Chip, gpus: int, assumed: Assumed) -> PaperStep:
     """Return what a step takes on so many GPUs."""
 
     def ms(flops: float, nbytes: float, share: float) -> float:
@@ -156,7 +156,7 @@ def paper_step(work: Work, chip: Chip, gpus: int, assumed: Assumed) -> Step:
     )
     launches = loss.launches + sum(count.launches for groups in work.phases.values() for count in groups.values())
     host = launches * assumed.launch_us / 1e3
-    step = Step(parts, host, 0.0, 0.0)
+    step = PaperStep(parts, host, 0.0, 0.0)
     rate = work.samples / step.ms * 1e3
     needed = work.needed + work.needed_loss * gpus
     return step._replace(samples_per_second=rate, mfu=needed / (step.ms / 1e3) / (chip.peak * 1e12))
@@ -189,7 +189,7 @@ def attention_flops(config: RunConfig, lengths_KB: torch.Tensor) -> int:
     return flops
 
 
-def count_work(run: str, samples: int) -> Work:
+def count_work(run: str, samples: int) -> StepWork:
     """Count a shipped run's step."""
     config = case_config(run, samples)
     ((engine, narrow),) = run_ranks(count_update, 1, case_config(run, 1, *NARROW), timeout=300.0)
@@ -200,7 +200,7 @@ def count_work(run: str, samples: int) -> Work:
         elements = sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
     batch = meta_batch(config, caption_lengths(config))
     loss = loss_flops(batch, config)
-    return Work(
+    return StepWork(
         phases={phase: groups for phase, groups in count(run, samples, engine, narrow).items() if phase != "loss"},
         losses=dict(zip(GPUS, losses, strict=True)),
         attention=attention_flops(config, caption_lengths(config)),
@@ -216,7 +216,7 @@ def count_work(run: str, samples: int) -> Work:
     )
 
 
-def parts_table(run: str, work: Work) -> Table:
+def parts_table(run: str, work: StepWork) -> Table:
     """Return a table: a row a part, a column a chip, on one node."""
     table = Table("ms on one node", *(chip.name for chip in CHIPS), title_justify="left")
     table.title = f"{run}, {work.samples} samples a GPU, bf16, ZeRO stage 1: hopeful .. cautious"
@@ -230,7 +230,7 @@ def parts_table(run: str, work: Work) -> Table:
     return table
 
 
-def scaling_table(run: str, work: Work) -> Table:
+def scaling_table(run: str, work: StepWork) -> Table:
     """Return a table: a row a chip and number of GPUs."""
     table = Table(
         "GPUs", "step ms", "samples/s a GPU", "MFU %", "traffic ms", "loss ms", "longest", title_justify="left"
@@ -253,7 +253,7 @@ def scaling_table(run: str, work: Work) -> Table:
     return table
 
 
-def figures(run: str, work: Work) -> list[Figure]:
+def figures(run: str, work: StepWork) -> list[Figure]:
     """Return both ends of each chip's share of the peak on one node."""
     found = []
     for chip in CHIPS:
@@ -268,7 +268,7 @@ def _range(ends: Iterable[float], form: str) -> str:
     return " .. ".join(f"{end:{form}}" for end in ends)
 
 
-def draw(run: str, work: Work, picture: Path) -> None:
+def draw(run: str, work: StepWork, picture: Path) -> None:
     """Draw the parts of the step by chip, and samples a second by number of GPUs."""
     import matplotlib as mpl
 

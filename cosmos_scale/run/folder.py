@@ -41,7 +41,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
                 open(folder / name, "ab", opener=regular_only).close()
 
 
-def check_room(folder: Path, needed: int) -> None:
+def check_disk_room(folder: Path, needed: int) -> None:
     """Raise UserError where the disk of a run's checkpoints has no room for one of `needed` bytes.
 
     Without it such a run would end at its first checkpoint. What killed runs have left there counts as free.

@@ -20,7 +20,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations, RankPlace
-from cosmos_scale.run.folder import CHECKPOINTS, check_folder, check_room
+from cosmos_scale.run.folder import CHECKPOINTS, check_disk_room, check_folder
 from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.words import counted
 
@@ -134,7 +134,7 @@ class Opening:
         check_folder(self._config, self.folder)
         check_trackers(self._config.log)
         if not self._is_finished():
-            check_room(self.folder, checkpoint_bytes(self._config))
+            check_disk_room(self.folder, checkpoint_bytes(self._config))
         return f"{self.folder} can be written to"
 
     def _is_finished(self) -> bool:

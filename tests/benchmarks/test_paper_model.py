@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.device_counts import NARROW, case_config
-from benchmarks.paper_model import Assumed, Chip, Work, attention_flops, paper_step
+from benchmarks.paper_model import Assumed, Chip, StepWork, attention_flops, paper_step
 from cosmos_scale.testing.device_counts import GROUPS, Count
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.traffic import Collective, count_losses, count_traffic
@@ -18,13 +18,13 @@ NOTHING = dict.fromkeys(GROUPS, Count())
 WORLD_SIZE = 8
 
 
-def work_of(**changes: Any) -> Work:
+def work_of(**changes: Any) -> StepWork:
     """Work of 1 TFLOP of products and nothing else, with changes."""
     products = NOTHING | {"products": Count(launches=1, flops=10**12)}
     phases = {"student": products, "teacher": NOTHING, "backward": NOTHING}
     phases |= {"gradients": NOTHING, "update": NOTHING, "refresh": NOTHING}
     losses = dict.fromkeys((1, 8, 16), ((), NOTHING))
-    whole = Work(phases, losses, attention=0, needed_loss=0, needed=10**12, collectives=(), samples=10)
+    whole = StepWork(phases, losses, attention=0, needed_loss=0, needed=10**12, collectives=(), samples=10)
     return whole._replace(**changes)
 
 

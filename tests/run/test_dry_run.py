@@ -17,7 +17,7 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training import room
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.folder import check_folder, check_room
+from cosmos_scale.run.folder import check_disk_room, check_folder
 from cosmos_scale.run.opening import checkpoint_bytes
 from cosmos_scale.run.start import open_run
 from cosmos_scale.run.trackers import check_trackers
@@ -255,12 +255,12 @@ def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path
 def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path: Path) -> None:
     disk = shutil.disk_usage(tmp_path)
     with pytest.raises(UserError, match=r"^output: .* MiB left, but a checkpoint takes [\d,]+; rule: make room"):
-        check_room(tmp_path / "new" / "run", disk.total)
+        check_disk_room(tmp_path / "new" / "run", disk.total)
     left = tmp_path / "checkpoints" / "step-00000002.tmp"  # deleted when the run starts
     left.mkdir(parents=True)
     (left / "fragments-00000.safetensors").touch()
     os.truncate(left / "fragments-00000.safetensors", disk.total)
-    check_room(tmp_path, disk.total)
+    check_disk_room(tmp_path, disk.total)
 
 
 def test_the_room_looked_for_is_that_of_a_checkpoint(trained: Path) -> None:
