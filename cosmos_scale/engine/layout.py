@@ -35,12 +35,13 @@ class Layout(ABC):
 
     engine: DeepSpeed's. masters: this rank's fp32 tensors for each of the optimizer's groups. placements: where the
     elements that this rank holds lie in the masters. owned: whether this rank saves these elements; False where another
-    rank saves the same elements.
+    rank saves the same elements. weights_stay: whether whole weights lie in the same memory at every step.
     """
 
     masters: list[list[Tensor]]
     placements: list[Placement]
     owned = True
+    weights_stay = True
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
         """engine: DeepSpeed's, of the model and the optimizer."""

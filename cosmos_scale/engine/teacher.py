@@ -24,8 +24,8 @@ class Teacher:
         self._model = model.to(student.ranks.device, DTYPES[config.precision]).requires_grad_(False).eval()
         self._micro_batches = student.micro_batches
         self._optimizer = student.optimizer
-        # At stage 3 the weights are gathered into other memory at each forward.
-        graphed = config.train.teacher_graph and student.ranks.device.type == "cuda" and config.zero.stage < 3
+        on_gpu = student.ranks.device.type == "cuda"
+        graphed = config.train.teacher_graph and on_gpu and student.layout.weights_stay
         encoder = GraphedEncoder(self._model.encode_image) if graphed else None
         forward = _GlobalViews(self._model, config.data.captions.global_count, encoder)
         self._weights = student.layout.teacher_weights(self._model, forward, student.fragments)

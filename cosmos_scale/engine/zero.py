@@ -20,11 +20,7 @@ from torch import Size, Tensor, nn
 from typing_extensions import override
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.deepspeed_config import (
-    deepspeed_config,
-    gradient_bucket,
-    teacher_deepspeed_config,
-)
+from cosmos_scale.engine.deepspeed_config import deepspeed_config, gradient_bucket, teacher_deepspeed_config
 from cosmos_scale.engine.gradients import GradientBuckets, cut_groups
 from cosmos_scale.engine.layout import Layout, Placement
 from cosmos_scale.engine.optimizer import SCALES_GROUP, AdamWEma
@@ -272,6 +268,8 @@ class OffloadedStates(_FlatStates):
 
 class ShardedWeights(_Sharded):
     """Stage 3: each parameter is cut into equal parts, one a rank; the last parts may be shorter, or all padding."""
+
+    weights_stay = False  # they are gathered into other memory at each forward
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(model, engine, optimizer, config, ranks)

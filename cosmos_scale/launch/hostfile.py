@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import read_regular
 
 _LINE = re.compile(r"(?P<name>[^\s=#-][^\s=#]*)\s+slots\s*=\s*(?P<slots>[^\s#]+)\s*(#.*)?")
 _RULE = "rule: a line is `NAME slots=N`, or empty, or a comment after #"
@@ -63,7 +64,7 @@ def _text(path: Path) -> str:
             raise UserError(f"--hostfile: {path.absolute()} {there}; rule: a file with a line a host, `NAME slots=N`")
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"--hostfile: {path} has over {_MOST_BYTES:,} bytes; {_RULE}")
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"--hostfile: {path} is no text; {_RULE}") from error
     except OSError as error:

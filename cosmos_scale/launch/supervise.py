@@ -16,6 +16,7 @@ from typing import NamedTuple
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED
+from cosmos_scale.files import regular_only
 from cosmos_scale.launch.attempt import Attempt, Job, Outcome, RankFailure
 from cosmos_scale.launch.connection import passed_environment
 from cosmos_scale.launch.fit import fit_ranks, place_ranks, slots_of
@@ -206,7 +207,7 @@ class Supervisor:
     def _reached(self) -> int:
         """Return the last step that metrics.jsonl has, 0 where it has none."""
         try:
-            with (self._run.folder / METRICS_FILE).open("rb") as file:
+            with open(self._run.folder / METRICS_FILE, "rb", opener=regular_only) as file:
                 file.seek(max(0, file.seek(0, 2) - _TAIL))
                 lines = file.read().split(b"\n")[:-1]
         except OSError:

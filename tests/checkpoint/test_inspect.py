@@ -72,7 +72,7 @@ def test_json_of_one(run: Path, capsys: pytest.CaptureFixture[str], verify: list
         "epoch": 2.4,
         "world_size": 2,
         "precision": "fp32",
-        "zero": {"stage": 2, "offload": False},
+        "zero": {"stage": 2, "offload": False, "gradient_dtype": "fp32"},
         "data": "digest",
         "lost_shards": {"scenes/3.tar": 4},
         "name": "shown",

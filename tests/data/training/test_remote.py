@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from cosmos_scale import files
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.samples.sample import UnreachableShard
+from cosmos_scale.data.shards import summary
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
@@ -375,15 +377,17 @@ def test_a_gallery_is_read_through_the_cache(shards: Path, tmp_path: Path) -> No
 def test_an_index_is_read_again_where_its_file_system_fails_for_a_moment(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails = iter([True, False] * 2)
-    read = Path.read_bytes
+    failures = [None]
+    read = files.read_regular
 
-    def failing(path: Path) -> bytes:
-        if path.name == "index.json" and next(fails):
+    def failing(path: str | Path) -> bytes:
+        if Path(path).name == "index.json" and failures:
+            failures.pop()
             raise OSError(errno.ESTALE, "Stale file handle")
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
+    monkeypatch.setattr(summary, "read_regular", failing)
     assert len(open_sources([SourceConfig(name="test", shards=str(shards))], quick(retries=1))) == 15
+    failures.append(None)
     with pytest.raises(UserError, match=r"index\.json: index cannot be read: Stale file handle"):
         open_sources([SourceConfig(name="test", shards=str(shards))], quick(retries=0))
