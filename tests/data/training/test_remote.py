@@ -20,7 +20,7 @@ from cosmos_scale import files
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.samples.sample import UnreachableShard
-from cosmos_scale.data.shards import summary
+from cosmos_scale.data.shards import table
 from cosmos_scale.data.shards.index import MergedIndex, index_shards, open_sources
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
@@ -386,7 +386,7 @@ def test_an_index_is_read_again_where_its_file_system_fails_for_a_moment(
             raise OSError(errno.ESTALE, "Stale file handle")
         return read(path)
 
-    monkeypatch.setattr(summary, "read_regular", failing)
+    monkeypatch.setattr(table, "read_regular", failing)
     assert len(open_sources([SourceConfig(name="test", shards=str(shards))], quick(retries=1))) == 15
     failures.append(None)
     with pytest.raises(UserError, match=r"index\.json: index cannot be read: Stale file handle"):
