@@ -8,10 +8,10 @@ scale * rows[v] @ columns[t].T; row i's positive is column `first_row + i`. The 
 Where this process holds all rows, `whole_batch` gives the loss and its gradients at once: a pair's gradient is formed
 in the memory of the pair's logits, so each pair costs two matrix products (three with column gradients).
 
-Otherwise there are three steps. `forward_partials` reduces this rank's logits of each pair to two numbers a row and two
-numbers a column. The caller combines the columns' numbers of all ranks, and `column_lse` makes one number of the two.
-Then `finish` gives the loss and `backward` the gradients; `backward` computes the logits again. On one rank this is the
-idea of Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
+Otherwise there are three steps. `forward_partials` reduces this rank's logits of each pair to two numbers a row and one
+number a column. The caller combines the columns' numbers of all ranks. Then `finish` gives the loss and `backward` the
+gradients; `backward` computes the logits again. On one rank this is the idea of Gao et al., "Scaling Deep Contrastive
+Learning Batch Size under Memory Limited Setup", section 3.
 
 Scratch memory, beside statistics and results: at most SCRATCH_BLOCKS * BLOCK_ELEMENTS elements, whatever the batch.
 
@@ -52,13 +52,12 @@ class Partials(NamedTuple):
 
     row_lse: [V, T, B] logsumexp of each row, complete because a row sees all columns.
     positive: [V, T, B] logit of each row's own sample.
-    column_max, column_sum: [V, T, G] over this rank's rows alone: the largest logit, and sum(exp(logit - largest)).
+    column_lse: [V, T, G] logsumexp of each column over this rank's rows alone.
     """
 
     row_lse: Tensor
     positive: Tensor
-    column_max: Tensor
-    column_sum: Tensor
+    column_lse: Tensor
 
 
 class Gradients(NamedTuple):
@@ -106,15 +105,7 @@ def forward_partials(
         rescaled = column_sum[views] * (column_max[views] - largest).exp_()
         column_sum[views] = rescaled.add_(logits.sub_(largest.unsqueeze(1)).exp_().sum(dim=1))
         column_max[views] = largest
-    return Partials(row_lse, positive, column_max, column_sum)
-
-
-def column_lse(column_max: Tensor, column_sum: Tensor) -> Tensor:
-    """Return the logsumexp of each column: [V, T, G].
-
-    column_max, column_sum: [V, T, G] over the rows of all ranks, or over one rank's rows for that rank's share.
-    """
-    return column_max + column_sum.log()
+    return Partials(row_lse, positive, column_max.add_(column_sum.log_()))
 
 
 def finish(partials: Partials, column_lse_VTG: Tensor, weights: Tensor, *, first_row: int) -> Tensor:
@@ -124,7 +115,7 @@ def finish(partials: Partials, column_lse_VTG: Tensor, weights: Tensor, *, first
     """
     B = partials.row_lse.shape[2]
     own_columns_VTB = column_lse_VTG[:, :, first_row : first_row + B]
-    return _loss(partials.row_lse, partials.positive, own_columns_VTB, weights) * (B / column_lse_VTG.shape[2])
+    return _loss(partials.row_lse, partials.positive, own_columns_VTB, weights, column_lse_VTG.shape[2])
 
 
 def backward(
@@ -200,20 +191,19 @@ def whole_batch(
     if rows.device.type == "cpu" and pair_elements <= B**2 <= block_elements:
         return _pair_by_pair(rows, columns, scale, weights, column_gradients)
     partials = forward_partials(rows, columns, scale, first_row=0, triton=triton, block_elements=block_elements)
-    column_lse_VTG = column_lse(partials.column_max, partials.column_sum)
     gradients = backward(
         rows,
         columns,
         scale,
         weights,
         partials.row_lse,
-        column_lse_VTG,
+        partials.column_lse,
         first_row=0,
         column_gradients=column_gradients,
         triton=triton,
         block_elements=block_elements,
     )
-    return finish(partials, column_lse_VTG, weights, first_row=0), gradients
+    return finish(partials, partials.column_lse, weights, first_row=0), gradients
 
 
 def _is_fused(rows: Tensor, columns: Tensor) -> bool:
@@ -224,19 +214,13 @@ def _is_fused(rows: Tensor, columns: Tensor) -> bool:
 def _fused_partials(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> Partials:
     from cosmos_scale.kernels import triton_contrastive  # here: triton is there on Linux with a GPU build of torch only
 
-    row_max, row_sum, positive, column_max, column_sum = triton_contrastive.statistics(
+    row_lse, positive, column_lse = triton_contrastive.statistics(
         rows.contiguous(), columns.contiguous(), scale.float(), first_row
     )
-    row_max, row_sum = _join(row_max, row_sum)
-    return Partials(row_max + row_sum.log(), positive, *_join(column_max, column_sum))
-
-
-def _join(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Join maxima and sums of exponentials of several parts, the third dimension."""
-    if largest.shape[2] == 1:
-        return largest.squeeze(2), total.squeeze(2)
-    joined = largest.amax(dim=2)
-    return joined, (total * (largest - joined.unsqueeze(2)).exp_()).sum(dim=2)
+    row_lse, column_lse = (
+        parts.logsumexp(dim=2) if parts.shape[2] > 1 else parts.squeeze(2) for parts in (row_lse, column_lse)
+    )
+    return Partials(row_lse, positive, column_lse)
 
 
 def _fused_backward(
@@ -253,17 +237,23 @@ def _fused_backward(
     from cosmos_scale.kernels import triton_contrastive
 
     rows, columns, scale = rows.contiguous(), columns.contiguous(), scale.float()
-    weights = (weights * (0.5 / columns.shape[1])).float()
     row_lse, column_lse_VTG = row_lse.contiguous(), column_lse_VTG.contiguous()
-    by_rows = triton_contrastive.slopes(
-        rows, columns, scale, weights, row_lse, column_lse_VTG, first_row, transposed=False
-    ).sum(dim=0)
+    by_rows = _add_parts(
+        triton_contrastive.slopes(rows, columns, scale, weights, row_lse, column_lse_VTG, first_row, transposed=False)
+    )
     by_columns = None
     if column_gradients:
-        by_columns = triton_contrastive.slopes(
-            columns, rows, scale, weights, column_lse_VTG, row_lse, -first_row, transposed=True
-        ).sum(dim=0)
-    return Gradients(by_rows, by_columns, _by_log_scale(rows, by_rows))
+        by_columns = _add_parts(
+            triton_contrastive.slopes(
+                columns, rows, scale, weights, column_lse_VTG, row_lse, -first_row, transposed=True
+            )
+        )
+    return Gradients(by_rows, by_columns, (rows * by_rows).sum(dtype=torch.float64))
+
+
+def _add_parts(parts: Tensor) -> Tensor:
+    """Add tensors along the first dimension; one of them needs no pass."""
+    return parts.sum(dim=0) if len(parts) > 1 else parts.squeeze(0)
 
 
 def _pair_by_pair(
@@ -292,7 +282,7 @@ def _pair_by_pair(
     by_rows *= scale
     if by_columns is not None:
         by_columns *= scale
-    loss = _loss(row_lse, positive, column_lse_VTG, weights)
+    loss = _loss(row_lse, positive, column_lse_VTG, weights, B)
     return loss, Gradients(by_rows, by_columns, _by_log_scale(rows, by_rows))
 
 
@@ -323,11 +313,11 @@ def _cosines_to_slope(block: Tensor, scale: Tensor, weight: Tensor, factors: Ten
     return row_shift + row_sum.log(), column_shift + column_sum.log()
 
 
-def _loss(row_lse_VTB: Tensor, positive_VTB: Tensor, column_lse_VTB: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean [] float64 over the samples of these rows and columns."""
+def _loss(row_lse_VTB: Tensor, positive_VTB: Tensor, column_lse_VTB: Tensor, weights: Tensor, samples: int) -> Tensor:
+    """Share [] float64 of these rows and columns in the weighted mean over so many samples."""
     # Differences first, which keeps digits: at scale 100 the terms are near 100, and the loss may be near 0.
     terms_VTB = (row_lse_VTB - positive_VTB) + (column_lse_VTB - positive_VTB)
-    return (terms_VTB.sum(dim=2, dtype=torch.float64) * weights).sum() * (0.5 / terms_VTB.shape[2])
+    return (terms_VTB.sum(dim=2, dtype=torch.float64) * weights).sum() * (0.5 / samples)
 
 
 def _by_log_scale(rows: Tensor, by_rows: Tensor) -> Tensor:

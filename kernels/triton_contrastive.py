@@ -72,11 +72,9 @@ def statistics_kernel(
     rows,  # [V, B, E]
     columns,  # [T, G, E]
     scale,  # [] float32
-    row_max,  # [V, T, stretches, B]
-    row_sum,
+    row_lse,  # [V, T, stretches, B]
     positive,  # [V, T, B]
-    column_max,  # [V, T, row blocks, G]
-    column_sum,
+    column_lse,  # [V, T, row blocks, G]
     B,
     G,
     T,
@@ -87,7 +85,7 @@ def statistics_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Reduce the logits of a pair, a block of rows and a stretch of columns: maxima and sums of exponentials."""
+    """Reduce the logits of a pair, a block of rows and a stretch of columns: the logsumexp of each row and column."""
     block, pair, stretch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     view, other = pair // T, pair % T
     factor = tl.load(scale)
@@ -113,12 +111,10 @@ def statistics_kernel(
         largest = higher
         in_column = tl.where(row_exists[:, None], logits, float("-inf"))
         highest = tl.max(in_column, 0)
-        tl.store(column_max + column_result + column, highest, mask=column_exists)
         sums = tl.sum(tl.exp(in_column - highest[None, :]), 0)
-        tl.store(column_sum + column_result + column, sums, mask=column_exists)
+        tl.store(column_lse + column_result + column, highest + tl.log(sums), mask=column_exists)
     row_result = (pair * tl.num_programs(2) + stretch) * B + row
-    tl.store(row_max + row_result, largest, mask=row_exists)
-    tl.store(row_sum + row_result, total, mask=row_exists)
+    tl.store(row_lse + row_result, largest + tl.log(total), mask=row_exists)
     own_column = first_row + row
     here = row_exists & (own_column >= begin) & (own_column < end)
     tl.store(positive + pair * B + row, own, mask=here)
@@ -129,7 +125,7 @@ def slopes_kernel(
     features,  # [Va, A, E], whose gradients these are
     others,  # [Vc, C, E]
     scale,  # [] float32
-    weights,  # [Va, Vc] or transposed
+    weights,  # [Va, Vc] or transposed, of any floating dtype
     lse,  # logsumexp of each of `features`' logits
     others_lse,
     gradients,  # [parts, Va, A, E] float32
@@ -163,6 +159,7 @@ def slopes_kernel(
     end = tl.minimum(begin + part_size, C)
     for other in range(0, Vc):
         weight = tl.load(weights + view * weight_a + other * weight_c)
+        weight = (weight * (0.5 / tl.maximum(A, C))).to(tl.float32)  # the larger side are all samples
         own_lse = tl.load(lse + view * lse_a + other * lse_c + row, mask=row_exists, other=0.0)
         for start in range(begin, end, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
@@ -187,18 +184,17 @@ def slopes_kernel(
 
 @torch.library.custom_op("cosmos_scale::contrastive_statistics", mutates_args=())
 def statistics(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> list[Tensor]:
-    """Return row_max and row_sum [V, T, stretches, B], positive [V, T, B], column_max and column_sum [V, T, blocks, G].
+    """Return row_lse [V, T, stretches, B], positive [V, T, B] and column_lse [V, T, blocks, G]; float32.
 
     rows: [V, B, E]; columns: [T, G, E]; both contiguous, of one floating dtype. scale: [] float32. first_row: the
-    column that holds the positive of row 0. Sums are of exp(logit - maximum) over a stretch of columns or a block of
-    rows; float32.
+    column that holds the positive of row 0. Each logsumexp is over a stretch of columns or a block of rows.
     """
     (V, B, E), (T, G, _) = rows.shape, columns.shape
     results = _empty_statistics(rows, columns)
-    row_max, row_sum, positive, column_max, column_sum = results
-    grid = (column_max.shape[2], V * T, row_max.shape[2])
+    row_lse, _, column_lse = results
+    grid = (column_lse.shape[2], V * T, row_lse.shape[2])
     statistics_kernel[grid](
-        *(rows, columns, scale, row_max, row_sum, positive, column_max, column_sum, B, G, T, first_row),
+        *(rows, columns, scale, *results, B, G, T, first_row),
         **statistics_constants(TILES, E),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
@@ -225,7 +221,7 @@ def slopes(
     """Return the derivatives of the loss by `features`, in parts to be added: [parts, Va, A, E] float32.
 
     features: [Va, A, E]; others: [Vc, C, E]; both contiguous, of one floating dtype. scale: [] float32. The positive of
-    feature i is the other feature i + offset. weights: [Va, Vc] float32, the pairs' weights times 0.5 / G. lse:
+    feature i is the other feature i + offset; one side's features are of all samples. weights: [Va, Vc]. lse:
     [Va, Vc, A]; others_lse: [Va, Vc, C]; float32, contiguous. transposed: whether the first two dimensions of these
     three are the other way round.
     """
@@ -289,8 +285,7 @@ def _slopes_flops(features: Any, others: Any, *_: Any, **__: Any) -> int:
 
 def _empty_statistics(rows: Tensor, columns: Tensor) -> list[Tensor]:
     (V, B, _), (T, G, _) = rows.shape, columns.shape
-    by_rows, by_columns = (V, T, -(-G // STRETCH), B), (V, T, -(-B // TILES.rows), G)
-    shapes = (by_rows, by_rows, (V, T, B), by_columns, by_columns)
+    shapes = ((V, T, -(-G // STRETCH), B), (V, T, B), (V, T, -(-B // TILES.rows), G))
     return [rows.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 

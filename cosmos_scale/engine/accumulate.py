@@ -8,10 +8,11 @@ large. The sum of k small losses would lack the negatives between micro-batches.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cosmos_scale.batch import Features, TeacherFeatures
 
@@ -33,6 +34,21 @@ def cut(gradients: Features, parts: int) -> list[Features]:
 
 
 def surrogate(features: Features, gradients: Features) -> Tensor:
-    """Return [] float32 whose gradient by the features is `gradients`: the engine backpropagates scalars only."""
-    products = [(feature.float() * gradient).sum() for feature, gradient in zip(features, gradients, strict=True)]
-    return torch.stack(products).sum()
+    """Return 0, [] float32, whose gradient by the features is `gradients`: the engine backpropagates scalars only."""
+    zero: Tensor = _Surrogate.apply(gradients, *features)
+    return zero
+
+
+class _Surrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradients: Features, *features: Tensor) -> Tensor:
+        ctx.gradients, ctx.dtypes = gradients, [feature.dtype for feature in features]
+        return torch.zeros((), device=features[0].device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = torch._foreach_mul(ctx.gradients, factor)
+        by_features = [torch.empty_like(part, dtype=dtype) for part, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        torch._foreach_copy_(by_features, scaled)
+        return None, *by_features

@@ -106,29 +106,30 @@ class CosmosLoss:
         (clip_share, by_clip), (distill_share, by_distill) = (
             self._across_ranks(problems, first_row) if self.ranks.size > 1 else [self._alone(p) for p in problems]
         )
-        non_finite_here = _count_non_finite(features, teacher)
-        shares = [clip_share, distill_share, by_clip.log_scale, by_distill.log_scale, non_finite_here]
-        clip_loss, distill_loss, by_logit_scale, by_distill_scale, non_finite = self.ranks.add(torch.stack(shares))
+        zero_here = _zero_if_finite(features, teacher)
+        shares = [clip_share, distill_share, by_clip.log_scale, by_distill.log_scale, zero_here]
+        dtype = by_clip.rows.dtype
+        scalars = self.ranks.add(torch.stack(shares)).to(dtype)
+        clip_loss, distill_loss, by_logit_scale, by_distill_scale, _ = scalars.split(1)
 
         assert by_clip.columns is not None
-        by_image = torch.zeros_like(features.image, dtype=by_clip.columns.dtype)  # local crops enter no pair of clip
+        by_image = torch.zeros_like(features.image, dtype=dtype)  # local crops enter no pair of clip
         by_image[:V_global] = self.ranks.scatter_column_gradients(by_clip.columns)
-        for by_features in (by_image, by_clip.rows, by_distill.rows):
-            by_features *= self.feature_factor
-        scalars = torch.stack([clip_loss, distill_loss, by_logit_scale, by_distill_scale]).float()
+        if self.feature_factor != 1.0:
+            torch._foreach_mul_([by_image, by_clip.rows, by_distill.rows], self.feature_factor)
         return LossOutput(
-            total=(clip_loss + distill_loss).float(),
-            clip=clip_loss.float(),
-            distill=distill_loss.float(),
-            finite=scalars.isfinite().all() & (non_finite == 0),
-            features_finite=non_finite_here == 0,
+            total=(clip_loss + distill_loss).float()[0],
+            clip=clip_loss.float()[0],
+            distill=distill_loss.float()[0],
+            finite=(scalars.float() * 0.0).sum() == 0.0,
+            features_finite=zero_here == 0.0,
             gradients=Features(
                 image=by_image,
                 text=by_clip.rows,
                 image_crossmodal=by_distill.rows[:V],
                 text_crossmodal=by_distill.rows[V:],
-                logit_scale=by_logit_scale.to(by_clip.rows.dtype).view(1),
-                distill_logit_scale=by_distill_scale.to(by_distill.rows.dtype).view(1),
+                logit_scale=by_logit_scale,
+                distill_logit_scale=by_distill_scale,
             ),
         )
 
@@ -138,10 +139,9 @@ class CosmosLoss:
             contrastive.forward_partials(p.rows, p.columns, p.scale, first_row=first_row, triton=self._triton)
             for p in problems
         ]
-        statistics = self.ranks.combine_columns([p.column_max for p in partials], [p.column_sum for p in partials])
+        of_all_ranks = self.ranks.combine_columns([partial.column_lse for partial in partials])
         results = []
-        for problem, partial, (column_max, column_sum) in zip(problems, partials, statistics, strict=True):
-            column_lse = contrastive.column_lse(column_max, column_sum)
+        for problem, partial, column_lse in zip(problems, partials, of_all_ranks, strict=True):
             gradients = contrastive.backward(
                 problem.rows,
                 problem.columns,
@@ -200,9 +200,9 @@ def _distill_weights(V: int, K: int, V_global: int, K_global: int, device: torch
     return weights
 
 
-def _count_non_finite(features: Features, teacher: TeacherFeatures) -> Tensor:
-    """Return how many tensors hold a NaN or an infinity, [] float64; views that enter no pair count too."""
+def _zero_if_finite(features: Features, teacher: TeacherFeatures) -> Tensor:
+    """Return 0 if all features and scales are finite, else NaN: [] float64; views that enter no pair count too."""
     # The largest element says it for all: NaN and infinity pass through the maximum.
-    largest = torch.stack(torch._foreach_norm([*features[:4], *teacher], torch.inf))
-    scales = torch.cat([features.logit_scale, features.distill_logit_scale])
-    return torch.cat([largest, scales]).isfinite().logical_not().sum(dtype=torch.float64)
+    largest = torch._foreach_norm([*features[:4], *teacher], torch.inf)
+    numbers = torch.stack([*largest, features.logit_scale[0], features.distill_logit_scale[0]])
+    return (numbers * 0.0).sum(dtype=torch.float64)

@@ -45,22 +45,20 @@ class BatchRanks:
         all_gather_flat(gathered_WTBE.view(-1), local_TBE.view(-1), group=self.group)
         return gathered_WTBE.transpose(0, 1).reshape(T, self.size * B, E)
 
-    def combine_columns(self, maxima: Sequence[Tensor], sums: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def combine_columns(self, logsumexps: Sequence[Tensor]) -> list[Tensor]:
         """Combine the columns' statistics of all ranks.
 
-        maxima, sums: lists of equal length; the two tensors of one index have the same shape. They hold, for each
-        column, the largest logit and sum(exp(logit - largest)) over this rank's rows. Returns the same over all ranks'
-        rows, as (maximum, sum) pairs.
+        logsumexps: of each column's logits over this rank's rows. Returns the same over all ranks' rows.
         """
         if self.size == 1:
-            return list(zip(maxima, sums, strict=True))
-        shapes = [tensor.shape for tensor in maxima]
-        own_max = _flatten(maxima)
-        all_max = own_max.clone()
-        dist.all_reduce(all_max, dist.ReduceOp.MAX, group=self.group)
-        all_sum = _flatten(sums).mul_(own_max.sub_(all_max).exp_())
-        dist.all_reduce(all_sum, dist.ReduceOp.SUM, group=self.group)
-        return list(zip(_unflatten(all_max, shapes), _unflatten(all_sum, shapes), strict=True))
+            return list(logsumexps)
+        own = torch.cat([tensor.flatten() for tensor in logsumexps])
+        largest = own.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        total = own.sub_(largest).exp_()
+        dist.all_reduce(total, dist.ReduceOp.SUM, group=self.group)
+        combined = largest.add_(total.log_()).split([tensor.numel() for tensor in logsumexps])
+        return [part.view(tensor.shape) for part, tensor in zip(combined, logsumexps, strict=True)]
 
     def scatter_column_gradients(self, gradients_TGE: Tensor) -> Tensor:
         """Sum the gradients of gathered columns over ranks and return this rank's own columns' [T, B, E]."""
@@ -78,14 +76,3 @@ class BatchRanks:
         if self.size > 1:
             dist.all_reduce(scalars, dist.ReduceOp.SUM, group=self.group)
         return scalars
-
-
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """One new flat tensor of all elements."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _unflatten(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Views of a flat tensor in the shapes it was flattened from."""
-    parts = torch.split(flat, [shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cosmos_scale.batch import Batch, Features, TeacherFeatures, caption_lengths
 from cosmos_scale.config import ModelConfig
+from cosmos_scale.kernels.unit_length import normalise
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.text import TextTower
 from cosmos_scale.model.transformer import Attention, Block, LayerNorm, Linear, empty_parameter
@@ -89,14 +89,9 @@ class CosmosModel(TextTower):
         patch_counts = [patches_TD.shape[0] // samples] * samples
         from_text_VBE = self.text_attn_cross_pool(image_VBE, self.text_token_mapping(words_TD), word_counts)
         from_image_KBE = self.visual.attn_cross_pool(text_KBE, self.image_token_mapping(patches_TD), patch_counts)
-        return Features(
-            image=normalise(image_VBE),
-            text=normalise(text_KBE),
-            image_crossmodal=normalise(image_VBE + from_text_VBE),
-            text_crossmodal=normalise(text_KBE + from_image_KBE),
-            logit_scale=self.logit_scale,
-            distill_logit_scale=self.distill_logit_scale,
-        )
+        features = [image_VBE, text_KBE, image_VBE + from_text_VBE, text_KBE + from_image_KBE]
+        image, text, image_crossmodal, text_crossmodal = normalise(torch.cat(features)).split(list(map(len, features)))
+        return Features(image, text, image_crossmodal, text_crossmodal, self.logit_scale, self.distill_logit_scale)
 
     def teacher_features(
         self, batch: Batch, n_global: int, encode_image: Callable[[Tensor], Tensor] | None = None
@@ -131,12 +126,6 @@ class CosmosModel(TextTower):
 def parameter_decays(name: str, parameter: Tensor) -> bool:
     """Tell whether weight decay applies: to matrices and tables, not to norms, biases, vectors and log-scales."""
     return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-
-
-def normalise(features: Tensor) -> Tensor:
-    """Scale the last dimension to length 1, computed in float32 at least: squares in float16 could overflow."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    return functional.normalize(features.to(dtype), dim=-1).to(features.dtype)
 
 
 def _by_resolution(global_crops: Tensor, local_crops: Tensor) -> list[Tensor]:

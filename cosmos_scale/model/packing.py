@@ -94,14 +94,13 @@ def pack_captions(
     starts_B = np.empty_like(starts)
     starts_B[order] = starts
     tokens = _ranges(starts_B[:tokens_of], kept[:tokens_of])
-    return CaptionLayout(
-        segments=Segments(all_sizes.tolist()),
-        # Tokens that fill up are tokens of the first caption.
-        ids=to_device(_ranges(np.concatenate([order * context, np.zeros_like(filling)]), all_sizes), device),
-        places=to_device(places, device),
-        read=to_device(np.concatenate([starts_B + lengths - 1, tokens]), device),
-        read_lengths=tuple(kept[:tokens_of].tolist()),
-    )
+    # Tokens that fill up are tokens of the first caption.
+    ids = _ranges(np.concatenate([order * context, np.zeros_like(filling)]), all_sizes)
+    read = np.concatenate([starts_B + lengths - 1, tokens])
+    # One copy to the device, cut there.
+    on_device = to_device(np.concatenate([ids, places, read]), device)
+    ids_T, places_T, read_R = on_device.split([len(ids), len(places), len(read)])
+    return CaptionLayout(Segments(all_sizes.tolist()), ids_T, places_T, read_R, tuple(kept[:tokens_of].tolist()))
 
 
 def _filling(tokens: int, multiple: int, context: int) -> Integers:

@@ -137,9 +137,11 @@ class Attention(nn.Module):
     def forward(self, queries_TD: Tensor, segments: Segments, tokens_SD: Tensor) -> Tensor:
         """Attend from queries [T, D] to tokens [S, D] of the same segment; returns [T, D]."""
         width = queries_TD.shape[-1]
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        (q,) = self._split_heads(linear(queries_TD, weight[:width], bias[:width], steady=self.steady), 1)
-        k, v = self._split_heads(linear(tokens_SD, weight[width:], bias[width:], steady=self.steady), 2)
+        # Split, not sliced: the backward then joins both parts' gradients, instead of adding two padded with zeros.
+        weight, token_weight = self.in_proj_weight.split([width, 2 * width])
+        bias, token_bias = self.in_proj_bias.split([width, 2 * width])
+        (q,) = self._split_heads(linear(queries_TD, weight, bias, steady=self.steady), 1)
+        k, v = self._split_heads(linear(tokens_SD, token_weight, token_bias, steady=self.steady), 2)
         output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
 

@@ -90,7 +90,8 @@ class VisionTower(nn.Module):
             class_B1D = self.class_embedding.expand(patches_BLD.shape[0], 1, -1)
             positions_LD = self._positions(images_BCHW.shape[2], images_BCHW.shape[3])
             views.append(torch.cat([class_B1D, patches_BLD], dim=1) + positions_LD)
-        x_TD = self.ln_pre(torch.cat([view_BLD.flatten(0, 1) for view_BLD in views]))
+        tokens = [view_BLD.flatten(0, 1) for view_BLD in views]
+        x_TD = self.ln_pre(torch.cat(tokens) if len(tokens) > 1 else tokens[0])
         layout = pack_crops(tuple((view.shape[0], view.shape[1]) for view in views), tokens_of, x_TD.device)
         x_RD = self.transformer(x_TD, layout.segments, layout.read, self.ln_post)
         count = len(layout.segments.queries)
@@ -106,8 +107,8 @@ class VisionTower(nn.Module):
         # Interpolated in float32 at least: a low-precision sum would add noise to every token.
         dtype = torch.promote_types(table.dtype, torch.float32)
         matrix = interpolation_matrix(table.shape[0] - 1, rows, columns, dtype, table.device)
-        patches = matrix @ table[1:].to(dtype)
-        return torch.cat([table[:1], patches.to(table.dtype)])
+        class_1D, patches_PD = table.split([1, table.shape[0] - 1])
+        return torch.cat([class_1D, (matrix @ patches_PD.to(dtype)).to(table.dtype)])
 
 
 @cache  # kept for good: a CUDA graph reads them, and there are few

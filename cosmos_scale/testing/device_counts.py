@@ -25,7 +25,7 @@ from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.kernels import adamw_ema
 from cosmos_scale.loss import CosmosLoss
-from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.cosmos import LOG_SCALES, CosmosModel
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.batches import random_batch
 
@@ -143,19 +143,18 @@ def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
     for model in (student, teacher):
         model.choose_kernels(config.kernels)
     batch = meta_batch(config, lengths_KB)
-    with torch.no_grad():
-        student(batch)  # makes tables that later steps find
+    loss_of = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
+    scales = {name: torch.empty(1, device=META) for name in LOG_SCALES}  # the masters', in float32
     counter = DeviceCounter()
+    with torch.no_grad():  # makes tables that later steps find
+        loss_of(student(batch)._replace(**scales), teacher.teacher_features(batch, config.data.captions.global_count))
     with counter:
         with counter.phase("student"):
             features = student(batch)
         with counter.phase("teacher"):
             taught = teacher.teacher_features(batch, config.data.captions.global_count)
         with counter.phase("loss"):
-            scales = {name: getattr(features, name).float() for name in ("logit_scale", "distill_logit_scale")}
-            loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)(
-                features._replace(**scales), taught
-            )
+            loss = loss_of(features._replace(**scales), taught)
         with counter.phase("backward"):
             surrogate(features, loss.gradients).backward()
     return counter

@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from cosmos_scale.batch import Features
+from cosmos_scale.engine.accumulate import surrogate
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.testing.tiny import GLOBAL_BATCH, build_tiny, tiny_config, whole, worst_difference
 
@@ -41,3 +44,16 @@ def test_gradients_of_parts_are_those_of_the_batch(
     ours = gradients(ranks, stage, clip_norm, micro_batches=micro_batches, recompute=recompute)
     worst = worst_difference(ours, expected)
     assert worst[0] <= TOLERANCE, worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_surrogate_hands_over_the_gradients_scaled_before_they_are_rounded(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4), (1, 3, 4), (2, 3, 4), (1, 3, 4), (1,), (1,)]
+    features = Features(*(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes))
+    wanted = Features(*(torch.randn(shape, generator=generator) for shape in shapes))
+    scale = torch.tensor(3.0)
+    (surrogate(features, wanted) * scale).backward()
+    for feature, gradient in zip(features, wanted, strict=True):
+        assert feature.grad is not None
+        assert torch.equal(feature.grad, (gradient * scale).to(dtype))

@@ -69,7 +69,7 @@ def _by_kernel(problem: Problem, *, ranks: int = 1, block_elements: int = contra
         contrastive.forward_partials(rows, problem.columns, scale, first_row=first, block_elements=block_elements)
         for rows, first in shares
     ]
-    lse = torch.stack([contrastive.column_lse(part.column_max, part.column_sum) for part in partials]).logsumexp(0)
+    lse = torch.stack([part.column_lse for part in partials]).logsumexp(0)
     losses = [
         contrastive.finish(part, lse, problem.weights, first_row=first)
         for part, (_, first) in zip(partials, shares, strict=True)
@@ -300,14 +300,13 @@ def test_columns_without_gradient_cost_none() -> None:
     assert at_once.columns is None
     torch.testing.assert_close(at_once.rows, _oracle(problem).rows, rtol=0, atol=FLOAT64_TOLERANCE)
     part = contrastive.forward_partials(problem.rows, problem.columns, scale, first_row=0)
-    lse = contrastive.column_lse(part.column_max, part.column_sum)
     gradients = contrastive.backward(
         problem.rows,
         problem.columns,
         scale,
         problem.weights,
         part.row_lse,
-        lse,
+        part.column_lse,
         first_row=0,
         column_gradients=False,
     )

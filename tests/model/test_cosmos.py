@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.config import ModelConfig, VisionConfig
-from cosmos_scale.model.cosmos import CosmosModel, normalise, parameter_decays
+from cosmos_scale.kernels.unit_length import normalise
+from cosmos_scale.model.cosmos import CosmosModel, parameter_decays
 from tests.model.models import SMALL, initialised, small_batch
 
 # float64 throughout; only the order of summation differs.

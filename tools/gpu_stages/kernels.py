@@ -180,9 +180,10 @@ def _loss(recorder: Recorder, samples: int, columns: int) -> Callable[[], object
             contrastive.whole_batch(rows, gathered, scale, weights, column_gradients=False)
             return
         partials = contrastive.forward_partials(rows, gathered, scale, first_row=0)
-        by_column = contrastive.column_lse(partials.column_max, partials.column_sum)
         contrastive.backward(
-            *(rows, gathered, scale, weights, partials.row_lse, by_column), first_row=0, column_gradients=False
+            *(rows, gathered, scale, weights, partials.row_lse, partials.column_lse),
+            first_row=0,
+            column_gradients=False,
         )
 
     return loss
