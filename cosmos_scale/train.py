@@ -9,8 +9,9 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
-from cosmos_scale.run.lookahead import Lookahead, StopRequest
+from cosmos_scale.run.lookahead import Lookahead
 from cosmos_scale.run.run import start_run
+from cosmos_scale.run.stop_request import StopRequest
 from cosmos_scale.step import train_step
 
 
@@ -46,8 +47,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
             if step < last_step and run.opened.evaluations.due(step):
                 with progress.pause():
                     run.opened.evaluations.run_due(step, student, teacher, progress)
-        if step < last_step and ahead.failure is None:
-            progress.say(f"stopping after step {step} of {last_step}: a signal, or train.max_minutes")
+        if ahead.stopped_by is not None and ahead.failure is None:
+            progress.say(f"stopping after step {step} of {last_step}: {ahead.stopped_by}")
         progress.read_pending()
         if step > run.first_step:
             checkpoints.save(run.state(step))

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,14 +67,23 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.file is None:
         arguments.parser.error("the following arguments are required: RUN.yaml")
-    return _train(arguments)
+    if arguments.dry_run:
+        return _train(arguments, ())
+    from cosmos_scale.run.stop_request import noted_terminations
+
+    with noted_terminations() as noted:
+        return _train(arguments, noted)
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
+def _train(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
+    """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it.
+
+    noted: the signals that have come so far.
+    """
     from cosmos_scale.config.load import load_config
     from cosmos_scale.engine.messages import limit_messages
     from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
+    from cosmos_scale.run.stop_request import StopRequest
 
     ranks = None
     try:
@@ -84,7 +94,6 @@ def _train(arguments: argparse.Namespace) -> int:
         from cosmos_scale.engine.ranks import start_ranks
         from cosmos_scale.run.dry_run import look_before_launch
         from cosmos_scale.run.explain import explain
-        from cosmos_scale.run.lookahead import StopRequest
         from cosmos_scale.train import train
 
         if arguments.dry_run:
@@ -95,7 +104,7 @@ def _train(arguments: argparse.Namespace) -> int:
             ranks = start_ranks(config.device, config.log.level)
             if ranks.is_main:
                 _print_choices()
-            with ranks.contact, StopRequest(config.train.max_minutes) as stop:
+            with ranks.contact, StopRequest(config.train.max_minutes, noted) as stop:
                 train(config, ranks, stop)
         return 0
     except WrongRankVariable:

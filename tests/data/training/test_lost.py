@@ -19,7 +19,8 @@ from cosmos_scale.data.training.lost import LostShards, check_shards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.run.lookahead import Lookahead, StopRequest
+from cosmos_scale.run.lookahead import Lookahead
+from cosmos_scale.run.stop_request import StopRequest
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.shard_files import open_folder, shards_config, write_shards
 
