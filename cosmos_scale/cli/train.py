@@ -94,6 +94,7 @@ def _train(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
         from cosmos_scale.engine.ranks import start_ranks
         from cosmos_scale.run.dry_run import look_before_launch
         from cosmos_scale.run.explain import explain
+        from cosmos_scale.run.watchdog import Watchdog
         from cosmos_scale.train import train
 
         if arguments.dry_run:
@@ -104,8 +105,9 @@ def _train(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
             ranks = start_ranks(config.device, config.log.level)
             if ranks.is_main:
                 _print_choices()
-            with ranks.contact, StopRequest(config.train.max_minutes, noted) as stop:
-                train(config, ranks, stop)
+            watchdog = Watchdog(config.train.watchdog_seconds, config.output / config.name, ranks.contact)
+            with ranks.contact, StopRequest(config.train.max_minutes, noted) as stop, watchdog:
+                train(config, ranks, stop, watchdog)
         return 0
     except WrongRankVariable:
         raise

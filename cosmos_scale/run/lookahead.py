@@ -53,14 +53,19 @@ class Lookahead:
         first: int,
         last: int,
         unsaved: Callable[[], bool],
+        enter: Callable[[str], object],
     ) -> None:
-        """first: steps done. last: steps done at the end. say: is told of lost shards. unsaved: asked at each step."""
+        """first: steps done. last: steps done at the end. say: is told of lost shards. unsaved: asked at each step.
+
+        enter: is told what this rank begins to do.
+        """
         self._loader = loader
         self._ranks = ranks
         self._copies = CopyStream(ranks.device)
         self._stop = stop
         self._say = say
         self._unsaved = unsaved
+        self._enter = enter
         self._step, self._last = first, last
         self.failure: UserError | None = None  # why there is no batch any more, the same on all ranks
         self.stopped_by: str | None = None  # what asked to stop, and at which rank; the same on all ranks
@@ -74,9 +79,12 @@ class Lookahead:
         """End on every rank where any rank has no batch, or more data is lost than the run allows: see `failure`."""
         waited = 0.0
         while self._step < self._last:
+            next_step = f"step {self._step + 1}"
+            self._enter(f"its wait for the batch of {next_step}")
             start = time.perf_counter()
             batch, lost, error = self._fetch()
             waited += time.perf_counter() - start
+            self._enter(f"its wait for the other ranks before {next_step}")
             stop_here = encode_reason(self._stop.reason, self._ranks.rank, self._ranks.world_size)
             here = [error is not None, stop_here, bool(lost), self._unsaved()]
             failed, stop, any_lost, unsaved = maxima(here, self._ranks)
@@ -95,6 +103,7 @@ class Lookahead:
                 break
             assert batch is not None
             self._step += 1
+            self._enter(next_step)
             return Fetched(batch, waited, bool(unsaved))
         raise StopIteration
 

@@ -46,7 +46,7 @@ class Batches:
 
 
 def look_ahead(make: Callable[[int, Mapping[str, int]], Batch], stop: StopRequest, first: int = 0) -> Lookahead:
-    return Lookahead(Batches(make), start_ranks("cpu"), stop, print, first=first, last=100, unsaved=bool)
+    return Lookahead(Batches(make), start_ranks("cpu"), stop, print, first=first, last=100, unsaved=bool, enter=str)
 
 
 def test_waits_are_counted_once_where_they_occur(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +72,16 @@ def test_the_last_batch_is_that_of_the_last_step() -> None:
         return tiny_batch(0)
 
     loader = Batches(make)
-    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), print, first=3, last=5, unsaved=bool)
+    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), print, first=3, last=5, unsaved=bool, enter=str)
     assert len(list(ahead)) == 2
     assert loader.closed == 0  # shutting down loader processes takes time, and the last checkpoint comes first
     assert made == [3, 4]
     assert (
-        list(Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5, unsaved=bool))
+        list(
+            Lookahead(
+                Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5, unsaved=bool, enter=str
+            )
+        )
         == []
     )
     assert made == [3, 4]
@@ -115,7 +119,9 @@ def each_rank_loses_shards(rank: int, world_size: int) -> tuple[list[int], list[
 
     said: list[str] = []
     loader = Batches(make)
-    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), said.append, first=5, last=100, unsaved=bool)
+    ahead = Lookahead(
+        loader, start_ranks("cpu"), StopRequest(None), said.append, first=5, last=100, unsaved=bool, enter=str
+    )
     end = take_until_error(ahead)
     return loader.starts, said, loader.lost, end
 
@@ -156,6 +162,7 @@ def unsaved_on_one_rank(rank: int, world_size: int) -> list[bool]:
         first=0,
         last=3,
         unsaved=lambda: next(asked),
+        enter=str,
     )
     return [fetched.unsaved for fetched in ahead]
 
