@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from typing import Any, Final, NoReturn
 
 # What launchers, schedulers (Slurm's --signal), limits of the shell and closed terminals send to end a program.
 TERMINATIONS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+INTERRUPTED: Final = 130  # exit status, as shells number it
+HELD = 2.0  # seconds that the main thread gets to end by itself after a second Ctrl-C
 TOGETHER = 1.0  # seconds within which signals are one wish
 TIME_LIMIT: Final = 0  # stands for train.max_minutes among the numbers of signals
 
@@ -42,7 +46,7 @@ class StopRequest:
     """Why this process wants the run to stop at the next step boundary: a signal or the time limit.
 
     A context: inside it SIGINT and TERMINATIONS only ask to stop; another SIGINT, over a second later, interrupts at
-    once.
+    once. Where the main thread hears nothing, since a call of a library holds it, a thread ends the process then.
     """
 
     def __init__(self, max_minutes: float | None, noted: Sequence[int] = ()) -> None:
@@ -51,13 +55,22 @@ class StopRequest:
         self._signal = noted[0] if noted else None
         self._signalled = time.monotonic()
         self._handlers: dict[int, Any] = {}
+        self._left = threading.Event()
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, *_terminations()):
             self._handlers[number] = signal.signal(number, self._note)
+        self._arrivals, self._arrival = socket.socketpair()
+        self._arrival.setblocking(False)
+        # Python's handlers wait for the main thread; the numbers of signals come here at once.
+        self._wakeup = signal.set_wakeup_fd(self._arrival.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._end_where_held, name="stop request", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
+        signal.set_wakeup_fd(self._wakeup)
+        self._arrival.close()  # which ends the thread
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -68,6 +81,16 @@ class StopRequest:
         # Programs that wrap this one pass on the Ctrl-C that a terminal sends to all: two at once are one wish.
         elif number == signal.SIGINT and now - self._signalled > TOGETHER:
             raise KeyboardInterrupt
+
+    def _end_where_held(self) -> None:
+        first = None
+        with self._arrivals:
+            while numbers := self._arrivals.recv(1):
+                now = time.monotonic()
+                first = now if first is None else first
+                if numbers[0] == signal.SIGINT and now - first > TOGETHER and not self._left.wait(HELD):
+                    os.write(2, b"cosmos-scale train: interrupted\n")
+                    os._exit(INTERRUPTED)
 
     @property
     def reason(self) -> int | None:

@@ -1,7 +1,13 @@
 """Signals of all kinds, at any time and to any rank: a checkpoint, status 0, and a resume that nothing shows."""
 
+import fcntl
 import os
+import pty
+import select
 import signal
+import subprocess
+import sys
+import termios
 import time
 from functools import partial
 from pathlib import Path
@@ -20,6 +26,7 @@ from cosmos_scale.testing.runs import (
     wait_for_step,
     write_run,
 )
+from tests.conftest import REPOSITORY
 from tests.run.marking_train import MARKS, PLACE
 
 PROGRAM = "tests.run.marking_train"
@@ -85,6 +92,46 @@ def test_a_signal_during_what_is_no_step_waits_for_the_next_one(
         assert stopped_after(finished, run) == 3
     else:
         assert "stopping after step 0 of 400" in finished.output
+
+
+def test_a_second_interrupt_ends_a_rank_that_waits_in_a_library(run: Path) -> None:
+    with start(run, ranks=2, program="tests.run.hanging_train") as process:
+        wait_for_step(process, run, 1)
+        time.sleep(1.0)  # now rank 0 waits for rank 1 in a collective
+        for _ in range(2):
+            process.signal(0, signal.SIGINT)
+            time.sleep(1.5)
+        process.wait_until_ended(0)
+        process.kill()
+        finished = process.wait()
+    assert finished.statuses[0] == 130
+    assert finished.errors == "cosmos-scale train: interrupted\n"
+
+
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint(run: Path) -> None:
+    """The kernel sends SIGHUP, and what is written to the terminal from then on is an error."""
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-m", "cosmos_scale.cli", "train", str(run), "log.progress=true"]
+    with subprocess.Popen(
+        command,
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
+    ) as process:
+        try:
+            os.close(side)
+            until = time.monotonic() + 60.0
+            while len(records(run)) < 3 and time.monotonic() < until:
+                if select.select([terminal], [], [], 0.1)[0]:
+                    os.read(terminal, 1 << 16)
+            os.close(terminal)
+            assert process.wait(60.0) == 0
+        finally:
+            process.kill()
+    assert last_checkpoint(run).name == f"step-{records(run)[-1]['step']:08d}"
 
 
 def test_a_signal_that_is_repeated_changes_nothing(run: Path) -> None:
