@@ -11,6 +11,7 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.run.watchdog import Watchdog
 from cosmos_scale.testing.runs import Launched, records, start, train_to_end, wait_for_step, write_run
+from tests.run.hanging_train import SLOW
 
 HOST = socket.gethostname()
 ENDS_WITHIN = 40.0  # seconds, of which the limits are 3
@@ -76,6 +77,20 @@ def test_a_rank_that_comes_back_changes_nothing(run: Path) -> None:
     train_to_end(run, "name=whole", "train.max_steps=40", ranks=2).require(0)
     losses = [record["loss"] for record in records(run)]
     assert losses == [record["loss"] for record in records(run, "whole")]
+
+
+def test_a_slow_rank_is_named_by_its_own_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks have the same step time, since all wait for the slow one."""
+    monkeypatch.setenv(SLOW, "0.4")
+    options = ["train.watchdog_seconds=0", "log.every=2", "train.max_steps=4"]
+    finished = train_to_end(run, *options, ranks=2, program="tests.run.hanging_train").require(0)
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("slow at step")]
+    assert line.startswith(f"slow at step 4: rank 1 on host {HOST}, data wait 0.")
+    first, second = records(run)
+    for record in (first, second):
+        assert record["own_seconds_rank"] == 1
+        assert record["own_seconds_max"] >= 0.4
+        assert record["own_seconds_median"] < record["own_seconds_max"]
 
 
 def test_no_limit_watches_nothing(tmp_path: Path) -> None:
