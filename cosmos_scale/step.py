@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cosmos_scale.batch import Batch
+from cosmos_scale.engine.span import Span
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
@@ -18,6 +19,7 @@ class StepOutput(NamedTuple):
     bool: whether the features of student and teacher are finite on this rank. logit_scale, distill_logit_scale: [1],
     before the update. gradient_norm: [] float32, over all parameters, before clipping.
     substituted: [] int64 on the CPU, how many samples of this rank's batch replace a damaged one.
+    forward: the time of the student's forward, in which this rank waits for no other at ZeRO stages 0 to 2.
     """
 
     total: Tensor
@@ -29,6 +31,7 @@ class StepOutput(NamedTuple):
     distill_logit_scale: Tensor
     gradient_norm: Tensor
     substituted: Tensor
+    forward: Span
 
 
 def train_step(
@@ -40,7 +43,9 @@ def train_step(
     Nothing here makes the host wait for the device. DeepSpeed (0.19) makes it wait around the update with offloading
     and in fp16.
     """
+    forward = Span(on_gpu=batch.global_crops.is_cuda)
     features = student(batch)
+    forward.end()
     teacher_features = teacher(batch)
     exact = student.with_full_scales(features)
     loss = cosmos_loss(exact, teacher_features)
@@ -59,4 +64,5 @@ def train_step(
         distill_logit_scale=scales[1],
         gradient_norm=update.gradient_norm,
         substituted=batch.substituted,
+        forward=forward,
     )

@@ -9,12 +9,14 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
-from cosmos_scale.run.lookahead import Lookahead, StopRequest
+from cosmos_scale.run.lookahead import Lookahead
 from cosmos_scale.run.run import start_run
+from cosmos_scale.run.stop_request import StopRequest
+from cosmos_scale.run.watchdog import Watchdog
 from cosmos_scale.step import train_step
 
 
-def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
+def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog) -> None:
     """Train until the last step or a stop; collective. Raises UserError on all ranks alike."""
     run = start_run(config, ranks)
     student, teacher = run.pair
@@ -26,36 +28,46 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest) -> None:
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
         if step > 0:
-            with progress.pause():
+            with progress.pause(), watchdog.longer(f"the evaluation of step {step}"):
                 run.opened.evaluations.run_missed(step, last_step, student, teacher, progress)
         ahead = Lookahead(
-            run.loader, ranks, stop, progress.say, first=step, last=last_step, unsaved=checkpoints.unsaved
+            run.loader,
+            ranks,
+            stop,
+            progress.say,
+            first=step,
+            last=last_step,
+            unsaved=checkpoints.unsaved,
+            enter=watchdog.enter,
         )
         for batch, wait_seconds, unsaved in ahead:
             if unsaved:
-                with progress.pause():
+                with progress.pause(), watchdog.longer(f"the checkpoint after step {step}"):
                     checkpoints.save_again()
             lr = learning_rate(step, config.optimizer, run.total_steps)
             momentum = ema_momentum(step, config.ema, run.total_steps)
             output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)
             step += 1
             progress.after_step(step, output, lr=lr, momentum=momentum, wait_seconds=wait_seconds)
+            watchdog.step_done()
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
-                with progress.pause():
+                with progress.pause(), watchdog.longer(f"the checkpoint after step {step}"):
                     checkpoints.save(run.state(step))
             if step < last_step and run.opened.evaluations.due(step):
-                with progress.pause():
+                with progress.pause(), watchdog.longer(f"the evaluation of step {step}"):
                     run.opened.evaluations.run_due(step, student, teacher, progress)
-        if step < last_step and ahead.failure is None:
-            progress.say(f"stopping after step {step} of {last_step}: a signal, or train.max_minutes")
+        if ahead.stopped_by is not None and ahead.failure is None:
+            progress.say(f"stopping after step {step} of {last_step}: {ahead.stopped_by}")
         progress.read_pending()
         if step > run.first_step:
-            checkpoints.save(run.state(step))
-            progress.say(f"checkpoint: {checkpoints.finish()}")
+            with watchdog.longer(f"the last checkpoint, after step {step}"):
+                checkpoints.save(run.state(step))
+                progress.say(f"checkpoint: {checkpoints.finish()}")
         if ahead.failure is not None:
             raise ahead.failure
         if run.first_step < step == last_step:
-            run.opened.evaluations.run_all(step, student, teacher, progress)
+            with watchdog.longer(f"the evaluation of step {step}"):
+                run.opened.evaluations.run_all(step, student, teacher, progress)
 
 
 if __name__ == "__main__":

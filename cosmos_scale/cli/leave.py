@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from cosmos_scale.run.stop_request import ignore_terminations
+
 
 def leave_after(main: Callable[[], int]) -> NoReturn:
     """Run a program's main function and end the process with the status that it returns.
@@ -15,7 +17,8 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
     After `main` Python waits for threads and calls what is registered with atexit (process groups, loader processes,
     wandb). Its last work is to take the interpreter apart, and that is left out here: threads of gloo and CUDA still
     run, and one that lets go of a tensor meanwhile aborts the process, so that a run that ended well has status 134.
-    An exception has the status that Python gives it, and its traceback.
+    An exception has the status that Python gives it, and its traceback. Signals that ask a program to end change
+    nothing any more: launchers repeat them while the program leaves, and its status says what it has done.
     """
     _open_missing_streams()
     status = 1
@@ -29,6 +32,7 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
             print("cosmos-scale: interrupted", file=sys.stderr)
     except BaseException:
         _show_error()
+    ignore_terminations()
     for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]
         try:
             step()

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,14 +68,23 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.file is None:
         arguments.parser.error("the following arguments are required: RUN.yaml")
-    return _train(arguments)
+    if arguments.dry_run:
+        return _train(arguments, ())
+    from cosmos_scale.run.stop_request import noted_terminations
+
+    with noted_terminations() as noted:
+        return _train(arguments, noted)
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it."""
+def _train(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
+    """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it.
+
+    noted: the signals that have come so far.
+    """
     from cosmos_scale.config.load import load_config
     from cosmos_scale.engine.messages import limit_messages
     from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
+    from cosmos_scale.run.stop_request import StopRequest
 
     ranks = None
     try:
@@ -86,7 +96,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from cosmos_scale.engine.ranks import start_ranks
         from cosmos_scale.run.dry_run import look_before_launch
         from cosmos_scale.run.explain import explain
-        from cosmos_scale.run.lookahead import StopRequest
+        from cosmos_scale.run.watchdog import Watchdog
         from cosmos_scale.train import train
 
         if arguments.dry_run:
@@ -97,8 +107,9 @@ def _train(arguments: argparse.Namespace) -> int:
             ranks = start_ranks(config.device, config.log.level)
             if ranks.is_main:
                 _print_choices()
-            with ranks.contact, StopRequest(config.train.max_minutes) as stop:
-                train(config, ranks, stop)
+            watchdog = Watchdog(config.train.watchdog_seconds, config.output / config.name, ranks.contact)
+            with ranks.contact, StopRequest(config.train.max_minutes, noted) as stop, watchdog:
+                train(config, ranks, stop, watchdog)
         return 0
     except WrongRankVariable:
         raise

@@ -51,6 +51,15 @@ class TrainConfig(Section):
         description="minutes after its start at which a launch stops, with a checkpoint; null: never",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
+    watchdog_seconds: float = Field(
+        1800.0,
+        ge=0.0,
+        le=1000000000.0,
+        description="seconds without progress after which a run writes every rank's stacks to hang-rank-N.txt in its "
+        "folder and ends with status 1; four times as long for the start, the first step, an evaluation and a "
+        "checkpoint; 0: never",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     schedule_steps: int | None = Field(
         None, gt=0, description="length of the schedules in steps; null: epochs x steps per epoch"
     )

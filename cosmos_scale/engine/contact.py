@@ -22,7 +22,7 @@ SECONDS_A_LINE = 5.0  # in which the rest of a line comes
 LONGEST_LINE = 1000  # bytes
 LOOK = 0.5  # seconds between looks whether the contact has ended
 PAUSE = 0.0005  # seconds between questions whether the device is ready
-GOODBYE, LOST = "goodbye", "lost"
+GOODBYE, LOST, WATCH = "goodbye", "lost", "watch"
 
 
 class LostRank(Exception):
@@ -54,6 +54,8 @@ class Contact:
         self._known = threading.Event()
         self._telling = threading.Lock()  # taken for good by the first that tells
         self._parted = False
+        self._ending = False
+        self._listener: Callable[[int, str], None] | None = None
         self.lost: str | None = None
 
     def __enter__(self) -> "Contact":
@@ -93,6 +95,26 @@ class Contact:
                 print(line, file=sys.stderr, flush=True)
 
     @property
+    def hosts(self) -> dict[int, str]:
+        """The hosts of the ranks that this process is connected to, by rank."""
+        return {peer.rank: peer.host for peer in list(self._peers.values())}
+
+    def listen(self, listener: Callable[[int, str], None]) -> None:
+        """Hand each line that another rank sends by `send_all` to a function (rank, line), in the contact's thread."""
+        self._listener = listener
+
+    def send_all(self, line: str, *, to: int | None = None) -> None:
+        """Send a line to the other ranks that this process is connected to, or to one of them alone."""
+        for peer in list(self._peers.values()):
+            if to in (None, peer.rank):
+                _send(peer, f"{WATCH} {line}")
+
+    def end(self) -> bool:
+        """Let no loss be told any more, since this process ends itself; returns whether none has been told before."""
+        self._ending = True
+        return self._telling.acquire(blocking=False)
+
+    @property
     def broken(self) -> bool:
         """Whether a rank is lost, or this process has told so: then no group is to be destroyed."""
         return self.lost is not None or (bool(self._peers) and self._telling.locked())
@@ -125,7 +147,11 @@ class Contact:
         word, _, name = line.partition(" ")
         if self._parted or self.lost is not None:
             return
-        if word == GOODBYE:
+        if word == WATCH:
+            if self._listener is not None:
+                self._listener(peer.rank, name)
+            return
+        if word == GOODBYE or self._ending:
             del self._peers[peer.rank]
             return
         lost = name if word == LOST else f"rank {peer.rank} on host {peer.host} has ended"

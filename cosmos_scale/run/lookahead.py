@@ -1,49 +1,14 @@
 """The batches of a run, fetched while the device works, and what all ranks agree on before each of their steps."""
 
-import signal
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import Ranks, from_all, maxima, raise_together
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.run.copy_stream import CopyStream
-
-
-class StopRequest:
-    """Why this process wants the run to stop at the next step boundary: a signal or the time limit.
-
-    A context: inside it SIGTERM and SIGINT only ask to stop; another SIGINT, over a second later, interrupts at once.
-    """
-
-    def __init__(self, max_minutes: float | None) -> None:
-        self._deadline = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
-        self._signalled: float | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._signalled is None:
-            self._signalled = now
-        # Programs that wrap this one pass on the Ctrl-C that a terminal sends to all: two at once are one wish.
-        elif number == signal.SIGINT and now - self._signalled > 1.0:
-            raise KeyboardInterrupt
-
-    @property
-    def wanted(self) -> bool:
-        """Whether this process wants to stop."""
-        return self._signalled is not None or (self._deadline is not None and time.monotonic() > self._deadline)
+from cosmos_scale.run.stop_request import StopRequest, encode_reason, name_reason
 
 
 class Loader(Protocol):
@@ -88,16 +53,22 @@ class Lookahead:
         first: int,
         last: int,
         unsaved: Callable[[], bool],
+        enter: Callable[[str], object],
     ) -> None:
-        """first: steps done. last: steps done at the end. say: is told of lost shards. unsaved: asked at each step."""
+        """first: steps done. last: steps done at the end. say: is told of lost shards. unsaved: asked at each step.
+
+        enter: is told what this rank begins to do.
+        """
         self._loader = loader
         self._ranks = ranks
         self._copies = CopyStream(ranks.device)
         self._stop = stop
         self._say = say
         self._unsaved = unsaved
+        self._enter = enter
         self._step, self._last = first, last
         self.failure: UserError | None = None  # why there is no batch any more, the same on all ranks
+        self.stopped_by: str | None = None  # what asked to stop, and at which rank; the same on all ranks
         # Kept to the end, so that loader processes are shut down after the last checkpoint: that may take long.
         self._batches = loader.batches(first)
 
@@ -108,10 +79,14 @@ class Lookahead:
         """End on every rank where any rank has no batch, or more data is lost than the run allows: see `failure`."""
         waited = 0.0
         while self._step < self._last:
+            next_step = f"step {self._step + 1}"
+            self._enter(f"its wait for the batch of {next_step}")
             start = time.perf_counter()
             batch, lost, error = self._fetch()
             waited += time.perf_counter() - start
-            here = [error is not None, self._stop.wanted, bool(lost), self._unsaved()]
+            self._enter(f"its wait for the other ranks before {next_step}")
+            stop_here = encode_reason(self._stop.reason, self._ranks.rank, self._ranks.world_size)
+            here = [error is not None, stop_here, bool(lost), self._unsaved()]
             failed, stop, any_lost, unsaved = maxima(here, self._ranks)
             try:
                 if failed:
@@ -121,11 +96,14 @@ class Lookahead:
                     continue
             except UserError as failure:
                 self.failure = failure
+            if stop:
+                self.stopped_by = name_reason(int(stop), self._ranks.world_size)
             if stop or self.failure is not None:
                 self._last = self._step  # no batch comes any more
                 break
             assert batch is not None
             self._step += 1
+            self._enter(next_step)
             return Fetched(batch, waited, bool(unsaved))
         raise StopIteration
 

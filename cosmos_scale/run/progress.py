@@ -1,10 +1,12 @@
 """What is read of the steps, a step late so that the host never waits for the device: metrics, and a bad loss."""
 
 import math
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median_low
 from types import TracebackType
 from typing import NamedTuple
 
@@ -20,6 +22,9 @@ from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
 from cosmos_scale.run.folder import CHECKPOINTS
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.step import StepOutput
+
+# A rank is slow whose own time is this many times the median, and over it by this part of a step.
+SLOW_TIMES, SLOW_PART = 1.5, 0.1
 
 
 class _Figures(NamedTuple):
@@ -51,6 +56,7 @@ class _Pending:
         self.step = step
         self.measured = measured
         self.substituted = int(output.substituted)  # on the host already
+        self._forward = output.forward
         figures = [
             output.finite,
             output.features_finite,
@@ -72,6 +78,10 @@ class _Pending:
         if self._copied is not None:
             contact.wait_for(self._copied.query)
         return _Figures(*self._copy.tolist())
+
+    def forward_seconds(self) -> float:
+        """Return the time of the student's forward; after `read`."""
+        return self._forward.seconds()
 
 
 class Progress:
@@ -114,6 +124,8 @@ class Progress:
         self._skipped = 0
         self._substituted = 0  # of this rank, since the last record
         self._data_wait = 0.0
+        self._forwards: list[float] = []  # seconds of each step since the last record
+        self._first_step = first_step
         self._marked_step = first_step
         self._marked_time = time.perf_counter()
 
@@ -151,6 +163,7 @@ class Progress:
             return
         figures = pending.read(self._ranks.contact)
         self._substituted += pending.substituted
+        self._forwards.append(pending.forward_seconds())
         if not figures.finite:
             self._not_finite(pending.step, figures)
         if pending.measured is not None:
@@ -185,11 +198,15 @@ class Progress:
         self._marked_time += seconds
 
     def _write(self, step: int, figures: _Figures, measured: _Measured) -> None:
-        numbers = from_all((measured.step_seconds, measured.wait_seconds, self._substituted), self._ranks)
-        self._substituted = 0
+        forward, steps = sum(self._forwards) / len(self._forwards), len(self._forwards)
+        here = (measured.step_seconds, measured.wait_seconds, forward, self._substituted, socket.gethostname())
+        numbers = from_all(here, self._ranks)
+        self._substituted, self._forwards = 0, []
         if self._log is None:
             return
-        step_times, waits, substituted = zip(*numbers, strict=True)
+        step_times, waits, forwards, substituted, hosts = zip(*numbers, strict=True)
+        own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
+        slowest = own.index(max(own))
         self._log.training(
             {
                 "step": step,
@@ -208,10 +225,20 @@ class Progress:
                 "data_wait_min": min(waits),
                 "data_wait_max": max(waits),
                 "data_wait_rank": waits.index(max(waits)),
+                "own_seconds_median": median_low(own),
+                "own_seconds_max": own[slowest],
+                "own_seconds_rank": slowest,
                 "substituted": sum(substituted),
                 "skipped_steps": self._skipped,
             }
         )
+        beyond = own[slowest] - median_low(own)
+        compiled = step - steps > self._first_step  # the first record has the first step's compilation
+        if compiled and own[slowest] > SLOW_TIMES * median_low(own) and beyond > SLOW_PART * max(step_times):
+            self.say(
+                f"slow at step {step}: rank {slowest} on host {hosts[slowest]}, data wait {waits[slowest]:.2f} s and "
+                f"forward {forwards[slowest]:.2f} s a step; median of the ranks {median_low(own):.2f} s for both"
+            )
 
     def _not_finite(self, step: int, figures: _Figures) -> None:
         here = from_all(bool(figures.features_finite), self._ranks)

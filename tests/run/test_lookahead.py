@@ -12,7 +12,8 @@ from torch import distributed as dist
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import lost_contact, start_ranks
 from cosmos_scale.errors import ShardsToGiveUp, UserError
-from cosmos_scale.run.lookahead import Lookahead, StopRequest
+from cosmos_scale.run.lookahead import Lookahead
+from cosmos_scale.run.stop_request import StopRequest
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import tiny_batch
 
@@ -45,7 +46,7 @@ class Batches:
 
 
 def look_ahead(make: Callable[[int, Mapping[str, int]], Batch], stop: StopRequest, first: int = 0) -> Lookahead:
-    return Lookahead(Batches(make), start_ranks("cpu"), stop, print, first=first, last=100, unsaved=bool)
+    return Lookahead(Batches(make), start_ranks("cpu"), stop, print, first=first, last=100, unsaved=bool, enter=str)
 
 
 def test_waits_are_counted_once_where_they_occur(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +72,16 @@ def test_the_last_batch_is_that_of_the_last_step() -> None:
         return tiny_batch(0)
 
     loader = Batches(make)
-    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), print, first=3, last=5, unsaved=bool)
+    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), print, first=3, last=5, unsaved=bool, enter=str)
     assert len(list(ahead)) == 2
     assert loader.closed == 0  # shutting down loader processes takes time, and the last checkpoint comes first
     assert made == [3, 4]
     assert (
-        list(Lookahead(Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5, unsaved=bool))
+        list(
+            Lookahead(
+                Batches(make), start_ranks("cpu"), StopRequest(None), print, first=5, last=5, unsaved=bool, enter=str
+            )
+        )
         == []
     )
     assert made == [3, 4]
@@ -114,7 +119,9 @@ def each_rank_loses_shards(rank: int, world_size: int) -> tuple[list[int], list[
 
     said: list[str] = []
     loader = Batches(make)
-    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), said.append, first=5, last=100, unsaved=bool)
+    ahead = Lookahead(
+        loader, start_ranks("cpu"), StopRequest(None), said.append, first=5, last=100, unsaved=bool, enter=str
+    )
     end = take_until_error(ahead)
     return loader.starts, said, loader.lost, end
 
@@ -155,6 +162,7 @@ def unsaved_on_one_rank(rank: int, world_size: int) -> list[bool]:
         first=0,
         last=3,
         unsaved=lambda: next(asked),
+        enter=str,
     )
     return [fetched.unsaved for fetched in ahead]
 
@@ -167,10 +175,10 @@ def test_two_interrupts_at_once_stop_and_a_later_one_interrupts(monkeypatch: pyt
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with StopRequest(None) as stop:
-        before = stop.wanted
+        before = stop.reason
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
-        assert (before, stop.wanted) == (False, True)
+        assert (before, stop.reason) == (None, signal.SIGINT)
         clock[0] = 2.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

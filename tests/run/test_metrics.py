@@ -26,7 +26,7 @@ from tests.test_files import files_of_at_most
 NUMBERS = [
     *("samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm"),
     *("samples_per_second", "step_seconds_min", "step_seconds_max", "data_wait_min", "data_wait_max", "data_wait_rank"),
-    *("substituted", "skipped_steps"),
+    *("own_seconds_median", "own_seconds_max", "own_seconds_rank", "substituted", "skipped_steps"),
 ]
 QUIET = LogConfig(progress=False)
 

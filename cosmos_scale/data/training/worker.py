@@ -161,7 +161,8 @@ def start_worker(worker: int) -> None:
     # Garbage from before the fork belongs to the training process. Its finalisers, such as those that end an older
     # loader's processes, must not run here. And memory that no garbage collection looks at stays shared.
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_when_parent_says, daemon=True).start()
 

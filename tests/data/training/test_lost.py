@@ -19,7 +19,8 @@ from cosmos_scale.data.training.lost import LostShards, check_shards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import ShardsToGiveUp, UserError
 from cosmos_scale.model.tokenizer import Tokenizer
-from cosmos_scale.run.lookahead import Lookahead, StopRequest
+from cosmos_scale.run.lookahead import Lookahead
+from cosmos_scale.run.stop_request import StopRequest
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.shard_files import open_folder, shards_config, write_shards
 
@@ -220,7 +221,9 @@ def look_ahead(rank: int, world_size: int, folders: list[Path], steps: int) -> d
     """Take batches with the ranks' agreement, each rank reading from its own folder of the same shards."""
     config, said = config_of(folders[rank]), list[str]()
     loader = make(folders[rank], config, rank, world_size)
-    ahead = Lookahead(loader, start_ranks("cpu"), StopRequest(None), said.append, first=0, last=steps, unsaved=bool)
+    ahead = Lookahead(
+        loader, start_ranks("cpu"), StopRequest(None), said.append, first=0, last=steps, unsaved=bool, enter=str
+    )
     taken = [{name: getattr(batch, name).clone() for name in (*SHARES, "sample_ids")} for batch, _, _ in ahead]
     assert len(taken) == steps
     return {"batches": taken, "lost": loader.lost_shards, "said": said}

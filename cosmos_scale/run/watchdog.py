@@ -1,0 +1,175 @@
+"""The watchdog: a run whose loop stands still writes every rank's stacks, names who does not answer, and ends.
+
+A thread of each rank looks whether the main thread goes on from phase to phase. Ranks ask each other over the
+connections of `engine.contact`, since no collective would come to its end. A process that is stopped (SIGSTOP), or
+whose host is gone, cannot speak: the others name it.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from cosmos_scale.engine.contact import Contact
+
+LONGER = 4.0  # times the limit, for what takes longer than a step: the start and first step, evaluations, checkpoints
+WARNED = 0.25  # part of the limit after which the standstill is told
+LOOK = 0.25  # seconds between looks
+ANSWER = 3.0  # seconds in which a rank that lives says what it does
+DISK, TERMINAL = 10.0, 1.0  # seconds for what may never end either: writing the stacks, printing a line
+NAMED = 8  # ranks that a line names of those that do the same
+ASK, DOES, HANGS = "ask", "does", "hangs"
+
+
+class _Phase(NamedTuple):
+    """What the main thread does. number: counts the phases. times: of the limit that it may take."""
+
+    number: int
+    what: str
+    times: float
+
+
+class Watchdog:
+    """Ends the process where the main thread enters no new phase for some seconds; a context, none where they are 0.
+
+    The time that this process itself was stopped does not count, so that it goes on when it is continued.
+    """
+
+    def __init__(self, seconds: float, folder: Path, contact: Contact) -> None:
+        """seconds: the limit. folder: the run's, for the stacks."""
+        self._seconds, self._folder, self._contact = seconds, folder, contact
+        self._usual = LONGER  # until the first step is done: it compiles
+        self._phase = _Phase(0, "the start of the run", LONGER)
+        self._answers: dict[int, str] = {}  # by rank, since the last question
+        self._idle = 0.0  # seconds in this phase
+        self._hangs = False  # as another rank has found
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds > 0:
+            self._contact.listen(self._hear)
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def enter(self, what: str) -> None:
+        """Note what the main thread begins to do."""
+        self._phase = _Phase(self._phase.number + 1, what, self._usual)
+
+    def step_done(self) -> None:
+        """Note that a step is done: from here on no phase compiles."""
+        self._usual = 1.0
+
+    @contextmanager
+    def longer(self, what: str) -> Iterator[None]:
+        """Allow LONGER times the limit for what the block does."""
+        self._phase = _Phase(self._phase.number + 1, what, LONGER)
+        try:
+            yield
+        finally:
+            self.enter(f"what follows {what}")
+
+    def _watch(self) -> None:
+        seen, told, last = self._phase, False, time.monotonic()
+        while not self._ended.wait(LOOK):
+            # A process that was stopped finds a long span here, in which it could not go on.
+            now = time.monotonic()
+            self._idle += min(now - last, 2 * LOOK)
+            last, phase = now, self._phase
+            if phase.number != seen.number:
+                if told and self._contact.rank == 0:
+                    self._print(f"progress again: {phase.what}")
+                seen, told, self._idle = phase, False, 0.0
+            limit = self._seconds * phase.times
+            if self._hangs or self._idle > limit:
+                self._end()
+            if self._idle > WARNED * limit and not told:
+                told = True
+                self._warn(limit)
+
+    def _warn(self, limit: float) -> None:
+        """Say that the run stands still; ranks other than the first one only where rank 0 cannot say it."""
+        silent = self._ask()
+        if self._contact.rank == 0 or silent:
+            after = "the run goes on when it comes back, and ends after"
+            self._print(f"no progress for {self._idle:.0f} s: {self._found(silent)}; {after} {limit:.0f} s")
+
+    def _end(self) -> NoReturn:
+        """End this process and, through rank 0, all others; no group is destroyed, since that could wait for ever."""
+        may_print = self._contact.end()
+        self._contact.send_all(HANGS)
+        _within(DISK, self._write_stacks)
+        silent = self._ask()
+        if may_print and (self._contact.rank == 0 or silent):
+            stacks = self._folder / "hang-rank-*.txt"
+            rule = f"rule: train.watchdog_seconds, {self._seconds:g}"
+            self._print(f"no progress for {self._idle:.0f} s: {self._found(silent)}; stacks: {stacks}; {rule}")
+        if self._contact.rank > 0 and not silent:
+            time.sleep(ANSWER)  # rank 0 speaks first: with the end of this process its main thread may fail
+        for child in multiprocessing.active_children():  # loader processes, stopped ones too
+            child.kill()
+        os._exit(1)
+
+    def _ask(self) -> Mapping[int, str]:
+        """Ask what the other ranks do (rank 0 all, others rank 0); returns the hosts of the silent ones, by rank."""
+        self._answers = {}
+        asked = self._contact.hosts
+        self._contact.send_all(ASK)
+        deadline = time.monotonic() + ANSWER
+        while len(self._answers) < len(asked) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return {rank: host for rank, host in asked.items() if rank not in self._answers}
+
+    def _hear(self, rank: int, line: str) -> None:
+        """In the contact's thread: what another rank's watchdog says."""
+        word, _, rest = line.partition(" ")
+        if word == DOES:
+            self._answers[rank] = rest
+        elif not self._ended.is_set():
+            self._hangs = self._hangs or word == HANGS
+            self._contact.send_all(f"{DOES} {self._phase.what}", to=rank)
+
+    def _found(self, silent: Mapping[int, str]) -> str:
+        """Return who does not answer, and what the others do."""
+        parts = [f"rank {rank} on host {host} does not answer" for rank, host in list(silent.items())[:NAMED]]
+        if len(silent) > NAMED:
+            parts.append(f"nor do {len(silent) - NAMED} others")
+        doing: dict[str, list[int]] = {}
+        for rank, what in sorted({**self._answers, self._contact.rank: self._phase.what}.items()):
+            doing.setdefault(what, []).append(rank)
+        hosts = {**self._contact.hosts, self._contact.rank: socket.gethostname()}
+        for what, ranks in sorted(doing.items(), key=lambda item: len(item[1])):
+            named = [f"rank {rank} on host {hosts[rank]}" for rank in ranks[:NAMED]]
+            more = f" and {len(ranks) - NAMED} others" if len(ranks) > NAMED else ""
+            parts.append(f"{', '.join(named)}{more}: {what}")
+        return "; ".join(parts)
+
+    def _write_stacks(self) -> None:
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"hang-rank-{self._contact.rank}.txt").open("w") as file:
+                when = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
+                where = f"rank {self._contact.rank} on host {socket.gethostname()}, process {os.getpid()}"
+                file.write(f"{when}: {where}: {self._phase.what} for {self._idle:.0f} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+
+    def _print(self, line: str) -> None:
+        _within(TERMINAL, lambda: print(f"cosmos-scale train: {line}", file=sys.stderr, flush=True))
+
+
+def _within(seconds: float, work: Callable[[], object]) -> None:
+    """Do what may never end in a thread, and wait some seconds for it."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)

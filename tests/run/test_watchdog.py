@@ -1,0 +1,106 @@
+"""Ranks and loader processes that stand still: each rank's stacks are written, the rank is named, and all end."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.contact import Contact
+from cosmos_scale.run.watchdog import Watchdog
+from cosmos_scale.testing.runs import Launched, records, start, train_to_end, wait_for_step, write_run
+from tests.run.hanging_train import SLOW
+
+HOST = socket.gethostname()
+ENDS_WITHIN = 40.0  # seconds, of which the limits are 3
+
+
+@pytest.fixture
+def run(tmp_path: Path, scenes: SceneShards) -> Path:
+    """A run that does not come to its end here, with a limit of a few seconds."""
+    train = {"global_batch": 8, "schedule_steps": 4000, "watchdog_seconds": 3}
+    return write_run(tmp_path, scenes, train=train, zero={"stage": 1}, checkpoint={"every": 0})
+
+
+def stacks(run: Path, rank: int) -> str:
+    return (run.parent / "tiny" / f"hang-rank-{rank}.txt").read_text()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_by_the_other(run: Path, stopped: int) -> None:
+    with start(run, ranks=2) as process:
+        wait_for_step(process, run, 3)
+        process.signal(stopped, signal.SIGSTOP)
+        process.wait_until_ended(1 - stopped, ENDS_WITHIN)
+        process.signal(stopped, signal.SIGKILL)
+        finished = process.wait()
+    assert finished.statuses[1 - stopped] == 1
+    warning, end = finished.errors.splitlines()
+    assert f"no progress for 1 s: rank {stopped} on host {HOST} does not answer; rank {1 - stopped} on" in warning
+    assert f"rank {stopped} on host {HOST} does not answer" in end
+    assert "rule: train.watchdog_seconds, 3" in end
+    assert "train.py" in stacks(run, 1 - stopped)
+
+
+def test_an_endless_collective_ends_all_ranks_with_their_stacks(run: Path) -> None:
+    with start(run, ranks=2, program="tests.run.hanging_train") as process:
+        finished = process.wait().require(1)
+    _, end = finished.errors.splitlines()
+    assert f"rank 0 on host {HOST}, rank 1 on host {HOST}: step 3; stacks: " in end
+    assert "in step\n" in stacks(run, 1)
+    assert "hanging_train.py" in stacks(run, 1)
+    assert "step 3 for " in stacks(run, 0)
+
+
+def test_a_loader_process_that_stands_still_ends_the_run(run: Path) -> None:
+    with start(run, "data.workers=1") as process:
+        wait_for_step(process, run, 3)
+        (worker,) = children(process)
+        os.kill(worker, signal.SIGSTOP)
+        finished = process.wait(ENDS_WITHIN).require(1)
+        process.wait_until_gone(10.0)
+    _, end = finished.errors.splitlines()
+    assert f"rank 0 on host {HOST}: its wait for the batch of step " in end
+
+
+def test_a_rank_that_comes_back_changes_nothing(run: Path) -> None:
+    with start(run, "train.watchdog_seconds=8", "train.max_steps=40", ranks=2) as process:
+        wait_for_step(process, run, 3)
+        process.signal(1, signal.SIGSTOP)
+        process.wait_until(lambda: "no progress" in process._read("err"), "the warning")
+        process.signal(1, signal.SIGCONT)
+        finished = process.wait().require(0)
+    assert finished.errors.count("no progress for 2 s") == 1
+    assert "progress again" in finished.errors
+    train_to_end(run, "name=whole", "train.max_steps=40", ranks=2).require(0)
+    losses = [record["loss"] for record in records(run)]
+    assert losses == [record["loss"] for record in records(run, "whole")]
+
+
+def test_a_slow_rank_is_named_by_its_own_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks have the same step time, since all wait for the slow one."""
+    monkeypatch.setenv(SLOW, "0.4")
+    options = ["train.watchdog_seconds=0", "log.every=2", "train.max_steps=4"]
+    finished = train_to_end(run, *options, ranks=2, program="tests.run.hanging_train").require(0)
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("slow at step")]
+    assert line.startswith(f"slow at step 4: rank 1 on host {HOST}, data wait 0.")
+    first, second = records(run)
+    for record in (first, second):
+        assert record["own_seconds_rank"] == 1
+        assert record["own_seconds_max"] >= 0.4
+        assert record["own_seconds_median"] < record["own_seconds_max"]
+
+
+def test_no_limit_watches_nothing(tmp_path: Path) -> None:
+    contact = Contact(0, {})
+    with Watchdog(0.0, tmp_path, contact) as watchdog:
+        watchdog.enter("step 1")
+    assert contact._listener is None
+
+
+def children(process: Launched) -> list[int]:
+    pid = process.processes[0].pid
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
