@@ -89,6 +89,14 @@ def refuse_columns_twice(path: Path, header: Iterable[str], used: Collection[str
         named.setdefault(name, column)
 
 
+def read_header(path: Path, records: Iterator[CsvRecord]) -> list[str]:
+    """Take a CSV file's header from its records; empty lines may stand before it. Raises UserError for a fault in it."""
+    first = next((record for record in records if record.cells or record.fault is not None), None)
+    if first is not None and first.fault is not None:
+        raise UserError(f"{path}: its header cannot be read: {first.fault}")
+    return [] if first is None else first.cells
+
+
 class _TooManyLines(Exception):
     pass
 
@@ -127,8 +135,9 @@ class _Feed:
 
 
 def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
-    """Yield the records of a CSV file's lines in order, the header first; an empty line is a record without cells.
+    """Yield the records of a CSV file's lines in order; an empty line is a record without cells.
 
+    The header is the first record with cells.
     A record of another number of cells than the header has a fault; its lines, however many, are this record's.
     """
     csv.field_size_limit(CELL_LIMIT)
@@ -142,6 +151,8 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
             cells = next(reader)
             if len(feed.taken) > 1 or feed.ended:
                 fault = _unclosed(feed, cells, line, width)
+            elif '"' in feed.taken[0] and not _is_strict(feed.taken):
+                fault = f'stray quote: on line {line:,}; a quote inside a quoted cell is written twice ("")'
         except StopIteration:
             return
         except _TooManyLines:
@@ -160,7 +171,7 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
             fault = "not text: NUL in a cell"
         yield CsvRecord(line, len(feed.taken), cells, fault)
         line += len(feed.taken)
-        width = len(cells) if width is None else width
+        width = width or len(cells) or None
 
 
 def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> str | None:
@@ -169,9 +180,7 @@ def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> st
     csv.reader forgives text behind a closing quote. Such text, where a record spans lines, begins another row's cell:
     the quote before it opened the cell, and did not close the one before.
     """
-    try:
-        list(csv.reader(feed.taken, strict=True))
-    except csv.Error:
+    if not _is_strict(feed.taken):
         return _swallowing(feed, cells, line, "the file ends in its cell" if feed.ended else "another quote follows it")
     if width is None or len(cells) != width:
         return None
@@ -179,6 +188,16 @@ def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> st
     if width > 1 and len(behind) > MOST_ROWS_ALIKE and all(len(_cells(text)) == width for text in behind):
         return _swallowing(feed, cells, line, "its cell is made of rows")
     return None
+
+
+def _is_strict(lines: list[str]) -> bool:
+    """Return whether a comma or the line's end follows each closing quote, and no quote is left open."""
+    try:
+        for _ in csv.reader(lines, strict=True):
+            pass
+    except csv.Error:
+        return False
+    return True
 
 
 def _cells(line: str) -> list[str]:

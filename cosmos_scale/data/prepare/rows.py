@@ -17,6 +17,7 @@ from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.csv_records import (
     CELL_LIMIT,
     read_cell,
+    read_header,
     read_records,
     refuse_columns_twice,
     refuse_utf16,
@@ -125,12 +126,9 @@ def _scan_csv(
     try:
         refuse_utf16(path)
         with open(path, "rb", opener=regular_only) as file:
-            first = next(read_records(_Lines(file)), None)
+            header = read_header(path, read_records(_Lines(file)))
     except OSError as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
-    if first is not None and first.fault is not None:
-        raise UserError(f"{path}: its header cannot be read: {first.fault}")
-    header = first.cells if first is not None else []
     column = join_column(path, header, dataset, join)
     names = [plain_column(name) for name in header]
     kept: list[str | None] = [name if name == column or name in dataset.captions else None for name in names]

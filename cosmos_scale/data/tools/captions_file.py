@@ -5,7 +5,13 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.prepare.csv_records import read_cell, read_records, refuse_columns_twice, refuse_utf16
+from cosmos_scale.data.prepare.csv_records import (
+    read_cell,
+    read_header,
+    read_records,
+    refuse_columns_twice,
+    refuse_utf16,
+)
 from cosmos_scale.data.samples.caption_keys import (
     KNOWN_NAMES,
     OTHER_NAMES,
@@ -120,10 +126,7 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
     # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=regular_only) as file:
         records = read_records(file)
-        first = next(records, None)
-        if first is not None and first.fault is not None:
-            raise UserError(f"{path}: its header cannot be read: {first.fault}")
-        header = first.cells if first is not None else []
+        header = read_header(path, records)
         present = {plain_column(name) for name in header}
         for needed, known, option in (
             ("picture", columns.image_names, "--image-column"),
