@@ -3,15 +3,11 @@
 The record with such a quote has a fault, and the lines behind the quote's line are read as records of their own.
 """
 
-import ast
 import csv
-import io
-import json
-import tokenize
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.errors import UserError
@@ -36,39 +32,6 @@ class CsvRecord(NamedTuple):
     fault: str | None
 
 
-def read_cell(cell: str, *, lists: bool) -> str | list[Any] | None:
-    """Return what a cell of captions says: its text, or (lists) the strings that it lists in json or Python's syntax.
-
-    None for a cell that spells NaN, as pandas may write what it lacks. A list of strings may hold other items too,
-    which its reader refuses; a list without strings is text.
-    """
-    if cell in ("nan", "NaN"):
-        return None
-    if not lists or not (cell.startswith("[") and cell.endswith("]")):
-        return cell
-    for parse in (json.loads, _python_list):
-        try:
-            value = parse(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(value, list) and (not value or any(isinstance(item, str) for item in value)):
-            return value
-    return cell
-
-
-def _python_list(cell: str) -> object:
-    """Read a list in Python's syntax, or one of strings without commas, as pandas writes arrays of numpy.
-
-    Python itself would join strings without commas between them to one.
-    """
-    value = ast.literal_eval(cell)
-    tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
-    strings = [token.string for token in tokens if token.type == tokenize.STRING]
-    if isinstance(value, list) and len(strings) > len(value) and all(isinstance(item, str) for item in value):
-        return [ast.literal_eval(string) for string in strings]
-    return value
-
-
 def refuse_utf16(path: Path) -> None:
     """Raise UserError where a file of captions begins as UTF-16 or UTF-32 does, and OSError where it cannot be read."""
     with open(path, "rb", opener=regular_only) as file:
@@ -90,7 +53,10 @@ def refuse_columns_twice(path: Path, header: Iterable[str], used: Collection[str
 
 
 def read_header(path: Path, records: Iterator[CsvRecord]) -> list[str]:
-    """Take a CSV file's header from its records; empty lines may stand before it. Raises UserError for a fault in it."""
+    """Take a CSV file's header from its records; empty lines may stand before it.
+
+    Raises: UserError where the header has a fault.
+    """
     first = next((record for record in records if record.cells or record.fault is not None), None)
     if first is not None and first.fault is not None:
         raise UserError(f"{path}: its header cannot be read: {first.fault}")
