@@ -22,7 +22,8 @@ class IndexReport(NamedTuple):
 
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: samples whose captions, if
     they have any, stand under no known key. unread: pictures that are not read, since their sample has another.
-    alike: pairs of shards of one size and one beginning, the later one first.
+    alike: pairs of shards of one size and one beginning, the later one first. passed_over: tars of the folder that are
+    no shards of it.
     """
 
     folder: Path
@@ -34,10 +35,15 @@ class IndexReport(NamedTuple):
     unnamed: int
     unread: int = 0
     alike: Sequence[tuple[str, str]] = ()
+    passed_over: Sequence[str] = ()
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
         lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'shard')}; index in {self.folder}"]
+        if self.passed_over:
+            others = counted(len(self.passed_over), "other tar in the folder is", "other tars in the folder are")
+            shown = ", ".join(self.passed_over[:3]) + (", ..." if len(self.passed_over) > 3 else "")
+            lines.append(f"{others} not indexed ({shown}): a folder means its own .tar files; a pattern names others")
         if self.torn:
             torn = counted(self.torn, "shard breaks off", "shards break off")
             lines.append(f"{torn}: samples before the break are kept")
