@@ -41,9 +41,8 @@ class IndexReport(NamedTuple):
         """Return the report as lines for a terminal."""
         lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'shard')}; index in {self.folder}"]
         if self.passed_over:
-            others = counted(len(self.passed_over), "other tar in the folder is", "other tars in the folder are")
-            shown = ", ".join(self.passed_over[:3]) + (", ..." if len(self.passed_over) > 3 else "")
-            lines.append(f"{others} not indexed ({shown}): a folder means its own .tar files; a pattern names others")
+            others = describe_passed_over(self.passed_over)
+            lines.append(f"{others} not indexed: a folder means its own .tar files; a pattern names others")
         if self.torn:
             torn = counted(self.torn, "shard breaks off", "shards break off")
             lines.append(f"{torn}: samples before the break are kept")
@@ -66,6 +65,12 @@ class IndexReport(NamedTuple):
         if self.torn or self.rejected or self.unread:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
+
+
+def describe_passed_over(tars: Sequence[str]) -> str:
+    """Return the beginning of a sentence on tars that a folder does not mean: how many there are, and some names."""
+    shown = ", ".join(tars[:3]) + (", ..." if len(tars) > 3 else "")
+    return f"{counted(len(tars), 'other tar')} in the folder ({shown}) {'is' if len(tars) == 1 else 'are'}"
 
 
 def key_hints(rejected: Counter[str]) -> list[str]:

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cosmos_scale.cli.main import main
 from cosmos_scale.data.prepare.datasets import PIXELPROSE
 from tests.data.prepare.downloads import download, dreamlip_row, pixelprose_row, url, write_dreamlip, write_tar
 from tests.data.prepare.test_prepare import read_all, rejected, run
@@ -91,3 +92,14 @@ def test_half_of_a_surrogate_pair_and_nul_reject_their_rows(tmp_path: Path) -> N
         "captions row cannot be read",
         "image without captions",
     }
+
+
+def test_tars_beside_the_images_that_are_not_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "captions").mkdir()
+    write_dreamlip(tmp_path / "captions" / "cc3m.csv", [dreamlip_row(0)])
+    write_tar(tmp_path / "images", "00000", [download(0)])
+    (tmp_path / "images" / "00003.tar.gz").touch()
+    arguments = ["--captions", str(tmp_path / "captions"), "--images", str(tmp_path / "images")]
+    assert main(["data", "prepare", "dreamlip", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    said = f"{tmp_path / 'images'}: 1 other tar in the folder (00003.tar.gz) is not read: its own .tar files are"
+    assert said in capsys.readouterr().out

@@ -38,7 +38,7 @@ def test_tars_that_a_folder_does_not_mean_are_counted_and_named(tmp_path: Path) 
     assert (report.samples, report.shards) == (2, 1)
     assert report.passed_over == ["1.TAR", "sub/2.tar", "sub/3.tar.gz"]
     said = (
-        "3 other tars in the folder are not indexed (1.TAR, sub/2.tar, sub/3.tar.gz): a folder means its own .tar files"
+        "3 other tars in the folder (1.TAR, sub/2.tar, sub/3.tar.gz) are not indexed: a folder means its own .tar files"
     )
     assert said in report.describe()
     (folder / "00000.tar").unlink()
