@@ -85,7 +85,10 @@ def _add(parser: argparse.ArgumentParser, *, what: str, joins: tuple[str, ...], 
 
 def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE
+    from cosmos_scale.data.prepare.images import list_images
     from cosmos_scale.data.prepare.prepare import prepare_dataset
+    from cosmos_scale.data.shards.index_report import describe_passed_over
+    from cosmos_scale.data.shards.patterns import passed_over
 
     report = prepare_dataset(
         {"dreamlip": DREAMLIP, "pixelprose": PIXELPROSE}[arguments.dataset],
@@ -98,4 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
         progress=not arguments.quiet,
     )
     print(report.describe())
+    for folder in arguments.images:
+        if others := passed_over(str(folder), {shard.path.name for shard in list_images([folder])}):
+            print(f"{folder}: {describe_passed_over(others)} not read: its own .tar files are")
     return 0

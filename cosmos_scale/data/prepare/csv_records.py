@@ -3,15 +3,11 @@
 The record with such a quote has a fault, and the lines behind the quote's line are read as records of their own.
 """
 
-import ast
 import csv
-import io
-import json
-import tokenize
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.errors import UserError
@@ -36,39 +32,6 @@ class CsvRecord(NamedTuple):
     fault: str | None
 
 
-def read_cell(cell: str, *, lists: bool) -> str | list[Any] | None:
-    """Return what a cell of captions says: its text, or (lists) the strings that it lists in json or Python's syntax.
-
-    None for a cell that spells NaN, as pandas may write what it lacks. A list of strings may hold other items too,
-    which its reader refuses; a list without strings is text.
-    """
-    if cell in ("nan", "NaN"):
-        return None
-    if not lists or not (cell.startswith("[") and cell.endswith("]")):
-        return cell
-    for parse in (json.loads, _python_list):
-        try:
-            value = parse(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(value, list) and (not value or any(isinstance(item, str) for item in value)):
-            return value
-    return cell
-
-
-def _python_list(cell: str) -> object:
-    """Read a list in Python's syntax, or one of strings without commas, as pandas writes arrays of numpy.
-
-    Python itself would join strings without commas between them to one.
-    """
-    value = ast.literal_eval(cell)
-    tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
-    strings = [token.string for token in tokens if token.type == tokenize.STRING]
-    if isinstance(value, list) and len(strings) > len(value) and all(isinstance(item, str) for item in value):
-        return [ast.literal_eval(string) for string in strings]
-    return value
-
-
 def refuse_utf16(path: Path) -> None:
     """Raise UserError where a file of captions begins as UTF-16 or UTF-32 does, and OSError where it cannot be read."""
     with open(path, "rb", opener=regular_only) as file:
@@ -87,6 +50,17 @@ def refuse_columns_twice(path: Path, header: Iterable[str], used: Collection[str
                 f"{path}: two columns are called {name} ({named[name]}, {column}); rename one or leave one out"
             )
         named.setdefault(name, column)
+
+
+def read_header(path: Path, records: Iterator[CsvRecord]) -> list[str]:
+    """Take a CSV file's header from its records; empty lines may stand before it.
+
+    Raises: UserError where the header has a fault.
+    """
+    first = next((record for record in records if record.cells or record.fault is not None), None)
+    if first is not None and first.fault is not None:
+        raise UserError(f"{path}: its header cannot be read: {first.fault}")
+    return [] if first is None else first.cells
 
 
 class _TooManyLines(Exception):
@@ -127,8 +101,9 @@ class _Feed:
 
 
 def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
-    """Yield the records of a CSV file's lines in order, the header first; an empty line is a record without cells.
+    """Yield the records of a CSV file's lines in order; an empty line is a record without cells.
 
+    The header is the first record with cells.
     A record of another number of cells than the header has a fault; its lines, however many, are this record's.
     """
     csv.field_size_limit(CELL_LIMIT)
@@ -142,6 +117,8 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
             cells = next(reader)
             if len(feed.taken) > 1 or feed.ended:
                 fault = _unclosed(feed, cells, line, width)
+            elif '"' in feed.taken[0] and not _is_strict(feed.taken):
+                fault = f'stray quote: on line {line:,}; a quote inside a quoted cell is written twice ("")'
         except StopIteration:
             return
         except _TooManyLines:
@@ -160,7 +137,7 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
             fault = "not text: NUL in a cell"
         yield CsvRecord(line, len(feed.taken), cells, fault)
         line += len(feed.taken)
-        width = len(cells) if width is None else width
+        width = width or len(cells) or None
 
 
 def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> str | None:
@@ -169,9 +146,7 @@ def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> st
     csv.reader forgives text behind a closing quote. Such text, where a record spans lines, begins another row's cell:
     the quote before it opened the cell, and did not close the one before.
     """
-    try:
-        list(csv.reader(feed.taken, strict=True))
-    except csv.Error:
+    if not _is_strict(feed.taken):
         return _swallowing(feed, cells, line, "the file ends in its cell" if feed.ended else "another quote follows it")
     if width is None or len(cells) != width:
         return None
@@ -179,6 +154,16 @@ def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> st
     if width > 1 and len(behind) > MOST_ROWS_ALIKE and all(len(_cells(text)) == width for text in behind):
         return _swallowing(feed, cells, line, "its cell is made of rows")
     return None
+
+
+def _is_strict(lines: list[str]) -> bool:
+    """Return whether a comma or the line's end follows each closing quote, and no quote is left open."""
+    try:
+        for _ in csv.reader(lines, strict=True):
+            pass
+    except csv.Error:
+        return False
+    return True
 
 
 def _cells(line: str) -> list[str]:

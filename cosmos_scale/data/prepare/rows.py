@@ -8,21 +8,22 @@ import csv
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from cosmos_scale.data.prepare import parquet
+from cosmos_scale.data.prepare.cells import read_cell
 from cosmos_scale.data.prepare.csv_records import (
     CELL_LIMIT,
-    read_cell,
+    read_header,
     read_records,
     refuse_columns_twice,
     refuse_utf16,
 )
 from cosmos_scale.data.prepare.datasets import Dataset, Join
-from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS, plain_column
+from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
@@ -41,14 +42,10 @@ class RowFile(NamedTuple):
     def cells(self, data: bytes, joins: Container[str] = ()) -> dict[str, Any]:
         """Return a row's cells by plain column name. joins: columns of the join value, whose cells stay text."""
         if self.kind == "csv":
-            cells = zip(self.columns, next(csv.reader([data.decode()])), strict=True)
-            return {
-                name: cell if name in joins else read_cell(cell, lists=name not in WHOLE_KEYS)
-                for name, cell in cells
-                if name is not None
-            }
-        values = json.loads(data)
-        return {name: value for name, value in zip(self.columns, values, strict=True) if name is not None}
+            cells: Iterable[tuple[str | None, Any]] = zip(self.columns, next(csv.reader([data.decode()])), strict=True)
+        else:
+            cells = zip(self.columns, json.loads(data), strict=True)
+        return {name: cell if name in joins else read_cell(name, cell) for name, cell in cells if name is not None}
 
 
 class PlacedRow(NamedTuple):
@@ -125,12 +122,9 @@ def _scan_csv(
     try:
         refuse_utf16(path)
         with open(path, "rb", opener=regular_only) as file:
-            first = next(read_records(_Lines(file)), None)
+            header = read_header(path, read_records(_Lines(file)))
     except OSError as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
-    if first is not None and first.fault is not None:
-        raise UserError(f"{path}: its header cannot be read: {first.fault}")
-    header = first.cells if first is not None else []
     column = join_column(path, header, dataset, join)
     names = [plain_column(name) for name in header]
     kept: list[str | None] = [name if name == column or name in dataset.captions else None for name in names]

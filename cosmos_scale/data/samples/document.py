@@ -6,9 +6,13 @@ have one; cleaning captions for the tokenizer puts U+FFFD in its place, as in th
 """
 
 import json
+import re
 from typing import Any
 
 from cosmos_scale.data.samples.sample import DamagedSample
+
+# NUL as json spells it, and not a backslash, itself escaped, before the letters u0000.
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def parse_json(data: bytes) -> Any:
@@ -21,8 +25,10 @@ def parse_json(data: bytes) -> Any:
 
 
 def encode_document(document: Any) -> bytes:
-    """Return a document as UTF-8 json; raises DamagedSample where a text holds half of a surrogate pair."""
+    """Return a document as UTF-8 json; raises DamagedSample where a text holds NUL or half of a surrogate pair."""
     text = json.dumps(document, ensure_ascii=False)
+    if _NUL.search(text):
+        raise DamagedSample("not text: NUL in it")
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -32,7 +32,7 @@ from cosmos_scale.data.shards.index_report import (
     merge_rejected,
 )
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
-from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern
+from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern, passed_over
 from cosmos_scale.data.shards.reader import MARKED, Folders, Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.data.shards.store import Transient, is_remote, join_url, redact
@@ -40,6 +40,7 @@ from cosmos_scale.data.shards.summary import (
     SUMMARY,
     ShardRow,
     Summary,
+    alike_shards,
     read_index_summary,
     summary_before,
     write_index_summary,
@@ -81,7 +82,9 @@ def index_shards(
     if not finishing:
         refuse_unfinished(_local_folders(shards, names))
     if not names:
-        raise UserError(f"{shards.shown if is_remote(pattern) else whole_path(pattern)}: no .tar shards match")
+        where = shards.shown if is_remote(pattern) else whole_path(pattern)
+        others_there = passed_over(pattern, names)
+        raise UserError(f"{where}: no .tar shards match{f'; it holds {others_there[0]}' if others_there else ''}")
     folder = Path(str(shards.folder)) if out is None else out
     if out is None and folder.resolve() == Path.cwd() and any(os.path.dirname(name) for name in names):
         raise UserError(f"--out: must name a folder for the index: {shards.shown} means shards in several folders")
@@ -125,14 +128,8 @@ def index_shards(
     write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()
-    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, _alike(rows, marks))
-
-
-def _alike(rows: Iterable[ShardRow], marks: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Pair each shard with an earlier one of its size and mark: links and copies, whose samples count twice."""
-    first: dict[tuple[int, str], str] = {}
-    names = [(row.name, first.setdefault((row.size, marks[row.name]), row.name)) for row in rows if row.samples]
-    return [(name, like) for name, like in names if name != like]
+    alike, others_there = alike_shards(rows, marks), passed_over(pattern, names)
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, alike, others_there)
 
 
 class SourceShards(NamedTuple):

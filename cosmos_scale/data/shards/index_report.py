@@ -22,7 +22,8 @@ class IndexReport(NamedTuple):
 
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: samples whose captions, if
     they have any, stand under no known key. unread: pictures that are not read, since their sample has another.
-    alike: pairs of shards of one size and one beginning, the later one first.
+    alike: pairs of shards of one size and one beginning, the later one first. passed_over: tars of the folder that are
+    no shards of it.
     """
 
     folder: Path
@@ -34,10 +35,14 @@ class IndexReport(NamedTuple):
     unnamed: int
     unread: int = 0
     alike: Sequence[tuple[str, str]] = ()
+    passed_over: Sequence[str] = ()
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
         lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'shard')}; index in {self.folder}"]
+        if self.passed_over:
+            others = describe_passed_over(self.passed_over)
+            lines.append(f"{others} not indexed: a folder means its own .tar files; a pattern names others")
         if self.torn:
             torn = counted(self.torn, "shard breaks off", "shards break off")
             lines.append(f"{torn}: samples before the break are kept")
@@ -60,6 +65,12 @@ class IndexReport(NamedTuple):
         if self.torn or self.rejected or self.unread:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
+
+
+def describe_passed_over(tars: Sequence[str]) -> str:
+    """Return the beginning of a sentence on tars that a folder does not mean: how many there are, and some names."""
+    shown = ", ".join(tars[:3]) + (", ..." if len(tars) > 3 else "")
+    return f"{counted(len(tars), 'other tar')} in the folder ({shown}) {'is' if len(tars) == 1 else 'are'}"
 
 
 def key_hints(rejected: Counter[str]) -> list[str]:

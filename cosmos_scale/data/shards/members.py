@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,12 +39,14 @@ class TarMember(NamedTuple):
     """A member of a shard's tar. offset, size: of its data, in bytes.
 
     extension: all from the first dot on, without this dot; what follows the last dot is in lower case.
+    foreign: what the member is if it is no plain file, such as a link; then it has no data.
     """
 
     key: str
     extension: str
     offset: int
     size: int
+    foreign: str | None = None
 
     @property
     def by_last_dot(self) -> "TarMember":
@@ -58,8 +61,15 @@ class TarMember(NamedTuple):
 
 
 def first_of(members: list[TarMember], extensions: tuple[str, ...]) -> TarMember | None:
-    """The first member with one of some extensions, which are in order of preference."""
-    return next((member for extension in extensions for member in members if member.extension == extension), None)
+    """The first member with one of some extensions, which are in order of preference; plain files come first."""
+    ordered = [member for extension in extensions for member in members if member.extension == extension]
+    return next((member for member in ordered if member.foreign is None), ordered[0] if ordered else None)
+
+
+def foreign_fault(members: Iterable[TarMember | None]) -> str | None:
+    """Return which of some members is no plain file; webdataset's reader passes such members over, and so do we."""
+    foreign = next((member for member in members if member is not None and member.foreign is not None), None)
+    return None if foreign is None else f"not a file: its .{foreign.extension} is {foreign.foreign}"
 
 
 def picture_fault(file: BinaryIO, member: TarMember) -> str | None:

@@ -12,7 +12,8 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -58,6 +59,28 @@ class ShardPattern(ABC):
     @abstractmethod
     def show(self, name: str) -> str:
         """Return a shard's path or URL for messages, without secrets."""
+
+
+def passed_over(pattern: str, names: Container[str]) -> list[str]:
+    """List the tars that a folder's user may have meant, too: with an ending in capitals, and those one folder deeper.
+
+    names: the shards of the folder. Nothing for patterns that are no folder of this machine.
+    """
+    if not os.path.isdir(pattern):
+        return []
+    found: list[str] = []
+    with suppress(OSError), os.scandir(pattern) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if _is_tar(entry.name) and entry.name not in names and not entry.is_dir():
+                found.append(entry.name)
+            elif entry.is_dir():
+                with suppress(OSError):  # a folder that may not be listed is not the user's
+                    found += [f"{entry.name}/{name}" for name in sorted(os.listdir(entry.path)) if _is_tar(name)]
+    return found
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith((".tar", *COMPRESSED_ENDINGS)) and not name.startswith(".")
 
 
 def parse_pattern(pattern: str) -> ShardPattern:

@@ -2,8 +2,9 @@
 
 Members belong together by webdataset's rule: the same path up to the first dot of the file name, one after the other.
 A sample is one picture (.jpg, .png, .jpeg, .webp) and one text (.json, or .txt, which becomes {"caption": text}). Of
-several pictures the first in this order is read, as the published loader does; the others are named. Members of other
-extensions (`.mask.png` is one: the extension starts at the first dot) are left alone.
+several pictures the first in this order is read, as the published loader does; the others are named. Members of
+other extensions (`.mask.png` is one: the extension starts at the first dot) are left alone. Links and sparse files are
+no files here, as in webdataset: a sample that needs one is rejected.
 Where an extension comes a second time under one key, a second sample begins, which is rejected: keys name samples.
 Two cases go beyond webdataset's rule, and take samples that the rule rejects. Where no extension from the first dot on
 is one of the above, the key ends at the last dot (`www.a.org_1.jpg`). And members of one key that lie apart, such as
@@ -31,6 +32,7 @@ from cosmos_scale.data.shards.members import (
     TarMember,
     find_text,
     first_of,
+    foreign_fault,
     picture_fault,
 )
 from cosmos_scale.data.shards.reader import (
@@ -168,7 +170,9 @@ class _Samples:
         if alone and (image is None or text is None):
             found = "no picture (.jpg, .jpeg, .png, .webp)" if image is None else "no text (.json, .txt)"
         elif image and text:
-            found = picture_fault(self._file, image) or find_text(self._file, members, image, self._rules, alone)
+            found = foreign_fault((image, text)) or picture_fault(self._file, image)
+            plain = [member for member in members if member.foreign is None]
+            found = found or find_text(self._file, plain, image, self._rules, alone)
             if isinstance(found, FoundText):
                 self.entries.append(Entry(key, image.offset, image.size, *found.fields))
                 self.unnamed += not found.is_named
@@ -222,17 +226,19 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[T
     """Yield the whole members of an archive; say in `torn` where it breaks off."""
     try:
         for info in archive:
-            if not info.isfile() or info.issparse():
+            foreign = _foreign(info)
+            if info.isdir() or (info.islnk() and info.linkname == info.name):  # tar names a file twice by such a link
                 continue
             # tarfile turns bytes that are not UTF-8 into lone surrogates. They are spelled out (\xe9) to be printed.
             name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            if info.offset_data + info.size > size:
+            if foreign is None and info.offset_data + info.size > size:
                 torn.append(f"truncated: member {name} should end at byte {info.offset_data + info.size}, not {size}")
                 return
             match = _KEY.fullmatch(name)
             if match:
                 more, dot, extension = match[2].rpartition(".")
-                yield TarMember(match[1], more + dot + extension.lower(), info.offset_data, info.size)
+                length = info.size if foreign is None else 0
+                yield TarMember(match[1], more + dot + extension.lower(), info.offset_data, length, foreign)
     except (tarfile.TarError, ValueError):
         pass  # the end marker is missing too: torn_end reports the place
     end = torn_end(archive)
@@ -243,6 +249,15 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[T
         torn.append(f"unread end: more data {where}, which no reader reaches")
     elif end is not None:
         torn.append(f"damaged: no tar header at byte {end.byte}; the rest cannot be reached")
+
+
+def _foreign(info: tarfile.TarInfo) -> str | None:
+    """Say what a member is that is no plain file, whose data lie in one piece."""
+    if info.islnk() or info.issym():
+        return f"a link to {info.linkname.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')}"
+    if info.issparse():
+        return "a sparse file, whose data do not lie in one piece"
+    return None if info.isfile() else "a device or pipe"
 
 
 class TornEnd(NamedTuple):

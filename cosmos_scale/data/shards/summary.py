@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +72,13 @@ def write_index_summary(path: Path, summary: Summary) -> None:
     marks = ",\n".join(f"{json.dumps(name)}: {json.dumps(mark)}" for name, mark in sorted(summary.marks.items()))
     start = f'{{"format": {json.dumps(FORMAT)}, "shards"'
     replace_file(path, f'{start}: [\n{lines}\n], "marks": {{\n{marks}\n}}}}\n'.encode())
+
+
+def alike_shards(rows: Iterable[ShardRow], marks: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Pair each shard with an earlier one of its size and mark: links and copies, whose samples count twice."""
+    first: dict[tuple[int, str], str] = {}
+    names = [(row.name, first.setdefault((row.size, marks[row.name]), row.name)) for row in rows if row.samples]
+    return [(name, like) for name, like in names if name != like]
 
 
 def summary_before(folder: Path) -> Summary:

@@ -5,11 +5,16 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cosmos_scale.data.prepare.csv_records import read_cell, read_records, refuse_columns_twice, refuse_utf16
+from cosmos_scale.data.prepare.cells import read_cell
+from cosmos_scale.data.prepare.csv_records import (
+    read_header,
+    read_records,
+    refuse_columns_twice,
+    refuse_utf16,
+)
 from cosmos_scale.data.samples.caption_keys import (
     KNOWN_NAMES,
     OTHER_NAMES,
-    WHOLE_KEYS,
     has_text,
     is_missing,
     plain_column,
@@ -100,6 +105,8 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
             try:
                 values = parse_json(line)
             except (ValueError, RecursionError) as error:
+                if number == 1 and b"\r" in line.rstrip():
+                    raise UserError(f"{path}: its lines end in CR; rule: lines end in LF, or CR and LF") from error
                 if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
                     raise _one_array(path) from error
                 yield CaptionRow(number, None, {}, f"not json: {error}")
@@ -120,10 +127,7 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
     # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=regular_only) as file:
         records = read_records(file)
-        first = next(records, None)
-        if first is not None and first.fault is not None:
-            raise UserError(f"{path}: its header cannot be read: {first.fault}")
-        header = first.cells if first is not None else []
+        header = read_header(path, records)
         present = {plain_column(name) for name in header}
         for needed, known, option in (
             ("picture", columns.image_names, "--image-column"),
@@ -141,14 +145,11 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                 values = dict(zip(map(plain_column, header), cells, strict=False))
                 yield CaptionRow(number, _named(values, columns), {}, fault)
             elif cells:
-                named = zip(map(plain_column, header), cells, strict=True)
-                yield _row(
-                    number, {name: read_cell(cell, lists=name not in WHOLE_KEYS) for name, cell in named}, columns
-                )
+                yield _row(number, dict(zip(map(plain_column, header), cells, strict=True)), columns)
 
 
 def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
-    plain = {plain_column(name): value for name, value in values.items()}
+    plain = {(column := plain_column(name)): read_cell(column, value) for name, value in values.items()}
     shown = ", ".join(values) or "nothing"
     image = _named(plain, columns)
     if image is None:

@@ -3,11 +3,12 @@
 import csv
 import io
 import random
+from pathlib import Path
 
 import pytest
 
 from cosmos_scale.data.prepare import csv_records
-from cosmos_scale.data.prepare.csv_records import CsvRecord, read_records
+from cosmos_scale.data.prepare.csv_records import CsvRecord, read_header, read_records
 
 
 def read(text: str) -> list[CsvRecord]:
@@ -45,6 +46,38 @@ def test_an_open_quote_loses_its_row_only(rest: list[str], sign: str) -> None:
     assert [record.line for record in records] == list(range(1, len(rest) + 4))
     assert [bool(record.fault) for record in records] == [False, False, True] + [False] * len(rest)
     assert str(records[2].fault).startswith(f"unclosed quote: opened on line 3, {sign}")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '0.jpg,"a sign saying "stop" here"',
+        '0.jpg,"a 12" ruler"',
+        r'0.jpg,"say \\"hi\\" now"',
+        '0.jpg,"a sign, "stop", here"',
+        '"0.jpg" ,a cat',
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_a_quote_that_is_not_doubled_costs_its_row(row: str, end: str) -> None:
+    records = read(f"image,caption\n1.jpg,sound\n{row}{end}")
+    assert [bool(record.fault) for record in records] == [False, False, True]
+    assert records[2].fault == 'stray quote: on line 3; a quote inside a quoted cell is written twice ("")'
+
+
+def test_quotes_outside_quoted_cells_are_text() -> None:
+    records = read('image,caption\n0.jpg,a 12" ruler\n1.jpg,a "stop" sign\n2.jpg,"a ""stop"" sign"\n')
+    assert [record.fault for record in records] == [None] * 4
+    assert [record.cells[1] for record in records[1:]] == ['a 12" ruler', 'a "stop" sign', 'a "stop" sign']
+
+
+def test_empty_lines_before_the_header_are_stepped_over() -> None:
+    records = read("\n\r\nimage,caption\n0.jpg,sound\n1.jpg\n")
+    assert read_header(Path("c.csv"), iter(records)) == ["image", "caption"]
+    assert [record.line for record in records] == [1, 2, 3, 4, 5]
+    assert records[3] == CsvRecord(4, 1, ["0.jpg", "sound"], None)
+    assert records[4].fault == "wrong number of cells: 1, the header has 2"
+    assert read_header(Path("c.csv"), iter(read("\n\n"))) == []
 
 
 def test_a_row_of_a_wrong_number_of_cells_names_its_lines() -> None:

@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cosmos_scale.cli.main import main
 from cosmos_scale.data.prepare.datasets import PIXELPROSE
 from tests.data.prepare.downloads import download, dreamlip_row, pixelprose_row, url, write_dreamlip, write_tar
 from tests.data.prepare.test_prepare import read_all, rejected, run
@@ -34,13 +35,30 @@ def not_utf8(texts: list[bytes]) -> pyarrow.Array:
         (pyarrow.array([b"One cat.", b"Caf\xe9."]), [["One cat"], None], "not UTF-8: byte 0xe9 in vlm_caption"),
         (not_utf8([b"One cat.", b"Caf\xe9."]), [["One cat"], None], "not UTF-8: byte 0xe9 in vlm_caption"),
         (pyarrow.array([[b"One"], [b"Two", b"3"]]), [["One"], ["Two", "3"]], None),
+        # As in a cell of CSV.
+        (pyarrow.array(['["One.", "Two."]', "['One.' 'Two.']"]), [["One.", "Two."], ["One.", "Two."]], None),
+        (
+            pyarrow.array(["nan", "One cat."]),
+            [None, ["One cat"]],
+            "no caption: every captions cell of its row is empty",
+        ),
+        (pyarrow.array(["a\0b", "One cat."]), [None, ["One cat"]], "not text: NUL in it"),
         (
             pyarrow.array([None, datetime.date(2020, 1, 2)]),
             [None, None],
             "wrong type: vlm_caption is neither a text nor a list of texts",
         ),
     ],
-    ids=["bytes", "bytes that are no text", "text that is none", "lists of bytes", "dates"],
+    ids=[
+        "bytes",
+        "bytes that are no text",
+        "text that is none",
+        "lists of bytes",
+        "lists as text",
+        "nan",
+        "NUL",
+        "dates",
+    ],
 )
 def test_a_parquet_files_captions(
     tmp_path: Path, captions: Any, expected: list[list[str] | None], reason: str | None
@@ -57,7 +75,8 @@ def test_a_parquet_files_captions(
     lines = (tmp_path / "out" / "rejected.jsonl").read_text()
     assert (reason is None) == (not lines)
     if reason is not None:
-        assert f"captions row cannot be read: {reason}" in lines
+        where = "" if reason.startswith("no caption") else "captions row cannot be read: "
+        assert f"{where}{reason}" in lines
 
 
 def test_half_of_a_surrogate_pair_and_nul_reject_their_rows(tmp_path: Path) -> None:
@@ -73,3 +92,14 @@ def test_half_of_a_surrogate_pair_and_nul_reject_their_rows(tmp_path: Path) -> N
         "captions row cannot be read",
         "image without captions",
     }
+
+
+def test_tars_beside_the_images_that_are_not_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "captions").mkdir()
+    write_dreamlip(tmp_path / "captions" / "cc3m.csv", [dreamlip_row(0)])
+    write_tar(tmp_path / "images", "00000", [download(0)])
+    (tmp_path / "images" / "00003.tar.gz").touch()
+    arguments = ["--captions", str(tmp_path / "captions"), "--images", str(tmp_path / "images")]
+    assert main(["data", "prepare", "dreamlip", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    said = f"{tmp_path / 'images'}: 1 other tar in the folder (00003.tar.gz) is not read: its own .tar files are"
+    assert said in capsys.readouterr().out

@@ -29,6 +29,18 @@ def test_what_would_be_lost_is_refused(data: bytes, reason: str) -> None:
         parse_json(data)
 
 
+@pytest.mark.parametrize("text", ["\0", "a\0b", "\\\0", "a\\\\\0"])
+def test_a_document_with_nul_is_not_written(text: str) -> None:
+    for document in ({"caption": text}, {"longIB_captions": ["a", text]}, {text: "a"}, [text]):
+        with pytest.raises(DamagedSample, match=r"^not text: NUL"):
+            encode_document(document)
+
+
+@pytest.mark.parametrize("text", [r"\u0000", r"\\u0000", "\\", "u0000"])
+def test_letters_that_spell_nul_are_text(text: str) -> None:
+    assert json.loads(encode_document({"caption": text})) == {"caption": text}
+
+
 def test_a_document_with_half_of_a_pair_is_not_written() -> None:
     assert encode_document({"caption": "caf\u00e9"}) == '{"caption": "caf\u00e9"}'.encode()
     whole = parse_json(rb'{"caption": "\ud83d\ude00"}')  # both halves, in two escapes

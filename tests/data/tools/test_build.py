@@ -384,9 +384,9 @@ def test_captions_that_are_not_read_are_counted_and_two_for_one_key_are_refused(
     assert "1 row has text under title, which is not read (--caption-column title reads it alone)" in report.describe()
 
 
-def test_half_of_a_surrogate_pair_rejects_its_row_and_a_whole_pair_is_kept(images: Path) -> None:
-    texts = ("a \ud83d", "a \U0001f600", ["a", "\ude00"], "sound")
-    report = build(images, [{"image": f"{number}.jpg", "caption": text} for number, text in enumerate(texts)])
+def test_half_of_a_surrogate_pair_and_nul_reject_their_rows_and_a_whole_pair_is_kept(images: Path) -> None:
+    texts = ("a \ud83d", "a \U0001f600", ["a", "\ude00"], "sound", "a\0b")
+    report = build(images, [{"image": f"{number % 4}.jpg", "caption": text} for number, text in enumerate(texts)])
     assert [document["caption"] for _, document in read_all(report.folder).values()] == ["a \U0001f600", "sound"]
-    assert dict(report.rejected) == {"not text": 2}
-    assert rejected(report.folder) == {1: "not text", 3: "not text"}
+    assert dict(report.rejected) == {"not text": 3}
+    assert rejected(report.folder) == {1: "not text", 3: "not text", 5: "not text"}

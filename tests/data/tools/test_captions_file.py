@@ -1,5 +1,6 @@
 """What a captions file says twice, or what no text is, is not dropped or changed without a word."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,47 @@ def test_a_cell_that_spells_a_list_keeps_its_sentences_apart(tmp_path: Path, cel
         assert row.fault == "wrong type: caption is neither a string nor a list of strings"
     else:
         assert (row.fault, row.document) == (None, {"caption": expected})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('["One.", "Two."]', ["One.", "Two."]),
+        ("['One.' 'Two.']", ["One.", "Two."]),
+        ("[2019]", "[2019]"),
+        ("nan", None),
+        ("NaN", None),
+        ("Nan bread", "Nan bread"),
+    ],
+)
+@pytest.mark.parametrize("column", ["caption", "original_caption"])
+def test_a_text_says_the_same_in_json_lines_as_in_csv(tmp_path: Path, column: str, text: str, expected: Any) -> None:
+    if column == "original_caption" and expected is not None:
+        expected = text  # an alternative text of the web is never a list
+    lines, table = tmp_path / "captions.jsonl", tmp_path / "captions.csv"
+    lines.write_text(json.dumps({"image": "a.jpg", column.upper(): text}) + "\n")
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["image", column.upper()], ["a.jpg", text]])
+    for path in (lines, table):
+        (row,) = read_rows(path, DEFAULT_COLUMNS)
+        assert row.document == ({} if expected is None else {column: expected})
+        assert row.fault == (None if expected is not None else f"no caption: empty is {column}")
+
+
+def test_json_lines_that_end_in_cr_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "captions.jsonl"
+    rows = [json.dumps({"image": f"{number}.jpg", "caption": "a"}) for number in range(3)]
+    path.write_bytes("\r\n".join(rows).encode())
+    assert [row.fault for row in read_rows(path, DEFAULT_COLUMNS)] == [None] * 3
+    path.write_bytes("\r".join(rows).encode())
+    with pytest.raises(UserError, match=r"captions.jsonl: its lines end in CR; rule: lines end in LF, or CR and LF"):
+        list(read_rows(path, DEFAULT_COLUMNS))
+
+
+def test_empty_lines_before_the_header_are_stepped_over(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_bytes(b"\r\n\nimage,caption\na.jpg,one\n")
+    assert [(row.number, row.document) for row in read_rows(path, DEFAULT_COLUMNS)] == [(1, {"caption": "one"})]
 
 
 @pytest.mark.parametrize("indent", [None, 1])

@@ -1,0 +1,43 @@
+"""What a cell of a captions file says: one rule for CSV, JSON lines and parquet."""
+
+import ast
+import io
+import json
+import tokenize
+from typing import Any
+
+from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS
+
+
+def read_cell(column: str, value: Any) -> Any:
+    """Return what a cell says: None for a text that spells NaN, as pandas may write what it lacks.
+
+    A text may spell a list of strings in json or Python's syntax, but for columns of WHOLE_KEYS: then the list. It may
+    hold other items too, which its reader refuses; a list without strings is text. Values that are no text stay.
+    column: its plain name.
+    """
+    if value in ("nan", "NaN"):
+        return None
+    if column in WHOLE_KEYS or not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
+        return value
+    for parse in (json.loads, _python_list):
+        try:
+            listed = parse(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(listed, list) and (not listed or any(isinstance(item, str) for item in listed)):
+            return listed
+    return value
+
+
+def _python_list(cell: str) -> object:
+    """Read a list in Python's syntax, or one of strings without commas, as pandas writes arrays of numpy.
+
+    Python itself would join strings without commas between them to one.
+    """
+    value = ast.literal_eval(cell)
+    tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
+    strings = [token.string for token in tokens if token.type == tokenize.STRING]
+    if isinstance(value, list) and len(strings) > len(value) and all(isinstance(item, str) for item in value):
+        return [ast.literal_eval(string) for string in strings]
+    return value
