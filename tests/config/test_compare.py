@@ -52,6 +52,7 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "train.micro_batches",
     "train.recompute",
     "train.teacher_graph",
+    "train.watchdog_seconds",
     "train.max_steps",
     "train.max_minutes",
     "zero.stage",
