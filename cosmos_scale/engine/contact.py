@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.exit_status import FAILED
 
 SECONDS_TO_END = 15.0  # from the loss of a rank until this process ends, if it has not ended by itself
 SECONDS_A_LINE = 5.0  # in which the rest of a line comes
@@ -133,7 +134,7 @@ class Contact:
         teller = threading.Thread(target=self.tell, args=(line,), daemon=True)  # the output may be stuck too
         teller.start()
         teller.join(1.0)
-        os._exit(1)
+        os._exit(FAILED)
 
     def _speaking(self) -> list[Peer]:
         """Wait a while, and return the peers that have said something or whose connection is closed."""

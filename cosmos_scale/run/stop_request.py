@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final, NoReturn
 
+from cosmos_scale.exit_status import INTERRUPTED
+
 # What launchers, schedulers (Slurm's --signal), limits of the shell and closed terminals send to end a program.
 TERMINATIONS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-INTERRUPTED: Final = 130  # exit status, as shells number it
 HELD = 2.0  # seconds that the main thread gets to end by itself after a second Ctrl-C
 TOGETHER = 1.0  # seconds within which signals are one wish
 TIME_LIMIT: Final = 0  # stands for train.max_minutes among the numbers of signals

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from cosmos_scale.engine.contact import Contact
+from cosmos_scale.exit_status import FAILED
 
 LONGER = 4.0  # times the limit, for what takes longer than a step: the start and first step, evaluations, checkpoints
 WARNED = 0.25  # part of the limit after which the standstill is told
@@ -118,7 +119,7 @@ class Watchdog:
             time.sleep(ANSWER)  # rank 0 speaks first: with the end of this process its main thread may fail
         for child in multiprocessing.active_children():  # loader processes, stopped ones too
             child.kill()
-        os._exit(1)
+        os._exit(FAILED)
 
     def _ask(self) -> Mapping[int, str]:
         """Ask what the other ranks do (rank 0 all, others rank 0); returns the hosts of the silent ones, by rank."""
