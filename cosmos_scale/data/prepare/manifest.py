@@ -50,8 +50,8 @@ class Prepared(NamedTuple):
         return "\n".join(lines)
 
 
-def read_prepare_manifest(task: Task) -> Prepared | None:
-    """Return what a finished preparation made; None where no preparation is finished.
+def read_prepare_manifest(task: Task, asked: dict[str, Any]) -> Prepared | None:
+    """Return what a finished preparation made; None where no preparation is finished. asked: the task's options.
 
     Raises: UserError where the preparation was made with other options.
     """
@@ -73,7 +73,7 @@ def read_prepare_manifest(task: Task) -> Prepared | None:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of this program ({error}); name another folder with --out") from error
-    check_options(task.as_work, task.options(), options, "done")
+    check_options(task.as_work, asked, options, "done")
     return prepared
 
 
@@ -91,12 +91,12 @@ def write_rejected(task: Task) -> Counter[str]:
     return counts
 
 
-def write_prepare_manifest(task: Task, rejected: Counter[str]) -> None:
+def write_prepare_manifest(task: Task, options: dict[str, Any], rejected: Counter[str]) -> None:
     """Write the manifest, which says that the preparation is done."""
     reports = [report for shard in task.images if (report := read_report(task, shard.name)) and report.samples]
     content = {
         "format": FORMAT,
-        "options": task.options(),
+        "options": options,
         "versions": {
             "cosmos-scale": cosmos_scale.__version__,
             "python": platform.python_version(),
