@@ -136,9 +136,15 @@ def read_listing(shard: ImageShard, join: Join) -> list[Listed]:
 
 
 def _groups(shard: ImageShard, archive: tarfile.TarFile | None) -> Iterator[tuple[str, list[_Member]]]:
-    """Yield the files that follow each other with one key."""
+    """Yield the files that follow each other with one key; where an extension comes again, another image begins."""
     for key, group in groupby(_members(shard, archive), key=lambda member: member.key):
-        yield key, list(group)
+        members: list[_Member] = []
+        for member in group:
+            if any(before.extension == member.extension for before in members):
+                yield key, members
+                members = []
+            members.append(member)
+        yield key, members
 
 
 def _has_image(members: list[_Member]) -> bool:

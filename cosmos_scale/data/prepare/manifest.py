@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 import cosmos_scale
 from cosmos_scale.data.prepare import parquet
-from cosmos_scale.data.prepare.matching import UNSEEN
+from cosmos_scale.data.prepare.matching import UNSEEN, read_states
 from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.prepare.writing import read_report
@@ -130,10 +129,7 @@ def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
 def _rows_without_image(task: Task) -> Iterator[dict[str, Any]]:
     """Yield the table's rows that no listing has, in the order of their files."""
     table = JoinTable(task.table)
-    with reading_work(path := task.work / "states.npy"), open(path, "rb", opener=regular_only) as file:
-        state: NDArray[np.uint8] = np.load(file)
-        if len(state) != len(table):
-            raise ValueError(f"it has {len(state)} rows, the table {len(table)}")
+    state = read_states(task, len(table))
     names = [path.name for path in task.captions]
     reason = f"no image: no shard lists its {task.join}"
     unseen = np.concatenate(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
-from cosmos_scale.data.prepare.work import Task
+from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, whole_file, writing
 from cosmos_scale.words import counted
@@ -37,8 +37,7 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
 
     Raises: UserError where no image at all has captions.
     """
-    states = task.work / "states.npy"
-    if states.exists():
+    if task.states.exists():
         return
     state = np.zeros(len(JoinTable(task.table)), dtype=np.uint8)
     examples: list[str] = []
@@ -57,8 +56,17 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
             advance(1)
     if matched == 0:
         raise UserError(_no_overlap(task, images, unknown, examples))
-    with writing(states), whole_file(states) as part, open(part, "wb", opener=regular_only) as file:
+    with writing(task.states), whole_file(task.states) as part, open(part, "wb", opener=regular_only) as file:
         np.save(file, state)
+
+
+def read_states(task: Task, rows: int) -> NDArray[np.uint8]:
+    """Return what became of each row of the table: [rows]. Raises: UserError where the file cannot be read."""
+    with reading_work(task.states), open(task.states, "rb", opener=regular_only) as file:
+        states: NDArray[np.uint8] = np.load(file)
+        if len(states) != rows:
+            raise ValueError(f"it has {len(states)} rows, the table {rows}")
+    return states
 
 
 def _find(task: Task, shard: ImageShard) -> _Found:

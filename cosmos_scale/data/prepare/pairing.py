@@ -12,7 +12,7 @@ from cosmos_scale.data.prepare.datasets import Join
 from cosmos_scale.data.prepare.images import SUCCESS, Image, Listed
 
 
-class Entry(NamedTuple):
+class ListedEntry(NamedTuple):
     """What is listed of an image, and the position in the join table of the row that it takes."""
 
     listed: Listed
@@ -24,11 +24,11 @@ class Pairing:
 
     def __init__(self, listed: list[Listed], plan: list[int], join: Join) -> None:
         self._join = join
-        self._by_key: dict[str, list[Entry]] = {}
+        self._by_key: dict[str, list[ListedEntry]] = {}
         for image, position in zip(listed, plan, strict=True):
-            self._by_key.setdefault(image.key, []).append(Entry(image, position))
+            self._by_key.setdefault(image.key, []).append(ListedEntry(image, position))
 
-    def take(self, image: Image) -> tuple[list[Entry], str | None]:
+    def take(self, image: Image) -> tuple[list[ListedEntry], str | None]:
         """Return the entry of an image, and why it cannot be used, if so: then there may be several entries, or none.
 
         The entry has the image's key and the join value that the image's .json says. Without such a .json, the key
@@ -52,7 +52,7 @@ class Pairing:
             return chosen, f"duplicate key: the parquet beside its shard lists it with {values} {self._join}s"
         return downloaded[:1], None
 
-    def left(self) -> Iterator[Entry]:
+    def left(self) -> Iterator[ListedEntry]:
         """Yield the entries that no image took, in the order of their keys' first entries."""
         for entries in self._by_key.values():
             yield from entries

@@ -46,6 +46,11 @@ class Task(NamedTuple):
         """The folder of the join table."""
         return self.work / "table"
 
+    @property
+    def states(self) -> Path:
+        """The file that says what became of each row of the table."""
+        return self.work / "states.npy"
+
     def for_worker(self) -> "Task":
         """Return the task without its list of images, which no worker needs."""
         return self._replace(images=[])

@@ -11,8 +11,8 @@ from webdataset.writer import TarWriter
 
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
 from cosmos_scale.data.prepare.datasets import Document, join_value, make_document
-from cosmos_scale.data.prepare.images import Image, ImageShard, Listed, read_images, read_listing
-from cosmos_scale.data.prepare.matching import DUPLICATE
+from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
+from cosmos_scale.data.prepare.matching import DUPLICATE, TAKEN, read_states
 from cosmos_scale.data.prepare.pairing import Pairing, absent
 from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
@@ -127,7 +127,8 @@ def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> I
             for known, position in entries:
                 reject(image.key, fault, known.value, captions.place(position))
         for known, position in pairing.left():
-            reject(known.key, absent(known), known.value, captions.place(position))
+            row = {} if captions.is_taken(position) and known.status != SUCCESS else captions.place(position)
+            reject(known.key, absent(known), known.value, row)
 
 
 def _check(image: Image) -> None:
@@ -144,6 +145,7 @@ class _Captions:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._table = JoinTable(task.table)
+        self._states = read_states(task, len(self._table))
         self._reader = RowReader(read_table_summary(task.table).files)
 
     def __enter__(self) -> "_Captions":
@@ -159,6 +161,10 @@ class _Captions:
             return {}
         place = self._table.places[position]
         return {"captions": self._task.captions[place["file"]].name, "row": int(place["row"])}
+
+    def is_taken(self, position: int) -> bool:
+        """Whether an image that was downloaded takes the row, in this shard or another."""
+        return position >= 0 and bool(self._states[position] == TAKEN)
 
     def read(self, image: Listed, position: int) -> Document:
         """Return an image's captions; raises DamagedSample where it has none."""

@@ -130,6 +130,30 @@ def test_an_image_that_is_listed_as_failed_does_not_share_its_row(tmp_path: Path
     assert rejects(report.folder)[0][::2] == ("000000000", failed)
 
 
+def test_a_row_whose_image_another_shard_has_is_not_named_as_rejected(tmp_path: Path) -> None:
+    write_tar(tmp_path / "images", "00000", [download(0)._replace(data=None), download(1)])
+    write_tar(tmp_path / "images", "00001", [download(0, key=10_000), download(2, key=10_001)._replace(data=None)])
+    report = run(tmp_path)
+    assert pairs(report.folder) == {"000000001": (picture(1), url(1)), "000010000": (picture(0), url(0))}
+    assert [(key, row) for key, row, _ in rejects(report.folder)] == [("000000000", None), ("000010001", 3), (None, 4)]
+
+
+def test_an_image_without_json_before_one_of_its_key_does_not_take_the_json_of_the_other(tmp_path: Path) -> None:
+    text = json.dumps(metadata(TWICE[2])).encode()
+    write_files(
+        tmp_path / "images",
+        [
+            ("000000001.jpg", picture(1)),
+            ("000000001.json", json.dumps(metadata(TWICE[1])).encode()),
+            *[("a/000000000.jpg", picture(0)), ("b/000000000.jpg", picture(2)), ("b/000000000.json", text)],
+        ],
+    )
+    report = run(tmp_path)
+    assert pairs(report.folder) == {"000000001": (picture(1), url(1))}
+    # The table gives each image that is named the row of its own URL, or none.
+    assert {(key, row) for key, row, _ in rejects(report.folder) if key} == {("000000000", None), ("000000000", 3)}
+
+
 def test_a_json_that_lies_apart_from_its_image_is_named(tmp_path: Path) -> None:
     """Also where only some lie apart: the reject says why, not that no row has the URL."""
     texts = [(f"{number:09d}.json", json.dumps(metadata(download(number))).encode()) for number in range(3)]
