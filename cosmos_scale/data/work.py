@@ -177,12 +177,18 @@ def _begin_anew(work: Work, options: dict[str, Any], before: dict[str, Any]) -> 
 def check_options(work: Work, options: dict[str, Any], before: dict[str, Any], done: str) -> None:
     """Raise UserError, naming the first difference, where a folder was made with other options."""
     for name, value in options.items():
-        if before.get(name) != value:
-            old, new = json.dumps(before.get(name)), json.dumps(value)
+        if before.get(name) == value:
+            continue
+        if name not in before:
             raise UserError(
-                f"{work.out}: its {work.kind.name} was {done} with {name} {old}, not {new}; "
-                "go on with the same options and files, or name another folder with --out"
+                f"{work.out}: its {work.kind.name} was {done} by an older version, which did not note {name}: whether "
+                "the files are the same is not known; delete the folder, or name another one with --out"
             )
+        changed = f" ({name.removesuffix('_digest')} changed since)" if name.endswith("_digest") else ""
+        raise UserError(
+            f"{work.out}: its {work.kind.name} was {done} with {name} {json.dumps(before[name])}, not "
+            f"{json.dumps(value)}{changed}; go on with the same options and files, or name another folder with --out"
+        )
 
 
 def refuse_unfinished(folders: Iterable[Path]) -> None:

@@ -5,6 +5,7 @@ was tried. Tars of the same form without such a list are read too: their .json m
 """
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -22,6 +23,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, regular_only
 
 SUCCESS = "success"
+NO_JSON = "there is no .json with it"
 
 
 class ImageShard(NamedTuple):
@@ -33,7 +35,10 @@ class ImageShard(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """What is known of an image before it is read. value: its join value; None where it is not known."""
+    """What is known of an image before it is read.
+
+    value: its join value; None where it is not known. error: why there is no image, or why its value is not known.
+    """
 
     key: str
     value: str | None
@@ -42,12 +47,16 @@ class Listed(NamedTuple):
 
 
 class Image(NamedTuple):
-    """One image as it was downloaded, or why it cannot be read."""
+    """One image as it was downloaded, or why it cannot be read.
+
+    value: the join value that its own .json says; None where no .json does.
+    """
 
     key: str
     extension: str
     data: bytes
     fault: str | None
+    value: str | None = None
 
 
 class _Member(NamedTuple):
@@ -112,23 +121,49 @@ def read_listing(shard: ImageShard, join: Join) -> list[Listed]:
                 for key, status, value, *error in zip(*batch, strict=True)
             ]
     listed = []
+    apart: set[str] = set()
     with _open(shard) as archive:
-        for key, group in groupby(_members(shard, archive), key=lambda member: member.key):
-            members = list(group)
-            if not any(member.extension in IMAGE_EXTENSIONS for member in members):
-                continue
-            texts = [_read(archive, member) for member in members if member.extension == "json"]
-            listed.append(Listed(key, _value_of(key, texts, join), SUCCESS, None))
-    return listed
+        for key, members in _groups(shard, archive):
+            if _has_image(members):
+                value, error = _value_of(archive, key, members, join)
+                listed.append(Listed(key, value, SUCCESS, error))
+            elif any(member.extension == "json" for member in members):
+                apart.add(key)
+    lies_apart = "its .json lies apart from it; the files of a key must follow each other in a tar"
+    return [
+        image._replace(error=lies_apart) if image.error == NO_JSON and image.key in apart else image for image in listed
+    ]
 
 
-def _value_of(key: str, texts: list[bytes | None], join: Join) -> str | None:
+def _groups(shard: ImageShard, archive: tarfile.TarFile | None) -> Iterator[tuple[str, list[_Member]]]:
+    """Yield the files that follow each other with one key; where an extension comes again, another image begins."""
+    for key, group in groupby(_members(shard, archive), key=lambda member: member.key):
+        members: list[_Member] = []
+        for member in group:
+            if any(before.extension == member.extension for before in members):
+                yield key, members
+                members = []
+            members.append(member)
+        yield key, members
+
+
+def _has_image(members: list[_Member]) -> bool:
+    return any(member.extension in IMAGE_EXTENSIONS for member in members)
+
+
+def _value_of(
+    archive: tarfile.TarFile | None, key: str, members: list[_Member], join: Join
+) -> tuple[str | None, str | None]:
+    """Return the join value that the .json among an image's files says, or why it is not known."""
+    texts = [_read(archive, member) for member in members if member.extension == "json"]
+    error = f"its .json says no {join}" if texts else NO_JSON
     try:
         document = parse_json(texts[0] or b"") if texts else {}
     except (ValueError, RecursionError):
-        document = {}
+        document, error = {}, "its .json cannot be read"
     value = document.get(join) if isinstance(document, dict) else None
-    return _joined(join, key if value is None and join == "key" else value)
+    known = _joined(join, key if value is None and join == "key" else value)
+    return known, error if known is None else None
 
 
 def _joined(join: Join, value: object) -> str | None:
@@ -138,20 +173,30 @@ def _joined(join: Join, value: object) -> str | None:
         return None
 
 
-def read_images(shard: ImageShard) -> Iterator[Image]:
-    """Yield the images of a shard in order, as they were downloaded; at last a fault without key if it breaks off."""
+def read_images(shard: ImageShard, join: Join) -> Iterator[Image]:
+    """Yield the images of a shard in order, as they were downloaded; at last a fault without key if it breaks off.
+
+    Of images with one key the first stays, if its .json tells it from the others; else none stays.
+    """
     with _open(shard) as archive:
+        groups = [(key, members) for key, members in _groups(shard, archive) if _has_image(members)]
+        times = Counter(key for key, _ in groups)
         seen: set[str] = set()
-        for key, group in groupby(_members(shard, archive), key=lambda member: member.key):
-            members = [member for member in group if member.extension in IMAGE_EXTENSIONS]
+        for key, members in groups:
+            value, _ = _value_of(archive, key, members, join)
             for member in members:
-                if key in seen:
-                    yield Image(key, member.extension, b"", "duplicate key: it comes again in its shard")
+                if member.extension not in IMAGE_EXTENSIONS:
                     continue
+                fault = None
+                if key in seen:
+                    fault = "duplicate key: it comes again in its shard"
+                elif times[key] > 1 and value is None:
+                    fault = f"duplicate key: it comes again in its shard, and no .json says which {join} each has"
                 seen.add(key)
-                data = _read(archive, member)
-                fault = "damaged image: its shard breaks off inside it" if data is None else None
-                yield Image(key, member.extension, data or b"", fault)
+                data = None if fault else _read(archive, member)
+                if data is None:
+                    fault = fault or "damaged image: its shard breaks off inside it"
+                yield Image(key, member.extension, data or b"", fault, value)
         if shard.path.is_file() and (fault := _break_off(archive)):
             yield Image("", "", b"", fault)
 

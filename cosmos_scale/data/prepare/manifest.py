@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 import cosmos_scale
 from cosmos_scale.data.prepare import parquet
-from cosmos_scale.data.prepare.matching import UNSEEN
+from cosmos_scale.data.prepare.matching import UNSEEN, read_states
 from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.prepare.writing import read_report
@@ -50,8 +49,8 @@ class Prepared(NamedTuple):
         return "\n".join(lines)
 
 
-def read_prepare_manifest(task: Task) -> Prepared | None:
-    """Return what a finished preparation made; None where no preparation is finished.
+def read_prepare_manifest(task: Task, asked: dict[str, Any]) -> Prepared | None:
+    """Return what a finished preparation made; None where no preparation is finished. asked: the task's options.
 
     Raises: UserError where the preparation was made with other options.
     """
@@ -73,7 +72,7 @@ def read_prepare_manifest(task: Task) -> Prepared | None:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of this program ({error}); name another folder with --out") from error
-    check_options(task.as_work, task.options(), options, "done")
+    check_options(task.as_work, asked, options, "done")
     return prepared
 
 
@@ -91,12 +90,12 @@ def write_rejected(task: Task) -> Counter[str]:
     return counts
 
 
-def write_prepare_manifest(task: Task, rejected: Counter[str]) -> None:
+def write_prepare_manifest(task: Task, options: dict[str, Any], rejected: Counter[str]) -> None:
     """Write the manifest, which says that the preparation is done."""
     reports = [report for shard in task.images if (report := read_report(task, shard.name)) and report.samples]
     content = {
         "format": FORMAT,
-        "options": task.options(),
+        "options": options,
         "versions": {
             "cosmos-scale": cosmos_scale.__version__,
             "python": platform.python_version(),
@@ -130,10 +129,7 @@ def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
 def _rows_without_image(task: Task) -> Iterator[dict[str, Any]]:
     """Yield the table's rows that no listing has, in the order of their files."""
     table = JoinTable(task.table)
-    with reading_work(path := task.work / "states.npy"), open(path, "rb", opener=regular_only) as file:
-        state: NDArray[np.uint8] = np.load(file)
-        if len(state) != len(table):
-            raise ValueError(f"it has {len(state)} rows, the table {len(table)}")
+    state = read_states(task, len(table))
     names = [path.name for path in task.captions]
     reason = f"no image: no shard lists its {task.join}"
     unseen = np.concatenate(

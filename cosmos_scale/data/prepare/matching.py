@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
-from cosmos_scale.data.prepare.work import Task
+from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, whole_file, writing
 from cosmos_scale.words import counted
@@ -24,10 +24,12 @@ UNSEEN, FAILED, TAKEN = 0, 1, 2
 
 
 class _Found(NamedTuple):
+    """What a shard lists. unknown: an image whose join value is not known, and why not."""
+
     positions: NDArray[np.int64]
     downloaded: NDArray[np.bool_]
     examples: list[str]
-    without_value: int
+    unknown: str | None
 
 
 def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
@@ -35,27 +37,36 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
 
     Raises: UserError where no image at all has captions.
     """
-    states = task.work / "states.npy"
-    if states.exists():
+    if task.states.exists():
         return
     state = np.zeros(len(JoinTable(task.table)), dtype=np.uint8)
     examples: list[str] = []
-    images = matched = without_value = 0
+    unknown: str | None = None
+    images = matched = 0
     results = map_jobs(partial(_find, task.for_worker()), task.images, workers)
     with progress_bar("matching images (shards)", len(task.images), show=progress) as advance:
         for shard, found in zip(task.images, results, strict=True):
             positions = _settle(found, state)
             images += int(found.downloaded.sum())
             matched += int((found.downloaded & (found.positions != MISSING)).sum())
-            without_value += found.without_value
+            unknown = unknown or found.unknown
             examples += found.examples[: 2 - len(examples)]
             with writing(path := task.plan(shard.name)), open(path, "wb", opener=regular_only) as file:
                 np.save(file, positions)
             advance(1)
     if matched == 0:
-        raise UserError(_no_overlap(task, images, without_value, examples))
-    with writing(states), whole_file(states) as part, open(part, "wb", opener=regular_only) as file:
+        raise UserError(_no_overlap(task, images, unknown, examples))
+    with writing(task.states), whole_file(task.states) as part, open(part, "wb", opener=regular_only) as file:
         np.save(file, state)
+
+
+def read_states(task: Task, rows: int) -> NDArray[np.uint8]:
+    """Return what became of each row of the table: [rows]. Raises: UserError where the file cannot be read."""
+    with reading_work(task.states), open(task.states, "rb", opener=regular_only) as file:
+        states: NDArray[np.uint8] = np.load(file)
+        if len(states) != rows:
+            raise ValueError(f"it has {len(states)} rows, the table {rows}")
+    return states
 
 
 def _find(task: Task, shard: ImageShard) -> _Found:
@@ -64,7 +75,9 @@ def _find(task: Task, shard: ImageShard) -> _Found:
     values = [image.value for image in listed if image.value is not None]
     positions[[image.value is None for image in listed]] = MISSING
     downloaded = np.array([image.status == SUCCESS for image in listed], dtype=bool)
-    return _Found(positions, downloaded, values[:2], len(listed) - len(values))
+    unknown = next((image for image in listed if image.value is None), None)
+    said = None if unknown is None else f"{shard.path.name}, {unknown.key}: {unknown.error or 'its parquet says none'}"
+    return _Found(positions, downloaded, values[:2], said)
 
 
 def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -82,14 +95,14 @@ def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
     return positions
 
 
-def _no_overlap(task: Task, images: int, without_value: int, examples: list[str]) -> str:
+def _no_overlap(task: Task, images: int, unknown: str | None, examples: list[str]) -> str:
     folder = task.images[0].path.parent
     if not images:
         return f"{folder}: no image was downloaded into its {counted(len(task.images), 'shard')}"
-    if without_value and not examples:
+    if unknown and not examples:
         return (
-            f"{folder}: its images do not say their {task.join}: neither a .parquet beside the shards nor a .json with "
-            f"each image has it"
+            f"{folder}: its images do not say their {task.join}: a .parquet beside the shards or a .json with each "
+            f"image must have it ({unknown})"
         )
     theirs = ", ".join(read_table_summary(task.table).examples)
     return (

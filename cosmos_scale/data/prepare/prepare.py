@@ -17,7 +17,7 @@ from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
-from cosmos_scale.data.work import open_work
+from cosmos_scale.data.work import check_options, open_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import make_folder
 
@@ -41,13 +41,14 @@ def prepare_dataset(
     Raises: UserError where an input is missing or unusable, nothing can be joined, or `out` is of another preparation.
     """
     task = Task(dataset.name, caption_files(captions), list_images(images), out, join, split)
-    if (done := read_prepare_manifest(task)) is not None:
+    options = task.options()
+    if (done := read_prepare_manifest(task, options)) is not None:
         shutil.rmtree(task.work, ignore_errors=True)
         return done
     for path in task.captions:  # a file that is refused leaves no folder behind
         check_header(path, task.form, task.join)
     refuse_foreign_summary(out / SUMMARY)
-    with open_work(task.as_work, task.options()):
+    with open_work(task.as_work, options):
         make_folder(task.work / "plan")
         build_table(task.table, task.captions, task.form, task.join, progress=progress)
         match_images(task, workers=workers, progress=progress)
@@ -63,8 +64,9 @@ def prepare_dataset(
         rejected = write_rejected(task)
         if not samples:
             raise UserError(f"{out}: no image could be used; see {out / REJECTED}")
-        write_prepare_manifest(task, rejected)
+        check_options(task.as_work, task.options(), options, "begun")  # files that changed while they were read
+        write_prepare_manifest(task, options, rejected)
     shutil.rmtree(task.work)
-    prepared = read_prepare_manifest(task)
+    prepared = read_prepare_manifest(task, options)
     assert prepared is not None
     return prepared

@@ -1,7 +1,9 @@
 """One preparation: what it was asked for, and the files of what it has done so far."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from cosmos_scale.data.prepare.images import ImageShard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.work import PREPARATION, Work
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import regular_only
 
 
 class Task(NamedTuple):
@@ -43,6 +46,11 @@ class Task(NamedTuple):
         """The folder of the join table."""
         return self.work / "table"
 
+    @property
+    def states(self) -> Path:
+        """The file that says what became of each row of the table."""
+        return self.work / "states.npy"
+
     def for_worker(self) -> "Task":
         """Return the task without its list of images, which no worker needs."""
         return self._replace(images=[])
@@ -56,19 +64,56 @@ class Task(NamedTuple):
         return self.as_work.report(shard)
 
     def options(self) -> dict[str, Any]:
-        """Return, as json values, what must stay the same for a preparation to go on."""
-        digest = sha256()
+        """Return, as json values, what must stay the same for a preparation to go on.
+
+        Captions count by what they hold; images, too many to be read for this, by their sizes and times.
+        """
+        captions, images = sha256(), sha256()
+        for path in self.captions:
+            captions.update(_digest_now(path))
         for shard in self.images:
-            size = shard.path.stat().st_size if shard.path.is_file() else 0
-            digest.update(f"{shard.name} {size}\n".encode())
+            images.update(f"{shard.name}\n".encode())
+            for line in _seen(shard):
+                images.update(f"{line}\n".encode())
         return {
             "dataset": self.dataset,
             "split": self.split,
             "join": self.join,
             "captions": [{"file": path.name, "bytes": path.stat().st_size} for path in self.captions],
+            "captions_digest": captions.hexdigest()[:16],
             "image_shards": len(self.images),
-            "image_shards_digest": digest.hexdigest()[:16],
+            "images_digest": images.hexdigest()[:16],
         }
+
+
+def _digest_now(path: Path) -> bytes:
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest(path: Path, size: int, time: int) -> bytes:
+    """Return the digest of a captions file; a file whose size and time (ns) stay is read once."""
+    digest = sha256()
+    try:
+        with open(path, "rb", opener=regular_only) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.digest()
+
+
+def _seen(shard: ImageShard) -> Iterator[tuple[str, int, int]]:
+    """Yield name, size and time of each file of a shard of images, and of the parquet beside it."""
+    paths = [shard.path] if shard.listing is None else [shard.path, shard.listing]
+    if shard.path.is_dir():
+        with os.scandir(shard.path) as items:
+            names = sorted(item.name for item in items if item.is_file())
+        paths = [*(shard.path / name for name in names), *paths[1:]]
+    for path in paths:
+        status = path.stat()
+        yield path.name, status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from webdataset.writer import TarWriter
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
 from cosmos_scale.data.prepare.datasets import Document, join_value, make_document
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
-from cosmos_scale.data.prepare.matching import DUPLICATE
+from cosmos_scale.data.prepare.matching import DUPLICATE, TAKEN, read_states
+from cosmos_scale.data.prepare.pairing import Pairing, absent
 from cosmos_scale.data.prepare.rows import RowReader
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
@@ -97,7 +98,7 @@ def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> I
         plan: NDArray[np.int64] = np.load(file)
     if len(plan) != len(listed):
         raise UserError(f"{shard.path}: changed while it was prepared; name another folder with --out")
-    by_key = {image.key: (image, int(position)) for image, position in zip(listed, plan, strict=True)}
+    pairing = Pairing(listed, plan.tolist(), task.join)
 
     def reject(key: str | None, reason: str, value: str | None = None, row: dict[str, Any] | None = None) -> None:
         known: dict[str, Any] = {} if value is None else {task.join: value}
@@ -105,41 +106,37 @@ def _samples(task: Task, shard: ImageShard, rejected: list[dict[str, Any]]) -> I
         rejected.append({"images": shard.path.name, "key": key, **known, **(row or {}), "reason": reason})
 
     with _Captions(task) as captions:
-        for image in read_images(shard):
+        for image in read_images(shard, task.join):
             if not image.key:
                 reject(None, str(image.fault))
                 continue
-            known, position = by_key.pop(image.key, (None, MISSING))
-            if known is None:
-                again = image.fault or "image not listed: the parquet beside its shard does not have it"
-                reject(image.key, again)
-                continue
-            row = captions.place(position)
-            try:
-                text = encode_document({**captions.read(known, position), task.join: known.value})
-                _check(image)
-            except DamagedSample as damage:
-                reject(image.key, str(damage), known.value, row)
-                continue
-            yield {"__key__": image.key, image.extension: image.data, "json": text}
-        for known, position in by_key.values():
-            reject(known.key, _absent(known), known.value, captions.place(position))
+            entries, fault = pairing.take(image)
+            fault = image.fault or fault
+            if fault is None:
+                (known, position), *_ = entries
+                try:
+                    text = encode_document({**captions.read(known, position), task.join: known.value})
+                    _check(image)
+                except DamagedSample as damage:
+                    fault = str(damage)
+                else:
+                    yield {"__key__": image.key, image.extension: image.data, "json": text}
+                    continue
+            if not entries:
+                reject(image.key, fault)
+            for known, position in entries:
+                reject(image.key, fault, known.value, captions.place(position))
+        for known, position in pairing.left():
+            row = {} if captions.is_taken(position) and known.status != SUCCESS else captions.place(position)
+            reject(known.key, absent(known), known.value, row)
 
 
 def _check(image: Image) -> None:
     """Raise DamagedSample where training could not decode an image."""
-    if image.fault is not None:
-        raise DamagedSample(image.fault)
     try:
         decode_rgbx(image.data, DEFAULT_MAX_PIXELS)
     except DamagedSample as damage:
         raise DamagedSample(f"damaged image: {damage}") from damage
-
-
-def _absent(image: Listed) -> str:
-    if image.status == SUCCESS:
-        return "image not in its shard: the parquet beside it has it"
-    return f"not downloaded: {image.status}{f': {image.error}' if image.error else ''}"
 
 
 class _Captions:
@@ -148,6 +145,7 @@ class _Captions:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._table = JoinTable(task.table)
+        self._states = read_states(task, len(self._table))
         self._reader = RowReader(read_table_summary(task.table).files)
 
     def __enter__(self) -> "_Captions":
@@ -164,9 +162,16 @@ class _Captions:
         place = self._table.places[position]
         return {"captions": self._task.captions[place["file"]].name, "row": int(place["row"])}
 
+    def is_taken(self, position: int) -> bool:
+        """Whether an image that was downloaded takes the row, in this shard or another."""
+        return position >= 0 and bool(self._states[position] == TAKEN)
+
     def read(self, image: Listed, position: int) -> Document:
         """Return an image's captions; raises DamagedSample where it has none."""
         task = self._task
+        if image.value is None:
+            said = image.error or f"the parquet beside its shard says no {task.join}"
+            raise DamagedSample(f"image without captions: its {task.join} is not known: {said}")
         if position == DUPLICATE:
             raise DamagedSample(f"duplicate image: an image before it has the same {task.join}")
         if position == MISSING:
