@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cosmos_scale.checkpoint import newest
 from cosmos_scale.cli.arguments import CommandParser, path
@@ -31,6 +32,7 @@ from cosmos_scale.cli.main import exit_status
 from cosmos_scale.config import RetrievalConfig, RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
+from cosmos_scale.console import make_console
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
@@ -83,7 +85,7 @@ def run_demo(out: Path, quick: bool) -> bool:
 
     Raises UserError where the training fails.
     """
-    console = Console()
+    console = make_console()
     file = shipped_file("demo_quick" if quick else "demo")
     overrides = [
         f"output={out / 'runs'}",
@@ -97,26 +99,32 @@ def run_demo(out: Path, quick: bool) -> bool:
     run_folder = config.output / config.name
     shutil.rmtree(run_folder, ignore_errors=True)  # of an earlier demo
 
-    console.print(
-        f"\n[bold]1. Data.[/] Painting {config.data.samples:,} scenes with captions to train on, and "
-        f"{gallery.max_samples} held-out ones: JPEG files in webdataset shards under {out / 'data'}."
+    _begin(
+        console,
+        "1. Data.",
+        f"Painting {config.data.samples:,} scenes with captions to train on, and "
+        f"{gallery.max_samples} held-out ones: JPEG files in webdataset shards under {out / 'data'}.",
     )
     build_scenes(out / "data", train=config.data.samples, gallery=gallery.max_samples, seed=config.seed, progress=True)
     draw_first_views(config, out / "views.png")
     console.print(f"   What the model will see of {SAMPLES_SHOWN} of them: {out / 'views.png'}")
 
     ranks, device = _ranks_and_device()
-    console.print(
-        f"\n[bold]2. Training.[/] Student and teacher for {config.train.schedule_steps} steps of "
+    _begin(
+        console,
+        "2. Training.",
+        f"Student and teacher for {config.train.schedule_steps} steps of "
         f"{config.train.global_batch} samples, on {ranks} {device} rank{'s' if ranks > 1 else ''} with DeepSpeed "
-        f"ZeRO-{config.zero.stage}."
+        f"ZeRO-{config.zero.stage}.",
     )
     prepare_launch(device, console)
     _launch(file, overrides, ranks, console)
 
-    console.print(
-        f"\n[bold]3. Retrieval.[/] Of {gallery.max_samples} held-out pairs, which caption belongs to a picture, and "
-        "which picture to a caption? Asking the models from before and after the training."
+    _begin(
+        console,
+        "3. Retrieval.",
+        f"Of {gallery.max_samples} held-out pairs, which caption belongs to a picture, and "
+        "which picture to a caption? Asking the models from before and after the training.",
     )
     before = _recalls(run_folder / "checkpoints" / "step-00000000", gallery)
     last = newest(run_folder / "checkpoints")
@@ -201,6 +209,11 @@ def draw_curves(training: TrainingRecords, summary: dict[str, Any], path: Path) 
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _begin(console: Console, heading: str, text: str) -> None:
+    """Print what a part of the demo does, under its heading."""
+    console.print(Text.assemble("\n", (heading, "bold"), " ", text))
 
 
 def prepare_launch(device: str, console: Console) -> None:
@@ -292,10 +305,9 @@ def learned(summary: dict[str, Any], required: float, console: Console) -> bool:
     """Print and return whether the student's R@1 is at least `required` times chance in both directions."""
     reached = float(min(summary["after"]["student"].values()) / summary["chance_R@1"])
     enough = reached >= required
-    verdict = "[green]It learned[/]" if enough else "[red]It did not learn enough[/]"
-    console.print(
-        f"\n{verdict}: the student is at {reached:.0f} times chance or more; {required:.0f} times were asked."
-    )
+    verdict = ("It learned", "green") if enough else ("It did not learn enough", "red")
+    figures = f": the student is at {reached:.0f} times chance or more; {required:.0f} times were asked."
+    console.print(Text.assemble("\n", verdict, figures))
     return enough
 
 

@@ -147,7 +147,7 @@ def parts(manifest: Manifest) -> dict[str, int]:
 
 def show(found: Inspection, console: Console) -> None:
     """Print what one checkpoint holds."""
-    console.print(f"{found.folder}: {verdict(found)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{found.folder}: {verdict(found)}", style="bold", highlight=False, soft_wrap=True)
     if found.manifest is not None:
         console.print(_facts(found.manifest))
         console.print(_parameters(found.manifest))
@@ -159,7 +159,7 @@ def show(found: Inspection, console: Console) -> None:
 
 def show_all(found: list[Inspection], console: Console) -> None:
     """Print a line for each checkpoint of a run."""
-    console.print(str(found[0].folder.parent), style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(str(found[0].folder.parent), style="bold", highlight=False, soft_wrap=True)
     table = Table("checkpoint", "written (UTC)", "bytes", "ranks", "ZeRO", "")
     table.columns[2].justify = "right"
     for one in found:
@@ -187,7 +187,7 @@ def verdict(found: Inspection) -> str:
 
 def _say_what_is_wrong(found: list[Inspection], console: Console) -> None:
     for error in (error for one in found for error in one.errors):
-        console.print(error, style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(error, style="red", highlight=False, soft_wrap=True)
 
 
 def _facts(manifest: Manifest) -> Table:

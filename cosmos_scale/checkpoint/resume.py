@@ -12,6 +12,7 @@ from cosmos_scale.checkpoint.state import (
     RunState,
     check_files,
     find_checkpoint,
+    manifest_digest,
     newest,
     read_manifest,
     read_run_config,
@@ -35,12 +36,13 @@ class PassedOver(NamedTuple):
 class Start:
     """Where a run starts: at `state` of `checkpoint`, or at step 0 where both are None.
 
-    broken: newer checkpoints, which were passed over.
+    broken: newer checkpoints, which were passed over. manifest: digest of the checkpoint's manifest.
     """
 
     checkpoint: Path | None
     state: RunState | None
     broken: tuple[PassedOver, ...] = ()
+    manifest: str | None = None
 
     @property
     def lost_shards(self) -> dict[str, int]:
@@ -86,7 +88,7 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
             f"now {data}); rule: the order of samples must stay (start a new run from its weights with: "
             f"{_new_run(config, root, folder)})"
         )
-    return Start(folder, state, broken)
+    return Start(folder, state, broken, manifest_digest(folder))
 
 
 def _on_longer_schedules(changed: Sequence[Difference]) -> str:

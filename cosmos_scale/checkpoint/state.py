@@ -6,6 +6,7 @@ can read a checkpoint of any other number and stage. The manifest also holds a c
 and a checksum of itself.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -303,6 +304,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise BrokenCheckpoint(
             f"checkpoint {folder}: no readable {MANIFEST} ({failure}); rule: name a step-* folder of a run"
         ) from failure
+
+
+def manifest_digest(folder: Path) -> str:
+    """Return a digest of a checkpoint's manifest, which holds the checksums of all files: equal copies have one digest.
+
+    Raises BrokenCheckpoint where the manifest cannot be read.
+    """
+    try:
+        return hashlib.sha256(read_regular(folder / MANIFEST)).hexdigest()[:16]
+    except OSError as failure:
+        raise BrokenCheckpoint(f"checkpoint {folder}: {MANIFEST} cannot be read: {failure.strerror}") from failure
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

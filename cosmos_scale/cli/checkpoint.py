@@ -33,17 +33,17 @@ def add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argum
 def _inspect(arguments: argparse.Namespace) -> int:
     import sys
 
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from cosmos_scale.checkpoint.inspect import find_folders, inspect, show, show_all, total_size
+    from cosmos_scale.console import make_console
     from cosmos_scale.errors import UserError
     from cosmos_scale.files import whole_path
 
     folders = find_folders(arguments.folder)
     hidden = arguments.quiet or not arguments.verify or not sys.stderr.isatty()
     columns = (TextColumn("verify"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=make_console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("verify", total=total_size(folders))
         found = [
             inspect(folder, verify=arguments.verify, advance=lambda count: bar.advance(task, count))
@@ -60,7 +60,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         of_a_run = [one.as_json() for one in found]
         print(json.dumps(of_a_run[0] if folders == [arguments.folder] else of_a_run))
     elif folders == [arguments.folder]:
-        show(found[0], Console())
+        show(found[0], make_console())
     else:
-        show_all(found, Console())
+        show_all(found, make_console())
     return 0 if all(one.whole for one in found) else 1

@@ -213,8 +213,7 @@ def _is_run(text: str) -> bool:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
+    from cosmos_scale.console import make_console
     from cosmos_scale.data.tools import inspect, inspect_report
     from cosmos_scale.files import make_output_folder
     from cosmos_scale.model.tokenizer import Tokenizer
@@ -247,7 +246,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps({**report, "pictures": [str(statistics), str(views)]}))
         return 0
     sampling = config.data.captions.sampling
-    inspect_report.print_survey(found, sampling, context_length, config.seed, arguments.epoch, Console())
+    inspect_report.print_survey(found, sampling, context_length, config.seed, arguments.epoch, make_console())
     print(f"\nhistograms: {statistics}\nviews and captions: {views}")
     return 0
 

@@ -37,10 +37,9 @@ def add_eval_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def _retrieval(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from cosmos_scale.checkpoint import find_checkpoint
     from cosmos_scale.config import RetrievalConfig
+    from cosmos_scale.console import make_console
     from cosmos_scale.evaluation.evaluator import measure
     from cosmos_scale.evaluation.loading import load_encoder
     from cosmos_scale.evaluation.retrieval import Retrieval
@@ -60,7 +59,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         named = {"checkpoint": str(checkpoint), "weights": arguments.weights}
         print(json.dumps({**named, "data": arguments.data, "captions": evaluator.captions, **numbers}))
     else:
-        console = Console()
-        console.print(str(checkpoint), style="italic", markup=False, highlight=False, soft_wrap=True)
+        console = make_console()
+        console.print(str(checkpoint), style="italic", highlight=False, soft_wrap=True)
         console.print(evaluator.table({arguments.weights: numbers}, ""))
     return 0

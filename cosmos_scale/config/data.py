@@ -73,7 +73,7 @@ class ViewsConfig(Section):
     def _check_rules(self) -> None:
         check_range("global_scale", self.global_scale, above=0.0, most=1.0)
         check_range("local_scale", self.local_scale, above=0.0, most=1.0)
-        check_range("ratio", self.ratio, above=0.0, most=1000.0)
+        check_range("ratio", self.ratio, above=0.001, most=1000.0)
 
 
 CaptionSampling = Literal[

@@ -64,7 +64,7 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
                 raise UserError(f"{COMMAND_LINE}: {shown_value(key)}: no such key; rule: at most {MOST_LEVELS} levels")
             if any("\ud800" <= character <= "\udfff" for character in override):  # bytes that Python could not decode
                 raise UserError(
-                    f"{COMMAND_LINE}: {override!r} holds bytes that are no UTF-8; rule: keys and values are"
+                    f"{COMMAND_LINE}: {override!r} holds bytes that are no UTF-8; rule: keys and values are UTF-8"
                 )
             for set_key, value in settings_of(tree, origins, key, override_value(key, text, f"{COMMAND_LINE}: {key}")):
                 _set(tree, set_key, value)
@@ -75,7 +75,7 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
             holder[name] = _expanded(text, f"{_origin_of(written, [], origins, default)}: {written}")
         if found := _NOT_UTF8.search(json.dumps(keys, ensure_ascii=False)):
             shown = found[0].encode("utf-8", "backslashreplace").decode()
-            raise UserError(f"{default}: {shown} holds bytes that are no UTF-8; rule: paths and values of a run are")
+            raise UserError(f"{default}: {shown} holds bytes that are no UTF-8; rule: all texts of a run are UTF-8")
         # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
         # since there strict validation still makes tuples of lists and paths of strings.
         return RunConfig.model_validate_json(json.dumps(keys), strict=True)

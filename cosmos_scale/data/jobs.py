@@ -18,9 +18,9 @@ from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import usable_cores
 
@@ -110,7 +110,7 @@ def _end_with_parent(parent: int) -> None:
 def progress_bar(label: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
     """Draw a bar on stderr if stderr is a terminal and `show` is true; yields a function that takes each advance."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     shown = show and sys.stderr.isatty()
     # Drawn at each advance, not by a thread: workers are forked while the bar stands, and a lock that the thread held
     # at a fork would stay locked in the worker.

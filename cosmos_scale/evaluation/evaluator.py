@@ -88,6 +88,10 @@ class Evaluator(ABC):
         self.name, self.kind, self.every = config.name, config.kind, config.every
         self.setting = setting
 
+    def gallery(self) -> str:
+        """What `measure` reads, in words with digests: equal on ranks that read equal data, empty for no data."""
+        return ""
+
     @abstractmethod
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield (name, value) of each number; every rank yields the same.

@@ -23,6 +23,7 @@ from cosmos_scale.data.samples.caption_keys import (
 from cosmos_scale.data.samples.origin import ORIGIN_KEY
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import MergedIndex
+from cosmos_scale.data.shards.mark import marks_digest
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Location, ShardReader
 from cosmos_scale.errors import UserError
 from cosmos_scale.words import counted
@@ -89,6 +90,12 @@ class Gallery:
     def left_out(self) -> LeftOut:
         """How many samples the last `batches` left out so far."""
         return self._left_out
+
+    def describe(self) -> str:
+        """Say in words and digests what the numbers depend on: equal for galleries of equal samples and texts."""
+        marks = marks_digest(file.mark for file in self._index.shard_files())
+        shards = f"index {self._index.fingerprint()}, shards {marks or 'without marks'}"
+        return f"{counted(self._samples, 'sample')}, {shards}, captions {self.captions_key}"
 
     def batches(self, rank: int, world_size: int, batch: int) -> Iterator[GalleryBatch]:
         """Yield one rank's contiguous slice of the samples, in the index's order, `batch` at a time.

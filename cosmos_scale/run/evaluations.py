@@ -63,6 +63,10 @@ class Evaluations:
                     said = f"eval.{section.name}: cannot be opened now, the next try is its next evaluation: {error}"
                     print(f"rank {ranks.rank}: {said}", file=sys.stderr)
 
+    def galleries(self) -> dict[str, str]:
+        """Return what each evaluator reads, by its name; empty for one whose data is not opened yet."""
+        return {evaluator.name: evaluator.gallery() for evaluator in self._evaluators}
+
     def due(self, step: int) -> bool:
         """Whether anything is to be measured after a number of steps."""
         return bool(self._due(step))

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cosmos_scale.config import LogConfig
+from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
@@ -52,7 +52,7 @@ class MetricLog:
             lines = counted(dropped, "line")
             self._announcements.append(f"{METRICS_FILE}: dropped {lines} of steps after {first_step}, taken anew now")
         self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
-        console = Console()
+        console = make_console()
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -87,7 +87,7 @@ class MetricLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
 
     def training(self, record: dict[str, float]) -> None:
         """Write one training record (its keys are made in `progress.py`) and print its console line."""

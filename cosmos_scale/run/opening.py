@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import KINDS, check_fits, find_checkpoint
+from cosmos_scale.checkpoint.state import KINDS, check_fits, find_checkpoint, manifest_digest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.caption_check import check_captions
@@ -42,6 +42,7 @@ class Opening:
     index: MergedIndex
     start: Start
     evaluations: Evaluations
+    init_manifest: str | None = None  # digest of the manifest of init_from's checkpoint, if the weights come from there
 
     def __init__(self, config: RunConfig, ranks: RankPlace) -> None:
         self.folder = config.output / config.name
@@ -126,7 +127,9 @@ class Opening:
             model = CosmosModel(self._config.model)
         try:
             origin = find_checkpoint(self._config.init_from)
-            return f"{origin}: {check_fits(model, origin)} tensors fit the model"
+            fitting = check_fits(model, origin)
+            self.init_manifest = manifest_digest(origin)
+            return f"{origin}: {fitting} tensors fit the model"
         except UserError as failure:
             raise UserError(f"init_from: {failure}") from failure
 

@@ -1,14 +1,11 @@
 """A run: everything that its steps need, made in one order by `start_run`, and what it says and writes of itself."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from cosmos_scale.checkpoint.resume import Start
 from cosmos_scale.checkpoint.state import RunState
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair
@@ -72,7 +69,7 @@ class Run:
 
     def _shards_written_anew(self) -> bool:
         """Whether a resumed run's shards begin with other bytes than those that it has trained on."""
-        state, now = self.start.state, _marks_digest(self.opened.index)
+        state, now = self.start.state, self.opened.marks
         return state is not None and bool(state.marks and now) and state.marks != now
 
     def writer(self) -> CheckpointWriter:
@@ -104,7 +101,7 @@ class Run:
             config=self.config.model_dump(mode="json"),
             lost_shards=self.loader.lost_shards,
             steps_per_epoch=self.loader.steps_per_epoch,
-            marks=_marks_digest(self.opened.index),
+            marks=self.opened.marks,
         )
 
 
@@ -128,9 +125,3 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
         device=ranks.device,
     )
     return Run(config, ranks, opened, pair, start, loader, total_steps, last_step, said)
-
-
-def _marks_digest(index: MergedIndex) -> str:
-    """Return a digest of all shards' marks, which differs where shards were written anew; empty where one lacks."""
-    marks = [source.marks.get(row.name, "") for source in index.sources for row in source.rows]
-    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16] if all(marks) else ""

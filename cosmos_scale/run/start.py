@@ -9,24 +9,39 @@ from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_as
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.data.shards.index import MergedIndex
+from cosmos_scale.data.shards.mark import marks_digest
 from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.retrieval import SAME_GALLERY
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
 from cosmos_scale.run.opening import Opening
+from cosmos_scale.words import counted
+
+SAME_CHECKPOINT = "rule: all ranks read one shared folder, or equal copies of it"
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start."""
+    """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start.
+
+    init_manifest: digest of the manifest of the checkpoint whose weights a new run starts from, None where it draws
+    its weights or resumes.
+    """
 
     folder: Path
     index: MergedIndex
     tokenizer: Tokenizer
     evaluations: Evaluations
     found_start: Start
+    init_manifest: str | None
+
+    @property
+    def marks(self) -> str:
+        """A digest of all shards' marks, which differs where shards were written anew; empty where one lacks."""
+        return marks_digest(file.mark for file in self.index.shard_files())
 
 
 def open_run(config: RunConfig, ranks: Ranks) -> Opened:
@@ -40,7 +55,14 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         opening = Opening(config, ranks)
         for look in opening.looks():
             look.find()
-        opened = Opened(opening.folder, opening.index, opening.tokenizer, opening.evaluations, opening.start)
+        opened = Opened(
+            opening.folder,
+            opening.index,
+            opening.tokenizer,
+            opening.evaluations,
+            opening.start,
+            opening.init_manifest,
+        )
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
@@ -113,9 +135,9 @@ def _set_aside(start: Start, ranks: Ranks) -> list[str]:
 
 
 def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
-    """Raise UserError, on all ranks, where ranks have different keys, index or newest checkpoint; collective."""
-    found = from_all((config, opened.index.fingerprint()), ranks)
-    configs, indexes = zip(*found, strict=True)
+    """Raise UserError, on all ranks, where ranks have different keys, data, checkpoint or galleries; collective."""
+    seen = (config, opened.index.fingerprint(), opened.marks, opened.evaluations.galleries())
+    configs, indexes, marks, galleries = zip(*from_all(seen, ranks), strict=True)
     for rank, other in enumerate(configs):
         if different := different_between_hosts(configs[0], other):
             raise UserError(
@@ -123,16 +145,35 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
             )
     rule = "rule: every host has the same index, so copy it along with the shards"
     _require_same("data.sources: ranks see different indexes", indexes, rule)
+    if all(marks):
+        _require_same("data.sources: ranks see shards that begin with other bytes", marks, rule)
     _check_same_start(opened.found_start, ranks)
+    _require_same(
+        f"init_from: ranks see different checkpoints in {config.init_from}, by the digests of their manifests",
+        from_all(opened.init_manifest, ranks),
+        SAME_CHECKPOINT,
+    )
+    if opened.found_start.state is None:  # an evaluation of a resumed run fails instead, and the run goes on
+        for name in galleries[0]:
+            problem = f"eval.{name}: ranks see different galleries"
+            _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], SAME_GALLERY)
 
 
 def _check_same_start(start: Start, ranks: Ranks) -> None:
     """Raise UserError where the ranks would start from different checkpoints; collective."""
-    found = from_all(start.checkpoint, ranks)
-    _require_same("output: ranks see different newest checkpoints", found, "rule: all ranks share one folder")
+    checkpoints, manifests = zip(*from_all((start.checkpoint, start.manifest), ranks), strict=True)
+    _require_same("output: ranks see different newest checkpoints", checkpoints, "rule: all ranks share one folder")
+    _require_same(
+        f"resume: ranks see different checkpoints in {start.checkpoint}, by the digests of their manifests",
+        manifests,
+        SAME_CHECKPOINT,
+    )
 
 
 def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
-    if len(set(found)) > 1:
-        seen = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
-        raise UserError(f"{problem} ({seen}); {rule}")
+    """Raise UserError that names rank 0, the first rank that differs from it, and how many others do."""
+    others = [(rank, value) for rank, value in enumerate(found) if value != found[0]]
+    if others:
+        rank, value = others[0]
+        more = f", and {counted(len(others) - 1, 'more rank')} not as rank 0" if len(others) > 1 else ""
+        raise UserError(f"{problem} (rank 0: {found[0]}, rank {rank}: {value}{more}); {rule}")

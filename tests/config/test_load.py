@@ -107,7 +107,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("train.epochs", "'train.epochs' is not an override; the form is dotted.key=value"),
         ("train={a", "train: line 1 is not valid YAML"),
         ("log.wandb.project=a/b", 'log.wandb.project: "a/b" must be at most 128 characters, none of / '),
-        ("output=/data/\udcff", "holds bytes that are no UTF-8"),
+        ("output=/data/\udcff", "holds bytes that are no UTF-8; rule: keys and values are UTF-8"),
         (f"name={'n' * 201}", "must be a folder's plain name: at most 200 letters"),
     ],
 )
@@ -258,6 +258,7 @@ def test_a_long_chain_of_files_is_refused(run: Path) -> None:
 
 def test_a_folder_whose_name_is_no_utf8_is_named() -> None:
     with pytest.raises(
-        UserError, match=r'^command line: "/data/caf\\udce9" holds bytes that are no UTF-8; rule: paths'
+        UserError,
+        match=r'^command line: "/data/caf\\udce9" holds bytes that are no UTF-8; rule: all texts of a run are UTF-8$',
     ):
         make_config({"data": {"sources": [{"name": "s", "shards": "/data/caf\udce9"}]}})

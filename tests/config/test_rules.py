@@ -24,6 +24,7 @@ BROKEN = [
     ({"data": {"views": {"local_scale": [0.0, 0.4]}}}, "data.views", "local_scale", "0 < low"),
     ({"data": {"views": {"global_scale": [0.4, 1.5]}}}, "data.views", "global_scale", "high <= 1"),
     ({"data": {"views": {"ratio": [2.0, 1.0]}}}, "data.views", "ratio", "low <= high"),
+    ({"data": {"views": {"ratio": [1e-300, 1e-299]}}}, "data.views", "ratio", "0.001 < low <= high <= 1000"),
     ({"data": {"views": {"blur": {"radius": [2.0, 0.1]}}}}, "data.views.blur", "radius", "low <= high"),
     ({"data": {"captions": {"count": 1}}}, "data.captions", "global_count", "at most count (1)"),
     ({"data": {"sources": [SOURCE, SOURCE]}}, "data", "sources.1.name", "differ"),

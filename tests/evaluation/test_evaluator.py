@@ -1,5 +1,6 @@
 """The frame: every kind has its class, what is wrong with its data shows when it is made, and ranks fail together."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,3 +246,29 @@ def test_retrieval_shows_percents_and_chance(tmp_path: Path) -> None:
     assert list(table.columns[1].cells) == ["image to text", "text to image"]
     recalls = [numbers["image_to_text_R@10"], numbers["text_to_image_R@10"]]
     assert list(table.columns[4].cells) == [f"{100 * recall:.2f} %" for recall in recalls]
+
+
+def test_ranks_with_different_galleries_all_fail_and_name_the_rank(tmp_path: Path) -> None:
+    """A run that resumes without its gallery opens it here, after the comparison at its start."""
+    for host, counts in (("a", [3]), ("b", [3]), ("c", [4])):
+        write_shards(tmp_path / host, counts)
+
+    def measures_on(*hosts: str) -> Callable[..., Numbers]:
+        def measures(evaluator: Rehearsed, *others: Any) -> Numbers:
+            section = config(tmp_path / hosts[evaluator.setting.rank]).eval[0]
+            return measure_together(make_evaluator(section, evaluator.setting), *others)
+
+        return measures
+
+    run = config(tmp_path / "a")
+    copies = together(run, 3, Once(set()), measures=measures_on("a", "b", "a"))
+    assert copies == [[copies[0][0]] * 2] * 3
+    assert isinstance(copies[0][0], dict)
+    for outcome in together(run, 3, Once(set()), measures=measures_on("a", "b", "c")):
+        for failure in outcome:
+            assert isinstance(failure, EvaluationFailed)
+            assert re.fullmatch(
+                r"eval\.retrieval: ranks see different galleries \(rank 0: digest \w{15}, rank 2: digest \w{15}\); "
+                r"rule: every host has the same gallery, so copy its shards along with their index \(rank 0\)",
+                str(failure),
+            )

@@ -1,19 +1,25 @@
 """The start of a run: ranks whose hosts do not hold the same files are told so, instead of training on a mixture."""
 
+import hashlib
+import os
+import re
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.run import start_run
 from cosmos_scale.run.start import open_run
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.runs import write_run
+from cosmos_scale.testing.runs import train_to_end, write_run
 from cosmos_scale.testing.shard_files import write_shards
+from tests.checkpoint.edit import content_of, rewrite
 
 # Keys that may change on resume, but decide when ranks meet: ranks that differ would wait for one another forever.
 OF_ALL_RANKS = (
@@ -124,3 +130,65 @@ def test_a_full_disk_leaves_the_written_config(tmp_path: Path) -> None:
     ((said, stayed),) = run_ranks(opened_on_a_full_disk, 1, run)
     assert said.endswith(" cannot be written to: File too large")
     assert stayed
+
+
+def test_hosts_with_other_galleries_are_refused(tmp_path: Path, scenes: SceneShards) -> None:
+    """Copies are one gallery; other samples, and the same names and counts with other pictures, are not."""
+    runs = []
+    for host, counts in (("a", [9, 7]), ("b", [9, 7]), ("c", [9, 8]), ("d", [9, 7])):
+        gallery = write_shards(tmp_path / host / "gallery", counts)
+        if host == "d":
+            for path in gallery.glob("*.tar"):
+                path.write_bytes(path.read_bytes().replace(b"sentence", b"SENTENCE"))
+            index_shards(str(gallery), None, workers=1, progress=False)
+        (tmp_path / host / "run").mkdir()
+        evaluator = {"kind": "retrieval", "name": "held", "every": 4, "shards": str(gallery)}
+        runs.append(write_run(tmp_path / host / "run", scenes, output=str(tmp_path / "out"), eval=[evaluator]))
+    same, copied, other, rewritten = runs
+    one, two = run_ranks(prepared, 2, [[(same, []), (run, [])] for run in (copied, other, rewritten)])
+    assert one == two
+    assert one[0] == "prepared"
+    for said, samples in ((one[1], 17), (one[2], 16)):
+        assert re.fullmatch(
+            rf"eval\.held: ranks see different galleries \(rank 0: 16 samples, index .*, captions raw_caption, "
+            rf"rank 1: {samples} samples, index .*\); rule: every host has the same gallery, .*",
+            said,
+        )
+
+
+def built(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:
+    """Open runs from each rank's own folder, and say what each case ended with.
+
+    Relative paths mean other files on each rank then, as paths on hosts with disks of their own do.
+    """
+    said = []
+    for case in cases:
+        folder, overrides = case[rank]
+        os.chdir(folder)
+        try:
+            open_run(load_config(folder / "run.yaml", overrides), start_ranks("cpu"))
+            said.append("prepared")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_hosts_with_other_weights_under_one_path_are_refused(tmp_path: Path, scenes: SceneShards) -> None:
+    path = "tiny/checkpoints/step-00000002"
+    own, copied, other = (tmp_path / host for host in ("own", "copied", "other"))
+    own.mkdir()
+    train_to_end(write_run(own, scenes, checkpoint={"every": 2}), "train.max_steps=2").require(0)
+    shutil.copytree(own, copied)
+    shutil.copytree(own, other)
+    rewrite(other / path, content_of(other / path) | {"written": "2020-01-01T00:00:00+00:00"})
+    ways = (["output=new", f"init_from={path}"], ["output=new", f"resume={path}"])
+    cases = [[(own, overrides), (host, overrides)] for host in (copied, other) for overrides in ways]
+    one, two = run_ranks(built, 2, cases)
+    assert one[:2] == two[:2] == ["prepared", "prepared"]
+    assert one[2:] == two[2:]
+    manifests = [(host / path / "manifest.json").read_bytes() for host in (own, other)]
+    digests = [hashlib.sha256(manifest).hexdigest()[:16] for manifest in manifests]
+    seen = f"by the digests of their manifests (rank 0: {digests[0]}, rank 1: {digests[1]})"
+    rule = "rule: all ranks read one shared folder, or equal copies of it"
+    for key, said in zip(("init_from", "resume"), one[2:], strict=True):
+        assert said == f"{key}: ranks see different checkpoints in {path}, {seen}; {rule}"

@@ -119,12 +119,12 @@ def _box(draws: list[float], scale: tuple[float, float], ratio: tuple[float, flo
 
 
 def _centre_box(ratio: tuple[float, float], height: int, width: int) -> Box:
-    """The largest centred box, its ratio clamped, for a picture so long that no try fitted."""
+    """The largest centred box, its ratio clamped, for a picture so long that no try fitted; a pixel at least."""
     h, w = height, width
     if width / height < ratio[0]:
-        h = round(width / ratio[0])
+        h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+        w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

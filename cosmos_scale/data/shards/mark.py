@@ -5,7 +5,9 @@ keeps its mark, and its damaged samples are found one by one.
 """
 
 import hashlib
+import json
 import tarfile
+from collections.abc import Iterable
 
 HEAD = 4096  # bytes of a shard that its mark is made of
 _DIGITS = 4  # of the digest of a block
@@ -16,6 +18,12 @@ def mark_of(head: bytes) -> str:
     """Return the mark of a shard by its first HEAD bytes, or by all bytes of a smaller shard."""
     blocks = [head[first : first + tarfile.BLOCKSIZE] for first in range(0, min(len(head), HEAD), tarfile.BLOCKSIZE)]
     return "".join(hashlib.sha256(block).hexdigest()[:_DIGITS] for block in blocks)
+
+
+def marks_digest(marks: Iterable[str]) -> str:
+    """Return a digest of many shards' marks, in order; empty where a shard has no mark."""
+    known = list(marks)
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16] if all(known) else ""
 
 
 def is_other(mark: str, head: bytes) -> bool:

@@ -162,7 +162,7 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
             f"damaged: {count:,} of {survey.read:,} ({count / survey.read:.2%}); `data verify` names them all"
         )
         for reason, times in tally.damaged.most_common(5):
-            console.print(f"  {times:,} x {reason}", markup=False, soft_wrap=True)
+            console.print(f"  {times:,} x {reason}", soft_wrap=True)
     if not tally.samples:
         return
     console.print(
@@ -196,7 +196,7 @@ def _show_sources(survey: Survey, console: Console) -> None:
         name = source.name
         if len(name) > LONGEST_NAME:
             name = f"source {number}"
-            console.print(f"{name}: {source.name}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{name}: {source.name}", highlight=False, soft_wrap=True)
         table.add_row(name, f"{source.shards:,}", f"{source.samples:,}", f"{source.size:,}")
     if len(rows) > 1:
         totals = (sum(column) for column in zip(*(row[1:] for row in rows), strict=True))
@@ -239,7 +239,8 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
     figure = Figure(figsize=(4.0 * COLUMNS, 3.0 * rows + 0.5), dpi=100, layout="constrained")
     read = "all" if survey.read == survey.total else f"{survey.read:,} of"
     names = ", ".join(source.name for source in survey.sources)
-    figure.suptitle(f"{names}: {read} {counted(survey.total, 'sample')}; dotted: median", fontsize=11, wrap=True)
+    title = f"{names}: {read} {counted(survey.total, 'sample')}; dotted: median"
+    figure.suptitle(title.replace("$", r"\$"), fontsize=11, wrap=True)  # what stands between $ would be a formula
     panels = [figure.add_subplot(rows, COLUMNS, place + 1) for place in range(len(shown) + 1)]
     for axes, (name, values) in zip(panels, shown.items(), strict=False):
         _draw_histogram(axes, name, values)

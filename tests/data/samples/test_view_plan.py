@@ -138,6 +138,24 @@ def test_a_picture_too_long_gets_the_centre_crop(height: int, width: int) -> Non
     assert (plan.boxes[:5] == expected).all()
 
 
+EXTREMES = (0.0011, 0.01, 1.0, 100.0, 1000.0)
+
+
+@pytest.mark.parametrize("ratio", [(low, high) for low in EXTREMES for high in EXTREMES if low <= high])
+@pytest.mark.parametrize("scale", [(1e-300, 1e-299), (1e-6, 1.0), (1.0, 1.0)])
+def test_crops_of_extreme_ratios_and_scales_have_a_pixel(
+    ratio: tuple[float, float], scale: tuple[float, float]
+) -> None:
+    views = ViewsConfig(ratio=ratio, global_scale=scale, local_scale=scale)
+    for height, width in ((48, 48), (1, 1), (1, 3000), (3000, 1), (20, 24)):
+        for sample in range(5):
+            top, left, h, w = plan_views(views, 224, SampleKey(0, 0, sample), height, width).boxes.T
+            assert min(*h, *w) >= 1
+            assert min(*top, *left) >= 0
+            assert (top + h <= height).all()
+            assert (left + w <= width).all()
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**62))
 def test_boxes_lie_inside_the_picture(height: int, width: int, sample: int) -> None:
