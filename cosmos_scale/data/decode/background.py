@@ -1,7 +1,10 @@
 """What stands behind the transparent pixels of a picture, which becomes plain RGB."""
 
+import io
+
 import numpy as np
 from PIL import Image, ImageColor
+from PIL.PngImagePlugin import PngImageFile
 
 # Transparent pixels show the colours that the file hides under them, as in the published code.
 KEEP = "keep"
@@ -20,10 +23,14 @@ def has_transparent_pixels(image: Image.Image) -> bool:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Return a picture of 16-bit grey as 8-bit grey, with alpha where one value is transparent; others as they are.
+    """Return an opened picture of 16 bits a channel as one of 8 bits, with alpha where one value or colour is
+    transparent; others as they are.
 
-    Pillow's own conversion clips values at 255, which makes the picture almost white, and forgets the transparent one.
+    Pillow's own conversion of grey clips values at 255, which makes the picture almost white, and forgets the
+    transparent one. Of colours it keeps the high bytes, among which the transparent 16-bit colour is not found.
     """
+    if _is_16_bit_colour(image) and isinstance(image.info.get("transparency"), tuple):
+        return _with_clear_colour(image)
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
@@ -32,6 +39,31 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _is_16_bit_colour(image: Image.Image) -> bool:
+    return isinstance(image, PngImageFile) and [tile[3] for tile in image.tile] == ["RGB;16B"]
+
+
+def _with_clear_colour(image: Image.Image) -> Image.Image:
+    """Return a PNG of 16-bit colours, whose pixels are not read yet, as RGBA: alpha is 0 at its transparent colour.
+
+    Its pixels are read twice: the high bytes of their values, and the low ones.
+    """
+    assert isinstance(image, PngImageFile)
+    assert image.fp is not None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    low = PngImageFile(io.BytesIO(image.fp.read()))
+    image.fp.seek(place)
+    # Plain tuples: Pillow before 11 has no others.
+    low.tile = [(*tile[:3], "RGB;16L") for tile in low.tile]  # type: ignore[misc]
+    high = np.asarray(image)
+    values = high.astype(np.uint16) << 8 | np.asarray(low)
+    clear = (values == np.array(image.info["transparency"])).all(axis=2)
+    colours = Image.fromarray(high)
+    colours.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return colours
 
 
 def on_background(image: Image.Image, background: str) -> Image.Image:

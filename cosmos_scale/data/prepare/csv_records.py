@@ -126,6 +126,8 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
             fault = _swallowing(feed, cells, line, f"its cell does not end within {LINE_LIMIT:,} lines")
         except csv.Error as error:
             fault = f"not csv: {error}"
+            if "new-line character" in str(error):  # Python's advice is on how to open a file
+                fault = f"not csv: CR inside line {line + len(feed.taken) - 1:,}; rule: lines end in LF, or CR and LF"
             if len(feed.taken) > 1:
                 fault += f"; {_behind(len(feed.taken) - 1)}"
                 feed.give_back(1)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +117,31 @@ def test_the_transparent_value_of_16_bit_grey_lets_the_background_through() -> N
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG", transparency=999)  # no pixel has it
     assert not is_transparent(buffer.getvalue(), 10**4)
+
+
+def png_of_16_bits(values: Any, clear: tuple[int, int, int]) -> bytes:
+    """A PNG of 16-bit colours (its specification, 11.2 and 11.3.2.1), which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = values.shape
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    body = chunk(b"tRNS", struct.pack(">HHH", *clear)) + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b"")
+
+
+def test_the_transparent_colour_of_16_bit_colours_lets_the_background_through() -> None:
+    clear = (0x1234, 0x5678, 0x9ABC)
+    values = np.full((2, 3, 3), clear, dtype=np.uint16)
+    values[0, 0, 2] += 1  # its high bytes are those of the transparent colour
+    values[1, 2] = 65535
+    data = png_of_16_bits(values, clear)
+    for background, colour in COLOURS.items():
+        expected = (values // 256).astype(int)
+        if background != "keep":
+            expected[(values == clear).all(axis=2)] = colour
+        np.testing.assert_array_equal(decode_rgbx(data, 10**4, background)[..., :3], expected)
+    assert is_transparent(data, 10**4)
+    assert not is_transparent(png_of_16_bits(values, (0x1233, 0x5678, 0x9ABC)), 10**4)  # no pixel has it

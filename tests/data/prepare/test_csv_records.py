@@ -80,6 +80,14 @@ def test_empty_lines_before_the_header_are_stepped_over() -> None:
     assert read_header(Path("c.csv"), iter(read("\n\n"))) == []
 
 
+def test_lines_that_end_in_cr_are_named() -> None:
+    """As prepare feeds lines: cut at LF, so that rows keep their bytes."""
+    (record,) = read_records(["image,caption\r0.jpg,a\r1.jpg,b\r"])
+    assert record.fault == "not csv: CR inside line 1; rule: lines end in LF, or CR and LF"
+    records = list(read_records(["image,caption\n", "0.jpg,a\rb\n", "1.jpg,b\n"]))
+    assert [bool(record.fault) for record in records] == [False, True, False]
+
+
 def test_a_row_of_a_wrong_number_of_cells_names_its_lines() -> None:
     records = read('image,caption\n0.jpg,"open\n1.jpg,", a dog"\n2.jpg,sound\n')
     assert records[1].fault == (
