@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cosmos_scale.data.samples.sentences import END_TOKEN, split_sentences
+
 RAW_KEYS = ("raw_caption",)
 SHORT_KEYS = ("shortIB_captions", "shortSV_captions", "shortLLA_captions")
 LONG_KEYS = ("longIB_captions", "longSV_captions", "longLLA_captions")
@@ -81,17 +83,27 @@ def caption_fault(document: dict[str, Any], keys: Sequence[str] = ()) -> str | N
     keys: the only keys that count, if the user names any. Without them a document of foreign keys may have a caption:
     a run's `data.captions.keys` may name one of these. A caption of a wrong type is left to the sampling.
     """
-    if any(has_text(document.get(key)) for key in keys):
-        return None
-    if not keys and caption_keys(document):
-        return name_clash(document)
+    other_keys = "" if keys else "; --captions KEY names other keys"
+    texts = [name for name in keys or caption_keys(document) if has_text(document.get(name))]
+    if texts and all(_lacks_sentence(name, document[name]) for name in texts):
+        return f"no caption: no sentence in {', '.join(texts)}{other_keys}"
+    if texts:
+        return None if keys else name_clash(document)
     named = [name for name in document if (name in keys if keys else _called_caption(name))]
     if named and all(is_empty(document[name]) for name in named):
         shown = ", ".join(f"{name} is {'null' if is_missing(document[name]) else 'empty'}" for name in named)
-        return f"no caption: {shown}" + ("" if keys else "; --captions KEY names other keys")
+        return f"no caption: {shown}{other_keys}"
     if keys and not named:
         return f"no caption: it lacks {', '.join(keys)} and has {', '.join(document) or 'no keys'}"
     return None
+
+
+def _lacks_sentence(name: str, value: object) -> bool:
+    """Whether a text under a key is one string, split into sentences when captions are drawn, and has none: "..."."""
+    if not isinstance(value, str) or plain_column(name) in WHOLE_KEYS:
+        return False
+    has_letter = any(map(str.isalnum, value.replace(END_TOKEN, "")))  # the first letter settles most texts
+    return not has_letter and not split_sentences(value)
 
 
 def _called_caption(name: str) -> bool:

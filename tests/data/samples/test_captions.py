@@ -278,3 +278,13 @@ def test_two_keys_of_one_name_are_refused(document: dict[str, Any], clash: str |
         with pytest.raises(DamagedSample, match=f"^two keys of one name: {clash}$"):
             caption_pool("textcrop", document)
         assert caption_fault(document) == f"two keys of one name: {clash}"
+
+
+@pytest.mark.parametrize(
+    "text", ["....", " . \n.", "\u3002", "</s>.", "...a", "!!!", "\u2026", "a.", "1.", "\U0001f600."]
+)
+@pytest.mark.parametrize("name", ["caption", "raw_caption", "Text", "title"])
+def test_a_caption_without_a_sentence_is_a_fault_where_the_sampling_finds_none(name: str, text: str) -> None:
+    usable = any(sentence.strip() for sentence in caption_pool("textcrop", {name: text}))
+    assert (caption_fault({name: text}) is None) is usable
+    assert caption_fault({name: [text]}) is None  # a list's sentences are taken as they are

@@ -110,6 +110,7 @@ def test_two_texts_that_do_not_lie_where_the_index_says_are_damage(tmp_path: Pat
         ({"Text": " ", "title": ""} | METADATA, "no caption: Text is empty, title is empty; --captions KEY names"),
         ({"captions": [None, ""]} | METADATA, "no caption: captions is empty"),
         ({"captions": float("nan")} | METADATA, "no caption: captions is null"),
+        ({"caption": " ....\n."} | METADATA, "no caption: no sentence in caption; --captions KEY names other keys"),
     ],
 )
 def test_a_sample_whose_captions_are_all_empty_is_in_no_epoch(
