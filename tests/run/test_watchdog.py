@@ -14,13 +14,13 @@ from cosmos_scale.testing.runs import Launched, records, start, train_to_end, wa
 from tests.run.hanging_train import SLOW
 
 HOST = socket.gethostname()
-ENDS_WITHIN = 40.0  # seconds, of which the limits are 3
+ENDS_WITHIN = 40.0  # seconds, of which the limit is 5
 
 
 @pytest.fixture
 def run(tmp_path: Path, scenes: SceneShards) -> Path:
     """A run that does not come to its end here, with a limit of a few seconds."""
-    train = {"global_batch": 8, "schedule_steps": 4000, "watchdog_seconds": 3}
+    train = {"global_batch": 8, "schedule_steps": 4000, "watchdog_seconds": 5}
     return write_run(tmp_path, scenes, train=train, zero={"stage": 1}, checkpoint={"every": 0})
 
 
@@ -37,17 +37,17 @@ def test_a_stopped_rank_is_named_by_the_other(run: Path, stopped: int) -> None:
         process.signal(stopped, signal.SIGKILL)
         finished = process.wait()
     assert finished.statuses[1 - stopped] == 1
-    warning, end = finished.errors.splitlines()
-    assert f"no progress for 1 s: rank {stopped} on host {HOST} does not answer; rank {1 - stopped} on" in warning
+    warning, end = finished.errors.splitlines()[-2:]  # on a busy machine the start has a warning too
+    assert f" s: rank {stopped} on host {HOST} does not answer; rank {1 - stopped} on" in warning
     assert f"rank {stopped} on host {HOST} does not answer" in end
-    assert "rule: train.watchdog_seconds, 3" in end
+    assert "rule: train.watchdog_seconds, 5" in end
     assert "train.py" in stacks(run, 1 - stopped)
 
 
 def test_an_endless_collective_ends_all_ranks_with_their_stacks(run: Path) -> None:
     with start(run, ranks=2, program="tests.run.hanging_train") as process:
         finished = process.wait().require(1)
-    _, end = finished.errors.splitlines()
+    end = finished.errors.splitlines()[-1]
     assert f"rank 0 on host {HOST}, rank 1 on host {HOST}: step 3; stacks: " in end
     assert "in step\n" in stacks(run, 1)
     assert "hanging_train.py" in stacks(run, 1)
@@ -61,7 +61,7 @@ def test_a_loader_process_that_stands_still_ends_the_run(run: Path) -> None:
         os.kill(worker, signal.SIGSTOP)
         finished = process.wait(ENDS_WITHIN).require(1)
         process.wait_until_gone(10.0)
-    _, end = finished.errors.splitlines()
+    end = finished.errors.splitlines()[-1]
     assert f"rank 0 on host {HOST}: its wait for the batch of step " in end
 
 
