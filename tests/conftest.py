@@ -1,6 +1,7 @@
 """What all tests share: the repository's root, quiet environments, and the skip of GPU tests where there is none."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for others otherwise and warns of each it lacks
 torch.set_num_threads(1)
+# A shell starts background jobs with Ctrl-C ignored. Programs inherit that, and the tests send it to them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in each run, and no limit of time on one of them: the machine may be busy.
 settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None

@@ -60,11 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError:  # MKL, which torch loads, would end the process without a word on the cause
         _tell("cosmos-scale: the current folder is deleted; rule: change to one that is there")
         return 2
-    try:
-        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        _tell("cosmos-scale: interrupted")
-        return INTERRUPTED
+    parsed: list[argparse.Namespace] = []
+
+    def parse() -> int:
+        parsed.append(_parse(list(sys.argv[1:] if argv is None else argv)))
+        return 0
+
+    status = exit_status("cosmos-scale", parse)  # --help on a full disk is an error of Python before 3.11.5
+    if not parsed:
+        return status
+    (arguments,) = parsed
     return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))
 
 

@@ -52,6 +52,7 @@ class Watchdog:
         self._answers: dict[int, str] = {}  # by rank, since the last question
         self._idle = 0.0  # seconds in this phase
         self._hangs = False  # as another rank has found
+        self._ending: dict[int, str] = {}  # what ranks did that have found so, and end
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -108,7 +109,7 @@ class Watchdog:
     def _end(self) -> NoReturn:
         """End this process and, through rank 0, all others; no group is destroyed, since that could wait for ever."""
         may_print = self._contact.end()
-        self._contact.send_all(HANGS)
+        self._contact.send_all(f"{HANGS} {self._phase.what}")
         _within(DISK, self._write_stacks)
         silent = self._ask()
         if may_print and (self._contact.rank == 0 or silent):
@@ -123,7 +124,7 @@ class Watchdog:
 
     def _ask(self) -> Mapping[int, str]:
         """Ask what the other ranks do (rank 0 all, others rank 0); returns the hosts of the silent ones, by rank."""
-        self._answers = {}
+        self._answers = dict(self._ending)
         asked = self._contact.hosts
         self._contact.send_all(ASK)
         deadline = time.monotonic() + ANSWER
@@ -137,7 +138,9 @@ class Watchdog:
         if word == DOES:
             self._answers[rank] = rest
         elif not self._ended.is_set():
-            self._hangs = self._hangs or word == HANGS
+            if word == HANGS:
+                self._hangs = True
+                self._ending[rank] = rest  # it may be gone before it is asked
             self._contact.send_all(f"{DOES} {self._phase.what}", to=rank)
 
     def _found(self, silent: Mapping[int, str]) -> str:

@@ -108,6 +108,8 @@ def test_hosts_that_differ_are_refused(
     for name in ("cosmos_scale", "kernels", "configs"):
         shutil.copytree(REPOSITORY / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "cosmos_scale" / "words.py").open("a").write("# newer\n")
+    if (REPOSITORY / ".venv").is_dir():  # with the Python that runs these tests
+        (copy / ".venv").symlink_to(REPOSITORY / ".venv")
     run = write_run(tmp_path, scenes, output="~/runs")
     other = f"SSH_ORIGINAL_COMMAND=$(printf %s \"$SSH_ORIGINAL_COMMAND\" | sed 's#{REPOSITORY}#{copy}#g')"
     with two_hosts(tmp_path / "hosts-of-test", other) as programs:
