@@ -274,24 +274,7 @@ def update(
     )
 
 
-@update.register_fake
-def _(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    first_moments: list[Tensor],
-    second_moments: list[Tensor],
-    averages: list[Tensor],
-    weight_copies: list[Tensor],
-    average_copies: list[Tensor],
-    steps: list[Tensor],
-    numbers: Tensor,
-    betas: list[float],
-    eps: float,
-    weight_decay: float,
-    clamp: list[float],
-    average_first: bool,
-) -> None:
-    return None
+update.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("cosmos_scale::gradient_squares", mutates_args=())

@@ -210,9 +210,7 @@ def recolour_(result: Tensor, pixels: Tensor, parameters: Tensor, sums: Tensor) 
     recolour_kernel[(N, blocks)](pixels, parameters, sums, result, H * W, blocks, **constants, **OPTIONS)
 
 
-@recolour_.register_fake
-def _(result: Tensor, pixels: Tensor, parameters: Tensor, sums: Tensor) -> None:
-    pass
+recolour_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("cosmos_scale::box_blur_", mutates_args=("target",))
@@ -240,17 +238,7 @@ def box_blur_(
     )
 
 
-@box_blur_.register_fake
-def _(
-    target: Tensor,
-    target_rows: Tensor,
-    source: Tensor,
-    source_rows: Tensor,
-    weights: Tensor,
-    thresholds: Tensor,
-    along_width: bool,
-) -> None:
-    pass
+box_blur_.register_fake(lambda *_: None)
 
 
 def _empty_sums(pixels: Tensor) -> Tensor:

@@ -66,15 +66,11 @@ def total(counts: Iterable[Count]) -> Count:
     return result
 
 
-class DeviceCounter(TorchDispatchMode):
-    """Counts the operators that run inside it, by phase and operator. A context manager.
-
-    counts: {(phase, operator): Count}. Operators are named without their overload: `mm`, `native_layer_norm`.
-    """
+class PhasedMode(TorchDispatchMode):
+    """Sees the operators that run inside it, and the phase that each runs in. A context manager."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: dict[tuple[str, str], Count] = {}
         self._phase = ""
 
     @contextmanager
@@ -85,6 +81,17 @@ class DeviceCounter(TorchDispatchMode):
             yield
         finally:
             self._phase = before
+
+
+class DeviceCounter(PhasedMode):
+    """Counts the operators that run inside it, by phase and operator. A context manager.
+
+    counts: {(phase, operator): Count}. Operators are named without their overload: `mm`, `native_layer_norm`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[tuple[str, str], Count] = {}
 
     def by_group(self, phase: str | None = None) -> dict[str, Count]:
         """Return the counts of each group of operators, of one phase or of all."""

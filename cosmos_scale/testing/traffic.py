@@ -1,12 +1,10 @@
 """What a step moves between ranks, counted in one process that plays one of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.config import RunConfig
@@ -14,7 +12,7 @@ from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.batches import random_batch
-from cosmos_scale.testing.device_counts import META, Count, DeviceCounter
+from cosmos_scale.testing.device_counts import META, Count, DeviceCounter, PhasedMode
 from cosmos_scale.testing.fake_ranks import start_fake_ranks
 
 PHASES = ("student", "teacher", "loss", "backward", "update", "refresh")
@@ -51,22 +49,12 @@ class Collective(NamedTuple):
         return self.nbytes * {"all_reduce": 2 * share, "broadcast": 1.0}.get(self.kind, share)
 
 
-class CollectiveCounter(TorchDispatchMode):
+class CollectiveCounter(PhasedMode):
     """Notes every collective that runs inside it. A context manager. seen: in the order of the calls."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen: list[Collective] = []
-        self._phase = ""
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Name what runs inside."""
-        before, self._phase = self._phase, name
-        try:
-            yield
-        finally:
-            self._phase = before
 
     def __torch_dispatch__(
         self,

@@ -1,17 +1,15 @@
 """The update by Triton kernels inside whole steps, at every layout of ZeRO."""
 
-import importlib.util
-
 import pytest
 
-from tests.kernels.programs import json_lines
+from tests.kernels.programs import json_lines, needs_triton
 
 # A few roundings of float32 (6e-8) of values around 1, of the clipping factor's too.
 TOLERANCE = 1e-6
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_a_step_by_the_interpreted_kernels_is_torchs_at_every_layout() -> None:
     rows = json_lines("-m", "tests.engine.interpret_update", interpret=True)
     assert [row["stage"] for row in rows] == [0, 1, 3]

@@ -1,12 +1,17 @@
 """Programs that try Triton kernels: a process decides once whether kernels are interpreted."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from tests.conftest import REPOSITORY
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
 def json_lines(*arguments: str, interpret: bool, status: int = 0) -> list[Any]:

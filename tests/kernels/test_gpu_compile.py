@@ -1,12 +1,10 @@
 """Every Triton kernel compiled for GPUs that are not here, as it is launched: fit for them; and the check can fail."""
 
-import importlib.util
-
 import pytest
 
-from tests.kernels.programs import json_lines
+from tests.kernels.programs import json_lines, needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = needs_triton
 
 KERNELS = {
     "contrastive statistics",

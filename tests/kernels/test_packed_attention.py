@@ -1,6 +1,5 @@
 """flash-attn 2 takes stacked queries, keys and values as one tensor, so that nobody stacks their gradients again."""
 
-import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
@@ -13,6 +12,7 @@ from cosmos_scale.kernels import attention as kernel
 from cosmos_scale.kernels.pointwise import split_stacked
 from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.testing.device_counts import META, DeviceCounter
+from tests.kernels.programs import needs_triton
 from tests.kernels.test_attention import softmax_attention
 
 QUERIES, HEADS, WIDTH = [5, 2, 9], 3, 8  # of a head
@@ -86,7 +86,7 @@ def test_output_and_gradient_equal_the_formula(causal: bool) -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_its_gradient_is_summed_where_it_lies() -> None:
     row = 3 * HEADS * WIDTH
     stacked = torch.empty(sum(QUERIES), row, dtype=torch.bfloat16, device=META, requires_grad=True)

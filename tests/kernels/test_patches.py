@@ -1,7 +1,5 @@
 """Crops of 8-bit levels cut into normalised patches: the bits of normalising first and cutting then, in both forms."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -13,10 +11,9 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.kernels.patches import cut_patches, level_values, normalised_patches
 from cosmos_scale.testing.device_counts import Count, DeviceCounter, count_step
 from cosmos_scale.testing.tiny import tiny_config
-from tests.kernels.programs import json_lines
+from tests.kernels.programs import json_lines, needs_triton
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
 def some_crops(*shapes: tuple[int, int, int], device: str = "cpu") -> list[Tensor]:

@@ -1,6 +1,5 @@
 """The kernels around products and attention: right in Triton's interpreter and on a GPU, and taken where they serve."""
 
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
 from cosmos_scale.testing.device_counts import META, DeviceCounter
-from tests.kernels.programs import json_lines
+from tests.kernels.programs import json_lines, needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = needs_triton
 
 # Relative, by dtype. Twice what rounding the results to the dtype's 24, 11 and 8 bits may leave.
 TOLERANCES = {"torch.float32": 1e-6, "torch.float16": 1e-3, "torch.bfloat16": 8e-3}

@@ -1,6 +1,5 @@
 """The Triton kernels of the optimizer: right in Triton's interpreter, and few launches and bytes."""
 
-import importlib.util
 from collections.abc import Sequence
 
 import pytest
@@ -9,9 +8,9 @@ from torch import Tensor
 
 from cosmos_scale.kernels import adamw_ema
 from cosmos_scale.testing.device_counts import DeviceCounter
-from tests.kernels.programs import json_lines
+from tests.kernels.programs import json_lines, needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = needs_triton
 
 # After 4 updates, relative to values above 1: some roundings of float32 (6e-8) of weights around 1. Moments are small.
 # "from torch": the weights against those of torch's own AdamW in float32. Whatever is not named must be 0.

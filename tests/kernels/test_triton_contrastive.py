@@ -1,15 +1,12 @@
 """The Triton kernels of the contrastive loss: right in Triton's interpreter, and taken where they serve."""
 
-import importlib.util
-
-import pytest
 import torch
 
 from cosmos_scale.kernels import contrastive
 from cosmos_scale.testing.device_counts import DeviceCounter
-from tests.kernels.programs import json_lines
+from tests.kernels.programs import json_lines, needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = needs_triton
 
 # Of statistics absolute, of gradients relative. float16 rounds slopes to 11 bits before the second product.
 TOLERANCES = {"torch.float32": (2e-5, 3e-6), "torch.float16": (2e-5, 1e-3)}

@@ -1,16 +1,14 @@
 """The model with the Triton kernels equals the model without, and takes them where they serve."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.device_counts import META, DeviceCounter
-from tests.kernels.programs import json_lines
+from tests.kernels.programs import json_lines, needs_triton
 from tests.model.models import SMALL, small_batch
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = needs_triton
 
 OPERATORS = {"add_norm", "add_norm_backward", "gelu_bias_backward", "stack_gradients"}
 # Relative to the largest element of a tensor: float32 sums of some hundred rows in another order. 1.2e-6 was seen.

@@ -1,15 +1,13 @@
 """The report's rows of the project's kernels: each moves the bytes from which its rate is computed."""
 
-import importlib.util
-
-import pytest
 import torch
 from torch import Tensor
 
 from cosmos_scale.testing.device_counts import META, DeviceCounter, total
+from tests.kernels.programs import needs_triton
 from tools.gpu_stages.kernels import _own_pointwise
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = needs_triton
 
 
 def test_each_call_moves_the_bytes_of_its_row() -> None:

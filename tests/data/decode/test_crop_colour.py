@@ -1,6 +1,5 @@
 """Colour of the crops that DALI cuts: by kernels as by batched torch, which is compared with Pillow elsewhere."""
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -10,9 +9,7 @@ from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode.crop_colour import colour_crops_
 from cosmos_scale.testing.device_counts import DeviceCounter
 from tests.data.decode.crop_plans import plan_fields, some_pixels
-from tests.kernels.programs import json_lines
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+from tests.kernels.programs import json_lines, needs_triton
 
 KERNELS = ("grey_sums", "recolour_", "box_blur_")
 # A blur's sums are of floats, which a device may round once where another rounds twice.
