@@ -2,8 +2,11 @@
 
 A shard NAME is NAME.tar, or a folder NAME/ whose name is a number. NAME.parquet beside the shard lists every URL that
 was tried. Tars of the same form without such a list are read too: their .json members say the same.
+Folders inside a shard are read with it. A link inside a tar is the file of the same tar that it leads to.
 """
 
+import os
+import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +23,7 @@ from cosmos_scale.data.shards.patterns import COMPRESSED_ENDINGS
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.shards.scan import torn_end
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, regular_only
+from cosmos_scale.files import read_regular, reason_of, regular_only
 
 SUCCESS = "success"
 NO_JSON = "there is no .json with it"
@@ -60,9 +63,12 @@ class Image(NamedTuple):
 
 
 class _Member(NamedTuple):
+    """A file of a shard. entry: where its bytes are. fault: why there are none, if so."""
+
     key: str
     extension: str
     entry: tarfile.TarInfo | Path
+    fault: str | None = None
 
 
 def list_images(paths: list[Path]) -> list[ImageShard]:
@@ -155,12 +161,16 @@ def _value_of(
     archive: tarfile.TarFile | None, key: str, members: list[_Member], join: Join
 ) -> tuple[str | None, str | None]:
     """Return the join value that the .json among an image's files says, or why it is not known."""
-    texts = [_read(archive, member) for member in members if member.extension == "json"]
-    error = f"its .json says no {join}" if texts else NO_JSON
-    try:
-        document = parse_json(texts[0] or b"") if texts else {}
-    except (ValueError, RecursionError):
-        document, error = {}, "its .json cannot be read"
+    described = next((member for member in members if member.extension == "json"), None)
+    document, error = None, NO_JSON
+    if described is not None:
+        error = f"its .json says no {join}"
+        try:
+            document = parse_json(_read(archive, described))
+        except DamagedSample as damage:
+            error = str(damage)
+        except (ValueError, RecursionError):
+            error = "its .json cannot be read"
     value = document.get(join) if isinstance(document, dict) else None
     known = _joined(join, key if value is None and join == "key" else value)
     return known, error if known is None else None
@@ -193,10 +203,12 @@ def read_images(shard: ImageShard, join: Join) -> Iterator[Image]:
                 elif times[key] > 1 and value is None:
                     fault = f"duplicate key: it comes again in its shard, and no .json says which {join} each has"
                 seen.add(key)
-                data = None if fault else _read(archive, member)
-                if data is None:
-                    fault = fault or "damaged image: its shard breaks off inside it"
-                yield Image(key, member.extension, data or b"", fault, value)
+                data = b""
+                try:
+                    data = data if fault else _read(archive, member)
+                except DamagedSample as damage:
+                    fault = str(damage)
+                yield Image(key, member.extension, data, fault, value)
         if shard.path.is_file() and (fault := _break_off(archive)):
             yield Image("", "", b"", fault)
 
@@ -221,30 +233,96 @@ def _open(shard: ImageShard) -> Iterator[tarfile.TarFile | None]:
 def _members(shard: ImageShard, archive: tarfile.TarFile | None) -> Iterator[_Member]:
     if archive is None and shard.path.is_file():
         return
-    if archive is None:
-        files = sorted(item for item in shard.path.iterdir() if item.is_file())
-        yield from (_Member(item.name.partition(".")[0], item.name.partition(".")[2].lower(), item) for item in files)
-        return
+    for name, entry, fault in _files_of(shard.path) if archive is None else _files_in(archive):
+        key, _, extension = name.partition(".")
+        if key:
+            yield _Member(key, extension.lower(), entry, fault and f"not a file: its .{extension.lower()} is {fault}")
+
+
+def _files_of(folder: Path) -> Iterator[tuple[str, Path, str | None]]:
+    """Yield name and path of each file below a folder, and what a file is that has no bytes."""
+    for path in folder_files(folder):
+        fault = None
+        if not path.is_file():
+            fault = f"a link to {os.readlink(path)}, which is no file" if path.is_symlink() else "a device or pipe"
+        yield path.name, path, fault
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """List all that is no folder below a folder, by folder and name; raises UserError where a folder cannot be read."""
+    found: list[Path] = []
+    seen: set[str] = set()  # a link may lead to a folder above it
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {reason_of(error)}") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if os.path.realpath(Path(place, name)) not in seen)
+        found += [Path(place, name) for name in sorted(names)]
+    return found
+
+
+def _files_in(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo, str | None]]:
+    """Yield the name of each member of a tar but folders, the member with its bytes, and why there is none, if so."""
+    entries: list[tarfile.TarInfo] = []
     try:
         for entry in archive:
-            key, _, extension = entry.name.rpartition("/")[2].partition(".")
-            if entry.isfile() and key:
-                yield _Member(key, extension.lower(), entry)
+            entries.append(entry)
     except (tarfile.TarError, ValueError):
-        return  # _break_off says so
+        pass  # _break_off says so
+    leads_to = _targets(entries)
+    for entry in entries:
+        end: tarfile.TarInfo | None = entry
+        passed: set[int] = set()
+        while end is not None and end.offset in leads_to and end.offset not in passed:
+            passed.add(end.offset)
+            end = leads_to[end.offset]
+        if entry.isdir() or (entry.islnk() and end is not None and end.name == entry.name):
+            continue  # tar names a file twice by a link to itself
+        fault = None if end is not None and end.isfile() else "a device or pipe"
+        if fault and passed:
+            fault = f"a link to {entry.linkname}, which is no file of its tar"
+        yield entry.name.rpartition("/")[2], end or entry, fault
 
 
-def _read(archive: tarfile.TarFile | None, member: _Member) -> bytes | None:
-    """A member's bytes; None where the shard ends inside them."""
-    try:
-        if isinstance(member.entry, Path):
+def _targets(entries: list[tarfile.TarInfo]) -> dict[int, tarfile.TarInfo | None]:
+    """Return where each link of a tar leads to, by the link's offset; None where that is not in the tar.
+
+    A hard link is the member that had the name before it, a symbolic link the one that has the name at last.
+    """
+    named: dict[str, tarfile.TarInfo] = {}
+    leads_to: dict[int, tarfile.TarInfo | None] = {}
+    for entry in entries:
+        if entry.islnk():
+            leads_to[entry.offset] = named.get(posixpath.normpath(entry.linkname))
+        named[posixpath.normpath(entry.name)] = entry
+    for entry in entries:
+        if entry.issym():
+            place = posixpath.join(posixpath.dirname(entry.name), entry.linkname)
+            leads_to[entry.offset] = named.get(posixpath.normpath(place))
+    return leads_to
+
+
+def _read(archive: tarfile.TarFile | None, member: _Member) -> bytes:
+    """Return a member's bytes; raises DamagedSample where there are none."""
+    if member.fault is not None:
+        raise DamagedSample(member.fault)
+    if isinstance(member.entry, Path):
+        try:
             return read_regular(member.entry)
-        assert archive is not None
+        except OSError as error:
+            raise DamagedSample(f"cannot be read: its .{member.extension}: {reason_of(error)}") from error
+    assert archive is not None
+    try:
         file = archive.extractfile(member.entry)
         data = b"" if file is None else file.read()
     except (tarfile.TarError, OSError):
-        return None
-    return data if len(data) == member.entry.size else None
+        data = b""
+    if len(data) < member.entry.size:
+        kind = "image" if member.extension in IMAGE_EXTENSIONS else member.extension
+        raise DamagedSample(f"damaged {kind}: its shard breaks off inside it")
+    return data
 
 
 def _break_off(archive: tarfile.TarFile | None) -> str | None:

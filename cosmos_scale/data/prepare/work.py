@@ -1,6 +1,5 @@
 """One preparation: what it was asked for, and the files of what it has done so far."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE, Dataset, Join
-from cosmos_scale.data.prepare.images import ImageShard
+from cosmos_scale.data.prepare.images import ImageShard, folder_files
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.work import PREPARATION, Work
 from cosmos_scale.errors import UserError
@@ -106,14 +105,17 @@ def _digest(path: Path, size: int, time: int) -> bytes:
 
 def _seen(shard: ImageShard) -> Iterator[tuple[str, int, int]]:
     """Yield name, size and time of each file of a shard of images, and of the parquet beside it."""
-    paths = [shard.path] if shard.listing is None else [shard.path, shard.listing]
+    yield _size_and_time(shard.path, shard.path.name)
     if shard.path.is_dir():
-        with os.scandir(shard.path) as items:
-            names = sorted(item.name for item in items if item.is_file())
-        paths = [*(shard.path / name for name in names), *paths[1:]]
-    for path in paths:
-        status = path.stat()
-        yield path.name, status.st_size, status.st_mtime_ns
+        for path in folder_files(shard.path):
+            yield _size_and_time(path, str(path.relative_to(shard.path)))
+    if shard.listing is not None:
+        yield _size_and_time(shard.listing, shard.listing.name)
+
+
+def _size_and_time(path: Path, name: str) -> tuple[str, int, int]:
+    status = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
+    return name, status.st_size, status.st_mtime_ns
 
 
 @contextmanager
