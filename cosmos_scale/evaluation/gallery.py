@@ -25,6 +25,8 @@ from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.mark import marks_digest
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Location, ShardReader
+from cosmos_scale.data.training.picture_check import LOOKED_AT as PICTURES
+from cosmos_scale.data.training.picture_check import picture_sizes
 from cosmos_scale.errors import UserError
 from cosmos_scale.words import counted
 
@@ -96,6 +98,12 @@ class Gallery:
         marks = marks_digest(file.mark for file in self._index.shard_files())
         shards = f"index {self._index.fingerprint()}, shards {marks or 'without marks'}"
         return f"{counted(self._samples, 'sample')}, {shards}, captions {self.captions_key}"
+
+    def oversized(self) -> str:
+        """Say how many pictures exceed max_pixels, of some that are looked at; empty where none does."""
+        spread = sorted({self._samples * place // PICTURES for place in range(PICTURES)})
+        sizes = picture_sizes(self._index, spread, self._max_pixels, self._remote)
+        return sizes.describe(self._max_pixels) if sizes.too_large else ""
 
     def batches(self, rank: int, world_size: int, batch: int) -> Iterator[GalleryBatch]:
         """Yield one rank's contiguous slice of the samples, in the index's order, `batch` at a time.

@@ -79,6 +79,8 @@ class Retrieval(Evaluator):
             max_samples=config.max_samples,
             remote=setting.remote,
         )
+        if setting.rank == 0 and (oversized := self._gallery.oversized()):
+            print(f"{redact_urls(config.shards)}: {oversized}: they are left out", file=sys.stderr)
 
     @property
     def captions(self) -> str:

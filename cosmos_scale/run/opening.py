@@ -13,6 +13,7 @@ from cosmos_scale.data.training.caption_check import check_captions
 from cosmos_scale.data.training.loader import check_loading, ready_batches
 from cosmos_scale.data.training.lost import check_shards
 from cosmos_scale.data.training.order import steps_per_epoch
+from cosmos_scale.data.training.picture_check import check_pictures
 from cosmos_scale.engine.ranks import check_precision
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.teacher import DTYPES
@@ -52,14 +53,17 @@ class Opening:
     def looks(self) -> list[Look]:
         """Return everything to look for, in order; the main rank alone looks at what all ranks share."""
         is_main = self._ranks.rank == 0
-        captions = [Look("captions", self._captions, needs="shards")] if is_main else []
+        samples = [
+            Look("captions", self._captions, needs="shards"),
+            Look("pictures", self._pictures, needs="shards"),
+        ]
         output = [Look("output", self._output)] if is_main else []
         return [
             Look("device", self._device),
             Look("data", self._data),
             Look("starts from", self._start),
             Look("shards", self._shards, needs="data"),
-            *captions,
+            *(samples if is_main else []),
             Look("evaluation", self._evaluation),
             Look("loaders", self._loaders),
             Look("weights", self._weights, needs="starts from"),
@@ -105,6 +109,12 @@ class Opening:
         if not self._is_resumed:
             check_captions(self.index, self._config.data.captions, self._config.data.remote)
         return "each source has captions"
+
+    def _pictures(self) -> str:
+        """Look at the sizes of some pictures; where a run is resumed they were looked at before."""
+        if self._is_resumed:
+            return "looked at when the run began"
+        return check_pictures(self.index, self._config.data)
 
     def _evaluation(self) -> str:
         self.evaluations = Evaluations(self._config, self._ranks, self.folder, resumed=self._is_resumed)

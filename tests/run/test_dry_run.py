@@ -24,7 +24,8 @@ from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.testing.runs import last_checkpoint, train_to_end, write_run
 
 COLUMNS = 80
-LOOKS = ["device", "data", "starts from", "shards", "captions", "evaluation", "loaders", "weights", "output"]
+LOOKS = ["device", "data", "starts from", "shards", "captions", "pictures", "evaluation"]
+LOOKS += ["loaders", "weights", "output"]
 CHECKPOINT = "step-00000004"
 
 
@@ -203,6 +204,23 @@ def test_a_plan_without_shards_refuses_nothing_for_their_absence(
     # A run that is resumed goes on without its gallery.
     assert found["evaluation"][1].endswith("cannot be opened now: retrieval")
     assert cli.main(["train", "--dry-run", str(trained), *absent, "seed=9"]) == 2
+
+
+def test_pictures_past_max_pixels_are_told_by_dry_run_and_launch_alike(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = ["name=new", f"output={tmp_path}"]
+    assert cli.main(["train", "--dry-run", str(trained), *new]) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["pictures"] == ("ok", "64 pictures looked at, none exceeds data.max_pixels")
+    assert cli.main(["train", "--dry-run", str(trained), *new, "data.max_pixels=9"]) == 2
+    captured = capsys.readouterr()
+    found = rows(captured.out)
+    assert found["pictures"][0] == "REFUSED"
+    assert "64 of 64 pictures looked at exceed data.max_pixels 9 (the largest: " in captured.err
+    assert "(the largest: 128 x 128): they are left out" in captured.err  # those of the gallery
+    with pytest.raises(UserError, match=r"64 of 64 pictures looked at exceed data\.max_pixels 9 .*; rule: a larger"):
+        open_run(load_config(trained, [*new, "data.max_pixels=9"]), start_ranks("cpu"))
 
 
 def test_a_path_that_is_too_long_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
