@@ -40,10 +40,18 @@ class WebServer(NamedTuple):
 
 @contextmanager
 def web_server(
-    folder: Path, log: Path, *, ranges: bool = True, fail_every: int = 0, fault: Fault = "500"
+    folder: Path,
+    log: Path,
+    *,
+    ranges: bool = True,
+    fail_every: int = 0,
+    fault: Fault = "500",
+    length: str | None = "right",
 ) -> Iterator[WebServer]:
-    """Serve a folder; every `fail_every`-th request fails, in the way of `fault`."""
-    options = json.dumps({"folder": str(folder), "ranges": ranges, "fail_every": fail_every, "fault": fault})
+    """Serve a folder; every `fail_every`-th request fails, in the way of `fault`. length: Content-Length, if any."""
+    options = json.dumps(
+        {"folder": str(folder), "ranges": ranges, "fail_every": fail_every, "fault": fault, "length": length}
+    )
     log.write_text("")
     process = subprocess.Popen([sys.executable, __file__, str(log), options], stdout=subprocess.PIPE)
     try:
@@ -103,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
         if len(sent) <= PIECE:
             self._note(status, len(sent))  # before the client has the whole answer and the test looks
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        length = self.options["length"]
+        if length is not None:
+            self.send_header("Content-Length", str(len(data)) if length == "right" else length)
         if content_range is not None:
             self.send_header("Content-Range", content_range)
         self.end_headers()

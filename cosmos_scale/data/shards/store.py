@@ -23,6 +23,7 @@ from requests.adapters import HTTPAdapter
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.config.section import redact_urls
+from cosmos_scale.data.shards.web_answer import first_bytes, first_cause, says_its_end
 from cosmos_scale.errors import UserError
 
 PIPE = "pipe:"
@@ -56,6 +57,12 @@ class WrongSize(Transient):
     def __init__(self, found: str, *, final: bool) -> None:
         super().__init__(f"{found} bytes came")
         self.found, self.final = found, final
+
+
+class NoEnd(Transient):
+    """An answer whose length is not known, and whose end does not come: another try would fail alike."""
+
+    final = True
 
 
 class NoParts(Exception):
@@ -184,7 +191,7 @@ class WebStore:
             if found is None or int(found[1]) != offset:
                 raise Transient("the server sent another range than was asked for")
             _check_total(found[3], total)
-            data = answer.content
+            data = answer.content if says_its_end(answer) else b"".join(first_bytes(answer, size, PIECE))
             if len(data) != size:
                 raise Transient(f"the server sent {len(data)} of {size} bytes")
             return data
@@ -192,8 +199,20 @@ class WebStore:
     def pieces(self, address: str, total: int | None) -> Generator[bytes, None, None]:
         """Yield a whole file."""
         with self._errors(address), self._get(address, {}) as answer:
-            _check_total(answer.headers.get("Content-Length"), total)
-            yield from answer.iter_content(PIECE)
+            length = answer.headers.get("Content-Length")
+            _check_total(length, total)
+            if total is not None and not says_its_end(answer):
+                yield from first_bytes(answer, total, PIECE)
+                return
+            if length is not None and not says_its_end(answer):
+                raise NoEnd(f"the server says Content-Length: {length[:80]!r}; rule: the number of its answer's bytes")
+            try:
+                yield from answer.iter_content(PIECE)
+            except requests.RequestException as error:
+                if says_its_end(answer) or not isinstance(first_cause(error), TimeoutError):
+                    raise
+                how = f"no end of its answer for {self._timeout_s:g} s, and no Content-Length"
+                raise NoEnd(f"the server sends {how}") from error
 
     def close(self) -> None:
         """Close the connections."""
@@ -219,15 +238,18 @@ class WebStore:
     def _errors(self, address: str) -> Iterator[None]:
         try:
             yield
-        except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as error:
+        except (
+            requests.exceptions.InvalidURL,
+            requests.exceptions.TooManyRedirects,
+            requests.exceptions.InvalidHeader,
+        ) as error:
             raise UserError(f"{redact(address)}: {redact(str(error), address)}") from error
         except requests.RequestException as error:
             raise Transient(redact(self._cause(error), address)) from error
 
     def _cause(self, error: BaseException) -> str:
         """Word the error at the bottom of a chain; those above it repeat it in more words."""
-        while error.__context__ is not None:
-            error = error.__context__
+        error = first_cause(error)
         if isinstance(error, TimeoutError):
             return f"no answer for {self._timeout_s:g} s"
         return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

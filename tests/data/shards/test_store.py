@@ -1,6 +1,7 @@
 """Stores: errors that may pass and others, waits between tries, secrets; patterns that name remote shards."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from cosmos_scale.data.shards.store import (
     CommandStore,
     FilesystemStore,
     Missing,
+    NoEnd,
     NoParts,
     Stores,
     Transient,
     WebStore,
     WrongSize,
+    fetch_into,
     join_url,
     redact,
     retried,
@@ -106,6 +109,32 @@ def test_a_server_without_ranges_is_told_by_its_answer_and_not_listened_to(folde
         assert server.requests()[0].sent < 20_000_000  # the buffers' size, not the file's
         assert b"".join(web.pieces(f"{server.url}/a.tar", len(DATA))) == DATA
     web.close()
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "", None])
+def test_answers_whose_length_is_wrong_or_missing_are_read_where_their_size_is_known(
+    folder: Path, tmp_path: Path, length: str | None
+) -> None:
+    web = WebStore(20.0)
+    with web_server(folder, tmp_path / "log", length=length) as server:  # which keeps its connections open
+        url = f"{server.url}/a.tar"
+        assert web.read(url, 100, 1000, len(DATA)) == DATA[100:1100]
+        assert b"".join(web.pieces(url, len(DATA))) == DATA
+        said = "no end of its answer for 0.5 s, and no Content-Length"
+        if length is not None:
+            said = f"says Content-Length: {length!r}; rule: the number of its answer's bytes"
+        with pytest.raises(NoEnd, match=re.escape(said)), (tmp_path / "copy").open("wb") as file:
+            fetch_into(file, url, RemoteConfig(retries=3, backoff_s=60.0, timeout_s=0.5 if length is None else 60.0))
+        assert len(server.requests()) == 3  # nothing was tried again
+    web.close()
+
+
+def test_contradicting_lengths_are_refused_at_once(folder: Path, tmp_path: Path) -> None:
+    with (
+        web_server(folder, tmp_path / "log", length="5, 7") as server,
+        pytest.raises(UserError, match=r"Content-Length contained multiple unmatching values \(5, 7\)"),
+    ):
+        retried(lambda: WebStore(20.0).read(f"{server.url}/a.tar", 0, 9, len(DATA)), RemoteConfig(backoff_s=60.0))
 
 
 def test_waits_double_up_to_a_limit_and_then_the_last_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
