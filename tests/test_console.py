@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,40 @@ def test_names_stand_in_lines_and_tables_as_they_are(name: str) -> None:
     console.print(name)
     console.print(table)
     assert console.file.getvalue().count(name) == 5
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "79"])
+def test_a_terminal_below_80_columns_gets_the_tables_of_80(
+    tmp_path: Path,
+    scenes: SceneShards,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: str,
+) -> None:
+    run = write_run(tmp_path, scenes)
+    short = ["data", "inspect", "--rows=1", "--workers=1", "--quiet", str(scenes.train), "--out", str(tmp_path / "out")]
+    commands = [short, ["configs"], ["train", "--dry-run", str(run)], ["data", "verify", "--quiet", str(scenes.train)]]
+    for command in commands:
+        printed = []
+        for width in ("80", columns):
+            monkeypatch.setenv("COLUMNS", width)
+            assert main(command) == 0
+            printed.append(re.sub(r"[0-9.]+ free", "", capsys.readouterr().out))
+        assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_no_cell_of_a_table_is_cut_off(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console = make_console()
+    console.file = io.StringIO()
+    name = "".join(map(str, range(100, 200)))
+    table = Table("name", "bytes", "")
+    table.add_row(name, "1,234,567,890,123", "BROKEN")
+    console.print(table)
+    lines = [line.split("\u2502") for line in console.file.getvalue().splitlines() if line.startswith("\u2502")]
+    cells = ["".join(line[column].strip() for line in lines) for column in (1, 2, 3)]
+    assert cells == [name, "1,234,567,890,123", "BROKEN"]
 
 
 def test_inspect_shows_names_and_folders_that_look_like_markup(

@@ -39,6 +39,11 @@ def has_text(value: object) -> bool:
     return any(isinstance(text, str) and text.strip() for text in texts)
 
 
+def holds_caption(name: str, value: object) -> bool:
+    """Return whether a value under a key is a caption from which sentences can be drawn."""
+    return has_text(value) and not _lacks_sentence(name, value)
+
+
 def is_empty(value: object) -> bool:
     """Return whether a value holds no caption, though its type is right: null, NaN, a blank string, a list of these."""
     values = value if isinstance(value, list) else [value]

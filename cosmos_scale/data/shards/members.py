@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
-from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, caption_fault, caption_keys, has_text
+from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, caption_fault, caption_keys, has_text, holds_caption
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import (
     CLOSE,
@@ -118,12 +118,14 @@ def find_text(
     fault = document if isinstance(document, str) else _text_fault(document, member, rules)
     keys = rules.captions or KNOWN_KEYS
     # A title or another such text of the json is no caption where there is a txt.
-    if json_member and (isinstance(document, str) or not any(has_text(document.get(key)) for key in keys)):
+    if json_member and (isinstance(document, str) or not any(holds_caption(key, document.get(key)) for key in keys)):
         if txt_member is None and not alone:
             return None
         words = _parsed(file, txt_member) if txt_member else ""
         if txt_member and not isinstance(words, str) and has_text(words["caption"]) and "caption" in keys:
-            return _span(txt_member, None if isinstance(document, str) else json_member, image)
+            if holds_caption("caption", words["caption"]):
+                return _span(txt_member, None if isinstance(document, str) else json_member, image)
+            fault = fault and "no caption: no sentence in its txt"
     if isinstance(document, str) or fault:
         return fault
     return FoundText(member.offset, member.size, member.extension, bool(rules.captions or caption_keys(document)))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from cosmos_scale.cli.main import main
-from cosmos_scale.config import DataConfig
+from cosmos_scale.config import CaptionsConfig, DataConfig
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
-from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.data.samples.captions import draw_captions
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED, count_unindexed
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
@@ -49,6 +50,7 @@ def documents(path: Path, scan: ShardScan) -> dict[str, Any]:
         ({"raw_caption": [" "], "title": "Buy!"}, {"raw_caption": [" "], "title": "Buy!", "caption": TXT.decode()}),
         ({"caption": "of the json"}, {"caption": "of the json"}),
         ({"longSV_captions": ["a"]} | METADATA, {"longSV_captions": ["a"]} | METADATA),
+        ({"caption": " ...."} | METADATA, METADATA | {"caption": "a photo of a thing"}),  # no sentence in the json's
     ],
 )
 def test_a_caption_is_taken_where_it_is(
@@ -123,6 +125,34 @@ def test_a_sample_whose_captions_are_all_empty_is_in_no_epoch(
     assert scan.rejected[0].reason.startswith(reason)
     report = index_shards(str(tmp_path), None, workers=1, progress=False)
     assert "1 sample rejected: no caption" in report.describe()
+
+
+@pytest.mark.parametrize("txt", [b"....", b" . \n.", "\u3002".encode(), b"</s>."])
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        ({"width": 40}, "no caption: no sentence in its txt"),
+        ({"caption": None} | METADATA, "no caption: no sentence in its txt"),
+        ({"caption": "..."}, "no caption: no sentence in its txt"),
+        (None, "no caption: no sentence in caption; --captions KEY names other keys"),
+    ],
+)
+def test_a_txt_without_a_sentence_is_rejected_whatever_its_json_is(
+    tmp_path: Path, document: dict[str, Any] | None, reason: str, txt: bytes
+) -> None:
+    json_member = [] if document is None else [("a.json", encoded(document))]
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), *json_member, ("a.txt", txt)])
+    scan = scan_shard(path)
+    assert (scan.entries, [rejected.reason for rejected in scan.rejected]) == ([], [reason])
+
+
+def test_a_txt_without_a_sentence_beside_a_json_of_other_keys_is_damaged_with_a_reason(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), ("a.json", encoded(METADATA)), ("a.txt", b"....")])
+    scan = scan_shard(path)
+    assert (len(scan.entries), scan.unnamed) == (1, 1)  # data.captions.keys may name one of the json's keys
+    (document,) = documents(path, scan).values()
+    with pytest.raises(DamagedSample, match=r"textcrop needs one of raw_caption.*the document has url, width"):
+        draw_captions(CaptionsConfig(), document, SampleKey(0, 0, 0))
 
 
 def test_the_users_keys_are_the_only_captions(tmp_path: Path) -> None:
