@@ -5,9 +5,10 @@ and after, and leaves `loss_curve.png`, `views.png` and `summary.json` behind. I
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cosmos_scale.interrupt import tell_interrupts
+    from cosmos_scale.interrupt import refuse_deleted_folder, tell_interrupts
 
     tell_interrupts("demo")
+    refuse_deleted_folder("demo")
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Ctrl-C while a program still imports its parts, which takes seconds: one line, and no traceback."""
+"""What ends a program while it still imports its parts, which takes seconds: one line, and no traceback.
+
+It is Ctrl-C, or a current folder that has been deleted.
+"""
 
 import os
 import signal
@@ -6,6 +9,9 @@ import sys
 from functools import partial
 from types import FrameType, TracebackType
 
+from cosmos_scale.exit_status import INTERRUPTED, REFUSED
+
+DELETED_FOLDER = "the current folder is deleted; rule: change to one that is there"
 _HOOK = sys.excepthook
 _IMPORTING = "<frozen importlib"  # how the file names of Python's own import code begin
 
@@ -21,12 +27,24 @@ def tell_interrupts(program: str) -> None:
         signal.signal(signal.SIGINT, partial(_interrupt, program))
 
 
+def refuse_deleted_folder(program: str) -> None:
+    """End this process, with one line, where its current folder is deleted.
+
+    MKL, which torch loads, would end it without a word on the cause.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        os.write(2, f"{program}: {DELETED_FOLDER}\n".encode())
+        os._exit(REFUSED)
+
+
 def _interrupt(program: str, number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith(_IMPORTING):
             # Not print: the interrupt may come in the middle of another one.
             os.write(2, f"{program}: interrupted\n".encode())
-            os._exit(130)
+            os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt
 

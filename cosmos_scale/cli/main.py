@@ -22,6 +22,7 @@ from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
 from cosmos_scale.files import reason_of
+from cosmos_scale.interrupt import DELETED_FOLDER
 
 EXAMPLES = """\
 examples:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         os.getcwd()
     except OSError:  # MKL, which torch loads, would end the process without a word on the cause
-        _tell("cosmos-scale: the current folder is deleted; rule: change to one that is there")
+        _tell(f"cosmos-scale: {DELETED_FOLDER}")
         return 2
     parsed: list[argparse.Namespace] = []
 

@@ -3,11 +3,16 @@
 import os
 import re
 import socket
+from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
 
 MOST_RANKS = 1_000_000  # DeepSpeed and torch read such numbers into 32 bits
+
+INTERFACES = Path("/sys/class/net")  # what Linux says of each network interface
+IS_UP = 1  # IFF_UP of linux/if.h
+DOWN = ("down", "lowerlayerdown", "notpresent")  # of the states by RFC 2863, as Linux writes them
 
 ONE_PROCESS = "to train in one process, unset RANK, WORLD_SIZE and LOCAL_RANK"
 
@@ -134,15 +139,47 @@ def _check_ranks_here() -> None:
             _number(name, least=1)
 
 
+def check_nccl_interfaces() -> None:
+    """Look at the network interfaces that NCCL is told to take: by prefixes, = by whole names, ^ all others.
+
+    Raises WrongRankVariable where there is none that is up.
+    """
+    named = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    names = [name.partition(":")[0] for name in named.removeprefix("^").removeprefix("=").split(",") if name]
+    is_whole = named.removeprefix("^").startswith("=")
+    here = [name for _, name in socket.if_nameindex()]
+    chosen = [one for one in here if any(one == name or (not is_whole and one.startswith(name)) for name in names)]
+    if named.startswith("^"):
+        chosen = [one for one in here if one not in chosen]
+    if names and not any(map(_is_up, chosen)):
+        what = f"is down ({', '.join(chosen)})" if chosen else "means no network interface of this host"
+        raise WrongRankVariable(f"NCCL_SOCKET_IFNAME: {named!r} {what}; {_interface_rule()}")
+
+
 def _check_interfaces() -> None:
     """Look at the network interfaces that gloo is told to take, also by a process alone; it heeds no single letter."""
     named, here = os.environ.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
-    unknown = [name for name in named.split(",") if name not in here]
-    if len(named) > 1 and unknown:
-        raise WrongRankVariable(
-            f"GLOO_SOCKET_IFNAME: {unknown[0]!r} is no network interface of this host; rule: of {', '.join(here)}, or "
-            "unset"
-        )
+    for name in named.split(",") if len(named) > 1 else ():
+        if name not in here:
+            raise WrongRankVariable(
+                f"GLOO_SOCKET_IFNAME: {name!r} is no network interface of this host; {_interface_rule()}"
+            )
+        if not _is_up(name):
+            raise WrongRankVariable(f"GLOO_SOCKET_IFNAME: {name!r} is down; {_interface_rule()}")
+
+
+def _interface_rule() -> str:
+    up = [name for _, name in socket.if_nameindex() if _is_up(name)]
+    return f"rule: of {', '.join(up)}, or unset"
+
+
+def _is_up(interface: str) -> bool:
+    """Whether a network interface is up, as far as the system says."""
+    try:
+        flags = int((INTERFACES / interface / "flags").read_text(), 16)
+        return bool(flags & IS_UP) and (INTERFACES / interface / "operstate").read_text().strip() not in DOWN
+    except (OSError, ValueError):
+        return True
 
 
 def _number(name: str, least: int = 0, most: int | None = None) -> int:

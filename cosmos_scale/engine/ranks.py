@@ -19,7 +19,7 @@ from cosmos_scale.engine.contact import Contact, LostRank
 from cosmos_scale.engine.gpu_memory import use_expandable_segments
 from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.messages import limit_messages
-from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
+from cosmos_scale.engine.rank_variables import WrongRankVariable, check_nccl_interfaces, read_rank_variables
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores, uses_gpu
 
@@ -72,6 +72,8 @@ def start_ranks(device: str, level: str = "error") -> Ranks:
 
 def _start(use_cuda: bool, level: str) -> Ranks:
     limit_messages(level)
+    if use_cuda:
+        check_nccl_interfaces()
     use_own_environment()
     import deepspeed  # here, since it takes seconds and --help should not
 

@@ -74,3 +74,20 @@ def test_short_runs_end_with_status_0_where_gloo_is_late(tmp_path: Path) -> None
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert '{"processes": 4, "statuses": {"0": 4}}' in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "label"), {"train": "cosmos-scale train", "cli": "cosmos-scale", "demo": "demo"}.items()
+)
+def test_a_program_begun_in_a_deleted_folder_says_so(tmp_path: Path, module: str, label: str) -> None:
+    (tmp_path / "gone").mkdir()
+    ended = subprocess.run(
+        ["sh", "-c", f'rmdir "$PWD" && exec "$0" -m cosmos_scale.{module} --help', sys.executable],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "gone",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"{label}: the current folder is deleted; rule: change to one that is there\n"

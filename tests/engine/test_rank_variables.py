@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine import rank_variables
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.rank_variables import (
     RankVariables,
     WrongRankVariable,
     adopt_rank_variables,
+    check_nccl_interfaces,
     read_rank_variables,
 )
 from cosmos_scale.engine.ranks import choose_device, free_port
@@ -78,6 +81,45 @@ def test_an_unknown_network_interface_is_named(alone: bool, monkeypatch: pytest.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ether7")
     with pytest.raises(WrongRankVariable, match=r"^GLOO_SOCKET_IFNAME: 'ether7' is no network .* rule: of .*lo.*, or"):
         read_rank_variables()
+
+
+@pytest.fixture
+def interfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with lo, eth0, eth1 that is down, and ib0 whose cable is out."""
+    states = {"lo": ("0x9", "unknown"), "eth0": ("0x1003", "up"), "eth1": ("0x1002", "down"), "ib0": ("0x1003", "down")}
+    for name, (flags, state) in states.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "flags").write_text(f"{flags}\n")
+        (tmp_path / name / "operstate").write_text(f"{state}\n")
+    monkeypatch.setattr(rank_variables, "INTERFACES", tmp_path)
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(states, 1)))
+
+
+@pytest.mark.usefixtures("interfaces")
+@pytest.mark.parametrize("name", ["eth1", "lo,eth1", "ib0"])
+def test_a_network_interface_that_is_down_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
+    down = name.rpartition(",")[2]
+    with pytest.raises(WrongRankVariable) as refused:
+        read_rank_variables()
+    assert str(refused.value) == f"GLOO_SOCKET_IFNAME: '{down}' is down; rule: of lo, eth0, or unset"
+
+
+@pytest.mark.usefixtures("interfaces")
+def test_nccls_interfaces_are_prefixes_whole_names_or_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fine in ("", "eth", "eth0", "=eth0", "nothing,lo", "^lo", "^docker", "eth0:3"):
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", fine)
+        check_nccl_interfaces()
+    for wrong, what in {
+        "bond": "means no network interface of this host",
+        "=eth": "means no network interface of this host",
+        "eth1": "is down (eth1)",
+        "^lo,eth0": "is down (eth1, ib0)",
+    }.items():
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", wrong)
+        with pytest.raises(WrongRankVariable) as refused:
+            check_nccl_interfaces()
+        assert str(refused.value) == f"NCCL_SOCKET_IFNAME: {wrong!r} {what}; rule: of lo, eth0, or unset"
 
 
 @pytest.mark.parametrize("launcher", [SRUN, OPEN_MPI, MPICH], ids=["srun", "Open MPI", "MPICH"])
