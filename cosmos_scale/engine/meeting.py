@@ -10,8 +10,9 @@ import errno
 import os
 import select
 import socket
+import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
@@ -23,6 +24,7 @@ from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.errors import UserError
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
+NOTICE = 30.0  # seconds of waiting after which a rank says for whom it waits, and again after twice as long
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 GREETS = 1.0  # seconds in which a visitor that has begun its greeting ends it: short, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
@@ -98,14 +100,22 @@ def _listen(place: RankVariables) -> socket.socket:
 def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict[int, Peer]:
     """Wait for all other ranks, and return them; tell all of them where something is wrong."""
     here: dict[int, Peer] = {}
-    visitors = _speaking_visitors(listener, wait)
+    visitors, began = _speaking_visitors(listener, wait), time.monotonic()
     while len(here) < place.world_size - 1:
         visitor = next(visitors)
         named = None if visitor is None else _named(visitor)
         if visitor is None:
             missing = sorted({*range(1, place.world_size)} - here.keys())
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            _refuse(here, f"ranks {shown} have not come within {wait:g} s; rule: every rank of WORLD_SIZE starts")
+            ranks = f"rank{'s' * (len(missing) > 1)} {shown}"
+            if (waited := time.monotonic() - began) < wait:
+                _tell_of_waiting(f"rank 0 has waited {waited:.0f} s for {ranks} of {place.world_size}", wait)
+                continue
+            _refuse(
+                here,
+                f"{ranks} {'have' if len(missing) > 1 else 'has'} not come within {wait:g} s; "
+                "rule: every rank of WORLD_SIZE starts",
+            )
         elif named is None:  # a stranger
             visitor.close()
         else:
@@ -123,25 +133,43 @@ def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict
 
 
 def _speaking_visitors(listener: socket.socket, wait: float) -> Generator[socket.socket | None, None, None]:
-    """Yield who connects and says something, and None after some seconds; who says nothing keeps nobody waiting."""
-    deadline = time.monotonic() + wait
+    """Yield who connects and says something; who says nothing keeps nobody waiting.
+
+    None: at each notice of the waiting, and at last after `wait` seconds.
+    """
+    began = time.monotonic()
     silent: dict[int, socket.socket] = {}
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     try:
-        while (left := deadline - time.monotonic()) > 0:
-            for number, _ in poll.poll(1000 * left):
-                if number == listener.fileno():
-                    visitor, _ = listener.accept()
-                    silent[visitor.fileno()] = visitor
-                    poll.register(visitor, select.POLLIN)
-                else:
-                    poll.unregister(number)
-                    yield silent.pop(number)
-        yield None
+        for notice in _notices(wait):
+            while (left := began + notice - time.monotonic()) > 0:
+                for number, _ in poll.poll(1000 * left):
+                    if number == listener.fileno():
+                        visitor, _ = listener.accept()
+                        silent[visitor.fileno()] = visitor
+                        poll.register(visitor, select.POLLIN)
+                    else:
+                        poll.unregister(number)
+                        yield silent.pop(number)
+            yield None
     finally:
         for visitor in silent.values():
             visitor.close()
+
+
+def _notices(wait: float) -> Iterator[float]:
+    """Yield the seconds of waiting after which it is told, and at last `wait`."""
+    notice = NOTICE
+    while notice < wait:
+        yield notice
+        notice *= 2
+    yield wait
+
+
+def _tell_of_waiting(text: str, wait: float) -> None:
+    with suppress(OSError):  # of a standard error that nobody reads
+        print(f"cosmos-scale: {text}; it waits for {wait:g} s in all", file=sys.stderr, flush=True)
 
 
 def _named(visitor: socket.socket) -> tuple[int, int, str] | None:
@@ -196,7 +224,8 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
 
 
 def _connected(place: RankVariables, wait: float) -> socket.socket:
-    deadline = time.monotonic() + wait
+    began, notices = time.monotonic(), _notices(wait)
+    notice = next(notices)
     while True:
         try:
             connection = socket.create_connection((place.address, place.port), timeout=10.0)
@@ -206,9 +235,14 @@ def _connected(place: RankVariables, wait: float) -> socket.socket:
             connection.close()
             time.sleep(PAUSE)
         except OSError as error:
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > wait:
                 raise WrongRankVariable(
                     f"MASTER_ADDR: rank 0 does not answer at {place.address}:{place.port} ({error.strerror or error}); "
                     "rule: the name or address of rank 0's host"
                 ) from error
+            if waited > notice:
+                where, why = f"{place.address}:{place.port}", error.strerror or error
+                _tell_of_waiting(f"rank {place.rank} has waited {waited:.0f} s for rank 0 at {where} ({why})", wait)
+                notice = next(notices)
             time.sleep(PAUSE)

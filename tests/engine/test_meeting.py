@@ -1,5 +1,6 @@
 """The meeting of ranks: all come, or each of them hears why not, within seconds."""
 
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch.distributed as dist
 
+from cosmos_scale.engine import meeting
 from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
@@ -107,6 +109,25 @@ def test_ranks_that_do_not_come_are_named() -> None:
     port = free_port()
     text = "ranks 2, 3 have not come within 1 s; rule: every rank of WORLD_SIZE starts"
     assert said([place(0, 4, port), place(1, 4, port)], wait=1.0) == [text, text]
+
+
+def test_waiting_is_told_seldom_and_names_who_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "NOTICE", 0.25)
+    assert said([place(0, 2, free_port())], wait=1.5) == [
+        "rank 1 has not come within 1.5 s; rule: every rank of WORLD_SIZE starts"
+    ]
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 3  # after 0.25, 0.5 and 1 s
+    line = r"cosmos-scale: rank 0 has waited [01] s for rank 1 of 2; it waits for 1\.5 s in all"
+    assert all(re.fullmatch(line, one) for one in told)
+    (text,) = said([place(1, 2, free_port())], wait=0.9)
+    assert text.startswith("MASTER_ADDR: rank 0 does not answer")
+    told = capfd.readouterr().err.splitlines()
+    assert 1 <= len(told) <= 2
+    assert told[0].startswith("cosmos-scale: rank 1 has waited ")
+    assert " s for rank 0 at 127.0.0.1:" in told[0]
 
 
 def test_a_rank_without_a_first_one_is_told_where_it_looked() -> None:
