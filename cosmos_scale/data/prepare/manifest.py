@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 import cosmos_scale
+from cosmos_scale.data.normal_forms import OTHER_FORM
 from cosmos_scale.data.prepare import parquet
-from cosmos_scale.data.prepare.matching import UNSEEN, read_states
+from cosmos_scale.data.prepare.matching import MISSPELT, UNSEEN, read_states
 from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.prepare.writing import read_report
@@ -127,16 +128,17 @@ def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:
 
 
 def _rows_without_image(task: Task) -> Iterator[dict[str, Any]]:
-    """Yield the table's rows that no listing has, in the order of their files."""
+    """Yield the table's rows that no listing has, by reason and in the order of their files."""
     table = JoinTable(task.table)
     state = read_states(task, len(table))
     names = [path.name for path in task.captions]
     reason = f"no image: no shard lists its {task.join}"
-    unseen = np.concatenate(
-        [
-            table.places[start : start + _CHUNK][["file", "row"]][state[start : start + _CHUNK] == UNSEEN]
-            for start in range(0, len(table), _CHUNK)
-        ]
-    )
-    for place in unseen[np.lexsort((unseen["row"], unseen["file"]))]:
-        yield {"captions": names[place["file"]], "row": int(place["row"]), "reason": reason}
+    for kind, said in ((UNSEEN, reason), (MISSPELT, f"{reason}, but {OTHER_FORM} is listed")):
+        without = np.concatenate(
+            [
+                table.places[start : start + _CHUNK][["file", "row"]][state[start : start + _CHUNK] == kind]
+                for start in range(0, len(table), _CHUNK)
+            ]
+        )
+        for place in without[np.lexsort((without["row"], without["file"]))]:
+            yield {"captions": names[place["file"]], "row": int(place["row"]), "reason": said}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.normal_forms import other_forms
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
@@ -19,17 +20,21 @@ from cosmos_scale.files import regular_only, whole_file, writing
 from cosmos_scale.words import counted
 
 DUPLICATE = -2  # in a plan: the image's row belongs to an image before it
-# What became of each row of the table.
-UNSEEN, FAILED, TAKEN = 0, 1, 2
+# What became of each row of the table. MISSPELT: an image has the row's value in another Unicode form.
+UNSEEN, FAILED, TAKEN, MISSPELT = 0, 1, 2, 3
 
 
 class _Found(NamedTuple):
-    """What a shard lists. unknown: an image whose join value is not known, and why not."""
+    """What a shard lists. unknown: an image whose join value is not known, and why not.
+
+    misspelt: rows whose join value is that of an image without row, but for the Unicode form.
+    """
 
     positions: NDArray[np.int64]
     downloaded: NDArray[np.bool_]
     examples: list[str]
     unknown: str | None
+    misspelt: NDArray[np.int64]
 
 
 def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
@@ -43,6 +48,7 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
     examples: list[str] = []
     unknown: str | None = None
     images = matched = 0
+    misspelt = [np.zeros(0, dtype=np.int64)]
     results = map_jobs(partial(_find, task.for_worker()), task.images, workers)
     with progress_bar("matching images (shards)", len(task.images), show=progress) as advance:
         for shard, found in zip(task.images, results, strict=True):
@@ -50,12 +56,16 @@ def match_images(task: Task, *, workers: int | None, progress: bool) -> None:
             images += int(found.downloaded.sum())
             matched += int((found.downloaded & (found.positions != MISSING)).sum())
             unknown = unknown or found.unknown
+            misspelt.append(found.misspelt)
             examples += found.examples[: 2 - len(examples)]
             with writing(path := task.plan(shard.name)), open(path, "wb", opener=regular_only) as file:
                 np.save(file, positions)
             advance(1)
+    rows = np.concatenate(misspelt)
     if matched == 0:
-        raise UserError(_no_overlap(task, images, unknown, examples))
+        alike = "; some differ by their Unicode form alone (NFC and NFD)" if len(rows) else ""
+        raise UserError(_no_overlap(task, images, unknown, examples) + alike)
+    state[rows[state[rows] == UNSEEN]] = MISSPELT
     with writing(task.states), whole_file(task.states) as part, open(part, "wb", opener=regular_only) as file:
         np.save(file, state)
 
@@ -71,13 +81,16 @@ def read_states(task: Task, rows: int) -> NDArray[np.uint8]:
 
 def _find(task: Task, shard: ImageShard) -> _Found:
     listed = read_listing(shard, task.join)
-    positions = JoinTable(task.table).find([image.value or "" for image in listed])
+    table = JoinTable(task.table)
+    positions = table.find([image.value or "" for image in listed])
     values = [image.value for image in listed if image.value is not None]
     positions[[image.value is None for image in listed]] = MISSING
     downloaded = np.array([image.status == SUCCESS for image in listed], dtype=bool)
     unknown = next((image for image in listed if image.value is None), None)
     said = None if unknown is None else f"{shard.path.name}, {unknown.key}: {unknown.error or 'its parquet says none'}"
-    return _Found(positions, downloaded, values[:2], said)
+    rowless = (image.value for image, position in zip(listed, positions, strict=True) if position == MISSING)
+    near = table.find([other for value in rowless if value is not None for other in other_forms(value)])
+    return _Found(positions, downloaded, values[:2], said, near[near != MISSING])
 
 
 def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
+from cosmos_scale.data.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.prepare.datasets import Document, join_value, make_document
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
 from cosmos_scale.data.prepare.matching import DUPLICATE, TAKEN, read_states
@@ -175,7 +176,9 @@ class _Captions:
         if position == DUPLICATE:
             raise DamagedSample(f"duplicate image: an image before it has the same {task.join}")
         if position == MISSING:
-            raise DamagedSample(f"image without captions: no row has its {task.join}")
+            near = self._table.find(list(other_forms(image.value)))
+            rule = f", but {OTHER_FORM} is in a row" if len(near) and near.max() != MISSING else ""
+            raise DamagedSample(f"image without captions: no row has its {task.join}{rule}")
         place = self._table.places[position]
         joins = {plain_column(name) for name in task.form.joins[task.join]}
         cells = self._reader.read(int(place["file"]), int(place["offset"]), int(place["size"]), joins)

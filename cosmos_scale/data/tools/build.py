@@ -20,6 +20,7 @@ from cosmos_scale.config import BACKGROUND
 from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is_transparent, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
+from cosmos_scale.data.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
@@ -290,6 +291,20 @@ def _picture_path(images: Path, name: str) -> Path:
     Links in the folder are followed. A path that leads out of the folder is refused, since a foreign file of captions
     must not pull in any picture of this machine. Raises DamagedSample.
     """
+    path = _named_picture(images, name)
+    if path is not None:
+        return path
+    folder, slash, file = name.rpartition("/")
+    for place in (folder, *other_forms(folder)):
+        for other in (file, *other_forms(file)):
+            if (near := f"{place}{slash}{other}") != name and _named_picture(images, near) is not None:
+                form = (other_forms(file) | other_forms(folder))[other if other != file else place]
+                raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
+    raise DamagedSample("picture not found")
+
+
+def _named_picture(images: Path, name: str) -> Path | None:
+    """Return the picture of exactly this name; None where there is none."""
     extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
     root = os.path.abspath(images)
     found: list[Path] = []
@@ -307,6 +322,4 @@ def _picture_path(images: Path, name: str) -> Path:
             raise DamagedSample(f"picture cannot be read: {error}") from error
     if len(found) > 1:
         raise DamagedSample(f"picture unclear: the name is that of {', '.join(path.name for path in found)}")
-    if not found:
-        raise DamagedSample("picture not found")
-    return found[0]
+    return found[0] if found else None
