@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 import cosmos_scale
-from cosmos_scale.data.normal_forms import OTHER_FORM
 from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.matching import MISSPELT, UNSEEN, read_states
 from cosmos_scale.data.prepare.table import JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.prepare.writing import read_report
+from cosmos_scale.data.samples.normal_forms import OTHER_FORM
 from cosmos_scale.data.samples.sample import reason_class
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.work import MANIFEST, check_options

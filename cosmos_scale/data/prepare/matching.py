@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.normal_forms import other_forms
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
+from cosmos_scale.data.samples.normal_forms import other_forms
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, whole_file, writing
 from cosmos_scale.words import counted

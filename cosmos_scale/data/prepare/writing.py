@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx
-from cosmos_scale.data.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.prepare.datasets import Document, join_value, make_document
 from cosmos_scale.data.prepare.images import SUCCESS, Image, ImageShard, Listed, read_images, read_listing
 from cosmos_scale.data.prepare.matching import DUPLICATE, TAKEN, read_states
@@ -20,6 +19,7 @@ from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summa
 from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.data.samples.document import encode_document
+from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, writing

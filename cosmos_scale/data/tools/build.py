@@ -20,8 +20,8 @@ from cosmos_scale.config import BACKGROUND
 from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is_transparent, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
-from cosmos_scale.data.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.document import encode_document
+from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
 from cosmos_scale.data.shards.index import index_shards

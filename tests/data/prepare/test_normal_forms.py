@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
+from typing import Literal
 from unicodedata import normalize
 
 import pytest
 
-from cosmos_scale.data.normal_forms import other_forms
+from cosmos_scale.data.samples.normal_forms import other_forms
 from cosmos_scale.data.tools.build import build_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
@@ -26,7 +27,7 @@ def test_only_texts_with_two_forms_have_another() -> None:
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_prepare_says_it_of_the_image_and_of_the_row(tmp_path: Path, form: str) -> None:
+def test_prepare_says_it_of_the_image_and_of_the_row(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
     (tmp_path / "captions").mkdir()
     urls = [f"https://x.org/{NAME}.jpg", "https://x.org/1.jpg", "https://x.org/2.jpg"]
     rows = [dreamlip_row(number, normalize(form, url)) for number, url in enumerate(urls)]
