@@ -85,10 +85,11 @@ def _add(parser: argparse.ArgumentParser, *, what: str, joins: tuple[str, ...], 
 
 def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.data.prepare.datasets import DREAMLIP, PIXELPROSE
-    from cosmos_scale.data.prepare.images import list_images
+    from cosmos_scale.data.prepare.images import list_images, unread_pictures
     from cosmos_scale.data.prepare.prepare import prepare_dataset
     from cosmos_scale.data.shards.index_report import describe_passed_over
     from cosmos_scale.data.shards.patterns import passed_over
+    from cosmos_scale.words import counted
 
     report = prepare_dataset(
         {"dreamlip": DREAMLIP, "pixelprose": PIXELPROSE}[arguments.dataset],
@@ -104,4 +105,8 @@ def _run(arguments: argparse.Namespace) -> int:
     for folder in arguments.images:
         if others := passed_over(str(folder), {shard.path.name for shard in list_images([folder])}):
             print(f"{folder}: {describe_passed_over(others)} not read: its own .tar files are")
+        if others := unread_pictures(folder):
+            places = counted(len(others), "place")
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            print(f"{folder}: pictures in {places} ({shown}) are not read: .tar files and folders named by numbers are")
     return 0

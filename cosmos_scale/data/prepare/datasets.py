@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from cosmos_scale.data.samples.caption_keys import DREAMLIP_KEYS, WHOLE_KEYS, is_missing
+from cosmos_scale.data.samples.caption_keys import DREAMLIP_KEYS, WHOLE_KEYS, holds_caption, is_missing
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.samples.sentences import Split, splitter
 
@@ -81,7 +81,7 @@ def make_document(dataset: Dataset, cells: Mapping[str, object], split: Split) -
         elif not isinstance(value, str):
             raise DamagedSample(f"wrong type: {column} is neither a text nor a list of texts")
         elif key in dataset.whole or (split == "none" and dataset.split_in_training):
-            if value.strip():
+            if holds_caption(key, value):
                 document[key] = value.strip()
         elif sentences := pieces(value):
             document[key] = sentences

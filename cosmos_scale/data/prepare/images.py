@@ -10,7 +10,7 @@ import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +92,7 @@ def _shards_of(path: Path) -> list[ImageShard]:
         return [_shard(path)]
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or .tar of images")
-    inside = sorted(path.iterdir())
+    inside = sorted(item for item in path.iterdir() if not item.name.startswith("."))
     found = [_shard(item) for item in inside if item.suffix == ".tar" or (item.is_dir() and item.name.isdecimal())]
     if found:
         return found
@@ -103,6 +103,20 @@ def _shards_of(path: Path) -> list[ImageShard]:
     if any(item.suffix.removeprefix(".") in IMAGE_EXTENSIONS for item in inside):
         raise UserError(f"{path}: holds images itself: name the folder above it, with the folders 00000, 00001, ...")
     raise UserError(f"{path}: not img2dataset's output: it has neither 00000.tar nor a folder 00000 of images")
+
+
+def unread_pictures(path: Path) -> list[str]:
+    """Name what holds pictures in a folder of shards and is not read: other folders, and `.` for the folder itself."""
+    if not path.is_dir():
+        return []
+    shards = {shard.path.name for shard in list_images([path])}
+    unread = []
+    for folder in (path, *sorted(item for item in path.iterdir() if item.is_dir() and item.name not in shards)):
+        with suppress(OSError):  # of a folder that is not ours to read
+            names = os.listdir(folder)
+            if any(Path(name).suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS for name in names):
+                unread.append(str(folder.relative_to(path)))
+    return unread
 
 
 def _shard(path: Path) -> ImageShard:

@@ -67,7 +67,8 @@ def caption_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".parquet"))
+            inside = (file for file in path.iterdir() if not file.name.startswith("."))
+            found = sorted(file for file in inside if file.suffix.lower() in (".csv", ".parquet"))
             if not found:
                 raise UserError(f"{path}: holds no .csv or .parquet file of captions")
             files += found

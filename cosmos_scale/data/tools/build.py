@@ -163,6 +163,7 @@ def build_shards(
                 advance(written.rows)
         if samples:
             index = index_shards(str(out), None, finishing=True, workers=workers, progress=progress)
+            rejected.update(index.rejected)
     close_work(work)
     if not samples:
         raise UserError(f"{captions}: no row of {rejected.total():,} can be used; see {out / REJECTED}")

@@ -16,6 +16,7 @@ from cosmos_scale.data.samples.caption_keys import (
     KNOWN_NAMES,
     OTHER_NAMES,
     has_text,
+    holds_caption,
     is_missing,
     plain_column,
 )
@@ -173,7 +174,10 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
             document[key] = value
     named = (*KNOWN_NAMES, *OTHER_NAMES) if columns.caption is None else ()
     unread = tuple(name for name in named if name not in used and has_text(plain.get(name)))
-    return CaptionRow(number, image, document, None if document else _no_caption(plain, columns, shown), unread)
+    fault = None if document else _no_caption(plain, columns, shown)
+    if document and not any(holds_caption(key, value) for key, value in document.items()):
+        fault = f"no caption: no sentence in {', '.join(document)}"
+    return CaptionRow(number, image, document, fault, unread)
 
 
 def _twice(names: Iterable[str]) -> list[str]:

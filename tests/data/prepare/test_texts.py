@@ -10,7 +10,15 @@ import pytest
 
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.prepare.datasets import PIXELPROSE
-from tests.data.prepare.downloads import download, dreamlip_row, pixelprose_row, url, write_dreamlip, write_tar
+from tests.data.prepare.downloads import (
+    download,
+    dreamlip_row,
+    pixelprose_row,
+    url,
+    write_dreamlip,
+    write_folder,
+    write_tar,
+)
 from tests.data.prepare.test_prepare import read_all, rejected, run
 
 
@@ -103,3 +111,27 @@ def test_tars_beside_the_images_that_are_not_read_are_named(tmp_path: Path, caps
     assert main(["data", "prepare", "dreamlip", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 0
     said = f"{tmp_path / 'images'}: 1 other tar in the folder (00003.tar.gz) is not read: its own .tar files are"
     assert said in capsys.readouterr().out
+
+
+def test_pictures_beside_the_shards_of_images_that_are_not_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "captions").mkdir()
+    write_dreamlip(tmp_path / "captions" / "cc3m.csv", [dreamlip_row(number) for number in range(3)])
+    write_tar(tmp_path / "images", "00000", [download(0)])
+    write_folder(tmp_path / "images", "00001", [download(1)])
+    write_folder(tmp_path / "images", "shard-2", [download(2)])
+    (tmp_path / "images" / "3.PNG").write_bytes(b"")
+    arguments = ["--captions", str(tmp_path / "captions"), "--images", str(tmp_path / "images")]
+    assert main(["data", "prepare", "dreamlip", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "pictures in 2 places (., shard-2) are not read: .tar files and folders named by numbers are" in printed
+
+
+def test_what_macos_leaves_beside_files_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    write_dreamlip(tmp_path / "captions" / "cc3m.csv", [dreamlip_row(0)])
+    write_tar(tmp_path / "images", "00000", [download(0)])
+    for name in ("captions/._cc3m.csv", "images/._00000.tar", "images/._00000.parquet"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    assert run(tmp_path).samples == 1

@@ -99,3 +99,12 @@ def test_one_json_array_is_refused_with_the_way_out(tmp_path: Path, indent: int 
         path.write_text(text)
         with pytest.raises(UserError, match=r"is one json array; rule: .jsonl holds one object a line"):
             list(read_rows(path, DEFAULT_COLUMNS))
+
+
+@pytest.mark.parametrize(("text", "sound"), [("....", False), ("\u3002", False), ("...a", True), ([".."], True)])
+def test_a_caption_without_a_sentence_is_a_fault_of_its_row(tmp_path: Path, text: Any, sound: bool) -> None:
+    """Indexing alone would reject the sample, which its row's number is lost to."""
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"image": "a.jpg", "caption": text}))
+    (row,) = read_rows(path, DEFAULT_COLUMNS)
+    assert row.fault == (None if sound else "no caption: no sentence in caption")
