@@ -1,6 +1,7 @@
 """The command `cosmos-scale launch`: its arguments, and the call of the supervisor that starts a run's ranks."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import natural, path, place, positive, run_file, seconds, with_examples
@@ -105,12 +106,13 @@ def _supervise(run: "LaunchedRun", hosts: "list[Host]") -> int:
     from cosmos_scale.launch.printer import Printer
     from cosmos_scale.launch.signals import StopSignals
     from cosmos_scale.launch.supervise import Supervisor
-    from cosmos_scale.run.lock import RunLock
+    from cosmos_scale.run.lock import LAUNCH_TOKEN, RunLock
 
     with lasting_output():
         printer = Printer()
         try:
-            with RunLock(run.folder, printer.say), StopSignals() as stop:
+            with RunLock(run.folder, printer.say) as lock, StopSignals() as stop:
+                os.environ[LAUNCH_TOKEN] = lock.token  # the ranks' environment is this one
                 return Supervisor(run, hosts, look_at(run, printer.say, stop), printer, stop).run()
         finally:
             printer.close()

@@ -1,7 +1,9 @@
 """The start of a run: data opened, the checkpoint to go on from found, ranks agreed, student and teacher built."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
@@ -17,6 +19,7 @@ from cosmos_scale.evaluation.retrieval import SAME_GALLERY
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
+from cosmos_scale.run.lock import RunLock, launcher_holds
 from cosmos_scale.run.opening import Opening
 from cosmos_scale.words import counted
 
@@ -28,7 +31,7 @@ class Opened:
     """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start.
 
     init_manifest: digest of the manifest of the checkpoint whose weights a new run starts from, None where it draws
-    its weights or resumes.
+    its weights or resumes. held: a context at whose end the main rank gives the lock on the folder back.
     """
 
     folder: Path
@@ -37,6 +40,7 @@ class Opened:
     evaluations: Evaluations
     found_start: Start
     init_manifest: str | None
+    held: ExitStack
 
     @property
     def marks(self) -> str:
@@ -48,7 +52,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
     """Look for everything that a run needs, before anything is built; collective.
 
     Raises UserError on all ranks alike: what this machine cannot compute, data that is missing, a start that cannot be,
-    a folder that cannot be written to, ranks that do not see the same keys and files.
+    a folder that cannot be written to or that another launch holds, ranks that do not see the same keys and files.
     """
     opened, error = None, None
     try:
@@ -62,25 +66,32 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
             opening.evaluations,
             opening.start,
             opening.init_manifest,
+            ExitStack(),
         )
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
     assert opened is not None
     _require_one_run(config, opened, ranks)
-    _prepare_folder(config, opened.folder, ranks)
+    _prepare_folder(config, opened, ranks)
     return opened
 
 
-def _prepare_folder(config: RunConfig, folder: Path, ranks: Ranks) -> None:
-    """Make the run's folder, once nothing refuses the run: its config.yaml is that of the last launch; collective."""
+def _prepare_folder(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
+    """Take the lock on the run's folder and leave its config.yaml there, once nothing refuses the run; collective."""
     error = None
-    if ranks.is_main:
-        try:
-            prepare_folder(config, folder)
-        except UserError as failure:
-            error = failure
-    raise_together(ranks, error)
+    try:
+        if ranks.is_main:
+            try:
+                if not launcher_holds(opened.folder):
+                    opened.held.enter_context(RunLock(opened.folder, partial(print, flush=True)))
+                prepare_folder(config, opened.folder)
+            except UserError as failure:
+                error = failure
+        raise_together(ranks, error)
+    except BaseException:
+        opened.held.close()
+        raise
 
 
 def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, Start, list[str]]:
