@@ -22,6 +22,7 @@ FOUNDATION = {
     "fragments",
     "host",
     "interrupt",
+    "versions",
     "words",
 }
 
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "fragments": set(),
     "host": set(),
     "interrupt": set(),
+    "versions": set(),
     "words": set(),
     "kernels": set(),
     "model": {"kernels"} | FOUNDATION,

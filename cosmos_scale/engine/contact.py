@@ -20,7 +20,7 @@ from cosmos_scale.exit_status import FAILED
 
 SECONDS_TO_END = 15.0  # from the loss of a rank until this process ends, if it has not ended by itself
 SECONDS_A_LINE = 5.0  # in which the rest of a line comes
-LONGEST_LINE = 1000  # bytes
+LONGEST_LINE = 4000  # bytes
 LOOK = 0.5  # seconds between looks whether the contact has ended
 PAUSE = 0.0005  # seconds between questions whether the device is ready
 GOODBYE, LOST, WATCH = "goodbye", "lost", "watch"

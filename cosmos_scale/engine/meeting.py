@@ -2,11 +2,12 @@
 
 Rank 0 listens at the port. Every other rank connects and names itself, and hears at once that it is at the right place;
 another program at the port does not answer so. When all ranks have come, rank 0 tells each to go on, and torch's store
-takes over the port. Where two ranks contradict each other, rank 0 tells all of them. The connections stay: see
-`engine.contact`.
+takes over the port. Where two ranks contradict each other, or have other sources or packages, rank 0 tells all of
+them: such ranks would hang in a collective, or train a mixture. The connections stay: see `engine.contact`.
 """
 
 import errno
+import json
 import os
 import select
 import socket
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.errors import UserError
+from cosmos_scale.versions import build_of_this_rank
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
@@ -98,6 +100,7 @@ def _listen(place: RankVariables) -> socket.socket:
 def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict[int, Peer]:
     """Wait for all other ranks, and return them; tell all of them where something is wrong."""
     here: dict[int, Peer] = {}
+    own = build_of_this_rank()
     visitors = _speaking_visitors(listener, wait)
     while len(here) < place.world_size - 1:
         visitor = next(visitors)
@@ -109,7 +112,7 @@ def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict
         elif named is None:  # a stranger
             visitor.close()
         else:
-            rank, world_size, host = named
+            rank, world_size, host, build = named
             twice = rank in here or rank == 0
             here[-1 if twice else rank] = Peer(rank, host, visitor)
             if world_size != place.world_size:
@@ -118,6 +121,8 @@ def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict
                 )
             if twice:
                 _refuse(here, f"RANK: two processes have {rank}; rule: each rank has its own number")
+            if build != own:
+                _refuse(here, _different(rank, host, build, own))
     visitors.close()
     return here
 
@@ -144,18 +149,29 @@ def _speaking_visitors(listener: socket.socket, wait: float) -> Generator[socket
             visitor.close()
 
 
-def _named(visitor: socket.socket) -> tuple[int, int, str] | None:
-    """Welcome a visitor, and return its rank, its world size and its host; None where it is no rank."""
+def _different(rank: int, host: str, build: dict[str, str], own: dict[str, str]) -> str:
+    """Say in which sources and packages a rank differs from rank 0."""
+    names = [name for name in sorted(own | build) if build.get(name) != own.get(name)]
+    there, here = (", ".join(f"{name} {one.get(name, 'none')}" for name in names) for one in (build, own))
+    return (
+        f"rank {rank} on host {host} has {there}, rank 0 on host {socket.gethostname()} has {here}; rule: the same "
+        "files of cosmos_scale and the same versions of Python and of all packages on each host"
+    )
+
+
+def _named(visitor: socket.socket) -> tuple[int, int, str, dict[str, str]] | None:
+    """Welcome a visitor, and return its rank, its world size, its host and its build; None where it is no rank."""
     try:
         line = read_line(visitor, GREETS)
         if not line.startswith(GREETING):
             return None
-        rank, world_size, host = line.removeprefix(GREETING).split()
-        named = int(rank), int(world_size), host
+        rank, world_size, host, *build = line.removeprefix(GREETING).split(maxsplit=3)
+        # A rank of an older version says nothing of its build.
+        named = int(rank), int(world_size), host, dict(json.loads(build[0])) if build else {}
         if not 0 <= named[0] < named[1]:
             return None
         visitor.sendall(f"{WELCOME}{socket.gethostname()}\n".encode())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
     return named
 
@@ -177,7 +193,8 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
     host = _connected(place, wait)
     said = ""
     with suppress(OSError):
-        host.sendall(f"{GREETING}{place.rank} {place.world_size} {socket.gethostname()}\n".encode())
+        own = f"{place.rank} {place.world_size} {socket.gethostname()} {json.dumps(build_of_this_rank())}"
+        host.sendall(f"{GREETING}{own}\n".encode())
         said = read_line(host, answer)
     if not said.startswith(WELCOME):
         raise WrongRankVariable(

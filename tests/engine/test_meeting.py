@@ -1,5 +1,7 @@
 """The meeting of ranks: all come, or each of them hears why not, within seconds."""
 
+import json
+import re
 import socket
 import threading
 import time
@@ -10,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch.distributed as dist
 
+from cosmos_scale.engine.contact import read_line
 from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
+from cosmos_scale.versions import build_of_this_rank
 
 SECONDS = 20.0  # for what takes one at most
 
@@ -101,6 +105,24 @@ def test_ranks_that_contradict_each_other_all_hear_it() -> None:
     port = free_port()
     twice = said([place(0, 3, port), place(1, 3, port), place(1, 3, port)])
     assert twice == ["RANK: two processes have 1; rule: each rank has its own number"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "has", "own"),
+    [({"torch": "1.0"}, "torch 1.0", "torch [2-9]"), ({"sources": "0"}, "sources 0", "sources [0-9a-f]{12}")],
+)
+def test_ranks_of_other_sources_or_packages_are_refused(change: dict[str, str], has: str, own: str) -> None:
+    port = free_port()
+    build = json.dumps(build_of_this_rank() | change)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(said, [place(0, 2, port)])
+        with connected(port) as visitor:
+            visitor.sendall(f"cosmos-scale rank 1 2 elsewhere {build}\n".encode())
+            (text,) = first.result(SECONDS)
+            assert read_line(visitor, SECONDS).startswith("cosmos-scale welcome to ")
+            assert read_line(visitor, SECONDS) == f"refused: {text}"
+    here = rf"rank 0 on host {re.escape(socket.gethostname())} has {own}"
+    assert re.match(rf"rank 1 on host elsewhere has {has}, {here}.*; rule: the same files of cosmos_scale", text)
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
