@@ -71,17 +71,18 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.config.load import load_config
-    from cosmos_scale.launch.fit import check_world_size, slots_of
+    from cosmos_scale.launch.fit import check_world_size, first_world_size, slots_of
     from cosmos_scale.launch.hostfile import read_hostfile, this_host
     from cosmos_scale.launch.preflight import Preflight
     from cosmos_scale.launch.supervise import LaunchedRun
 
     config = load_config(run_file(arguments.file), arguments.overrides)
     if arguments.hostfile is not None:
-        hosts = read_hostfile(arguments.hostfile)
+        hosts = read_hostfile(arguments.hostfile)  # of which some may be left out
+        first_world_size(config, slots_of(hosts))
     else:
         hosts = [this_host(arguments.ranks or _ranks_here(config.device))]
-    check_world_size(config, slots_of(hosts))
+        check_world_size(config, slots_of(hosts))
     run = LaunchedRun(
         arguments.file,
         tuple(arguments.overrides),

@@ -12,7 +12,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
@@ -22,12 +22,14 @@ import torch.distributed as dist
 from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.errors import UserError
+from cosmos_scale.interfaces import interface_of
 from cosmos_scale.versions import build_of_this_rank
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 GREETS = 1.0  # seconds in which a visitor that has begun its greeting ends it: short, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
+LOOPBACK = "lo"
 GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go", "refused: "
 
 
@@ -43,6 +45,7 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "t
     with _listen(place) as listener:
         here = _receive(place, listener, wait)
         store = _store(place, listener.detach())
+    _use_interface([peer.connection for peer in here.values()])
     _tell(here, GO)  # now the store answers at the port
     return store, Contact(0, here)
 
@@ -67,6 +70,7 @@ def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSW
     with _listen(place._replace(port=0)) as listener:
         store.set(key, str(listener.getsockname()[1]))
         here = _receive(place, listener, wait)
+    _use_interface([peer.connection for peer in here.values()])
     _tell(here, GO)
     return Contact(0, here)
 
@@ -181,6 +185,18 @@ def _refuse(here: dict[int, Peer], text: str) -> NoReturn:
     raise UserError(text)
 
 
+def _use_interface(connections: Sequence[socket.socket]) -> None:
+    """Let gloo use the network interface by which this rank has met others, unless the environment names one.
+
+    Otherwise gloo takes the address of the host's own name, and waits in vain where the name means another one.
+    """
+    names = [interface_of(connection.getsockname()[0]) for connection in connections]
+    others = [name for name in names if name not in (None, LOOPBACK)]  # of rank 0: by which other hosts have come
+    name = next(iter([*others, *names]), None)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def _tell(here: dict[int, Peer], line: str) -> None:
     for visitor in here.values():
         with suppress(OSError):  # of a rank that has ended
@@ -209,6 +225,7 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
         raise UserError(said.removeprefix(REFUSED))
     if said != GO:
         raise UserError(f"rank 0, at {where}, ended before all ranks had come; its own output says why")
+    _use_interface([host])
     return Contact(place.rank, {0: first})
 
 

@@ -156,8 +156,13 @@ class RunLock:
 def launcher_holds(folder: Path) -> bool:
     """Tell whether the lock on a run's folder is of the launch that has started this process."""
     token = os.environ.get(LAUNCH_TOKEN)
-    holder = None if token is None else _read_holder(folder / LOCK_FILE)
-    return holder is not None and holder.get("token") == token
+    return token is not None and token_in(folder) == token
+
+
+def token_in(folder: Path) -> str | None:
+    """Return the token of the lock on a run's folder, None where nobody has it or has left its name."""
+    holder = _read_holder(folder / LOCK_FILE)
+    return None if holder is None else holder.get("token")
 
 
 def who_holds(folder: Path) -> str | None:

@@ -132,9 +132,9 @@ class MetricLog:
 
 
 def console_line(record: Mapping[str, float]) -> str:
-    """Return the numbers of a training record that a person watches; with its place in the run and the time 165 columns at most.
+    """Return the numbers of a training record that a person watches.
 
-    wait: for data, of the rank that waited longest.
+    With its place in the run and the time it has 165 columns at most. wait: for data, of the rank that waited longest.
     """
     waited = f"wait {_rounded(record['data_wait_max'])} s"
     if record["data_wait_min"] < record["data_wait_max"]:

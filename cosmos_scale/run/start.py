@@ -1,8 +1,11 @@
 """The start of a run: data opened, the checkpoint to go on from found, ranks agreed, student and teacher built."""
 
+import os
+import socket
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +22,12 @@ from cosmos_scale.evaluation.retrieval import SAME_GALLERY
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
-from cosmos_scale.run.lock import RunLock, launcher_holds
+from cosmos_scale.run.lock import LOCK_FILE, RunLock, launcher_holds, token_in
 from cosmos_scale.run.opening import Opening
 from cosmos_scale.words import counted
 
+SEEN_WITHIN = 60.0  # seconds in which a file of rank 0 must be seen by all ranks
+POLL = 0.1  # seconds between looks for it
 SAME_CHECKPOINT = "rule: all ranks read one shared folder, or equal copies of it"
 
 
@@ -89,9 +94,30 @@ def _prepare_folder(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
             except UserError as failure:
                 error = failure
         raise_together(ranks, error)
+        raise_together(ranks, _not_shared(opened.folder, ranks))
     except BaseException:
         opened.held.close()
         raise
+
+
+def _not_shared(folder: Path, ranks: Ranks) -> UserError | None:
+    """Return what is wrong where this rank does not see the lock that rank 0 holds on the run's folder; collective.
+
+    Else a run would train up to its first checkpoint, in which each host has its own part. File servers may show other
+    hosts' files late.
+    """
+    token = from_all(token_in(folder), ranks)[0]
+    deadline = time.monotonic() + SEEN_WITHIN
+    while token_in(folder) != token:
+        if time.monotonic() > deadline:
+            return UserError(
+                f"output: {folder / LOCK_FILE}, which rank 0 has written, is not seen on host {socket.gethostname()}; "
+                "rule: all ranks share one folder"
+            )
+        with suppress(OSError):
+            os.listdir(folder)  # which makes clients of NFS look anew
+        time.sleep(POLL)
+    return None
 
 
 def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, Start, list[str]]:
@@ -101,19 +127,19 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, S
     broken checkpoints. Raises UserError on all ranks alike.
     """
     start = opened.found_start
-    if start.checkpoint is None:
-        if config.init_from is None:
-            return drawn_pair(config, ranks), start, []
+    if start.checkpoint is None and config.init_from is not None:
         return pair_of_checkpoint(config, ranks, config.init_from), start, []
     pair = drawn_pair(config, ranks)
-    while True:
-        assert start.checkpoint is not None
+    while start.checkpoint is not None:
         try:
             pair.restore(start.checkpoint)
         except BrokenCheckpoint as broken:
             start = _older_start(config, opened, start, broken, ranks)
+            if start.checkpoint is None:  # all are gone, and the pair holds a part of one
+                return build_pair(config, replace(opened, found_start=start), ranks)
             continue
-        return pair, start, _set_aside(start, ranks)
+        break
+    return pair, start, _set_aside(start, ranks)
 
 
 def _older_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:
@@ -138,7 +164,9 @@ def _set_aside(start: Start, ranks: Ranks) -> list[str]:
     if ranks.is_main:
         try:
             for folder, reason in start.broken:
-                said.append(f"passed over a broken checkpoint, now {set_aside(folder).name}: {reason}")
+                aside = set_aside(folder)
+                what = "one that was deleted meanwhile" if aside is None else f"a broken checkpoint, now {aside.name}"
+                said.append(f"passed over {what}: {reason}")
         except UserError as failure:
             error = failure
     raise_together(ranks, error)

@@ -1,6 +1,7 @@
 """The meeting of ranks: all come, or each of them hears why not, within seconds."""
 
 import json
+import os
 import re
 import socket
 import threading
@@ -72,6 +73,17 @@ def stranger(serve: Callable[[socket.socket], object]) -> Iterator[int]:
 def test_ranks_share_a_store_at_the_port(world_size: int) -> None:
     port = free_port()
     assert said([place(rank, world_size, port) for rank in reversed(range(world_size))]) == ["value"] * world_size
+
+
+def test_gloo_gets_the_interface_by_which_ranks_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    port = free_port()
+    said([place(0, 2, port), place(1, 2, port)])
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    port = free_port()
+    said([place(0, 2, port), place(1, 2, port)])
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 def test_the_port_is_free_again_at_once() -> None:
