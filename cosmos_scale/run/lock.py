@@ -37,7 +37,8 @@ _FLOCK = "hhqqi"  # struct flock of 64-bit Linux
 class RunLock:
     """The lock on a run's folder, as a context; raises UserError where another launch holds it, and names that one.
 
-    token: what tells this lock from all others.
+    token: what tells this lock from all others. While the lock is held its process must not open the file anew: the
+    system gives the lock back when any of a process's descriptors of the file is closed.
     """
 
     def __init__(

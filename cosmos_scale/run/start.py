@@ -22,7 +22,7 @@ from cosmos_scale.evaluation.retrieval import SAME_GALLERY
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
-from cosmos_scale.run.lock import LOCK_FILE, RunLock, launcher_holds, token_in
+from cosmos_scale.run.lock import LAUNCH_TOKEN, LOCK_FILE, RunLock, launcher_holds, token_in
 from cosmos_scale.run.opening import Opening
 from cosmos_scale.words import counted
 
@@ -84,31 +84,31 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
 
 def _prepare_folder(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
     """Take the lock on the run's folder and leave its config.yaml there, once nothing refuses the run; collective."""
-    error = None
+    error, token = None, os.environ.get(LAUNCH_TOKEN)
     try:
         if ranks.is_main:
             try:
                 if not launcher_holds(opened.folder):
-                    opened.held.enter_context(RunLock(opened.folder, partial(print, flush=True)))
+                    token = opened.held.enter_context(RunLock(opened.folder, partial(print, flush=True))).token
                 prepare_folder(config, opened.folder)
             except UserError as failure:
                 error = failure
         raise_together(ranks, error)
-        raise_together(ranks, _not_shared(opened.folder, ranks))
+        raise_together(ranks, _not_shared(opened.folder, token, ranks))
     except BaseException:
         opened.held.close()
         raise
 
 
-def _not_shared(folder: Path, ranks: Ranks) -> UserError | None:
+def _not_shared(folder: Path, token: str | None, ranks: Ranks) -> UserError | None:
     """Return what is wrong where this rank does not see the lock that rank 0 holds on the run's folder; collective.
 
     Else a run would train up to its first checkpoint, in which each host has its own part. File servers may show other
-    hosts' files late.
+    hosts' files late. token: of the lock, on rank 0, which does not read the file: its lock would end with that.
     """
-    token = from_all(token_in(folder), ranks)[0]
+    token = from_all(token, ranks)[0]
     deadline = time.monotonic() + SEEN_WITHIN
-    while token_in(folder) != token:
+    while not ranks.is_main and token_in(folder) != token:
         if time.monotonic() > deadline:
             return UserError(
                 f"output: {folder / LOCK_FILE}, which rank 0 has written, is not seen on host {socket.gethostname()}; "
