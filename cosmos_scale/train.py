@@ -24,13 +24,13 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
     cosmos_loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
     step, last_step = run.first_step, run.last_step
 
-    with run.writer() as checkpoints, run.progress(checkpoints) as progress:
+    with run.opened.held, run.writer() as checkpoints, run.progress(checkpoints) as progress:
         progress.say(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
         if step > 0:
             with progress.pause(), watchdog.longer(f"the evaluation of step {step}"):
-                run.opened.evaluations.run_missed(step, last_step, student, teacher, progress)
+                run.opened.evaluations.run_missed(step, last_step, student, teacher, progress, watchdog.moves)
         ahead = Lookahead(
             run.loader,
             ranks,
@@ -56,7 +56,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
                     checkpoints.save(run.state(step))
             if step < last_step and run.opened.evaluations.due(step):
                 with progress.pause(), watchdog.longer(f"the evaluation of step {step}"):
-                    run.opened.evaluations.run_due(step, student, teacher, progress)
+                    run.opened.evaluations.run_due(step, student, teacher, progress, watchdog.moves)
         if ahead.stopped_by is not None and ahead.failure is None:
             progress.say(f"stopping after step {step} of {last_step}: {ahead.stopped_by}")
         progress.read_pending()
@@ -68,7 +68,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
             raise ahead.failure
         if run.first_step < step == last_step:
             with watchdog.longer(f"the evaluation of step {step}"):
-                run.opened.evaluations.run_all(step, student, teacher, progress)
+                run.opened.evaluations.run_all(step, student, teacher, progress, watchdog.moves)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ FOUNDATION = {
     "files",
     "fragments",
     "host",
+    "interfaces",
     "interrupt",
+    "versions",
     "words",
 }
 
@@ -37,7 +39,9 @@ MAY_IMPORT = {
     "files": {"errors"},
     "fragments": set(),
     "host": set(),
+    "interfaces": set(),
     "interrupt": {"exit_status"},
+    "versions": set(),
     "words": set(),
     "kernels": set(),
     "model": {"kernels"} | FOUNDATION,

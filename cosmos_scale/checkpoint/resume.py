@@ -69,13 +69,18 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
         folder = find_checkpoint(Path(config.resume))
         check_files(folder, read_manifest(folder))
     if folder is None:
-        return Start(None, None)
-    state = read_state(folder)
+        return Start(None, None, broken)
+    try:
+        state, written, digest = read_state(folder), read_run_config(folder), manifest_digest(folder)
+    except BrokenCheckpoint as failure:  # it was whole, so somebody deletes it
+        if config.resume != "auto":
+            raise
+        return find_start(config, root, data, (*broken, PassedOver(folder, str(failure))))
     last = newest(root)
     if config.resume != "auto" and last is not None and step_of(last) > state.step:
         # A later `resume: auto` would start from the newer checkpoint, and what this run adds would be lost.
         raise UserError(f"resume: {folder}, but {last} is newer; rule: move newer ones away, or choose another output")
-    changed = changed_on_resume(read_run_config(folder), config)
+    changed = changed_on_resume(written, config)
     if changed:
         raise UserError(
             f"resume from {folder}: {'; '.join(map(str, changed))}; rule: only paths, workers, logging and limits may "
@@ -88,7 +93,7 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
             f"now {data}); rule: the order of samples must stay (start a new run from its weights with: "
             f"{_new_run(config, root, folder)})"
         )
-    return Start(folder, state, broken, manifest_digest(folder))
+    return Start(folder, state, broken, digest)
 
 
 def _on_longer_schedules(changed: Sequence[Difference]) -> str:
@@ -109,8 +114,8 @@ def _new_run(config: RunConfig, root: Path, folder: Path) -> str:
     return shlex.join(overrides)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a broken checkpoint, so that it no longer counts as a checkpoint, and return its new name.
+def set_aside(folder: Path) -> Path | None:
+    """Rename a broken checkpoint, so that it no longer counts as one; return its new name, None where it is gone.
 
     The run goes on from an older checkpoint, so the steps that it saves next come before the broken checkpoint's step.
     Under its old name the broken checkpoint would be the newest one again, and keep_last would keep it.
@@ -120,6 +125,8 @@ def set_aside(folder: Path) -> Path:
     free = next(name for name in names if not name.exists())
     try:
         folder.rename(free)
+    except FileNotFoundError:
+        return None
     except OSError as failure:
         raise UserError(f"checkpoint {folder}: broken, and cannot be renamed: {failure.strerror}") from failure
     return free
@@ -137,8 +144,8 @@ def _newest_whole(root: Path, broken: tuple[PassedOver, ...]) -> tuple[Path | No
             broken = (*broken, PassedOver(folder, str(failure)))
             continue
         return folder, broken
-    if broken:
+    if any(passed.folder.exists() for passed in broken):
         raise UserError(
             f"resume: no checkpoint under {root} is whole; the newest: {broken[0].reason}; rule: mend or move them away"
         )
-    return None, ()
+    return None, broken

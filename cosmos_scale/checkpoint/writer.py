@@ -19,12 +19,12 @@ from types import TracebackType
 import torch.distributed as dist
 
 from cosmos_scale.checkpoint.files import FileRecord, write_tensors
+from cosmos_scale.checkpoint.room import delete_checkpoint, free_bytes, make_room, superfluous
 from cosmos_scale.checkpoint.snapshot import Snapshot
 from cosmos_scale.checkpoint.state import (
     RunState,
     checkpoint_name,
     checkpoints,
-    step_of,
     write_manifest,
 )
 from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
@@ -202,6 +202,7 @@ class CheckpointWriter:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
                 remove_unfinished(self.root, self._lock)
+                self._make_room()
                 temporary.mkdir()
             except OSError as error:
                 failure = f"checkpoint {temporary}: {_reason(error)}"
@@ -215,6 +216,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=(temporary, final, state), daemon=True)
         self._thread.start()
 
+    def _make_room(self) -> None:
+        with suppress(UserError):  # of a folder that cannot be listed for a while
+            for old in make_room(self.root, self._config):
+                _LOG.warning("checkpoint %s: deleted, since the disk has no room for the next one beside it", old)
+
     def _write(self, temporary: Path, final: Path, state: RunState) -> None:
         """In the thread: write this rank's file; on the first rank, then make the folder a checkpoint."""
         path = temporary / f"fragments-{self._rank:05d}.safetensors"
@@ -226,7 +232,8 @@ class CheckpointWriter:
             with whole_file(_record_path(temporary, self._rank)) as part:
                 part.write_text(json.dumps([record, pieces]))
         except Exception as failure:  # any: the ranks would not learn of an error that only ends this thread
-            self._error = f"checkpoint {path}: {_reason(failure)} (rank {self._rank})"
+            size = 4 * sum(tensor.numel() for tensor in self._snapshot.tensors.values())
+            self._error = f"checkpoint {path}: {_reason(failure)}{_room(failure, temporary, size)} (rank {self._rank})"
         self._written.set()
         if self._rank > 0 or self._error is not None:
             return
@@ -275,14 +282,9 @@ class CheckpointWriter:
 
     def _prune(self, final: Path) -> None:
         """Delete all checkpoints but the newest and those that are kept for good."""
-        for old in checkpoints(self.root)[: -self._config.keep_last]:
-            for_good = self._config.keep_every is not None and step_of(old) % self._config.keep_every == 0
-            if old == final or for_good:  # a run that went back to an older step may save below the newest
-                continue
-            going = old.with_name(f"{old.name}.old.tmp")
-            with suppress(OSError):  # what cannot be deleted harms no run
-                old.rename(going)  # under its own name, half deleted, it would look like a damaged one
-                shutil.rmtree(going)
+        for old in superfluous(self.root, self._config, self._config.keep_last):
+            if old != final:  # a run that went back to an older step may save below the newest
+                delete_checkpoint(old)
 
     def _agree(self, error: str | None) -> str | None:
         """Return the lowest failing rank's error on every rank; collective."""
@@ -300,6 +302,14 @@ def _untouched(failure: str, root: Path) -> str:
 
 def _reason(failure: Exception) -> str:
     return failure.strerror if isinstance(failure, OSError) and failure.strerror else repr(failure)
+
+
+def _room(failure: Exception, folder: Path, size: int) -> str:
+    """Return how much a file takes and what is left, where a disk was full."""
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            return f", the file takes {size:,} bytes and {free_bytes(folder):,.0f} are left"
+    return ""
 
 
 def _record_path(folder: Path, rank: int) -> Path:

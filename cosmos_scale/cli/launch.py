@@ -1,6 +1,7 @@
 """The command `cosmos-scale launch`: its arguments, and the call of the supervisor that starts a run's ranks."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import natural, path, place, positive, run_file, seconds, with_examples
@@ -70,17 +71,18 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.config.load import load_config
-    from cosmos_scale.launch.fit import check_world_size, slots_of
+    from cosmos_scale.launch.fit import check_world_size, first_world_size, slots_of
     from cosmos_scale.launch.hostfile import read_hostfile, this_host
     from cosmos_scale.launch.preflight import Preflight
     from cosmos_scale.launch.supervise import LaunchedRun
 
     config = load_config(run_file(arguments.file), arguments.overrides)
     if arguments.hostfile is not None:
-        hosts = read_hostfile(arguments.hostfile)
+        hosts = read_hostfile(arguments.hostfile)  # of which some may be left out
+        first_world_size(config, slots_of(hosts))
     else:
         hosts = [this_host(arguments.ranks or _ranks_here(config.device))]
-    check_world_size(config, slots_of(hosts))
+        check_world_size(config, slots_of(hosts))
     run = LaunchedRun(
         arguments.file,
         tuple(arguments.overrides),
@@ -105,12 +107,13 @@ def _supervise(run: "LaunchedRun", hosts: "list[Host]") -> int:
     from cosmos_scale.launch.printer import Printer
     from cosmos_scale.launch.signals import StopSignals
     from cosmos_scale.launch.supervise import Supervisor
-    from cosmos_scale.run.lock import RunLock
+    from cosmos_scale.run.lock import LAUNCH_TOKEN, RunLock
 
     with lasting_output():
         printer = Printer()
         try:
-            with RunLock(run.folder, printer.say), StopSignals() as stop:
+            with RunLock(run.folder, printer.say) as lock, StopSignals() as stop:
+                os.environ[LAUNCH_TOKEN] = lock.token  # the ranks' environment is this one
                 return Supervisor(run, hosts, look_at(run, printer.say, stop), printer, stop).run()
         finally:
             printer.close()

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
@@ -71,8 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _train(arguments, ())
     from cosmos_scale.run.stop_request import noted_terminations
+    from cosmos_scale.run.supervisor import stop_with_launcher
 
     with noted_terminations() as noted:
+        stop_with_launcher()
         return _train(arguments, noted)
 
 
@@ -93,6 +96,7 @@ def _train(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
         limit_messages(config.log.level)
         read_rank_variables()
         # These imports take seconds. The config comes first, so that its mistakes are told at once.
+        from cosmos_scale.engine.collectives import describe_collectives
         from cosmos_scale.engine.ranks import start_ranks
         from cosmos_scale.run.dry_run import look_before_launch
         from cosmos_scale.run.explain import explain
@@ -107,7 +111,9 @@ def _train(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
             ranks = start_ranks(config.device, config.log.level)
             if ranks.is_main:
                 _print_choices()
-            watchdog = Watchdog(config.train.watchdog_seconds, config.output / config.name, ranks.contact)
+            collectives = partial(describe_collectives, ranks.groups)
+            folder = config.output / config.name
+            watchdog = Watchdog(config.train.watchdog_seconds, folder, ranks.contact, collectives)
             with ranks.contact, StopRequest(config.train.max_minutes, noted) as stop, watchdog:
                 train(config, ranks, stop, watchdog)
         return 0

@@ -20,7 +20,7 @@ from cosmos_scale.exit_status import FAILED
 
 SECONDS_TO_END = 15.0  # from the loss of a rank until this process ends, if it has not ended by itself
 SECONDS_A_LINE = 5.0  # in which the rest of a line comes
-LONGEST_LINE = 1000  # bytes
+LONGEST_LINE = 4000  # bytes
 LOOK = 0.5  # seconds between looks whether the contact has ended
 PAUSE = 0.0005  # seconds between questions whether the device is ready
 GOODBYE, LOST, WATCH = "goodbye", "lost", "watch"
@@ -56,6 +56,7 @@ class Contact:
         self._telling = threading.Lock()  # taken for good by the first that tells
         self._parted = False
         self._ending = False
+        self._told_by_first = False  # rank 0 has told of the loss, and prints it
         self._listener: Callable[[int, str], None] | None = None
         self.lost: str | None = None
 
@@ -90,8 +91,8 @@ class Contact:
         return self.lost
 
     def tell(self, line: str) -> None:
-        """Print a line on the loss to standard error; a process prints one."""
-        if self._telling.acquire(blocking=False):
+        """Print a line on the loss to standard error, once; only rank 0 does so of a loss that it has told of."""
+        if self._telling.acquire(blocking=False) and not self._told_by_first:
             with suppress(OSError):  # of a standard error that nobody reads
                 print(line, file=sys.stderr, flush=True)
 
@@ -159,6 +160,7 @@ class Contact:
         for other in self._peers.values():
             if self.rank == 0 and other is not peer:
                 _send(other, f"{LOST} {lost}")
+        self._told_by_first = word == LOST
         self.lost = lost
         self._known.set()
 

@@ -2,17 +2,18 @@
 
 Rank 0 listens at the port. Every other rank connects and names itself, and hears at once that it is at the right place;
 another program at the port does not answer so. When all ranks have come, rank 0 tells each to go on, and torch's store
-takes over the port. Where two ranks contradict each other, rank 0 tells all of them. The connections stay: see
-`engine.contact`.
+takes over the port. Where two ranks contradict each other, or have other sources or packages, rank 0 tells all of
+them: such ranks would hang in a collective, or train a mixture. The connections stay: see `engine.contact`.
 """
 
 import errno
+import json
 import os
 import select
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
@@ -22,12 +23,15 @@ import torch.distributed as dist
 from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.errors import UserError
+from cosmos_scale.interfaces import interface_of
+from cosmos_scale.versions import build_of_this_rank
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 NOTICE = 30.0  # seconds of waiting after which a rank says for whom it waits, and again after twice as long
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 GREETS = 1.0  # seconds in which a visitor that has begun its greeting ends it: short, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
+LOOPBACK = "lo"
 GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go", "refused: "
 
 
@@ -43,6 +47,7 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "t
     with _listen(place) as listener:
         here = _receive(place, listener, wait)
         store = _store(place, listener.detach())
+    _use_interface([peer.connection for peer in here.values()])
     _tell(here, GO)  # now the store answers at the port
     return store, Contact(0, here)
 
@@ -67,6 +72,7 @@ def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSW
     with _listen(place._replace(port=0)) as listener:
         store.set(key, str(listener.getsockname()[1]))
         here = _receive(place, listener, wait)
+    _use_interface([peer.connection for peer in here.values()])
     _tell(here, GO)
     return Contact(0, here)
 
@@ -100,6 +106,7 @@ def _listen(place: RankVariables) -> socket.socket:
 def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict[int, Peer]:
     """Wait for all other ranks, and return them; tell all of them where something is wrong."""
     here: dict[int, Peer] = {}
+    own = build_of_this_rank()
     visitors, began = _speaking_visitors(listener, wait), time.monotonic()
     while len(here) < place.world_size - 1:
         visitor = next(visitors)
@@ -119,7 +126,7 @@ def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict
         elif named is None:  # a stranger
             visitor.close()
         else:
-            rank, world_size, host = named
+            rank, world_size, host, build = named
             twice = rank in here or rank == 0
             here[-1 if twice else rank] = Peer(rank, host, visitor)
             if world_size != place.world_size:
@@ -128,6 +135,8 @@ def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict
                 )
             if twice:
                 _refuse(here, f"RANK: two processes have {rank}; rule: each rank has its own number")
+            if build != own:
+                _refuse(here, _different(rank, host, build, own))
     visitors.close()
     return here
 
@@ -172,18 +181,29 @@ def _tell_of_waiting(text: str, wait: float) -> None:
         print(f"cosmos-scale: {text}; it waits for {wait:g} s in all", file=sys.stderr, flush=True)
 
 
-def _named(visitor: socket.socket) -> tuple[int, int, str] | None:
-    """Welcome a visitor, and return its rank, its world size and its host; None where it is no rank."""
+def _different(rank: int, host: str, build: dict[str, str], own: dict[str, str]) -> str:
+    """Say in which sources and packages a rank differs from rank 0."""
+    names = [name for name in sorted(own | build) if build.get(name) != own.get(name)]
+    there, here = (", ".join(f"{name} {one.get(name, 'none')}" for name in names) for one in (build, own))
+    return (
+        f"rank {rank} on host {host} has {there}, rank 0 on host {socket.gethostname()} has {here}; rule: the same "
+        "files of cosmos_scale and the same versions of Python and of all packages on each host"
+    )
+
+
+def _named(visitor: socket.socket) -> tuple[int, int, str, dict[str, str]] | None:
+    """Welcome a visitor, and return its rank, its world size, its host and its build; None where it is no rank."""
     try:
         line = read_line(visitor, GREETS)
         if not line.startswith(GREETING):
             return None
-        rank, world_size, host = line.removeprefix(GREETING).split()
-        named = int(rank), int(world_size), host
+        rank, world_size, host, *build = line.removeprefix(GREETING).split(maxsplit=3)
+        # A rank of an older version says nothing of its build.
+        named = int(rank), int(world_size), host, dict(json.loads(build[0])) if build else {}
         if not 0 <= named[0] < named[1]:
             return None
         visitor.sendall(f"{WELCOME}{socket.gethostname()}\n".encode())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
     return named
 
@@ -191,6 +211,18 @@ def _named(visitor: socket.socket) -> tuple[int, int, str] | None:
 def _refuse(here: dict[int, Peer], text: str) -> NoReturn:
     _tell(here, f"{REFUSED}{text}")
     raise UserError(text)
+
+
+def _use_interface(connections: Sequence[socket.socket]) -> None:
+    """Let gloo use the network interface by which this rank has met others, unless the environment names one.
+
+    Otherwise gloo takes the address of the host's own name, and waits in vain where the name means another one.
+    """
+    names = [interface_of(connection.getsockname()[0]) for connection in connections]
+    others = [name for name in names if name not in (None, LOOPBACK)]  # of rank 0: by which other hosts have come
+    name = next(iter([*others, *names]), None)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _tell(here: dict[int, Peer], line: str) -> None:
@@ -205,7 +237,8 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
     host = _connected(place, wait)
     said = ""
     with suppress(OSError):
-        host.sendall(f"{GREETING}{place.rank} {place.world_size} {socket.gethostname()}\n".encode())
+        own = f"{place.rank} {place.world_size} {socket.gethostname()} {json.dumps(build_of_this_rank())}"
+        host.sendall(f"{GREETING}{own}\n".encode())
         said = read_line(host, answer)
     if not said.startswith(WELCOME):
         raise WrongRankVariable(
@@ -220,6 +253,7 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
         raise UserError(said.removeprefix(REFUSED))
     if said != GO:
         raise UserError(f"rank 0, at {where}, ended before all ranks had come; its own output says why")
+    _use_interface([host])
     return Contact(place.rank, {0: first})
 
 

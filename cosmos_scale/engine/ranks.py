@@ -44,6 +44,13 @@ class Ranks:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    @property
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The groups of all ranks, by their names for people."""
+        tensors = dist.group.WORLD
+        assert tensors is not None, "a group is joined before there are ranks"
+        return {"the group of tensors": tensors, "the group of small messages": self.control}
+
 
 _started: list[Ranks] = []  # the ranks of this process, once they have started
 _contacts: list[Contact] = []  # this process's contact to the other ranks, once it has met them

@@ -63,17 +63,21 @@ class Encoder:
     """A student or a teacher to measure, with its whole weights on every rank.
 
     Calls do not communicate: each rank makes as many of them as it likes. `model` is for what the methods do not give.
+    moves: is called with each batch, so that a long evaluation is told from one that stands still.
     """
 
     model: CosmosModel
     setting: Setting
+    moves: Callable[[], None] = lambda: None
 
     def images(self, images: Tensor) -> Tensor:
         """Normalised features [N, E] on the setting's device of pictures [N, 3, H, W] on any."""
+        self.moves()
         return self.model.encode_image(images.to(self.setting.device))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Normalised features [N, E] on the setting's device of N texts."""
+        self.moves()
         return self.model.encode_text(self.setting.tokenizer(texts).to(self.setting.device))
 
 

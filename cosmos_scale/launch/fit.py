@@ -29,6 +29,18 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
         raise UserError(f"{error}; {_sizes_near(config, world_size)}") from None
 
 
+def first_world_size(config: RunConfig, slots: int) -> int:
+    """Return the largest world size on some slots that shares the batch into whole micro-batches of its config.
+
+    Raises UserError where there is none.
+    """
+    batch, parts = config.train.global_batch, config.train.micro_batches
+    sizes = [size for size in range(1, slots + 1) if batch % size == 0 and (batch // size) % parts == 0]
+    if not sizes:
+        check_world_size(config, slots)
+    return sizes[-1]
+
+
 def fit_ranks(config: RunConfig, slots: int, started: int, least: int) -> Fit:
     """Return the largest world size on some slots that shares the global batch evenly.
 

@@ -4,8 +4,6 @@ The facts come first. Then the launcher may ask it to listen at the ranks' port,
 and which files in the output folder it sees.
 """
 
-import hashlib
-import importlib.metadata
 import os
 import re
 import shutil
@@ -17,13 +15,13 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.launch.interfaces import interface_of, own_addresses
+from cosmos_scale.interfaces import interface_of, own_addresses
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
+from cosmos_scale.versions import package_versions, sources_digest
 
 TOKEN = ".launch-"  # how the files begin by which hosts see that they share the output folder
 CONNECT_SECONDS = 5.0
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _DRIVER = Path("/proc/driver/nvidia/version")
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -67,7 +65,7 @@ class Looker:
         os.environ.update(asked["environment"])  # as the ranks will have it: paths of the config may name variables
         facts: Message = {
             "python": sys.version.split()[0],
-            "packages": _packages(),
+            "packages": package_versions(),
             "sources": sources_digest(),
             "addresses": own_addresses(),
             "ssh": os.environ.get("SSH_CONNECTION", "").split(),
@@ -118,32 +116,6 @@ def _told(errors: dict[str, str], name: str) -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         errors[name] = str(error)
-
-
-def sources_digest() -> str:
-    """Return a digest of all files of this package: their names and contents."""
-    digest = hashlib.sha256()
-    for folder in (_PACKAGE, _PACKAGE / "kernels", _PACKAGE / "configs"):  # the latter two may be links
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".yaml", ".cu", ".cuh", ".cpp", ".h") and path.is_file():
-                digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def _packages() -> dict[str, str]:
-    """Return the versions of the packages that this one needs, by name."""
-    try:
-        names = importlib.metadata.requires("cosmos-scale") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        names = ["torch", "deepspeed", "numpy"]
-    versions = {}
-    for requirement in names:
-        if "extra ==" not in requirement:
-            match = re.match(r"[\w.-]+", requirement)
-            assert match is not None
-            with suppress(importlib.metadata.PackageNotFoundError):
-                versions[match[0]] = importlib.metadata.version(match[0])
-    return versions
 
 
 def _devices(device: str) -> Message:

@@ -19,7 +19,7 @@ from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, REFUSED, STO
 from cosmos_scale.files import regular_only
 from cosmos_scale.launch.attempt import Attempt, Job, Outcome, RankFailure
 from cosmos_scale.launch.connection import passed_environment
-from cosmos_scale.launch.fit import fit_ranks, place_ranks, slots_of
+from cosmos_scale.launch.fit import first_world_size, fit_ranks, place_ranks, slots_of
 from cosmos_scale.launch.hostfile import Host
 from cosmos_scale.launch.printer import Printer
 from cosmos_scale.launch.signals import StoppedEarly, StopSignals
@@ -78,7 +78,7 @@ class Supervisor:
         """look: looks at hosts before an attempt; told whether it is the first one, of which every host must be fit."""
         self._run, self._hosts, self._look = run, list(hosts), look
         self._printer, self._stop = printer, stop
-        self._started_with = slots_of(hosts)
+        self._started_with = first_world_size(run.config, slots_of(hosts))
         self._last: tuple[int, str] | None = None  # the step and the way of the last failure
 
     def run(self) -> int:
@@ -110,12 +110,12 @@ class Supervisor:
         own = (
             () if fit.micro_batches == run.config.train.micro_batches else (f"train.micro_batches={fit.micro_batches}",)
         )
-        if number and fit.world_size != self._started_with:
-            left_out = f"; idle: {', '.join(idle)}" if idle else ""
+        if idle or fit.world_size != self._started_with:
+            all_ranks = self._started_with if number else slots_of(meeting.hosts)
             self._printer.say(
-                f"{fit.world_size} of {self._started_with} ranks go on, the global batch stays "
+                f"{fit.world_size} of {all_ranks} ranks {'go on' if number else 'train'}, the global batch stays "
                 f"{run.config.train.global_batch} ({counted(fit.micro_batches, 'micro-batch', 'micro-batches')} a rank)"
-                f"{left_out}"
+                f"{'; idle: ' if idle else ''}{', '.join(idle)}"
             )
         command = (sys.executable, "-m", run.program, run.file, *run.overrides, *own)
         environment = passed_environment() | {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
 from cosmos_scale.run.folder import EVALUATION
 from cosmos_scale.run.progress import Progress
+
+Moves = Callable[[], None]
+"""Called with each batch of an evaluation, for the watchdog."""
 
 
 class RankPlace(Protocol):
@@ -71,29 +74,38 @@ class Evaluations:
         """Whether anything is to be measured after a number of steps."""
         return bool(self._due(step))
 
-    def run_due(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+    def run_due(self, step: int, student: Student, teacher: Teacher, progress: Progress, moves: Moves) -> None:
         """Measure what is due after a number of steps, and tell progress of numbers and failures; collective."""
-        self._run(self._due(step), step, student, teacher, progress)
+        self._run(self._due(step), step, student, teacher, progress, moves)
 
-    def run_all(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+    def run_all(self, step: int, student: Student, teacher: Teacher, progress: Progress, moves: Moves) -> None:
         """Measure everything at the run's end, as `run_due` does; collective."""
-        self._run(self._evaluators, step, student, teacher, progress)
+        self._run(self._evaluators, step, student, teacher, progress, moves)
 
-    def run_missed(self, step: int, last_step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+    def run_missed(
+        self, step: int, last_step: int, student: Student, teacher: Teacher, progress: Progress, moves: Moves
+    ) -> None:
         """Measure what is due at a resumed run's first step and has no record, as `run_due` does; collective.
 
         The step was saved before it was evaluated, and the launch that saved it was ended in between.
         """
         due = self._evaluators if step == last_step else self._due(step)
         if due:
-            self._run(due[progress.evaluations_of(step) :], step, student, teacher, progress)  # in order, so the rest
+            rest = due[progress.evaluations_of(step) :]  # evaluated in order
+            self._run(rest, step, student, teacher, progress, moves)
 
     def _run(
-        self, evaluators: Sequence[Evaluator], step: int, student: Student, teacher: Teacher, progress: Progress
+        self,
+        evaluators: Sequence[Evaluator],
+        step: int,
+        student: Student,
+        teacher: Teacher,
+        progress: Progress,
+        moves: Moves,
     ) -> None:
         for evaluator in evaluators:
             try:
-                results = self._measure(evaluator, step, student, teacher)
+                results = self._measure(evaluator, step, student, teacher, moves)
                 table = _table(evaluator, results, step)
             except EvaluationFailed as failure:
                 self._failures[evaluator.name] += 1
@@ -104,12 +116,14 @@ class Evaluations:
     def _due(self, step: int) -> list[Evaluator]:
         return [evaluator for evaluator in self._evaluators if step % evaluator.every == 0]
 
-    def _measure(self, evaluator: Evaluator, step: int, student: Student, teacher: Teacher) -> dict[str, Numbers]:
+    def _measure(
+        self, evaluator: Evaluator, step: int, student: Student, teacher: Teacher, moves: Moves
+    ) -> dict[str, Numbers]:
         results = {}
         for name, measured in (("student", student), ("teacher", teacher)):
             folder = self._folder / evaluator.name / f"step-{step:08d}" / name
             with measured.whole_model() as model:
-                results[name] = measure_together(evaluator, Encoder(model, self._setting), gather_rows, folder)
+                results[name] = measure_together(evaluator, Encoder(model, self._setting, moves), gather_rows, folder)
         return results
 
 

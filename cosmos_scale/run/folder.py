@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cosmos_scale.config import RunConfig
+from cosmos_scale.checkpoint.room import bytes_of, prunable
+from cosmos_scale.config import CheckpointConfig, RunConfig
 from cosmos_scale.config.load import dump_config
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, whole_file
@@ -41,10 +42,11 @@ def check_folder(config: RunConfig, folder: Path) -> None:
                 open(folder / name, "ab", opener=regular_only).close()
 
 
-def check_disk_room(folder: Path, needed: int) -> None:
+def check_disk_room(folder: Path, needed: int, config: CheckpointConfig) -> None:
     """Raise UserError where the disk of a run's checkpoints has no room for one of `needed` bytes.
 
-    Without it such a run would end at its first checkpoint. What killed runs have left there counts as free.
+    Without it such a run would end at its first checkpoint. What killed runs have left there counts as free, and so do
+    the old checkpoints that a run deletes where room is short.
     """
     root = folder / CHECKPOINTS
     existing = next(path for path in (root, *root.absolute().parents) if path.exists())
@@ -55,6 +57,8 @@ def check_disk_room(folder: Path, needed: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     with suppress(OSError):
         free += sum(file.stat().st_size for file in root.glob("step-*.tmp/*"))
+    with suppress(OSError, UserError):
+        free += sum(bytes_of(old) for old in prunable(root, config))
     if free < needed:
         raise UserError(
             f"output: {existing} has {free / MIB:,.0f} MiB left, but a checkpoint takes {needed / MIB:,.0f}; "

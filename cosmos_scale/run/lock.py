@@ -1,15 +1,18 @@
 """The lock of a run: one launch at a time, and one that died holds nobody up.
 
-The file `launch.lock` in the run's folder says who holds it. The holder has a lock of the file system on it, which ends
-with its process, and touches it every few seconds. Where a file system has no locks, or locks of one host alone, the
-touches tell a holder that lives: their times and the time of now are both the file server's.
+The file `launch.lock` in the run's folder says who holds it: `cosmos-scale launch`, or else the first rank. The holder
+has a lock of the file system on it, which ends with its process, and touches it every few seconds. Where a file system
+has no locks, or locks of one host alone, the touches tell a holder that lives: their times and the time of now are both
+the file server's.
 """
 
 import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
+import struct
 import tempfile
 import threading
 import time
@@ -20,15 +23,23 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import no_locks, writing
+from cosmos_scale.files import no_locks, regular_only, writing
 
 LOCK_FILE = "launch.lock"
+LAUNCH_TOKEN = "COSMOS_SCALE_LAUNCH"  # environment variable of the ranks of a launch: its lock's token
 TOUCHED_EVERY = 10.0  # seconds
 DEAD_AFTER = 45.0  # seconds without a touch
+LAST_TOUCH = 5.0  # seconds: the file server may be away
+
+_FLOCK = "hhqqi"  # struct flock of 64-bit Linux
 
 
 class RunLock:
-    """The lock on a run's folder, as a context; raises UserError where another launch holds it, and names that one."""
+    """The lock on a run's folder, as a context; raises UserError where another launch holds it, and names that one.
+
+    token: what tells this lock from all others. While the lock is held its process must not open the file anew: the
+    system gives the lock back when any of a process's descriptors of the file is closed.
+    """
 
     def __init__(
         self,
@@ -39,6 +50,7 @@ class RunLock:
         dead_after: float = DEAD_AFTER,
     ) -> None:
         """say: is told of a wait."""
+        self.token = secrets.token_hex(8)
         self._say = say
         self._path = folder / LOCK_FILE
         self._every, self._dead_after = touched_every, dead_after
@@ -49,7 +61,7 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+            self._descriptor = regular_only(str(self._path), os.O_RDWR | os.O_CREAT)
         try:
             self._take()
         except BaseException:
@@ -60,7 +72,7 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._ends.set()
-        self._toucher.join()
+        self._toucher.join(LAST_TOUCH)
         with suppress(OSError):  # of a disk that is full or gone: the lock ends with the process, or with its touches
             # The file stays, empty: another launch may wait for a lock on this very file.
             os.ftruncate(self._descriptor, 0)
@@ -69,7 +81,7 @@ class RunLock:
     def _take(self) -> None:
         with writing(self._path):
             locks = self._lock()
-            holder = self._holder()
+            holder = _holder(self._descriptor)
             if holder is not None and self._lives(holder, locks):
                 self._refuse(holder)
             own = {
@@ -77,12 +89,16 @@ class RunLock:
                 "pid": os.getpid(),
                 "started": _start_of(os.getpid()),
                 "since": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
+                "token": self.token,
             }
+            data = json.dumps(own).encode()
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(own).encode(), 0)
+            if os.pwrite(self._descriptor, data, 0) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._descriptor)  # ranks of other hosts read it
             if not locks:
                 time.sleep(min(2.0, self._every))  # two launches of one moment: the later one's name stays
-                holder = self._holder()
+                holder = _holder(self._descriptor)
                 if holder is not None and holder != own:
                     self._refuse(holder)
 
@@ -95,7 +111,7 @@ class RunLock:
                 return False
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            self._refuse(self._holder() or {})
+            self._refuse(_holder(self._descriptor) or {})
         return True
 
     def _lives(self, holder: dict[str, Any], locks: bool) -> bool:
@@ -126,24 +142,66 @@ class RunLock:
             file.flush()
             return os.stat(file.name).st_mtime
 
-    def _holder(self) -> dict[str, Any] | None:
-        """Return what the file says of the launch that holds it, None where it holds nobody's name."""
-        with suppress(ValueError):
-            found = json.loads(os.pread(self._descriptor, 1 << 16, 0))
-            return found if isinstance(found, dict) else None
-        return None
-
     def _refuse(self, holder: dict[str, Any]) -> None:
-        host, pid, since = (holder.get(key, "unknown") for key in ("host", "pid", "since"))
         raise UserError(
-            f"{self._path.parent}: this run is launched already, on host {host} by process {pid} since {since}; rule: "
-            "one launch of a run at a time, so stop that one, or give this run another name"
+            f"{self._path.parent}: this run is launched already, {_named(holder)}; rule: one launch of a run at a "
+            "time, so stop that one, or give this run another name"
         )
 
     def _touch(self) -> None:
         while not self._ends.wait(self._every):
             with suppress(OSError):  # a file server that is away for a while
                 os.utime(self._descriptor)
+
+
+def launcher_holds(folder: Path) -> bool:
+    """Tell whether the lock on a run's folder is of the launch that has started this process."""
+    token = os.environ.get(LAUNCH_TOKEN)
+    return token is not None and token_in(folder) == token
+
+
+def token_in(folder: Path) -> str | None:
+    """Return the token of the lock on a run's folder, None where nobody has it or has left its name."""
+    holder = _read_holder(folder / LOCK_FILE)
+    return None if holder is None else holder.get("token")
+
+
+def who_holds(folder: Path) -> str | None:
+    """Return in words who holds the lock on a run's folder, None where nobody does, as far as reading tells."""
+    path = folder / LOCK_FILE
+    holder = _read_holder(path)
+    if holder is None:
+        return None
+    with suppress(OSError), open(path, "rb", opener=regular_only) as file:
+        if holder.get("host") != socket.gethostname():
+            lives = time.time() - os.fstat(file.fileno()).st_mtime < DEAD_AFTER
+        else:
+            try:
+                wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                lives = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))[0] != fcntl.F_UNLCK
+            except OSError:  # no locks here
+                lives = _start_of(holder.get("pid", 0)) == holder.get("started")
+        return _named(holder) if lives else None
+    return None
+
+
+def _read_holder(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError), open(path, "rb", opener=regular_only) as file:
+        return _holder(file.fileno())
+    return None
+
+
+def _holder(descriptor: int) -> dict[str, Any] | None:
+    """Return what the file says of the launch that holds it, None where it holds nobody's name."""
+    with suppress(ValueError):
+        found = json.loads(os.pread(descriptor, 1 << 16, 0))
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _named(holder: dict[str, Any]) -> str:
+    host, pid, since = (holder.get(key, "unknown") for key in ("host", "pid", "since"))
+    return f"on host {host} by process {pid} since {since}"
 
 
 def _start_of(pid: int) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -97,7 +98,7 @@ class MetricLog:
         left = (time.monotonic() - self._started) / max(1, done - self._first_step) * (self._last_step - done)
         self.say(
             f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {_span(left)}  "
-            f"{console_line(record)}"
+            f"{console_line(record)}  {datetime.now():%H:%M:%S}"
         )
 
     def evaluation(self, step: int, results: dict[str, dict[str, float]], table: Table) -> None:
@@ -131,9 +132,9 @@ class MetricLog:
 
 
 def console_line(record: Mapping[str, float]) -> str:
-    """Return the numbers of a training record that a person watches; with its place in the run under 160 columns.
+    """Return the numbers of a training record that a person watches.
 
-    wait: for data, of the rank that waited longest.
+    With its place in the run and the time it has 165 columns at most. wait: for data, of the rank that waited longest.
     """
     waited = f"wait {_rounded(record['data_wait_max'])} s"
     if record["data_wait_min"] < record["data_wait_max"]:

@@ -147,7 +147,7 @@ class Opening:
         check_folder(self._config, self.folder)
         check_trackers(self._config.log)
         if not self._is_finished():
-            check_disk_room(self.folder, checkpoint_bytes(self._config))
+            check_disk_room(self.folder, checkpoint_bytes(self._config), self._config.checkpoint)
         return f"{self.folder} can be written to"
 
     def _is_finished(self) -> bool:

@@ -108,20 +108,25 @@ class Run:
 def start_run(config: RunConfig, ranks: Ranks) -> Run:
     """Open, build and restore a run; collective, raises UserError on all ranks alike.
 
-    The loader comes last, when it is settled where the run goes on: it knows the shards lost until then.
+    The loader comes last, when it is settled where the run goes on: it knows the shards lost until then. The run holds
+    the lock on its folder until `opened.held` ends.
     """
     opened = open_run(config, ranks)
-    epoch_steps = steps_per_epoch(opened.index.epoch_samples, config)
-    total_steps, last_step = config.total_steps(epoch_steps), config.last_step(epoch_steps)
-    pair, start, said = build_pair(config, opened, ranks)
-    loader = TrainLoader(
-        config,
-        opened.index,
-        opened.tokenizer,
-        ranks.rank,
-        ranks.world_size,
-        opened.folder / DAMAGE_FILE,
-        start.lost_shards,
-        device=ranks.device,
-    )
-    return Run(config, ranks, opened, pair, start, loader, total_steps, last_step, said)
+    try:
+        epoch_steps = steps_per_epoch(opened.index.epoch_samples, config)
+        total_steps, last_step = config.total_steps(epoch_steps), config.last_step(epoch_steps)
+        pair, start, said = build_pair(config, opened, ranks)
+        loader = TrainLoader(
+            config,
+            opened.index,
+            opened.tokenizer,
+            ranks.rank,
+            ranks.world_size,
+            opened.folder / DAMAGE_FILE,
+            start.lost_shards,
+            device=ranks.device,
+        )
+        return Run(config, ranks, opened, pair, start, loader, total_steps, last_step, said)
+    except BaseException:
+        opened.held.close()
+        raise

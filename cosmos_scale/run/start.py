@@ -1,7 +1,12 @@
 """The start of a run: data opened, the checkpoint to go on from found, ranks agreed, student and teacher built."""
 
+import os
+import socket
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
@@ -17,9 +22,12 @@ from cosmos_scale.evaluation.retrieval import SAME_GALLERY
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
+from cosmos_scale.run.lock import LAUNCH_TOKEN, LOCK_FILE, RunLock, launcher_holds, token_in
 from cosmos_scale.run.opening import Opening
 from cosmos_scale.words import counted
 
+SEEN_WITHIN = 60.0  # seconds in which a file of rank 0 must be seen by all ranks
+POLL = 0.1  # seconds between looks for it
 SAME_CHECKPOINT = "rule: all ranks read one shared folder, or equal copies of it"
 
 
@@ -28,7 +36,7 @@ class Opened:
     """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start.
 
     init_manifest: digest of the manifest of the checkpoint whose weights a new run starts from, None where it draws
-    its weights or resumes.
+    its weights or resumes. held: a context at whose end the main rank gives the lock on the folder back.
     """
 
     folder: Path
@@ -37,6 +45,7 @@ class Opened:
     evaluations: Evaluations
     found_start: Start
     init_manifest: str | None
+    held: ExitStack
 
     @property
     def marks(self) -> str:
@@ -48,7 +57,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
     """Look for everything that a run needs, before anything is built; collective.
 
     Raises UserError on all ranks alike: what this machine cannot compute, data that is missing, a start that cannot be,
-    a folder that cannot be written to, ranks that do not see the same keys and files.
+    a folder that cannot be written to or that another launch holds, ranks that do not see the same keys and files.
     """
     opened, error = None, None
     try:
@@ -62,25 +71,53 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
             opening.evaluations,
             opening.start,
             opening.init_manifest,
+            ExitStack(),
         )
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
     assert opened is not None
     _require_one_run(config, opened, ranks)
-    _prepare_folder(config, opened.folder, ranks)
+    _prepare_folder(config, opened, ranks)
     return opened
 
 
-def _prepare_folder(config: RunConfig, folder: Path, ranks: Ranks) -> None:
-    """Make the run's folder, once nothing refuses the run: its config.yaml is that of the last launch; collective."""
-    error = None
-    if ranks.is_main:
-        try:
-            prepare_folder(config, folder)
-        except UserError as failure:
-            error = failure
-    raise_together(ranks, error)
+def _prepare_folder(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
+    """Take the lock on the run's folder and leave its config.yaml there, once nothing refuses the run; collective."""
+    error, token = None, os.environ.get(LAUNCH_TOKEN)
+    try:
+        if ranks.is_main:
+            try:
+                if not launcher_holds(opened.folder):
+                    token = opened.held.enter_context(RunLock(opened.folder, partial(print, flush=True))).token
+                prepare_folder(config, opened.folder)
+            except UserError as failure:
+                error = failure
+        raise_together(ranks, error)
+        raise_together(ranks, _not_shared(opened.folder, token, ranks))
+    except BaseException:
+        opened.held.close()
+        raise
+
+
+def _not_shared(folder: Path, token: str | None, ranks: Ranks) -> UserError | None:
+    """Return what is wrong where this rank does not see the lock that rank 0 holds on the run's folder; collective.
+
+    Else a run would train up to its first checkpoint, in which each host has its own part. File servers may show other
+    hosts' files late. token: of the lock, on rank 0, which does not read the file: its lock would end with that.
+    """
+    token = from_all(token, ranks)[0]
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not ranks.is_main and token_in(folder) != token:
+        if time.monotonic() > deadline:
+            return UserError(
+                f"output: {folder / LOCK_FILE}, which rank 0 has written, is not seen on host {socket.gethostname()}; "
+                "rule: all ranks share one folder"
+            )
+        with suppress(OSError):
+            os.listdir(folder)  # which makes clients of NFS look anew
+        time.sleep(POLL)
+    return None
 
 
 def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, Start, list[str]]:
@@ -90,19 +127,19 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, S
     broken checkpoints. Raises UserError on all ranks alike.
     """
     start = opened.found_start
-    if start.checkpoint is None:
-        if config.init_from is None:
-            return drawn_pair(config, ranks), start, []
+    if start.checkpoint is None and config.init_from is not None:
         return pair_of_checkpoint(config, ranks, config.init_from), start, []
     pair = drawn_pair(config, ranks)
-    while True:
-        assert start.checkpoint is not None
+    while start.checkpoint is not None:
         try:
             pair.restore(start.checkpoint)
         except BrokenCheckpoint as broken:
             start = _older_start(config, opened, start, broken, ranks)
+            if start.checkpoint is None:  # all are gone, and the pair holds a part of one
+                return build_pair(config, replace(opened, found_start=start), ranks)
             continue
-        return pair, start, _set_aside(start, ranks)
+        break
+    return pair, start, _set_aside(start, ranks)
 
 
 def _older_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:
@@ -127,7 +164,9 @@ def _set_aside(start: Start, ranks: Ranks) -> list[str]:
     if ranks.is_main:
         try:
             for folder, reason in start.broken:
-                said.append(f"passed over a broken checkpoint, now {set_aside(folder).name}: {reason}")
+                aside = set_aside(folder)
+                what = "one that was deleted meanwhile" if aside is None else f"a broken checkpoint, now {aside.name}"
+                said.append(f"passed over {what}: {reason}")
         except UserError as failure:
             error = failure
     raise_together(ranks, error)

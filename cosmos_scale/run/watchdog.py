@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,8 @@ from cosmos_scale.engine.contact import Contact
 from cosmos_scale.exit_status import FAILED
 
 LONGER = 4.0  # times the limit, for what takes longer than a step: the start and first step, evaluations, checkpoints
-WARNED = 0.25  # part of the limit after which the standstill is told
+WARNED = 0.25  # part of the limit after which a standstill is told; between steps it is told before:
+WARNED_STEPS, WARNED_SECONDS = 5.0, 30.0  # after as long as some steps take on average, and some seconds at least
 LOOK = 0.25  # seconds between looks
 ANSWER = 3.0  # seconds in which a rank that lives says what it does
 DISK, TERMINAL = 10.0, 1.0  # seconds for what may never end either: writing the stacks, printing a line
@@ -31,11 +32,12 @@ ASK, DOES, HANGS = "ask", "does", "hangs"
 
 
 class _Phase(NamedTuple):
-    """What the main thread does. number: counts the phases. times: of the limit that it may take."""
+    """What the main thread does. number: counts all progress. times: of the limit that it may take. since: when."""
 
     number: int
     what: str
     times: float
+    since: datetime
 
 
 class Watchdog:
@@ -44,11 +46,14 @@ class Watchdog:
     The time that this process itself was stopped does not count, so that it goes on when it is continued.
     """
 
-    def __init__(self, seconds: float, folder: Path, contact: Contact) -> None:
-        """seconds: the limit. folder: the run's, for the stacks."""
-        self._seconds, self._folder, self._contact = seconds, folder, contact
+    def __init__(
+        self, seconds: float, folder: Path, contact: Contact, collectives: Callable[[], Sequence[str]]
+    ) -> None:
+        """seconds: the limit. folder: the run's, for the stacks. collectives: lines on this rank's, for that file."""
+        self._seconds, self._folder, self._contact, self._collectives = seconds, folder, contact, collectives
         self._usual = LONGER  # until the first step is done: it compiles
-        self._phase = _Phase(0, "the start of the run", LONGER)
+        self._phase = _Phase(0, "the start of the run", LONGER, datetime.now())
+        self._steps, self._first_step_end, self._step_seconds = 0, 0.0, 0.0
         self._answers: dict[int, str] = {}  # by rank, since the last question
         self._idle = 0.0  # seconds in this phase
         self._hangs = False  # as another rank has found
@@ -66,16 +71,25 @@ class Watchdog:
 
     def enter(self, what: str) -> None:
         """Note what the main thread begins to do."""
-        self._phase = _Phase(self._phase.number + 1, what, self._usual)
+        self._phase = _Phase(self._phase.number + 1, what, self._usual, datetime.now())
+
+    def moves(self) -> None:
+        """Note that what the main thread does goes on, such as an evaluation by a batch."""
+        self._phase = self._phase._replace(number=self._phase.number + 1)
 
     def step_done(self) -> None:
         """Note that a step is done: from here on no phase compiles."""
-        self._usual = 1.0
+        self._usual, now = 1.0, time.monotonic()
+        if self._steps == 0:
+            self._first_step_end = now
+        else:
+            self._step_seconds = (now - self._first_step_end) / self._steps
+        self._steps += 1
 
     @contextmanager
     def longer(self, what: str) -> Iterator[None]:
         """Allow LONGER times the limit for what the block does."""
-        self._phase = _Phase(self._phase.number + 1, what, LONGER)
+        self._phase = _Phase(self._phase.number + 1, what, LONGER, datetime.now())
         try:
             yield
         finally:
@@ -90,14 +104,19 @@ class Watchdog:
             last, phase = now, self._phase
             if phase.number != seen.number:
                 if told and self._contact.rank == 0:
-                    self._print(f"progress again: {phase.what}")
+                    self._print(f"progress again after {self._idle:.0f} s: {phase.what}")
                 seen, told, self._idle = phase, False, 0.0
             limit = self._seconds * phase.times
             if self._hangs or self._idle > limit:
                 self._end()
-            if self._idle > WARNED * limit and not told:
+            if self._idle > self._told_after(phase, limit) and not told:
                 told = True
                 self._warn(limit)
+
+    def _told_after(self, phase: _Phase, limit: float) -> float:
+        """Return the seconds after which a standstill is told: a line for each step of a slow model would be noise."""
+        usual = max(WARNED_SECONDS, WARNED_STEPS * self._step_seconds)
+        return min(WARNED * limit, usual) if phase.times == 1.0 and self._steps > 1 else WARNED * limit
 
     def _warn(self, limit: float) -> None:
         """Say that the run stands still; ranks other than the first one only where rank 0 cannot say it."""
@@ -164,12 +183,15 @@ class Watchdog:
             with (self._folder / f"hang-rank-{self._contact.rank}.txt").open("w") as file:
                 when = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
                 where = f"rank {self._contact.rank} on host {socket.gethostname()}, process {os.getpid()}"
-                file.write(f"{when}: {where}: {self._phase.what} for {self._idle:.0f} s\n")
+                since = f"(since {self._phase.since:%Y-%m-%d %H:%M:%S})"
+                file.write(f"{when}: {where}: {self._phase.what} {since} for {self._idle:.0f} s without progress\n")
+                file.writelines(f"{line}\n" for line in self._collectives())
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def _print(self, line: str) -> None:
-        _within(TERMINAL, lambda: print(f"cosmos-scale train: {line}", file=sys.stderr, flush=True))
+        told = f"cosmos-scale train: {datetime.now():%m-%d %H:%M:%S} {line}"
+        _within(TERMINAL, lambda: print(told, file=sys.stderr, flush=True))
 
 
 def _within(seconds: float, work: Callable[[], object]) -> None:

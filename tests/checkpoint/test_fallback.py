@@ -9,7 +9,10 @@ import pytest
 
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints
 from cosmos_scale.cli import main as cli
+from cosmos_scale.config import RunConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.pair import Pair, drawn_pair
+from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.testing.runs import records, train_to_end, write_run
 
 COMPUTED = ("step", "loss", "clip", "distill", "scale", "distill_scale", "grad_norm")
@@ -120,3 +123,28 @@ def test_a_run_resumed_at_its_start_does_not_write_that_again(tmp_path: Path, sc
     assert f"resumed from {folder}/step-00000000" in train_to_end(run, "train.max_steps=1").require(0).output
     assert (folder / "step-00000000" / MANIFEST).stat().st_mtime_ns == before
     assert (folder / "step-00000001" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(("deleted", "origin"), [([6], "step-00000004"), ([2, 4, 6], "new run")])
+def test_a_checkpoint_deleted_after_it_was_found_is_passed_over(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    deleted: list[int],
+    origin: str,
+) -> None:
+    """As by a script that makes room while the run starts."""
+
+    def draw(config: RunConfig, ranks: Ranks) -> Pair:
+        for step in deleted:
+            shutil.rmtree(tmp_path / "tiny" / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+        return drawn_pair(config, ranks)
+
+    again = stopped_at_6(run, tmp_path)
+    monkeypatch.setattr("cosmos_scale.run.start.drawn_pair", draw)
+    assert cli.main(["train", str(again), f"output={tmp_path}", "zero.stage=2"]) == 0
+    said = capfd.readouterr().out
+    assert said.count("passed over one that was deleted meanwhile: checkpoint ") == 1
+    assert origin in next(line for line in said.splitlines() if line.startswith(f"{tmp_path}/tiny: "))
+    assert [record["step"] for record in records(again)] == list(range(1, 9))

@@ -68,6 +68,10 @@ def test_another_runs_checkpoint_is_refused_beside_newer_ones(root: Path, tmp_pa
     assert start.checkpoint == root / "step-00000006"
 
 
+def test_one_that_is_gone_cannot_be_set_aside(tmp_path: Path) -> None:
+    assert set_aside(tmp_path / "step-00000003") is None
+
+
 def test_broken_ones_set_aside_count_no_more(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "step-00000006"
     for name in ("step-00000006.broken", "step-00000006.broken-2", "step-00000006.broken-3"):

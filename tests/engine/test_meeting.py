@@ -1,5 +1,7 @@
 """The meeting of ranks: all come, or each of them hears why not, within seconds."""
 
+import json
+import os
 import re
 import socket
 import threading
@@ -12,10 +14,12 @@ import pytest
 import torch.distributed as dist
 
 from cosmos_scale.engine import meeting
+from cosmos_scale.engine.contact import read_line
 from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
+from cosmos_scale.versions import build_of_this_rank
 
 SECONDS = 20.0  # for what takes one at most
 
@@ -72,6 +76,17 @@ def test_ranks_share_a_store_at_the_port(world_size: int) -> None:
     assert said([place(rank, world_size, port) for rank in reversed(range(world_size))]) == ["value"] * world_size
 
 
+def test_gloo_gets_the_interface_by_which_ranks_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    port = free_port()
+    said([place(0, 2, port), place(1, 2, port)])
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    port = free_port()
+    said([place(0, 2, port), place(1, 2, port)])
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
 def test_the_port_is_free_again_at_once() -> None:
     port = free_port()
     for _ in range(2):
@@ -103,6 +118,24 @@ def test_ranks_that_contradict_each_other_all_hear_it() -> None:
     port = free_port()
     twice = said([place(0, 3, port), place(1, 3, port), place(1, 3, port)])
     assert twice == ["RANK: two processes have 1; rule: each rank has its own number"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "has", "own"),
+    [({"torch": "1.0"}, "torch 1.0", "torch [2-9]"), ({"sources": "0"}, "sources 0", "sources [0-9a-f]{12}")],
+)
+def test_ranks_of_other_sources_or_packages_are_refused(change: dict[str, str], has: str, own: str) -> None:
+    port = free_port()
+    build = json.dumps(build_of_this_rank() | change)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(said, [place(0, 2, port)])
+        with connected(port) as visitor:
+            visitor.sendall(f"cosmos-scale rank 1 2 elsewhere {build}\n".encode())
+            (text,) = first.result(SECONDS)
+            assert read_line(visitor, SECONDS).startswith("cosmos-scale welcome to ")
+            assert read_line(visitor, SECONDS) == f"refused: {text}"
+    here = rf"rank 0 on host {re.escape(socket.gethostname())} has {own}"
+    assert re.match(rf"rank 1 on host elsewhere has {has}, {here}.*; rule: the same files of cosmos_scale", text)
 
 
 def test_ranks_that_do_not_come_are_named() -> None:

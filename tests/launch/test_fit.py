@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cosmos_scale.config.load import make_config
 from cosmos_scale.errors import UserError
-from cosmos_scale.launch.fit import Fit, check_world_size, fit_ranks, place_ranks
+from cosmos_scale.launch.fit import Fit, check_world_size, first_world_size, fit_ranks, place_ranks
 from cosmos_scale.launch.hostfile import Host
 
 
@@ -15,6 +15,8 @@ def test_half_the_hosts_left() -> None:
     assert fit_ranks(config, 24, started=32, least=1) == Fit(16, 2)
     assert fit_ranks(config, 32, started=32, least=1) == Fit(32, 1)
     hosts = [Host("a", 8), Host("b", 8), Host("c", 8)]
+    assert first_world_size(config, 24) == 16  # a new launch on what is left
+    assert first_world_size(make_config({"train": {"global_batch": 1024, "micro_batches": 512}}), 24) == 2
     places, idle = place_ranks(hosts, 16, {"a": {"GLOO_SOCKET_IFNAME": "eth0"}})
     assert [(place.host.name, place.ranks) for place in places] == [("a", range(8)), ("b", range(8, 16))]
     assert places[0].environment == {"GLOO_SOCKET_IFNAME": "eth0"}

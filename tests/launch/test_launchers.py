@@ -57,6 +57,28 @@ def test_the_pods_run_the_trainer_by_torchrun() -> None:
 
 
 @pytest.mark.slow
+def test_the_command_of_the_pods_trains(tmp_path: Path, scenes: SceneShards) -> None:
+    """On this host as the only pod: the operator sets the variables, of which torchrun reads its options."""
+    run = write_run(tmp_path, scenes)
+    job = yaml.safe_load((FOLDER / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    *command, last = container["command"]
+    assert last == "/shared/my_run.yaml"
+    variables = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1"}
+    own = {"PET_MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, str(run)],
+        env=os.environ | variables | own,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert records(run)[-1]["step"] == 8
+
+
+@pytest.mark.slow
 def test_local_ranks(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes)
     run_script("local.sh", "--ranks", "2", str(run))

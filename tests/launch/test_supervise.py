@@ -102,6 +102,14 @@ def test_a_lost_host_is_done_without_at_the_size_that_divides(tmp_path: Path) ->
     assert "train.micro_batches=2" in (tmp_path / "run" / "attempt-1-0").read_text()
 
 
+def test_slots_that_do_not_share_the_batch_stay_idle_and_are_named(tmp_path: Path) -> None:
+    ended = run_to_end(tmp_path / "run", "*:variables", hosts=[[[HERE, 2], ["localhost", 1]]], batch=8)
+    ended.require(FINISHED)
+    said = "2 of 3 ranks train, the global batch stays 8 (1 micro-batch a rank); idle: 1 of the 1 slots of localhost"
+    assert said in ended.errors
+    assert json.loads((tmp_path / "run" / "variables-1").read_text())["WORLD_SIZE"] == "2"
+
+
 def test_too_few_ranks_are_refused_with_the_sizes_that_would_do(tmp_path: Path) -> None:
     hosts = [[[HERE, 4]], [[HERE, 3]]]
     ended = run_to_end(tmp_path / "run", "1!:exit~1", hosts=hosts, restarts=1, least_ranks=4).require(FAILED)

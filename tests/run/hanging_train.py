@@ -1,4 +1,7 @@
-"""The training program, whose last rank stays in a step for ever or is slow in each, while the others wait for it."""
+"""The training program, whose last rank stays in a step for ever or is slow in each, while the others wait for it.
+
+Or one whose evaluations are slow in each batch, and longer than the watchdog's limit.
+"""
 
 import os
 import time
@@ -9,10 +12,14 @@ import pytest
 
 from cosmos_scale.cli import main as program
 from cosmos_scale.engine.student import Student
+from cosmos_scale.evaluation.evaluator import Encoder
+from cosmos_scale.run import watchdog
+from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.step import train_step
 
 STEP = 3
 SLOW = "SECONDS_OF_A_SLOW_FORWARD"  # environment variable; without it the rank stays in the step
+SLOW_BATCH = "SECONDS_OF_A_SLOW_BATCH"  # environment variable: of evaluations, whose limit is the usual one
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,9 +38,20 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(float(slow or 0))
         return forwarded(self, *args)
 
-    forwarded = Student.__call__
+    def measure(*args: Any) -> Any:
+        watchdog.LONGER = 1.0
+        return measured(*args)
+
+    def images(self: Encoder, *args: Any) -> Any:
+        time.sleep(float(os.environ[SLOW_BATCH]))
+        return encoded(self, *args)
+
+    forwarded, measured, encoded = Student.__call__, Evaluations.run_due, Encoder.images
     with pytest.MonkeyPatch.context() as patch:
-        if slow is None:
+        if SLOW_BATCH in os.environ:
+            patch.setattr(Evaluations, "run_due", measure)
+            patch.setattr(Encoder, "images", images)
+        elif slow is None:
             patch.setattr("cosmos_scale.train.train_step", step)
         else:
             patch.setattr(Student, "__call__", forward)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cosmos_scale.cli import main as cli
+from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training import room
@@ -273,12 +274,12 @@ def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path
 def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path: Path) -> None:
     disk = shutil.disk_usage(tmp_path)
     with pytest.raises(UserError, match=r"^output: .* MiB left, but a checkpoint takes [\d,]+; rule: make room"):
-        check_disk_room(tmp_path / "new" / "run", disk.total)
+        check_disk_room(tmp_path / "new" / "run", disk.total, CheckpointConfig())
     left = tmp_path / "checkpoints" / "step-00000002.tmp"  # deleted when the run starts
     left.mkdir(parents=True)
     (left / "fragments-00000.safetensors").touch()
     os.truncate(left / "fragments-00000.safetensors", disk.total)
-    check_disk_room(tmp_path, disk.total)
+    check_disk_room(tmp_path, disk.total, CheckpointConfig())
 
 
 def test_the_room_looked_for_is_that_of_a_checkpoint(trained: Path) -> None:

@@ -1,4 +1,4 @@
-"""A rank that is killed, wherever the others wait for it: each of them ends, and names the rank on one line."""
+"""A rank that is killed, wherever the others wait for it: each of them ends, and rank 0 names it on one line."""
 
 import signal
 import socket
@@ -50,12 +50,12 @@ def test_all_others_end_and_name_the_rank_that_is_lost(
     with start(run, f"data.workers={workers}", ranks=ranks, program="tests.run.losing_train") as launched:
         statuses, lines = ends_of(launched)
     assert statuses == [1] * (ranks - 1) + [-signal.SIGKILL], lines
-    assert len(lines) == ranks - 1, lines
-    for rank, line in enumerate(sorted(lines)):
-        lost = f"rank {ranks - 1} on host {socket.gethostname()} has ended"
-        assert f"rank {rank} lost contact with another rank: {lost}" in line
+    (line,) = lines
+    lost = f"rank {ranks - 1} on host {socket.gethostname()} has ended"
+    assert f"rank 0 lost contact with another rank: {lost}" in line
     if place == "evaluation":
-        assert all("newest checkpoint: " in line and "step-00000003" in line for line in lines)
+        assert "newest checkpoint: " in line
+        assert "step-00000003" in line
     assert not (tmp_path / "destroyed").exists()
 
 

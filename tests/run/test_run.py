@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -181,7 +182,7 @@ def test_hosts_with_other_weights_under_one_path_are_refused(tmp_path: Path, sce
     shutil.copytree(own, copied)
     shutil.copytree(own, other)
     rewrite(other / path, content_of(other / path) | {"written": "2020-01-01T00:00:00+00:00"})
-    ways = (["output=new", f"init_from={path}"], ["output=new", f"resume={path}"])
+    ways = ([f"output={tmp_path}/new", f"init_from={path}"], [f"output={tmp_path}/new", f"resume={path}"])
     cases = [[(own, overrides), (host, overrides)] for host in (copied, other) for overrides in ways]
     one, two = run_ranks(built, 2, cases)
     assert one[:2] == two[:2] == ["prepared", "prepared"]
@@ -192,3 +193,23 @@ def test_hosts_with_other_weights_under_one_path_are_refused(tmp_path: Path, sce
     rule = "rule: all ranks read one shared folder, or equal copies of it"
     for key, said in zip(("init_from", "resume"), one[2:], strict=True):
         assert said == f"{key}: ranks see different checkpoints in {path}, {seen}; {rule}"
+
+
+def built_in_vain(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cosmos_scale.run.start.SEEN_WITHIN", 0.5)
+        return built(rank, world_size, cases)
+
+
+def test_hosts_that_do_not_share_the_folder_are_refused_at_the_start(tmp_path: Path, scenes: SceneShards) -> None:
+    hosts = [tmp_path / name for name in "ab"]
+    for host in hosts:
+        host.mkdir()
+        write_run(host, scenes, output="here")
+    one, two = run_ranks(built_in_vain, 2, [[(host, []) for host in hosts]])
+    assert one == two
+    assert one[0] == (
+        f"output: here/tiny/launch.lock, which rank 0 has written, is not seen on host {socket.gethostname()}; "
+        "rule: all ranks share one folder (rank 1)"
+    )
+    assert (tmp_path / "a" / "here" / "tiny" / "launch.lock").read_text() == ""  # given back

@@ -1,6 +1,7 @@
 """Ranks and loader processes that stand still: each rank's stacks are written, the rank is named, and all end."""
 
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -11,7 +12,7 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.run.watchdog import Watchdog
 from cosmos_scale.testing.runs import Launched, records, start, train_to_end, wait_for_step, write_run
-from tests.run.hanging_train import SLOW
+from tests.run.hanging_train import SLOW, SLOW_BATCH
 
 HOST = socket.gethostname()
 ENDS_WITHIN = 40.0  # seconds, of which the limit is 5
@@ -51,7 +52,14 @@ def test_an_endless_collective_ends_all_ranks_with_their_stacks(run: Path) -> No
     assert f"rank 0 on host {HOST}, rank 1 on host {HOST}: step 3; stacks: " in end
     assert "in step\n" in stacks(run, 1)
     assert "hanging_train.py" in stacks(run, 1)
-    assert "step 3 for " in stacks(run, 0)
+    first, *numbers = [stacks(run, rank).splitlines()[:4] for rank in (0, 1)]
+    assert re.search(r": step 3 \(since 20[-0-9]+ [0-9:]+\) for \d+ s without progress$", first[0])
+    assert re.search(r"^last collective: \w+, called in cosmos_scale/\w+/\w+\.py, line \d+, has not come", first[1])
+    last = numbers[0]
+    assert last[1] == "last collective: all that the main thread has called have come back"
+    begun = [[int(line.rpartition(": ")[2]) for line in lines[2:]] for lines in (first, last)]
+    assert begun[0][0] > begun[1][0]  # rank 1 is behind
+    assert first[2].startswith("collectives begun in the group of tensors: ")
 
 
 def test_a_loader_process_that_stands_still_ends_the_run(run: Path) -> None:
@@ -93,9 +101,34 @@ def test_a_slow_rank_is_named_by_its_own_time(run: Path, monkeypatch: pytest.Mon
         assert record["own_seconds_median"] < record["own_seconds_max"]
 
 
+def test_a_long_evaluation_that_goes_on_is_no_standstill(
+    run: Path, scenes: SceneShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SLOW_BATCH, "0.5")
+    section = f'{{kind: retrieval, shards: "{scenes.gallery}", every: 2, batch: 1, max_samples: 16}}'  # 2 x 8 s
+    options = [f"eval=[{section}]", "train.max_steps=3", "train.watchdog_seconds=4"]
+    finished = train_to_end(run, *options, program="tests.run.hanging_train").require(0)
+    assert "does not answer" not in finished.errors
+    assert [record["step"] for record in records(run, kind="eval")] == [2, 3]
+
+
+def test_a_standstill_between_steps_is_told_long_before_the_limit(tmp_path: Path) -> None:
+    """As a link that is cut for a minute or two, where the limit is half an hour."""
+    watchdog = Watchdog(1800.0, tmp_path, Contact(0, {}), list)
+    assert watchdog._told_after(watchdog._phase, 4 * 1800.0) == 1800.0  # the start takes long
+    for _ in range(3):
+        watchdog.step_done()
+    watchdog.enter("step 4")
+    assert watchdog._told_after(watchdog._phase, 1800.0) == 30.0
+    watchdog._step_seconds = 20.0
+    assert watchdog._told_after(watchdog._phase, 1800.0) == 100.0
+    with watchdog.longer("an evaluation"):
+        assert watchdog._told_after(watchdog._phase, 4 * 1800.0) == 1800.0
+
+
 def test_no_limit_watches_nothing(tmp_path: Path) -> None:
     contact = Contact(0, {})
-    with Watchdog(0.0, tmp_path, contact) as watchdog:
+    with Watchdog(0.0, tmp_path, contact, list) as watchdog:
         watchdog.enter("step 1")
     assert contact._listener is None
 

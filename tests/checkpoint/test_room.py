@@ -1,0 +1,69 @@
+"""A disk too full for one more checkpoint: old ones go before the new one is written, the newest one never."""
+
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.checkpoint import room
+from cosmos_scale.checkpoint.room import make_room, prunable
+from cosmos_scale.checkpoint.state import MANIFEST, checkpoint_name, checkpoints, step_of
+from cosmos_scale.cli.main import main
+from cosmos_scale.config import CheckpointConfig
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.run.folder import check_disk_room
+from cosmos_scale.testing.runs import write_run
+
+MIB = 2**20
+
+
+def write_checkpoints(root: Path, *steps: int) -> None:
+    """Folders that count as checkpoints, each of one MiB and a manifest of two bytes."""
+    for step in steps:
+        folder = root / checkpoint_name(step)
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).write_text("{}")
+        (folder / "fragments-00000.safetensors").write_bytes(bytes(MIB - 2))
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "free", "gone"),
+    [
+        (3, None, 1.0, []),  # there is room
+        (3, None, 0.5, [2]),
+        (3, None, -9.0, [2]),  # two of three stay, until the new one is whole
+        (1, None, -9.0, [2, 4]),
+        (1, 4, -9.0, [2]),  # that of step 4 is kept for good
+        (2, None, 0.5, [2]),  # one is enough
+    ],
+)
+def test_old_checkpoints_go_as_far_as_room_is_short(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keep_last: int,
+    keep_every: int | None,
+    free: float,
+    gone: list[int],
+) -> None:
+    write_checkpoints(tmp_path, 2, 4, 6)
+    disk = 3 * MIB + free * MIB
+    monkeypatch.setattr(room, "free_bytes", lambda root: disk - MIB * len(checkpoints(root)))
+    config = CheckpointConfig(keep_last=keep_last, keep_every=keep_every)
+    assert [step_of(folder) for folder in make_room(tmp_path, config)] == gone
+    assert [step_of(folder) for folder in checkpoints(tmp_path)] == [step for step in (2, 4, 6) if step not in gone]
+
+
+def test_what_may_go_counts_as_room_at_the_start(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep_last=2)
+    write_checkpoints(tmp_path / "checkpoints", 2, 4, 6)
+    assert [step_of(folder) for folder in prunable(tmp_path / "checkpoints", config)] == [2, 4]
+    check_disk_room(tmp_path, int(room.free_bytes(tmp_path)) + MIB // 2, config)
+
+
+def test_a_run_on_a_short_disk_goes_on_with_fewer(
+    tmp_path: Path, scenes: SceneShards, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run(tmp_path, scenes, train={"max_steps": 5}, checkpoint={"every": 1, "keep_last": 2})
+    monkeypatch.setattr(room, "free_bytes", lambda root: 0.0)
+    assert main(["train", str(run)]) == 0
+    assert [step_of(folder) for folder in checkpoints(tmp_path / "tiny" / "checkpoints")] == [4, 5]
+    assert caplog.text.count(": deleted, since the disk has no room for the next one beside it") == 3

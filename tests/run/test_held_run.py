@@ -1,0 +1,95 @@
+"""A run's folder belongs to one launch, whatever starts the ranks: a second start is refused, a dead one forgotten."""
+
+import errno
+import fcntl
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.cli.main import main
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.run.lock import LAUNCH_TOKEN, LOCK_FILE, RunLock, launcher_holds
+from cosmos_scale.testing.runs import last_checkpoint, records, start, train_to_end, wait_for_step, write_run
+
+HELD = rf"on host {re.escape(socket.gethostname())} by process (\d+) since 20\d\d-\d\d-\d\d "
+
+
+@pytest.fixture
+def run(tmp_path: Path, scenes: SceneShards) -> Path:
+    """A run that does not come to its end here."""
+    return write_run(tmp_path, scenes, train={"global_batch": 8, "schedule_steps": 4000})
+
+
+def test_a_second_start_is_refused_and_the_first_one_goes_on(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with start(run, ranks=2) as first:
+        wait_for_step(first, run, 2)
+        second = train_to_end(run, ranks=2).require(2)
+        (line,) = second.errors.splitlines()
+        holder = re.search(f"tiny: this run is launched already, {HELD}", line)
+        assert holder is not None, line
+        assert int(holder[1]) == first.processes[0].pid
+        assert line.endswith("or give this run another name (rank 0)")
+        assert main(["train", "--dry-run", str(run)]) == 0  # which takes no lock
+        table = " ".join(capfd.readouterr().out.split())
+        assert re.search(rf" lock held this run is launched now, {HELD}", table), table
+        wait_for_step(first, run, records(run)[-1]["step"] + 2)
+        first.signal(1, signal.SIGTERM)
+        first.wait().require(0)
+    step = int(last_checkpoint(run).name.removeprefix("step-"))
+    assert main(["train", "--dry-run", str(run)]) == 0
+    assert "  lock " not in capfd.readouterr().out
+    train_to_end(run, f"train.max_steps={step + 1}", ranks=2).require(0)
+    assert [record["step"] for record in records(run)] == list(range(1, step + 2))
+
+
+def test_a_killed_run_holds_nobody_up(run: Path) -> None:
+    with start(run, "checkpoint.every=1") as first:
+        wait_for_step(first, run, 3)
+        first.signal(0, signal.SIGKILL)
+        first.wait()
+    assert "pid" in (run.parent / "tiny" / LOCK_FILE).read_text()
+    finished = train_to_end(run, f"train.max_steps={records(run)[-1]['step'] + 2}").require(0)
+    assert "resumed from" in finished.output
+    assert "waiting" not in finished.output
+    assert (run.parent / "tiny" / LOCK_FILE).read_text() == ""
+
+
+def test_of_two_starts_at_one_moment_one_trains(run: Path) -> None:
+    """As tasks of srun whose variables say nothing of ranks."""
+    with start(run, "train.max_steps=40") as one, start(run, "train.max_steps=40") as other:
+        ended = [one.wait(), other.wait()]
+    assert sorted(finished.statuses for finished in ended) == [[0], [2]]
+    (refused,) = [finished.errors for finished in ended if finished.statuses == [2]]
+    assert re.search(HELD, refused)
+    assert [record["step"] for record in records(run)] == list(range(1, 41))
+
+
+def test_an_error_of_the_start_gives_the_lock_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr("cosmos_scale.run.run.build_pair", fail)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        main(["train", str(run)])
+    assert (run.parent / "tiny" / LOCK_FILE).read_text() == ""
+
+
+def test_a_file_system_without_locks_is_no_hindrance(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert main(["train", str(run), "train.max_steps=1"]) == 0
+
+
+def test_the_ranks_of_a_launch_know_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunLock(tmp_path, print) as lock:
+        assert not launcher_holds(tmp_path)
+        monkeypatch.setenv(LAUNCH_TOKEN, lock.token)
+        assert launcher_holds(tmp_path)
+        monkeypatch.setenv(LAUNCH_TOKEN, "of another launch")
+        assert not launcher_holds(tmp_path)

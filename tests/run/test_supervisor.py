@@ -1,0 +1,73 @@
+"""Ranks whose launcher is killed: they stop with a checkpoint, and leave port and folder to the next launch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.engine.ranks import free_port
+from cosmos_scale.run.lock import LOCK_FILE
+from cosmos_scale.testing.runs import last_checkpoint, launch, records, wait_for_step, write_run
+from tests.conftest import REPOSITORY
+
+# Its command line names a launcher, and so does that of DeepSpeed's.
+LAUNCHER = "import subprocess, sys; subprocess.run(sys.argv[2:]) if sys.argv[1] == 'deepspeed.launcher.launch' else 0"
+
+
+@pytest.fixture
+def run(tmp_path: Path, scenes: SceneShards) -> Path:
+    """A run that does not come to its end here."""
+    return write_run(tmp_path, scenes, train={"global_batch": 8, "schedule_steps": 4000}, checkpoint={"every": 0})
+
+
+def wait_for_release(run: Path) -> None:
+    deadline = time.monotonic() + 60.0
+    while (run.parent / "tiny" / LOCK_FILE).read_text():
+        assert time.monotonic() < deadline, "the rank trains on"
+        time.sleep(0.1)
+
+
+def test_a_rank_whose_launcher_is_killed_stops_with_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    rank = [sys.executable, "-m", "cosmos_scale.cli", "train", str(run)]
+    own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    own |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    with (tmp_path / "out").open("wb") as out:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", *rank],
+            env=os.environ | own | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 60.0
+        while len(records(run)) < 2:
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.05)
+        launcher.kill()
+        launcher.wait()
+        wait_for_release(run)
+    finally:
+        launcher.kill()
+        if any(tmp_path.glob("tiny/launch.lock")) and (tmp_path / "tiny" / LOCK_FILE).read_text():
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert last_checkpoint(run).name == f"step-{records(run)[-1]['step']:08d}"
+    assert "of 4000: SIGTERM" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["runner", "launcher of the host"])
+def test_ranks_of_deepspeed_stop_when_it_is_killed(run: Path, killed: str) -> None:
+    with launch(run, ranks=2) as process:
+        wait_for_step(process, run, 2)
+        runner = process.processes[0].pid
+        (child,) = Path(f"/proc/{runner}/task/{runner}/children").read_text().split()
+        os.kill(int(child) if killed != "runner" else int(str(runner)), signal.SIGKILL)
+        wait_for_release(run)
+        process.wait()
+    assert last_checkpoint(run).name == f"step-{records(run)[-1]['step']:08d}"
