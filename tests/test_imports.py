@@ -21,6 +21,7 @@ FOUNDATION = {
     "files",
     "fragments",
     "host",
+    "interfaces",
     "interrupt",
     "words",
 }
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "fragments": set(),
     "host": set(),
+    "interfaces": set(),
     "interrupt": set(),
     "words": set(),
     "kernels": set(),
