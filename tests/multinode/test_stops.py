@@ -1,0 +1,54 @@
+"""Stops of a launch over two hosts: by signals, by the end of the launcher, and by the end of an agent's parent."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.exit_status import FINISHED, STOPPED
+from cosmos_scale.testing.hosts import HostProgram
+from tests.multinode.two_hosts import ENDS_WITHIN, START, TwoHosts
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_each_stop_saves_and_leaves_no_process(hosts: TwoHosts) -> None:
+    """One run, stopped in four ways: its losses are those of the undisturbed run, bit for bit."""
+
+    def launched_up_to(step: int) -> HostProgram:
+        launch = hosts.launch("--back-off", "1", "name=stopped", "zero.stage=1")
+        hosts.wait_for_step(launch, "stopped", step)
+        return launch
+
+    def require_saved() -> None:
+        """The last step done is saved, so that none is done again."""
+        hosts.require_none_left()
+        assert hosts.files("stopped/checkpoints", "step-*")[-1] == f"step-{hosts.losses('stopped')[-1][0]:08d}"
+
+    for step, number in ((3, signal.SIGTERM), (8, signal.SIGINT)):
+        launch = launched_up_to(step)
+        launch.signal(number, whole_group=number == signal.SIGINT)
+        assert launch.wait(START) == STOPPED, launch.output + launch.errors
+        assert f"{number.name}: the ranks stop after their step and save a checkpoint" in launch.errors
+        require_saved()
+
+    launch = launched_up_to(13)
+    launch.signal(signal.SIGKILL)
+    assert launch.wait(ENDS_WITHIN) == -signal.SIGKILL
+    require_saved()
+
+    launch = launched_up_to(18)
+    rank = hosts.b.rank_pid(1)
+    assert rank is not None
+    session = parent_of(parent_of(rank))
+    assert b"sshd" in Path(f"/proc/{session}/cmdline").read_bytes()
+    os.kill(session, signal.SIGKILL)
+    assert launch.wait(START) == FINISHED, launch.output + launch.errors
+    assert "host worker-b is lost (" in launch.errors
+    assert hosts.losses("stopped") == list(hosts.reference(1).items())
+    hosts.require_none_left()
