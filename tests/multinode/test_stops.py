@@ -25,22 +25,17 @@ def test_each_stop_saves_and_leaves_no_process(hosts: TwoHosts) -> None:
         hosts.wait_for_step(launch, "stopped", step)
         return launch
 
-    def require_saved() -> None:
-        """The last step done is saved, so that none is done again."""
-        hosts.require_none_left()
-        assert hosts.files("stopped/checkpoints", "step-*")[-1] == f"step-{hosts.losses('stopped')[-1][0]:08d}"
-
     for step, number in ((3, signal.SIGTERM), (8, signal.SIGINT)):
         launch = launched_up_to(step)
         launch.signal(number, whole_group=number == signal.SIGINT)
         assert launch.wait(START) == STOPPED, launch.output + launch.errors
         assert f"{number.name}: the ranks stop after their step and save a checkpoint" in launch.errors
-        require_saved()
+        require_saved(hosts, "stopped")
 
     launch = launched_up_to(13)
     launch.signal(signal.SIGKILL)
     assert launch.wait(ENDS_WITHIN) == -signal.SIGKILL
-    require_saved()
+    require_saved(hosts, "stopped")
 
     launch = launched_up_to(18)
     rank = hosts.b.rank_pid(1)
@@ -52,3 +47,21 @@ def test_each_stop_saves_and_leaves_no_process(hosts: TwoHosts) -> None:
     assert "host worker-b is lost (" in launch.errors
     assert hosts.losses("stopped") == list(hosts.reference(1).items())
     hosts.require_none_left()
+
+
+def test_deepspeed_is_stopped_with_a_checkpoint(hosts: TwoHosts) -> None:
+    """Its own exit status is 1 all the same."""
+    for step, number in ((3, signal.SIGTERM), (8, signal.SIGINT)):
+        launch = hosts.deepspeed("name=ended", "zero.stage=1")
+        hosts.wait_for_step(launch, "ended", step)
+        launch.signal(number, whole_group=number == signal.SIGINT)
+        assert launch.wait(START) == 1, launch.output + launch.errors
+        require_saved(hosts, "ended")
+    losses = hosts.losses("ended")
+    assert losses == list(hosts.reference(1).items())[: len(losses)]
+
+
+def require_saved(hosts: TwoHosts, name: str) -> None:
+    """All processes have ended, and the last step done is saved, so that none is done again."""
+    hosts.require_none_left()
+    assert hosts.files(f"{name}/checkpoints", "step-*")[-1] == f"step-{hosts.losses(name)[-1][0]:08d}"

@@ -12,7 +12,7 @@ from cosmos_scale.testing.runs import records, train_to_end, write_run
 from tests.conftest import REPOSITORY
 
 STEPS = 40
-START = 90.0  # seconds for a start, an end and the steps between, where nothing waits on purpose
+START = 180.0  # seconds for a start, an end and the steps between, on a busy machine
 ENDS_WITHIN = 30.0  # seconds in which all ranks end after the first one that failed
 # A rank that trains alone adds up its samples in another order; float32, over tens of steps of Adam.
 OTHER_WORLD_SIZE = 1e-5
