@@ -21,7 +21,6 @@ FOUNDATION = {
     "files",
     "fragments",
     "host",
-    "interfaces",
     "interrupt",
     "words",
 }
@@ -38,7 +37,6 @@ MAY_IMPORT = {
     "files": {"errors"},
     "fragments": set(),
     "host": set(),
-    "interfaces": set(),
     "interrupt": set(),
     "words": set(),
     "kernels": set(),

@@ -48,12 +48,9 @@ class Contact:
     A context for what all ranks do to its end: who leaves it by an error of its own is lost to the others.
     """
 
-    def __init__(self, rank: int, peers: Mapping[int, Peer], interface: str = "") -> None:
-        """peers: by rank; none where this process trains alone or has not met the others.
-
-        interface: the network interface of this host that leads to ranks of other hosts, empty where none is known.
-        """
-        self.rank, self.interface = rank, interface
+    def __init__(self, rank: int, peers: Mapping[int, Peer]) -> None:
+        """peers: by rank; none where this process trains alone or has not met the others."""
+        self.rank = rank
         self._peers = dict(peers)
         self._known = threading.Event()
         self._telling = threading.Lock()  # taken for good by the first that tells

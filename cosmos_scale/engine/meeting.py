@@ -21,13 +21,12 @@ import torch.distributed as dist
 from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.errors import UserError
-from cosmos_scale.interfaces import interface_to_others
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 GREETS = 1.0  # seconds in which a visitor that has begun its greeting ends it: short, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
-GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go ", "refused: "
+GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go", "refused: "
 
 
 def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "tuple[dist.Store, Contact]":  # type: ignore[name-defined]
@@ -42,7 +41,8 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "t
     with _listen(place) as listener:
         here = _receive(place, listener, wait)
         store = _store(place, listener.detach())
-    return store, _send_on(here)  # now the store answers at the port
+    _tell(here, GO)  # now the store answers at the port
+    return store, Contact(0, here)
 
 
 def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> Contact:
@@ -65,7 +65,8 @@ def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSW
     with _listen(place._replace(port=0)) as listener:
         store.set(key, str(listener.getsockname()[1]))
         here = _receive(place, listener, wait)
-    return _send_on(here)
+    _tell(here, GO)
+    return Contact(0, here)
 
 
 def _store(place: RankVariables, listener: int | None) -> "dist.Store":  # type: ignore[name-defined]
@@ -170,16 +171,6 @@ def _tell(here: dict[int, Peer], line: str) -> None:
             visitor.connection.sendall(f"{line}\n".encode())
 
 
-def _send_on(here: dict[int, Peer]) -> Contact:
-    """Tell all ranks to go on, and the interface of this host that leads to others; return the contact to them.
-
-    A rank of this host may have come over loopback: it does not see that interface.
-    """
-    interface = next(filter(None, (interface_to_others(peer.connection) for peer in here.values())), "")
-    _tell(here, f"{GO}{interface}")
-    return Contact(0, here, interface)
-
-
 def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
     """Name this rank to rank 0, wait until all have come, and return the contact to rank 0."""
     where = f"{place.address}:{place.port}"
@@ -199,9 +190,9 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
         said = read_line(host, wait + answer)
     if said.startswith(REFUSED):
         raise UserError(said.removeprefix(REFUSED))
-    if not said.startswith(GO):
+    if said != GO:
         raise UserError(f"rank 0, at {where}, ended before all ranks had come; its own output says why")
-    return Contact(place.rank, {0: first}, interface_to_others(host) or said.removeprefix(GO))
+    return Contact(place.rank, {0: first})
 
 
 def _connected(place: RankVariables, wait: float) -> socket.socket:

@@ -138,15 +138,9 @@ def _join(backend: str) -> None:
 
 
 def _keep_contact(contact: Contact) -> None:
-    """Watch the other ranks from now on: torch's groups wait half an hour for a rank that ends while they are made.
-
-    Gloo takes the interface by which the ranks have met, unless the environment names one. By itself it takes that of
-    the host's name, which may not resolve, or lead back to this host.
-    """
+    """Watch the other ranks from now on: torch's groups wait half an hour for a rank that ends while they are made."""
     _contacts.append(contact)
     contact.watch()
-    if contact.interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", contact.interface)
 
 
 def choose_device(device: str) -> torch.device:

@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.interfaces import interface_of, own_addresses
+from cosmos_scale.launch.interfaces import interface_of, own_addresses
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
 
 TOKEN = ".launch-"  # how the files begin by which hosts see that they share the output folder

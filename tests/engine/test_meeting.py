@@ -14,7 +14,6 @@ from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
-from cosmos_scale.interfaces import interface_of, own_addresses
 
 SECONDS = 20.0  # for what takes one at most
 
@@ -173,24 +172,3 @@ def test_ranks_of_a_torchrun_meet_at_a_port_of_their_own() -> None:
     with ThreadPoolExecutor(3) as pool:
         ranks = [pool.submit(meet_at_agent, place(rank, 3, agent.port)) for rank in (2, 1, 0)]
         assert [rank.result(SECONDS).rank for rank in ranks] == [2, 1, 0]
-
-
-def test_ranks_know_the_interface_that_leads_to_other_hosts() -> None:
-    """One rank comes over loopback, as where the host's own name leads there, and hears it from rank 0."""
-    address = next(iter(own_addresses()), None)
-    if address is None:
-        pytest.skip("this machine has no network")
-    port = free_port()
-    places = [place(0, 3, port), place(1, 3, port), place(2, 3, port)._replace(address=address)]
-    assert interfaces(places) == [interface_of(address)] * 3
-
-
-def test_ranks_that_meet_over_loopback_name_no_interface() -> None:
-    port = free_port()
-    assert interfaces([place(0, 2, port), place(1, 2, port)]) == ["", ""]
-
-
-def interfaces(places: list[RankVariables]) -> list[str]:
-    with ThreadPoolExecutor(len(places)) as pool:
-        met = list(pool.map(meet, places))  # rank 0's store stays until all have come to it
-    return [contact.interface for _, contact in met]

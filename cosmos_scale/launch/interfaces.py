@@ -24,16 +24,6 @@ def interface_of(address: str) -> str | None:
     return next((name for name, own in _addresses() if ipaddress.ip_address(own) == wanted), None)
 
 
-def interface_to_others(connection: socket.socket) -> str:
-    """Return the name of the interface that a connection to another host uses; empty for one that stays on this host.
-
-    A connection of two programs of this host may use the address of a network card all the same, which is told.
-    """
-    address = str(connection.getsockname()[0])
-    plain = ipaddress.ip_address(address.removeprefix("::ffff:"))
-    return "" if plain.is_loopback else interface_of(address) or ""
-
-
 def _addresses() -> list[tuple[str, str]]:
     """Return the names of all interfaces with each of their addresses."""
     found = []
