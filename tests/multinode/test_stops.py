@@ -50,13 +50,21 @@ def test_each_stop_saves_and_leaves_no_process(hosts: TwoHosts) -> None:
 
 
 def test_deepspeed_is_stopped_with_a_checkpoint(hosts: TwoHosts) -> None:
-    """Its own exit status is 1 all the same."""
+    """By signals to it, whose exit status is 1 all the same, and where its part on the other host is killed."""
     for step, number in ((3, signal.SIGTERM), (8, signal.SIGINT)):
         launch = hosts.deepspeed("name=ended", "zero.stage=1")
         hosts.wait_for_step(launch, "ended", step)
         launch.signal(number, whole_group=number == signal.SIGINT)
         assert launch.wait(START) == 1, launch.output + launch.errors
         require_saved(hosts, "ended")
+
+    launch = hosts.deepspeed("name=ended", "zero.stage=1")
+    hosts.wait_for_step(launch, "ended", 13)
+    rank = hosts.b.rank_pid(1)
+    assert rank is not None
+    os.kill(parent_of(rank), signal.SIGKILL)  # deepspeed.launcher.launch of host b
+    assert launch.wait(START) != 0, launch.output + launch.errors
+    require_saved(hosts, "ended")
     losses = hosts.losses("ended")
     assert losses == list(hosts.reference(1).items())[: len(losses)]
 
