@@ -62,20 +62,16 @@ def hosts_missing(*programs: str) -> str | None:
 
 
 class HostProgram:
-    """A program under way on a host, which leads a session of its own; its output goes to two files.
-
-    pid: its number on this machine.
-    """
+    """A program under way on a host, which leads a session of its own; its output goes to two files."""
 
     def __init__(self, entry: "subprocess.Popen[bytes]", out: Path, err: Path) -> None:
         """entry: the process that has entered the host, and waits for its only child, the program."""
         self._entry, self._out, self._err = entry, out, err
-        self.pid = _child_of(entry)
 
     def signal(self, number: int, *, whole_group: bool = False) -> None:
         """Signal the program, or its process group, as a terminal does with Ctrl-C."""
         with suppress(ProcessLookupError):
-            (os.killpg if whole_group else os.kill)(self.pid, number)
+            (os.killpg if whole_group else os.kill)(_child_of(self._entry), number)
 
     @property
     def ended(self) -> bool:
@@ -181,7 +177,9 @@ class NamespaceHost:
         for folder in Path("/proc").iterdir():
             with suppress(OSError):  # one that ends meanwhile, or is ended and not waited for
                 if folder.name.isdecimal() and os.readlink(folder / "ns" / "pid") == self._namespace:
-                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                    found[int(folder.name)] = (
+                        (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    )
         found.pop(self._first, None)
         return found
 
@@ -263,10 +261,19 @@ def _network_of(pid: int) -> str:
 
 
 def _child_of(process: "subprocess.Popen[bytes]") -> int:
-    """Return the only child of a process, once there is one."""
+    """Return the only child of a process, once there is one; raises ProcessLookupError where the process has ended."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    _wait_until(lambda: bool(children.read_text().split()), f"a child of process {process.pid}")
-    return int(children.read_text().split()[0])
+    found: list[str] = []
+
+    def known() -> bool:
+        if process.poll() is None:
+            found[:] = children.read_text().split()
+        return bool(found) or process.returncode is not None
+
+    _wait_until(known, f"a child of process {process.pid}")
+    if not found:
+        raise ProcessLookupError(f"process {process.pid} has ended")
+    return int(found[0])
 
 
 def _wait_until(condition: Callable[[], bool], what: str) -> None:
