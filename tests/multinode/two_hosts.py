@@ -11,7 +11,7 @@ from cosmos_scale.testing.hosts import HostProgram, NamespaceHost
 from cosmos_scale.testing.runs import records, train_to_end, write_run
 from tests.conftest import REPOSITORY
 
-STEPS = 40
+STEPS = 80
 START = 180.0  # seconds for a start, an end and the steps between, on a busy machine
 ENDS_WITHIN = 30.0  # seconds in which all ranks end after the first one that failed
 # A rank that trains alone adds up its samples in another order; float32, over tens of steps of Adam.
@@ -66,6 +66,10 @@ class TwoHosts:
 
     def wait_for_step(self, program: HostProgram, name: str, step: int) -> None:
         self.wait_until(program, lambda: any(done >= step for done, _ in self.losses(name)), f"step {step}")
+
+    def wait_for_steps(self, program: HostProgram, name: str, count: int) -> None:
+        """Wait until a launch has done some steps more than a run has now."""
+        self.wait_for_step(program, name, max((step for step, _ in self.losses(name)), default=0) + count)
 
     def wait_until(
         self, program: HostProgram, condition: Callable[[], bool], what: str, seconds: float = START
