@@ -25,6 +25,9 @@ AGENT = "cosmos_scale.launch.agent"
 NAMED_AFTER, ASKED_AFTER, KILLED_AFTER, LEFT_AFTER = 1.0, 10.0, 20.0, 26.0
 INTERRUPTED_FOR = 5.0  # seconds from a second Ctrl-C to the end
 
+LOST_CONTACT = "lost contact with another rank"  # in the last line of a rank that ends since another one has ended
+FOLLOW_UP = 2  # the weight of a failure that may follow from another one
+
 
 @dataclass(frozen=True)
 class Job:
@@ -94,6 +97,7 @@ class Attempt:
         self._places = {place.host.name: place for place in places}
         self._outcome = Outcome()
         self._failures: list[RankFailure] = []
+        self._follow_ups: list[tuple[str, int, str, str]] = []  # arguments of Printer.rank_line
         self._failed_at = self._stopped_at = self._interrupted_at = 0.0  # 0: not yet
         self._sent: set[str] = set()  # the reasons for which the ranks were signalled
         self._beat, self._every = time.monotonic(), min(BEAT, job.link_limit / 4)
@@ -158,7 +162,7 @@ class Attempt:
             self._printer.say(f"host {name}: {line}")
         for message in messages:
             if "line" in message:
-                self._printer.rank_line(message["line"], message["of"], name, message["kind"])
+                self._print(message["line"], message["of"], name, message["kind"])
             elif "ended" in message:
                 self._end(name, message["ended"], message["status"], message["last"])
             elif "done" in message:
@@ -168,6 +172,17 @@ class Attempt:
             self._lose(connection, connection.reason())
         elif not connection.host.is_here and time.monotonic() - connection.heard > self._job.link_limit:
             self._lose(connection, f"no answer for {self._job.link_limit:g} s")
+
+    def _print(self, line: str, rank: int, host: str, kind: str) -> None:
+        """Print a rank's line; one that tells of another rank's end waits until it is known what came first."""
+        if LOST_CONTACT in line and self._outcome.failure is None:
+            self._follow_ups.append((line, rank, host, kind))
+        elif LOST_CONTACT not in line or not self._names_the_cause():
+            self._printer.rank_line(line, rank, host, kind)
+
+    def _names_the_cause(self) -> bool:
+        """Whether the failure that is named is no follow-up of another one: then lines on follow-ups say nothing."""
+        return self._outcome.failure is not None and _weight(self._outcome.failure) < FOLLOW_UP
 
     def _end(self, host: str, rank: int, status: int, last: str) -> None:
         self._outcome.statuses[rank] = status
@@ -194,6 +209,9 @@ class Attempt:
         if not self._failures or self._outcome.failure is not None:
             return
         self._outcome.failure = min(self._failures, key=_weight)
+        if not self._names_the_cause():
+            for follow_up in self._follow_ups:
+                self._printer.rank_line(*follow_up)
         others = "; the other ranks are ended" if self._open else ""
         if self._stop.first is None:
             self._printer.say(f"{self._outcome.failure}{others}")
@@ -243,7 +261,7 @@ class Attempt:
 
 
 def _weight(failure: RankFailure) -> int:
-    """Return 0 for what ends a rank from outside, 1 for what a rank ends by itself, 2 for what follows from others."""
+    """Return 0 for what ends a rank from outside, 1 for what a rank ends by itself, else FOLLOW_UP."""
     if failure.status is None or failure.status < 0:
         return 0
-    return 2 if failure.status == FAILED else 1
+    return FOLLOW_UP if failure.status == FAILED else 1

@@ -45,6 +45,19 @@ def test_a_killed_rank_ends_all_and_is_named_once(tmp_path: Path) -> None:
     assert not any(map(lives, pids))
 
 
+LOST = "cosmos-scale+train:+rank+0+lost+contact+with+another+rank:+rank+1+on+host+x+has+ended"
+
+
+@pytest.mark.parametrize(("end", "told"), [("kill~9", 0), ("exit~1", 1)])
+def test_what_a_survivor_says_of_a_dead_rank_is_told_where_nothing_better_is_known(
+    tmp_path: Path, end: str, told: int
+) -> None:
+    words = [f"0:err~{LOST}", "*:sleep~0.3", f"1:{end}", "0:exit~1"]
+    ended = run_to_end(tmp_path / "run", *words, restarts=0).require(FAILED)
+    assert ended.errors.count("rank 1 on host x has ended") == told
+    assert (tmp_path / "run" / "logs" / f"{HERE}-0.log").read_text().count("rank 1 on host x has ended") == 1
+
+
 @pytest.mark.slow
 def test_a_rank_that_ignores_everything_is_killed_after_another_has_failed(tmp_path: Path) -> None:
     with launched(tmp_path / "run", "0:ignore", "1:wait", restarts=0) as launch:
