@@ -69,6 +69,38 @@ def count(run: str, samples: int, engine: dict[str, dict[str, Count]], narrow: i
     return phases
 
 
+def block_launches(run: str) -> dict[str, dict[str, int]]:
+    """Return the launches of all blocks of each tower, by phase: what CUDA graphs of the blocks would replay.
+
+    They are those of one block, which a tower with one block fewer does not have, times the number of blocks.
+    """
+    config = case_config(run, 1)
+    whole = count_step(config, caption_lengths(config))
+    found = {}
+    for tower, layers in (("image", config.model.vision.layers), ("text", config.model.text.layers)):
+        section = {"image": "vision", "text": "text"}[tower]
+        shorter = case_config(run, 1, f"model.{section}.layers={layers - 1}")
+        fewer = count_step(shorter, caption_lengths(shorter))
+        found[tower] = {
+            phase: layers * (whole.of_phase(phase).launches - fewer.of_phase(phase).launches)
+            for phase in ("student", "teacher", "backward")
+        }
+    return found
+
+
+def block_figures(run: str) -> list[Figure]:
+    """Return the launches of each tower's blocks."""
+    return [
+        Figure(
+            f"block_launches_{run}_{tower}",
+            sum(phases.values()),
+            "launches",
+            "of all blocks: " + ", ".join(f"{phase} {launches}" for phase, launches in phases.items()),
+        )
+        for tower, phases in block_launches(run).items()
+    ]
+
+
 def needed(run: str, samples: int) -> int:
     """Return the operations that the step needs in matrix products."""
     config = case_config(run, samples)
@@ -126,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             phases = count(run, samples, engine, elements)
             console.print(table_of(run, samples, phases))
             found += figures(run, samples, phases)
+        found += block_figures(run)
     report("What a step asks of a GPU", found, arguments.json)
     return 0
 
