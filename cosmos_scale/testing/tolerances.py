@@ -8,6 +8,11 @@ leaves 1.1e-16, 6e-8, 4.9e-4 or 3.9e-3 of a number at most.
 import torch
 
 TOLERANCES: dict[str, dict[str, float]] = {
+    # The tiny model of tests/golden in bf16 against published numbers of float32: twice what a CPU gives with torch's
+    # operators (features 7.7e-3, all gradients 2.6e-2 relative); the losses' difference (6e-5) is chance.
+    "golden features": {"bfloat16": 2e-2},
+    "golden losses": {"bfloat16": 1e-3},
+    "golden gradients": {"bfloat16": 6e-2},
     # Attention. Of the largest result: sums of up to 201 products of order 1; the weights and their gradients are
     # rounded to the dtype on the way. float32 absolute: sums of up to 77 products, errors of 2e-7 to 2e-6 were seen.
     "attention, absolute": {"float64": 1e-13, "float32": 1e-5},

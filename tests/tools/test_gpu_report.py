@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tools.gpu_page import read_rows, write_page, wrong_rows
+from tools.gpu_report import _run
 
 STAGES = ("machine", "attention", "golden", "step32", "run", "kernels", "products", "graph", "compile64")
 
@@ -37,7 +38,17 @@ def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) ->
     assert ends == dict.fromkeys(STAGES, 0)
     checked = {row["case"] for row in rows if "case" in row and row.get("ok")}
     assert len(checked) == 5
-    assert {row.get("group") for row in rows if row["stage"] == "golden"} >= {"features", "gradients", "trajectory"}
+    assert {row.get("group") for row in rows if row["stage"] == "golden"} >= {
+        "features",
+        "gradients",
+        "trajectory",
+        "gradients in bf16",
+    }
+    loops = [row["loop"] for row in rows if "loop" in row]
+    assert loops == ["batches on the device", "batches copied", "as a run does"] * 2
+    errors = {row["kernel"] for row in rows if "at_most" in row and row["ok"]}
+    assert errors == {"contrastive loss", "contrastive loss by torch", "optimizer's update", "normalised patches"}
+    assert not (out / "runs").exists(), "what a run leaves does not travel with the report"
     (records,) = (row for row in rows if row.get("what") == "records of both runs")
     assert len(records["losses"]) == 12
     parts = [row["parts_ms"] for row in rows if row.get("what") == "parts"]
@@ -47,13 +58,29 @@ def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) ->
 
 
 def test_a_stage_that_cannot_run_costs_itself_only(tmp_path: Path) -> None:
-    finished = report(tmp_path / "out", "--device", "cuda", "--only", "graph", "machine", timeout=100)
+    finished = report(tmp_path / "out", "--device", "cuda", "--only", "graph,machine", timeout=100)
     assert finished.returncode == 1
     rows = read_rows(tmp_path / "out" / "report.jsonl")
     ends = [(row["stage"], row["status"]) for row in rows if row.get("what") == "end of the stage"]
     assert ends == [("graph", 1), ("machine", 1)]
     assert sum("failed" in row for row in rows) == 2
     assert "4 wrong" in finished.stdout
+
+
+def test_a_stage_past_its_limit_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    """The stage starts a process of its own that would go on."""
+    pids = tmp_path / "pids"
+    code = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+time.sleep(60)
+"""
+    with pytest.raises(subprocess.TimeoutExpired):
+        _run([sys.executable, "-c", code], 5.0)
+    for pid in map(int, pids.read_text().split()):
+        status = Path(f"/proc/{pid}/stat")
+        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
 def test_no_stage_begins_without_time(tmp_path: Path) -> None:
@@ -64,7 +91,7 @@ def test_no_stage_begins_without_time(tmp_path: Path) -> None:
 
 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
-    finished = report(tmp_path / "out", "--only", "everything", timeout=60)
+    finished = report(tmp_path / "out", "--only", "machine,everything", timeout=60)
     assert finished.returncode == 2
     assert "everything" in finished.stderr
 
