@@ -117,7 +117,7 @@ def _run_stages(arguments: argparse.Namespace) -> None:
     began, end = arguments.began, arguments.began + arguments.seconds
     options = ["--out", str(arguments.out), "--device", arguments.device, "--began", str(began)]
     options += ["--tiny"] if arguments.tiny else []
-    for name in sum(arguments.only, []) if arguments.only else STAGES:
+    for name in [name for names in arguments.only for name in names] if arguments.only else STAGES:
         recorder = Recorder(arguments.out, name, device=arguments.device, tiny=arguments.tiny, began=began)
         limit = min(STAGES[name].limit, end - time.time())
         if limit < LEAST_SECONDS:

@@ -14,7 +14,7 @@ FILE = Path(__file__).resolve().parents[2] / "tests" / "golden" / "cosmos_tiny.s
 
 
 def check(recorder: Recorder) -> None:
-    """Write a row for each group of numbers in float32, and for each kind in bf16, where the project's kernels serve."""
+    """Write a row for each group of numbers in float32, and for each kind in bf16, where our kernels serve."""
     golden = Golden(FILE, "cuda" if recorder.on_gpu else "cpu")
     for name, group in GROUPS.items():
         worst = max(group.check(golden, 1), key=lambda difference: difference.value)
