@@ -43,7 +43,7 @@ STAGES = {
     "step64": Stage(step.of(64), 120),
     "step256": Stage(step.of(256), 80),
     "step32": Stage(step.of(32), 60),
-    "run": Stage(real_run.measure, 120),
+    "run": Stage(real_run.measure, 150),
     "kernels": Stage(kernels.measure, 60),
     "products": Stage(products.measure, 45),
     "graph": Stage(graph.measure, 45),
