@@ -69,6 +69,46 @@ def count(run: str, samples: int, engine: dict[str, dict[str, Count]], narrow: i
     return phases
 
 
+def block_counts(run: str, samples: int) -> dict[str, dict[str, Count]]:
+    """Return what all blocks of each tower ask for, by phase; CUDA graphs of the blocks would replay their launches.
+
+    It is what one block asks for, which a tower with one block fewer does not have, times the number of blocks.
+    """
+    config = case_config(run, samples)
+    whole = count_step(config, caption_lengths(config))
+    found = {}
+    for tower, section, layers in (
+        ("image", "vision", config.model.vision.layers),
+        ("text", "text", config.model.text.layers),
+    ):
+        fewer = count_step(case_config(run, samples, f"model.{section}.layers={layers - 1}"), caption_lengths(config))
+        found[tower] = {
+            phase: Count(*(layers * (a - b) for a, b in zip(whole.of_phase(phase), fewer.of_phase(phase), strict=True)))
+            for phase in ("student", "teacher", "backward")
+        }
+    return found
+
+
+def block_figures(run: str, samples: int) -> list[Figure]:
+    """Return the launches of each tower's blocks, and their products."""
+    found = []
+    for tower, phases in block_counts(run, samples).items():
+        whole = total(phases.values())
+        launches, tflop = (
+            ", ".join(f"{phase} {text}" for phase, text in of)
+            for of in (
+                [(phase, f"{count.launches}") for phase, count in phases.items()],
+                [(phase, f"{count.flops / 1e12:.2f}") for phase, count in phases.items()],
+            )
+        )
+        name = f"{run}_{samples}_{tower}"
+        found += [
+            Figure(f"block_launches_{name}", whole.launches, "launches", f"of all blocks: {launches}"),
+            Figure(f"block_tflop_{name}", whole.flops / 1e12, "TFLOP", f"of all blocks: {tflop}"),
+        ]
+    return found
+
+
 def needed(run: str, samples: int) -> int:
     """Return the operations that the step needs in matrix products."""
     config = case_config(run, samples)
@@ -126,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             phases = count(run, samples, engine, elements)
             console.print(table_of(run, samples, phases))
             found += figures(run, samples, phases)
+            found += block_figures(run, samples)
     report("What a step asks of a GPU", found, arguments.json)
     return 0
 

@@ -2,7 +2,8 @@
 
 A GPU waits for the host where its kernels take less time than the host needs to launch them. One process plays rank 0
 of eight (torch's fake process group), on a CPU, in float32. Beside the stages of ZeRO: the same model's forward and
-backward with torch alone, so that the difference is what loss, engine, optimizer and teacher cost the host.
+backward with torch alone, so that the difference is what loss, engine, optimizer and teacher cost the host. Operators
+are counted as a GPU's launches are; torch's operators do here what kernels of the project do on a GPU.
 """
 
 import statistics
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/host_time.py`
 
@@ -24,6 +26,7 @@ from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.batches import random_batch
+from cosmos_scale.testing.device_counts import DeviceCounter, total
 from cosmos_scale.testing.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.ranks import run_ranks
 
@@ -36,8 +39,15 @@ ALONE = "torch alone"
 Step = Callable[[], object]
 
 
-def times_of(rank: int, world_size: int, stages: Sequence[int], steps: int) -> dict[str, float]:
-    """Return the CPU milliseconds of a step, the median of some, for each stage and for torch alone, taken in turns."""
+class HostTime(NamedTuple):
+    """What a step takes of the host: CPU milliseconds, the median of some, and how many operators it calls."""
+
+    ms: float
+    operators: int
+
+
+def times_of(rank: int, world_size: int, stages: Sequence[int], steps: int) -> dict[str, HostTime]:
+    """Return a step's time for each stage and for torch alone, taken in turns."""
     ranks = start_fake_ranks(WORLD_SIZE)
     configs = {f"stage {stage}": narrow_config(stage) for stage in stages}
     calls = {name: trainer_step(config, ranks) for name, config in configs.items()}
@@ -49,7 +59,13 @@ def times_of(rank: int, world_size: int, stages: Sequence[int], steps: int) -> d
             call()
             if number >= WARM_UP:
                 times[name].append(time.process_time() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    found = {}
+    for name, call in calls.items():
+        with DeviceCounter() as counter:
+            call()
+        operators = total(counter.counts.values()).launches
+        found[name] = HostTime(1e3 * statistics.median(times[name]), operators)
+    return found
 
 
 def narrow_config(stage: int) -> RunConfig:
@@ -110,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     (found,) = run_ranks(times_of, 1, arguments.stages, arguments.steps, timeout=600.0)
     figures = []
-    for name, value in found.items():
-        note = f"{name}; {value - found[ALONE]:+.1f} ms beside student and teacher with torch alone"
-        figures.append(Figure(f"host_step_{name.replace(' ', '_')}", value, "ms", note))
+    for name, (ms, operators) in found.items():
+        each = f"{operators:,} operators, {1e3 * ms / operators:.1f} us each"
+        note = f"{name}; {ms - found[ALONE].ms:+.1f} ms beside student and teacher with torch alone; {each}"
+        figures.append(Figure(f"host_step_{name.replace(' ', '_')}", ms, "ms", note))
     report("Host time of a step, real depth and tiny width", figures, arguments.json)
     return 0
 

@@ -17,8 +17,8 @@ Scratch memory, beside statistics and results: at most SCRATCH_BLOCKS * BLOCK_EL
 
 All arithmetic runs in float32 (float64 for float64 features). Low-precision features are widened before the matmul, so
 that each product of two features is exact and is added up in float32. On a GPU low-precision features are not widened:
-the kernels of `triton_contrastive.py` add up the same exact products in float32, keep no logits, and round the slopes
-to the features' dtype before they multiply them.
+the GPU adds up the same exact products in float32, and slopes are rounded to the features' dtype before they are
+multiplied. The kernels of `triton_contrastive.py` do so without keeping logits.
 
 A maximum is subtracted before logits are exponentiated. One maximum for a whole pair would not do: at scale 100 the
 logits of a pair lie up to 200 apart, and exp(-104) is 0 in float32, so a whole row or column could become 0. So every
@@ -43,6 +43,12 @@ PAIR_ELEMENTS = 2**14
 # How many elements of a pair are multiplied by their factors at a time: the most that torch computes in one CPU thread.
 # With several threads each small operation waits for all of them, which takes longer where the cores are shared.
 FACTOR_ELEMENTS = 2**15
+LOW_DTYPES = (torch.bfloat16, torch.float16)
+# Whether this torch multiplies factors of low precision into float32 (2.8 and later).
+SUMS_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()
+# Slopes times 2 * samples are multiplied by this before they are rounded to the features' dtype: float16 ends at 6e-8,
+# so with 4,096 samples they would come to nothing; and at 65,504. They lie between -2 and 2 for a weight of 1.
+SLOPE_FACTOR = 2**13
 # Elements of features that are widened at a time for the scale's derivative: 1 MiB in float32.
 WIDENED_ELEMENTS = 2**18
 
@@ -91,14 +97,13 @@ def forward_partials(
     V, B, T, G = _check(rows, columns, scale, first_row)
     if triton and _is_fused(rows, columns):
         return _fused_partials(rows, columns, scale, first_row)
-    dtype = _arithmetic_dtype(rows, columns)
-    columns_NE = columns.reshape(T * G, -1).to(dtype)
-    row_lse = columns_NE.new_empty(V, T, B)
-    positive = columns_NE.new_empty(V, T, B)
-    column_max = columns_NE.new_full((V, T, G), -torch.inf)
-    column_sum = columns_NE.new_zeros(V, T, G)
+    dtype, factors = _arithmetic_dtype(rows, columns), _factors_dtype(rows, columns)
+    columns_NE = columns.reshape(T * G, -1).to(factors)
+    row_lse, positive = (columns_NE.new_empty((V, T, B), dtype=dtype) for _ in range(2))
+    column_max = columns_NE.new_full((V, T, G), -torch.inf, dtype=dtype)
+    column_sum = columns_NE.new_zeros((V, T, G), dtype=dtype)
     for views, samples in _blocks(V, B, T * G, block_elements):
-        logits = _logits(rows[views, samples].to(dtype) * scale, columns_NE, T)
+        logits = _logits(_row_factors(rows[views, samples], scale, factors), scale, columns_NE, T)
         positive[views, :, samples] = _positives(logits, first_row + samples.start)
         row_lse[views, :, samples] = logits.logsumexp(dim=3).transpose(1, 2)
         largest = torch.maximum(column_max[views], logits.amax(dim=1))
@@ -148,21 +153,26 @@ def backward(
             first_row=first_row,
             column_gradients=column_gradients,
         )
-    columns_NE = columns.reshape(T * G, -1).to(row_lse.dtype)
-    weights_V1T1 = (weights * (0.5 / G)).to(row_lse.dtype).view(V, 1, T, 1)
-    by_rows = rows.new_empty(rows.shape, dtype=row_lse.dtype)
-    by_columns_NE = torch.zeros_like(columns_NE) if column_gradients else None
+    dtype, factors = row_lse.dtype, _factors_dtype(rows, columns)
+    columns_NE = columns.reshape(T * G, -1).to(factors)
+    is_low = factors in LOW_DTYPES
+    weights_V1T1 = (weights * (SLOPE_FACTOR if is_low else 0.5 / G)).to(dtype).view(V, 1, T, 1)
+    after = scale * (0.5 / G / SLOPE_FACTOR) if is_low else scale
+    by_rows = rows.new_empty(rows.shape, dtype=dtype)
+    by_columns_NE = torch.zeros_like(columns_NE, dtype=dtype) if column_gradients else None
     for views, samples in _blocks(V, B, T * G, block_elements):
-        scaled_rows = rows[views, samples].to(row_lse.dtype) * scale
-        logits = _logits(scaled_rows, columns_NE, T)
+        row_factors = _row_factors(rows[views, samples], scale, factors)
+        logits = _logits(row_factors, scale, columns_NE, T)
         # dL/dlogit = weight / 2G * (softmax over the row + softmax over the column - 2 at the positive)
         slope = (logits - column_lse_VTG[views].unsqueeze(1)).exp_()
         slope += logits.sub_(row_lse[views, :, samples].transpose(1, 2).unsqueeze(3)).exp_()
         _positives(slope, first_row + samples.start).sub_(2.0)
-        slope_NN = slope.mul_(weights_V1T1[views]).view(-1, T * G)
-        by_rows[views, samples] = (slope_NN @ columns_NE).view_as(scaled_rows) * scale
-        if by_columns_NE is not None:
-            by_columns_NE.addmm_(slope_NN.T, scaled_rows.flatten(0, 1))
+        slope_NN = slope.mul_(weights_V1T1[views]).view(-1, T * G).to(factors)
+        by_rows[views, samples] = _multiply(slope_NN, columns_NE).view_as(row_factors) * after
+        if by_columns_NE is not None and is_low:
+            by_columns_NE.add_(_multiply(slope_NN.T, row_factors.flatten(0, 1)) * after)
+        elif by_columns_NE is not None:
+            by_columns_NE.addmm_(slope_NN.T, row_factors.flatten(0, 1))
     by_columns = None if by_columns_NE is None else by_columns_NE.view(T, G, -1)
     return Gradients(by_rows, by_columns, _by_log_scale(rows, by_rows))
 
@@ -337,6 +347,22 @@ def _arithmetic_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
 
 
+def _factors_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
+    """The dtype in which features are multiplied: their own where a GPU adds up in float32 what has low precision."""
+    low = rows.dtype == columns.dtype and rows.dtype in LOW_DTYPES and rows.device.type != "cpu"
+    return rows.dtype if low and SUMS_IN_FLOAT32 else _arithmetic_dtype(rows, columns)
+
+
+def _row_factors(rows_VBE: Tensor, scale: Tensor, factors: torch.dtype) -> Tensor:
+    """Return rows as they are multiplied: times the scale, unless their dtype would round the result."""
+    return rows_VBE.to(factors) if factors in LOW_DTYPES else rows_VBE.to(factors) * scale
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b; float32 for factors of low precision, which only a GPU multiplies so."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype in LOW_DTYPES else a @ b
+
+
 def _check(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> tuple[int, int, int, int]:
     """Refuse shapes that do not fit; return V, B, T, G."""
     if rows.dim() != 3 or columns.dim() != 3 or rows.shape[2] != columns.shape[2]:
@@ -358,10 +384,12 @@ def _blocks(V: int, B: int, row_elements: int, block_elements: int) -> Iterator[
             yield slice(view, min(view + block_views, V)), slice(sample, min(sample + block_rows, B))
 
 
-def _logits(scaled_rows_VBE: Tensor, columns_NE: Tensor, T: int) -> Tensor:
-    """Logits [V, B, T, G] of a block."""
-    V, B, _ = scaled_rows_VBE.shape
-    return (scaled_rows_VBE.flatten(0, 1) @ columns_NE.T).view(V, B, T, -1)
+def _logits(row_factors_VBE: Tensor, scale: Tensor, columns_NE: Tensor, T: int) -> Tensor:
+    """Logits [V, B, T, G] of a block. The rows: from `_row_factors`."""
+    products = _multiply(row_factors_VBE.flatten(0, 1), columns_NE.T)
+    if row_factors_VBE.dtype in LOW_DTYPES:
+        products.mul_(scale)
+    return products.view(*row_factors_VBE.shape[:2], T, -1)
 
 
 def _positives(block_VBTG: Tensor, first_column: int) -> Tensor:

@@ -6,7 +6,7 @@ side's features at once. `contrastive.py` calls both where features are of low p
 they leave; there the loss is explained.
 
 Results are the same at every call: no atomic addition, each program writes numbers of its own. Products of features are
-exact and summed in float32; slopes are rounded to the features' dtype before the second product.
+exact and summed in float32; slopes are rounded to the features' dtype before the second product (see SLOPE_FACTOR).
 Source of the online logsumexp: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
 
@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from cosmos_scale.kernels.contrastive import SLOPE_FACTOR
 
 # Columns that one program of `statistics` takes.
 STRETCH = 1024
@@ -145,6 +147,7 @@ def slopes_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
+    SLOPE_FACTOR: tl.constexpr,
 ):
     """Sum weight * (softmax by row + softmax by column - 2 at the positive) * other feature over a part of them."""
     block, view = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -159,7 +162,7 @@ def slopes_kernel(
     end = tl.minimum(begin + part_size, C)
     for other in range(0, Vc):
         weight = tl.load(weights + view * weight_a + other * weight_c)
-        weight = (weight * (0.5 / tl.maximum(A, C))).to(tl.float32)  # the larger side are all samples
+        weight = (weight * SLOPE_FACTOR).to(tl.float32)
         own_lse = tl.load(lse + view * lse_a + other * lse_c + row, mask=row_exists, other=0.0)
         for start in range(begin, end, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
@@ -179,6 +182,7 @@ def slopes_kernel(
             )
             result = tl.dot(slope.to(c.dtype), c, result, input_precision="ieee")
     target = gradients + ((part * tl.num_programs(1) + view) * A + row)[:, None] * E + out[None, :]
+    factor *= 0.5 / tl.maximum(A, C) / SLOPE_FACTOR  # the larger side are all samples
     tl.store(target, result * factor, mask=row_exists[:, None] & (out < E)[None, :])
 
 
@@ -266,7 +270,8 @@ def statistics_constants(tiles: TileSizes, E: int) -> dict[str, int]:
 def slopes_constants(tiles: TileSizes, E: int) -> dict[str, int]:
     """Return the compile-time constants of `slopes_kernel` for features of width E."""
     width = min(tiles.width, triton.next_power_of_2(max(16, E)))
-    return {"E": E, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "STEP": tiles.step, "WIDTH": width}
+    sizes = {"E": E, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "STEP": tiles.step, "WIDTH": width}
+    return sizes | {"SLOPE_FACTOR": SLOPE_FACTOR}
 
 
 @register_flop_formula(torch.ops.cosmos_scale.contrastive_statistics)

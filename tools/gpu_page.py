@@ -9,6 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 HIDDEN = ("stage", "seconds")
 LONGEST = 160  # characters of a value on the page; report.jsonl has all of it
+MOST_LINES = 25  # of a list's rows on the page
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -46,16 +47,30 @@ def _lines(rows: list[Row]) -> list[str]:
     lines += ["", "Nothing wrong was found." if not wrong else "Wrong:", *(f"- {line}" for line in wrong)]
     for stage in dict.fromkeys(row["stage"] for row in rows):
         lines += ["", f"## {stage}", ""]
-        lines += [f"- {row['seconds']:.1f} s: {_values(row)}" for row in rows if row["stage"] == stage]
+        for row in (row for row in rows if row["stage"] == stage):
+            lines.append(f"- {row['seconds']:.1f} s: {_values(row)}")
+            for value in row.values():
+                if _is_table(value):
+                    lines += [f"  - {', '.join(map(_text, each))}" for each in value[:MOST_LINES]]
     return lines
 
 
 def _values(row: Row) -> str:
-    return ", ".join(f"{name} {_text(value)}" for name, value in row.items() if name not in HIDDEN)
+    shown = {name: value for name, value in row.items() if name not in HIDDEN}
+    return ", ".join(f"{name}:" if _is_table(value) else f"{name} {_text(value)}" for name, value in shown.items())
+
+
+def _is_table(value: object) -> bool:
+    """Tell whether a value is a list of rows, such as kernels with their times."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, list) for row in value)
 
 
 def _text(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_text(of)}" for name, of in value.items())
+    text = " ".join(str(value).split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
@@ -66,7 +81,7 @@ def _draw(parts: list[Row], loops: list[Row], picture: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
     stages = [row["stage"] for row in parts]
     below = [0.0] * len(parts)
     for part in parts[0]["parts_ms"]:
@@ -74,10 +89,15 @@ def _draw(parts: list[Row], loops: list[Row], picture: Path) -> None:
         left.bar(stages, times, bottom=below, label=part)
         below = [low + spent for low, spent in zip(below, times, strict=True)]
     left.set(title="Parts of the step, one after the other", ylabel="ms")
-    left.legend(frameon=False)
-    labels = [f"{row['stage']}\n{row['loop'].replace(' ', chr(10))}" for row in loops]
-    right.bar(range(len(loops)), [row["samples_per_s"] for row in loops], color="tab:green")
-    right.set_xticks(range(len(loops)), labels, fontsize=7)
+    left.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    kinds = list(dict.fromkeys(row["loop"] for row in loops))
+    names = list(dict.fromkeys(row["stage"] for row in loops))
+    for number, kind in enumerate(kinds):
+        rates = {row["stage"]: row["samples_per_s"] for row in loops if row["loop"] == kind}
+        places = [place + 0.8 / len(kinds) * (number - (len(kinds) - 1) / 2) for place in range(len(names))]
+        right.bar(places, [rates.get(name, 0.0) for name in names], 0.8 / len(kinds), label=kind)
+    right.set_xticks(range(len(names)), names)
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     right.set(title="Samples a second", ylabel="samples/s")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,9 @@ Exit status: 0; 1 where a stage failed, was ended at its limit, or found somethi
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -38,10 +40,10 @@ STAGES = {
     "machine": Stage(machine.measure, 45),
     "attention": Stage(attention.check, 60),
     "golden": Stage(golden.check, 60),
-    "step64": Stage(step.of(64), 100),
+    "step64": Stage(step.of(64), 120),
     "step256": Stage(step.of(256), 80),
     "step32": Stage(step.of(32), 60),
-    "run": Stage(real_run.measure, 120),
+    "run": Stage(real_run.measure, 150),
     "kernels": Stage(kernels.measure, 60),
     "products": Stage(products.measure, 45),
     "graph": Stage(graph.measure, 45),
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="examples:\n"
         "  python tools/gpu_report.py --out gpu --seconds 440\n"
-        "  python tools/gpu_report.py --out gpu --only step64 attention\n"
+        "  python tools/gpu_report.py --out gpu --only step64,attention\n"
         "  python tools/gpu_report.py --out rehearsal --device cpu --tiny",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,11 +81,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=440.0, help="of all stages together (default: 440)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes of a rehearsal")
-    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--only", nargs="+", type=_stages, metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--page", action="store_true", help="only make the page and the picture of the rows that exist")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
     return parser
+
+
+def _stages(text: str) -> list[str]:
+    """Return the stages of an argument, which may name several with commas between."""
+    names = text.split(",")
+    for name in names:
+        if name not in STAGES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(STAGES)}")
+    return names
 
 
 def _run_stage(arguments: argparse.Namespace) -> None:
@@ -106,7 +117,7 @@ def _run_stages(arguments: argparse.Namespace) -> None:
     began, end = arguments.began, arguments.began + arguments.seconds
     options = ["--out", str(arguments.out), "--device", arguments.device, "--began", str(began)]
     options += ["--tiny"] if arguments.tiny else []
-    for name in arguments.only or STAGES:
+    for name in [name for names in arguments.only for name in names] if arguments.only else STAGES:
         recorder = Recorder(arguments.out, name, device=arguments.device, tiny=arguments.tiny, began=began)
         limit = min(STAGES[name].limit, end - time.time())
         if limit < LEAST_SECONDS:
@@ -114,10 +125,21 @@ def _run_stages(arguments: argparse.Namespace) -> None:
             continue
         command = [sys.executable, __file__, *options, "--stage", name]
         try:
-            status = subprocess.run(command, timeout=limit, check=False).returncode
+            status = _run(command, limit)
             recorder.write(what="end of the stage", ok=status == 0, status=status)
         except subprocess.TimeoutExpired:
             recorder.write(what="end of the stage", ok=False, failed=f"ended at its limit of {limit:.0f} s")
+
+
+def _run(command: Sequence[str], limit: float) -> int:
+    """Run a stage and return its exit status; past the limit it is killed with all processes that it started."""
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return process.wait(limit)
+        except BaseException:  # an interrupt too: the terminal's does not reach another session
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "t
     with _listen(place) as listener:
         here = _receive(place, listener, wait)
         store = _store(place, listener.detach())
-    _use_interface([peer.connection for peer in here.values()])
-    _tell(here, GO)  # now the store answers at the port
-    return store, Contact(0, here)
+    return store, _send_on(here)  # now the store answers at the port
 
 
 def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> Contact:
@@ -72,9 +70,7 @@ def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSW
     with _listen(place._replace(port=0)) as listener:
         store.set(key, str(listener.getsockname()[1]))
         here = _receive(place, listener, wait)
-    _use_interface([peer.connection for peer in here.values()])
-    _tell(here, GO)
-    return Contact(0, here)
+    return _send_on(here)
 
 
 def _store(place: RankVariables, listener: int | None) -> "dist.Store":  # type: ignore[name-defined]
@@ -213,16 +209,27 @@ def _refuse(here: dict[int, Peer], text: str) -> NoReturn:
     raise UserError(text)
 
 
-def _use_interface(connections: Sequence[socket.socket]) -> None:
-    """Let gloo use the network interface by which this rank has met others, unless the environment names one.
+def _send_on(here: dict[int, Peer]) -> Contact:
+    """Tell all ranks to go on, and the interface by which other hosts have come; return the contact to them."""
+    interface = _use_interface([_interface(peer.connection) for peer in here.values()])
+    _tell(here, f"{GO} {interface}")
+    return Contact(0, here)
+
+
+def _use_interface(names: Sequence[str]) -> str:
+    """Let gloo use the first network interface that leads to other hosts, unless the environment names one; return it.
 
     Otherwise gloo takes the address of the host's own name, and waits in vain where the name means another one.
+    names: of interfaces by which this host's ranks have met others, loopback among them; empty ones are unknown.
     """
-    names = [interface_of(connection.getsockname()[0]) for connection in connections]
-    others = [name for name in names if name not in (None, LOOPBACK)]  # of rank 0: by which other hosts have come
-    name = next(iter([*others, *names]), None)
-    if name is not None:
+    name = next(iter([name for name in names if name not in ("", LOOPBACK)] or filter(None, names)), "")
+    if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return name
+
+
+def _interface(connection: socket.socket) -> str:
+    return interface_of(connection.getsockname()[0]) or ""
 
 
 def _tell(here: dict[int, Peer], line: str) -> None:
@@ -251,9 +258,12 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
         said = read_line(host, wait + answer)
     if said.startswith(REFUSED):
         raise UserError(said.removeprefix(REFUSED))
-    if said != GO:
+    go, _, interface_of_rank_0 = said.partition(" ")
+    if go != GO:
         raise UserError(f"rank 0, at {where}, ended before all ranks had come; its own output says why")
-    _use_interface([host])
+    own_interface = _interface(host)
+    # Only a rank of rank 0's host comes over loopback. Ranks of other hosts cannot reach it there.
+    _use_interface([own_interface, interface_of_rank_0] if own_interface == LOOPBACK else [own_interface])
     return Contact(place.rank, {0: first})
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import json_lines, needs_triton
 
-# A few roundings of float32 (6e-8) of values around 1, of the clipping factor's too.
-TOLERANCE = 1e-6
+TOLERANCE = tolerance("adamw_ema in a step", "float32")
 
 
 @pytest.mark.slow

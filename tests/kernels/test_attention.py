@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cosmos_scale.kernels import attention as kernel
 from cosmos_scale.kernels.attention import BACKENDS, attention, choose_backend, obstacle
 from cosmos_scale.kernels.segments import Segments
+from cosmos_scale.testing.tolerances import tolerance
 
-# float32 sums of up to 77 products of order 1; errors of 2e-7 to 2e-6 were seen.
-TOLERANCE = 1e-5
+TOLERANCE = tolerance("attention, absolute", torch.float32)
 HEADS, HEAD_SIZE = 3, 8
 CPU = torch.device("cpu")
 
@@ -376,8 +376,7 @@ def test_every_back_end_agrees_on_a_gpu(backend: Any, dtype: torch.dtype) -> Non
     reason = obstacle(backend, device, dtype, HEAD_SIZE)
     if reason:
         pytest.skip(f"{backend}: {reason}")
-    # Sums of up to 77 products of order 1: a few units in the last place of the largest result (TF32 in float32).
-    limit = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
+    limit = tolerance("attention on a GPU, of the largest", dtype)
     for name, (queries, keys, causal) in CASES.items():
         tensors = [tensor.to(dtype) for tensor in random_tokens(queries, keys)]
         segments = Segments(queries, keys)

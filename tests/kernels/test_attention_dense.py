@@ -14,13 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cosmos_scale.kernels import attention as kernel
 from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, choose_backend, obstacle
 from cosmos_scale.kernels.segments import Segments
+from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.test_attention import EVERYTHING, each_case, output_and_gradients, random_tokens, softmax_attention
-from tests.kernels.test_attention import TOLERANCE as OF_THE_FORMULA
 
 HEADS, HEAD_SIZE = 3, 64
-# Of the largest result. Sums of up to 201 products of order 1; results are rounded to the dtype, and so are the
-# weights and their gradients on the way.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 LENGTHS = {
     "global crops": [197] * 3,
     "local crops": [37] * 5,
@@ -64,7 +61,7 @@ def compare(backend: Backend, device: torch.device, dtype: torch.dtype, name: st
     expected = result(lambda values: exact(values, lengths, causal), packed.float())
     for mine, oracle in zip(result(ours, packed), expected, strict=True):
         error = (mine - oracle).abs().max() / oracle.abs().max()
-        assert error <= TOLERANCES[dtype], f"{backend}, {name}, causal {causal}: {error}"
+        assert error <= tolerance("attention, of the largest", dtype), f"{backend}, {name}, causal {causal}: {error}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,7 +97,7 @@ def test_the_dense_form_matches_the_formula(queries: list[int], keys: list[int] 
     dense = BACKENDS["dense"]
     ours = output_and_gradients(lambda q, k, v: dense(q, k, v, segments, causal), [tensor.float() for tensor in exact])
     for mine, oracle in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, oracle, rtol=0, atol=OF_THE_FORMULA)
+        torch.testing.assert_close(mine, oracle, rtol=0, atol=tolerance("attention, absolute", torch.float32))
 
 
 @pytest.mark.parametrize(

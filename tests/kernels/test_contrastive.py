@@ -14,11 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.kernels import contrastive
 from cosmos_scale.testing.allocation import peak_bytes
+from cosmos_scale.testing.tolerances import tolerance
 
-# Float64 against float64: the same sums in another order.
-FLOAT64_TOLERANCE = 1e-12
-# Float32 against float64, relative per tensor (norm). Logits near 14 carry rounding of 1e-6, so softmaxes do too.
-FLOAT32_TOLERANCE = 3e-6
+FLOAT64_TOLERANCE, FLOAT32_TOLERANCE = (
+    tolerance("contrastive, widened, relative", dtype) for dtype in (torch.float64, torch.float32)
+)
+AT_SCALE_100, DISTANT, NEAR = (
+    tolerance(f"contrastive at scale 100, {case}relative", torch.float32)
+    for case in ("", "distant samples, ", "near samples, ")
+)
 
 
 class Problem(NamedTuple):
@@ -119,11 +123,11 @@ def _float32(problem: Problem) -> Problem:
     return Problem(*(tensor.float() for tensor in problem))
 
 
-def _assert_close(answer: Answer, expected: Answer, tolerance: float) -> None:
+def _assert_close(answer: Answer, expected: Answer, limit: float) -> None:
     for name, actual, wanted in zip(Answer._fields, answer, expected, strict=True):
         assert actual.shape == wanted.shape, name
         difference = (actual.double() - wanted).norm() / wanted.norm().clamp_min(1e-9)
-        assert difference <= tolerance, f"{name}: {difference:.2e}"
+        assert difference <= limit, f"{name}: {difference:.2e}"
 
 
 # Several whole views a block; a block that does not divide the batch; one row a block.
@@ -156,8 +160,8 @@ def test_all_at_once_matches_autograd_in_float64(
 
 
 def test_a_single_sample_has_neither_loss_nor_gradient() -> None:
-    # Softmaxes over one logit are 1 up to rounding, 2e-16; then come factors below 20.
-    assert all(part.abs().max() <= 1e-14 for part in _at_once(_problem(2, 4, 1, 16)))
+    limit = tolerance("contrastive of one sample", torch.float64)
+    assert all(part.abs().max() <= limit for part in _at_once(_problem(2, 4, 1, 16)))
 
 
 def test_float32_all_at_once_stays_close_to_float64() -> None:
@@ -183,7 +187,7 @@ def test_low_precision_features_keep_float32_logits(dtype: torch.dtype, way: Cal
     answer = way(rounded._replace(log_scale=problem.log_scale.float()))
     assert answer.rows.dtype == answer.columns.dtype == torch.float32
     # The oracle sees the rounded features, so bfloat16 logits (rounding 4e-3) would be far outside.
-    _assert_close(answer, _oracle(rounded), FLOAT32_TOLERANCE)
+    _assert_close(answer, _oracle(rounded), tolerance("contrastive, widened, relative", dtype))
 
 
 @each_way
@@ -197,16 +201,15 @@ def test_small_loss_at_the_largest_scale_keeps_its_digits(way: Callable[[Problem
     expected = _oracle(problem)
     assert 0.01 < expected.loss < 1.0
     answer = way(_float32(problem))
-    # One rounding of a logit near 90 is up to 4e-6; over 64 samples they average to less, times the sum of weights.
-    assert (answer.loss - expected.loss).abs() <= 1e-6 * problem.weights.sum(), (answer.loss, expected.loss)
+    limit = tolerance("contrastive loss of near samples, of the weights", torch.float32) * problem.weights.sum()
+    assert (answer.loss - expected.loss).abs() <= limit, (answer.loss, expected.loss)
 
 
-# Logits near 100 round to 4e-6, and so do the softmaxes. With three and three, near samples alone decide: features that
-# differ by a tenth, so that gradients are as small beside the terms they are sums of.
+# With three and three, near samples alone decide: features that differ by a tenth.
 @each_way
-@pytest.mark.parametrize(("distant_rows", "distant_columns", "tolerance"), [(0, 1, 2e-5), (1, 0, 2e-5), (3, 3, 2e-4)])
+@pytest.mark.parametrize(("distant_rows", "distant_columns", "limit"), [(0, 1, DISTANT), (1, 0, DISTANT), (3, 3, NEAR)])
 def test_distant_samples_neither_overflow_nor_vanish(
-    distant_rows: int, distant_columns: int, tolerance: float, way: Callable[[Problem], Answer]
+    distant_rows: int, distant_columns: int, limit: float, way: Callable[[Problem], Answer]
 ) -> None:
     # All point one way but the distant ones, which point the opposite way: all of their logits, or all with the others,
     # are near -100, so that their exponentials are 0 in float32 less the others' maximum.
@@ -218,7 +221,7 @@ def test_distant_samples_neither_overflow_nor_vanish(
     rows[:, :distant_rows] *= -1
     columns[:, :distant_columns] *= -1
     problem = Problem(rows, columns, torch.tensor(100.0, dtype=torch.float64).log(), torch.ones(1, 1))
-    _assert_close(way(_float32(problem)), _oracle(problem), tolerance)
+    _assert_close(way(_float32(problem)), _oracle(problem), limit)
 
 
 def test_distant_columns_survive_the_exchange_between_ranks() -> None:
@@ -226,8 +229,7 @@ def test_distant_columns_survive_the_exchange_between_ranks() -> None:
     columns = rows.clone()
     columns[:, 0] *= -1
     problem = Problem(rows, columns, torch.tensor(100.0, dtype=torch.float64).log(), torch.ones(1, 1))
-    # Logits near -100 round to 4e-6; the column's softmax sees differences of a few hundredths.
-    _assert_close(_by_kernel(_float32(problem), ranks=2), _oracle(problem), 2e-5)
+    _assert_close(_by_kernel(_float32(problem), ranks=2), _oracle(problem), DISTANT)
 
 
 def test_random_features_at_the_largest_scale_match_float64_both_ways() -> None:
@@ -241,8 +243,7 @@ def test_random_features_at_the_largest_scale_match_float64_both_ways() -> None:
     for name, way in WAYS.items():
         answer = way(_float32(problem))
         assert answer.rows.isfinite().all(), name
-        # A logit near 100 rounds to 4e-6, and so does a softmax.
-        _assert_close(answer, expected, 1e-5)
+        _assert_close(answer, expected, AT_SCALE_100)
 
 
 class _LargestTensor(TorchDispatchMode):

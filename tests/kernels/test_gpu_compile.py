@@ -50,10 +50,15 @@ _, slopes = launched_kernels.contrastive_kernels(TileSizes(columns=128, width=51
 found = gpu_compile.compile_for(slopes, 80)
 print(json.dumps(gpu_compile.faults(slopes, 80, found)))
 print(json.dumps(gpu_compile.faults(slopes, 80, found._replace(spilled=0, multiplies=False, has_trap=True))))
+fits = found._replace(spilled=0, shared=0)
+print(json.dumps(gpu_compile.faults(slopes, 80, fits)))
+print(json.dumps(gpu_compile.faults(slopes, 80, fits._replace(shared=163 * 1024 + 1, tensor_columns=513))))
 """
-    spills, others = json_lines("-c", code, interpret=False)
+    spills, others, none, memory = json_lines("-c", code, interpret=False)
     assert any("registers are spilled" in text for text in spills)
     assert {"a bare trap", "no mma.sync"} <= set(others)
+    assert none == []
+    assert memory == ["166913 bytes of shared memory, 166912 at most", "513 columns of tensor memory, 512 at most"]
 
 
 @pytest.mark.slow

@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.kernels import linear as kernel
 from cosmos_scale.kernels.linear import LEAST_WORK
+from cosmos_scale.testing.tolerances import tolerance
 from tests.model.models import SMALL, initialised, small_batch
 
 linear = partial(kernel.linear, steady=True)
 
 INPUTS, OUTPUTS = 512, 384
 ENOUGH = -(-LEAST_WORK // (INPUTS * OUTPUTS))  # rows from which oneDNN is taken
-# float32 sums of up to 1000 products of order 1; torch's own product differs from float64 by 1e-4 here.
-TOLERANCE = 5e-4
+TOLERANCE = tolerance("linear, absolute", torch.float32)
 
 
 def problem(rows: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ from cosmos_scale.kernels import attention as kernel
 from cosmos_scale.kernels.pointwise import split_stacked
 from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.testing.device_counts import META, DeviceCounter
+from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import needs_triton
 from tests.kernels.test_attention import softmax_attention
 
@@ -83,7 +84,7 @@ def test_output_and_gradient_equal_the_formula(causal: bool) -> None:
         assert leaf.grad is not None
         results.append((output.detach(), leaf.grad))
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance("attention, absolute", torch.float64))
 
 
 @needs_triton

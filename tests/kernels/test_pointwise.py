@@ -9,12 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
 from cosmos_scale.testing.device_counts import META, DeviceCounter
+from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import json_lines, needs_triton
 
 pytestmark = needs_triton
-
-# Relative, by dtype. Twice what rounding the results to the dtype's 24, 11 and 8 bits may leave.
-TOLERANCES = {"torch.float32": 1e-6, "torch.float16": 1e-3, "torch.bfloat16": 8e-3}
 
 
 def check(rows: Iterable[Any], dtypes: set[str]) -> None:
@@ -23,7 +21,7 @@ def check(rows: Iterable[Any], dtypes: set[str]) -> None:
     for row in rows:
         seen.add(row["dtype"])
         for name, error in row["errors"].items():
-            assert error <= TOLERANCES[row["dtype"]], (row["case"], row["dtype"], name)
+            assert error <= tolerance("pointwise, relative", row["dtype"]), (row["case"], row["dtype"], name)
     assert seen == dtypes
 
 
@@ -36,7 +34,10 @@ def test_the_interpreted_kernels_equal_float64_at_odd_sizes() -> None:
 
 @pytest.mark.gpu
 def test_the_kernels_equal_float64_on_a_gpu() -> None:
-    check(json_lines("-m", "tests.kernels.interpret_pointwise", "cuda", interpret=False), set(TOLERANCES))
+    check(
+        json_lines("-m", "tests.kernels.interpret_pointwise", "cuda", interpret=False),
+        {"torch.float32", "torch.float16", "torch.bfloat16"},
+    )
 
 
 def test_gradients_that_lie_side_by_side_are_not_copied() -> None:

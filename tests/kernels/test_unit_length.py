@@ -5,14 +5,12 @@ import torch
 from torch.nn import functional
 
 from cosmos_scale.kernels.unit_length import normalise
+from cosmos_scale.testing.tolerances import tolerance
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-14), (torch.float32, 4e-7), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)],
-)
-def test_features_and_gradients_are_those_of_float64(dtype: torch.dtype, tolerance: float) -> None:
-    """Tolerance: an error of the dtype's rounding, as a share of the largest value."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_features_and_gradients_are_those_of_float64(dtype: torch.dtype) -> None:
+    limit = tolerance("unit length, of the largest", dtype)
     generator = torch.Generator().manual_seed(0)
     features, by_unit = (torch.randn(3, 5, 48, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     features[0, 0] = 0.0  # has no direction
@@ -24,9 +22,9 @@ def test_features_and_gradients_are_those_of_float64(dtype: torch.dtype, toleran
     (by_features,) = torch.autograd.grad(ours, features, by_unit)
     (wanted_by_features,) = torch.autograd.grad(wanted, exact, by_unit.double())
     assert ours.dtype == by_features.dtype == dtype
-    assert (ours - wanted).abs().max() <= tolerance
+    assert (ours - wanted).abs().max() <= limit
     finite = wanted_by_features.to(dtype).isfinite()  # 1 / LEAST_LENGTH is infinite in float16
     error = (by_features.double() - wanted_by_features).abs()
     largest = wanted_by_features.abs().amax(dim=-1, keepdim=True)
-    assert (error <= 2 * tolerance * largest)[finite].all()
+    assert (error <= 2 * limit * largest)[finite].all()
     assert torch.equal(by_features.isfinite(), finite)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tools.gpu_page import read_rows, write_page, wrong_rows
+from tools.gpu_report import _run
 
 STAGES = ("machine", "attention", "golden", "step32", "run", "kernels", "products", "graph", "compile64")
 
@@ -26,6 +28,14 @@ def report(out: Path, *arguments: str, timeout: float) -> "subprocess.CompletedP
     )
 
 
+def is_running(pid: str) -> bool:
+    """Tell whether a process is there, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) -> None:
     """Stages of other numbers of samples are the same code."""
@@ -37,7 +47,17 @@ def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) ->
     assert ends == dict.fromkeys(STAGES, 0)
     checked = {row["case"] for row in rows if "case" in row and row.get("ok")}
     assert len(checked) == 5
-    assert {row.get("group") for row in rows if row["stage"] == "golden"} >= {"features", "gradients", "trajectory"}
+    assert {row.get("group") for row in rows if row["stage"] == "golden"} >= {
+        "features",
+        "gradients",
+        "trajectory",
+        "gradients in bf16",
+    }
+    loops = [row["loop"] for row in rows if "loop" in row]
+    assert loops == ["batches on the device", "batches copied", "as a run does"] * 2
+    errors = {row["kernel"] for row in rows if "at_most" in row and row["ok"]}
+    assert errors == {"contrastive loss", "contrastive loss by torch", "optimizer's update", "normalised patches"}
+    assert not (out / "runs").exists(), "what a run leaves does not travel with the report"
     (records,) = (row for row in rows if row.get("what") == "records of both runs")
     assert len(records["losses"]) == 12
     parts = [row["parts_ms"] for row in rows if row.get("what") == "parts"]
@@ -47,13 +67,30 @@ def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) ->
 
 
 def test_a_stage_that_cannot_run_costs_itself_only(tmp_path: Path) -> None:
-    finished = report(tmp_path / "out", "--device", "cuda", "--only", "graph", "machine", timeout=100)
+    finished = report(tmp_path / "out", "--device", "cuda", "--only", "graph,machine", timeout=100)
     assert finished.returncode == 1
     rows = read_rows(tmp_path / "out" / "report.jsonl")
     ends = [(row["stage"], row["status"]) for row in rows if row.get("what") == "end of the stage"]
     assert ends == [("graph", 1), ("machine", 1)]
     assert sum("failed" in row for row in rows) == 2
     assert "4 wrong" in finished.stdout
+
+
+def test_a_stage_past_its_limit_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    """The stage starts a process of its own that would go on."""
+    pids = tmp_path / "pids"
+    code = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+time.sleep(60)
+"""
+    with pytest.raises(subprocess.TimeoutExpired):
+        _run([sys.executable, "-c", code], 5.0)
+    deadline = time.monotonic() + 20.0
+    while any(map(is_running, pids.read_text().split())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_no_stage_begins_without_time(tmp_path: Path) -> None:
@@ -64,7 +101,7 @@ def test_no_stage_begins_without_time(tmp_path: Path) -> None:
 
 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
-    finished = report(tmp_path / "out", "--only", "everything", timeout=60)
+    finished = report(tmp_path / "out", "--only", "machine,everything", timeout=60)
     assert finished.returncode == 2
     assert "everything" in finished.stderr
 
@@ -90,3 +127,26 @@ def test_the_page_says_what_is_wrong_and_survives_a_torn_line(tmp_path: Path) ->
     text = page.read_text()
     for part in ("a card, torch 2.11", "Wrong:", "## golden", "gradient_error 0.5"):
         assert part in text
+
+
+def test_the_page_shows_kernels_by_time_a_line_each_and_keeps_output_on_its_line(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"stage": "step64", "seconds": 1.0, "launches": 2, "by_time": [["gemm", 214, 30.12345], ["add_norm", 55, 2.0]]},
+        {"stage": "run", "seconds": 2.0, "end": "step 6:\n  retrieval\n"},
+        {"stage": "products", "seconds": 3.0, "of_peak": {"forward": 0.71234, "FP8": 1.2}},
+    ]
+    (page,) = write_page(rows, tmp_path)
+    lines = page.read_text().splitlines()
+    assert lines[lines.index("## step64") + 2 :] == [
+        "- 1.0 s: launches 2, by_time:",
+        "  - gemm, 214, 30.12",
+        "  - add_norm, 55, 2",
+        "",
+        "## run",
+        "",
+        "- 2.0 s: end step 6: retrieval",
+        "",
+        "## products",
+        "",
+        "- 3.0 s: of_peak forward 0.7123; FP8 1.2",
+    ]

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, choose_backend, obstacle
 from cosmos_scale.kernels.segments import Segments
+from cosmos_scale.testing.tolerances import tolerance
 from tools.gpu_stages.recorder import Recorder, failure, relative_error
 
 HEAD = 64
-TOLERANCE = 2e-2  # relative, of bf16 outputs and gradients
 
 
 class Case(NamedTuple):
@@ -36,7 +36,7 @@ def cases(samples: int) -> dict[str, Case]:
 
 
 def check(recorder: Recorder) -> None:
-    """Write a row for each case and back end: errors, whether they are within TOLERANCE, and times."""
+    """Write a row for each case and back end: errors, whether they are within the tolerance, and times."""
     for name, case in cases(2 if recorder.tiny else 64).items():
         stacked, upstream = _inputs(case, recorder)
         exact = stacked.detach().float().requires_grad_()
@@ -75,7 +75,7 @@ def _check_one(
         backend=backend,
         output_error=errors[0],
         gradient_error=errors[1],
-        ok=max(errors) < TOLERANCE,
+        ok=max(errors) <= tolerance("attention, relative", recorder.dtype),
         forward_ms=recorder.milliseconds(lambda: _attend(plain, case, backend)),
         forward_backward_ms=recorder.milliseconds(
             lambda: torch.autograd.grad(_attend(stacked, case, backend), stacked, upstream)

@@ -20,7 +20,7 @@ def measure(recorder: Recorder) -> None:
     model = CosmosModel(config.model)
     model.init_weights(torch.Generator().manual_seed(0))
     model = model.to(recorder.device, recorder.dtype).requires_grad_(requires_grad=False)
-    images = torch.randn(128, 3, 224, 224, device=recorder.device)
+    images = torch.randint(0, 256, (128, 3, 224, 224), dtype=torch.uint8, device=recorder.device)
     with torch.no_grad():
         encoder = GraphedEncoder(model.encode_image)
         for _ in range(WARM_UP):

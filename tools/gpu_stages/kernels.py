@@ -1,4 +1,4 @@
-"""Each kind of kernel of the step alone: its time, and the rate at which it moves bytes."""
+"""Each kind of kernel of the step alone: its errors, its time, and the rate at which it moves bytes or multiplies."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,25 +16,41 @@ from cosmos_scale.data.samples.view_plan import plan_views
 from cosmos_scale.kernels import adamw_ema, contrastive, pointwise
 from cosmos_scale.kernels.patches import level_values, normalised_patches
 from cosmos_scale.kernels.serving import serves
+from tools.gpu_stages.kernel_errors import check
 from tools.gpu_stages.recorder import Recorder, failure
 
 TOKENS, WIDTH = 39424, 768  # of the student's crops at 64 samples, ViT-B/16
 PARAMETERS = 152_382_466
+LOSS_WIDTH = 512
 LOSSES = ((64, 64), (256, 256), (64, 1024), (32, 4096), (64, 32768))  # samples of a rank and of the global batch
 
 
 def measure(recorder: Recorder) -> None:
-    """Write a row for each kernel."""
+    """Write the errors of each kernel, then a row of time for each, and for torch's operators that do the same."""
+    check(recorder)
+    _copy(recorder)
     _pointwise(recorder)
     _patches(recorder)
     _colour(recorder)
     _optimizer(recorder)
     for samples, columns in ((4, 4), (4, 8)) if recorder.tiny else LOSSES:
-        try:
-            spent = recorder.milliseconds(_loss(recorder, samples, columns))
-            recorder.write(kernel="distillation loss", samples=samples, global_batch=columns, ms=spent)
-        except torch.OutOfMemoryError as error:
-            recorder.write(kernel="distillation loss", samples=samples, global_batch=columns, failed=failure(error))
+        # Logits and their slopes' product by rows: the least that must be multiplied; the kernels form logits twice.
+        tflop = 2 * 2 * 16 * 4 * samples * columns * LOSS_WIDTH / 1e12
+        for triton in (True, False):
+            row = {"kernel": "distillation loss", "triton": triton, "samples": samples, "global_batch": columns}
+            try:
+                spent = recorder.milliseconds(_loss(recorder, samples, columns, triton=triton), repeats=5, warm=2)
+                recorder.write(**row, ms=spent, tflop_per_s=1e3 * tflop / spent)
+            except torch.OutOfMemoryError as error:
+                recorder.write(**row, failed=failure(error))
+
+
+def _copy(recorder: Recorder) -> None:
+    """Write the rate of a copy on the device, which no kernel that moves bytes exceeds by much."""
+    source = torch.empty(2**20 if recorder.tiny else 2**28, device=recorder.device)
+    target = torch.empty_like(source)
+    spent = recorder.milliseconds(lambda: target.copy_(source))
+    recorder.write(kernel="copy, the ceiling", ms=spent, tb_per_s=2 * source.nbytes / spent / 1e9)
 
 
 def _pointwise(recorder: Recorder) -> None:
@@ -163,12 +179,12 @@ def _optimizer(recorder: Recorder) -> None:
         recorder.write(kernel=name, ms=spent, tb_per_s=gradients.nbytes / spent / 1e9)
 
 
-def _loss(recorder: Recorder, samples: int, columns: int) -> Callable[[], object]:
+def _loss(recorder: Recorder, samples: int, columns: int, *, triton: bool) -> Callable[[], object]:
     """Return the distillation loss with its gradients, of 16 student and 4 teacher views of width 512."""
     generator = torch.Generator().manual_seed(0)
 
     def features(views: int, count: int) -> Tensor:
-        drawn = torch.randn(views, count, 512, generator=generator).to(recorder.device)
+        drawn = torch.randn(views, count, LOSS_WIDTH, generator=generator).to(recorder.device)
         return functional.normalize(drawn, dim=-1).to(recorder.dtype)
 
     rows, gathered = features(16, samples), features(4, columns)
@@ -177,13 +193,14 @@ def _loss(recorder: Recorder, samples: int, columns: int) -> Callable[[], object
 
     def loss() -> None:
         if samples == columns:
-            contrastive.whole_batch(rows, gathered, scale, weights, column_gradients=False)
+            contrastive.whole_batch(rows, gathered, scale, weights, column_gradients=False, triton=triton)
             return
-        partials = contrastive.forward_partials(rows, gathered, scale, first_row=0)
+        partials = contrastive.forward_partials(rows, gathered, scale, first_row=0, triton=triton)
         contrastive.backward(
             *(rows, gathered, scale, weights, partials.row_lse, partials.column_lse),
             first_row=0,
             column_gradients=False,
+            triton=triton,
         )
 
     return loss

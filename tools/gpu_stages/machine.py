@@ -15,7 +15,10 @@ PACKAGES = ("deepspeed", "triton", "flash-attn", "xformers", "numpy", "pydantic"
 def measure(recorder: Recorder) -> None:
     """Write versions, and the rate of a copy on the device and of one from pinned host memory."""
     gpu = recorder.on_gpu
-    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    installed = {
+        str(found.metadata["Name"]).lower().replace("_", "-"): found.version
+        for found in importlib.metadata.distributions()
+    }
     recorder.write(
         python=sys.version.split()[0],
         torch=torch.__version__,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,13 +19,18 @@ SECONDS = 90.0  # of one run
 
 def measure(recorder: Recorder) -> None:
     """Train the short demo to step 6, resume to step 12, and write exit statuses, losses and the loader's wait."""
-    data = recorder.out / "scenes"
+    with tempfile.TemporaryDirectory() as folder:  # not in the report's folder, which travels
+        _measure(recorder, Path(folder))
+
+
+def _measure(recorder: Recorder, folder: Path) -> None:
+    data = folder / "scenes"
     train, gallery = (64, 16) if recorder.tiny else (512, 64)
     build_scenes(data, train=train, gallery=gallery)
     command = [
         *(sys.executable, "-m", "cosmos_scale.train", str(shipped_file("demo_quick"))),
         *(f"data.sources.0.shards={data / 'train'}", f"eval.0.shards={data / 'gallery'}", "eval.0.every=6"),
-        *(f"eval.0.max_samples={gallery}", f"output={recorder.out / 'runs'}", f"device={recorder.device.type}"),
+        *(f"eval.0.max_samples={gallery}", f"output={folder / 'runs'}", f"device={recorder.device.type}"),
         *("resume=auto", "checkpoint.every=6", "log.every=1", "log.progress=false"),
         *(("precision=bf16",) if recorder.on_gpu else ()),
     ]
@@ -44,11 +50,11 @@ def measure(recorder: Recorder) -> None:
             ok=finished.returncode == 0,
             status=finished.returncode,
             took_s=time.perf_counter() - began,
-            end=(finished.stdout + finished.stderr)[-600:],
+            end=(finished.stdout + finished.stderr)[-600 if finished.returncode == 0 else -3000 :],
         )
         if finished.returncode:
             return
-    lines = (recorder.out / "runs" / "demo_quick" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "runs" / "demo_quick" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     recorder.write(
         what="records of both runs",

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+# The device first waits so many cycles, 1 to 3 ms, in which the host launches what is timed: the time of a short kernel
+# would else be that of its launch.
+AHEAD_CYCLES = 3_000_000
 LINE_WIDTH = 400  # characters of a printed result; the file has all of it
 # Peak operations a second of matrix products in bf16 without sparsity, by a part of the device's name; NVIDIA's data
 # sheets, the SXM forms.
@@ -55,7 +58,7 @@ class Recorder:
             torch.cuda.synchronize()
 
     def milliseconds(self, call: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
-        """Return the median time of a call on the device."""
+        """Return the median time of a call on the device; the host launches the call's kernels before."""
         for _ in range(1 if self.tiny else warm):
             call()
         self.wait()
@@ -63,6 +66,7 @@ class Recorder:
         for _ in range(2 if self.tiny else repeats):
             if self.on_gpu:
                 before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(AHEAD_CYCLES)
                 before.record()
                 call()
                 after.record()

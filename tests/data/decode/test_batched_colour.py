@@ -21,6 +21,7 @@ from cosmos_scale.data.samples.view_plan import (
     SATURATION,
     plan_views,
 )
+from cosmos_scale.testing.tolerances import tolerance
 from tests.data.decode.test_torch_cpu import photo, reference_view
 
 Plan = dict[str, torch.Tensor]
@@ -31,8 +32,7 @@ ADJUST: dict[int, Callable[[Image.Image, float], Image.Image]] = {
     SATURATION: TF.adjust_saturation,
     HUE: TF.adjust_hue,
 }
-# Blurs add in float32, Pillow adds in integers. Over all radii one value in 20,000 falls on the other side of .5.
-BLUR_MISSES = 1e-4
+BLUR_MISSES = tolerance("colour, blurred, levels that differ", torch.uint8)
 
 
 def plan(count: int, **changes: Any) -> Plan:
