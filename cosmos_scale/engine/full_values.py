@@ -40,7 +40,8 @@ class FullValues:
         whole: list[dict[str, Tensor]] = [{}, {}]
         places: list[dict[str, int]] = [{}, {}]
         total = 0
-        for sizes, starts in zip((masters, averages), places, strict=True):
+        # Averages first, and the scales last: so norms' values begin at multiples of 16 bytes, as kernels like them.
+        for sizes, starts in ((averages, places[1]), (masters, places[0])):
             for name, size in sizes.items():
                 starts[name] = total
                 total += size

@@ -62,7 +62,7 @@ class Student:
                 fragment.ema.copy_(_slice(teacher[fragment.name], fragment))
         norms = {} if config.precision == "fp32" else _norm_sizes(model)
         self.full_values = FullValues(
-            self.fragments, dict.fromkeys(LOG_SCALES, 1) | norms, norms, ranks, sharded=self.layout.sharded
+            self.fragments, norms | dict.fromkeys(LOG_SCALES, 1), norms, ranks, sharded=self.layout.sharded
         )
         if norms:
             model.read_norms(self.full_values.masters)

@@ -56,6 +56,7 @@ class Seen(NamedTuple):
     fragments: dict[tuple[str, int], dict[str, Tensor]]
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
+    aligned: bool  # whether kernels find all values at multiples of 16 bytes
     student_resumed: dict[str, Tensor]
     teacher_resumed: dict[str, Tensor]
     losses: tuple[float, float]  # of the next step, and of the same after the resume
@@ -100,6 +101,9 @@ def run_cases(rank: int, world_size: int, root: Path) -> dict[Case, Seen]:
         fragments = tiny.fragments()
         with CollectiveCounter() as collectives:
             tiny.student.full_values.refresh()
+        models = (tiny.student.model, tiny.teacher.model)
+        values = [value for model in models for norm in model.norms().values() for value in norm.values or ()]
+        aligned = all(value.data_ptr() % 16 == 0 for value in values)
         folder = root / f"{case}"
         state = RunState(STEPS, STEPS, STEPS, world_size, {}, "digest", config.model_dump(mode="json"))
         with CheckpointWriter(folder, tiny.student.fragments, ranks.control, config.checkpoint) as writer:
@@ -111,7 +115,9 @@ def run_cases(rank: int, world_size: int, root: Path) -> dict[Case, Seen]:
         Pair(again.student, again.teacher).restore(folder / f"step-{STEPS:08d}")
         student_again, teacher_again = of_pair(again)
         losses = next_loss, again.step(STEPS, lr=SMALL_LR).total.item()
-        results[case] = Seen(fragments, student, teacher, student_again, teacher_again, losses, collectives.seen)
+        results[case] = Seen(
+            fragments, student, teacher, aligned, student_again, teacher_again, losses, collectives.seen
+        )
         again.close()
     return results
 
@@ -141,6 +147,7 @@ def test_norms_follow_masters_and_averages(world_size: int, case: Case, root: Pa
             rounded = functional.layer_norm(rows, gain.shape, gain.bfloat16(), offset.bfloat16(), norm.eps)
             rounded_differ += int(not torch.equal(expected, rounded))
             for result in results:
+                assert result.aligned
                 assert torch.equal(getattr(result, side)[name], expected), (side, name)
         # The masters moved, all of them by less than bfloat16 shows.
         assert moved == rounded_differ == len(norms) == 15
