@@ -8,17 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.device_counts import caption_lengths, case_config
-from benchmarks.paper_model import HOPEFUL
 from cosmos_scale.engine.gradients import MOST_IN_FLIGHT, GradientBuckets, cut_groups
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.loss import CosmosLoss
-from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config
-from cosmos_scale.testing.traffic import exposed_share
 
 SHAPES = [(5, 7), (3,), (2, 2, 2), (11,), (1,), (4, 3)]
 GROUPS = [[0, 1], [2, 3, 4], [5]]
@@ -155,21 +151,6 @@ def test_what_comes_last_in_the_backward_is_cut_by_itself() -> None:
     cut = cut_groups([{"params": parameters[:1]}, {"params": parameters}], 80, last)
     found = [[parameter.numel() for parameter in group["params"]] for group in cut]
     assert found == [[3], [40, 40, 1], [3, 8], [70, 90, 5]]
-
-
-@pytest.mark.parametrize("run", ["vitb32", pytest.param("vitb16", marks=pytest.mark.slow)])
-def test_little_traffic_is_left_when_the_backward_ends(run: str) -> None:
-    """Of real sizes, so many gradients are in buckets that fill up only in the last 20th of the backward's products."""
-    config = case_config(run, 1)
-    share = exposed_share(config, caption_lengths(config), 8)
-    assert share <= 0.16
-    assert HOPEFUL.exposed == pytest.approx(share, abs=0.01)
-
-
-def test_without_the_order_of_the_backward_more_would_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CosmosModel, "image_tower_parameters", lambda model: [])
-    config = case_config("vitb32", 1)
-    assert exposed_share(config, caption_lengths(config), 8) > 0.25
 
 
 Seen = tuple[str, str, int, torch.dtype]
