@@ -66,7 +66,7 @@ class Assumed(NamedTuple):
 
     products, attention: of the most measured rate of products. memory, traffic: of the data sheets' rates. launch_us:
     the host's time for an operator, in microseconds. collective_us: what a collective takes beside its bytes. exposed:
-    the share of the gradients' traffic that the backward does not hide.
+    the share of the gradients' traffic that the backward does not hide; at least that of traffic.exposed_share.
     """
 
     products: float
@@ -79,7 +79,7 @@ class Assumed(NamedTuple):
 
 
 HOPEFUL = Assumed(
-    products=0.95, attention=0.6, memory=0.9, traffic=0.8, launch_us=8.0, collective_us=20.0, exposed=0.25
+    products=0.95, attention=0.6, memory=0.9, traffic=0.8, launch_us=8.0, collective_us=20.0, exposed=0.15
 )
 CAUTIOUS = Assumed(
     products=0.65, attention=0.3, memory=0.7, traffic=0.5, launch_us=18.0, collective_us=60.0, exposed=1.0

@@ -16,13 +16,21 @@ from torch.nn import functional
 
 
 def add_norm(
-    x: Tensor, update: Tensor | None, bias_D: Tensor | None, gain_D: Tensor, offset_D: Tensor, eps: float
+    x: Tensor,
+    update: Tensor | None,
+    bias_D: Tensor | None,
+    gain_D: Tensor,
+    offset_D: Tensor,
+    eps: float,
+    values: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return x + update and its layer norm over the last dimension; without update, x itself and its layer norm.
 
-    x, update: [..., D] of one dtype; gain, offset: [D]. bias: [D] that is part of update. Differentiable once.
+    x, update: [..., D] of one dtype; gain, offset: [D]. bias: [D] that is part of update. values: gain and offset with
+    more digits, which are read in their place; the gradients go to gain and offset. Differentiable once.
     """
-    total, normed = _AddNorm.apply(x, update, bias_D, gain_D, offset_D, eps, torch.is_grad_enabled())
+    values = values or (gain_D, offset_D)
+    total, normed = _AddNorm.apply(x, update, bias_D, gain_D, offset_D, *values, eps, torch.is_grad_enabled())
     return total, normed
 
 
@@ -61,6 +69,8 @@ class _AddNorm(torch.autograd.Function):
         bias: Tensor | None,
         gain: Tensor,
         offset: Tensor,
+        gain_values: Tensor,
+        offset_values: Tensor,
         eps: float,
         has_backward: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -70,10 +80,11 @@ class _AddNorm(torch.autograd.Function):
         saves = has_backward and any(ctx.needs_input_grad)
         rows = x.contiguous().flatten(0, -2)
         added = None if update is None else update.contiguous().flatten(0, -2)
-        normed, *others = triton_norm.add_norm_forward(rows, added, gain, offset, eps, saves)
+        normed, *others = triton_norm.add_norm_forward(rows, added, gain_values, offset_values, eps, saves)
         total = rows if added is None else others.pop()
         if saves:
-            ctx.save_for_backward(total, *others, gain)
+            ctx.save_for_backward(total, *others, gain_values)
+            ctx.gain_dtype = gain.dtype
             ctx.bias_dtype = None if bias is None else bias.dtype
             ctx.adds = update is not None
         return (x if update is None else total.view_as(x)), normed.view_as(x)
@@ -86,10 +97,11 @@ class _AddNorm(torch.autograd.Function):
         total, mean, rstd, gain = ctx.saved_tensors
         joined = None if d_total is None else d_total.contiguous().view_as(total)
         gradient, d_gain, d_offset, *d_bias = triton_norm.add_norm_backward(
-            d_normed.contiguous().view_as(total), joined, total, mean, rstd, gain, ctx.bias_dtype
+            d_normed.contiguous().view_as(total), joined, total, mean, rstd, gain, ctx.gain_dtype, ctx.bias_dtype
         )
         gradient = gradient.view_as(d_normed)
-        return gradient, gradient if ctx.adds else None, d_bias[0] if d_bias else None, d_gain, d_offset, None, None
+        for_update, for_bias = gradient if ctx.adds else None, d_bias[0] if d_bias else None
+        return gradient, for_update, for_bias, d_gain, d_offset, None, None, None, None
 
 
 class _Gelu(torch.autograd.Function):

@@ -162,9 +162,10 @@ def _fake_backward(
     mean: Tensor,
     rstd: Tensor,
     gain: Tensor,
+    gain_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    dtypes = [gain.dtype, gain.dtype, *([] if bias_dtype is None else [bias_dtype])]
+    dtypes = [gain_dtype, gain_dtype, *([] if bias_dtype is None else [bias_dtype])]
     return [torch.empty_like(total), *empty_sums(total, total.shape[1], dtypes)]
 
 
@@ -176,9 +177,10 @@ def add_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     gain: Tensor,
+    gain_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Return the gradients of x and update [T, D] (they are the same), of gain and of offset [D] in gain's dtype.
+    """Return the gradients of x and update [T, D] (they are the same), of gain and of offset [D] in gain_dtype.
 
     d_normed, d_total: [T, D], contiguous: what reaches the normalised rows and the sum. total: [T, D] the sum. mean,
     rstd: [T] float32. bias_dtype: unless None, the sum over rows of the first gradient is returned too, in this dtype.
@@ -186,7 +188,7 @@ def add_norm_backward(
     T, D = total.shape
     rows, columns, chunk, programs = norm_tiling(T, D)
     result = torch.empty_like(total)
-    dtypes = [gain.dtype, gain.dtype, *([] if bias_dtype is None else [bias_dtype])]
+    dtypes = [gain_dtype, gain_dtype, *([] if bias_dtype is None else [bias_dtype])]
     partials = total.new_empty((programs, len(dtypes), D), dtype=torch.float32)
     add_norm_backward_kernel[(programs,)](
         *(d_normed, d_normed if d_total is None else d_total, total, mean, rstd, gain, result, partials, T, chunk),
@@ -207,6 +209,7 @@ def _scratch(
     mean: Tensor,
     rstd: Tensor,
     gain: Tensor,
+    gain_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> int:
     return 4 * norm_tiling(*total.shape).programs * (2 if bias_dtype is None else 3) * total.shape[1]

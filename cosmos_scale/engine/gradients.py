@@ -21,23 +21,44 @@ from torch._utils import _unflatten_dense_tensors
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.loss.gather import reduce_scatter_flat
 
+SMALL = 8  # a small group has this part of another group's elements
 MOST_IN_FLIGHT = 2  # buckets reduced at one time: more would hold more memory, and no less time would be left
 
 
-def cut_groups(groups: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """Cut each of an optimizer's groups into groups that end as soon as they have `most` elements; options are kept."""
+def cut_groups(groups: Sequence[dict[str, Any]], most: int, last: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
+    """Cut each of an optimizer's groups into groups that end as soon as they have `most` elements; options are kept.
+
+    last: parameters whose gradients the backward forms after all others, the first of them at the very end. In a group
+    that is cut they come behind the others, in groups of their own. The first of these groups is small, since it is the
+    last to be full: by then the backward is over and hides nothing of the group's traffic.
+    """
+    latest = {id(parameter) for parameter in last}
     cut = []
     for group in groups:
-        parts: list[list[nn.Parameter]] = [[]]
-        elements = 0
-        for parameter in group["params"]:
-            if elements >= most:
-                parts.append([])
-                elements = 0
-            parts[-1].append(parameter)
-            elements += parameter.numel()
+        parts = [group["params"]]
+        if sum(parameter.numel() for parameter in group["params"]) >= most:
+            early = [parameter for parameter in group["params"] if id(parameter) not in latest]
+            late = [parameter for parameter in group["params"] if id(parameter) in latest]
+            parts = [*_cut(early, most, most), *_cut(late, most // SMALL, most)]
         cut += [{**group, "params": part} for part in parts]
     return cut
+
+
+def _cut(parameters: Sequence[nn.Parameter], first: int, others: int) -> list[list[nn.Parameter]]:
+    """Cut a list into parts that end as soon as they have so many elements; a small rest joins the part before it."""
+    parts: list[list[nn.Parameter]] = []
+    elements, limit = 0, first
+    for parameter in parameters:
+        if not parts or elements >= limit:
+            limit = others if parts else first
+            parts.append([])
+            elements = 0
+        parts[-1].append(parameter)
+        elements += parameter.numel()
+    if len(parts) > 1 and elements < others // SMALL:
+        rest = parts.pop()
+        parts[-1] += rest
+    return parts
 
 
 class GradientBuckets:

@@ -15,6 +15,7 @@ from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.teacher_weights import TeacherWeights
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.kernels.adamw_ema import squared_norm
+from cosmos_scale.model.cosmos import CosmosModel
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Layout(ABC):
     engine: DeepSpeed's. masters: this rank's fp32 tensors for each of the optimizer's groups. placements: where the
     elements that this rank holds lie in the masters. owned: whether this rank saves these elements; False where another
     rank saves the same elements. weights_stay: whether whole weights lie in the same memory at every step.
+    sharded: whether ranks have different masters.
     """
 
     masters: list[list[Tensor]]
     placements: list[Placement]
     owned = True
     weights_stay = True
+    sharded = True
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
         """engine: DeepSpeed's, of the model and the optimizer."""
@@ -59,8 +62,8 @@ class Layout(ABC):
         """DeepSpeed's `zero_optimization` keys of this layout, for a model of so many elements."""
 
     @staticmethod
-    def optimizer_groups(groups: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
-        """Return the groups of parameters that DeepSpeed gets, made of the optimizer's; the log-scales stay last."""
+    def optimizer_groups(groups: list[dict[str, Any]], model: CosmosModel, world_size: int) -> list[dict[str, Any]]:
+        """Return the groups of the model's parameters that DeepSpeed gets, made of the optimizer's."""
         return groups
 
     @property
@@ -131,10 +134,6 @@ class Layout(ABC):
     @abstractmethod
     def publish(self) -> None:
         """Copy the masters into the weights that the forward uses. Collective from stage 1 on."""
-
-    @abstractmethod
-    def scales(self) -> list[Tensor]:
-        """Return both log-scales as the masters have them, [1] float32 each, on every rank. Collective from stage 1."""
 
     def whole_model(self) -> AbstractContextManager[None]:
         """Hold whole weights on every rank; inside, each rank may call the model as often as it likes. Collective."""

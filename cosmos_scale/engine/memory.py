@@ -72,13 +72,18 @@ def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
     groups = [
         [parameter.numel() for parameter in group["params"]]
-        for group in layout.optimizer_groups(optimizer.param_groups, world_size)
+        for group in layout.optimizer_groups(optimizer.param_groups, model, world_size)
     ]
     elements, exact = sum(map(sum, groups)), config.precision == "fp32"
     sizes = _Sizes(groups, elements, elements // world_size, world_size, 4 if exact else 2, exact)
     formulas = {Unsharded: _unsharded, ShardedWeights: _sharded_weights}
     formulas |= {ShardedStates: _sharded_states, OffloadedStates: _sharded_states}
-    return formulas[layout](sizes, config)
+    rows = formulas[layout](sizes, config)
+    if layout.sharded and world_size > 1 and not exact:
+        # Those of student and teacher, what ranks gather, and in which order the values lie in it; see full_values.py.
+        values = 2 * sum(weight.numel() for norm in model.norms().values() for weight in norm.parameters())
+        rows.append(MemoryRow("buffers", "norms' gains and offsets in fp32", 4 + 4 + 4, values))
+    return rows
 
 
 def total_bytes(rows: list[MemoryRow], *, on_host: bool | None = None) -> int:

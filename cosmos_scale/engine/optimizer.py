@@ -12,7 +12,6 @@ from cosmos_scale.kernels import adamw_ema
 from cosmos_scale.model.cosmos import parameter_decays
 
 SCALE_RANGE = (0.0, math.log(100.0))
-SCALES_GROUP = -1  # the log-scales' place among the optimizer's groups
 
 
 class _UnderWay(NamedTuple):

@@ -10,12 +10,15 @@ from torch import Tensor
 from cosmos_scale.batch import Batch, Features
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.accumulate import cut, join, surrogate
+from cosmos_scale.engine.full_values import FullValues
 from cosmos_scale.engine.layout import Placement
 from cosmos_scale.engine.optimizer import build_optimizer
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.zero import lay_out
 from cosmos_scale.fragments import Fragment
-from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.cosmos import LOG_SCALES, CosmosModel
+
+NORM_PARTS = ("weight", "bias")
 
 
 class Update(NamedTuple):
@@ -31,7 +34,11 @@ class Update(NamedTuple):
 
 
 class Student:
-    """The trained model; `layout` says how its fp32 masters, moments and the teacher's average lie on the ranks."""
+    """The trained model.
+
+    layout: how its fp32 masters, moments and the teacher's average lie on the ranks. full_values: what the forward, the
+    loss and the teacher read of masters and averages in float32; up to date after each update and `publish`.
+    """
 
     def __init__(self, model: CosmosModel, teacher: Mapping[str, Tensor], config: RunConfig, ranks: Ranks) -> None:
         """Wrap a float32 model; the average starts from `teacher`, float32 parameters by name."""
@@ -53,7 +60,12 @@ class Student:
                 if exact:
                     fragment.weight.copy_(_slice(exact[fragment.name], fragment))
                 fragment.ema.copy_(_slice(teacher[fragment.name], fragment))
-            self._scales = self.layout.scales()
+        norms = {} if config.precision == "fp32" else _norm_sizes(model)
+        self.full_values = FullValues(
+            self.fragments, norms | dict.fromkeys(LOG_SCALES, 1), norms, ranks, sharded=self.layout.sharded
+        )
+        if norms:
+            model.read_norms(self.full_values.masters)
 
     def __call__(self, batch: Batch) -> Features:
         """Return the normalised features of every view of this rank's batch; with a graph if it is one micro-batch."""
@@ -66,7 +78,7 @@ class Student:
 
     def with_full_scales(self, features: Features) -> Features:
         """Return the features with the masters' fp32 log-scales: bf16 would round a scale by up to a percent."""
-        return features._replace(logit_scale=self._scales[0], distill_logit_scale=self._scales[1])
+        return features._replace(**{name: self.full_values.masters[name] for name in LOG_SCALES})
 
     def backward(self, batch: Batch, features: Features, gradients: Features) -> None:
         """Backpropagate the loss's gradients with respect to `features`, which this student returned for `batch`."""
@@ -96,7 +108,7 @@ class Student:
             skip=1.0 - finite.float(),
             gradient_factor=self.layout.clip_factor(norm),
         )
-        self._scales = self.layout.scales()
+        self.full_values.refresh()
         return Update(finite, norm)
 
     @property
@@ -114,7 +126,7 @@ class Student:
     def publish(self) -> None:
         """Copy masters that were changed from outside into the weights of the forward. Collective from stage 1 on."""
         self.layout.publish()
-        self._scales = self.layout.scales()
+        self.full_values.refresh()
 
     @contextmanager
     def whole_model(self) -> Iterator[CosmosModel]:
@@ -138,6 +150,11 @@ class Student:
             exp_avg_sq=view(state["exp_avg_sq"]),
             ema=view(state["ema"]),
         )
+
+
+def _norm_sizes(model: CosmosModel) -> dict[str, int]:
+    """Return the elements of each gain and offset of the norms, by parameter name."""
+    return {f"{name}.{part}": norm.normalized_shape[0] for name, norm in model.norms().items() for part in NORM_PARTS}
 
 
 def _copies(model: CosmosModel) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ class Teacher:
         graphed = config.train.teacher_graph and on_gpu and student.layout.weights_stay
         encoder = GraphedEncoder(self._model.encode_image) if graphed else None
         forward = _GlobalViews(self._model, config.data.captions.global_count, encoder)
+        if student.full_values.averages:
+            self._model.read_norms(student.full_values.averages)
         self._weights = student.layout.teacher_weights(self._model, forward, student.fragments)
         self.refresh()
 
@@ -42,7 +44,8 @@ class Teacher:
         """Copy the average into the teacher's weights. Collective at stages 1 and 2.
 
         At stages 1 and 2 each group of the optimizer takes one all-gather, which runs in the background until the
-        teacher's next use. At the other stages ranks exchange nothing.
+        teacher's next use. At the other stages ranks exchange nothing. What its norms read in float32 comes with the
+        student's update or `publish`.
         """
         self._weights.refresh(copied=self._optimizer.take_averages_copied())
 

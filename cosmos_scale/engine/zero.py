@@ -23,11 +23,12 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.deepspeed_config import deepspeed_config, gradient_bucket, teacher_deepspeed_config
 from cosmos_scale.engine.gradients import GradientBuckets, cut_groups
 from cosmos_scale.engine.layout import Layout, Placement
-from cosmos_scale.engine.optimizer import SCALES_GROUP, AdamWEma
+from cosmos_scale.engine.optimizer import AdamWEma
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.teacher_weights import CopiedTeacher, GatheredTeacher, ShardedTeacher, TeacherWeights
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.gather import all_gather_flat
+from cosmos_scale.model.cosmos import CosmosModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIVE_WEIGHTS = 50_000_000
@@ -38,6 +39,8 @@ PERSISTENT_WEIGHTS = 100_000
 
 class Unsharded(Layout):
     """Stage 0: masters, moments, average and weights are whole on every rank."""
+
+    sharded = False
 
     def __init__(self, model: nn.Module, engine: Any, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(model, engine, optimizer, config, ranks)
@@ -99,10 +102,6 @@ class Unsharded(Layout):
                 placement.parameter.copy_(placement.master)
 
     @override
-    def scales(self) -> list[Tensor]:
-        return [scale.detach() for scale in self.masters[SCALES_GROUP]]
-
-    @override
     def teacher_weights(self, teacher: nn.Module, forward: nn.Module, fragments: Sequence[Fragment]) -> TeacherWeights:
         own = dict(teacher.named_parameters())
         if self.config.precision != "fp32":
@@ -128,13 +127,6 @@ class _Sharded(Layout):
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)  # DeepSpeed (0.19) waits for copies to the host only in its step
         return [shard.grad for group in self.masters for shard in group if shard.grad is not None]
-
-    @override
-    def scales(self) -> list[Tensor]:
-        (shard,) = self.masters[SCALES_GROUP]
-        flat = torch.empty(shard.numel() * self.ranks.world_size, device=self.ranks.device)
-        all_gather_flat(flat, shard.detach().to(self.ranks.device))
-        return list(flat[:2].split(1))  # the first rank's shard begins with the two scales
 
 
 class _FlatStates(_Sharded):
@@ -244,9 +236,11 @@ class ShardedStates(_FlatStates):
 
     @staticmethod
     @override
-    def optimizer_groups(groups: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+    def optimizer_groups(groups: list[dict[str, Any]], model: CosmosModel, world_size: int) -> list[dict[str, Any]]:
+        if world_size == 1:
+            return groups
         elements = sum(parameter.numel() for group in groups for parameter in group["params"])
-        return groups if world_size == 1 else cut_groups(groups, gradient_bucket(elements))
+        return cut_groups(groups, gradient_bucket(elements), model.image_tower_parameters())
 
     @override
     def backward(self, scalar: Tensor) -> None:
@@ -386,13 +380,13 @@ def layout_of(config: RunConfig) -> type[Layout]:
     return OffloadedStates if config.zero.offload and kind is ShardedStates else kind
 
 
-def lay_out(model: nn.Module, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> Layout:
+def lay_out(model: CosmosModel, optimizer: AdamWEma, config: RunConfig, ranks: Ranks) -> Layout:
     """Hand a model on the ranks' device to DeepSpeed; return the layout of the config's stage. Collective."""
     import deepspeed  # here, since its import takes seconds and --help should not
 
     kind = layout_of(config)
     elements = sum(parameter.numel() for parameter in model.parameters())
     keys = deepspeed_config(config, ranks.world_size, elements, kind.zero_keys(config, elements))
-    optimizer.param_groups = kind.optimizer_groups(optimizer.param_groups, ranks.world_size)
+    optimizer.param_groups = kind.optimizer_groups(optimizer.param_groups, model, ranks.world_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=keys)
     return kind(model, engine, optimizer, config, ranks)

@@ -5,7 +5,7 @@ models of this class; the teacher uses its towers only.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -66,9 +66,24 @@ class CosmosModel(TextTower):
     def choose_kernels(self, kernels: Literal["auto", "torch"]) -> None:
         """Let the Triton kernels serve in both towers and heads, or not; kernels: as in the config."""
         self.visual.conv1.triton = kernels == "auto"
-        for module in self.modules():
-            if isinstance(module, LayerNorm):
-                module.triton = kernels == "auto"
+        for norm in self.norms().values():
+            norm.triton = kernels == "auto"
+
+    def image_tower_parameters(self) -> list[nn.Parameter]:
+        """Return the image tower's parameters, without its head's, from its first layer on.
+
+        The backward comes to this tower last, since the forward begins with it.
+        """
+        return [weight for name, weight in self.visual.named_parameters() if not name.startswith("attn_cross_pool")]
+
+    def norms(self) -> dict[str, LayerNorm]:
+        """Return the norms of towers and heads by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, LayerNorm)}
+
+    def read_norms(self, values: Mapping[str, Tensor]) -> None:
+        """Let every norm read these gains and offsets, by parameter name; see `LayerNorm.values`."""
+        for name, norm in self.norms().items():
+            norm.values = values[f"{name}.weight"], values[f"{name}.bias"]
 
     def forward(self, batch: Batch) -> Features:
         """Return the student's features of every view, in the parameters' dtype.

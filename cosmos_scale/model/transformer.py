@@ -70,9 +70,15 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm (eps 1e-5) without its initialisation. triton: whether the Triton kernels may serve."""
+    """nn.LayerNorm (eps 1e-5) without its initialisation. triton: whether the Triton kernels may serve.
+
+    values: float32 gain and offset [D] that the forward reads in place of weight and bias, where these are the same
+    rounded to a lower precision. Gradients still go to weight and bias. torch's norm on GPUs takes gains of its input's
+    dtype only, and reads weight and bias. They are no buffers: who changes a module's dtype must leave them.
+    """
 
     triton = True
+    values: tuple[Tensor, Tensor] | None = None
 
     def reset_parameters(self) -> None:
         """Leave NaN until the owner initialises."""
@@ -92,13 +98,29 @@ class LayerNorm(nn.LayerNorm):
         update and with_sum are only for tensors that the Triton kernels serve; bias: see `add_norm`.
         """
         if self.served(x):
-            total, normed = add_norm(x, update, bias_D, self.weight, self.bias, self.eps)
+            total, normed = add_norm(x, update, bias_D, self.weight, self.bias, self.eps, self.values)
             return (total, normed) if with_sum else normed
-        return super().forward(x)
+        if self.values is None or x.device.type != "cpu":
+            return super().forward(x)
+        gain_D, offset_D = map(_ReadInstead.apply, (self.weight, self.bias), self.values)
+        return functional.layer_norm(x, self.normalized_shape, gain_D, offset_D, self.eps)
 
     def served(self, x: Tensor) -> bool:
         """Tell whether the Triton kernels serve for x."""
         return self.triton and serves(x)
+
+
+class _ReadInstead(torch.autograd.Function):
+    """Return values in place of a parameter, which takes the gradient, in its own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, values: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 class Embedding(nn.Embedding):

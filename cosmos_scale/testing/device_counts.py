@@ -149,6 +149,7 @@ def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
     student.recompute_blocks(config.train.recompute)
     for model in (student, teacher):
         model.choose_kernels(config.kernels)
+        _read_float32(model)
     batch = meta_batch(config, lengths_KB)
     loss_of = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
     scales = {name: torch.empty(1, device=META) for name in LOG_SCALES}  # the masters', in float32
@@ -198,6 +199,7 @@ def count_update(rank: int, world_size: int, config: RunConfig) -> tuple[dict[st
             teacher.refresh()
             _ = teacher.model  # waits for what a thread may do
     model = CosmosModel(config.model).to(next(student.model.parameters()).dtype)
+    _read_float32(model)
     alone = surrogate(model(batch), gradients)
     with plain, plain.phase("gradients"):
         alone.backward()
@@ -206,6 +208,13 @@ def count_update(rank: int, world_size: int, config: RunConfig) -> tuple[dict[st
     for group, count in plain.by_group("gradients").items():
         phases["gradients"][group] = phases["gradients"][group].plus(Count(*(-number for number in count)))
     return phases, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _read_float32(model: CosmosModel) -> None:
+    """Let the norms of a model in low precision read float32 values, as those of students and teachers do."""
+    weights = dict(model.named_parameters())
+    if any(weight.dtype != torch.float32 for weight in weights.values()):
+        model.read_norms({name: torch.empty_like(weight, dtype=torch.float32) for name, weight in weights.items()})
 
 
 def meta_batch(config: RunConfig, lengths_KB: Tensor) -> Batch:

@@ -132,7 +132,7 @@ def pointwise_kernels() -> Iterator[LaunchedKernel]:
         yield LaunchedKernel(
             f"add and norm, width {D}",
             triton_norm.add_norm_kernel,
-            (*(low,) * 6, numbers, numbers, "i32", "fp32"),
+            (low, low, numbers, numbers, low, low, numbers, numbers, "i32", "fp32"),
             sizes | {"ADDS": True, "SAVES": True},
             warps,
             stages,
@@ -141,7 +141,7 @@ def pointwise_kernels() -> Iterator[LaunchedKernel]:
         yield LaunchedKernel(
             f"add and norm backward, width {D}",
             triton_norm.add_norm_backward_kernel,
-            (*(low,) * 3, numbers, numbers, low, low, numbers, "i32", "i32"),
+            (*(low,) * 3, *(numbers,) * 3, low, numbers, "i32", "i32"),
             sizes | {"JOINS": True, "SUMS_BIAS": True},
             warps,
             stages,

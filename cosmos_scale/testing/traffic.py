@@ -8,14 +8,18 @@ from torch import Tensor
 
 from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.accumulate import surrogate
+from cosmos_scale.engine.optimizer import build_optimizer
 from cosmos_scale.engine.pair import drawn_pair
+from cosmos_scale.engine.zero import layout_of
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.batches import random_batch
-from cosmos_scale.testing.device_counts import META, Count, DeviceCounter, PhasedMode
+from cosmos_scale.testing.device_counts import META, Count, DeviceCounter, PhasedMode, meta_batch
 from cosmos_scale.testing.fake_ranks import start_fake_ranks
 
 PHASES = ("student", "teacher", "loss", "backward", "update", "refresh")
+NEARLY_OVER = 0.05  # of the backward's operations are left
 _KINDS = {
     "allreduce": "all_reduce",
     "allgather": "all_gather",
@@ -105,6 +109,38 @@ def count_traffic(rank: int, _: int, config: RunConfig, world_size: int) -> tupl
     with counter:
         step()
     return counter.seen, sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
+
+
+def exposed_share(config: RunConfig, lengths_KB: Tensor, world_size: int) -> float:
+    """Return the share of gradients whose bucket is full only when the backward's products are nearly over.
+
+    lengths: [K, B] int64 on the CPU, the tokens of each caption. The model and the backward are on "meta", in the size
+    of the config. At stages 1 and 2.
+    """
+    with META:
+        model = CosmosModel(config.model)
+    model.choose_kernels(config.kernels)
+    counter = DeviceCounter()
+    arrivals: dict[int, int] = {}
+
+    def arrived(parameter: Tensor) -> None:
+        arrivals[id(parameter)] = counter.of_phase("backward").flops
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(arrived)
+    features = model(meta_batch(config, lengths_KB))
+    with counter, counter.phase("backward"):
+        surrogate(features, features).backward()
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
+    groups = layout_of(config).optimizer_groups(optimizer.param_groups, model, world_size)
+    elements = late = 0
+    for group in groups:
+        size = sum(parameter.numel() for parameter in group["params"])
+        # The scales have their gradients from the loss.
+        full = max(arrivals.get(id(parameter), 0) for parameter in group["params"])
+        elements += size
+        late += size if full > (1.0 - NEARLY_OVER) * counter.of_phase("backward").flops else 0
+    return late / elements
 
 
 def count_losses(

@@ -21,12 +21,16 @@ EPS = 1e-5
 
 
 class Case(NamedTuple):
-    """rows x width; plain: without an update, and the sum unused. full_gain: gain and offset are float32 always."""
+    """rows x width; plain: without an update, and the sum unused. full_gain: gain and offset are float32 always.
+
+    values: float32 values are read in place of gain and offset.
+    """
 
     rows: int
     width: int
     plain: bool = False
     full_gain: bool = False
+    values: bool = False
 
 
 NORMS = (
@@ -35,6 +39,7 @@ NORMS = (
     Case(11, 200, plain=True),
     Case(9, 512, full_gain=True),
     Case(23, 768),
+    Case(13, 136, values=True),
     Case(5, 1280),
 )
 WIDES = ((1, 64), (37, 100), (9, 1536), (21, 320))  # rows and width
@@ -74,7 +79,8 @@ def norm_errors(case: Case, draw: Draws) -> dict[str, float]:
     dtype = torch.float32 if case.full_gain else None
     x, update, d_total, d_normed = (draw(rows, width) for _ in range(4))
     gain, offset, bias = (draw(width, dtype=dtype) for _ in range(3))
-    x64, update64, gain64, offset64 = (exact(tensor) for tensor in (x, update, gain, offset))
+    values = (draw(width, dtype=torch.float32), draw(width, dtype=torch.float32)) if case.values else None
+    x64, update64, gain64, offset64 = (exact(tensor) for tensor in (x, update, *(values or (gain, offset))))
     # The sum is rounded before it is normalised, as torch's two operators would do.
     rounded = x.detach() if case.plain else x.detach() + update.detach()
     total64 = x64 if case.plain else x64 + update64
@@ -88,7 +94,7 @@ def norm_errors(case: Case, draw: Draws) -> dict[str, float]:
         found, wanted = [normed, *(leaf.grad for leaf in leaves)], [normed64, x64.grad, gain64.grad, offset64.grad]
         return relative(found, [tensor for tensor in wanted if tensor is not None], "normed x gain offset")
     leaves += [update.requires_grad_(), bias.requires_grad_()]
-    total, normed = add_norm(x, update, bias, gain, offset, EPS)
+    total, normed = add_norm(x, update, bias, gain, offset, EPS, values)
     torch.autograd.backward([total, normed], [d_total, d_normed])
     torch.autograd.backward([total64, normed64], [d_total.double().cpu(), d_normed.double().cpu()])
     assert update64.grad is not None

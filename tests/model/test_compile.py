@@ -11,8 +11,8 @@ from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.tiny import GLOBAL_BATCH, build_tiny, tiny_config
 from tests.model.models import SMALL, initialised, small_batch
 
-# float32 rounding of fused operations, grown over the updates; losses differ by up to 5e-7 here.
-TOLERANCE = 1e-5
+# Rounding of fused operations, grown over the updates; losses differ by up to 5e-7 and 5e-3 here.
+TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
 STEPS, LR = 5, 1e-3
 # Both sides of attention, for either tower's width, with a graph (student) and without (teacher).
 MOST_GRAPHS = 2 * 2 * 2
@@ -21,8 +21,10 @@ MOST_RECOMPUTED = 2 * MOST_GRAPHS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "recompute"), [(0, 0), (1, 0), (1, 1)])
-def test_losses_equal_the_eager_ones_at_all_lengths(stage: int, recompute: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "recompute", "precision"), [(0, 0, "fp32"), (1, 0, "fp32"), (1, 1, "fp32"), (1, 0, "bf16")]
+)
+def test_losses_equal_the_eager_ones_at_all_lengths(stage: int, recompute: int, precision: str) -> None:
     from torch._dynamo.utils import counters
 
     ranks = start_ranks("cpu")
@@ -32,7 +34,7 @@ def test_losses_equal_the_eager_ones_at_all_lengths(stage: int, recompute: int) 
         torch._dynamo.reset()
         counters.clear()
         train = {"global_batch": GLOBAL_BATCH, "schedule_steps": 100, "recompute": recompute}
-        config = tiny_config(zero={"stage": stage}, train=train)
+        config = tiny_config(zero={"stage": stage}, precision=precision, train=train)
         config = config.model_copy(update={"model": config.model.model_copy(update={"compile": compiled})})
         tiny = build_tiny(config, ranks)
         names[compiled] = list(tiny.student.model.state_dict())
@@ -40,8 +42,9 @@ def test_losses_equal_the_eager_ones_at_all_lengths(stage: int, recompute: int) 
         totals[compiled] = [tiny.step(step, lr=LR).total.item() for step in range(STEPS)]
         tiny.close()
     assert names[True] == names[False]
-    assert totals[True] == pytest.approx(totals[False], abs=TOLERANCE)
-    assert abs(totals[False][-1] - totals[False][0]) > 100 * TOLERANCE, "weights that do not move compare nothing"
+    tolerance = TOLERANCES[precision]
+    assert totals[True] == pytest.approx(totals[False], abs=tolerance)
+    assert abs(totals[False][-1] - totals[False][0]) > 10 * tolerance, "weights that do not move compare nothing"
     assert 0 < counters["stats"]["unique_graphs"] <= (MOST_RECOMPUTED if recompute else MOST_GRAPHS)
     assert not counters["graph_break"]
 
