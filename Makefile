@@ -27,10 +27,10 @@ demo-quick: venv  ## the demo, shortened
 	$(VENV)/bin/python -m cosmos_scale.demo --quick --out demo_quick_out
 
 test: $(VENV)/.test-extras venv  ## the tests, without the slow ones
-	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-all: $(VENV)/.test-extras venv  ## all tests that need no GPU
-	$(VENV)/bin/python -m pytest -q -n 2 -m "not gpu"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup -m "not gpu"
 
 check: $(VENV)/.test-extras  ## format, lint, types (for Python 3.10, 3.11 and 3.12)
 	$(VENV)/bin/ruff format --check .

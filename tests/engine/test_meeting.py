@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -19,6 +19,7 @@ from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
+from cosmos_scale.interfaces import interface_of, own_addresses
 from cosmos_scale.versions import build_of_this_rank
 
 SECONDS = 20.0  # for what takes one at most
@@ -85,6 +86,24 @@ def test_gloo_gets_the_interface_by_which_ranks_have_met(monkeypatch: pytest.Mon
     port = free_port()
     said([place(0, 2, port), place(1, 2, port)])
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_a_rank_that_came_over_loopback_takes_the_interface_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host's own name may lead to 127.0.1.1, while other hosts reach rank 0 by a network."""
+    address = next(iter(own_addresses()), None)
+    if address is None:
+        pytest.skip("this machine has no network")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    use, used = meeting._use_interface, list[str]()
+
+    def use_and_note(names: Sequence[str]) -> str:
+        used.append(use(names))
+        return used[-1]
+
+    monkeypatch.setattr(meeting, "_use_interface", use_and_note)
+    port = free_port()
+    said([place(0, 3, port), place(1, 3, port), place(2, 3, port)._replace(address=address)])
+    assert used == [interface_of(address)] * 3
 
 
 def test_the_port_is_free_again_at_once() -> None:
