@@ -15,6 +15,7 @@ Exit status: 0; 1 where losses differ or anything went another way than it must;
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,13 @@ from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import TextIO
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for `python tools/soak.py`
 
 from cosmos_scale.cli.arguments import count, path  # noqa: E402
+from cosmos_scale.cli.main import exit_status  # noqa: E402
 from cosmos_scale.launch.supervise import LOGS  # noqa: E402
 from cosmos_scale.run.folder import DAMAGE_FILE, METRICS_FILE  # noqa: E402
 from cosmos_scale.words import counted  # noqa: E402
@@ -38,7 +41,7 @@ from tools.soak_parts.compare import (  # noqa: E402
     kept,
     world_sizes,
 )
-from tools.soak_parts.events import FOLLOWS, KINDS, Event, disturb  # noqa: E402
+from tools.soak_parts.events import FOLLOWS, KINDS, SAMPLE_DAMAGED, Event, damaged_sample, disturb  # noqa: E402
 from tools.soak_parts.hosts import HOSTS, Hosts  # noqa: E402
 from tools.soak_parts.setting import RUN_NAME, Setting, make_setting, small_disk  # noqa: E402
 from tools.soak_parts.watched import Fault, WatchedRun, train_undisturbed  # noqa: E402
@@ -51,11 +54,16 @@ FIRST_STEP = 600.0  # seconds
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    try:
-        return compared_soak(arguments)
-    except Fault as fault:
-        say(f"NOT passed, and ended early: {fault}")
-        return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the disk is unmounted, and all processes are ended
+
+    def run() -> int:
+        try:
+            return compared_soak(arguments)
+        except Fault as fault:
+            say(f"NOT passed, and ended early: {fault}")
+            return 1
+
+    return exit_status("soak", run)
 
 
 def compared_soak(arguments: argparse.Namespace) -> int:
@@ -76,7 +84,7 @@ def compared_soak(arguments: argparse.Namespace) -> int:
         say(f"{name}: {describe(comparison)}")
     wrong = [f"step {event.step}, {event.kind}: {event.fault}" for event in events if event.fault]
     wrong += [f"{name}: {text}" for name, comparison in comparisons.items() for text in comparison.wrong]
-    wrong += compare_damage(out, run.last)
+    wrong += compare_damage(out, run.last, setting.damaged)
     for text in wrong[:MOST_SHOWN]:
         say(f"WRONG: {text}")
     say("passed" if not wrong else f"NOT passed: {len(wrong)} wrong")
@@ -124,6 +132,9 @@ def soak(
     say(f"training on {run.world_size} ranks, {setting.size.every} steps between checkpoints")
     end = time.time() + seconds
     with (out / "events.jsonl").open("w") as file:
+        for sample in map(damaged_sample, setting.damaged):
+            write_event(file, sample)
+            yield sample
         while next_ones or time.time() < end:
             name = next_ones.pop(0) if next_ones else random.choice(kinds)
             if name in FOLLOWS:
@@ -133,8 +144,7 @@ def soak(
             if name in FOLLOWS.values():  # a checkpoint of the ranks that are left comes first
                 further += setting.size.every
             event = disturb(run, name, random, setting.size, after=further)
-            file.write(json.dumps(asdict(event)) + "\n")
-            file.flush()
+            write_event(file, event)
             tell(event)
             yield event
             faults += event.fault is not None
@@ -155,15 +165,24 @@ def compare(run: WatchedRun, setting: Setting, hosts: Hosts, out: Path) -> Itera
         yield "beside a run of the same world sizes", compare_with_replay(trajectory, losses)
 
 
-def compare_damage(out: Path, last: int) -> list[str]:
-    """Return what is wrong with the list of damaged samples: it has each as often as the undisturbed run's."""
+def compare_damage(out: Path, last: int, damaged: Sequence[str]) -> list[str]:
+    """Return what is wrong with the lists of damaged samples: both runs have each sample once for each step of it."""
     of_runs = []
     for file in (out / DAMAGE_FILE, out / "undisturbed" / RUN_NAME / DAMAGE_FILE):
         records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         of_runs.append(sorted((record["step"], record["key"]) for record in records if record["step"] < last))
     here, undisturbed = of_runs
     say(f"damaged samples were met {len(here)} times, in the undisturbed run {len(undisturbed)} times")
-    return [] if here == undisturbed else [f"damaged samples (step, key): {here}, not {undisturbed}"]
+    others = {key for _, key in here} - set(damaged)
+    if here == undisturbed and not others:
+        return []
+    return [f"damaged samples (step, key): {here}, in the undisturbed run {undisturbed}; damaged were {damaged}"]
+
+
+def write_event(file: TextIO, event: Event) -> None:
+    """Write the line of an event."""
+    file.write(json.dumps(asdict(event)) + "\n")
+    file.flush()
 
 
 def tell(event: Event) -> None:
@@ -178,7 +197,7 @@ def tell(event: Event) -> None:
 def print_table(events: Sequence[Event]) -> None:
     """Print a row for each kind of event: how often, steps lost, seconds until a step was trained again."""
     print(f"{'event':<26}{'times':>6}{'steps lost':>14}{'seconds to go on':>24}")
-    for name in KINDS:
+    for name in (SAMPLE_DAMAGED, *KINDS):
         found = [event for event in events if event.kind == name]
         if found:
             lost, seconds = [event.steps_lost for event in found], [event.seconds for event in found]

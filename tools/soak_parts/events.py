@@ -20,6 +20,7 @@ from tools.soak_parts.hosts import HOSTS, below, host_of, kill, lives, loaders_o
 from tools.soak_parts.setting import Size
 from tools.soak_parts.watched import LIMIT, LOOK, Fault, WatchedRun
 
+SAMPLE_DAMAGED = "sample damaged"
 GOES_ON, RESTARTS, ENDS = "went on", "restarted", "launched again"
 
 
@@ -64,7 +65,7 @@ def disturb(run: WatchedRun, name: str, random: Random, size: Size, *, after: in
     attempts, steps, began = run.attempts, len(run.steps), time.time()
     try:
         _wait_for_turn(run, kind, after, random.uniform(0.0, size.pause))
-        event.step, event.time = run.last, f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
+        event.step, event.time = run.last, _now()
         lines, steps, began = len(run.said), len(run.steps), time.time()
         event.whom, said = kind.act(run, random, size.watchdog)
         _follow(run, kind, attempts)
@@ -86,6 +87,15 @@ def disturb(run: WatchedRun, name: str, random: Random, size: Size, *, after: in
     for broken in (run.folder / CHECKPOINTS).glob("step-*.broken*"):  # the disk is small
         shutil.rmtree(broken)
     return event
+
+
+def damaged_sample(key: str) -> Event:
+    """Return the event of a sample that is damaged from the start, in the undisturbed run's data too."""
+    return Event(SAMPLE_DAMAGED, _now(), whom=f"sample {key}", followed="replaced by another sample")
+
+
+def _now() -> str:
+    return f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
 def _wait_for_turn(run: WatchedRun, kind: Kind, after: int, pause: float) -> None:

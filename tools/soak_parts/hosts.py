@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
 HOSTS = ("host-a", "host-b")
+ENDED_WITHIN = 60.0  # seconds from SIGKILL to the end of a process
 
 # Called as `ssh OPTIONS -- HOST COMMAND`.
 _SSH = """\
@@ -86,6 +88,16 @@ def loaders_of(rank: int) -> list[int]:
 def host_of(process: int) -> str:
     """Return the host that a process runs on."""
     return variable(process, "SOAK_HOST")
+
+
+def end_tree(pid: int) -> None:
+    """End a process and all that it has started, at once, and wait until all but the process itself are gone."""
+    started = below(pid)
+    for process in [pid, *started]:
+        kill(process)
+    deadline = time.monotonic() + ENDED_WITHIN
+    while any(map(lives, started)) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def lives(pid: int) -> bool:

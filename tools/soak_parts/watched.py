@@ -15,7 +15,7 @@ from typing import NamedTuple
 from cosmos_scale.checkpoint.state import checkpoints
 from cosmos_scale.exit_status import STOPPED
 from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE
-from tools.soak_parts.hosts import HOSTS, Hosts, below, kill, lives
+from tools.soak_parts.hosts import HOSTS, Hosts, end_tree, kill
 from tools.soak_parts.setting import RUN_NAME
 
 LIMIT = 240.0  # seconds for what follows an event; the machine may be busy
@@ -123,13 +123,8 @@ class WatchedRun:
         """End the launch and all that it has started, at once."""
         if self._process is None:
             return
-        started = below(self.launcher)
-        for pid in [self.launcher, *started]:
-            kill(pid)
+        end_tree(self.launcher)
         self._process.wait()
-        deadline = time.monotonic() + LIMIT
-        while any(map(lives, started)) and time.monotonic() < deadline:
-            time.sleep(LOOK)
 
     def checkpoints(self) -> list[Path]:
         """Return the run's checkpoints, the newest last."""
@@ -183,9 +178,9 @@ def train_undisturbed(
             )
             try:
                 status = process.wait(LIMIT + 10.0 * last)
-            except BaseException:
-                process.send_signal(signal.SIGTERM)
-                raise
+            finally:
+                end_tree(process.pid)
+                process.wait()
         if status != 0:
             raise Fault(f"the undisturbed run ended with status {status}: {output / 'launch.log'}")
     records = map(json.loads, (output / RUN_NAME / METRICS_FILE).read_text().splitlines())
