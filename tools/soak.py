@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the disk is unmounted, and all processes are ended
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:  # under nohup; launches would ignore it too, and must not
+            signal.signal(number, lambda *_: None)
 
     def run() -> int:
         try:
