@@ -144,8 +144,8 @@ def soak(
                 next_ones.insert(0, FOLLOWS[name])
             # Beyond every step before: that the same step fails twice is something that a launch does not go on from.
             further = max(step.step for step in run.steps) + random.randint(1, 4)
-            if name in FOLLOWS.values():  # a checkpoint of the ranks that are left comes first
-                further += setting.size.every
+            if name in FOLLOWS.values():  # first a checkpoint of the ranks that are left is whole
+                further += 2 * setting.size.every
             event = disturb(run, name, random, setting.size, after=further)
             write_event(file, event)
             tell(event)

@@ -32,7 +32,7 @@ class Size(NamedTuple):
 
 
 DEMO = Size(scenes=512, disk=1024, every=6, watchdog=15.0, pause=3.0)
-QUICK = Size(scenes=160, disk=256, every=10, watchdog=8.0, pause=1.0)
+QUICK = Size(scenes=160, disk=256, every=10, watchdog=10.0, pause=1.0)
 
 
 class Setting(NamedTuple):
