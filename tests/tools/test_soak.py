@@ -12,8 +12,9 @@ from tests.conftest import REPOSITORY
 from tools import soak
 from tools.soak_parts.compare import compare_with_replay, compare_with_undisturbed, kept, world_sizes
 from tools.soak_parts.events import KINDS, SAMPLE_DAMAGED
+from tools.soak_parts.hosts import Hosts
 from tools.soak_parts.setting import small_disk
-from tools.soak_parts.watched import Step
+from tools.soak_parts.watched import Step, WatchedRun
 
 LOSSES = {step: 5.0 - 0.1 * step for step in range(1, 11)}
 
@@ -73,6 +74,31 @@ def test_a_step_that_the_undisturbed_run_has_not_is_wrong() -> None:
     assert compare_with_undisturbed(taken(1, 2, 1), {1: LOSSES[1]}, 2).wrong == [
         f"step 2 on 2 ranks (start 1): loss {LOSSES[2]!r}, not None"
     ]
+
+
+def test_records_that_a_resume_drops_are_kept_by_the_one_who_looks(tmp_path: Path) -> None:
+    run = WatchedRun(tmp_path / "soak.yaml", tmp_path, Hosts(tmp_path / "hosts"), tmp_path)
+    run.folder.mkdir()
+    log, metrics = tmp_path / "launch-000.log", run.folder / "metrics.jsonl"
+    starts = "cosmos-scale launch: {} on host-a (1); they meet at 127.0.0.1:1; output in /x\n"
+    log.write_text(starts.format("2 ranks"))
+    lines = [json.dumps({"kind": "train", "time": time, "step": time, "loss": 5.0}) + "\n" for time in (1, 2, 3)]
+    metrics.write_text("".join(lines) + '{"kind": "train", "ti')  # a line that is written right now
+    run.look()
+    assert [step.step for step in run.steps] == [1, 2, 3]
+    log.write_text(log.read_text() + starts.format("1 rank"))
+    anew = metrics.with_name("new")
+    anew.write_text(lines[0] + json.dumps({"kind": "train", "time": 9, "step": 2, "loss": 4.0}) + "\n")
+    anew.rename(metrics)
+    run.look()
+    run.look()
+    assert [(step.step, step.attempt, step.world_size) for step in run.steps] == [
+        (1, 1, 2),
+        (2, 1, 2),
+        (3, 1, 2),
+        (2, 2, 1),
+    ]
+    assert (run.attempts, run.last) == (2, 2)
 
 
 def test_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
