@@ -48,7 +48,7 @@ bench: $(VENV)/.test-extras venv  ## run every benchmark: some minutes; numbers 
 	done
 
 clean:  ## remove what tests, demos and builds wrote; .venv and runs/ stay
-	rm -rf build dist *.egg-info demo_out demo_quick_out bench_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info demo_out demo_quick_out bench_out soak_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find benchmarks cosmos_scale kernels tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment, one stamp a stage, so that a second call does nothing.

@@ -47,7 +47,7 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         type=seconds,
         default=5.0,
         metavar="SECONDS",
-        help="before the first restart, then twice as long each time; default: 5",
+        help="before a restart, twice as long each time without a further step; default: 5",
     )
     parser.add_argument(
         "--min-ranks",

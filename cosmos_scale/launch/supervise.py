@@ -28,6 +28,7 @@ from cosmos_scale.words import counted
 
 LOGS = "logs"  # in the run's folder: what each rank printed
 LONGEST_BACK_OFF = 300.0  # seconds
+MOST_DOUBLINGS = 30  # of the back-off
 _TAIL = 1 << 16  # bytes of metrics.jsonl that are looked at
 
 
@@ -35,7 +36,8 @@ _TAIL = 1 << 16  # bytes of metrics.jsonl that are looked at
 class LaunchedRun:
     """The run to launch, and how. program: the module that each rank runs. link_limit, stop_limit: see Job.
 
-    restarts: how many at most. back_off: seconds before the first restart, twice as many before each one after it.
+    restarts: how many at most. back_off: seconds before a restart, twice as many before each one that follows without
+    a further step.
     least_ranks: fewer ranks than that are not started.
     """
 
@@ -80,6 +82,7 @@ class Supervisor:
         self._printer, self._stop = printer, stop
         self._started_with = first_world_size(run.config, slots_of(hosts))
         self._last: tuple[int, str] | None = None  # the step and the way of the last failure
+        self._in_a_row = 0  # restarts since a further step was done
 
     def run(self) -> int:
         """Launch until the end; returns the launch's exit status. Raises UserError where the first look refuses."""
@@ -100,6 +103,8 @@ class Supervisor:
             ended = self._judge(outcome, before)
             if ended is not None:
                 return ended
+            if self._reached() > before:
+                self._in_a_row = 0
         self._printer.say(f"{counted(self._run.restarts, 'restart')} did not help; {self._newest()}")
         return FAILED
 
@@ -157,7 +162,8 @@ class Supervisor:
 
     def _wait(self, number: int) -> bool:
         """Wait before a restart; returns False where a signal ends the wait."""
-        seconds = min(LONGEST_BACK_OFF, self._run.back_off * 2 ** (number - 1))
+        seconds = min(LONGEST_BACK_OFF, self._run.back_off * 2.0 ** min(self._in_a_row, MOST_DOUBLINGS))
+        self._in_a_row += 1
         self._printer.say(f"restart {number} of {self._run.restarts} in {seconds:g} s; {self._newest()}")
         deadline = time.monotonic() + seconds
         while self._stop.first is None and (left := deadline - time.monotonic()) > 0:

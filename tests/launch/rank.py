@@ -59,6 +59,7 @@ ACTIONS: dict[str, Callable[[str], object]] = {
     "kill": lambda text: os.kill(os.getpid(), int(text)),
     "sleep": lambda text: time.sleep(float(text)),
     "step": step,
+    "further": lambda text: step(str(len(list(FOLDER.glob(f"attempt-*-{RANK}"))))),
     "wait": lambda text: wait(),
     "ignore": lambda text: ignore(),
     "variables": lambda text: variables(),

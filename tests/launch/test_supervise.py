@@ -77,6 +77,13 @@ def test_a_restart_cures_what_happens_once(tmp_path: Path) -> None:
     assert ", start 2: " in log
 
 
+@pytest.mark.parametrize(("words", "seconds"), [([], "0.2"), (["0:further"], "0.1")], ids=["in vain", "with a step"])
+def test_the_back_off_grows_only_where_no_further_step_was_done(tmp_path: Path, words: list[str], seconds: str) -> None:
+    ended = run_to_end(tmp_path / "run", *words, "0:kill~9", restarts=2).require(FAILED)
+    assert "restart 1 of 2 in 0.1 s" in ended.errors
+    assert f"restart 2 of 2 in {seconds} s" in ended.errors
+
+
 def test_a_port_that_another_program_took_is_cured_by_a_restart(tmp_path: Path) -> None:
     words = ["1!:sleep~0.5", "*!:err~MASTER_PORT:+29500+is+taken", "*!:exit~2"]
     ended = run_to_end(tmp_path / "run", *words).require(FINISHED)
