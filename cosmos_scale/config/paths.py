@@ -22,6 +22,7 @@ PATH_KEYS = frozenset(
         "eval.N.data",
         "eval.N.classes",
         "eval.N.templates",
+        "eval.N.split",
     }
 )
 

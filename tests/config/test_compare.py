@@ -41,6 +41,7 @@ MAY_DIFFER_BY_HOST = {
     "eval.N.data",
     "eval.N.classes",
     "eval.N.templates",
+    "eval.N.split",
 }
 MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "output",
@@ -76,6 +77,8 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "eval.N.captions",
     "eval.N.max_samples",
     "eval.N.dataset",
+    "eval.N.names",
+    "eval.N.confusions",
     "eval.N.batch",
     "log.every",
     "log.tensorboard",
