@@ -217,7 +217,7 @@ def test_a_split_file_says_which_pictures_of_sun397_count(tmp_path: Path, monkey
         opened("/a/sun_z.jpg\n")
     with pytest.raises(UserError, match="names no picture; rule: a path a line"):
         opened("\n")
-    with pytest.raises(UserError, match="^--split: x must be null where dataset is not sun397$"):
+    with pytest.raises(UserError, match=r"^--split: x must be null where dataset is not sun397$"):
         section_of("classification", {"data": str(tmp_path), "split": "x"})
 
 
