@@ -83,7 +83,7 @@ class Classification(Evaluator):
         yield "top5", fifth / total
         yield "mean_per_class", mean_per_class(hits_C3)
         yield "chance_top1", 1 / len(hits_C3)
-        yield "left_out_damaged", damaged
+        yield "pictures_left_out", damaged
 
     def _count(self, encoder: Encoder, weights_CE: Tensor) -> "_Counts":
         """Classify this rank's pictures."""
@@ -115,7 +115,7 @@ class Classification(Evaluator):
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of shares in percent: a row a model."""
         first = next(iter(results.values()))
-        left_out = int(first["left_out_damaged"])
+        left_out = int(first["pictures_left_out"])
         said = f"; left out, damaged or too large: {left_out:,}" if left_out else ""
         what = f"{counted(int(first['pictures']), 'picture')}, {counted(int(first['classes']), 'class', 'classes')}"
         caption = f"{what}; chance top-1: {100 * first['chance_top1']:.2f} %{said}"

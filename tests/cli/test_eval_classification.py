@@ -8,6 +8,7 @@ import pytest
 from cosmos_scale.cli import main as cli
 from cosmos_scale.testing.runs import start_command
 from cosmos_scale.testing.shard_files import picture
+from tests.cli.dying_eval import DIED
 from tests.evaluation.labelled import write_folders
 
 
@@ -30,7 +31,7 @@ def test_both_models_stand_in_one_table_and_in_lines_of_json(
     for line in lines:
         assert list(line)[:4] == ["checkpoint", "weights", "dataset", "data"]
         assert line["checkpoint"] == str(checkpoints / "step-00000002")
-        assert (line["pictures"], line["classes"], line["left_out_damaged"]) == (15, 3, 0)
+        assert (line["pictures"], line["classes"], line["pictures_left_out"]) == (15, 3, 0)
     assert cli.main(command(checkpoints, pictures, "--weights", "both")) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for line in lines:
@@ -77,6 +78,16 @@ def test_what_is_wrong_on_one_rank_is_told_once(checkpoints: Path, pictures: Pat
         assert line.startswith(f"cosmos-scale eval classification: {data}: {said}")
         assert line.endswith("(rank 0)")
         assert "Traceback" not in finished.errors
+
+
+def test_a_rank_that_is_gone_is_told_and_none_waits_for_it(checkpoints: Path, pictures: Path) -> None:
+    options = command(checkpoints, pictures, "--batch", "4")
+    with start_command(*options, ranks=2, program="tests.cli.dying_eval") as process:
+        finished = process.wait()
+    assert finished.statuses == [1, DIED]
+    (line,) = [line for line in finished.errors.splitlines() if line.startswith("cosmos-scale")]
+    assert line.startswith("cosmos-scale eval: rank 0 lost contact with another rank: ")
+    assert "Traceback" not in finished.errors
 
 
 @pytest.mark.parametrize(

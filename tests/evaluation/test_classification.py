@@ -67,7 +67,7 @@ def oracle(root: Path) -> Numbers:
         "top5": sum(fifth) / len(hits),
         "mean_per_class": float(np.mean([np.mean(of_class) for of_class in first.values()])),
         "chance_top1": 1 / len(COUNTS),
-        "left_out_damaged": 0,
+        "pictures_left_out": 0,
     }
 
 
@@ -131,7 +131,7 @@ def test_a_broken_picture_costs_one_picture_and_is_named(tmp_path: Path, capsys:
     evaluator = make_evaluator(section(root), encoder.setting)
     (root / "blue_whale" / "002.jpg").unlink()
     numbers = measure(evaluator, encoder)
-    assert (numbers["pictures"], numbers["left_out_damaged"]) == (4, 3)
+    assert (numbers["pictures"], numbers["pictures_left_out"]) == (4, 3)
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("left out: bird/000.jpg: the picture does not decode: ")
     assert said[1] == "left out: blue_whale/002.jpg: the picture cannot be read: No such file or directory"
