@@ -119,6 +119,18 @@ def test_ties_and_nan_have_one_rule() -> None:
     assert ranks_of(torch.zeros(3, 4), torch.tensor([0, 1, 3])).tolist() == [0, 1, 3]
 
 
+def test_of_classes_with_one_name_the_first_has_all_pictures(tmp_path: Path) -> None:
+    def hits(counts: list[int], names: str) -> int:
+        root = write_folders(tmp_path / str(len(counts)), counts)
+        (root / "classnames.txt").write_text(names)
+        encoder = tiny_encoder()
+        numbers = measure(make_evaluator(section(root, batch=5), encoder.setting), encoder)
+        return round(numbers["top1"] * numbers["pictures"])
+
+    # The third class wins no picture, so that the first two hit what they hit without it.
+    assert hits([6, 6, 9], "dog\ncat\ndog\n") == hits([6, 6], "dog\ncat\n") > 0
+
+
 def test_classes_without_pictures_are_in_no_mean() -> None:
     assert mean_per_class(torch.tensor([[4, 1, 2], [0, 0, 0], [1, 1, 1]])) == (0.25 + 1.0) / 2
 
