@@ -112,6 +112,17 @@ def test_text_weights_are_the_same_to_the_last_bit_on_any_number_of_ranks() -> N
     assert torch.allclose(alone.norm(dim=1), torch.ones(7), atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_a_gpu_has_the_numbers_of_the_cpu(animals: Path) -> None:
+    """Features differ in their last bits; on this data no two classes of a picture are that close."""
+    expected = measure(make_evaluator(section(animals), tiny_encoder().setting), tiny_encoder())
+    encoder = tiny_encoder()
+    cuda = torch.device("cuda")
+    setting = replace(encoder.setting, device=cuda)
+    encoder = replace(encoder, model=copy.deepcopy(encoder.model).to(cuda), setting=setting)
+    assert measure(make_evaluator(section(animals, confusions=2), setting), encoder) == expected
+
+
 def test_ties_and_nan_have_one_rule() -> None:
     nan = float("nan")
     logits = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0], [nan, 1.0, 0.0], [1.0, nan, 2.0], [3.0, 1.0, 2.0]])
