@@ -61,7 +61,7 @@ def test_ranks_of_a_launcher_share_the_work_and_rank_0_prints_the_same_numbers(
     options = command(checkpoints, pictures, "--batch", "4", "--json")
     assert cli.main(options) == 0
     alone = capsys.readouterr().out
-    with start_command(*options, ranks=ranks) as process:
+    with start_command("--local_rank=0", *options, ranks=ranks) as process:  # as the deepspeed launcher does
         finished = process.wait().require(0)
     assert finished.output == alone
 
