@@ -105,6 +105,10 @@ class Gallery:
         sizes = picture_sizes(self._index, spread, self._max_pixels, self._remote)
         return sizes.describe(self._max_pixels) if sizes.too_large else ""
 
+    def samples_of(self, rank: int, world_size: int) -> range:
+        """Return one rank's slice of the samples; it may be empty."""
+        return range(self._samples * rank // world_size, self._samples * (rank + 1) // world_size)
+
     def batches(self, rank: int, world_size: int, batch: int) -> Iterator[GalleryBatch]:
         """Yield one rank's contiguous slice of the samples, in the index's order, `batch` at a time.
 
@@ -118,7 +122,7 @@ class Gallery:
         texts: list[list[str]] = []
         sample_ids: list[int] = []
         try:
-            for sample in range(self._samples * rank // world_size, self._samples * (rank + 1) // world_size):
+            for sample in self.samples_of(rank, world_size):
                 location = self._index.locate(sample)
                 try:
                     image_bytes, document = reader.read(location)

@@ -4,7 +4,6 @@ Every rank encodes its slice of the gallery, receives the features of all slices
 the collective is handed in, so that this module knows nothing of process groups.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from cosmos_scale.evaluation.gallery import Gallery, GalleryBatch
 from cosmos_scale.words import counted
 
 RECALL_AT = (1, 5, 10)
+NEVER = 1 << 62  # rank of what cannot be found
 SAME_GALLERY = "rule: every host has the same gallery, so copy its shards along with their index"
 LEFT_OUT = ("left_out_without_captions", "left_out_damaged")
-DIGITS = 15  # hexadecimal, of a gallery's digest: as many as an int64 has room for
 
 EncodeImages = Callable[[Tensor], Tensor]
 """Images [N, 3, H, W] float32 on the CPU to normalised features [N, E] on any device."""
@@ -87,15 +86,19 @@ class Retrieval(Evaluator):
         """The json key of the captions that count as correct."""
         return self._gallery.captions_key
 
+    def subject(self) -> dict[str, str]:
+        """The shards, and the json key of the captions."""
+        return {"data": self._config.shards, "captions": self.captions}
+
     def gallery(self) -> str:
         """The gallery's samples, index, first bytes and captions, in words."""
         return self._gallery.describe()
 
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield the numbers of `RetrievalResult.as_dict`, and how many samples were left out; leaves no files."""
-        batches = self._gallery.batches(self.setting.rank, self.setting.world_size, self._config.batch)
+        batches = self._told(self._gallery.batches(self.setting.rank, self.setting.world_size, self._config.batch))
         device = self.setting.device
-        self._require_one_gallery(gather)
+        self.require_same_data(gather, SAME_GALLERY)
         try:
             result = evaluate(encoder.images, encoder.texts, batches, gather=gather, device=device)
         except EmptyGallery as error:
@@ -104,17 +107,13 @@ class Retrieval(Evaluator):
         left_out = gather(torch.tensor([self._gallery.left_out], device=device)).sum(0).tolist()
         yield from zip(LEFT_OUT, left_out, strict=True)
 
-    def _require_one_gallery(self, gather: Gather) -> None:
-        """Raise UserError, on all ranks, where ranks would measure on slices of different galleries.
-
-        A run's start compares galleries too, but a gallery may be opened later.
-        """
-        own = hashlib.sha256(self.gallery().encode()).hexdigest()[:DIGITS]
-        digests = gather(torch.tensor([int(own, 16)], device=self.setting.device)).tolist()
-        other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-        if other is not None:
-            seen = ", ".join(f"rank {rank}: digest {digests[rank]:0{DIGITS}x}" for rank in (0, other))
-            raise UserError(f"eval.{self.name}: ranks see different galleries ({seen}); {SAME_GALLERY}")
+    def _told(self, batches: Iterable[GalleryBatch]) -> Iterator[GalleryBatch]:
+        """Yield this rank's batches, and report each one when the next one is asked for."""
+        samples = self._gallery.samples_of(self.setting.rank, self.setting.world_size)
+        for batch in batches:
+            yield batch
+            done = int(batch.sample_ids[-1]) + 1 - samples.start  # samples that were left out among them
+            self.setting.report("samples", done, len(samples))
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of recalls in percent: two rows a model, one for each direction."""
@@ -236,12 +235,19 @@ def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
 
 
 def _found(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sample: Tensor) -> Tensor:
-    """Count the queries whose best correct candidate is among the first k of RECALL_AT: [3] int64.
+    """Count the queries whose best correct candidate is among the first k of RECALL_AT: [3] int64."""
+    before_Q = best_ranks(query, query_sample, candidate, candidate_sample)
+    return torch.stack([(before_Q < k).sum() for k in RECALL_AT])
 
-    query: [Q, E], candidate: [C, E]; a candidate is correct if it belongs to the query's sample. A query without any
-    correct candidate is never found.
+
+def best_ranks(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sample: Tensor) -> Tensor:
+    """Return how many wrong candidates come before the best correct one of each query: [Q] int64.
+
+    query: [Q, E], candidate: [C, E]; a candidate is correct if it belongs to the query's sample. A wrong candidate that
+    scores the same as the best correct one, or NaN, comes before it. The rank of a query without any correct candidate
+    is NEVER.
     """
-    found = torch.zeros(len(RECALL_AT), dtype=torch.int64, device=query.device)
+    ranks_Q = torch.empty(len(query), dtype=torch.int64, device=query.device)
     for first in range(0, len(query), _ROWS):
         rows = slice(first, first + _ROWS)
         score_QC = query[rows] @ candidate.T
@@ -249,5 +255,5 @@ def _found(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sam
         best_Q1 = score_QC.masked_fill(~correct_QC, -torch.inf).amax(1, keepdim=True)
         # "not smaller" instead of "greater or equal": also true of NaN.
         before_Q = (~(score_QC < best_Q1) & ~correct_QC).sum(1)
-        found += torch.stack([((before_Q < k) & correct_QC.any(1)).sum() for k in RECALL_AT])
-    return found
+        ranks_Q[rows] = before_Q.masked_fill(~correct_QC.any(1), NEVER)
+    return ranks_Q

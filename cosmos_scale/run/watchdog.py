@@ -73,10 +73,6 @@ class Watchdog:
         """Note what the main thread begins to do."""
         self._phase = _Phase(self._phase.number + 1, what, self._usual, datetime.now())
 
-    def moves(self) -> None:
-        """Note that what the main thread does goes on, such as an evaluation by a batch."""
-        self._phase = self._phase._replace(number=self._phase.number + 1)
-
     def step_done(self) -> None:
         """Note that a step is done: from here on no phase compiles."""
         self._usual, now = 1.0, time.monotonic()
@@ -87,11 +83,15 @@ class Watchdog:
         self._steps += 1
 
     @contextmanager
-    def longer(self, what: str) -> Iterator[None]:
-        """Allow LONGER times the limit for what the block does."""
+    def longer(self, what: str) -> Iterator[Callable[[], None]]:
+        """Allow LONGER times the limit for what the block does, and anew each time that it calls what this yields."""
         self._phase = _Phase(self._phase.number + 1, what, LONGER, datetime.now())
+
+        def goes_on() -> None:
+            self._phase = self._phase._replace(number=self._phase.number + 1)
+
         try:
-            yield
+            yield goes_on
         finally:
             self.enter(f"what follows {what}")
 

@@ -1,0 +1,247 @@
+"""Compare this project's evaluation with numbers of the published one, case by case: `check_golden.py --evaluation`.
+
+The form of the files is told in tests/golden/README.md. A case is what the names of its tensors begin with, such as
+`retrieval.ties`. A part of the file, such as `retrieval`, has one function that checks each of its cases: see CHECKS.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cosmos_scale.config import ModelConfig, RemoteConfig, TextConfig, VisionConfig
+from cosmos_scale.data.decode.background import KEEP
+from cosmos_scale.data.decode.torch_cpu import evaluation_crop
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.classification import LOGIT_SCALE, ranks_of
+from cosmos_scale.evaluation.evaluator import Encoder, Setting, one_process
+from cosmos_scale.evaluation.prompts.texts import filled_in
+from cosmos_scale.evaluation.retrieval import RECALL_AT, best_ranks
+from cosmos_scale.evaluation.text_weights import text_weights
+from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.model.tokenizer import Tokenizer
+from tools.check_golden import Golden
+
+EQUAL = 0.0  # the tolerance of whole numbers
+
+
+class Compared(NamedTuple):
+    """One tensor or number of a case: how far ours is from the file's, and how far it may be."""
+
+    name: str
+    difference: float
+    tolerance: float
+
+    @property
+    def part_of_tolerance(self) -> float:
+        """The difference in units of the tolerance; where only equal numbers are good, as it is."""
+        return self.difference / self.tolerance if self.tolerance else self.difference
+
+    @property
+    def good(self) -> bool:
+        """Whether the difference is within the tolerance."""
+        return self.difference <= self.tolerance
+
+
+class EvaluationGolden(Golden):
+    """A file of evaluation numbers."""
+
+    def model_config(self) -> ModelConfig:
+        """Return the model's sizes."""
+        sizes = self.parameters("config")
+        try:
+            return ModelConfig(
+                embed_dim=sizes["ed"],
+                pooler_heads=sizes["pooler_heads"],
+                vision=VisionConfig(
+                    image_size=sizes["image_size"],
+                    patch_size=sizes["ps"],
+                    width=sizes["vw"],
+                    layers=sizes["vl"],
+                    head_width=sizes["head_width"],
+                ),
+                text=TextConfig(
+                    context_length=self.shaped("student.positional_embedding", None, None).shape[0],
+                    vocab_size=sizes["vocab"],
+                    width=sizes["tw"],
+                    layers=sizes["tl"],
+                    heads=sizes["th"],
+                ),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"{self.path}: the header's config does not make a model: {text}") from error
+
+    def encoder(self) -> Encoder:
+        """Return an encoder with the file's weights; rows of the token table that the file leaves out are zero."""
+        config = self.model_config()
+        rows = self.tensor("token_rows.ids").long()
+        table = torch.zeros(config.text.vocab_size, config.text.width)
+        table[rows] = self.shaped("token_rows.values", len(rows), config.text.width)
+        model = CosmosModel(config)
+        try:
+            model.load_state_dict({**self.state_dict("student."), "token_embedding.weight": table}, strict=True)
+        except RuntimeError as error:
+            raise UserError(f"{self.path}: student.*: {' '.join(str(error).split())}") from error
+        device = torch.device(self.device)
+        setting = Setting(
+            rank=0,
+            world_size=1,
+            device=device,
+            image_size=config.vision.image_size,
+            tokenizer=Tokenizer(config.text.context_length),
+            max_pixels=10**9,
+            background=KEEP,
+            remote=RemoteConfig(),
+        )
+        return Encoder(model.to(device).eval(), setting)
+
+    def parameters(self, case: str) -> dict[str, Any]:
+        """Return what the header says of a case."""
+        try:
+            found = json.loads(self.metadata(case))
+        except ValueError as error:
+            raise UserError(f"{self.path}: the header's {case} is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path}: the header's {case} must be an object")
+        return found
+
+    def cases(self, part: str) -> list[str]:
+        """Return the cases of a part, sorted: `cls` has one, of its own name; others have one for each second name."""
+        names = [name.split(".") for name in self.names() if name.split(".")[0] == part]
+        single = part in ("cls", "attention")
+        return sorted({part if single else ".".join(name[:2]) for name in names})
+
+
+def compare(golden: Golden, name: str, ours: Tensor, tolerance: float) -> Compared:
+    """Compare a tensor of ours with the file's; NaN must stand in the same places."""
+    theirs = golden.tensor(name)
+    ours = ours.detach().cpu()
+    if ours.shape != theirs.shape:
+        raise UserError(f"{golden.path}: {name}: shape {tuple(theirs.shape)} should be {tuple(ours.shape)}")
+    both_nan = ours.isnan() & theirs.isnan() if theirs.is_floating_point() else torch.zeros_like(theirs).bool()
+    difference = (ours.double() - theirs.double()).abs().masked_fill(both_nan, 0.0)
+    return Compared(name, difference.nan_to_num(nan=math.inf).max().item() if theirs.numel() else 0.0, tolerance)
+
+
+def compare_number(name: str, ours: float, theirs: object, tolerance: float) -> Compared:
+    """Compare a number of ours with the header's."""
+    good = isinstance(theirs, (int, float))
+    return Compared(name, abs(ours - float(theirs)) if good else math.inf, tolerance)  # type: ignore[arg-type]
+
+
+def check_preprocess(golden: EvaluationGolden, case: str) -> Iterator[Compared]:
+    """Compare the evaluation's preprocessing of a picture."""
+    output = golden.shaped(f"{case}.output", 3, None, None)
+    picture = golden.shaped(f"{case}.image", None, None, 3)
+    four_channels = torch.cat([picture, picture[:, :, :1]], dim=2).contiguous().numpy()
+    yield compare(golden, f"{case}.output", evaluation_crop(four_channels, output.shape[1]), 1e-6)
+
+
+def check_classification(golden: EvaluationGolden, case: str) -> Iterator[Compared]:
+    """Compare tokens, classifier, features and logits, and the shares of right answers."""
+    said, encoder = golden.parameters(case), golden.encoder()
+    names, templates = said["class_names"], said["templates"]
+    texts = [text for name in names for text in filled_in([name], templates)]
+    yield compare(golden, f"{case}.tokens", encoder.setting.tokenizer(texts), EQUAL)
+    with torch.no_grad():
+        weights_CE = text_weights(encoder, [(name,) for name in names], templates, one_process)
+        features_NE = encoder.images(golden.tensor(f"{case}.images"))
+    logits_NC = LOGIT_SCALE * features_NE @ weights_CE.T
+    yield compare(golden, f"{case}.classifier", weights_CE.T, 1e-5)
+    yield compare(golden, f"{case}.image_features", features_NE, 1e-5)
+    yield compare(golden, f"{case}.logits", logits_NC, 5e-4)
+    rank_N = ranks_of(logits_NC.cpu(), golden.tensor(f"{case}.target").long())
+    for key, first in (("top1", 1), ("top3", 3)):
+        yield compare_number(f"{case}: {key}", (rank_N < first).double().mean().item(), said.get(key), 1e-12)
+
+
+def check_retrieval(golden: EvaluationGolden, case: str) -> Iterator[Compared]:
+    """Compare scores, ranks and the figures made of them.
+
+    Where scores are equal this project's ranks are the worst ones, and what the published code gave lies between.
+    """
+    image = golden.shaped(f"{case}.image_features", None, None).to(golden.device)
+    text = golden.shaped(f"{case}.text_features", None, image.shape[1]).to(golden.device)
+    of_text = golden.shaped(f"{case}.image_of_text", len(text)).to(golden.device)
+    of_image = torch.arange(len(image), device=golden.device)
+    said = golden.parameters(case)
+    yield compare(golden, f"{case}.scores", said["logit_scale"] * image @ text.T, 1e-5)
+    correct_IN = of_image[:, None] == of_text
+    scores_IN = image @ text.T
+    directions = {
+        "image_to_text": (best_ranks(image, of_image, text, of_text).cpu(), scores_IN, correct_IN),
+        "text_to_image": (best_ranks(text, of_text, image, of_image).cpu(), scores_IN.T, correct_IN.T),
+    }
+    for direction, (rank, scores_QC, correct_QC) in directions.items():
+        best, stable = (ranks.cpu() for ranks in _other_ranks(scores_QC, correct_QC))
+        name = f"{case}.{direction}_rank"
+        figures = {"best_tie": best, "worst_tie": rank}
+        if f"{name}_worst" in golden.names():
+            yield compare(golden, f"{name}_worst", rank, EQUAL)
+            yield compare(golden, f"{name}_best", best, EQUAL)
+            yield compare(golden, f"{name}_stable", stable, EQUAL)
+            published = golden.shaped(f"{name}_published", len(rank))
+            legitimate = bool(((best <= published) & (published <= rank)).all())
+            yield Compared(f"{name}_published", 0.0 if legitimate else math.inf, EQUAL)
+        else:
+            yield compare(golden, name, rank, EQUAL)
+            figures["published"] = rank
+        for key, ranks in figures.items():
+            for figure, value in _recalls(direction, ranks).items():
+                yield compare_number(f"{case}: {key} {figure}", value, said[key].get(figure), 1e-5)
+
+
+def _other_ranks(scores_QC: Tensor, correct_QC: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks by two other rules for equal scores: correct candidates first, and candidates of smaller numbers first."""
+    own_Q1 = scores_QC.masked_fill(~correct_QC, -math.inf).amax(1, keepdim=True)
+    best_Q = ((scores_QC > own_Q1) & ~correct_QC).sum(1)
+    order_QC = scores_QC.argsort(dim=1, descending=True, stable=True)
+    stable_Q = correct_QC.gather(1, order_QC).long().argmax(1)
+    return best_Q, stable_Q
+
+
+def _recalls(direction: str, rank: Tensor) -> dict[str, float]:
+    """The published figures of a direction, from ranks that count from 0."""
+    shares = {f"{direction}_R@{k}": (rank < k).double().mean().item() for k in RECALL_AT}
+    median = math.floor(rank.double().quantile(0.5).item()) + 1
+    return {
+        **shares,
+        f"{direction}_mean_rank": rank.double().mean().item() + 1,
+        f"{direction}_median_rank": float(median),
+    }
+
+
+Check = Callable[[EvaluationGolden, str], Iterator[Compared]]
+CHECKS: Mapping[str, Check] = {
+    "preprocess": check_preprocess,
+    "cls": check_classification,
+    "retrieval": check_retrieval,
+}
+"""What compares the cases of each part of a file."""
+
+
+def check_evaluation_file(path: Path, device: str) -> bool:
+    """Compare every case of a file, print a line for each, and tell whether all are within tolerance."""
+    golden = EvaluationGolden(path, "cuda" if device == "cuda" else "cpu")
+    print(path)
+    cases = [(check, case) for part, check in CHECKS.items() for case in golden.cases(part)]
+    if not cases:
+        raise UserError(f"{path}: has no tensors of {', '.join(CHECKS)}: not a file of evaluation numbers")
+    within = True
+    for check, case in cases:
+        try:
+            compared = list(check(golden, case))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: {case}: cannot be used: {type(error).__name__}: {error}") from error
+        past = [one for one in compared if not one.good]
+        within &= not past
+        worst = max(past or compared, key=lambda one: one.part_of_tolerance)
+        verdict = "PAST TOLERANCE" if past else "ok"
+        print(f"  {case:24} {worst.difference:9.2e} (at most {worst.tolerance:.0e})  {verdict}", end="")
+        print(f"  worst of {len(compared)}: {worst.name}")
+    return within
