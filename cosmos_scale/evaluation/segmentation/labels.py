@@ -1,0 +1,36 @@
+"""From logits to labels: probabilities of classes, the rule of areas, and the threshold."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def class_probabilities(logits_QHW: Tensor, logit_scale: float, names_of: Sequence[int]) -> Tensor:
+    """Return the probability of each class at each pixel [C, H, W]: of its most probable name among all names.
+
+    names_of: how many names each class has; the queries are the names of class 0, then those of class 1, and so on.
+    """
+    probabilities_QHW = torch.softmax(logits_QHW * logit_scale, dim=0)
+    if len(names_of) == len(probabilities_QHW):
+        return probabilities_QHW
+    return torch.stack([names.amax(0) for names in probabilities_QHW.split(list(names_of))])
+
+
+def large_classes(pixels_C: Tensor, area_threshold: float) -> Tensor:
+    """Tell which classes are large enough to be kept: [C] bool; class 0 always is.
+
+    pixels: [C] int64, of how many pixels each class is the most probable one. area_threshold: of all pixels that are
+    not of class 0, the share that a class must exceed.
+    """
+    kept_C = pixels_C > area_threshold * pixels_C[1:].sum()
+    kept_C[0] = True
+    return kept_C
+
+
+def label_map(probabilities_CHW: Tensor, threshold: float) -> Tensor:
+    """Return the most probable class of each pixel, the first of equal ones, or 0 below the threshold: [H, W] int64."""
+    labels_HW = probabilities_CHW.argmax(0)
+    if threshold > 0:
+        labels_HW[probabilities_CHW.amax(0) < threshold] = 0
+    return labels_HW
