@@ -94,6 +94,7 @@ def run_demo(out: Path, quick: bool) -> bool:
     ]
     config = load_config(file, overrides)
     (gallery,) = config.eval  # both configs of the demo have one evaluator
+    assert isinstance(gallery, RetrievalConfig)
     assert gallery.max_samples is not None
     assert config.data.samples is not None
     run_folder = config.output / config.name

@@ -28,8 +28,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
         if step > 0:
-            with progress.pause(), watchdog.longer(f"the evaluation of step {step}"):
-                run.opened.evaluations.run_missed(step, last_step, student, teacher, progress)
+            with progress.pause(), watchdog.longer(f"the evaluation of step {step}") as goes_on:
+                run.opened.evaluations.run_missed(step, last_step, student, teacher, progress, goes_on)
         ahead = Lookahead(
             run.loader,
             ranks,
@@ -54,8 +54,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
                 with progress.pause(), watchdog.longer(f"the checkpoint after step {step}"):
                     checkpoints.save(run.state(step))
             if step < last_step and run.opened.evaluations.due(step):
-                with progress.pause(), watchdog.longer(f"the evaluation of step {step}"):
-                    run.opened.evaluations.run_due(step, student, teacher, progress)
+                with progress.pause(), watchdog.longer(f"the evaluation of step {step}") as goes_on:
+                    run.opened.evaluations.run_due(step, student, teacher, progress, goes_on)
         if ahead.stopped_by is not None and ahead.failure is None:
             progress.say(f"stopping after step {step} of {last_step}: {ahead.stopped_by}")
         progress.read_pending()
@@ -66,8 +66,8 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
         if ahead.failure is not None:
             raise ahead.failure
         if run.first_step < step == last_step:
-            with watchdog.longer(f"the evaluation of step {step}"):
-                run.opened.evaluations.run_all(step, student, teacher, progress)
+            with watchdog.longer(f"the evaluation of step {step}") as goes_on:
+                run.opened.evaluations.run_all(step, student, teacher, progress, goes_on)
 
 
 if __name__ == "__main__":

@@ -252,14 +252,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.config import SourceConfig
+    from cosmos_scale.config import RetrievalConfig, SourceConfig
     from cosmos_scale.data.tools import verify
 
     config = _config(arguments)
     galleries = [
         SourceConfig(name=f"eval.{section.name}", shards=section.shards, index=section.index)
         for section in config.eval
-        if section.every
+        if section.every and isinstance(section, RetrievalConfig)
     ]
     verdict = verify.verify_shards(
         config.data,

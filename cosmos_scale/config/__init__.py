@@ -6,6 +6,7 @@ keys; `reference.py` makes it.
 """
 
 from cosmos_scale.config.checkpoint import CheckpointConfig
+from cosmos_scale.config.classification import ClassificationConfig
 from cosmos_scale.config.data import (
     BACKGROUND,
     BlurConfig,
@@ -19,10 +20,11 @@ from cosmos_scale.config.data import (
     ViewsConfig,
 )
 from cosmos_scale.config.ema import EmaConfig
-from cosmos_scale.config.evaluation import EvaluatorConfig, RetrievalConfig
+from cosmos_scale.config.evaluator import EvaluatorConfig
 from cosmos_scale.config.log import LogConfig, WandbConfig
 from cosmos_scale.config.model import TOKENIZER_VOCABULARY, ModelConfig, TextConfig, VisionConfig
 from cosmos_scale.config.optimizer import OptimizerConfig
+from cosmos_scale.config.retrieval import RetrievalConfig
 from cosmos_scale.config.run import RunConfig
 from cosmos_scale.config.train import TrainConfig
 from cosmos_scale.config.zero import ZeroConfig
@@ -34,6 +36,7 @@ __all__ = [
     "CaptionSampling",
     "CaptionsConfig",
     "CheckpointConfig",
+    "ClassificationConfig",
     "DaliConfig",
     "DataConfig",
     "EmaConfig",

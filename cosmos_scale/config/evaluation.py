@@ -6,88 +6,15 @@ means a list with one evaluator of the kind `retrieval`.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
+from cosmos_scale.config.classification import ClassificationConfig
+from cosmos_scale.config.evaluator import EvaluatorConfig
+from cosmos_scale.config.retrieval import RetrievalConfig
+from cosmos_scale.config.section import refuse
 
-from cosmos_scale.config.section import (
-    MAY_DIFFER_BY_HOST,
-    PLAIN_NAME,
-    RESUME_MAY_CHANGE,
-    Place,
-    Section,
-    redact_urls,
-    refuse,
-)
-
-
-class EvaluatorConfig(Section):
-    """The keys of an evaluator of any kind."""
-
-    kind: str
-    name: str = Field(
-        description="stands before the names of its numbers where it is not the kind",
-        json_schema_extra=RESUME_MAY_CHANGE,
-    )
-    every: int = Field(
-        0,
-        ge=0,
-        description="steps between evaluations; another one follows the last step; 0: never during training",
-        json_schema_extra=RESUME_MAY_CHANGE,
-    )
-
-    def describe(self) -> str:
-        """A few words on what is measured on what."""
-        return self.kind
-
-    def _check_rules(self) -> None:
-        if not PLAIN_NAME.fullmatch(self.name):
-            refuse(
-                "name",
-                self.name,
-                "must be a folder's plain name: at most 200 letters, digits, . _ - and no leading dot",
-            )
-
-
-class RetrievalConfig(EvaluatorConfig):
-    """Image-text retrieval on held-out pairs."""
-
-    kind: Literal["retrieval"] = Field(description="what is measured", json_schema_extra=RESUME_MAY_CHANGE)
-    name: str = Field(
-        "retrieval",
-        description="stands before the names of its numbers where it is not the kind",
-        json_schema_extra=RESUME_MAY_CHANGE,
-    )
-    shards: Place = Field(
-        description="folder or glob / brace pattern of .tar files, here or at a URL; or pipe:COMMAND, with braces",
-        json_schema_extra=MAY_DIFFER_BY_HOST,
-    )
-    index: Place | None = Field(
-        None, description="folder of the index files; null: beside the shards", json_schema_extra=MAY_DIFFER_BY_HOST
-    )
-    captions: str | None = Field(
-        None,
-        description="json key of the captions that count as correct; null: raw_caption where there is one, else the "
-        "only key of captions there is",
-        json_schema_extra=RESUME_MAY_CHANGE,
-    )
-    max_samples: int | None = Field(
-        None,
-        gt=0,
-        description="first samples of the shards that are used; null: all",
-        json_schema_extra=RESUME_MAY_CHANGE,
-    )
-    batch: int = Field(
-        64, gt=0, le=100_000, description="samples encoded at a time, per rank", json_schema_extra=RESUME_MAY_CHANGE
-    )
-
-    def describe(self) -> str:
-        """A few words on what is measured on what."""
-        return f"retrieval on {redact_urls(self.shards)}"
-
-
-# The next kind of evaluator makes this a union with `kind` as its discriminator.
-AnyEvaluatorConfig = RetrievalConfig
+AnyEvaluatorConfig = RetrievalConfig | ClassificationConfig
+"""The keys of an evaluator; `kind` says which of the kinds. A new kind is added here, and in `config/__init__.py`."""
 
 
 def check_names(evaluators: Sequence[EvaluatorConfig]) -> None:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -43,10 +43,24 @@ def sections_in(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
             yield section, nested or in_list
 
 
-def valid_keys() -> list[str]:
-    """Return every dotted key of a run, sections included; an element of a list has the name `N`."""
-    keys = (section.key(name) for section in sections() for name in section.type.model_fields)
+def valid_keys(kind: str = "") -> list[str]:
+    """Return every dotted key of a run, sections included; an element of a list has the name `N`.
+
+    kind: of a list's elements that have kinds, such as the evaluators, only those of this kind count; "": all.
+    """
+    keys = (
+        section.key(name)
+        for section in sections()
+        if not kind or kind_of(section.type) in ("", kind)
+        for name in section.type.model_fields
+    )
     return list(dict.fromkeys(keys))
+
+
+def kind_of(section: type[BaseModel]) -> str:
+    """Return the kind of a section that is one of several kinds of element of a list; "" for every other section."""
+    field = section.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field is not None and get_origin(field.annotation) is Literal else ""
 
 
 def with_positions_named(dotted: str) -> str:
@@ -54,8 +68,8 @@ def with_positions_named(dotted: str) -> str:
     return ".".join("N" if part.isdecimal() else part for part in dotted.split("."))
 
 
-def nearest_key(dotted: str) -> str:
-    """Return the valid dotted key that is most like a wrong one.
+def nearest_key(dotted: str, kind: str = "") -> str:
+    """Return the valid dotted key that is most like a wrong one; kind: as in `valid_keys`.
 
     The first choice is a key of the same section with a similar name, the second a key of another section with the same
     last name (`lr` -> `optimizer.lr`), the third the most similar key of all.
@@ -63,7 +77,7 @@ def nearest_key(dotted: str) -> str:
     parts = dotted.split(".")
     pattern = with_positions_named(dotted)
     section, _, name = pattern.rpartition(".")
-    keys = valid_keys()
+    keys = valid_keys(kind)
     neighbours = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
     namesakes = [key for key in keys if key.rpartition(".")[2] == name]
     if slips := difflib.get_close_matches(name, neighbours, n=1, cutoff=0.6):

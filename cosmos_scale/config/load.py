@@ -210,15 +210,18 @@ def _refuse(errors: list[ErrorDetails], origins: Origins, default: str, evaluato
     # An unknown key comes first: it is often a misspelt key, and the correct key is then reported as missing.
     details = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in details["loc"]]
+    kind = location.pop(2) if location[:1] == ["eval"] and len(location) > 2 else ""  # which pydantic puts there
     broken = details.get("ctx", {}).get("error")
     if isinstance(broken, RuleBroken):
         keys = [".".join([*location, name]) for name in (broken.key, *broken.others)]
         key, *others = (written_key(one, evaluators) for one in keys)
         text = f"{key}: {shown_value(broken.value)} {broken.rule}"
     else:
+        if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            location.append("kind")
         found = ".".join(location)
         key, others = written_key(found, evaluators), []
-        what = _describe(details, written_key(nearest_key(found), evaluators))
+        what = _describe(details, written_key(nearest_key(found, kind), evaluators))
         text = f"{key}: {what}" if key else what
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     raise UserError(f"{_origin_of(key, others, origins, default)}: {text}{more}") from None
@@ -227,8 +230,13 @@ def _refuse(errors: list[ErrorDetails], origins: Origins, default: str, evaluato
 def _describe(details: ErrorDetails, nearest: str) -> str:
     if details["type"] == "extra_forbidden":
         return f"no such key; did you mean {nearest}?"
-    if details["type"] == "missing":
+    if details["type"] in ("missing", "union_tag_not_found"):
         return "this key is required and missing"
+    if details["type"] == "union_tag_invalid":
+        found, known = details["ctx"]["tag"], details["ctx"]["expected_tags"]
+        return f"{shown_value(found)} should be one of {known}"
+    if details["type"] == "model_attributes_type":
+        return f"{shown_value(details['input'])} should be an object"
     value, rule = details["input"], details["msg"].replace("Input should", "should")
     return f"{shown_value(value)} {rule}{reading_hint(value, details['type'])}"
 

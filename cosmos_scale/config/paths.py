@@ -19,6 +19,9 @@ PATH_KEYS = frozenset(
         "data.remote.cache",
         "eval.N.shards",
         "eval.N.index",
+        "eval.N.data",
+        "eval.N.classes",
+        "eval.N.templates",
     }
 )
 

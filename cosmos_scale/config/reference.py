@@ -14,7 +14,7 @@ from pydantic import BaseModel, PlainSerializer
 from pydantic.fields import FieldInfo
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.config.keys import PlacedSection, nearest_key, sections, sections_in, with_positions_named
+from cosmos_scale.config.keys import PlacedSection, kind_of, nearest_key, sections, sections_in, with_positions_named
 from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, has_mark
 from cosmos_scale.errors import UserError
 
@@ -187,10 +187,7 @@ def _docstring(section: type[BaseModel]) -> str:
 
 def _variant(section: type[BaseModel]) -> str:
     """Return what tells the sections of one list apart, such as " (kind: retrieval)"; "" for every other section."""
-    for name, field in section.model_fields.items():
-        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
-            return f" ({name}: {get_args(field.annotation)[0]})"
-    return ""
+    return f" (kind: {kind})" if (kind := kind_of(section)) else ""
 
 
 def _escaped(text: str) -> str:

@@ -1,7 +1,7 @@
 """The configuration of a run: its own keys, its sections, and the rules between them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -67,7 +67,7 @@ class RunConfig(Section):
     ema: EmaConfig = EmaConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: tuple[AnyEvaluatorConfig, ...] = Field(
+    eval: tuple[Annotated[AnyEvaluatorConfig, Field(discriminator="kind")], ...] = Field(
         (), description="evaluators on student and teacher", json_schema_extra=RESUME_MAY_CHANGE
     )
     log: LogConfig = LogConfig()

@@ -1,15 +1,18 @@
 """The frame of all evaluations: what an evaluator is, what it sees, and what it gives."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor
 
 from cosmos_scale.config import EvaluatorConfig, RemoteConfig, RunConfig
+from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 
@@ -18,6 +21,22 @@ Gather = Callable[[Tensor], Tensor]
 
 Numbers = dict[str, float]
 """What an evaluator measured, by name; counts are whole numbers."""
+
+
+Report = Callable[[str, int, int], None]
+"""Told of long work as it goes on: what it is, how much of it this rank has done, and how much it has to do."""
+
+
+def no_report(work: str, done: int, total: int) -> None:
+    """The report that nobody hears."""
+
+
+DIGITS = 15  # hexadecimal, of a digest of data: as many as an int64 has room for
+
+
+def digest_of(text: str) -> str:
+    """A digest of a text that says what data was read, in DIGITS hexadecimal digits."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:DIGITS]
 
 
 def one_process(tensor: Tensor) -> Tensor:
@@ -31,7 +50,7 @@ class Setting:
 
     device: where models lie and where gathered tensors must be. image_size: side of the model's pictures in pixels.
     max_pixels: of a picture; larger ones are left out. background: what stands behind transparent pixels.
-    remote: how shards that lie elsewhere are read.
+    remote: how shards that lie elsewhere are read. report: what evaluators tell of long work, every second or so.
     """
 
     rank: int
@@ -42,9 +61,12 @@ class Setting:
     max_pixels: int
     background: str
     remote: RemoteConfig
+    report: Report = no_report
 
     @classmethod
-    def of_run(cls, config: RunConfig, rank: int, world_size: int, device: torch.device) -> "Setting":
+    def of_run(
+        cls, config: RunConfig, rank: int, world_size: int, device: torch.device, report: Report = no_report
+    ) -> "Setting":
         """The setting of one rank of a run."""
         return cls(
             rank=rank,
@@ -55,6 +77,7 @@ class Setting:
             max_pixels=config.data.max_pixels,
             background=config.data.background,
             remote=config.data.remote,
+            report=report,
         )
 
 
@@ -88,9 +111,25 @@ class Evaluator(ABC):
         self.name, self.kind, self.every = config.name, config.kind, config.every
         self.setting = setting
 
+    def subject(self) -> dict[str, str]:
+        """What was measured on, by name: stands before the numbers in a line of JSON."""
+        return {}
+
     def gallery(self) -> str:
         """What `measure` reads, in words with digests: equal on ranks that read equal data, empty for no data."""
         return ""
+
+    def require_same_data(self, gather: Gather, rule: str) -> None:
+        """Raise UserError, on all ranks, where ranks would measure on parts of different data, as `gallery` says.
+
+        A run's start compares galleries too, but a gallery may be opened later.
+        """
+        own = digest_of(self.gallery())
+        digests = gather(torch.tensor([int(own, 16)], device=self.setting.device)).tolist()
+        other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        if other is not None:
+            seen = ", ".join(f"rank {rank}: digest {digests[rank]:0{DIGITS}x}" for rank in (0, other))
+            raise UserError(f"eval.{self.name}: ranks see different galleries ({seen}); {rule}")
 
     @abstractmethod
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
@@ -100,6 +139,10 @@ class Evaluator(ABC):
         `gather` raises: the frame sees to it that no other rank waits for it (`together.py`).
         folder: for files that a person looks at; it may not exist yet. None: leave no files.
         """
+
+    def details(self) -> Sequence[RenderableType]:
+        """What else the last `measure` found, for people who look at one model: printed below its table."""
+        return []
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table for people of the numbers of some models by the models' names: a row a number, a column a model."""

@@ -97,6 +97,10 @@ class Gallery:
         shards = f"index {self._index.fingerprint()}, shards {marks or 'without marks'}"
         return f"{counted(self._samples, 'sample')}, {shards}, captions {self.captions_key}"
 
+    def samples_of(self, rank: int, world_size: int) -> range:
+        """Return one rank's slice of the samples; it may be empty."""
+        return range(self._samples * rank // world_size, self._samples * (rank + 1) // world_size)
+
     def batches(self, rank: int, world_size: int, batch: int) -> Iterator[GalleryBatch]:
         """Yield one rank's contiguous slice of the samples, in the index's order, `batch` at a time.
 
@@ -110,7 +114,7 @@ class Gallery:
         texts: list[list[str]] = []
         sample_ids: list[int] = []
         try:
-            for sample in range(self._samples * rank // world_size, self._samples * (rank + 1) // world_size):
+            for sample in self.samples_of(rank, world_size):
                 location = self._index.locate(sample)
                 try:
                     image_bytes, document = reader.read(location)

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cosmos_scale.config import EvaluatorConfig, RetrievalConfig
+from cosmos_scale.config import ClassificationConfig, EvaluatorConfig, RetrievalConfig
+from cosmos_scale.evaluation.classification import Classification
 from cosmos_scale.evaluation.evaluator import Evaluator, Setting
 from cosmos_scale.evaluation.retrieval import Retrieval
 
 KINDS: Mapping[type[EvaluatorConfig], Callable[[Any, Setting], Evaluator]] = {
     RetrievalConfig: Retrieval,
+    ClassificationConfig: Classification,
 }
 
 

@@ -4,7 +4,6 @@ Every rank encodes its slice of the gallery, receives the features of all slices
 the collective is handed in, so that this module knows nothing of process groups.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from cosmos_scale.words import counted
 RECALL_AT = (1, 5, 10)
 SAME_GALLERY = "rule: every host has the same gallery, so copy its shards along with their index"
 LEFT_OUT = ("left_out_without_captions", "left_out_damaged")
-DIGITS = 15  # hexadecimal, of a gallery's digest: as many as an int64 has room for
 
 EncodeImages = Callable[[Tensor], Tensor]
 """Images [N, 3, H, W] float32 on the CPU to normalised features [N, E] on any device."""
@@ -85,15 +83,19 @@ class Retrieval(Evaluator):
         """The json key of the captions that count as correct."""
         return self._gallery.captions_key
 
+    def subject(self) -> dict[str, str]:
+        """The shards, and the json key of the captions."""
+        return {"data": self._config.shards, "captions": self.captions}
+
     def gallery(self) -> str:
         """The gallery's samples, index, first bytes and captions, in words."""
         return self._gallery.describe()
 
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield the numbers of `RetrievalResult.as_dict`, and how many samples were left out; leaves no files."""
-        batches = self._gallery.batches(self.setting.rank, self.setting.world_size, self._config.batch)
+        batches = self._told(self._gallery.batches(self.setting.rank, self.setting.world_size, self._config.batch))
         device = self.setting.device
-        self._require_one_gallery(gather)
+        self.require_same_data(gather, SAME_GALLERY)
         try:
             result = evaluate(encoder.images, encoder.texts, batches, gather=gather, device=device)
         except EmptyGallery as error:
@@ -102,17 +104,13 @@ class Retrieval(Evaluator):
         left_out = gather(torch.tensor([self._gallery.left_out], device=device)).sum(0).tolist()
         yield from zip(LEFT_OUT, left_out, strict=True)
 
-    def _require_one_gallery(self, gather: Gather) -> None:
-        """Raise UserError, on all ranks, where ranks would measure on slices of different galleries.
-
-        A run's start compares galleries too, but a gallery may be opened later.
-        """
-        own = hashlib.sha256(self.gallery().encode()).hexdigest()[:DIGITS]
-        digests = gather(torch.tensor([int(own, 16)], device=self.setting.device)).tolist()
-        other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-        if other is not None:
-            seen = ", ".join(f"rank {rank}: digest {digests[rank]:0{DIGITS}x}" for rank in (0, other))
-            raise UserError(f"eval.{self.name}: ranks see different galleries ({seen}); {SAME_GALLERY}")
+    def _told(self, batches: Iterable[GalleryBatch]) -> Iterator[GalleryBatch]:
+        """Yield this rank's batches, and report each one when the next one is asked for."""
+        samples = self._gallery.samples_of(self.setting.rank, self.setting.world_size)
+        for batch in batches:
+            yield batch
+            done = int(batch.sample_ids[-1]) + 1 - samples.start  # samples that were left out among them
+            self.setting.report("samples", done, len(samples))
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of recalls in percent: two rows a model, one for each direction."""

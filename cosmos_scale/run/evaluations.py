@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +14,14 @@ from cosmos_scale.engine.ranks import gather_rows
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting
+from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Report, Setting, no_report
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
 from cosmos_scale.run.folder import EVALUATION
 from cosmos_scale.run.progress import Progress
+
+GoesOn = Callable[[], None]
+"""Tells the watchdog, on each rank, that an evaluation goes on: a long one may take longer than its limit."""
 
 
 class RankPlace(Protocol):
@@ -47,7 +50,8 @@ class Evaluations:
         when it is due, and fails where the data is still not there.
         """
         self._folder = folder / EVALUATION
-        self._setting = Setting.of_run(config, ranks.rank, ranks.world_size, ranks.device)
+        self._told: Report = no_report
+        self._setting = Setting.of_run(config, ranks.rank, ranks.world_size, ranks.device, self._report)
         self._evaluators: list[Evaluator] = []
         self._failures: Counter[str] = Counter()  # by evaluator, since the start of this process
         self.unopened: list[str] = []  # the names of those whose data a resumed run does without for now
@@ -71,27 +75,52 @@ class Evaluations:
         """Whether anything is to be measured after a number of steps."""
         return bool(self._due(step))
 
-    def run_due(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
-        """Measure what is due after a number of steps, and tell progress of numbers and failures; collective."""
-        self._run(self._due(step), step, student, teacher, progress)
+    def run_due(self, step: int, student: Student, teacher: Teacher, progress: Progress, goes_on: GoesOn) -> None:
+        """Measure what is due after a number of steps, and tell progress of numbers and failures; collective.
 
-    def run_all(self, step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+        goes_on: tells the watchdog that an evaluation goes on.
+        """
+        self._run(self._due(step), step, student, teacher, progress, goes_on)
+
+    def run_all(self, step: int, student: Student, teacher: Teacher, progress: Progress, goes_on: GoesOn) -> None:
         """Measure everything at the run's end, as `run_due` does; collective."""
-        self._run(self._evaluators, step, student, teacher, progress)
+        self._run(self._evaluators, step, student, teacher, progress, goes_on)
 
-    def run_missed(self, step: int, last_step: int, student: Student, teacher: Teacher, progress: Progress) -> None:
+    def run_missed(
+        self,
+        step: int,
+        last_step: int,
+        student: Student,
+        teacher: Teacher,
+        progress: Progress,
+        goes_on: GoesOn,
+    ) -> None:
         """Measure what is due at a resumed run's first step and has no record, as `run_due` does; collective.
 
         The step was saved before it was evaluated, and the launch that saved it was ended in between.
         """
         due = self._evaluators if step == last_step else self._due(step)
         if due:
-            self._run(due[progress.evaluations_of(step) :], step, student, teacher, progress)  # in order, so the rest
+            self._run(
+                due[progress.evaluations_of(step) :], step, student, teacher, progress, goes_on
+            )  # in order, so the rest
 
     def _run(
-        self, evaluators: Sequence[Evaluator], step: int, student: Student, teacher: Teacher, progress: Progress
+        self,
+        evaluators: Sequence[Evaluator],
+        step: int,
+        student: Student,
+        teacher: Teacher,
+        progress: Progress,
+        goes_on: GoesOn,
     ) -> None:
         for evaluator in evaluators:
+
+            def told(work: str, done: int, total: int, name: str = evaluator.name) -> None:
+                goes_on()
+                progress.evaluating(f"{name}: {work}", done, total)
+
+            self._told = told
             try:
                 results = self._measure(evaluator, step, student, teacher)
                 table = _table(evaluator, results, step)
@@ -100,6 +129,13 @@ class Evaluations:
                 progress.evaluation_failed(step, evaluator.name, self._failures[evaluator.name], str(failure))
             else:
                 progress.evaluation(step, evaluator, results, table)
+            finally:
+                self._told = no_report
+                progress.evaluated()
+
+    def _report(self, work: str, done: int, total: int) -> None:
+        """What the evaluators report to: whoever listens at the time."""
+        self._told(work, done, total)
 
     def _due(self, step: int) -> list[Evaluator]:
         return [evaluator for evaluator in self._evaluators if step % evaluator.every == 0]

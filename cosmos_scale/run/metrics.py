@@ -54,16 +54,17 @@ class MetricLog:
         self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
         console = make_console()
         self._progress = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             disable=not (config.progress and console.is_terminal),
         )
-        self._task = self._progress.add_task("training", total=last_step, completed=first_step, loss="-")
+        self._task = self._progress.add_task("training", total=last_step, completed=first_step, loss="loss -")
+        self._work = self._progress.add_task("", total=None, visible=False, loss="")
         self._started = time.monotonic()
 
     def __enter__(self) -> "MetricLog":
@@ -85,13 +86,23 @@ class MetricLog:
         """Move the progress bar."""
         self._progress.update(self._task, completed=steps_done)
 
+    def working(self, work: str, done: int, total: int) -> None:
+        """Show a second bar below that of the training: how far other work is, such as an evaluation."""
+        if self._progress.tasks[self._work].description != work:
+            self._progress.reset(self._work, total=total, description=work, visible=True)
+        self._progress.update(self._work, completed=done, total=total)
+
+    def worked(self) -> None:
+        """Take the second bar away."""
+        self._progress.update(self._work, description="", visible=False)
+
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self._progress.console.print(text, highlight=False, soft_wrap=True)
 
     def training(self, record: dict[str, float]) -> None:
         """Write one training record (its keys are made in `progress.py`) and print its console line."""
-        self._progress.update(self._task, loss=f"{record['loss']:.3f}")
+        self._progress.update(self._task, loss=f"loss {record['loss']:.3f}")
         self._write(record, "train")
         done = int(record["step"])
         left = (time.monotonic() - self._started) / max(1, done - self._first_step) * (self._last_step - done)

@@ -182,6 +182,16 @@ class Progress:
             named = {f"{prefix}{model}": numbers for model, numbers in results.items()}
             self._log.evaluation(step, named, table)
 
+    def evaluating(self, work: str, done: int, total: int) -> None:
+        """Show how far the main rank is with its part of an evaluation."""
+        if self._log is not None:
+            self._log.working(work, done, total)
+
+    def evaluated(self) -> None:
+        """Show no evaluation any more."""
+        if self._log is not None:
+            self._log.worked()
+
     def evaluation_failed(self, step: int, name: str, failures: int, reason: str) -> None:
         """Write and show that an evaluator failed; failures: how often so far."""
         if self._log is not None:

@@ -73,11 +73,15 @@ class Watchdog:
         self._usual = 1.0
 
     @contextmanager
-    def longer(self, what: str) -> Iterator[None]:
-        """Allow LONGER times the limit for what the block does."""
-        self._phase = _Phase(self._phase.number + 1, what, LONGER)
+    def longer(self, what: str) -> Iterator[Callable[[], None]]:
+        """Allow LONGER times the limit for what the block does, and anew each time that it calls what this yields."""
+
+        def goes_on() -> None:
+            self._phase = _Phase(self._phase.number + 1, what, LONGER)
+
+        goes_on()
         try:
-            yield
+            yield goes_on
         finally:
             self.enter(f"what follows {what}")
 

@@ -14,7 +14,10 @@ from cosmos_scale.config.load import load_config
 # Every section is there, so that each key can be changed.
 WHOLE = {
     "data": {"sources": [{"name": "a", "shards": "x"}, {"name": "b", "shards": "y"}]},
-    "eval": [{"kind": "retrieval", "every": 5, "shards": "held"}],
+    "eval": [
+        {"kind": "retrieval", "every": 5, "shards": "held"},
+        {"kind": "classification", "every": 5, "data": "pictures"},
+    ],
     "log": {"wandb": {}},
 }
 MAY_DIFFER_BY_HOST = {
@@ -35,6 +38,9 @@ MAY_DIFFER_BY_HOST = {
     "data.prefetch",
     "eval.N.shards",
     "eval.N.index",
+    "eval.N.data",
+    "eval.N.classes",
+    "eval.N.templates",
 }
 MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "output",
@@ -69,6 +75,7 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "eval.N.every",
     "eval.N.captions",
     "eval.N.max_samples",
+    "eval.N.dataset",
     "eval.N.batch",
     "log.every",
     "log.tensorboard",

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
-from cosmos_scale.config import RunConfig
+from cosmos_scale.config import RetrievalConfig, RunConfig
 from cosmos_scale.config.compare import changed_on_resume
 from cosmos_scale.config.evaluation import in_new_form
+from cosmos_scale.config.keys import sections
 from cosmos_scale.config.load import dump_config, load_config
+from cosmos_scale.config.reference import type_in_words
 from cosmos_scale.errors import UserError
 
 OLD = "eval: {every: 5, retrieval: {shards: x, batch: 3}}"
@@ -24,7 +26,7 @@ def write(folder: Path, text: str, base: str = "") -> Path:
 
 
 def short(config: RunConfig) -> list[tuple[str, int, str, int]]:
-    return [(one.name, one.every, one.shards, one.batch) for one in config.eval]
+    return [(one.name, one.every, one.shards, one.batch) for one in config.eval if isinstance(one, RetrievalConfig)]
 
 
 def test_the_old_form_means_one_evaluator(tmp_path: Path) -> None:
@@ -102,7 +104,19 @@ def test_files_of_either_form_extend_files_of_either(tmp_path: Path, base: str, 
         (NEW, "eval.every=-1", "eval.0.every: -1 should be greater than or equal to 0"),
         (NEW, "eval.1.every=5", "eval.1.every: '1' must be a position in a list of 1"),
         (OLD, "eval.1.every=5", "eval.1.every: '1' must be a position in a list of 1"),
-        (NEW, "eval.0.kind=clasification", "eval.0.kind: \"clasification\" should be 'retrieval'"),
+        (
+            NEW,
+            "eval.0.kind=clasification",
+            "eval.0.kind: \"clasification\" should be one of 'retrieval', 'classification'",
+        ),
+        (NEW, "eval=[{shards: x}]", "eval.0.kind: this key is required and missing"),
+        (NEW, "eval=[5]", "eval.0: 5 should be an object"),
+        # Only keys of the evaluator's own kind are suggested.
+        (
+            NEW,
+            "eval=[{kind: classification, data: x, max_samples: 3}]",
+            "eval.0.max_samples: no such key; did you mean eval.0.templates?",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_as_it_was_written(tmp_path: Path, text: str, override: str, message: str) -> None:
@@ -137,3 +151,15 @@ def test_two_evaluators_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_evaluators_may_change_on_resume_and_so_may_their_number(tmp_path: Path) -> None:
     none, one, two = (load_config(write(tmp_path, text)) for text in ("", OLD, TWO))
     assert changed_on_resume(none, two) == changed_on_resume(one, two) == changed_on_resume(two, none) == []
+
+
+def test_a_key_of_several_kinds_is_read_by_one_rule() -> None:
+    """An override's value is read by its key alone: as a text, or as YAML."""
+    rules: dict[str, set[bool]] = {}
+    for section in sections():
+        if section.place == "eval.N":
+            for name, field in section.type.model_fields.items():
+                rules.setdefault(name, set()).add(
+                    type_in_words(field.annotation).startswith(("whole", "number", "true"))
+                )
+    assert [name for name, found in rules.items() if len(found) > 1] == []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.cli.arguments import path, place
+from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.config.keys import sections, with_positions_named
 from cosmos_scale.config.load import load_config, make_config
 from cosmos_scale.config.paths import PATH_KEYS, expand_path
@@ -74,7 +75,9 @@ def test_every_path_key_of_a_run(home: Path, tmp_path: Path) -> None:
     (source,) = config.data.sources
     assert (source.name, source.shards, source.index) == ("$DISK", f"{home}/a", "/disk/index")
     assert config.data.remote.cache == home / "cache"
-    assert (config.eval[0].shards, config.eval[0].index) == ("/disk/held", f"{home}/held")
+    (gallery,) = config.eval
+    assert isinstance(gallery, RetrievalConfig)
+    assert (gallery.shards, gallery.index) == ("/disk/held", f"{home}/held")
     assert make_config({"resume": "~/runs/a"}).resume == f"{home}/runs/a"
 
 

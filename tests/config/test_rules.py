@@ -35,7 +35,7 @@ BROKEN = [
     ({"zero": {"stage": 3}, "model": {"compile": True}}, "", "model.compile", "must be false at zero.stage 3"),
     ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer", "betas.1", "less than 1"),
     ({"eval": [GALLERY, GALLERY]}, "", "eval.1.name", "differ from the name of eval.0"),
-    ({"eval": [GALLERY | {"name": "a/b"}]}, "eval.0", "name", "must be a folder's plain name"),
+    ({"eval": [GALLERY | {"name": "a/b"}]}, "eval.0.retrieval", "name", "must be a folder's plain name"),
     ({"init_from": "a", "resume": "b"}, "", "resume", "auto or never beside init_from"),
 ]
 

@@ -39,7 +39,11 @@ def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int, backg
 
     Raises DamagedSample where the picture does not decode.
     """
-    picture = decode_rgbx(image_bytes, max_pixels, background)
+    return evaluation_crop(decode_rgbx(image_bytes, max_pixels, background), image_size)
+
+
+def evaluation_crop(picture: Pixels, image_size: int) -> Tensor:
+    """Do what `evaluation_image` does with a decoded [H, W, 4] picture: [3, image_size, image_size] float32."""
     height, width = picture.shape[:2]
     shortest = min(height, width)
     resized = _resize(picture, image_size * height // shortest, image_size * width // shortest)

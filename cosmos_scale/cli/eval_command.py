@@ -1,0 +1,193 @@
+"""What all commands `cosmos-scale eval KIND` share: arguments, the checkpoint's models, ranks, and what is printed.
+
+A kind gives the arguments that it adds, and the keys of its section of the config that they make: see EvalCommand.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cosmos_scale.cli.arguments import path, positive, with_examples
+from cosmos_scale.errors import UserError
+from cosmos_scale.exit_status import FAILED, REFUSED
+
+if TYPE_CHECKING:
+    from cosmos_scale.config import EvaluatorConfig
+    from cosmos_scale.engine.ranks import Ranks
+    from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Numbers
+
+ONE_LINE = "print one JSON line for each model instead of a table"
+
+
+class EvalCommand(NamedTuple):
+    """One kind of evaluator as a command.
+
+    batch: default of --batch. writes: whether it has --out, a folder for pictures and lists. add_arguments: adds the
+    kind's own arguments. keys: from all arguments, the keys of the kind's section beside `kind` and `batch`.
+    """
+
+    kind: str
+    help: str
+    examples: str
+    batch: int
+    writes: bool
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    keys: Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def add_eval_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", command: EvalCommand) -> None:
+    """Add the command of a kind; the defaults of its parser are its name (`command`) and its function (`run`)."""
+    parser = with_examples(commands.add_parser(command.kind, help=command.help), command.examples)
+    parser.add_argument(
+        "--checkpoint", type=path, required=True, metavar="DIR", help="a step-N folder, or their parent"
+    )
+    command.add_arguments(parser)
+    parser.add_argument(
+        "--weights",
+        choices=("student", "teacher", "both"),
+        default="student",
+        help="default: student",
+    )
+    parser.add_argument("--batch", type=positive, default=command.batch, metavar="N", help=f"default: {command.batch}")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--json", action="store_true", help=ONE_LINE)
+    parser.set_defaults(out=None)
+    if command.writes:
+        parser.add_argument("--out", type=path, metavar="DIR", help="folder for pictures and lists (default: none)")
+    parser.set_defaults(command=f"eval {command.kind}", run=partial(_run, command))
+
+
+def section_of(kind: str, keys: dict[str, Any]) -> "EvaluatorConfig":
+    """Return an evaluator's section of the config; raises UserError, with the option's name, where a key is wrong."""
+    from typing import Annotated
+
+    from pydantic import Field, TypeAdapter, ValidationError
+
+    from cosmos_scale.config.evaluation import AnyEvaluatorConfig
+    from cosmos_scale.config.section import RuleBroken
+
+    any_kind: TypeAdapter[Any] = TypeAdapter(Annotated[AnyEvaluatorConfig, Field(discriminator="kind")])
+    try:
+        section: EvaluatorConfig = any_kind.validate_python({"kind": kind, **keys})
+    except ValidationError as error:
+        details = error.errors()[0]
+        broken = details.get("ctx", {}).get("error")
+        if isinstance(broken, RuleBroken):
+            raise UserError(f"--{broken.key.replace('_', '-')}: {broken.value} {broken.rule}") from None
+        option = f"--{str(details['loc'][-1]).replace('_', '-')}"
+        raise UserError(f"{option}: {details['input']} {details['msg'].replace('Input should', 'should')}") from None
+    return section
+
+
+def _run(command: EvalCommand, arguments: argparse.Namespace) -> int:
+    """Evaluate in this process, or, where a launcher started it, as one of several ranks; rank 0 prints."""
+    from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
+
+    section = section_of(command.kind, {"batch": arguments.batch, **command.keys(arguments)})
+    adopt_rank_variables()
+    place = read_rank_variables()
+    if place is None or place.world_size == 1:
+        _evaluate(arguments, section, None)
+        return 0
+    from cosmos_scale.engine.ranks import lost_contact, start_ranks
+
+    main = place.local_rank == 0  # until all ranks run together, an error may be of one machine alone
+    try:
+        ranks = start_ranks(arguments.device)
+        main = ranks.is_main
+        with ranks.contact:
+            _evaluate(arguments, section, ranks)
+        return 0
+    except WrongRankVariable:
+        raise
+    except UserError:
+        if main:
+            raise
+        return REFUSED
+    except Exception as error:
+        if not lost_contact(error):
+            raise
+        said = str(error).splitlines()[0]
+        print(f"cosmos-scale eval: rank {place.rank} lost contact with another rank: {said}", file=sys.stderr)
+        return FAILED
+
+
+def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: "Ranks | None") -> None:
+    """Measure the models that the arguments name, and print what is found; ranks: None for this process alone."""
+    from cosmos_scale.checkpoint import find_checkpoint
+    from cosmos_scale.console import make_console
+
+    prints = ranks is None or ranks.is_main
+    with _together(ranks):
+        checkpoint = find_checkpoint(arguments.checkpoint)
+    console = make_console()
+    if prints and not arguments.json:
+        console.print(str(checkpoint), style="italic", highlight=False, soft_wrap=True)
+    results: dict[str, Numbers] = {}
+    evaluator: Evaluator | None = None
+    details: list[Any] = []
+    for which in ("student", "teacher") if arguments.weights == "both" else (arguments.weights,):
+        evaluator, results[which] = _measured(arguments, section, ranks, checkpoint, which, evaluator)
+        details += evaluator.details()
+        if prints and arguments.json:
+            named = {"checkpoint": str(checkpoint), "weights": which, **evaluator.subject()}
+            print(json.dumps({**named, **results[which]}))
+    if prints and not arguments.json and evaluator is not None:
+        console.print(evaluator.table(results, ""))
+        for detail in details:
+            console.print(detail)
+
+
+def _measured(
+    arguments: argparse.Namespace,
+    section: "EvaluatorConfig",
+    ranks: "Ranks | None",
+    checkpoint: Path,
+    which: Any,
+    evaluator: "Evaluator | None",
+) -> tuple["Evaluator", "Numbers"]:
+    """Measure one model of a checkpoint; returns the evaluator too, which is made for the first model."""
+    from cosmos_scale.evaluation.bar import WorkBar
+    from cosmos_scale.evaluation.evaluator import measure
+    from cosmos_scale.evaluation.kinds import make_evaluator
+    from cosmos_scale.evaluation.loading import load_encoder
+
+    folder = None if arguments.out is None else arguments.out / which
+    with WorkBar(show=ranks is None or ranks.is_main) as bar:
+        with _together(ranks):
+            encoder: Encoder = (
+                load_encoder(checkpoint, which, arguments.device, report=bar.report)
+                if ranks is None
+                else load_encoder(checkpoint, which, ranks.device, ranks.rank, ranks.world_size, bar.report)
+            )
+            evaluator = evaluator or make_evaluator(section, encoder.setting)
+        if ranks is None:
+            return evaluator, measure(evaluator, encoder, folder=folder)
+        from cosmos_scale.engine.ranks import gather_rows
+        from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
+
+        try:
+            return evaluator, measure_together(evaluator, encoder, gather_rows, folder)
+        except EvaluationFailed as failure:
+            raise UserError(str(failure)) from failure
+
+
+@contextmanager
+def _together(ranks: "Ranks | None") -> Iterator[None]:
+    """Let all ranks raise the UserError of a block that one of them raises; collective."""
+    if ranks is None:
+        yield
+        return
+    from cosmos_scale.engine.ranks import raise_together
+
+    error = None
+    try:
+        yield
+    except UserError as failure:
+        error = failure
+    raise_together(ranks, error)

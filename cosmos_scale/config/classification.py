@@ -1,0 +1,45 @@
+"""The keys of an evaluator of the kind `classification`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cosmos_scale.config.evaluator import EvaluatorConfig
+from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, Place, redact_urls
+
+
+class ClassificationConfig(EvaluatorConfig):
+    """Zero-shot classification of pictures by the names of their classes."""
+
+    kind: Literal["classification"] = Field(description="what is measured", json_schema_extra=RESUME_MAY_CHANGE)
+    name: str = Field(
+        "classification",
+        description="stands before the names of its numbers where it is not the kind",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    dataset: Literal["folders"] = Field(
+        "folders", description="how the pictures lie: a folder a class", json_schema_extra=RESUME_MAY_CHANGE
+    )
+    data: Place = Field(
+        description="folder of the set (docs/evaluation.md: where each set's files lie)",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
+    )
+    classes: Place | None = Field(
+        None,
+        description="text file with a line a class, its names separated by a comma and a blank; null: the set's names, "
+        "or classnames.txt of the folder, or else the names of its folders",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
+    )
+    templates: Place | None = Field(
+        None,
+        description="text file with a template a line, {} or {c} for the name; null: the set's templates, or "
+        "templates.txt of the folder, or else: a photo of a {}.",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
+    )
+    batch: int = Field(
+        64, gt=0, le=100_000, description="pictures encoded at a time, per rank", json_schema_extra=RESUME_MAY_CHANGE
+    )
+
+    def describe(self) -> str:
+        """A few words on what is measured on what."""
+        return f"classification on {redact_urls(self.data)}"

@@ -1,0 +1,1 @@
+"""Labelled pictures as published sets and users' folders lay them out."""

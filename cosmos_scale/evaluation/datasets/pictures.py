@@ -1,0 +1,114 @@
+"""Pictures with a class each, whatever they lie in: read one by one, in an order that all ranks share."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
+from cosmos_scale.data.decode.torch_cpu import evaluation_crop
+from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.evaluation.evaluator import Setting, digest_of
+from cosmos_scale.files import reason_of, regular_only
+from cosmos_scale.words import counted
+
+
+class LabelledPictures(ABC):
+    """Pictures of one set. labels: the class of each picture, from 0. classes: what the data calls its classes."""
+
+    def __init__(self, labels: Sequence[int], classes: Sequence[str]) -> None:
+        self.labels, self.classes = labels, classes
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, place: int) -> str:
+        """Where a picture lies, for people, the same on all hosts but for the folder of the set."""
+
+    @abstractmethod
+    def pixels(self, place: int, setting: Setting) -> Pixels:
+        """A picture, decoded: [H, W, 4] uint8, the fourth channel without meaning; raises DamagedSample."""
+
+    def describe(self) -> str:
+        """Say in words and a digest which pictures these are, with which labels."""
+        listed = "".join(f"{self.name(place)}\0{label}\0" for place, label in enumerate(self.labels))
+        return f"{counted(len(self), 'picture')}, digest {digest_of(listed)}"
+
+
+class PlacedFile(NamedTuple):
+    """Where the bytes of a picture lie: a file, or `size` bytes of it from `offset` on; name: for people."""
+
+    path: str
+    name: str
+    offset: int = 0
+    size: int = -1
+
+
+class FilePictures(LabelledPictures):
+    """Pictures that are files, or parts of files."""
+
+    def __init__(self, files: Sequence[PlacedFile], labels: Sequence[int], classes: Sequence[str]) -> None:
+        super().__init__(labels, classes)
+        self._files = files
+
+    def name(self, place: int) -> str:
+        """The name that the file was given."""
+        return self._files[place].name
+
+    def pixels(self, place: int, setting: Setting) -> Pixels:
+        """Read and decode a file."""
+        path, _, offset, size = self._files[place]
+        try:
+            with open(path, "rb", opener=regular_only) as file:
+                file.seek(offset)
+                image_bytes = file.read(size)
+        except OSError as error:
+            raise DamagedSample(f"the picture cannot be read: {reason_of(error)}") from error
+        return decode_rgbx(image_bytes, setting.max_pixels, setting.background)
+
+
+class PictureBatch(NamedTuple):
+    """Some pictures of a set: images [N, 3, H, W] float32 on the CPU, their labels [N] int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class RankPictures:
+    """One rank's share of a set, in batches. damaged: how many pictures the last `batches` has left out so far."""
+
+    def __init__(self, pictures: LabelledPictures, setting: Setting, batch: int) -> None:
+        self._pictures, self._setting, self._batch = pictures, setting, batch
+        self.damaged = 0
+
+    def batches(self) -> Iterator[PictureBatch]:
+        """Yield every picture of this rank, prepared as the model sees it; reports each batch.
+
+        The set is cut into blocks of `batch` pictures, and a rank takes whole blocks: the batches, and so the last bits
+        of the features, are the same on any number of ranks. A picture that cannot be used is left out and named.
+        """
+        rank, world_size, batch = self._setting.rank, self._setting.world_size, self._batch
+        blocks = -(-len(self._pictures) // batch)
+        first, last = blocks * rank // world_size, blocks * (rank + 1) // world_size
+        total = max(0, min(last * batch, len(self._pictures)) - first * batch)
+        self.damaged = 0
+        for block in range(first, last):
+            places = range(block * batch, min((block + 1) * batch, len(self._pictures)))
+            images, labels = [], []
+            for place in places:
+                try:
+                    pixels = self._pictures.pixels(place, self._setting)
+                except DamagedSample as damage:
+                    self.damaged += 1
+                    print(f"left out: {self._pictures.name(place)}: {damage}", file=sys.stderr)
+                    continue
+                images.append(evaluation_crop(pixels, self._setting.image_size))
+                labels.append(self._pictures.labels[place])
+            if images:
+                yield PictureBatch(torch.stack(images), torch.tensor(labels))
+            self._setting.report("pictures", places.stop - first * batch, total)

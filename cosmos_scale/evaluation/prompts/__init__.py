@@ -1,0 +1,1 @@
+"""What classes are called, and the sentences that their names are put into."""

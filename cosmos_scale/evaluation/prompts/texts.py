@@ -1,0 +1,83 @@
+"""Names of classes and templates: those of published sets, and those of users' text files."""
+
+import runpy
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import read_regular, reason_of
+
+Names = tuple[tuple[str, ...], ...]
+"""The names of each class, one or more, in the order of the labels."""
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+CLASS_NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "templates.txt"
+_PACKAGE, _FILE = "open_clip", "zero_shot_metadata.py"
+
+
+def imagenet_names() -> Names:
+    """The names of ImageNet's 1,000 classes in the order of their sorted wnids, from open-clip-torch."""
+    return tuple((name,) for name in _open_clip()["IMAGENET_CLASSNAMES"])
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """The 80 templates that OpenAI made for ImageNet, with {} for the name, from open-clip-torch."""
+    return tuple(template("{}") for template in _open_clip()["OPENAI_IMAGENET_TEMPLATES"])
+
+
+@lru_cache(maxsize=1)
+def _open_clip() -> dict[str, Any]:
+    """Read the one file of open-clip-torch that holds names and templates: to import the package takes seconds."""
+    package = find_spec(_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise UserError("open-clip-torch: not installed, but its names of ImageNet are needed: pip install it")
+    path = Path(package.submodule_search_locations[0]) / _FILE
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though the installed open-clip-torch should bring ImageNet's names")
+    return runpy.run_path(str(path))
+
+
+def read_names(path: Path) -> Names:
+    """Read a file with a line a class: its names, separated by ", ".
+
+    Raises UserError where the file cannot be read, holds nothing, or a class has no name.
+    """
+    return tuple(tuple(line.split(", ")) for line in _lines(path, "a class"))
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Read a file with a template a line, {} or {c} for the name; returned with {}.
+
+    Raises UserError where the file cannot be read, holds nothing, or a line has no place for the name.
+    """
+    templates = [line.replace("{c}", "{}") for line in _lines(path, "a template")]
+    for number, template in enumerate(templates, start=1):
+        if "{}" not in template:
+            raise UserError(f"{path}: line {number}: {template!r} has no place for the name; rule: {{}} or {{c}}")
+    return tuple(templates)
+
+
+def filled_in(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Return every template with every name, all templates of the first name first."""
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def _lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a text file, only their ends stripped; empty lines may stand at the end."""
+    try:
+        lines = read_regular(path).decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}; rule: a text file, {what} a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: holds bytes that are no UTF-8; rule: a text file, {what} a line") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path}: is empty; rule: {what} a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise UserError(f"{path}: line {number} is empty; rule: {what} a line")
+    return lines
