@@ -50,7 +50,8 @@ def unit_patches(tower: VisionTower, crops: Tensor, recipe: Recipe) -> Tensor:
     """Return the normalised features of the patches of crops [N, 3, H, W]: [N, patches, E] float32."""
     parts = [tower.patch_features(part, correlative=recipe.csa)[1].float() for part in crops.split(recipe.batch)]
     features = torch.cat(parts)
-    return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    unit: Tensor = features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return unit
 
 
 @torch.no_grad()
