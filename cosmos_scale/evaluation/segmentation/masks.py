@@ -29,7 +29,8 @@ def stored_labels(data: bytes, max_pixels: int) -> Labels:
         image = open_picture(data, max_pixels)
         if image.format != "PNG" or image.mode not in ("1", "L", "P", "I", "I;16"):
             raise DamagedSample(f"the mask is {image.format} of mode {image.mode}; rule: a PNG with one number a pixel")
-        numbers = np.array(image)
+        image.verify()  # every chunk's checksum, which decoding does not check; the check uses the file up
+        numbers = np.array(open_picture(data, max_pixels))
     except DamagedSample:
         raise
     except Exception as error:  # of any type, as in decode_rgbx

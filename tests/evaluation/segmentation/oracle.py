@@ -56,19 +56,21 @@ class Task(NamedTuple):
 def resize_8_bit(image: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
     """OpenCV's bilinear resize of 8-bit levels: weights of 11 bits, sums in whole numbers."""
 
-    def taps(source: int, target: int) -> tuple[npt.NDArray[np.int64], ...]:
+    def taps(source: int, target: int, *, rows: bool) -> tuple[npt.NDArray[np.int64], ...]:
         place = ((np.arange(target) + 0.5) * (source / target) - 0.5).astype(np.float32)
         first = np.floor(place).astype(np.int64)
         share = place - first.astype(np.float32)
-        share[(first < 0) | (first >= source - 1)] = 0
-        first = first.clip(0, source - 1)
+        if (
+            not rows
+        ):  # beyond the first and the last column one tap counts whole; of rows both taps count, one row twice
+            share[(first < 0) | (first >= source - 1)] = 0
         weights = (np.rint(one * 2048).astype(np.int64) for one in (1 - share, share))
-        return first, np.minimum(first + 1, source - 1), *weights
+        return first.clip(0, source - 1), (first + 1).clip(0, source - 1), *weights
 
-    left, right, by_left, by_right = taps(image.shape[1], width)
+    left, right, by_left, by_right = taps(image.shape[1], width, rows=False)
     levels = image.astype(np.int64)
     rows = levels[:, left] * by_left[:, None] + levels[:, right] * by_right[:, None]
-    top, bottom, by_top, by_bottom = taps(image.shape[0], height)
+    top, bottom, by_top, by_bottom = taps(image.shape[0], height, rows=True)
     upper, lower = (
         weight[:, None, None] * (rows[place] >> 4) >> 16 for place, weight in ((top, by_top), (bottom, by_bottom))
     )
