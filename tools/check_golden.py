@@ -100,6 +100,10 @@ class Golden:
             raise UserError(f"{self.path}: {name}: shape {tuple(tensor.shape)} should be ({wanted}), and not empty")
         return tensor
 
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return sorted(self._tensors)
+
     def state_dict(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin with the prefix, under the rest of their names."""
         return {name[len(prefix) :]: tensor for name, tensor in self._tensors.items() if name.startswith(prefix)}
@@ -315,10 +319,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Check every file named on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example:\n  python tools/check_golden.py tests/golden/cosmos_tiny.safetensors",
+        epilog="examples:\n  python tools/check_golden.py tests/golden/cosmos_tiny.safetensors\n"
+        "  python tools/check_golden.py --evaluation tests/golden/golden_eval.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="a golden file (.safetensors)")
+    parser.add_argument(
+        "--evaluation", action="store_true", help="the files hold numbers of evaluation (tools/golden_evaluation.py)"
+    )
     parser.add_argument("--zero-stage", type=int, choices=(0, 1), default=1, help="of the steps (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="which computes (default: cpu)")
     parsed = parser.parse_args(arguments)
@@ -326,7 +334,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda: torch finds no CUDA device here")
     files: list[Path] = parsed.files
     try:
-        results = [check_file(file, parsed.zero_stage, parsed.device) for file in files]
+        if parsed.evaluation:
+            from tools.golden_evaluation import check_evaluation_file  # which builds on this module
+
+            results = [check_evaluation_file(file, parsed.device) for file in files]
+        else:
+            results = [check_file(file, parsed.zero_stage, parsed.device) for file in files]
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

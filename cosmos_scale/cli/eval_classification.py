@@ -3,26 +3,62 @@
 import argparse
 from typing import Any
 
-from cosmos_scale.cli.arguments import place
+from cosmos_scale.cli.arguments import count, place
 from cosmos_scale.cli.eval_command import EvalCommand
 
 EXAMPLES = """\
 examples:
   cosmos-scale eval classification --checkpoint runs/demo/checkpoints --data pictures/by_class
-  cosmos-scale eval classification --checkpoint runs/demo/checkpoints --data pictures/by_class --weights both
+  cosmos-scale eval classification --checkpoint runs/demo/checkpoints --dataset imagenet --data /data/imagenet/val
+  cosmos-scale eval classification --checkpoint runs/demo/checkpoints --dataset pets --data /data --weights both \\
+      --confusions 10 --out pets_pictures
 """
+# Equal to Layout of config/classification.py: to import it here would take --help a second.
+DATASETS = (
+    "folders",
+    "webdataset",
+    "imagenet",
+    "food101",
+    "cifar10",
+    "cifar100",
+    "sun397",
+    "stanford_car",
+    "aircraft",
+    "dtd",
+    "pets",
+    "caltech101",
+    "flowers",
+)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="folders",
+        metavar="NAME",
+        help=f"a set, or a layout of your own pictures: {', '.join(DATASETS)}; default: folders, a folder a class",
+    )
     parser.add_argument("--data", type=place, required=True, metavar="DIR", help="folder of the set")
     parser.add_argument("--classes", type=place, metavar="FILE", help="names, a line a class; default: the set's own")
     parser.add_argument(
         "--templates", type=place, metavar="FILE", help="templates, {} for the name; default: the set's own"
     )
+    parser.add_argument(
+        "--names",
+        choices=("corrected", "published"),
+        default="corrected",
+        help="published: with the misspelt names of the published evaluation (default: corrected)",
+    )
+    parser.add_argument("--split", type=place, metavar="FILE", help="sun397: pictures that count, a path a line")
+    parser.add_argument(
+        "--confusions", type=count, default=0, metavar="N", help="print the N worst confusions, draw all to --out"
+    )
 
 
 def _keys(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"data": arguments.data, "classes": arguments.classes, "templates": arguments.templates}
+    names = ("dataset", "data", "classes", "templates", "names", "split", "confusions")
+    return {name: getattr(arguments, name) for name in names}
 
 
 CLASSIFICATION = EvalCommand(
@@ -30,7 +66,8 @@ CLASSIFICATION = EvalCommand(
     help="zero-shot top-1, top-5 and mean per class of labelled pictures",
     examples=EXAMPLES,
     batch=64,
-    writes=False,
+    writes=True,
+    caches=True,
     add_arguments=_add_arguments,
     keys=_keys,
 )

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,16 +20,18 @@ from cosmos_scale.exit_status import FAILED, REFUSED
 if TYPE_CHECKING:
     from cosmos_scale.config import EvaluatorConfig
     from cosmos_scale.engine.ranks import Ranks
-    from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Numbers
+    from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
 
+FEATURES = "features"  # folder beside a checkpoint, for --cache
 ONE_LINE = "print one JSON line for each model instead of a table"
 
 
 class EvalCommand(NamedTuple):
     """One kind of evaluator as a command.
 
-    batch: default of --batch. writes: whether it has --out, a folder for pictures and lists. add_arguments: adds the
-    kind's own arguments. keys: from all arguments, the keys of the kind's section beside `kind` and `batch`.
+    batch: default of --batch. writes: whether it has --out, a folder for pictures and lists. caches: whether it has
+    --cache, since it keeps features. add_arguments: adds the kind's own arguments. keys: from all arguments, the keys
+    of the kind's section beside `kind` and `batch`.
     """
 
     kind: str
@@ -36,6 +39,7 @@ class EvalCommand(NamedTuple):
     examples: str
     batch: int
     writes: bool
+    caches: bool
     add_arguments: Callable[[argparse.ArgumentParser], None]
     keys: Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -56,7 +60,10 @@ def add_eval_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--batch", type=positive, default=command.batch, metavar="N", help=f"default: {command.batch}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--json", action="store_true", help=ONE_LINE)
-    parser.set_defaults(out=None)
+    parser.set_defaults(out=None, cache=False)
+    if command.caches:
+        kept = f"keep features in a folder `{FEATURES}` beside the checkpoint, and use what is kept there"
+        parser.add_argument("--cache", action="store_true", help=kept)
     if command.writes:
         parser.add_argument("--out", type=path, metavar="DIR", help="folder for pictures and lists (default: none)")
     parser.set_defaults(command=f"eval {command.kind}", run=partial(_run, command))
@@ -154,18 +161,23 @@ def _measured(
     """Measure one model of a checkpoint; returns the evaluator too, which is made for the first model."""
     from cosmos_scale.evaluation.bar import WorkBar
     from cosmos_scale.evaluation.evaluator import measure
+    from cosmos_scale.evaluation.feature_cache import FeatureCache
     from cosmos_scale.evaluation.kinds import make_evaluator
     from cosmos_scale.evaluation.loading import load_encoder
 
     folder = None if arguments.out is None else arguments.out / which
     with WorkBar(show=ranks is None or ranks.is_main) as bar:
         with _together(ranks):
-            encoder: Encoder = (
-                load_encoder(checkpoint, which, arguments.device, report=bar.report)
-                if ranks is None
-                else load_encoder(checkpoint, which, ranks.device, ranks.rank, ranks.world_size, bar.report)
+            encoder = load_encoder(checkpoint, which, arguments.device if ranks is None else ranks.device)
+            setting = replace(
+                encoder.setting,
+                rank=0 if ranks is None else ranks.rank,
+                world_size=1 if ranks is None else ranks.world_size,
+                report=bar.report,
+                cache=FeatureCache(checkpoint.parent / FEATURES) if arguments.cache else None,
             )
-            evaluator = evaluator or make_evaluator(section, encoder.setting)
+            encoder = replace(encoder, setting=setting)
+            evaluator = evaluator or make_evaluator(section, setting)
         if ranks is None:
             return evaluator, measure(evaluator, encoder, folder=folder)
         from cosmos_scale.engine.ranks import gather_rows

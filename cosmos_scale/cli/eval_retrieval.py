@@ -35,6 +35,7 @@ RETRIEVAL = EvalCommand(
     examples=EXAMPLES,
     batch=64,
     writes=False,
+    caches=False,
     add_arguments=_add_arguments,
     keys=_keys,
 )

@@ -91,6 +91,7 @@ SEGMENTATION = EvalCommand(
     examples=EXAMPLES,
     batch=64,
     writes=True,
+    caches=True,
     add_arguments=_add_arguments,
     keys=_keys,
 )

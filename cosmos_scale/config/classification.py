@@ -5,7 +5,23 @@ from typing import Literal
 from pydantic import Field
 
 from cosmos_scale.config.evaluator import EvaluatorConfig
-from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, Place, redact_urls
+from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, Place, redact_urls, refuse
+
+Layout = Literal[
+    "folders",
+    "webdataset",
+    "imagenet",
+    "food101",
+    "cifar10",
+    "cifar100",
+    "sun397",
+    "stanford_car",
+    "aircraft",
+    "dtd",
+    "pets",
+    "caltech101",
+    "flowers",
+]
 
 
 class ClassificationConfig(EvaluatorConfig):
@@ -17,8 +33,11 @@ class ClassificationConfig(EvaluatorConfig):
         description="stands before the names of its numbers where it is not the kind",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    dataset: Literal["folders"] = Field(
-        "folders", description="how the pictures lie: a folder a class", json_schema_extra=RESUME_MAY_CHANGE
+    dataset: Layout = Field(
+        "folders",
+        description="which set, or which layout: folders: a folder of pictures a class; webdataset: .tar files with "
+        "labels (.cls) and classnames.txt",
+        json_schema_extra=RESUME_MAY_CHANGE,
     )
     data: Place = Field(
         description="folder of the set (docs/evaluation.md: where each set's files lie)",
@@ -36,10 +55,33 @@ class ClassificationConfig(EvaluatorConfig):
         "templates.txt of the folder, or else: a photo of a {}.",
         json_schema_extra=MAY_DIFFER_BY_HOST,
     )
+    names: Literal["corrected", "published"] = Field(
+        "corrected",
+        description="published: the class names of the published evaluation, with its misspelt ones",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    split: Place | None = Field(
+        None,
+        description="sun397: text file with the pictures that count, a path a line, as in the set's own split files; "
+        "null: all pictures",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
+    )
+    confusions: int = Field(
+        0,
+        ge=0,
+        description="pairs of classes named that are confused most often, beside a picture of all confusions; 0: none",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
     batch: int = Field(
         64, gt=0, le=100_000, description="pictures encoded at a time, per rank", json_schema_extra=RESUME_MAY_CHANGE
     )
 
     def describe(self) -> str:
         """A few words on what is measured on what."""
-        return f"classification on {redact_urls(self.data)}"
+        what = "" if self.dataset in ("folders", "webdataset") else f" of {self.dataset}"
+        return f"classification{what} on {redact_urls(self.data)}"
+
+    def _check_rules(self) -> None:
+        super()._check_rules()
+        if self.split is not None and self.dataset != "sun397":
+            refuse("split", self.split, "must be null where dataset is not sun397", ["dataset"])

@@ -24,6 +24,7 @@ PATH_KEYS = frozenset(
         "eval.N.templates",
         "eval.N.images",
         "eval.N.masks",
+        "eval.N.split",
     }
 )
 

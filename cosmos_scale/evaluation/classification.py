@@ -1,15 +1,24 @@
 """Zero-shot classification: each picture goes to the class whose name, in many sentences, it is most like."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor
 
 from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.confusions import (
+    Confused,
+    confusion_table,
+    summed_over_ranks,
+    worst_confusions,
+    write_confusions,
+)
 from cosmos_scale.evaluation.datasets.labelled_sets import open_labelled_set
 from cosmos_scale.evaluation.datasets.pictures import RankPictures
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
@@ -18,6 +27,15 @@ from cosmos_scale.words import counted
 
 LOGIT_SCALE = 100.0  # of the published evaluation; the model's own is not used
 SAME_SET = "rule: every host has the same pictures and text files"
+
+
+class _Counts(NamedTuple):
+    """Counts of one rank. hits: of each class its pictures, hits of top-1, hits of top-5, [C, 3] int64. confusions: how
+    often a true class was taken for a predicted one, [C, C] int64.
+    """
+
+    hits: Tensor
+    confusions: Tensor | None
 
 
 class Classification(Evaluator):
@@ -29,6 +47,7 @@ class Classification(Evaluator):
         self._config = config
         self._set = open_labelled_set(config)
         self._mine = RankPictures(self._set.pictures, setting, config.batch)
+        self._confused: Sequence[Confused] = []
 
     def subject(self) -> dict[str, str]:
         """The layout of the set, and its folder."""
@@ -46,29 +65,52 @@ class Classification(Evaluator):
         Shares of 1; counts are summed over ranks as integers. mean_per_class is the mean, over the classes that have
         pictures, of the class's own top-1. Source: Radford et al. 2021, section 3.1, and the published evaluation.
         """
-        pictures, names, templates = self._set
-        device = self.setting.device
+        self._confused = []
         self.require_same_data(gather, SAME_SET)
-        weights_CE = text_weights(encoder, names, templates, gather)
-        counts_C3 = torch.zeros(len(names), 3, dtype=torch.int64, device=device)
+        weights_CE = text_weights(encoder, self._set.names, self._set.templates, gather)
+        counts = self._count(encoder, weights_CE)
+        hits_C3 = gather(counts.hits[None]).sum(0).cpu()
+        damaged = int(gather(torch.tensor([self._mine.damaged], device=self.setting.device)).sum())
+        total, first, fifth = hits_C3.sum(0).tolist()
+        if not total:
+            number = f"{len(self._set.pictures):,}"
+            raise UserError(f"{redact_urls(self._config.data)}: none of its {number} pictures can be used")
+        if counts.confusions is not None:
+            self._keep_confusions(summed_over_ranks(counts.confusions, gather), folder)
+        yield "pictures", total
+        yield "classes", len(hits_C3)
+        yield "top1", first / total
+        yield "top5", fifth / total
+        yield "mean_per_class", mean_per_class(hits_C3)
+        yield "chance_top1", 1 / len(hits_C3)
+        yield "left_out_damaged", damaged
+
+    def _count(self, encoder: Encoder, weights_CE: Tensor) -> "_Counts":
+        """Classify this rank's pictures."""
+        device, classes = self.setting.device, len(weights_CE)
+        hits_C3 = torch.zeros(classes, 3, dtype=torch.int64, device=device)
+        confusions_CC = hits_C3.new_zeros(classes, classes) if self._config.confusions else None
         for images, labels in self._mine.batches():
             logits_NC = LOGIT_SCALE * encoder.images(images).float() @ weights_CE.T
             labels_N = labels.to(device)
             rank_N = ranks_of(logits_NC, labels_N)
             hits_N3 = torch.stack([torch.ones_like(rank_N), rank_N < 1, rank_N < 5], dim=1).long()
-            counts_C3.index_add_(0, labels_N, hits_N3)
-        counts_C3 = gather(counts_C3[None]).sum(0).cpu()
-        damaged = int(gather(torch.tensor([self._mine.damaged], device=device)).sum())
-        total, first, fifth = counts_C3.sum(0).tolist()
-        if not total:
-            raise UserError(f"{redact_urls(self._config.data)}: none of its {len(pictures):,} pictures can be used")
-        yield "pictures", total
-        yield "classes", len(names)
-        yield "top1", first / total
-        yield "top5", fifth / total
-        yield "mean_per_class", mean_per_class(counts_C3)
-        yield "chance_top1", 1 / len(names)
-        yield "left_out_damaged", damaged
+            hits_C3.index_add_(0, labels_N, hits_N3)
+            if confusions_CC is not None:
+                # Where a logit is NaN the first NaN counts as the prediction.
+                pairs_N = labels_N * classes + logits_NC.argmax(1)
+                confusions_CC.view(-1).index_add_(0, pairs_N, torch.ones_like(pairs_N))
+        return _Counts(hits_C3, confusions_CC)
+
+    def _keep_confusions(self, counts_CC: Tensor, folder: Path | None) -> None:
+        names = [of_class[0] for of_class in self._set.names]
+        self._confused = worst_confusions(counts_CC, names, self._config.confusions)
+        if folder is not None and self.setting.rank == 0:
+            write_confusions(counts_CC, names, self._confused, folder)
+
+    def details(self) -> Sequence[RenderableType]:
+        """The worst confusions, where they were asked for."""
+        return [confusion_table(self._confused, "worst confusions")] if self._confused else []
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of shares in percent: a row a model."""
@@ -95,7 +137,7 @@ def ranks_of(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     return before_NC.sum(1)
 
 
-def mean_per_class(counts_C3: Tensor) -> float:
+def mean_per_class(hits_C3: Tensor) -> float:
     """Return the mean of the classes' own top-1, from counts of pictures, top-1 and top-5 hits a class [C, 3] int64."""
-    present = counts_C3[:, 0] > 0
-    return float((counts_C3[present, 1].double() / counts_C3[present, 0]).mean())
+    present = hits_C3[:, 0] > 0
+    return float((hits_C3[present, 1].double() / hits_C3[present, 0]).mean())

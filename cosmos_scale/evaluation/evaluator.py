@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cosmos_scale.config import EvaluatorConfig, RemoteConfig, RunConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.feature_cache import FeatureCache
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 
@@ -50,7 +51,8 @@ class Setting:
 
     device: where models lie and where gathered tensors must be. image_size: side of the model's pictures in pixels.
     max_pixels: of a picture; larger ones are left out. background: what stands behind transparent pixels.
-    remote: how shards that lie elsewhere are read. report: what evaluators tell of long work, every second or so.
+    remote: how shards that lie elsewhere are read. report: what evaluators tell of long work as it goes on.
+    cache: where features are kept from one evaluation of a checkpoint to the next; None: nowhere.
     """
 
     rank: int
@@ -62,6 +64,7 @@ class Setting:
     background: str
     remote: RemoteConfig
     report: Report = no_report
+    cache: FeatureCache | None = None
 
     @classmethod
     def of_run(
@@ -86,10 +89,12 @@ class Encoder:
     """A student or a teacher to measure, with its whole weights on every rank.
 
     Calls do not communicate: each rank makes as many of them as it likes. `model` is for what the methods do not give.
+    weights: a text that says which weights these are, for a cache of features; "" where they are still trained.
     """
 
     model: CosmosModel
     setting: Setting
+    weights: str = ""
 
     def images(self, images: Tensor) -> Tensor:
         """Normalised features [N, E] on the setting's device of pictures [N, 3, H, W] on any."""

@@ -24,6 +24,7 @@ from cosmos_scale.evaluation.gallery import Gallery, GalleryBatch
 from cosmos_scale.words import counted
 
 RECALL_AT = (1, 5, 10)
+NEVER = 1 << 62  # rank of what cannot be found
 SAME_GALLERY = "rule: every host has the same gallery, so copy its shards along with their index"
 LEFT_OUT = ("left_out_without_captions", "left_out_damaged")
 
@@ -232,12 +233,19 @@ def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
 
 
 def _found(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sample: Tensor) -> Tensor:
-    """Count the queries whose best correct candidate is among the first k of RECALL_AT: [3] int64.
+    """Count the queries whose best correct candidate is among the first k of RECALL_AT: [3] int64."""
+    before_Q = best_ranks(query, query_sample, candidate, candidate_sample)
+    return torch.stack([(before_Q < k).sum() for k in RECALL_AT])
 
-    query: [Q, E], candidate: [C, E]; a candidate is correct if it belongs to the query's sample. A query without any
-    correct candidate is never found.
+
+def best_ranks(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sample: Tensor) -> Tensor:
+    """Return how many wrong candidates come before the best correct one of each query: [Q] int64.
+
+    query: [Q, E], candidate: [C, E]; a candidate is correct if it belongs to the query's sample. A wrong candidate that
+    scores the same as the best correct one, or NaN, comes before it. The rank of a query without any correct candidate
+    is NEVER.
     """
-    found = torch.zeros(len(RECALL_AT), dtype=torch.int64, device=query.device)
+    ranks_Q = torch.empty(len(query), dtype=torch.int64, device=query.device)
     for first in range(0, len(query), _ROWS):
         rows = slice(first, first + _ROWS)
         score_QC = query[rows] @ candidate.T
@@ -245,5 +253,5 @@ def _found(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sam
         best_Q1 = score_QC.masked_fill(~correct_QC, -torch.inf).amax(1, keepdim=True)
         # "not smaller" instead of "greater or equal": also true of NaN.
         before_Q = (~(score_QC < best_Q1) & ~correct_QC).sum(1)
-        found += torch.stack([((before_Q < k) & correct_QC.any(1)).sum() for k in RECALL_AT])
-    return found
+        ranks_Q[rows] = before_Q.masked_fill(~correct_QC.any(1), NEVER)
+    return ranks_Q

@@ -1,5 +1,6 @@
 """Features that stand for classes: the mean over all templates and names of a class, of length 1."""
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,25 @@ def text_weights(encoder: Encoder, names: Sequence[Sequence[str]], templates: Se
     """Return a feature of length 1 for each class: [classes, E] float32 on the setting's device; collective.
 
     names: of each class, one or more. templates: {} stands for the name. Each text's feature has length 1 before the
-    mean is taken, over all names and templates of a class. Ranks share the work.
+    mean is taken, over all names and templates of a class. Ranks share the work; a cache of the setting saves it.
     """
+    setting = encoder.setting
+    cache = setting.cache if encoder.weights else None
+    made_of = json.dumps(["text weights", encoder.weights, names, templates])
+    if cache is not None:
+        kept = cache.load(made_of)
+        # All ranks go on with what is kept, or none does: their hosts may see different folders.
+        if bool(gather(torch.tensor([kept is not None], device=setting.device)).all()) and kept is not None:
+            return kept["weights"].to(setting.device)
+    weights_CE = _encode_together(encoder, names, templates, gather)
+    if cache is not None and setting.rank == 0:
+        cache.save(made_of, {"weights": weights_CE})
+    return weights_CE
+
+
+def _encode_together(
+    encoder: Encoder, names: Sequence[Sequence[str]], templates: Sequence[str], gather: Gather
+) -> Tensor:
     setting = encoder.setting
     per_group = max(1, GROUP_TEXTS // (len(templates) * max(map(len, names))))
     groups = [names[first : first + per_group] for first in range(0, len(names), per_group)]

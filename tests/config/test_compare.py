@@ -44,6 +44,7 @@ MAY_DIFFER_BY_HOST = {
     "eval.N.templates",
     "eval.N.images",
     "eval.N.masks",
+    "eval.N.split",
 }
 MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "output",
@@ -79,10 +80,11 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "eval.N.captions",
     "eval.N.max_samples",
     "eval.N.dataset",
+    "eval.N.names",
+    "eval.N.confusions",
     "eval.N.batch",
     "eval.N.reduce_zero",
     "eval.N.background",
-    "eval.N.names",
     "eval.N.csa",
     "eval.N.short_side",
     "eval.N.crop",

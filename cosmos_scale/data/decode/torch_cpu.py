@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from cosmos_scale.batch import MEAN, STD
@@ -43,15 +44,19 @@ def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int, backg
 
 
 def evaluation_crop(picture: Pixels, image_size: int) -> Tensor:
-    """Do what `evaluation_image` does with a decoded [H, W, 4] picture: [3, image_size, image_size] float32."""
+    """Do what `evaluation_image` does with a decoded [H, W, 4] picture: [3, image_size, image_size] float32.
+
+    Pillow resizes, as in the published evaluation: torch's result is up to five grey levels from Pillow's.
+    """
     height, width = picture.shape[:2]
     shortest = min(height, width)
-    resized = _resize(picture, image_size * height // shortest, image_size * width // shortest)
+    size = (image_size * width // shortest, image_size * height // shortest)
+    resized = np.asarray(Image.fromarray(colour.rgb(picture)).resize(size, Image.Resampling.BICUBIC))
     # Python rounds the margin as torchvision's CenterCrop does.
     top, left = (round((side - image_size) / 2) for side in resized.shape[:2])
     centre = resized[top : top + image_size, left : left + image_size]
     image = torch.empty(3, image_size, image_size)
-    for plane, levels, table in zip(image.numpy(), cv2.split(colour.rgb(centre)), TABLES, strict=True):
+    for plane, levels, table in zip(image.numpy(), cv2.split(centre), TABLES, strict=True):
         cv2.LUT(levels, table, dst=plane)
     return image
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,23 @@ class FilePictures(LabelledPictures):
         except OSError as error:
             raise DamagedSample(f"the picture cannot be read: {reason_of(error)}") from error
         return decode_rgbx(image_bytes, setting.max_pixels, setting.background)
+
+
+class ArrayPictures(LabelledPictures):
+    """Pictures that lie in memory: arrays [H, W, 3] uint8."""
+
+    def __init__(self, arrays: Sequence[Pixels], labels: Sequence[int], classes: Sequence[str]) -> None:
+        super().__init__(labels, classes)
+        self._arrays = arrays
+
+    def name(self, place: int) -> str:
+        """The number of the picture."""
+        return f"picture {place}"
+
+    def pixels(self, place: int, setting: Setting) -> Pixels:
+        """The picture with a fourth channel."""
+        picture = self._arrays[place]
+        return np.concatenate([picture, picture[:, :, :1]], axis=2)
 
 
 class PictureBatch(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, reason_of
@@ -13,9 +13,29 @@ from cosmos_scale.files import read_regular, reason_of
 Names = tuple[tuple[str, ...], ...]
 """The names of each class, one or more, in the order of the labels."""
 
+# How the published evaluation spells names.
+_MISSPELT = {"pets": {"Persian": "Persian'", "Yorkshire Terrier": "Yorkshire Terrie"}}
+
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 CLASS_NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "templates.txt"
+_FOLDER = Path(__file__).parent
 _PACKAGE, _FILE = "open_clip", "zero_shot_metadata.py"
+
+
+def published_names(dataset: str, spelling: Literal["corrected", "published"] = "corrected") -> Names:
+    """The names of the classes of a set that the published evaluation has, in the order of the set's labels."""
+    if dataset == "imagenet":
+        return imagenet_names()
+    misspelt = _MISSPELT.get(dataset, {}) if spelling == "published" else {}
+    lines = (_FOLDER / f"{dataset}.names.txt").read_text(encoding="utf-8").splitlines()
+    return tuple((misspelt.get(name, name),) for name in lines)
+
+
+def published_templates(dataset: str) -> tuple[str, ...]:
+    """The templates of a set that the published evaluation has."""
+    if dataset == "imagenet":
+        return imagenet_templates()
+    return tuple((_FOLDER / f"{dataset}.templates.txt").read_text(encoding="utf-8").splitlines())
 
 
 def imagenet_names() -> Names:
@@ -40,12 +60,13 @@ def _open_clip() -> dict[str, Any]:
     return runpy.run_path(str(path))
 
 
-def read_names(path: Path) -> Names:
-    """Read a file with a line a class: its names, separated by ", ".
+def read_names(path: Path, *, several: bool = True) -> Names:
+    """Read a file with a line a class: its names, separated by ", ", or, where not several, one name.
 
     Raises UserError where the file cannot be read, holds nothing, or a class has no name.
     """
-    return tuple(tuple(line.split(", ")) for line in _lines(path, "a class"))
+    lines = _lines(path, "a class")
+    return tuple(tuple(line.split(", ")) if several else (line,) for line in lines)
 
 
 def read_templates(path: Path) -> tuple[str, ...]:

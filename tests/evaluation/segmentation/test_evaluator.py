@@ -24,7 +24,7 @@ from cosmos_scale.evaluation.segmentation.evaluator import recipe_of
 from cosmos_scale.evaluation.segmentation.segmenter import Recipe
 from cosmos_scale.evaluation.text_weights import text_weights
 from tests.evaluation.segmentation import oracle
-from tests.evaluation.segmentation.golden import golden_file
+from tests.evaluation.segmentation.golden import golden_encoder, tower_in_float64
 
 LINES = ["sky, wall, tree", "aeroplane", "bird", "person, person in shirt", "cat"]
 SIZES = [(40, 56), (48, 72), (33, 64), (64, 33), (45, 45)]
@@ -67,7 +67,7 @@ def own_set(tmp_path: Path) -> OwnSet:
 
 
 def measured(section: SegmentationConfig, folder: Path | None = None) -> Numbers:
-    encoder = golden_file().encoder
+    encoder = golden_encoder()
     return measure(make_evaluator(section, encoder.setting), encoder, folder=folder)
 
 
@@ -86,7 +86,7 @@ def in_ranks(section: SegmentationConfig, world: int, folder: Path | None = None
             barrier.wait()
             return joined
 
-        encoder = golden_file().encoder
+        encoder = golden_encoder()
         setting = type(encoder.setting)(**{**vars(encoder.setting), "rank": rank, "world_size": world})
         own_gather: Gather = gather
         evaluator = make_evaluator(section, setting)
@@ -102,12 +102,11 @@ def in_ranks(section: SegmentationConfig, world: int, folder: Path | None = None
 
 def expected(own_set: OwnSet, recipe: Recipe) -> dict[str, Any]:
     """The oracle's figures, in float64 from pictures to IoU."""
-    file = golden_file()
-    weights, sizes = file.tower_in_float64()
+    weights, sizes = tower_in_float64()
     names = [line.split(", ") for line in LINES]
     one_each = [(name,) for of_class in names for name in of_class]
     with torch.no_grad():
-        queries = text_weights(file.encoder, one_each, imagenet_templates(), one_process).double().numpy()
+        queries = text_weights(golden_encoder(), one_each, imagenet_templates(), one_process).double().numpy()
     task = oracle.Task(*recipe[:9], list(map(len, names)))
     predicted = [oracle.segment_in_float64(picture, queries, weights, sizes, task)[1] for picture in own_set.pictures]
     return oracle.mean_iou(own_set.true, predicted, len(names))
@@ -180,7 +179,7 @@ def test_sets_without_a_label_that_counts_are_refused(own_set: OwnSet) -> None:
 
 
 def test_ranks_that_see_other_files_are_refused(own_set: OwnSet) -> None:
-    setting = golden_file().encoder.setting
+    setting = golden_encoder().setting
     before = make_evaluator(own_set.section(), setting).gallery()
     assert before == make_evaluator(own_set.section(), setting).gallery()
     (own_set.folder / "masks" / "4.png").unlink()
@@ -199,7 +198,7 @@ def test_overlays_show_the_true_and_the_predicted_labels(own_set: OwnSet, tmp_pa
 
 
 def test_table_has_the_trivial_answer_beside_the_models(own_set: OwnSet) -> None:
-    setting, encoder = golden_file().encoder.setting, golden_file().encoder
+    setting, encoder = golden_encoder().setting, golden_encoder()
     evaluator = make_evaluator(own_set.section(per_class=True), setting)
     numbers = measure(evaluator, encoder)
     console = Console(width=100, file=io.StringIO())
@@ -222,7 +221,7 @@ def test_names_must_fit_the_set(own_set: OwnSet, tmp_path: Path) -> None:
     (root / "ImageSets/Segmentation/val.txt").write_text("a\n")
     (root / "JPEGImages/a.jpg").write_bytes(b"")
     (root / "SegmentationClass/a.png").write_bytes(b"")
-    setting = golden_file().encoder.setting
+    setting = golden_encoder().setting
     public = SegmentationConfig(kind="segmentation", dataset="voc20", data=str(root), classes=own_set.section().classes)
     with pytest.raises(UserError, match="names 5 classes, but voc20 has 20; rule: a line a class"):
         make_evaluator(public, setting)

@@ -1,9 +1,8 @@
-"""Segmentation against the published code's numbers, and both against the oracle in float64.
+"""Segmentation of the golden file's pictures against the oracle in float64, and mistakes that the oracle shows.
 
 The tolerances are the golden file's own: see tests/golden/README.md.
 """
 
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,16 +19,8 @@ from cosmos_scale.evaluation.segmentation.segmenter import (
     window_logits,
 )
 from tests.evaluation.segmentation import oracle
-from tests.evaluation.segmentation.golden import golden_file
-from tools.golden_segmentation import (
-    PROBABILITIES,
-    Compared,
-    compare_dense,
-    compare_overlap,
-    compare_refinement,
-    compare_segmentation,
-    recipe_in,
-)
+from tests.evaluation.segmentation.golden import golden_encoder, golden_file, golden_image, tower_in_float64
+from tools.golden_segmentation import PROBABILITIES, check_segmentation, recipe_in
 
 PICTURES = ("many_windows", "threshold", "two_windows", "background", "plain_attention", "pamr")
 
@@ -42,32 +33,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def past(compared: Iterator[Compared]) -> list[Compared]:
-    found = list(compared)
-    assert found
-    return [one for one in found if not one.difference <= one.tolerance]
-
-
-def test_dense_features_are_the_published_ones() -> None:
-    file = golden_file()
-    assert past(compare_dense(file.tensors, file.encoder)) == []
-
-
-def test_segmentation_is_the_published_one_step_by_step() -> None:
-    file = golden_file()
-    assert past(compare_segmentation(file.tensors, file.header, file.encoder)) == []
-
-
-def test_refinement_and_iou_are_the_published_ones() -> None:
-    file = golden_file()
-    assert past(compare_refinement(file.tensors, file.header)) == []
-    assert past(compare_overlap(file.tensors, file.header)) == []
-
-
 def test_bands_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = golden_file()
     monkeypatch.setattr(segmenter, "_BAND", 700)  # values: a row or two of a picture
-    assert past(compare_segmentation(file.tensors, file.header, file.encoder)) == []
+    for case in golden_file().cases("seg"):
+        assert [one for one in check_segmentation(golden_file(), case) if not one.good] == []
 
 
 def ours_and_theirs(
@@ -75,18 +44,18 @@ def ours_and_theirs(
 ) -> tuple[oracle.Array, oracle.Array, float]:
     """Our probabilities, the oracle's, and the share of pixels with other labels (near ties apart)."""
     file = golden_file()
-    how = json.loads(file.header[f"seg.{case}"])
+    how = file.parameters(f"seg.{case}")
     how["crop"] = how["crop"] if crop is None else crop
     recipe, names_of = recipe_in(how), tuple(len(line.split(", ")) for line in how["class_lines"])
-    queries = Queries(file.tensors[f"seg.{case}.query_features"], names_of)
-    pixels = file.image(f"seg.{case}.image")
-    tower = file.encoder.model.visual
+    queries = Queries(file.tensor(f"seg.{case}.query_features"), names_of)
+    pixels = golden_image(f"seg.{case}")
+    tower = golden_encoder().model.visual
     picture = normalise_levels(resize_for_windows(pixels, recipe.short_side))
     logits = PictureLogits(
         window_logits(tower, picture, queries.features, recipe), picture, (len(pixels), len(pixels[0])), recipe
     )
     ours = torch.cat([band for _, band in probability_bands(logits, names_of, recipe)], dim=1).double().numpy()
-    weights, sizes = file.tower_in_float64()
+    weights, sizes = tower_in_float64()
     task = oracle.Task(*recipe[:9], names_of)
     theirs, labels = oracle.segment_in_float64(pixels, queries.features.double().numpy(), weights, sizes, task, mistake)
     first, second = np.sort(theirs, axis=0)[[-1, -2]]
