@@ -70,6 +70,11 @@ class Segmentation(Evaluator):
 
         folder: takes the overlays that the section asks for.
         """
+        patch = encoder.model.visual.conv1.patch_size
+        if 0 < self._recipe.crop < patch:
+            raise UserError(
+                f"crop: {self._recipe.crop} is smaller than the model's patches of {patch} x {patch} pixels"
+            )
         self.require_same_data(gather, SAME_MASKS)
         queries = self._queries(encoder, gather)
         counts_3C, used, left_out = self._count(encoder, queries, folder)
