@@ -6,7 +6,7 @@ A kind gives the arguments that it adds, and the keys of its section of the conf
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -132,22 +132,22 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
     prints = ranks is None or ranks.is_main
     with _together(ranks):
         checkpoint = find_checkpoint(arguments.checkpoint)
-    console = make_console()
-    if prints and not arguments.json:
-        console.print(str(checkpoint), style="italic", highlight=False, soft_wrap=True)
     results: dict[str, Numbers] = {}
     evaluator: Evaluator | None = None
-    details: list[Any] = []
+    details: dict[str, Sequence[Any]] = {}
     for which in ("student", "teacher") if arguments.weights == "both" else (arguments.weights,):
         evaluator, results[which] = _measured(arguments, section, ranks, checkpoint, which, evaluator)
-        details += evaluator.details()
+        details[which] = evaluator.details()
         if prints and arguments.json:
             named = {"checkpoint": str(checkpoint), "weights": which, **evaluator.subject()}
             print(json.dumps({**named, **results[which]}))
     if prints and not arguments.json and evaluator is not None:
+        console = make_console()
+        console.print(str(checkpoint), style="italic", highlight=False, soft_wrap=True)
         console.print(evaluator.table(results, ""))
-        for detail in details:
-            console.print(detail)
+        for which, found in details.items():
+            if found:
+                console.print(f"{which}:", *found, sep="\n")
 
 
 def _measured(

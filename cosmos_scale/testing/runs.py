@@ -147,7 +147,15 @@ def write_run(folder: Path, scenes: SceneShards, **sections: Any) -> Path:
 def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Launched:
     """Start `cosmos-scale train`, or another program, in one process for each rank, as the launcher would.
 
-    program: a module whose `main` takes the command line, `train` first, and returns the exit status.
+    program: as in `start_command`; its command line begins with `train`.
+    """
+    return start_command("train", str(run), *overrides, ranks=ranks, program=program)
+
+
+def start_command(*argv: str, ranks: int = 1, program: str = "cosmos_scale.cli.main") -> Launched:
+    """Start a command of `cosmos-scale`, or of another program, in one process for each rank, as a launcher would.
+
+    program: a module whose `main` takes the command line and returns the exit status.
     """
     context = fork_context()
     environment = _environment()
@@ -158,8 +166,7 @@ def start(run: Path, *overrides: str, ranks: int = 1, program: str = "cosmos_sca
         started: list[BaseProcess] = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            argv = ["train", str(run), *overrides]
-            arguments = (program, argv, environment | own, folder / str(rank))
+            arguments = (program, list(argv), environment | own, folder / str(rank))
             process = context.Process(target=_main, args=arguments, daemon=False)
             process.start()
             started.append(process)

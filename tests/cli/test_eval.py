@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,44 +9,13 @@ import torch
 
 from cosmos_scale.checkpoint import find_checkpoint, load_weights
 from cosmos_scale.cli import main as cli
-from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import flip_bytes, picture, sample, write_shard, write_shards
 from tests.checkpoint.edit import content_of, rewrite
 from tests.data.web_server import web_server
 from tests.evaluation.measured import retrieval_of
-
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
-SMALL = [
-    "name=small",
-    "model.vision.layers=1",
-    "model.text.layers=1",
-    "data.views.local_crops=1",
-    "data.captions.count=3",
-    "optimizer.warmup_steps=1",
-    "train.global_batch=8",
-    "train.schedule_steps=2",
-    "ema.momentum=0.5",
-    "data.workers=0",
-    "device=cpu",
-]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> SceneShards:
-    return build_scenes(tmp_path_factory.mktemp("scenes"), train=16, gallery=40, workers=1)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, shards: SceneShards) -> Path:
-    """The folder of the checkpoints of steps 0 and 2, by a run that evaluates at step 2."""
-    folder = tmp_path_factory.mktemp("run")
-    places = [f"output={folder}", f"data.sources.0.shards={shards.train}", f"eval.retrieval.shards={shards.gallery}"]
-    command = [sys.executable, "-m", "cosmos_scale.train", str(DEMO), *SMALL, *places, "eval.every=2"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "small" / "checkpoints"
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], checkpoint: Path, shards: SceneShards, *options: str) -> str:

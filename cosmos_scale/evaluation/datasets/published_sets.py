@@ -46,7 +46,7 @@ def open_published(config: ClassificationConfig) -> LabelledPictures:
         if "scipy" in text.lower():
             raise UserError(f"{root}: {config.dataset} {_NEEDS_SCIPY}") from error
         raise UserError(
-            f"{root}: not the files of {config.dataset} ({text or type(error).__name__}); {rule}"
+            f"{root}: not the files of {config.dataset} ({text.rstrip('.') or type(error).__name__}); {rule}"
         ) from error
 
 

@@ -1,0 +1,40 @@
+"""A checkpoint of a real run, for the commands that evaluate one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
+SMALL = [
+    "name=small",
+    "model.vision.layers=1",
+    "model.text.layers=1",
+    "data.views.local_crops=1",
+    "data.captions.count=3",
+    "optimizer.warmup_steps=1",
+    "train.global_batch=8",
+    "train.schedule_steps=2",
+    "ema.momentum=0.5",
+    "data.workers=0",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> SceneShards:
+    return build_scenes(tmp_path_factory.mktemp("scenes"), train=16, gallery=40, workers=1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, shards: SceneShards) -> Path:
+    """The folder of the checkpoints of steps 0 and 2, by a run that evaluates at step 2."""
+    folder = tmp_path_factory.mktemp("run")
+    places = [f"output={folder}", f"data.sources.0.shards={shards.train}", f"eval.retrieval.shards={shards.gallery}"]
+    command = [sys.executable, "-m", "cosmos_scale.train", str(DEMO), *SMALL, *places, "eval.every=2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "small" / "checkpoints"
