@@ -73,7 +73,7 @@ def check_segmentation(golden: EvaluationGolden, case: str) -> Iterator[Compared
     logits = PictureLogits(windows, picture_CHW, (len(pixels), len(pixels[0])), recipe)
     if f"{case}.logits" in golden.names():
         yield compare(golden, f"{case}.logits", torch.cat([band for _, band in logits.bands()], dim=1), FEATURES)
-    bands = [band for _, band in probability_bands(logits, names_of, recipe)]
+    bands = [band for _, band in probability_bands(logits, queries, recipe)]
     yield compare(golden, f"{case}.probabilities", torch.cat(bands, dim=1), PROBABILITIES)
 
     first, second = golden.shaped(f"{case}.probabilities", len(names), *pixels.shape[:2]).topk(2, dim=0).values

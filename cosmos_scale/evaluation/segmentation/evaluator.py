@@ -76,7 +76,7 @@ class Segmentation(Evaluator):
                 f"crop: {self._recipe.crop} is smaller than the model's patches of {patch} x {patch} pixels"
             )
         self.require_same_data(gather, SAME_MASKS)
-        queries = self._queries(encoder, gather)
+        queries = self.queries(encoder, gather)
         counts_3C, used, left_out = self._count(encoder, queries, folder)
         sums = torch.cat([counts_3C.flatten(), counts_3C.new_tensor([used, left_out])])
         totals = gather(sums[None]).sum(0).cpu()
@@ -96,11 +96,13 @@ class Segmentation(Evaluator):
                 if iou == iou:  # no number for a class that is nowhere
                     yield f"IoU_{title}", iou
 
-    def _queries(self, encoder: Encoder, gather: Gather) -> Queries:
-        """Encode every name of every class, by itself, in ImageNet's 80 templates; collective."""
-        one_each = [(name,) for names in self._names for name in names]
-        features_QE = text_weights(encoder, one_each, imagenet_templates(), gather)
-        return Queries(features_QE, tuple(map(len, self._names)))
+    def queries(self, encoder: Encoder, gather: Gather) -> Queries:
+        """Encode every name of every class, by itself, in ImageNet's 80 templates; collective, under no_grad."""
+        names = [name for of_class in self._names for name in of_class]
+        unequal = list(dict.fromkeys(names))
+        features_UE = text_weights(encoder, [(name,) for name in unequal], imagenet_templates(), gather)
+        places = tuple(map(unequal.index, names)) if len(unequal) < len(names) else ()
+        return Queries(features_UE, tuple(map(len, self._names)), places)
 
     def _count(self, encoder: Encoder, queries: Queries, folder: Path | None) -> tuple[Tensor, int, int]:
         """Segment this rank's pictures: counts [3, C], and how many pictures were used and left out."""

@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 
-def class_probabilities(logits_QHW: Tensor, logit_scale: float, names_of: Sequence[int]) -> Tensor:
+def class_probabilities(
+    logits_UHW: Tensor, logit_scale: float, names_of: Sequence[int], places: Sequence[int] = ()
+) -> Tensor:
     """Return the probability of each class at each pixel [C, H, W]: of its most probable name among all names.
 
-    names_of: how many names each class has; the queries are the names of class 0, then those of class 1, and so on.
+    names_of: how many names each class has. places: for each name of class 0, then of class 1, and so on, which of the
+    logits is its; empty: each name has its own logit, in this order.
     """
-    probabilities_QHW = torch.softmax(logits_QHW * logit_scale, dim=0)
+    logits_QHW = logits_UHW * logit_scale
+    if places:
+        logits_QHW = logits_QHW[list(places)]
+    probabilities_QHW = torch.softmax(logits_QHW, dim=0)
     if len(names_of) == len(probabilities_QHW):
         return probabilities_QHW
     return torch.stack([names.amax(0) for names in probabilities_QHW.split(list(names_of))])

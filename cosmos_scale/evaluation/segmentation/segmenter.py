@@ -19,10 +19,15 @@ _BAND = 4 * 2**20  # values of logits that are formed at a time: 16 MiB, of whic
 
 
 class Queries(NamedTuple):
-    """The text features of all names of all classes [Q, E], normalised, class by class; names of each class."""
+    """The text features of names [U, E], normalised, and which of them are names of which class: names_of, places.
+
+    See `class_probabilities`. Names that several classes have, such as "bed" of COCO-Object's background, are there
+    once: such classes are equally probable, and no rounding may choose between them.
+    """
 
     features: Tensor
     names_of: tuple[int, ...]
+    places: tuple[int, ...] = ()
 
 
 class Recipe(NamedTuple):
@@ -95,24 +100,23 @@ class PictureLogits:
 
 
 @torch.no_grad()
-def probability_bands(
-    logits: PictureLogits, names_of: tuple[int, ...], recipe: Recipe
-) -> Iterator[tuple[slice, Tensor]]:
+def probability_bands(logits: PictureLogits, queries: Queries, recipe: Recipe) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows and the probabilities of the classes there [C, rows, width]; classes that are too small have 0."""
     kept_C = None
     if recipe.area_threshold:
-        kept_C = large_classes(_pixels_by_class(logits, names_of, recipe), recipe.area_threshold)
+        kept_C = large_classes(_pixels_by_class(logits, queries, recipe), recipe.area_threshold)
     for rows, band in logits.bands():
-        probabilities_CRW = class_probabilities(band, recipe.logit_scale, names_of)
+        probabilities_CRW = class_probabilities(band, recipe.logit_scale, *queries[1:])
         if kept_C is not None:
             probabilities_CRW *= kept_C[:, None, None]
         yield rows, probabilities_CRW
 
 
-def _pixels_by_class(logits: PictureLogits, names_of: tuple[int, ...], recipe: Recipe) -> Tensor:
+def _pixels_by_class(logits: PictureLogits, queries: Queries, recipe: Recipe) -> Tensor:
     """Count the pixels of which each class is the most probable one: [C] int64."""
-    best = [class_probabilities(band, recipe.logit_scale, names_of).argmax(0).flatten() for _, band in logits.bands()]
-    return torch.bincount(torch.cat(best), minlength=len(names_of))
+    probabilities = (class_probabilities(band, recipe.logit_scale, *queries[1:]) for _, band in logits.bands())
+    best = [probabilities_CRW.argmax(0).flatten() for probabilities_CRW in probabilities]
+    return torch.bincount(torch.cat(best), minlength=len(queries.names_of))
 
 
 @torch.no_grad()
@@ -127,6 +131,6 @@ def segment(tower: VisionTower, pixels: Pixels, queries: Queries, recipe: Recipe
     compared = window_logits(tower, picture_CHW, queries.features, recipe)
     logits = PictureLogits(compared, picture_CHW, (height, width), recipe)
     labels_HW = torch.empty(height, width, dtype=torch.int64, device=device)
-    for rows, probabilities_CRW in probability_bands(logits, queries.names_of, recipe):
+    for rows, probabilities_CRW in probability_bands(logits, queries, recipe):
         labels_HW[rows] = label_map(probabilities_CRW, recipe.prob_threshold)
     return labels_HW

@@ -19,7 +19,8 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Gather, Numbers, measure, one_process
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.prompts.texts import imagenet_templates
-from cosmos_scale.evaluation.segmentation.evaluator import recipe_of
+from cosmos_scale.evaluation.segmentation.evaluator import Segmentation, recipe_of
+from cosmos_scale.evaluation.segmentation.labels import class_probabilities
 from cosmos_scale.evaluation.segmentation.segmenter import Recipe
 from cosmos_scale.evaluation.text_weights import text_weights
 from tests.evaluation.segmentation import oracle
@@ -98,6 +99,23 @@ def test_numbers_are_the_oracles(own_set: OwnSet, keys: dict[str, Any]) -> None:
     all_background = oracle.mean_iou(own_set.true, [np.zeros_like(mask) for mask in own_set.true], len(LINES))
     assert numbers["trivial_mIoU"] == pytest.approx(all_background["mIoU"], abs=1e-12)
     assert (numbers["pictures"], numbers["left_out"]) == (5, 0)
+
+
+def test_a_name_of_two_classes_is_never_decided_by_rounding(own_set: OwnSet) -> None:
+    """As "bed" of COCO-Object, which is a name of the background too: both are equally probable, the first counts."""
+    (own_set.folder / "names.txt").write_text("sky, cat\naeroplane\ntree, bird\nperson\ncat, bird\n")
+    numbers = measured(own_set.section(per_class=True, csa=True, stride=5))
+    assert numbers["IoU_cat"] == 0
+    encoder = golden_encoder()
+    evaluator = make_evaluator(own_set.section(), encoder.setting)
+    assert isinstance(evaluator, Segmentation)
+    queries = evaluator.queries(encoder, one_process)
+    assert queries.places == (0, 1, 2, 3, 4, 5, 1, 4)
+    logits = torch.randn(6, 9, 11, generator=torch.Generator().manual_seed(0))
+    ours = class_probabilities(logits, 3.0, *queries[1:])
+    whole = oracle.softmax(3.0 * logits.double().numpy()[list(queries.places)], 0)
+    expected = np.maximum.reduceat(whole, [0, 2, 3, 5, 6], axis=0)
+    assert np.abs(ours.numpy() - expected).max() < 1e-6  # rounding of float32
 
 
 def test_without_background_the_trivial_answer_is_the_most_frequent_class(own_set: OwnSet) -> None:

@@ -54,7 +54,7 @@ def ours_and_theirs(
     logits = PictureLogits(
         window_logits(tower, picture, queries.features, recipe), picture, (len(pixels), len(pixels[0])), recipe
     )
-    ours = torch.cat([band for _, band in probability_bands(logits, names_of, recipe)], dim=1).double().numpy()
+    ours = torch.cat([band for _, band in probability_bands(logits, queries, recipe)], dim=1).double().numpy()
     weights, sizes = tower_in_float64()
     task = oracle.Task(*recipe[:9], names_of)
     theirs, labels = oracle.segment_in_float64(pixels, queries.features.double().numpy(), weights, sizes, task, mistake)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos_scale.evaluation.segmentation import segmenter
 from cosmos_scale.evaluation.segmentation.refine import refine
-from cosmos_scale.evaluation.segmentation.segmenter import PictureLogits, Recipe, probability_bands
+from cosmos_scale.evaluation.segmentation.segmenter import PictureLogits, Queries, Recipe, probability_bands
 from cosmos_scale.evaluation.segmentation.windows import WindowLogits, resized_rows, sliding_windows
 from tests.evaluation.segmentation import oracle
 
@@ -75,7 +75,7 @@ def test_memory_is_a_band_whatever_the_size(monkeypatch: pytest.MonkeyPatch, are
     picture = torch.zeros(3, 48, 72)
     with torch.no_grad(), LargestTensor() as largest:  # type: ignore[no-untyped-call]
         logits = PictureLogits(random_logits(queries, 48, 72), picture, size, recipe)
-        for _ in probability_bands(logits, (1,) * queries, recipe):
+        for _ in probability_bands(logits, Queries(torch.empty(0), (1,) * queries), recipe):
             pass
     # Counting areas keeps one label a pixel; nothing is as large as the logits of all pixels.
     assert largest.values <= max(2 * band, 2 * size[0] * size[1])
