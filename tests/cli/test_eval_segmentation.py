@@ -78,6 +78,7 @@ def test_the_table_and_the_overlays(
         (["--set", "voc22"], "--dataset: voc22 should be 'voc20', 'voc21'"),
         (["--set", "voc20"], "--data: None must be given: the folder that holds voc20"),
         (["--names", "wrong"], "--names: wrong should be 'corrected' or 'published'"),
+        (["--overlays", "2", "--out", "/dev/null/there"], "name another folder with --out"),
         (["--crop", "-1"], "--crop: -1 should be greater than or equal to 0"),
         (["--crop", "4"], "crop: 4 is smaller than the model's patches of 8 x 8 pixels"),
     ],
