@@ -52,13 +52,15 @@ def draw_overlay(path: Path, pixels: Pixels, true: Labels, predicted: Labels, ti
     colours = class_colours(len(titles), background=titles[0] == "background")
     counted = true != IGNORED
     right = (true == predicted)[counted].mean() if counted.any() else 0.0
+    scale = _PANEL / max(true.shape)
+    size = max(1, round(true.shape[1] * scale)), max(1, round(true.shape[0] * scale))
+    picture = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     panels = [
-        ("picture", Image.fromarray(pixels)),
-        ("truth", _coloured(pixels, true, colours)),
-        (f"prediction, {100 * right:.0f} % of pixels right", _coloured(pixels, predicted, colours)),
+        ("picture", picture),
+        ("truth", _coloured(picture, true, colours)),
+        (f"prediction, {100 * right:.0f} % of pixels right", _coloured(picture, predicted, colours)),
     ]
-    legend = _legend(true, predicted, titles, colours)
-    sheet = _side_by_side(panels, legend)
+    sheet = _side_by_side(panels, _legend(true, predicted, titles, colours))
     encoded = io.BytesIO()
     sheet.save(encoded, format="PNG")
     try:
@@ -68,11 +70,12 @@ def draw_overlay(path: Path, pixels: Pixels, true: Labels, predicted: Labels, ti
     replace_file(path, encoded.getvalue())
 
 
-def _coloured(pixels: Pixels, labels: Labels, colours: npt.NDArray[np.uint8]) -> Image.Image:
+def _coloured(picture: Image.Image, labels: Labels, colours: npt.NDArray[np.uint8]) -> Image.Image:
+    """Return a picture in grey under the colours of labels, which may be of another size."""
     table = np.full((256, 3), 255, dtype=np.uint8)
     table[: len(colours)] = colours
-    grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2)
-    return Image.fromarray(((1 - _OPACITY) * grey + _OPACITY * table[labels]).round().astype(np.uint8))
+    shown = np.array(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))  # no colours between two
+    return Image.blend(picture.convert("L").convert("RGB"), Image.fromarray(table[shown]), _OPACITY)
 
 
 def _legend(
@@ -101,22 +104,18 @@ def _side_by_side(
 ) -> Image.Image:
     font = _font()
     width, height = panels[0][1].size
-    scale = _PANEL / max(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    cell = max(size[0], max(int(font.getlength(title)) for title, _ in panels))
+    cell = max(width, max(int(font.getlength(title)) for title, _ in panels))
     text_width = max(_LEGEND_WIDTH, *(int(font.getlength(text)) + _SWATCH + _GAP for text, _ in legend))
     whole = (
         _GAP + len(panels) * (cell + _GAP) + text_width + _GAP,
-        2 * _GAP + _LINE + max(size[1], _LINE * (1 + len(legend))),
+        2 * _GAP + _LINE + max(height, _LINE * (1 + len(legend))),
     )
     sheet = Image.new("RGB", whole, _PAPER)
     draw = ImageDraw.Draw(sheet)
     left = _GAP
     for title, panel in panels:
         draw.text((left, _GAP), title, font=font, fill=_INK)
-        # Labels have no colours between them.
-        how = Image.Resampling.BICUBIC if panel is panels[0][1] else Image.Resampling.NEAREST
-        sheet.paste(panel.resize(size, how), (left, _GAP + _LINE))
+        sheet.paste(panel, (left, _GAP + _LINE))
         left += cell + _GAP
     draw.text((left, _GAP), "class: truth / prediction", font=font, fill=_FAINT)
     for number, (text, colour) in enumerate(legend, start=1):

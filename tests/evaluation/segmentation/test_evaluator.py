@@ -21,6 +21,7 @@ from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.prompts.texts import imagenet_templates
 from cosmos_scale.evaluation.segmentation.evaluator import Segmentation, recipe_of
 from cosmos_scale.evaluation.segmentation.labels import class_probabilities
+from cosmos_scale.evaluation.segmentation.overlays import class_colours, draw_overlay
 from cosmos_scale.evaluation.segmentation.segmenter import Recipe
 from cosmos_scale.evaluation.text_weights import text_weights
 from tests.evaluation.segmentation import oracle
@@ -248,3 +249,27 @@ def test_public_sets_are_segmented_as_published(dataset: Any, size: int, expecte
 def test_keys_that_do_not_go_together_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SegmentationConfig.model_validate({"kind": "segmentation", **keys})
+
+
+def test_colours_tell_classes_apart() -> None:
+    colours = class_colours(150, background=True)
+    assert colours[0].tolist() == [51, 51, 51]
+    assert len({tuple(colour) for colour in colours.tolist()}) == 150
+    # Neighbours in the list, which a set often has side by side, differ most.
+    assert np.abs(np.diff(colours.astype(int), axis=0)).max(1).min() > 60
+
+
+def test_overlays_of_any_size_show_each_label_in_its_colour(tmp_path: Path) -> None:
+    for height, width in ((3, 5), (30, 1200), (900, 40)):
+        pixels = np.full((height, width, 3), 100, dtype=np.uint8)
+        true = np.zeros((height, width), dtype=np.uint8)
+        true[:, width // 2 :] = 255
+        predicted = np.ones_like(true)
+        draw_overlay(tmp_path / "one.png", pixels, true, predicted, ["background", "thing"])
+        with Image.open(tmp_path / "one.png") as sheet:
+            found = {colour for _, colour in sheet.getcolors(1 << 24) or [] if isinstance(colour, tuple)}
+        thing = class_colours(2, background=True)[1]
+        for colour in ([51, 51, 51], [255, 255, 255], thing.tolist()):
+            shown = tuple(int(0.4 * 100 + 0.6 * part) for part in colour)
+            near = [other for other in found if max(abs(a - b) for a, b in zip(other, shown, strict=True)) <= 1]
+            assert near, (colour, shown)  # within one level: how Pillow rounds a blend
