@@ -1,7 +1,9 @@
 """Zero-shot segmentation of a set of pictures, shared by all ranks: mIoU and accuracy from exact counts of pixels."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,11 @@ from cosmos_scale.evaluation.segmentation.pixels import decode_upright
 from cosmos_scale.evaluation.segmentation.segmenter import Queries, Recipe, segment
 from cosmos_scale.evaluation.text_weights import text_weights
 from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
 
 SAME_MASKS = "rule: every host has the same pictures and masks"
+_AHEAD = 4  # pictures in memory that are read before their turn
 _PUBLISHED_SIZE = 224  # of the models that the sizes of public sets are for
 _OWN_SHORT_SIDE, _OWN_LOGIT_SCALE = 336, 40.0
 
@@ -110,10 +114,10 @@ class Segmentation(Evaluator):
         rank, world_size = self.setting.rank, self.setting.world_size
         own = range(rank, len(self._pictures), world_size)
         left_out = 0
-        for done, place in enumerate(own, start=1):
+        for done, (place, read) in enumerate(self._read_ahead(own), start=1):
             picture = self._pictures[place]
             try:
-                pixels, true = self._read(picture)
+                pixels, true = read()
                 predicted = segment(encoder.model.visual, pixels, queries, self._recipe)
             except DamagedSample as damage:
                 left_out += 1
@@ -126,6 +130,22 @@ class Segmentation(Evaluator):
                     draw_overlay(folder / overlay_file(place, picture.name), pixels, true, labels, self._titles)
             self.setting.report("pictures", done, len(own))
         return counts_3C, len(own) - left_out, left_out
+
+    def _read_ahead(self, places: Sequence[int]) -> Iterator[tuple[int, Callable[[], tuple[Pixels, Labels]]]]:
+        """Yield places in the list of pictures, each with what returns the picture or raises as `_read` does.
+
+        Threads read and decode the next pictures while the model computes: decoders leave Python's lock.
+        """
+        threads = max(1, usable_cores() // ranks_of_this_host(unknown=self.setting.world_size))
+        with ThreadPoolExecutor(min(threads, _AHEAD)) as pool:
+            ahead: deque[Future[tuple[Pixels, Labels]]] = deque()
+            try:
+                for number, place in enumerate(places):
+                    more = places[number + len(ahead) : number + _AHEAD]
+                    ahead.extend(pool.submit(self._read, self._pictures[other]) for other in more)
+                    yield place, ahead.popleft().result
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _read(self, picture: MaskedPicture) -> tuple[Pixels, Labels]:
         """Read a picture and its mask, which fit each other and the classes; raises DamagedSample."""
