@@ -69,7 +69,7 @@ def check_segmentation(golden: EvaluationGolden, case: str) -> Iterator[Compared
         patches = unit_patches(tower, cut_windows(picture_CHW, windows.windows), recipe)
     yield compare(golden, f"{case}.patch_features", patches, FEATURES)
     if recipe.crop:
-        yield compare(golden, f"{case}.window_logits", windows.mean_rows(0, windows.height), FEATURES)
+        yield compare(golden, f"{case}.window_logits", windows.mean()(0, windows.height), FEATURES)
     logits = PictureLogits(windows, picture_CHW, (len(pixels), len(pixels[0])), recipe)
     if f"{case}.logits" in golden.names():
         yield compare(golden, f"{case}.logits", torch.cat([band for _, band in logits.bands()], dim=1), FEATURES)

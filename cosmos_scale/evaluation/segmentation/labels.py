@@ -36,7 +36,21 @@ def large_classes(pixels_C: Tensor, area_threshold: float) -> Tensor:
 
 def label_map(probabilities_CHW: Tensor, threshold: float) -> Tensor:
     """Return the most probable class of each pixel, the first of equal ones, or 0 below the threshold: [H, W] int64."""
-    labels_HW = probabilities_CHW.argmax(0)
-    if threshold > 0:
-        labels_HW[probabilities_CHW.amax(0) < threshold] = 0
+    best_HW, labels_HW = probabilities_CHW.max(0)
+    labels_HW[best_HW < threshold] = 0
     return labels_HW
+
+
+def most_probable(
+    logits_UHW: Tensor, names_of: Sequence[int], places: Sequence[int] = (), kept_C: Tensor | None = None
+) -> Tensor:
+    """Return the most probable class of each pixel, the first of equal ones: [H, W] int64.
+
+    names_of, places: as in `class_probabilities`. kept: [C] bool, the classes that count; None: all.
+    """
+    device = logits_UHW.device
+    logits_QHW = logits_UHW[list(places)] if places else logits_UHW
+    class_Q = torch.arange(len(names_of), device=device).repeat_interleave(torch.tensor(names_of, device=device))
+    if kept_C is not None:
+        logits_QHW = logits_QHW.masked_fill(~kept_C[class_Q][:, None, None], -torch.inf)
+    return class_Q[logits_QHW.max(0).indices]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cosmos_scale.data.decode.picture import Pixels
 from cosmos_scale.data.samples.sample import DamagedSample
-from cosmos_scale.evaluation.segmentation.labels import class_probabilities, label_map, large_classes
+from cosmos_scale.evaluation.segmentation.labels import class_probabilities, label_map, large_classes, most_probable
 from cosmos_scale.evaluation.segmentation.pixels import normalise_levels, resize_for_windows
 from cosmos_scale.evaluation.segmentation.refine import refine
 from cosmos_scale.evaluation.segmentation.windows import Rows, WindowLogits, cut_windows, sliding_windows
@@ -84,7 +84,7 @@ class PictureLogits:
         """picture: normalised and resized. size: the height and width of the picture before it was resized."""
         self.size = size
         self._queries = logits.grids.shape[1]
-        self._rows: Rows = logits.rows_at(size, whole=not recipe.crop)
+        self._rows: Rows = logits.resized(size, whole=not recipe.crop)
         if recipe.pamr_steps:
             guide = functional.interpolate(picture_CHW[None], size, mode="bilinear", align_corners=False)[0]
             refined = refine(self._rows(0, size[0]), guide, recipe.pamr_dilations, recipe.pamr_steps)
@@ -102,9 +102,7 @@ class PictureLogits:
 @torch.no_grad()
 def probability_bands(logits: PictureLogits, queries: Queries, recipe: Recipe) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows and the probabilities of the classes there [C, rows, width]; classes that are too small have 0."""
-    kept_C = None
-    if recipe.area_threshold:
-        kept_C = large_classes(_pixels_by_class(logits, queries, recipe), recipe.area_threshold)
+    kept_C = _kept_classes(logits, queries, recipe)
     for rows, band in logits.bands():
         probabilities_CRW = class_probabilities(band, recipe.logit_scale, *queries[1:])
         if kept_C is not None:
@@ -112,11 +110,12 @@ def probability_bands(logits: PictureLogits, queries: Queries, recipe: Recipe) -
         yield rows, probabilities_CRW
 
 
-def _pixels_by_class(logits: PictureLogits, queries: Queries, recipe: Recipe) -> Tensor:
-    """Count the pixels of which each class is the most probable one: [C] int64."""
-    probabilities = (class_probabilities(band, recipe.logit_scale, *queries[1:]) for _, band in logits.bands())
-    best = [probabilities_CRW.argmax(0).flatten() for probabilities_CRW in probabilities]
-    return torch.bincount(torch.cat(best), minlength=len(queries.names_of))
+def _kept_classes(logits: PictureLogits, queries: Queries, recipe: Recipe) -> Tensor | None:
+    """Tell which classes the area rule keeps in a picture [C] bool; None where there is no such rule."""
+    if not recipe.area_threshold:
+        return None
+    best = torch.cat([most_probable(band_URW, *queries[1:]).flatten() for _, band_URW in logits.bands()])
+    return large_classes(torch.bincount(best, minlength=len(queries.names_of)), recipe.area_threshold)
 
 
 @torch.no_grad()
@@ -131,6 +130,11 @@ def segment(tower: VisionTower, pixels: Pixels, queries: Queries, recipe: Recipe
     compared = window_logits(tower, picture_CHW, queries.features, recipe)
     logits = PictureLogits(compared, picture_CHW, (height, width), recipe)
     labels_HW = torch.empty(height, width, dtype=torch.int64, device=device)
-    for rows, probabilities_CRW in probability_bands(logits, queries, recipe):
-        labels_HW[rows] = label_map(probabilities_CRW, recipe.prob_threshold)
+    if recipe.prob_threshold:
+        for rows, probabilities_CRW in probability_bands(logits, queries, recipe):
+            labels_HW[rows] = label_map(probabilities_CRW, recipe.prob_threshold)
+        return labels_HW
+    kept_C = _kept_classes(logits, queries, recipe)
+    for rows, band_URW in logits.bands():  # the class of the largest logit is the most probable one
+        labels_HW[rows] = most_probable(band_URW, *queries[1:], kept_C)
     return labels_HW

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 Rows = Callable[[int, int], Tensor]
-"""From a first row to the row after the last, the values of these rows: [Q, rows, W]."""
+"""From a first row to the row after the last, the logits of these rows: [Q, rows, W]."""
 
 
 class Window(NamedTuple):
@@ -58,54 +57,62 @@ class WindowLogits(NamedTuple):
     height: int
     width: int
 
-    def mean_rows(self, first: int, last: int) -> Tensor:
-        """Return rows of the mean over all windows that hold a pixel: [Q, last - first, width].
+    def mean(self) -> Rows:
+        """Return the mean over all windows that hold a pixel, at the size of the picture that was cut.
 
         The grid of a window is enlarged to the window's size, though its patches may not fill the window.
         """
-        total_QRW = self.grids.new_zeros(self.grids.shape[1], last - first, self.width)
-        count_RW = self.grids.new_zeros(last - first, self.width)
-        for grid_Qrc, (top, bottom, left, right) in zip(self.grids, self.windows, strict=True):
-            start, end = max(top, first), min(bottom, last)
-            if start < end:
-                rows, columns = slice(start - first, end - first), slice(left, right)
-                size = (bottom - top, right - left)
-                enlarged = resized_rows(_rows_of(grid_Qrc), grid_Qrc.shape[1], size, start - top, end - top)
-                total_QRW[:, rows, columns] += enlarged
-                count_RW[rows, columns] += 1
-        return total_QRW.div_(count_RW)
+        return self._rows(lambda matrix, _: matrix, (self.height, self.width))
 
-    def rows_at(self, size: tuple[int, int], whole: bool) -> Rows:
-        """Return a function that gives rows of the mean logits, bilinearly resized to `size`: [Q, rows, size[1]].
+    def resized(self, size: tuple[int, int], *, whole: bool) -> Rows:
+        """Return the mean, bilinearly resized to `size`: corners not aligned, no antialias.
 
         whole: the picture is its only window, whose grid is resized in one step.
         """
         if whole:
-            rows, height = _rows_of(self.grids[0]), self.grids.shape[2]
-        else:
-            rows, height = self.mean_rows, self.height
-        return lambda first, last: resized_rows(rows, height, size, first, last)
+            rows, columns = (
+                bilinear_matrix(cells, target) for cells, target in zip(self.grids.shape[2:], size, strict=True)
+            )
+            return self._map(rows, columns)
+        return self._rows(lambda matrix, target: bilinear_matrix(len(matrix), target) @ matrix, size)
+
+    def _rows(self, resize: Callable[[Tensor, int], Tensor], size: tuple[int, int]) -> Rows:
+        rows = dict.fromkeys((window.top, window.bottom) for window in self.windows)
+        columns = dict.fromkeys((window.left, window.right) for window in self.windows)
+        by_row = resize(_mean_matrix(list(rows), self.height, self.grids.shape[2]), size[0])
+        by_column = resize(_mean_matrix(list(columns), self.width, self.grids.shape[3]), size[1])
+        return self._map(by_row, by_column)
+
+    def _map(self, by_row: Tensor, by_column: Tensor) -> Rows:
+        """Return rows of by_row @ grids @ by_column.T, the grids of all windows joined into one for each query.
+
+        Enlarging, the mean and resizing are linear, and each goes by rows and by columns alone: two products do it all.
+        """
+        windows_in_row = by_column.shape[1] // self.grids.shape[3]
+        by_place = self.grids.unflatten(0, (-1, windows_in_row))
+        joined_Qrc = by_place.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2).contiguous()
+        by_row, by_column = (matrix.to(joined_Qrc.device, joined_Qrc.dtype) for matrix in (by_row, by_column))
+        return lambda first, last: (by_row[first:last] @ joined_Qrc) @ by_column.T
 
 
-def resized_rows(rows_of: Rows, height: int, size: tuple[int, int], first: int, last: int) -> Tensor:
-    """Return rows of a bilinear resize, corners not aligned, no antialias: [Q, last - first, size[1]].
-
-    rows_of: rows of the source, of which there are `height`. size: height and width of the whole result.
-    """
-    places = ((torch.arange(first, last, dtype=torch.float64) + 0.5) * (height / size[0]) - 0.5).clamp_(min=0)
-    upper = places.long().clamp_(max=height - 1)
-    lower = (upper + 1).clamp_(max=height - 1)
-    start = int(upper[0])
-    source_QRw = rows_of(start, int(lower[-1]) + 1)
-    device, dtype = source_QRw.device, source_QRw.dtype
-    above, below = (source_QRw.index_select(1, (rows - start).to(device)) for rows in (upper, lower))
-    share_R1 = (places - upper).to(device, dtype)[:, None]
-    mixed_QRw = torch.lerp(above, below, share_R1)
-    if mixed_QRw.shape[2] == size[1]:
-        return mixed_QRw
-    # The height stays: only columns are mixed here.
-    return functional.interpolate(mixed_QRw[None], (last - first, size[1]), mode="bilinear", align_corners=False)[0]
+def bilinear_matrix(source: int, target: int) -> Tensor:
+    """Return the bilinear resize of a side as a matrix [target, source] float64: corners not aligned, no antialias."""
+    places = ((torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5).clamp_(min=0)
+    first = places.long().clamp_(max=source - 1)
+    second = (first + 1).clamp_(max=source - 1)
+    share = places - first
+    matrix = torch.zeros(target, source, dtype=torch.float64)
+    rows = torch.arange(target)
+    matrix.index_put_((rows, first), 1 - share, accumulate=True)
+    matrix.index_put_((rows, second), share, accumulate=True)
+    return matrix
 
 
-def _rows_of(values_QHW: Tensor) -> Rows:
-    return lambda first, last: values_QHW[:, first:last]
+def _mean_matrix(spans: list[tuple[int, int]], side: int, cells: int) -> Tensor:
+    """Return the mean over windows along one side [side, spans x cells] float64; each window has `cells` patches."""
+    matrix = torch.zeros(side, len(spans), cells, dtype=torch.float64)
+    count = torch.zeros(side, 1, dtype=torch.float64)
+    for number, (start, end) in enumerate(spans):
+        matrix[start:end, number] = bilinear_matrix(cells, end - start)
+        count[start:end] += 1
+    return matrix.flatten(1) / count

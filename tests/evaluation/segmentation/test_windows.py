@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cosmos_scale.evaluation.segmentation import segmenter
 from cosmos_scale.evaluation.segmentation.refine import refine
 from cosmos_scale.evaluation.segmentation.segmenter import PictureLogits, Queries, Recipe, probability_bands
-from cosmos_scale.evaluation.segmentation.windows import WindowLogits, resized_rows, sliding_windows
+from cosmos_scale.evaluation.segmentation.windows import WindowLogits, bilinear_matrix, sliding_windows
 from tests.evaluation.segmentation import oracle
 
 
@@ -35,16 +35,38 @@ def test_windows_of_usual_pictures(size: tuple[int, int]) -> None:
     assert len(sliding_windows(*size, 0, 112)) == 1
 
 
-@pytest.mark.parametrize("size", [(3, 5), (7, 9), (40, 22), (41, 67)])
-def test_rows_of_a_resize_are_torchs_rows(size: tuple[int, int]) -> None:
-    source = torch.randn(4, 7, 9, generator=torch.Generator().manual_seed(0))
-    whole = functional.interpolate(source[None], size, mode="bilinear", align_corners=False)[0]
-    for step in (1, 2, 5, 100):
-        bands = [
-            resized_rows(lambda first, last: source[:, first:last], 7, size, first, min(first + step, size[0]))
-            for first in range(0, size[0], step)
-        ]
-        assert (torch.cat(bands, 1) - whole).abs().max() < 5e-6  # torch finds the places in float32
+@pytest.mark.parametrize("target", [1, 3, 7, 40, 41])
+def test_the_matrix_of_a_resize_is_torchs(target: int) -> None:
+    source = torch.randn(1, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = functional.interpolate(source, target, mode="linear", align_corners=False)
+    assert (source @ bilinear_matrix(7, target).T - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("size", [(40, 56), (48, 72), (33, 64), (20, 31)])
+@pytest.mark.parametrize(("crop", "stride"), [(32, 16), (32, 9)])
+def test_two_products_are_enlarging_the_mean_and_resizing(size: tuple[int, int], crop: int, stride: int) -> None:
+    windows = sliding_windows(*size, crop, stride)
+    generator = torch.Generator().manual_seed(0)
+    grids = torch.rand(len(windows), 3, 4, 5, generator=generator, dtype=torch.float64)
+    total, count = torch.zeros(3, *size, dtype=torch.float64), torch.zeros(*size, dtype=torch.float64)
+    for grid, (top, bottom, left, right) in zip(grids, windows, strict=True):
+        total[:, top:bottom, left:right] += resized_by_torch(grid, (bottom - top, right - left))
+        count[top:bottom, left:right] += 1
+    logits, expected = WindowLogits(grids, windows, *size), total / count
+    assert (logits.mean()(0, size[0]) - expected).abs().max() < 1e-12
+    rows = logits.resized((61, 45), whole=False)
+    bands = torch.cat([rows(first, min(first + 7, 61)) for first in range(0, 61, 7)], dim=1)
+    assert (bands - resized_by_torch(expected, (61, 45))).abs().max() < 1e-12
+
+
+def test_a_whole_picture_is_resized_in_one_step() -> None:
+    grids = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = WindowLogits(grids, sliding_windows(40, 50, 0, 1), 40, 50).resized((33, 71), whole=True)
+    assert (rows(0, 33) - resized_by_torch(grids[0], (33, 71))).abs().max() < 1e-12
+
+
+def resized_by_torch(values: Tensor, size: tuple[int, int]) -> Tensor:
+    return functional.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def random_logits(queries: int, height: int, width: int) -> WindowLogits:
