@@ -5,13 +5,15 @@ import argparse
 from cosmos_scale.cli.eval_classification import CLASSIFICATION
 from cosmos_scale.cli.eval_command import add_eval_command
 from cosmos_scale.cli.eval_retrieval import RETRIEVAL
+from cosmos_scale.cli.eval_segmentation import SEGMENTATION
 
-KIND_COMMANDS = (RETRIEVAL, CLASSIFICATION)
+KIND_COMMANDS = (RETRIEVAL, CLASSIFICATION, SEGMENTATION)
 
 EXAMPLES = """\
 examples:
   cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --data shards/held_out
   cosmos-scale eval classification --checkpoint runs/demo/checkpoints --data pictures/by_class --weights both
+  cosmos-scale eval segmentation --checkpoint runs/demo/checkpoints --set voc20 --root data/VOC2012 --csa
   torchrun --nproc-per-node 8 -m cosmos_scale.cli eval classification --dataset imagenet ...
 """
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cosmos_scale.cli.arguments import path, positive, with_examples
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
+from cosmos_scale.files import make_output_folder
 
 if TYPE_CHECKING:
     from cosmos_scale.config import EvaluatorConfig
@@ -132,6 +133,8 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
     prints = ranks is None or ranks.is_main
     with _together(ranks):
         checkpoint = find_checkpoint(arguments.checkpoint)
+        if arguments.out is not None:
+            make_output_folder(arguments.out)
     results: dict[str, Numbers] = {}
     evaluator: Evaluator | None = None
     details: dict[str, Sequence[Any]] = {}

@@ -26,6 +26,7 @@ from cosmos_scale.config.model import TOKENIZER_VOCABULARY, ModelConfig, TextCon
 from cosmos_scale.config.optimizer import OptimizerConfig
 from cosmos_scale.config.retrieval import RetrievalConfig
 from cosmos_scale.config.run import RunConfig
+from cosmos_scale.config.segmentation import SegmentationConfig
 from cosmos_scale.config.train import TrainConfig
 from cosmos_scale.config.zero import ZeroConfig
 
@@ -48,6 +49,7 @@ __all__ = [
     "RemoteConfig",
     "RetrievalConfig",
     "RunConfig",
+    "SegmentationConfig",
     "SourceConfig",
     "TextConfig",
     "TrainConfig",

@@ -12,8 +12,9 @@ from cosmos_scale.config.classification import ClassificationConfig
 from cosmos_scale.config.evaluator import EvaluatorConfig
 from cosmos_scale.config.retrieval import RetrievalConfig
 from cosmos_scale.config.section import refuse
+from cosmos_scale.config.segmentation import SegmentationConfig
 
-AnyEvaluatorConfig = RetrievalConfig | ClassificationConfig
+AnyEvaluatorConfig = RetrievalConfig | ClassificationConfig | SegmentationConfig
 """The keys of an evaluator; `kind` says which of the kinds. A new kind is added here, and in `config/__init__.py`."""
 
 

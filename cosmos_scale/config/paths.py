@@ -22,6 +22,8 @@ PATH_KEYS = frozenset(
         "eval.N.data",
         "eval.N.classes",
         "eval.N.templates",
+        "eval.N.images",
+        "eval.N.masks",
         "eval.N.split",
     }
 )

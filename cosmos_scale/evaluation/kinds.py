@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cosmos_scale.config import ClassificationConfig, EvaluatorConfig, RetrievalConfig
+from cosmos_scale.config import ClassificationConfig, EvaluatorConfig, RetrievalConfig, SegmentationConfig
 from cosmos_scale.evaluation.classification import Classification
 from cosmos_scale.evaluation.evaluator import Evaluator, Setting
 from cosmos_scale.evaluation.retrieval import Retrieval
+from cosmos_scale.evaluation.segmentation.evaluator import Segmentation
 
 KINDS: Mapping[type[EvaluatorConfig], Callable[[Any, Setting], Evaluator]] = {
     RetrievalConfig: Retrieval,
     ClassificationConfig: Classification,
+    SegmentationConfig: Segmentation,
 }
 
 

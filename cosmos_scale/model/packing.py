@@ -58,6 +58,11 @@ def token_multiple(wanted: int | None, device: torch.device) -> int:
 
 @cache  # kept for good: a CUDA graph reads them, and there are few
 def pack_crops(crops: tuple[tuple[int, int], ...], tokens_of: int, device: torch.device) -> CropLayout:
+    """Return the layout of a training step's crops, as `lay_out_crops` does."""
+    return lay_out_crops(crops, tokens_of, device)
+
+
+def lay_out_crops(crops: tuple[tuple[int, int], ...], tokens_of: int, device: torch.device) -> CropLayout:
     """Lay out crops, by resolution (how many, tokens of each); the patches of the first `tokens_of` crops are read."""
     lengths = np.repeat([length for _, length in crops], [count for count, _ in crops])
     starts = lengths.cumsum() - lengths

@@ -238,6 +238,17 @@ class Block(nn.Module):
         # compile the rest twice.
         return leave(self, _rows(x_TD, read), self.attn.out_proj(attended_RD))
 
+    def forward_correlative(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        """Return all tokens [T, D], with correlative self-attention; for evaluation alone.
+
+        A token weighs the others by how its query is like theirs, and by how its key is like theirs: softmax(q q^T) +
+        softmax(k k^T), a sum, whose rows add to 2. Source: SCLIP (ECCV 2024), section 3.2.
+        """
+        q, k, v = self.attn.project(self.ln_1(x_TD))
+        # The sum of both weights times v is the sum of two attentions, which the usual back ends compute.
+        attended_TD = self.attn.attend(q, q, v, segments) + self.attn.attend(k, k, v, segments)
+        return self._leave(x_TD, self.attn.out_proj(attended_TD))
+
     def served(self, x_TD: Tensor) -> bool:
         """Tell whether the Triton kernels serve for x."""
         return not self.compiled and self.ln_1.served(x_TD)
@@ -324,6 +335,14 @@ class Transformer(nn.Module):
                 x_TD = block(*arguments, update_TD, bias_D)
             update_TD = bias_D = None
         normed_RD: Tensor = norm(x_TD, update_TD, bias_D)
+        return normed_RD
+
+    def forward_correlative(self, x_TD: Tensor, segments: Segments, read: Tensor, norm: LayerNorm) -> Tensor:
+        """Do what `forward` does, with correlative self-attention in the last block; for evaluation alone."""
+        *blocks, last = self.blocks()
+        for block in blocks:
+            x_TD = block(x_TD, segments, False)
+        normed_RD: Tensor = norm(_rows(last.forward_correlative(x_TD, segments), read))
         return normed_RD
 
     def _recomputes(self, number: int) -> bool:

@@ -12,7 +12,7 @@ from cosmos_scale.config import VisionConfig
 from cosmos_scale.kernels.linear import linear
 from cosmos_scale.kernels.patches import cut_patches, level_values, normalised_patches
 from cosmos_scale.model.cross_modal import AttentionPooler
-from cosmos_scale.model.packing import pack_crops
+from cosmos_scale.model.packing import lay_out_crops, pack_crops
 from cosmos_scale.model.transformer import Attention, LayerNorm, Linear, Transformer, empty_parameter, normal_, uniform_
 
 
@@ -87,9 +87,8 @@ class VisionTower(nn.Module):
         embedded = self.conv1(crops)
         views = []
         for images_BCHW, patches_BLD in zip(crops, embedded, strict=True):
-            class_B1D = self.class_embedding.expand(patches_BLD.shape[0], 1, -1)
             positions_LD = self._positions(images_BCHW.shape[2], images_BCHW.shape[3])
-            views.append(torch.cat([class_B1D, patches_BLD], dim=1) + positions_LD)
+            views.append(self._view(patches_BLD, positions_LD))
         tokens = [view_BLD.flatten(0, 1) for view_BLD in views]
         x_TD = self.ln_pre(torch.cat(tokens) if len(tokens) > 1 else tokens[0])
         layout = pack_crops(tuple((view.shape[0], view.shape[1]) for view in views), tokens_of, x_TD.device)
@@ -98,15 +97,41 @@ class VisionTower(nn.Module):
         class_BD, patches_TD = x_RD.split([count, x_RD.shape[0] - count])
         return class_BD @ self.proj, patches_TD
 
-    def _positions(self, height: int, width: int) -> Tensor:
-        """Return the position table for crops of height x width pixels: [1 + rows x columns, D]."""
+    def patch_features(self, images_BCHW: Tensor, *, correlative: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the pooled features [B, E] and one feature for each patch [B, rows x columns, E]; none is normalised.
+
+        images: [B, 3, H, W] of any size, as in PatchEmbedding. correlative: the last block weighs tokens by
+        correlative self-attention (`Block.forward_correlative`), which changes the pooled features too. Keeps nothing
+        for the next call: pictures have many sizes.
+        """
+        (patches_BLD,) = self.conv1([images_BCHW])
+        view_BLD = self._view(patches_BLD, self._positions(*images_BCHW.shape[2:], keep=False))
+        x_TD = self.ln_pre(view_BLD.flatten(0, 1))
+        count, length = view_BLD.shape[:2]
+        segments, read = lay_out_crops(((count, length),), count, x_TD.device)
+        run = self.transformer.forward_correlative if correlative else self.transformer
+        features_RE = run(x_TD, segments, read, self.ln_post) @ self.proj
+        pooled_BE, patches_TE = features_RE.split([count, count * (length - 1)])
+        return pooled_BE, patches_TE.unflatten(0, (count, length - 1))
+
+    def _view(self, patches_BLD: Tensor, positions_LD: Tensor) -> Tensor:
+        """Put the class token before the patches, and add the positions: [B, 1 + rows x columns, D]."""
+        class_B1D = self.class_embedding.expand(patches_BLD.shape[0], 1, -1)
+        return torch.cat([class_B1D, patches_BLD], dim=1) + positions_LD
+
+    def _positions(self, height: int, width: int, *, keep: bool = True) -> Tensor:
+        """Return the position table for crops of height x width pixels: [1 + rows x columns, D].
+
+        keep: whether the interpolation is kept for the next crops of that size.
+        """
         table, size = self.positional_embedding, self.conv1.patch_size
         rows, columns = height // size, width // size
         if height == width and rows * columns == table.shape[0] - 1:
             return table
         # Interpolated in float32 at least: a low-precision sum would add noise to every token.
         dtype = torch.promote_types(table.dtype, torch.float32)
-        matrix = interpolation_matrix(table.shape[0] - 1, rows, columns, dtype, table.device)
+        matrix_of = interpolation_matrix if keep else interpolate_table
+        matrix = matrix_of(table.shape[0] - 1, rows, columns, dtype, table.device)
         class_1D, patches_PD = table.split([1, table.shape[0] - 1])
         return torch.cat([class_1D, (matrix @ patches_PD.to(dtype)).to(table.dtype)])
 
@@ -120,11 +145,16 @@ def pixel_values(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache  # as above
 def interpolation_matrix(patches: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix of `interpolate_table` for a training step's crops, computed once."""
+    return interpolate_table(patches, rows, columns, dtype, device)
+
+
+def interpolate_table(patches: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the bicubic interpolation of a square position table as a matrix: [rows x columns, patches].
 
     Bicubic, corners not aligned, no antialias, scale factor (rows + 0.1) / sqrt(patches) as in DINO: the offset 0.1
-    keeps the output size from being rounded down. The matrix is computed once, and the backward through it is a plain
-    product (torch's bicubic backward is not deterministic on CUDA).
+    keeps the output size from being rounded down. The backward through the matrix is a plain product (torch's bicubic
+    backward is not deterministic on CUDA).
     """
     side = round(patches**0.5)
     # Outside inference mode, even where the first caller is inside it: the cached tensor serves later backward passes.

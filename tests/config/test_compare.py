@@ -17,6 +17,7 @@ WHOLE = {
     "eval": [
         {"kind": "retrieval", "every": 5, "shards": "held"},
         {"kind": "classification", "every": 5, "data": "pictures"},
+        {"kind": "segmentation", "every": 5, "dataset": "voc20", "data": "VOC2012"},
     ],
     "log": {"wandb": {}},
 }
@@ -41,6 +42,8 @@ MAY_DIFFER_BY_HOST = {
     "eval.N.data",
     "eval.N.classes",
     "eval.N.templates",
+    "eval.N.images",
+    "eval.N.masks",
     "eval.N.split",
 }
 MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
@@ -80,6 +83,19 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "eval.N.names",
     "eval.N.confusions",
     "eval.N.batch",
+    "eval.N.reduce_zero",
+    "eval.N.background",
+    "eval.N.csa",
+    "eval.N.short_side",
+    "eval.N.crop",
+    "eval.N.stride",
+    "eval.N.logit_scale",
+    "eval.N.prob_threshold",
+    "eval.N.area_threshold",
+    "eval.N.pamr_steps",
+    "eval.N.pamr_dilations",
+    "eval.N.per_class",
+    "eval.N.overlays",
     "log.every",
     "log.tensorboard",
     "log.wandb",

@@ -107,7 +107,7 @@ def test_files_of_either_form_extend_files_of_either(tmp_path: Path, base: str, 
         (
             NEW,
             "eval.0.kind=clasification",
-            "eval.0.kind: \"clasification\" should be one of 'retrieval', 'classification'",
+            "eval.0.kind: \"clasification\" should be one of 'retrieval', 'classification', 'segmentation'",
         ),
         (NEW, "eval=[{shards: x}]", "eval.0.kind: this key is required and missing"),
         (NEW, "eval=[5]", "eval.0: 5 should be an object"),

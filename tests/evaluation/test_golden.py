@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tools.check_golden import main
-from tools.golden_evaluation import CHECKS, Compared, EvaluationGolden
+from tools.golden_evaluation import CHECKS
+from tools.golden_numbers import Compared, EvaluationGolden
 
 FILE = Path(__file__).parents[1] / "golden" / "golden_eval.safetensors"
 GOLDEN = EvaluationGolden(FILE)

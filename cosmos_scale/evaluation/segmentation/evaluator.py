@@ -1,0 +1,232 @@
+"""Zero-shot segmentation of a set of pictures, shared by all ranks: mIoU and accuracy from exact counts of pixels."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import RenderableType
+from rich.table import Table
+from torch import Tensor
+
+from cosmos_scale.config import SegmentationConfig
+from cosmos_scale.data.decode.picture import Pixels
+from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
+from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
+from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures
+from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels
+from cosmos_scale.evaluation.segmentation.names import public_names
+from cosmos_scale.evaluation.segmentation.overlap import IGNORED, Scores, constant_counts, count_overlap
+from cosmos_scale.evaluation.segmentation.overlays import draw_overlay, overlay_file
+from cosmos_scale.evaluation.segmentation.pixels import decode_upright
+from cosmos_scale.evaluation.segmentation.segmenter import Queries, Recipe, segment
+from cosmos_scale.evaluation.text_weights import text_weights
+from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.host import ranks_of_this_host, usable_cores
+from cosmos_scale.words import counted
+
+SAME_MASKS = "rule: every host has the same pictures and masks"
+_AHEAD = 4  # pictures in memory that are read before their turn
+_PUBLISHED_SIZE = 224  # of the models that the sizes of public sets are for
+_OWN_SHORT_SIDE, _OWN_LOGIT_SCALE = 336, 40.0
+
+
+class Segmentation(Evaluator):
+    """IoU of each class over the pictures of a set, every rank on its share of the pictures."""
+
+    def __init__(self, config: SegmentationConfig, setting: Setting) -> None:
+        """Find pictures, masks and names; raises UserError where any of them are missing or do not fit together."""
+        super().__init__(config, setting)
+        self._config = config
+        self._pictures = find_pictures(config)
+        self._names = _names(config)
+        self._titles = [
+            "background" if config.has_background and not label else names[0] for label, names in enumerate(self._names)
+        ]
+        self._recipe = recipe_of(config, setting.image_size)
+        self._constant = 0  # the label of the trivial answer, known once masks are read
+        self._scores: Scores | None = None
+        self._true_C = torch.zeros(len(self._names), dtype=torch.int64)
+
+    def subject(self) -> dict[str, str]:
+        """The set, where it lies, how its classes are spelt, and whether attention is correlative."""
+        where = self._config.images if self._config.dataset is None else self._config.data
+        return {
+            "dataset": self._config.dataset or "own",
+            "data": where or "",
+            "names": self._config.names,
+            "csa": "yes" if self._config.csa else "no",
+        }
+
+    def gallery(self) -> str:
+        """How many pictures and classes there are, with a digest of the files' names and sizes, and of the names."""
+        files = [(picture.name, _size(picture.image), _size(picture.mask)) for picture in self._pictures]
+        classes = counted(len(self._names), "class", "classes")
+        return f"{counted(len(self._pictures), 'picture')}, {classes}, digest {digest_of(repr((self._names, files)))}"
+
+    def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
+        """Yield pictures, mIoU, aAcc, mAcc, the trivial answer's mIoU, how many were left out, on request IoU by class.
+
+        folder: takes the overlays that the section asks for.
+        """
+        patch = encoder.model.visual.conv1.patch_size
+        if 0 < self._recipe.crop < patch:
+            raise UserError(
+                f"crop: {self._recipe.crop} is smaller than the model's patches of {patch} x {patch} pixels"
+            )
+        self.require_same_data(gather, SAME_MASKS)
+        queries = self.queries(encoder, gather)
+        counts_3C, used, left_out = self._count(encoder, queries, folder)
+        sums = torch.cat([counts_3C.flatten(), counts_3C.new_tensor([used, left_out])])
+        totals = gather(sums[None]).sum(0).cpu()
+        counts_3C, (used, left_out) = totals[:-2].unflatten(0, (3, -1)), totals[-2:].tolist()
+        if not counts_3C[2].any():
+            raise UserError(f"{self.subject()['data']}: no pixel of {counted(used, 'picture')} has a label that counts")
+        self._scores, self._true_C = Scores.of(counts_3C), counts_3C[2]
+        self._constant = 0 if self._config.has_background else int(counts_3C[2].argmax())
+        yield "pictures", used
+        yield "mIoU", self._scores.mean_iou
+        yield "aAcc", self._scores.all_accuracy
+        yield "mAcc", self._scores.mean_accuracy
+        yield "trivial_mIoU", Scores.of(constant_counts(counts_3C, self._constant)).mean_iou
+        yield "left_out", left_out
+        if self._config.per_class:
+            for title, iou in zip(self._titles, self._scores.iou.tolist(), strict=True):
+                if iou == iou:  # no number for a class that is nowhere
+                    yield f"IoU_{title}", iou
+
+    def queries(self, encoder: Encoder, gather: Gather) -> Queries:
+        """Encode every name of every class, by itself, in ImageNet's 80 templates; collective, under no_grad."""
+        names = [name for of_class in self._names for name in of_class]
+        unequal = list(dict.fromkeys(names))
+        features_UE = text_weights(encoder, [(name,) for name in unequal], imagenet_templates(), gather)
+        places = tuple(map(unequal.index, names)) if len(unequal) < len(names) else ()
+        return Queries(features_UE, tuple(map(len, self._names)), places)
+
+    def _count(self, encoder: Encoder, queries: Queries, folder: Path | None) -> tuple[Tensor, int, int]:
+        """Segment this rank's pictures: counts [3, C], and how many pictures were used and left out."""
+        counts_3C = torch.zeros(3, len(self._names), dtype=torch.int64, device=self.setting.device)
+        rank, world_size = self.setting.rank, self.setting.world_size
+        own = range(rank, len(self._pictures), world_size)
+        left_out = 0
+        for done, (place, read) in enumerate(self._read_ahead(own), start=1):
+            picture = self._pictures[place]
+            try:
+                pixels, true = read()
+                predicted = segment(encoder.model.visual, pixels, queries, self._recipe)
+            except DamagedSample as damage:
+                left_out += 1
+                print(f"left out: {picture.name} of {self.subject()['data']}: {damage}", file=sys.stderr)
+            else:
+                on_device = torch.from_numpy(true).to(predicted.device)
+                counts_3C += count_overlap(predicted, on_device, len(self._names))
+                if folder is not None and place < self._config.overlays:
+                    labels = predicted.cpu().numpy().astype(np.uint8)
+                    draw_overlay(folder / overlay_file(place, picture.name), pixels, true, labels, self._titles)
+            self.setting.report("pictures", done, len(own))
+        return counts_3C, len(own) - left_out, left_out
+
+    def _read_ahead(self, places: Sequence[int]) -> Iterator[tuple[int, Callable[[], tuple[Pixels, Labels]]]]:
+        """Yield places in the list of pictures, each with what returns the picture or raises as `_read` does.
+
+        Threads read and decode the next pictures while the model computes: decoders leave Python's lock.
+        """
+        threads = max(1, usable_cores() // ranks_of_this_host(unknown=self.setting.world_size))
+        with ThreadPoolExecutor(min(threads, _AHEAD)) as pool:
+            ahead: deque[Future[tuple[Pixels, Labels]]] = deque()
+            try:
+                for number, place in enumerate(places):
+                    more = places[number + len(ahead) : number + _AHEAD]
+                    ahead.extend(pool.submit(self._read, self._pictures[other]) for other in more)
+                    yield place, ahead.popleft().result
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self, picture: MaskedPicture) -> tuple[Pixels, Labels]:
+        """Read a picture and its mask, which fit each other and the classes; raises DamagedSample."""
+        setting = self.setting
+        try:
+            pixels = decode_upright(read_regular(picture.image), setting.max_pixels, setting.background)
+            labels = picture.law(read_regular(picture.mask), setting.max_pixels)
+        except OSError as error:
+            raise DamagedSample(f"{error.filename or picture.name} cannot be read: {reason_of(error)}") from error
+        return pixels, checked_labels(labels, pixels.shape[:2], len(self._names))
+
+    def table(self, results: Mapping[str, Numbers], title: str) -> Table:
+        """A table of percentages, a row a model, with the trivial answer's mIoU beside the model's."""
+        first = next(iter(results.values()))
+        left_out = f", {int(first['left_out']):,} left out" if first["left_out"] else ""
+        caption = f"{counted(int(first['pictures']), 'picture')}{left_out}"
+        columns = {"mIoU": "mIoU", f"mIoU of all {self._titles[self._constant]}": "trivial_mIoU"}
+        columns |= {"aAcc": "aAcc", "mAcc": "mAcc"}
+        table = Table("", *columns, title=title, caption=caption)
+        for model, numbers in results.items():
+            table.add_row(model, *(f"{100 * numbers[name]:.2f} %" for name in columns.values()))
+        return table
+
+    def details(self) -> Sequence[RenderableType]:
+        """The IoU and accuracy of each class of the last model, where the section asks for them."""
+        if self._scores is None or not self._config.per_class:
+            return []
+        table = Table("class", "IoU", "Acc", "share of pixels")
+        rows = zip(
+            self._titles, self._scores.iou.tolist(), self._scores.accuracy.tolist(), self._true_C.tolist(), strict=True
+        )
+        for class_title, iou, accuracy, pixels in rows:
+            shares = (iou, accuracy, pixels / int(self._true_C.sum()))
+            table.add_row(class_title, *(f"{100 * share:.2f} %" if share == share else "-" for share in shares))
+        return [table]
+
+
+def recipe_of(config: SegmentationConfig, image_size: int) -> Recipe:
+    """Return how a section's pictures are segmented by a model of an image size: its keys, else those of its set."""
+    public = None if config.dataset is None else PUBLIC_LAYOUTS[config.dataset]
+    short_side = config.short_side
+    if short_side is None:
+        short_side = round((public.short_side if public else _OWN_SHORT_SIDE) * image_size / _PUBLISHED_SIZE)
+    crop = image_size if config.crop is None else config.crop
+
+    def chosen(value: float | None, of_set: float) -> float:
+        return of_set if value is None else value
+
+    return Recipe(
+        short_side=short_side,
+        crop=crop,
+        stride=config.stride or max(1, crop // 2),
+        csa=config.csa,
+        logit_scale=chosen(config.logit_scale, public.logit_scale if public else _OWN_LOGIT_SCALE),
+        prob_threshold=chosen(config.prob_threshold, public.prob_threshold if public else 0.0),
+        area_threshold=chosen(config.area_threshold, public.area_threshold if public else 0.0),
+        pamr_steps=config.pamr_steps,
+        pamr_dilations=config.pamr_dilations,
+        batch=config.batch,
+    )
+
+
+def _names(config: SegmentationConfig) -> Names:
+    """Return the names of each class; raises UserError where a file of names does not fit the set."""
+    if config.classes is None:
+        assert config.dataset is not None, "which the config checks"
+        return public_names(config.dataset, config.names)
+    names = read_names(Path(config.classes))
+    said = f"{config.classes}: names {counted(len(names), 'class', 'classes')}"
+    if config.dataset is not None:
+        expected = len(public_names(config.dataset, config.names))
+        if len(names) != expected:
+            raise UserError(f"{said}, but {config.dataset} has {expected}; rule: a line a class, in the masks' order")
+    if len(names) > IGNORED:
+        raise UserError(f"{said}; rule: at most {IGNORED}, since {IGNORED} in a mask means ignored")
+    return names
+
+
+def _size(path: Path) -> int:
+    """Return a file's size in bytes, -1 where it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

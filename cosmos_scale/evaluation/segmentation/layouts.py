@@ -1,0 +1,202 @@
+"""Which pictures a set has, and where their masks lie: the public sets by their folders, and sets of one's own."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmos_scale.config import SegmentationConfig
+from cosmos_scale.config.segmentation import PublicSet
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.segmentation.masks import (
+    MaskLaw,
+    cityscapes_labels,
+    coco_object_labels,
+    coco_stuff_labels,
+    reduced_labels,
+    stored_labels,
+)
+from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.words import counted
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
+
+
+class MaskedPicture(NamedTuple):
+    """A picture and its mask. name: for messages and files, unique in the set. law: how the mask's file is read."""
+
+    name: str
+    image: Path
+    mask: Path
+    law: MaskLaw
+
+
+class MaskFiles(NamedTuple):
+    """What follows a picture's name in the name of its mask, and how such masks are read."""
+
+    suffix: str
+    law: MaskLaw
+
+
+class PublicLayout(NamedTuple):
+    """Where a public set's files lie below its folder, and how the published evaluation treats the set.
+
+    folders: where the set's folder may lie below the given one. images, masks: folders. image_suffix: what follows a
+    picture's name in its file's name. mask_files: the kinds of masks, the one that is taken first where there are both.
+    split: the file that lists the pictures' names; None: all pictures below the folder count. short_side: pixels, for
+    models of 224. The last three: see Recipe.
+    """
+
+    folders: tuple[str, ...]
+    images: str
+    image_suffix: str
+    masks: str
+    mask_files: tuple[MaskFiles, ...]
+    split: str | None
+    short_side: int = 336
+    logit_scale: float = 40.0
+    prob_threshold: float = 0.0
+    area_threshold: float = 0.0
+
+    def expected(self) -> str:
+        """The files that the layout wants, in words."""
+        masks = " or ".join(f"{self.masks}/*{files.suffix}" for files in self.mask_files)
+        wanted = [f"{self.images}/*{self.image_suffix}", masks, *([self.split] if self.split else [])]
+        return f"{', '.join(wanted)}, in it or in {' or '.join(self.folders)} below it"
+
+
+def _voc(law: MaskLaw) -> PublicLayout:
+    folders = ("VOC2012", "VOCdevkit/VOC2012")
+    masks, split = (MaskFiles(".png", law),), "ImageSets/Segmentation/val.txt"
+    return PublicLayout(folders, "JPEGImages", ".jpg", "SegmentationClass", masks, split)
+
+
+def _context(law: MaskLaw) -> PublicLayout:
+    folders = ("VOC2010", "VOCdevkit/VOC2010")
+    masks, split = (MaskFiles(".png", law),), "ImageSets/SegmentationContext/val.txt"
+    return PublicLayout(folders, "JPEGImages", ".jpg", "SegmentationClassContext", masks, split)
+
+
+def _coco(*masks: MaskFiles) -> PublicLayout:
+    return PublicLayout(("coco_stuff164k",), "images/val2017", ".jpg", "annotations/val2017", masks, None)
+
+
+PUBLIC_LAYOUTS: Mapping[PublicSet, PublicLayout] = {
+    "voc20": _voc(reduced_labels),
+    "voc21": _voc(stored_labels)._replace(logit_scale=65.0, prob_threshold=0.1, area_threshold=0.1),
+    "context59": _context(reduced_labels),
+    "context60": _context(stored_labels)._replace(logit_scale=50.0, prob_threshold=0.1),
+    "coco_object": _coco(
+        MaskFiles("_instanceTrainIds.png", stored_labels), MaskFiles(".png", coco_object_labels)
+    )._replace(logit_scale=50.0, prob_threshold=0.1),
+    "coco_stuff": _coco(MaskFiles("_labelTrainIds.png", stored_labels), MaskFiles(".png", coco_stuff_labels))._replace(
+        short_side=448
+    ),
+    "cityscapes": PublicLayout(
+        folders=("cityscapes",),
+        images="leftImg8bit/val",
+        image_suffix="_leftImg8bit.png",
+        masks="gtFine/val",
+        mask_files=(
+            MaskFiles("_gtFine_labelTrainIds.png", stored_labels),
+            MaskFiles("_gtFine_polygons.json", cityscapes_labels),
+        ),
+        split=None,
+        short_side=560,
+    ),
+    "ade20k": PublicLayout(
+        folders=("ADEChallengeData2016", "ade/ADEChallengeData2016"),
+        images="images/validation",
+        image_suffix=".jpg",
+        masks="annotations/validation",
+        mask_files=(MaskFiles(".png", reduced_labels),),
+        split=None,
+    ),
+}
+
+
+def find_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
+    """Find the pictures of a section's set, with the places of their masks; a picture's own mask may be missing.
+
+    Raises UserError where the files do not lie as the layout wants, or no picture has a mask.
+    """
+    pictures = _own_pictures(config) if config.dataset is None else _public_pictures(config.dataset, config.data or "")
+    return pictures[: config.max_samples]
+
+
+def _public_pictures(dataset: PublicSet, given: str) -> list[MaskedPicture]:
+    layout = PUBLIC_LAYOUTS[dataset]
+    wrong = f"{given}: holds no {dataset}: %s; expected {layout.expected()}"
+    if not Path(given).is_dir():
+        raise UserError(wrong % "it is no folder")
+    roots = [Path(given, folder) for folder in ("", *layout.folders)]
+    root = next((root for root in roots if (root / layout.images).is_dir()), None)
+    if root is None:
+        raise UserError(wrong % f"there is no folder {layout.images}")
+    if not (root / layout.masks).is_dir():
+        raise UserError(wrong % f"there is no folder {root / layout.masks}")
+    if layout.split is None:
+        names = _names_below(root / layout.images, (layout.image_suffix,))
+        stems = [name.removesuffix(layout.image_suffix) for name in names]
+    else:
+        stems = _listed(root / layout.split, wrong)
+    if not stems:
+        what = layout.split if layout.split else f"{layout.images}/*{layout.image_suffix}"
+        raise UserError(wrong % f"{root / what} names no picture")
+    images = {stem: root / layout.images / f"{stem}{layout.image_suffix}" for stem in stems}
+    pictures = [
+        MaskedPicture(stem, image, *_mask_of(root / layout.masks / stem, layout.mask_files))
+        for stem, image in images.items()
+    ]
+    _require_a_mask(pictures, wrong)
+    return pictures
+
+
+def _own_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
+    images, masks = Path(config.images or ""), Path(config.masks or "")
+    for key, folder in (("images", images), ("masks", masks)):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; rule: {key} is a folder")
+    if images.samefile(masks):
+        raise UserError(f"{masks}: holds the pictures too; rule: pictures and masks lie in two folders")
+    names = _names_below(images, _PICTURES)
+    if not names:
+        raise UserError(f"{images}: holds no picture; rule: {', '.join(_PICTURES)}, in it or below it")
+    law = MaskFiles(".png", reduced_labels if config.reduce_zero else stored_labels)
+    pictures = [MaskedPicture(name, images / name, *_mask_of((masks / name).with_suffix(""), (law,))) for name in names]
+    wrong = f"{masks}: holds no mask of the pictures of {images}: %s; rule: a PNG of the picture's name, in its folder"
+    _require_a_mask(pictures, wrong)
+    return pictures
+
+
+def _mask_of(stem: Path, kinds: Iterable[MaskFiles]) -> tuple[Path, MaskLaw]:
+    """Return the mask of the first kind that is there, or of the first kind where none is."""
+    masks = [(stem.with_name(f"{stem.name}{kind.suffix}"), kind.law) for kind in kinds]
+    return next((mask for mask in masks if mask[0].exists()), masks[0])
+
+
+def _require_a_mask(pictures: list[MaskedPicture], wrong: str) -> None:
+    if not any(picture.image.exists() and picture.mask.exists() for picture in pictures):
+        first = pictures[0].mask if pictures[0].image.exists() else pictures[0].image
+        raise UserError(wrong % f"of {counted(len(pictures), 'picture')} none is there with its mask, such as {first}")
+
+
+def _names_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the paths, from a folder on, of the files below it with one of the suffixes, sorted."""
+
+    def found() -> Iterator[str]:
+        for place, _, names in os.walk(folder):
+            yield from (os.path.relpath(os.path.join(place, name), folder) for name in names)
+
+    return sorted(name for name in found() if name.endswith(suffixes))
+
+
+def _listed(split: Path, wrong: str) -> list[str]:
+    """Return the names in a split file, each once, in its order."""
+    try:
+        text = read_regular(split).decode()
+    except OSError as error:
+        raise UserError(wrong % f"{split} cannot be read: {reason_of(error)}") from error
+    except UnicodeDecodeError:
+        raise UserError(wrong % f"{split} holds bytes that are no UTF-8") from None
+    return list(dict.fromkeys(name for line in text.splitlines() if (name := line.strip())))
