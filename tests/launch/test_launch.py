@@ -147,6 +147,17 @@ def test_a_check_starts_nothing(tmp_path: Path, scenes: SceneShards, capfd: pyte
     assert list((tmp_path / "tiny").iterdir()) == []  # not even a token
 
 
+def test_gpus_that_do_not_share_the_batch_are_no_reason_to_refuse(
+    tmp_path: Path, scenes: SceneShards, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three GPUs two share a batch of 8, and one stays idle; three ranks that are asked for are refused."""
+    run = write_run(tmp_path, scenes)
+    monkeypatch.setattr("cosmos_scale.cli.launch._ranks_here", lambda device: 3)
+    assert main(["launch", "--check", str(run)]) == FINISHED
+    assert main(["launch", "--check", "--ranks", "3", str(run)]) == REFUSED
+    assert "ranks that would do: 1, 2, 4, 8" in capfd.readouterr().err
+
+
 def test_a_signal_ends_the_look(tmp_path: Path, scenes: SceneShards) -> None:
     run = write_run(tmp_path, scenes)
     with launching(tmp_path, "--ranks", "2", str(run)) as process:
