@@ -38,7 +38,9 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--ranks", type=positive, metavar="N", help="ranks on this host; default: its GPUs that share the batch, or 1")
+    where.add_argument(
+        "--ranks", type=positive, metavar="N", help="ranks on this host; default: its GPUs that share the batch, or 1"
+    )
     where.add_argument("--hostfile", type=path, metavar="FILE", help="hosts, a line each: NAME slots=N")
     parser.add_argument("--check", action="store_true", help="look at all hosts, print what was found, start nothing")
     parser.add_argument("--restarts", type=natural, default=3, metavar="N", help="at most; default: 3")

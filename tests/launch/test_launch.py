@@ -147,6 +147,17 @@ def test_a_check_starts_nothing(tmp_path: Path, scenes: SceneShards, capfd: pyte
     assert list((tmp_path / "tiny").iterdir()) == []  # not even a token
 
 
+def test_an_output_folder_that_cannot_be_written_is_told(
+    tmp_path: Path, scenes: SceneShards, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path, scenes)
+    assert main(["launch", "--check", "--ranks", "2", str(run), f"output={run}"]) == REFUSED
+    said = (
+        rf"cosmos-scale launch: output: {re.escape(str(run))}/tiny/\.launch-\S+: cannot be written: Not a directory\n"
+    )
+    assert re.fullmatch(said, capfd.readouterr().err)
+
+
 def test_gpus_that_do_not_share_the_batch_are_no_reason_to_refuse(
     tmp_path: Path, scenes: SceneShards, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
