@@ -160,6 +160,23 @@ class RunLock:
         while not self._ends.wait(self._every):
             with suppress(OSError):  # a file server that is away for a while
                 os.utime(self._descriptor)
+                if not self._path.exists():
+                    self._make_again()
+
+    def _make_again(self) -> None:
+        """Make the file anew, which somebody has deleted, often with the folder: else a second launch is let in."""
+        name = os.pread(self._descriptor, 1 << 16, 0)
+        self._path.parent.mkdir(exist_ok=True)
+        descriptor = regular_only(str(self._path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not no_locks(error):
+                os.close(descriptor)
+                raise
+        os.pwrite(descriptor, name, 0)
+        deleted, self._descriptor = self._descriptor, descriptor
+        os.close(deleted)
 
 
 def launcher_holds(folder: Path) -> bool:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from cosmos_scale.run.lock import RunLock
-with RunLock(Path(sys.argv[1]), print, file=sys.argv[2]):
+with RunLock(Path(sys.argv[1]), print, file=sys.argv[2], touched_every=0.05):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -87,6 +88,19 @@ def test_touches_tell_whether_a_launch_on_another_host_lives(tmp_path: Path, mon
     file.write_text(json.dumps(holder))  # it died
     with RunLock(tmp_path, print, touched_every=0.1, dead_after=0.5):
         assert json.loads(file.read_text())["host"] == socket.gethostname()
+
+
+def test_a_deleted_folder_lets_nobody_in(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with held(folder) as process:
+        named = (folder / LOCK_FILE).read_text()
+        shutil.rmtree(folder)
+        deadline = time.monotonic() + 20
+        while not (folder / LOCK_FILE).exists() or (folder / LOCK_FILE).read_text() != named:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=f"by process {process.pid} since"), RunLock(folder, print):
+            pass
 
 
 def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path) -> None:
