@@ -132,6 +132,7 @@ def as_json(survey: Survey, context_length: int) -> dict[str, Any]:
         "text_bytes": tally.text_bytes,
         "formats": dict(tally.formats),
         "transparent": tally.transparent,
+        "turned": tally.turned,
         "measures": {name: _figures(values) for name, values in measures(tally).items() if values},
         "context_length": context_length,
         "cut_global": cut_share(tally.global_tokens, context_length),
@@ -167,7 +168,8 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
         return
     console.print(
         f"pictures: {_shares(tally.formats)}; {tally.image_bytes / tally.samples / 1000:.1f} kB on average"
-        + (f"; {tally.transparent:,} transparent (data.background)" if tally.transparent else ""),
+        + (f"; {tally.transparent:,} transparent (data.background)" if tally.transparent else "")
+        + (f"; {tally.turned:,} with an EXIF tag that turns them, which training ignores" if tally.turned else ""),
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
