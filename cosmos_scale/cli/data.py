@@ -224,6 +224,7 @@ def _is_run(text: str) -> bool:
 def _inspect(arguments: argparse.Namespace) -> int:
     from cosmos_scale.console import make_console
     from cosmos_scale.data.tools import inspect, inspect_report
+    from cosmos_scale.data.tools.own_pictures import refuse_foreign_picture
     from cosmos_scale.files import make_output_folder
     from cosmos_scale.model.tokenizer import Tokenizer
 
@@ -232,6 +233,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     make_output_folder(arguments.out)
     context_length = config.model.text.context_length
     statistics, views = arguments.out / "statistics.png", arguments.out / "views.png"
+    for picture in (statistics, views):
+        refuse_foreign_picture(picture)
     try:
         inspect.draw_visits(
             config, Tokenizer(context_length), views, epoch=arguments.epoch, first=arguments.first, count=arguments.rows

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.tools.inspect import Survey, Tally
+from cosmos_scale.data.tools.own_pictures import MARK, MARK_FIELD
 from cosmos_scale.files import make_folder, replace_file
 from cosmos_scale.words import counted
 
@@ -254,7 +255,7 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     make_folder(path.parent)
     encoded = io.BytesIO()
-    figure.savefig(encoded, format="png")
+    figure.savefig(encoded, format="png", metadata={MARK_FIELD: MARK})
     replace_file(path, encoded.getvalue())
 
 

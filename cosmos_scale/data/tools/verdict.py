@@ -9,6 +9,7 @@ from cosmos_scale.data.samples.sample import reason_class
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.words import counted
 
+OLD_INDEX = "old index"  # how the reason begins where a sound shard is not the one that was indexed
 LISTED = 20  # faults kept for the terminal; a file takes all
 
 
@@ -26,6 +27,11 @@ class Fault(NamedTuple):
     indexed: bool
     origin: str | None = None
 
+    @property
+    def of_old_index(self) -> bool:
+        """Whether the shard is sound, but is not the one that was indexed."""
+        return self.reason.startswith(f"{OLD_INDEX}: ")
+
     def as_record(self) -> dict[str, Any]:
         """Return the fault as plain values; without an origin where none is known."""
         return {name: value for name, value in self._asdict().items() if name != "origin" or value is not None}
@@ -36,7 +42,8 @@ class Verdict:
     """What `verify_shards` found. samples, size: of all indexes, in samples and bytes.
 
     damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
-    read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
+    read at all. outdated: samples of the index whose shard has changed since. shards_damaged: shards with a fault of
+    their own. checksums: shards that were compared with one.
     transparent, turned: sound pictures with transparent pixels, and those whose EXIF tag says to turn them, which
     training ignores. unread: pictures that are not read, since their sample has
     another.
@@ -49,6 +56,7 @@ class Verdict:
     damaged: int = 0
     left_out: int = 0
     unreadable: int = 0
+    outdated: int = 0
     shards_damaged: int = 0
     checksums: int = 0
     transparent: int = 0
@@ -66,7 +74,7 @@ class Verdict:
         """Count a fault."""
         self.reasons[reason_class(fault.reason, numbers=False)] += 1
         if fault.key is None:
-            self.shards_damaged += 1
+            self.shards_damaged += not fault.of_old_index
         elif fault.indexed:
             self.damaged += 1
         else:
@@ -90,6 +98,9 @@ class Verdict:
             return f"{read}: {'it is' if self.samples == 1 else 'all are'} sound"
         lines = [read]
         lost = self.damaged + self.unreadable
+        if self.outdated:
+            said = "shards that are sound, but not those that were indexed; run `cosmos-scale data index` again"
+            lines.append(f"{counted(self.outdated, 'sample')} of an old index, which training refuses: {said}")
         lines.append(f"samples that training cannot use: {lost:,} ({lost / max(1, self.samples):.2%})")
         if self.unreadable:
             lines.append(f"  of these in shards that cannot be read: {self.unreadable:,}")

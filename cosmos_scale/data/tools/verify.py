@@ -28,11 +28,11 @@ from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.members import ScanRules, holds_string
-from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
+from cosmos_scale.data.shards.reader import Entry, OldIndex, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
-from cosmos_scale.data.tools.verdict import Fault, Verdict
+from cosmos_scale.data.tools.verdict import OLD_INDEX, Fault, Verdict
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, whole_file, writing
@@ -98,7 +98,11 @@ def verify_shards(
             for part in shard:
                 parts.append(part)
                 advance(part.job.last - part.job.first)
-            verdict.unreadable += sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            lost = sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            if any(part.unreadable and part.unreadable.of_old_index for part in parts):
+                verdict.outdated += lost
+            else:
+                verdict.unreadable += lost
             verdict.transparent += sum(part.transparent for part in parts)
             verdict.turned += sum(part.turned for part in parts)
             verdict.unread += sum(part.unread for part in parts)
@@ -194,7 +198,13 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
             if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
                 changed = f"bytes have changed since {MANIFEST} was written"
                 structure.append(Fault(file.shown, None, None, changed, indexed=True))
-            read = _read(pass_.data, index, job, local, gallery=job.source >= trained)
+            try:
+                read = _read(pass_.data, index, job, local, gallery=job.source >= trained)
+            except OldIndex as error:
+                # A shard that is cut off has another size too, but is damaged.
+                if job.first == 0 and scan_shard(local.address, local.shown, rules=ScanRules()).torn is None:
+                    raise UserError(f"{OLD_INDEX}: {str(error).removeprefix(f'{file.shown}: ')}") from error
+                raise
     except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
