@@ -9,8 +9,10 @@ if [ "${LAUNCHER:-ours}" = ours ]; then
 fi
 cosmos-scale launch --check --hostfile "$hosts" "$run" "$@"
 # DeepSpeed passes on only what stands in such a file, each line of it NAME=VALUE: no comment, no empty line.
-DS_ENV_FILE=$(mktemp)
-export DS_ENV_FILE
-trap 'rm -f "$DS_ENV_FILE"' EXIT
-env | grep -E '^(CUDA|DS|GLOO|HF|NCCL|OMP|TORCH|WANDB)_[A-Z0-9_]*=' | grep -v '^DS_ENV_FILE=' >"$DS_ENV_FILE" || true
-deepspeed --hostfile "$hosts" --launcher "$LAUNCHER" --module cosmos_scale.train "$run" "$@"
+# The file has no name any more, so that nothing is left to do at the end, and deepspeed gets the signals itself.
+file=$(mktemp)
+env | grep -E '^(CUDA|DS|GLOO|HF|NCCL|OMP|TORCH|WANDB)_[A-Z0-9_]*=' | grep -v '^DS_ENV_FILE=' >"$file" || true
+exec 9<"$file"
+rm "$file"
+export DS_ENV_FILE=/proc/self/fd/9
+exec deepspeed --hostfile "$hosts" --launcher "$LAUNCHER" --module cosmos_scale.train "$run" "$@"

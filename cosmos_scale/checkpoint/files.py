@@ -104,12 +104,13 @@ class TensorFile:
         """Close the file."""
         self._file.close()
 
+    def place(self, name: str) -> int:
+        """Return at which byte of all tensors' data a tensor begins; raises BrokenCheckpoint."""
+        return self._bytes_of(name)[0]
+
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out`, [n] float32 without a graph, with a tensor's elements from start on; raises BrokenCheckpoint."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise self._broken(f"has no tensor {name!r}")
-        first, last = entry["data_offsets"]
+        first, last = self._bytes_of(name)
         if first + 4 * (start + out.numel()) > last:
             raise self._broken(f"has {(last - first) // 4} elements of {name!r}, not {start + out.numel()}")
         here = out if out.device.type == "cpu" and out.is_contiguous() else torch.empty(out.shape)
@@ -121,6 +122,12 @@ class TensorFile:
         """Read the whole file and check it; raises BrokenCheckpoint. advance: takes the bytes of each checked chunk."""
         for chunk in range(len(self._record.checksums)):
             advance(len(self._checked(chunk)))
+
+    def _bytes_of(self, name: str) -> tuple[int, int]:
+        if name not in self._entries:
+            raise self._broken(f"has no tensor {name!r}")
+        first, last = self._entries[name]["data_offsets"]
+        return first, last
 
     def _header(self) -> tuple[dict[str, Any], int]:
         """Return what the file says of its tensors, and the byte at which the first tensor begins."""

@@ -190,6 +190,15 @@ def check_fits(model: nn.Module, folder: Path) -> int:
     return len(shapes)
 
 
+class _Slice(NamedTuple):
+    """Elements of a tensor of one file, from `start` on, that fill `out`."""
+
+    file: str
+    key: str
+    start: int
+    out: Tensor
+
+
 class FragmentReader:
     """Reads parameters out of the files of a checkpoint; a context that closes the files."""
 
@@ -208,12 +217,16 @@ class FragmentReader:
     @torch.no_grad()
     def fill(self, fragments: Iterable[Fragment]) -> None:
         """Fill fragments; raises UserError where the checkpoint holds other parameters or shapes."""
-        parts = list(fragments)
-        for fragment in parts:
+        slices: list[_Slice] = []
+        for fragment in fragments:
             self.check_shape(fragment.name, list(fragment.shape))
-        for kind in KINDS:  # in the order of the files, so that each chunk is read once
-            for fragment in parts:
-                self.read(fragment.name, kind, fragment.start, fragment.tensors()[kind])
+            for kind in KINDS:
+                slices += self._slices(fragment.name, kind, fragment.start, fragment.tensors()[kind])
+        # In the order of the files, so that each chunk is read once: another layout has fragments in another order.
+        for piece in sorted(
+            slices, key=lambda piece: (piece.file, self.file(piece.file).place(piece.key), piece.start)
+        ):
+            self.file(piece.file).read(piece.key, piece.start, piece.out)
 
     def check_shape(self, name: str, shape: list[int]) -> None:
         """Raise UserError where the checkpoint lacks a parameter, or has it in another shape."""
@@ -227,16 +240,22 @@ class FragmentReader:
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Fill `out`, [n] float32, with a parameter's elements from start on; raises BrokenCheckpoint."""
-        end, filled = start + out.numel(), 0
+        for piece in self._slices(name, kind, start, out):
+            self.file(piece.file).read(piece.key, piece.start, piece.out)
+
+    def _slices(self, name: str, kind: str, start: int, out: Tensor) -> "list[_Slice]":
+        """Find in which files a parameter's elements lie; raises BrokenCheckpoint where some are in none."""
+        end, slices = start + out.numel(), []
         for file, piece_start, count in self.manifest.parameters[name]["pieces"]:
             low, high = max(start, piece_start), min(end, piece_start + count)
             if low < high:
-                self.file(file).read(f"{name}|{kind}", low - piece_start, out[low - start : high - start])
-                filled += high - low
+                slices.append(_Slice(file, f"{name}|{kind}", low - piece_start, out[low - start : high - start]))
+        filled = sum(piece.out.numel() for piece in slices)
         if filled != out.numel():
             raise BrokenCheckpoint(
                 f"checkpoint {self.folder}: {name} has {filled} of {out.numel()} elements; rule: none may lack"
             )
+        return slices
 
     def file(self, name: str) -> TensorFile:
         """Return one of the checkpoint's files, opened when it is first asked for; raises BrokenCheckpoint."""

@@ -57,6 +57,13 @@ def add_data_commands(commands: "Commands") -> None:
         metavar="COLOUR",
         help="behind transparent pixels: white (default), black, #rrggbb, or keep, which shows hidden colours",
     )
+    build.add_argument(
+        "--orientation",
+        choices=("upright", "keep"),
+        default="upright",
+        help="of pictures whose EXIF tag says to turn them: upright (default) turns them, keep leaves them as they are",
+    )
+    build.add_argument("--join-rows", action="store_true", help="rows of one picture become one sample's captions")
     build.add_argument("--out", type=path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--samples-per-shard", type=positive, default=5000, metavar="N", help="default: 5000")
 
@@ -135,6 +142,8 @@ def _build(arguments: argparse.Namespace) -> int:
         samples_per_shard=arguments.samples_per_shard,
         columns=Columns(image, caption),
         background=arguments.background,
+        orientation=arguments.orientation,
+        join_rows=arguments.join_rows,
         workers=arguments.workers,
         progress=not arguments.quiet,
     )
@@ -215,6 +224,7 @@ def _is_run(text: str) -> bool:
 def _inspect(arguments: argparse.Namespace) -> int:
     from cosmos_scale.console import make_console
     from cosmos_scale.data.tools import inspect, inspect_report
+    from cosmos_scale.data.tools.own_pictures import refuse_foreign_picture
     from cosmos_scale.files import make_output_folder
     from cosmos_scale.model.tokenizer import Tokenizer
 
@@ -223,6 +233,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     make_output_folder(arguments.out)
     context_length = config.model.text.context_length
     statistics, views = arguments.out / "statistics.png", arguments.out / "views.png"
+    for picture in (statistics, views):
+        refuse_foreign_picture(picture)
     try:
         inspect.draw_visits(
             config, Tokenizer(context_length), views, epoch=arguments.epoch, first=arguments.first, count=arguments.rows

@@ -38,7 +38,9 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--ranks", type=positive, metavar="N", help="ranks on this host; default: its GPUs, or 1")
+    where.add_argument(
+        "--ranks", type=positive, metavar="N", help="ranks on this host; default: its GPUs that share the batch, or 1"
+    )
     where.add_argument("--hostfile", type=path, metavar="FILE", help="hosts, a line each: NAME slots=N")
     parser.add_argument("--check", action="store_true", help="look at all hosts, print what was found, start nothing")
     parser.add_argument("--restarts", type=natural, default=3, metavar="N", help="at most; default: 3")
@@ -77,12 +79,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.launch.supervise import LaunchedRun
 
     config = load_config(run_file(arguments.file), arguments.overrides)
-    if arguments.hostfile is not None:
-        hosts = read_hostfile(arguments.hostfile)  # of which some may be left out
+    if arguments.ranks is not None:
+        hosts = [this_host(arguments.ranks)]
+        check_world_size(config, arguments.ranks)
+    else:  # of which some may be left out
+        hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else [this_host(_ranks_here(config.device))]
         first_world_size(config, slots_of(hosts))
-    else:
-        hosts = [this_host(arguments.ranks or _ranks_here(config.device))]
-        check_world_size(config, slots_of(hosts))
     run = LaunchedRun(
         arguments.file,
         tuple(arguments.overrides),

@@ -40,6 +40,10 @@ def in_new_form(tree: Mapping[str, Any]) -> dict[str, Any]:
     old = tree.get("eval")
     if not isinstance(old, dict):
         return dict(tree)
+    if "kind" in old:
+        refuse(
+            "kind", old["kind"], "stands in a mapping, but eval is a list of evaluations: put `- ` before the mapping"
+        )
     for key, value in old.items():
         if key not in OLD_KEYS:
             (nearest,) = difflib.get_close_matches(key, OLD_KEYS, n=1, cutoff=0.0)

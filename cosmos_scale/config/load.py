@@ -111,7 +111,10 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...], read: Iterator[int]) ->
     if not os.path.lexists(path):
         raise UserError(f"{named_by}{path.absolute()}: no such config file")
     try:
-        text = read_regular(path).decode()
+        data = read_regular(path)
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{named_by}{path}: is UTF-16; rule: a config is UTF-8, save it as UTF-8")
+        text = data.decode()
     except OSError as error:
         raise UserError(f"{named_by}{path}: cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError as error:

@@ -61,6 +61,8 @@ def shown_value(value: Any) -> str:
 def reading_hint(value: Any, wanted: str) -> str:
     """Return what to write instead of a value that YAML reads as another type than its key wants; else nothing.
 
+    A section without keys below it is null for YAML.
+
     wanted: the kind of pydantic's error, such as `string_type` or `int_type`.
     """
     numbers = (bool, int, float) if wanted == "string_type" else (bool,) if wanted == "literal_error" else ()
@@ -68,6 +70,8 @@ def reading_hint(value: Any, wanted: str) -> str:
         return "; rule: a text that looks like a number, or like yes and no, stands in quotes"
     if wanted in ("int_type", "float_type") and isinstance(value, str) and _LIKE_A_NUMBER.match(value):
         return "; rule: a number has neither leading zeros nor colons, which YAML would read in base 8 or 60"
+    if value is None and wanted in ("model_type", "model_attributes_type", "tuple_type"):
+        return f"; rule: remove the line, or give it {'entries' if wanted == 'tuple_type' else 'keys'}"
     return ""
 
 

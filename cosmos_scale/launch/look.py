@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import writing
 from cosmos_scale.interfaces import interface_of, own_addresses
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
 from cosmos_scale.versions import package_versions, sources_digest
@@ -94,9 +95,11 @@ class Looker:
         return facts
 
     def _write_token(self, folder: Path, token: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._token = folder / f"{TOKEN}{token}"
-        self._token.write_text("a launch looks whether its hosts share this folder\n")
+        path = folder / f"{TOKEN}{token}"
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._token = path
+            path.write_text("a launch looks whether its hosts share this folder\n")
 
     def _listen(self, port: int) -> Message:
         """Listen at a port, 0 for a free one, and keep it until the end: the ranks' launch follows at once."""

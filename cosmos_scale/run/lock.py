@@ -4,6 +4,9 @@ The file `launch.lock` in the run's folder says who holds it: `cosmos-scale laun
 has a lock of the file system on it, which ends with its process, and touches it every few seconds. Where a file system
 has no locks, or locks of one host alone, the touches tell a holder that lives: their times and the time of now are both
 the file server's.
+
+Ranks live on for a while where their launch is killed: they end their step and save. So the first rank holds a lock of
+its own, `ranks.lock`, for which the first rank of the next launch waits.
 """
 
 import errno
@@ -26,10 +29,13 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import no_locks, regular_only, writing
 
 LOCK_FILE = "launch.lock"
+RANKS_LOCK_FILE = "ranks.lock"
 LAUNCH_TOKEN = "COSMOS_SCALE_LAUNCH"  # environment variable of the ranks of a launch: its lock's token
 TOUCHED_EVERY = 10.0  # seconds
 DEAD_AFTER = 45.0  # seconds without a touch
 LAST_TOUCH = 5.0  # seconds: the file server may be away
+RANKS_END_WITHIN = 600.0  # seconds that ranks of a dead launch get for their step and their checkpoint
+POLL = 0.2  # seconds between looks at their lock
 
 _FLOCK = "hhqqi"  # struct flock of 64-bit Linux
 
@@ -46,13 +52,14 @@ class RunLock:
         folder: Path,
         say: Callable[[str], None],
         *,
+        file: str = LOCK_FILE,
         touched_every: float = TOUCHED_EVERY,
         dead_after: float = DEAD_AFTER,
     ) -> None:
-        """say: is told of a wait."""
+        """say: is told of a wait. file: the lock's, LOCK_FILE or RANKS_LOCK_FILE."""
         self.token = secrets.token_hex(8)
         self._say = say
-        self._path = folder / LOCK_FILE
+        self._path = folder / file
         self._every, self._dead_after = touched_every, dead_after
         self._descriptor = -1
         self._ends = threading.Event()
@@ -143,15 +150,33 @@ class RunLock:
             return os.stat(file.name).st_mtime
 
     def _refuse(self, holder: dict[str, Any]) -> None:
-        raise UserError(
-            f"{self._path.parent}: this run is launched already, {_named(holder)}; rule: one launch of a run at a "
-            "time, so stop that one, or give this run another name"
+        rule = "rule: one launch of a run at a time, so stop that one, or give this run another name"
+        what = (
+            "is launched already" if self._path.name == LOCK_FILE else "is still trained by an earlier launch's ranks"
         )
+        raise UserError(f"{self._path.parent}: this run {what}, {_named(holder)}; {rule}")
 
     def _touch(self) -> None:
         while not self._ends.wait(self._every):
             with suppress(OSError):  # a file server that is away for a while
                 os.utime(self._descriptor)
+                if not self._path.exists():
+                    self._make_again()
+
+    def _make_again(self) -> None:
+        """Make the file anew, which somebody has deleted, often with the folder: else a second launch is let in."""
+        name = os.pread(self._descriptor, 1 << 16, 0)
+        self._path.parent.mkdir(exist_ok=True)
+        descriptor = regular_only(str(self._path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not no_locks(error):
+                os.close(descriptor)
+                raise
+        os.pwrite(descriptor, name, 0)
+        deleted, self._descriptor = self._descriptor, descriptor
+        os.close(deleted)
 
 
 def launcher_holds(folder: Path) -> bool:
@@ -166,19 +191,40 @@ def token_in(folder: Path) -> str | None:
     return None if holder is None else holder.get("token")
 
 
-def who_holds(folder: Path) -> str | None:
-    """Return in words who holds the lock on a run's folder, None where nobody does, as far as reading tells."""
-    path = folder / LOCK_FILE
+def wait_for_ranks(folder: Path, say: Callable[[str], None], *, seconds: float = RANKS_END_WITHIN) -> None:
+    """Wait until the first rank of an earlier launch, which was killed, has ended; `say` is told of a wait.
+
+    Nothing is waited for where another launch lives: it is refused by its own lock.
+    Raises UserError where the rank lives on after some seconds.
+    """
+    deadline, told = time.monotonic() + seconds, False
+    while (holder := who_holds(folder, RANKS_LOCK_FILE)) is not None:
+        if who_holds(folder) is not None and not launcher_holds(folder):
+            return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder}: ranks of an earlier launch still train this run after {seconds:g} s, the first one "
+                f"{holder}; rule: one launch of a run at a time, so end them"
+            )
+        if not told:
+            told = True
+            say(f"waiting, {seconds:g} s at most, for the end of an earlier launch's ranks, the first one {holder}")
+        time.sleep(POLL)
+
+
+def who_holds(folder: Path, file: str = LOCK_FILE) -> str | None:
+    """Return in words who holds a lock on a run's folder, None where nobody does, as far as reading tells."""
+    path = folder / file
     holder = _read_holder(path)
     if holder is None:
         return None
-    with suppress(OSError), open(path, "rb", opener=regular_only) as file:
+    with suppress(OSError), open(path, "rb", opener=regular_only) as opened:
         if holder.get("host") != socket.gethostname():
-            lives = time.time() - os.fstat(file.fileno()).st_mtime < DEAD_AFTER
+            lives = time.time() - os.fstat(opened.fileno()).st_mtime < DEAD_AFTER
         else:
             try:
                 wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-                lives = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))[0] != fcntl.F_UNLCK
+                lives = struct.unpack(_FLOCK, fcntl.fcntl(opened, fcntl.F_GETLK, wanted))[0] != fcntl.F_UNLCK
             except OSError:  # no locks here
                 lives = _start_of(holder.get("pid", 0)) == holder.get("started")
         return _named(holder) if lives else None

@@ -22,7 +22,15 @@ from cosmos_scale.evaluation.retrieval import SAME_GALLERY
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
-from cosmos_scale.run.lock import LAUNCH_TOKEN, LOCK_FILE, RunLock, launcher_holds, token_in
+from cosmos_scale.run.lock import (
+    LAUNCH_TOKEN,
+    LOCK_FILE,
+    RANKS_LOCK_FILE,
+    RunLock,
+    launcher_holds,
+    token_in,
+    wait_for_ranks,
+)
 from cosmos_scale.run.opening import Opening
 from cosmos_scale.words import counted
 
@@ -30,13 +38,15 @@ SEEN_WITHIN = 60.0  # seconds in which a file of rank 0 must be seen by all rank
 POLL = 0.1  # seconds between looks for it
 SAME_CHECKPOINT = "rule: all ranks read one shared folder, or equal copies of it"
 
+_say = partial(print, flush=True)
+
 
 @dataclass(frozen=True)
 class Opened:
     """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start.
 
     init_manifest: digest of the manifest of the checkpoint whose weights a new run starts from, None where it draws
-    its weights or resumes. held: a context at whose end the main rank gives the lock on the folder back.
+    its weights or resumes. held: a context at whose end the main rank gives its locks on the folder back.
     """
 
     folder: Path
@@ -62,6 +72,8 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
     opened, error = None, None
     try:
         opening = Opening(config, ranks)
+        if ranks.is_main:  # before the newest checkpoint is looked for: it may be theirs
+            wait_for_ranks(opening.folder, _say)
         for look in opening.looks():
             look.find()
         opened = Opened(
@@ -83,13 +95,14 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
 
 
 def _prepare_folder(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
-    """Take the lock on the run's folder and leave its config.yaml there, once nothing refuses the run; collective."""
+    """Take the locks on the run's folder and leave its config.yaml there, once nothing refuses the run; collective."""
     error, token = None, os.environ.get(LAUNCH_TOKEN)
     try:
         if ranks.is_main:
             try:
                 if not launcher_holds(opened.folder):
-                    token = opened.held.enter_context(RunLock(opened.folder, partial(print, flush=True))).token
+                    token = opened.held.enter_context(RunLock(opened.folder, _say)).token
+                opened.held.enter_context(RunLock(opened.folder, _say, file=RANKS_LOCK_FILE))
                 prepare_folder(config, opened.folder)
             except UserError as failure:
                 error = failure

@@ -87,12 +87,16 @@ def test_attention_counts_pairs_of_tokens() -> None:
 
 
 def test_counted_traffic_is_that_of_the_code() -> None:
-    """At stage 1 both models' weights are gathered once a step, and the gradients' traffic is bounded."""
+    """At stage 1 both models' weights and norms are gathered once a step, and the gradients' traffic is bounded."""
     config = case_config("vitb16", WORLD_SIZE, *NARROW, f"train.global_batch={WORLD_SIZE}")
     ((seen, elements),) = run_ranks(count_traffic, 1, config, WORLD_SIZE)
-    gathered = {phase: sum(x.nbytes for x in seen if x.phase == phase) for phase in ("update", "refresh")}
-    for phase in gathered:
-        assert gathered[phase] == pytest.approx(2 * elements, rel=1e-3), phase
+    for phase in ("update", "refresh"):
+        weights = sum(x.nbytes for x in seen if x.phase == phase and x.dtype == torch.bfloat16)
+        assert weights == pytest.approx(2 * elements, rel=1e-3), phase
+    # The norms of both models and the scales, in float32: shards are cut through them, and each rank gives as much.
+    (full_values,) = (x for x in seen if x.kind == "all_gather" and x.dtype == torch.float32)
+    norms = sum(norm.weight.numel() + norm.bias.numel() for norm in CosmosModel(config.model).norms().values())
+    assert 2 * norms + 2 <= full_values.elements <= 1.5 * (2 * norms + 2)
     gradients = [x for x in seen if x.phase == "backward"]
     assert sum(x.nbytes for x in gradients) <= 4 * elements * 1.001
     assert {x.kind for x in seen if x.phase in ("student", "teacher")} == set()

@@ -262,3 +262,28 @@ def test_a_folder_whose_name_is_no_utf8_is_named() -> None:
         match=r'^command line: "/data/caf\\udce9" holds bytes that are no UTF-8; rule: all texts of a run are UTF-8$',
     ):
         make_config({"data": {"sources": [{"name": "s", "shards": "/data/caf\udce9"}]}})
+
+
+def test_a_utf16_file_is_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("name: a\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"run\.yaml: is UTF-16; rule: a config is UTF-8, save it as UTF-8"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ema:\n", "ema: null should be an object; rule: remove the line, or give it keys"),
+        ("eval:\n", "eval: null should be a valid array; rule: remove the line, or give it entries"),
+        (
+            "eval: {kind: retrieval, name: a, shards: x}\n",
+            'eval.kind: "retrieval" stands in a mapping, but eval is a list of evaluations: put `- ` before',
+        ),
+    ],
+)
+def test_sections_of_the_wrong_form_get_the_way_out(run: Path, text: str, words: str) -> None:
+    path = run.with_name("form.yaml")
+    path.write_text(f"extends: {run.name}\n{text}")
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_config(path)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -93,6 +93,36 @@ def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tmp_path: Path, 
     assert records(run)[-1]["step"] == 60
 
 
+@pytest.mark.slow
+def test_a_launch_waits_for_the_ranks_of_one_that_was_killed(tmp_path: Path, scenes: SceneShards) -> None:
+    """They end their step and save; else two runs would write one folder, and the checkpoint would come too late."""
+    run = write_run(tmp_path, scenes, train={"schedule_steps": 4000})
+    with launching(tmp_path, "--ranks", "1", str(run)) as first:
+        first.wait_until(lambda: len(records(run)) > 2, "two steps", 2 * SECONDS)
+        (rank,) = ranks_of(first.process.pid, "0")
+        os.kill(rank, signal.SIGSTOP)  # a step that takes long
+        try:
+            first.process.kill()
+            first.process.wait()
+            (tmp_path / "second").mkdir()
+            with launching(tmp_path / "second", "--ranks", "1", str(run), "train.max_minutes=0.1") as second:
+                said = (
+                    f"end of an earlier launch's ranks, the first one on host {socket.gethostname()} by process {rank} "
+                )
+                second.wait_until(lambda: said in second.text(), "the wait", 2 * SECONDS)
+                before = len(records(run))
+                os.kill(rank, signal.SIGCONT)
+                ended = second.end(2 * SECONDS).require(STOPPED)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+    saved = re.search(r"resumed from \S+/step-0*(\d+) ", ended.output)
+    assert saved is not None, ended.output
+    assert int(saved[1]) >= before > 2
+    steps = [record["step"] for record in records(run)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def ranks_of(launcher: int, rank: str) -> list[int]:
     """The processes of one rank below a launcher: children of its agent."""
     found = []
@@ -115,6 +145,28 @@ def test_a_check_starts_nothing(tmp_path: Path, scenes: SceneShards, capfd: pyte
     for name in ("hosts", "python", "packages", "sources", "config", "index", "output", "/dev/shm", "GPUs", "clock"):
         assert any(line.split()[:2] == [name, "ok"] for line in table.splitlines()), table
     assert list((tmp_path / "tiny").iterdir()) == []  # not even a token
+
+
+def test_an_output_folder_that_cannot_be_written_is_told(
+    tmp_path: Path, scenes: SceneShards, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path, scenes)
+    assert main(["launch", "--check", "--ranks", "2", str(run), f"output={run}"]) == REFUSED
+    said = (
+        rf"cosmos-scale launch: output: {re.escape(str(run))}/tiny/\.launch-\S+: cannot be written: Not a directory\n"
+    )
+    assert re.fullmatch(said, capfd.readouterr().err)
+
+
+def test_gpus_that_do_not_share_the_batch_are_no_reason_to_refuse(
+    tmp_path: Path, scenes: SceneShards, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three GPUs two share a batch of 8, and one stays idle; three ranks that are asked for are refused."""
+    run = write_run(tmp_path, scenes)
+    monkeypatch.setattr("cosmos_scale.cli.launch._ranks_here", lambda device: 3)
+    assert main(["launch", "--check", str(run)]) == FINISHED
+    assert main(["launch", "--check", "--ranks", "3", str(run)]) == REFUSED
+    assert "ranks that would do: 1, 2, 4, 8" in capfd.readouterr().err
 
 
 def test_a_signal_ends_the_look(tmp_path: Path, scenes: SceneShards) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,33 @@ def test_tasks_of_slurm(tmp_path: Path, scenes: SceneShards) -> None:
     said = run_script("slurm.sbatch", str(run), PATH=path, SLURM_JOB_NODELIST="here", SLURM_JOB_ID=str(free_port()))
     assert "on 2 ranks" in said
     assert records(run)[-1]["step"] == 8
+
+
+PROGRAM = """#!{python}
+import os, signal, sys
+if "--check" not in sys.argv:
+    assert os.path.isfile(os.environ["DS_ENV_FILE"])
+    print(os.getpid(), " ".join(sys.argv[1:]), open(os.environ["DS_ENV_FILE"]).read().split(), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    signal.pause()
+"""
+
+
+def test_a_signal_to_the_script_is_one_to_deepspeed(tmp_path: Path) -> None:
+    """Else a script that is ended leaves a launch behind, which trains on."""
+    for name in ("deepspeed", "cosmos-scale"):
+        (tmp_path / name).write_text(PROGRAM.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": str(tmp_path), "NCCL_DEBUG": "INFO", "LAUNCHER": "pdsh"}
+    command = [str(FOLDER / "hostfile.sh"), "hosts", "run.yaml", "name=x"]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout is not None
+        said = script.stdout.readline()
+        script.terminate()
+        assert script.wait(20) == 7
+    arguments = "--hostfile hosts --launcher pdsh --module cosmos_scale.train run.yaml name=x"
+    assert said == f"{script.pid} {arguments} ['NCCL_DEBUG=INFO']\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cosmos-scale", "deepspeed"]
 
 
 @pytest.mark.slow

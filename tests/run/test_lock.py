@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,21 +17,23 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.lock import LOCK_FILE, RunLock
+from cosmos_scale.run.lock import LAUNCH_TOKEN, LOCK_FILE, RANKS_LOCK_FILE, RunLock, wait_for_ranks
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from cosmos_scale.run.lock import RunLock
-with RunLock(Path(sys.argv[1]), print):
+with RunLock(Path(sys.argv[1]), print, file=sys.argv[2], touched_every=0.05):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 @contextmanager
-def held(folder: Path) -> "Iterator[subprocess.Popen[str]]":
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+def held(folder: Path, file: str = LOCK_FILE) -> "Iterator[subprocess.Popen[str]]":
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), file], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield process
@@ -87,7 +90,39 @@ def test_touches_tell_whether_a_launch_on_another_host_lives(tmp_path: Path, mon
         assert json.loads(file.read_text())["host"] == socket.gethostname()
 
 
+def test_a_deleted_folder_lets_nobody_in(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with held(folder) as process:
+        named = (folder / LOCK_FILE).read_text()
+        shutil.rmtree(folder)
+        deadline = time.monotonic() + 20
+        while not (folder / LOCK_FILE).exists() or (folder / LOCK_FILE).read_text() != named:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=f"by process {process.pid} since"), RunLock(folder, print):
+            pass
+
+
 def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match=r"launch\.lock: cannot be written"), RunLock(tmp_path / "run", print):
         pass
+
+
+def test_ranks_of_a_dead_launch_are_waited_for_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    wait_for_ranks(tmp_path, said.append)  # nobody trains
+    with held(tmp_path, RANKS_LOCK_FILE) as rank:
+        with pytest.raises(UserError, match=f"ranks of an earlier launch .* by process {rank.pid} since .* end them"):
+            wait_for_ranks(tmp_path, said.append, seconds=0.0)
+        with held(tmp_path) as launch:
+            wait_for_ranks(tmp_path, said.append)  # its own lock refuses this start
+            assert not said
+            token = json.loads((tmp_path / LOCK_FILE).read_text())["token"]
+            monkeypatch.setenv(LAUNCH_TOKEN, token)  # as of a rank of that launch
+            rank.kill()
+            wait_for_ranks(tmp_path, said.append)
+            assert launch.poll() is None
+    assert all(f"by process {rank.pid} since" in line for line in said)

@@ -37,6 +37,7 @@ def is_running(pid: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) -> None:
     """Stages of other numbers of samples are the same code."""
     out = tmp_path / "out"

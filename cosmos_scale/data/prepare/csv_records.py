@@ -55,12 +55,16 @@ def refuse_columns_twice(path: Path, header: Iterable[str], used: Collection[str
 def read_header(path: Path, records: Iterator[CsvRecord]) -> list[str]:
     """Take a CSV file's header from its records; empty lines may stand before it.
 
-    Raises: UserError where the header has a fault.
+    Raises: UserError where the header has a fault, or its columns are separated by something else than commas.
     """
     first = next((record for record in records if record.cells or record.fault is not None), None)
     if first is not None and first.fault is not None:
         raise UserError(f"{path}: its header cannot be read: {first.fault}")
-    return [] if first is None else first.cells
+    header = [] if first is None else first.cells
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars (|)")):
+        if len(header) == 1 and separator in header[0]:
+            raise UserError(f"{path}: its columns are separated by {name}; rule: commas separate the columns of a .csv")
+    return header
 
 
 class _TooManyLines(Exception):

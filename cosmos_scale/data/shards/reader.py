@@ -73,6 +73,10 @@ class Entry(NamedTuple):
         return min(self.image_offset, self.text_offset) - BLOCK
 
 
+class OldIndex(UserError):
+    """A shard is not the one that was indexed: it has another size, or begins with other bytes."""
+
+
 class ShardFile(NamedTuple):
     """One shard of a source. size: bytes that it had when it was indexed. address: its path or URL, or pipe:COMMAND.
 
@@ -370,14 +374,14 @@ def _opened(shard: ShardFile) -> Iterator[BinaryIO]:
 def _check_mark(shard: ShardFile, head: bytes) -> None:
     """Raise UserError where a shard begins with other bytes than the shard that was indexed."""
     if shard.mark and is_other(shard.mark, head):
-        raise UserError(
+        raise OldIndex(
             f"{shard.shown}: is another shard than the one of this name and size that was indexed; run "
             "`cosmos-scale data index` again, into a folder of its own (--out) if the index is of other shards"
         )
 
 
-def _stale(shard: ShardFile, found: str) -> UserError:
-    return UserError(f"{shard.shown}: {_other_size(shard, found)}; run `cosmos-scale data index` again")
+def _stale(shard: ShardFile, found: str) -> OldIndex:
+    return OldIndex(f"{shard.shown}: {_other_size(shard, found)}; run `cosmos-scale data index` again")
 
 
 def _other_size(shard: ShardFile, found: str) -> str:

@@ -1,8 +1,8 @@
 """A folder of pictures and a file of captions to indexed webdataset shards."""
 
-import io
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from webdataset.writer import TarWriter
 
 from cosmos_scale.config import BACKGROUND
 from cosmos_scale.data.decode.background import KEEP
-from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is_transparent, picture_format
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
@@ -29,19 +27,20 @@ from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
+from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
+from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
 from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, whole_path, writing
 from cosmos_scale.words import counted
 
-JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
-
 
 class BuildReport(NamedTuple):
     """What `build_shards` made; `rejected` counts rows by reason.
 
-    transparent: pictures with transparent pixels. background: what `--background` says of them.
-    unread: rows by a column called as captions are called, whose text is not read.
+    transparent, turned: pictures with transparent pixels, and those whose EXIF tag says to turn them.
+    rules: what became of both. repeated: rows whose picture an earlier row named. joined: whether their captions are in
+    the sample of the earlier row. unread: rows by a column called as captions are called, whose text is not read.
     """
 
     folder: Path
@@ -49,15 +48,33 @@ class BuildReport(NamedTuple):
     samples: int
     rejected: Counter[str]
     transparent: int
-    background: str
+    turned: int
+    rules: PictureRules
+    repeated: int
+    joined: bool
     unread: Counter[str]
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
         lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'indexed shard')} in {self.folder}"]
         if self.transparent:
-            how = "hidden colours shown" if self.background == KEEP else f"put on {self.background}"
+            background = self.rules.background
+            how = "hidden colours shown" if background == KEEP else f"put on {background}"
             lines.append(f"{counted(self.transparent, 'transparent picture')}: {how} (--background)")
+        if self.turned:
+            them = "it" if self.turned == 1 else "them"
+            upright = "turned upright (--orientation keep leaves them)"
+            kept = f"with a tag that says to turn {them}, which training ignores (--orientation upright does it)"
+            how = upright if self.rules.orientation == "upright" else kept
+            lines.append(f"{counted(self.turned, 'picture')} {how}")
+        if self.repeated and self.joined:
+            lines.append(f"{counted(self.repeated, 'row')} joined to an earlier row's sample of the same picture")
+        elif self.repeated:
+            rows = counted(self.repeated, "row names", "rows name")
+            lines.append(
+                f"{rows} a picture that an earlier row named: each row is a sample, and retrieval counts the picture's "
+                "other captions as misses (--join-rows makes one sample a picture)"
+            )
         for name, times in self.unread.items():
             rows = counted(times, "row has", "rows have")
             lines.append(f"{rows} text under {name}, which is not read (--caption-column {name} reads it alone)")
@@ -94,13 +111,16 @@ class _Job(NamedTuple):
 class _Written(NamedTuple):
     """The report on a shard. size: bytes; 0 where no row can be used, so that there is no shard.
 
-    pictures: digest of the sizes and times of the pictures that the rows name.
+    named: for each row of a sample, the digest of its picture's path. pictures: digest of the sizes and times of the
+    pictures that the rows name.
     """
 
     rows: int
     samples: int
     rejected: list[_Reject]
     transparent: int
+    turned: int
+    named: list[int]
     size: int
     pictures: str
 
@@ -113,41 +133,44 @@ def build_shards(
     samples_per_shard: int,
     columns: Columns = DEFAULT_COLUMNS,
     background: str = "white",
+    orientation: Orientation = "upright",
+    join_rows: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> BuildReport:
     """Pack pictures and their captions into shards, and index them.
 
     JPEGs are kept byte for byte; PNG and WebP become JPEG, transparent ones on `background` (white, black, #rrggbb;
-    keep drops the alpha, so that hidden colours show). Each stretch of `samples_per_shard` rows becomes one shard.
-    Rows whose picture is missing or damaged, and rows without caption, are left out and named in `rejected.jsonl`.
-    The shards' bytes do not depend on `workers`; a sample's key is its row's number, and its json says
-    under `origin` the captions file, the row and the picture. A build that was stopped goes on where it was, to the
-    bytes of an unbroken one.
+    keep drops the alpha, so that hidden colours show). Pictures whose EXIF tag says so are turned, unless `orientation`
+    is keep. Each stretch of `samples_per_shard` rows becomes one shard; with `join_rows` the rows of one picture are
+    one row, with a list of captions. Rows whose picture is missing or damaged, and rows without caption, are left out
+    and named in `rejected.jsonl`. The shards' bytes do not depend on `workers`; a sample's key is its row's number, and
+    its json says under `origin` the captions file, the row and the picture. A build that was stopped goes on where it
+    was, to the bytes of an unbroken one.
     Raises: UserError where an input is missing or unusable, `out` holds shards already or those of a build with other
     options or inputs, or no row is left.
     """
-    if not BACKGROUND.fullmatch(background):
-        raise UserError(f"--background {background}: must be white, black, #rrggbb or keep")
-    if not images.is_dir():
-        raise UserError(f"{whole_path(images)}: no such folder of pictures")
-    if captions.is_fifo() or captions.is_char_device():
-        raise UserError(f"{captions}: is a pipe or a device, but is read several times; give a file")
+    _check_inputs(images, captions, background)
     lines = count_lines(captions)
     next(read_rows(captions, columns), None)  # a file that is refused leaves no folder behind
     work = Work(BUILD, out)
+    rules = PictureRules(background, orientation)
     options = {
-        **{"samples-per-shard": samples_per_shard, "background": background},
-        **{"image-column": columns.image, "caption-column": columns.caption},
+        **{"samples-per-shard": samples_per_shard, "background": background, "orientation": orientation},
+        **{"join-rows": join_rows, "image-column": columns.image, "caption-column": columns.caption},
         **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
     }
     refuse_foreign_summary(out / SUMMARY)
     rejected: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    samples = transparent = 0
+    samples = transparent = turned = 0
+    named = array("Q")
     with open_work(work, options):
-        jobs = _jobs(captions, columns, work, samples_per_shard, unread)
-        results = map_jobs(partial(_write_shard, images, background), jobs, workers)
+        rows = read_rows(captions, columns)
+        if join_rows:
+            rows = joined_rows(rows, partial(_found_picture, images), work.folder / "rows.jsonl")
+        jobs = _jobs(rows, captions.name, work, samples_per_shard, unread)
+        results = map_jobs(partial(_write_shard, images, rules), jobs, workers)
         (out / SUMMARY).unlink(missing_ok=True)  # of a build that was stopped in its last step
         with ExitStack() as stack:
             stack.enter_context(writing(out / REJECTED))
@@ -157,6 +180,8 @@ def build_shards(
             for written in results:
                 samples += written.samples
                 transparent += written.transparent
+                turned += written.turned
+                named.extend(written.named)
                 for reject in written.rejected:
                     rejected[reason_class(reject.reason)] += 1
                     log.write(json.dumps(reject._asdict()) + "\n")
@@ -166,8 +191,29 @@ def build_shards(
             rejected.update(index.rejected)
     close_work(work)
     if not samples:
-        raise UserError(f"{captions}: no row of {rejected.total():,} can be used; see {out / REJECTED}")
-    return BuildReport(out, index.shards, index.samples, rejected, transparent, background, unread)
+        raise _nothing_left(captions, rejected, out / REJECTED)
+    repeated = len(named) - len(np.unique(np.asarray(named)))
+    return BuildReport(
+        *(out, index.shards, index.samples, rejected, transparent, turned, rules, repeated, join_rows, unread)
+    )
+
+
+def _check_inputs(images: Path, captions: Path, background: str) -> None:
+    if not BACKGROUND.fullmatch(background):
+        raise UserError(f"--background {background}: must be white, black, #rrggbb or keep")
+    if not images.is_dir():
+        raise UserError(f"{whole_path(images)}: no such folder of pictures")
+    if captions.is_fifo() or captions.is_char_device():
+        raise UserError(f"{captions}: is a pipe or a device, but is read several times; give a file")
+
+
+def _nothing_left(captions: Path, rejected: Counter[str], log: Path) -> UserError:
+    """Say why no row can be used: the reason of most rows."""
+    text = f"{captions}: no row of {rejected.total():,} can be used; see {log}"
+    if rejected:
+        reason, times = rejected.most_common(1)[0]
+        text += f" ({'all' if times == rejected.total() else f'{times:,} of them'}: {reason})"
+    return UserError(text)
 
 
 def _digest(path: Path) -> str:
@@ -178,17 +224,18 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _jobs(captions: Path, columns: Columns, work: Work, samples_per_shard: int, unread: Counter[str]) -> Iterator[_Job]:
+def _jobs(
+    rows: Iterator[CaptionRow], captions: str, work: Work, samples_per_shard: int, unread: Counter[str]
+) -> Iterator[_Job]:
     """Divide the rows of a file into shards, and count in `unread` the columns whose text is not read."""
-    rows = read_rows(captions, columns)
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
         unread.update(name for row in stretch for name in row.unread)
-        yield _Job(work, f"{number:06d}", captions.name, stretch)
+        yield _Job(work, f"{number:06d}", captions, stretch)
         number += 1
 
 
-def _write_shard(images: Path, background: str, job: _Job) -> _Written:
+def _write_shard(images: Path, rules: PictureRules, job: _Job) -> _Written:
     """Write one shard, whole or not at all, and then its report; no shard where no row can be used.
 
     A shard that has a report is kept. Raises: UserError where its pictures have changed since.
@@ -205,12 +252,11 @@ def _write_shard(images: Path, background: str, job: _Job) -> _Written:
     with writing(job.path), whole_file(job.path) as part:
         # A fixed time: the same input gives the same bytes.
         with TarWriter(str(part), encoder=False, mtime=0) as shard:
-            rejected, transparent = _write_rows(images, background, job, shard)
-        samples = len(job.rows) - len(rejected)
-        size = part.stat().st_size if samples else 0
-        if not samples:
+            written = _write_rows(images, rules, job, shard)
+        size = part.stat().st_size if written.samples else 0
+        if not written.samples:
             part.unlink()
-    written = _Written(len(job.rows), samples, rejected, transparent, size, pictures)
+    written = written._replace(size=size, pictures=pictures)
     replace_file(job.work.report(job.shard), json.dumps(written).encode())
     return written
 
@@ -241,40 +287,46 @@ def _pictures_digest(images: Path, rows: list[CaptionRow]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write_rows(images: Path, background: str, job: _Job, shard: TarWriter) -> tuple[list[_Reject], int]:
-    """Write a job's samples; return the rejected rows, and how many of the pictures written are transparent."""
+def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) -> _Written:
+    """Write a job's samples; return the report without what concerns the whole shard."""
     rejected = []
-    transparent = 0
+    named = []
+    samples = transparent = turned = 0
     for row in job.rows:
         key = f"{row.number:09d}"
-        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image)}
+        document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image, row.joined)}
         try:
-            picture = _jpeg(images, background, row)
+            picture = _packed(images, rules, row)
             text = encode_document(document)
+            digest = picture_digest(_picture_path(images, str(row.image)))
         except DamagedSample as damage:
-            rejected.append(_Reject(job.captions, row.number, key, row.image, str(damage)))
+            for number in (row.number, *row.joined):
+                rejected.append(_Reject(job.captions, number, key, row.image, str(damage)))
             continue
         shard.write({"__key__": key, "jpg": picture.data, "json": text})
+        samples += 1
         transparent += picture.transparent
-    return rejected, transparent
+        turned += picture.turned
+        named += [digest] * (1 + len(row.joined))
+    rows = sum(1 + len(row.joined) for row in job.rows)
+    return _Written(rows, samples, rejected, transparent, turned, named, size=0, pictures="")
 
 
-class _Jpeg(NamedTuple):
-    data: bytes
-    transparent: bool
-
-
-def _jpeg(images: Path, background: str, row: CaptionRow) -> _Jpeg:
+def _packed(images: Path, rules: PictureRules, row: CaptionRow) -> PackedPicture:
     """Read a row's picture as JPEG. The picture is decoded as a check; raises DamagedSample."""
     if row.fault is not None:
         raise DamagedSample(row.fault)
-    data = _find(images, str(row.image))
-    pixels = decode_rgbx(data, DEFAULT_MAX_PIXELS, background)
-    if picture_format(data[:12]) == "jpeg":
-        return _Jpeg(data, transparent=False)
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[..., :3])).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return _Jpeg(buffer.getvalue(), is_transparent(data, DEFAULT_MAX_PIXELS))
+    return pack_picture(_find(images, str(row.image)), rules)
+
+
+def _found_picture(images: Path, row: CaptionRow) -> Path | None:
+    """Return the picture of a row without fault; None where there is none."""
+    if row.fault is not None:
+        return None
+    try:
+        return _picture_path(images, str(row.image))
+    except DamagedSample:
+        return None
 
 
 def _find(images: Path, name: str) -> bytes:

@@ -65,6 +65,7 @@ class CaptionRow(NamedTuple):
 
     number: from 1, header left out. image: the picture that the row names. document: the row's captions. fault: what is
     wrong with the row, if anything is. unread: columns called as captions are called, whose text is not read.
+    joined: the numbers of later rows of the same picture, whose captions are in the document.
     """
 
     number: int
@@ -72,6 +73,7 @@ class CaptionRow(NamedTuple):
     document: dict[str, str | list[str]]
     fault: str | None
     unread: tuple[str, ...] = ()
+    joined: tuple[int, ...] = ()
 
 
 def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[CaptionRow]:

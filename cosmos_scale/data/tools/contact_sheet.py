@@ -9,9 +9,11 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from cosmos_scale.data.decode import Views
+from cosmos_scale.data.tools.own_pictures import MARK, MARK_FIELD
 from cosmos_scale.files import make_folder, replace_file
 
 MARGIN, GAP, LINE, LABEL = 20, 8, 18, 18
@@ -71,7 +73,9 @@ def contact_sheet(
         draw.line((MARGIN, top, width - MARGIN, top), fill=RULE)
     make_folder(path.parent)
     encoded = io.BytesIO()
-    sheet.save(encoded, format="PNG")
+    mark = PngInfo()
+    mark.add_text(MARK_FIELD, MARK)
+    sheet.save(encoded, format="PNG", pnginfo=mark)
     replace_file(path, encoded.getvalue())
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.tools.inspect import Survey, Tally
+from cosmos_scale.data.tools.own_pictures import MARK, MARK_FIELD
 from cosmos_scale.files import make_folder, replace_file
 from cosmos_scale.words import counted
 
@@ -132,6 +133,7 @@ def as_json(survey: Survey, context_length: int) -> dict[str, Any]:
         "text_bytes": tally.text_bytes,
         "formats": dict(tally.formats),
         "transparent": tally.transparent,
+        "turned": tally.turned,
         "measures": {name: _figures(values) for name, values in measures(tally).items() if values},
         "context_length": context_length,
         "cut_global": cut_share(tally.global_tokens, context_length),
@@ -167,7 +169,8 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
         return
     console.print(
         f"pictures: {_shares(tally.formats)}; {tally.image_bytes / tally.samples / 1000:.1f} kB on average"
-        + (f"; {tally.transparent:,} transparent (data.background)" if tally.transparent else ""),
+        + (f"; {tally.transparent:,} transparent (data.background)" if tally.transparent else "")
+        + (f"; {tally.turned:,} with an EXIF tag that turns them, which training ignores" if tally.turned else ""),
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
@@ -252,7 +255,7 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     make_folder(path.parent)
     encoded = io.BytesIO()
-    figure.savefig(encoded, format="png")
+    figure.savefig(encoded, format="png", metadata={MARK_FIELD: MARK})
     replace_file(path, encoded.getvalue())
 
 

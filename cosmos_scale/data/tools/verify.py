@@ -12,136 +12,32 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cosmos_scale.config import DataConfig, RemoteConfig, SourceConfig
+from cosmos_scale.data.decode.orientation import UPRIGHT, orientation_of
 from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.origin import describe_origin
-from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
+from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.members import ScanRules, holds_string
-from cosmos_scale.data.shards.reader import Entry, ShardFile, ShardReader
+from cosmos_scale.data.shards.reader import Entry, OldIndex, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
+from cosmos_scale.data.tools.verdict import OLD_INDEX, Fault, Verdict
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, whole_file, writing
-from cosmos_scale.words import counted
 
 SAMPLES_A_JOB = 128
-LISTED = 20  # faults kept for the terminal; a file takes all
-
-
-class Fault(NamedTuple):
-    """One damaged sample, or with `key` None a damaged shard.
-
-    byte: where the sample's first member starts in the shard. indexed: whether training would read the sample.
-    origin: where the sample was built from, if its json can be read and says it.
-    """
-
-    shard: str
-    key: str | None
-    byte: int | None
-    reason: str
-    indexed: bool
-    origin: str | None = None
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the fault as plain values; without an origin where none is known."""
-        return {name: value for name, value in self._asdict().items() if name != "origin" or value is not None}
-
-
-@dataclass
-class Verdict:
-    """What `verify_shards` found. samples, size: of all indexes, in samples and bytes.
-
-    damaged, left_out: samples with faults, in the index and not in it. unreadable: samples of shards that cannot be
-    read at all. shards_damaged: shards with a fault of their own. checksums: shards that were compared with one.
-    transparent: sound pictures with transparent pixels. unread: pictures that are not read, since their sample has
-    another.
-    reasons: all faults by reason, numbers left out.
-    """
-
-    shards: int = 0
-    samples: int = 0
-    size: int = 0
-    damaged: int = 0
-    left_out: int = 0
-    unreadable: int = 0
-    shards_damaged: int = 0
-    checksums: int = 0
-    transparent: int = 0
-    unread: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[Fault] = field(default_factory=list)
-
-    @property
-    def sound(self) -> bool:
-        """Whether nothing was found."""
-        return not self.reasons
-
-    def note(self, fault: Fault) -> None:
-        """Count a fault."""
-        self.reasons[reason_class(fault.reason, numbers=False)] += 1
-        if fault.key is None:
-            self.shards_damaged += 1
-        elif fault.indexed:
-            self.damaged += 1
-        else:
-            self.left_out += 1
-        if len(self.first) < LISTED:
-            self.first.append(fault)
-
-    def describe(self, log: Path | None) -> str:
-        """Return the verdict as lines for a terminal; log: where all faults are written, if anywhere."""
-        read = f"{counted(self.samples, 'sample')} in {counted(self.shards, 'shard')}, {counted(self.size, 'byte')}"
-        if self.checksums:
-            read += f"; {counted(self.checksums, 'shard')} compared with the checksums of {MANIFEST}"
-        if self.transparent:
-            read += f"; {counted(self.transparent, 'transparent picture')} (data.background)"
-        if self.unread:
-            read += f"; {counted(self.unread, 'second picture')} of a sample not read"
-        if self.sound:
-            return f"{read}: {'it is' if self.samples == 1 else 'all are'} sound"
-        lines = [read]
-        lost = self.damaged + self.unreadable
-        lines.append(f"samples that training cannot use: {lost:,} ({lost / max(1, self.samples):.2%})")
-        if self.unreadable:
-            lines.append(f"  of these in shards that cannot be read: {self.unreadable:,}")
-        if self.left_out:
-            lines.append(f"samples that are not in the index, so that training never sees them: {self.left_out:,}")
-        if self.shards_damaged:
-            lines.append(f"shards with a fault of their own: {self.shards_damaged:,}")
-        lines += ["", "times  reason"]
-        lines += [f"{times:>5,}  {reason}" for reason, times in self.reasons.most_common()]
-        lines += ["", "shard, sample, byte: reason"]
-        lines += [
-            f"{fault.shard}, {fault.key or 'whole shard'}"
-            + ("" if fault.byte is None else f", {fault.byte}")
-            + f": {fault.reason}"
-            + (f" (built from {fault.origin})" if fault.origin else "")
-            for fault in self.first
-        ]
-        total = self.reasons.total()
-        if total > len(self.first):
-            lines.append(f"... and {total - len(self.first):,} more" + ("" if log else "; --out FILE names them all"))
-        if log:
-            lines.append(f"all are in {log}")
-        return "\n".join(lines)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the verdict as plain values."""
-        return {**vars(self), "first": [fault.as_record() for fault in self.first], "sound": self.sound}
 
 
 class _Job(NamedTuple):
@@ -165,6 +61,7 @@ class _Checked(NamedTuple):
     unreadable: Fault | None
     checksum: bool = False  # whether there was a checksum to compare with
     transparent: int = 0  # sound pictures with transparent pixels
+    turned: int = 0  # sound pictures whose EXIF tag says to turn them
     unread: int = 0  # pictures that are not read, since their sample has another
 
 
@@ -201,8 +98,13 @@ def verify_shards(
             for part in shard:
                 parts.append(part)
                 advance(part.job.last - part.job.first)
-            verdict.unreadable += sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            lost = sum(part.job.last - part.job.first for part in parts if part.unreadable)
+            if any(part.unreadable and part.unreadable.of_old_index for part in parts):
+                verdict.outdated += lost
+            else:
+                verdict.unreadable += lost
             verdict.transparent += sum(part.transparent for part in parts)
+            verdict.turned += sum(part.turned for part in parts)
             verdict.unread += sum(part.unread for part in parts)
             verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
@@ -296,11 +198,17 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
             if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
                 changed = f"bytes have changed since {MANIFEST} was written"
                 structure.append(Fault(file.shown, None, None, changed, indexed=True))
-            samples, transparent = _read(pass_.data, index, job, local, gallery=job.source >= trained)
+            try:
+                read = _read(pass_.data, index, job, local, gallery=job.source >= trained)
+            except OldIndex as error:
+                # A shard that is cut off has another size too, but is damaged.
+                if job.first == 0 and scan_shard(local.address, local.shown, rules=ScanRules()).torn is None:
+                    raise UserError(f"{OLD_INDEX}: {str(error).removeprefix(f'{file.shown}: ')}") from error
+                raise
     except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
-    return _Checked(job, samples, structure, None, checksum is not None, transparent, unread)
+    return _Checked(job, read.faults, structure, None, checksum is not None, read.transparent, read.turned, unread)
 
 
 def _require_table(index: SourceIndex, shard: int) -> None:
@@ -325,15 +233,18 @@ def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
         yield file._replace(address=copy.name)
 
 
-def _read(
-    data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile, *, gallery: bool
-) -> tuple[list[Fault], int]:
-    """Read a job's samples as training or evaluation does: their faults, and how many sound pictures are transparent.
+class _Read(NamedTuple):
+    """The faults of samples that were read, and how many sound pictures are transparent, or turned by their tag."""
 
-    Raises UserError where the shard is missing or stale.
-    """
+    faults: list[Fault]
+    transparent: int
+    turned: int
+
+
+def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile, *, gallery: bool) -> _Read:
+    """Read a job's samples as training or evaluation does; raises UserError where the shard is missing or stale."""
     faults: list[Fault] = []
-    transparent = 0
+    transparent = turned = 0
     with closing(ShardReader()) as reader:
         reader.check([local])  # fails at once where the shard is missing; reading would wait for its return
         for place in range(job.first, job.last):
@@ -348,10 +259,11 @@ def _read(
                     raise DamagedSample(f"empty text: no string in its {location.entry.text_kind}")
                 decode_rgbx(image_bytes, data.max_pixels)
                 transparent += is_transparent(image_bytes, data.max_pixels)
+                turned += orientation_of(image_bytes) != UPRIGHT
             except DamagedSample as damage:
                 entry = location.entry
                 faults.append(Fault(local.shown, entry.key, entry.start, str(damage), indexed=True, origin=origin))
-    return faults, transparent
+    return _Read(faults, transparent, turned)
 
 
 def _sha256(path: str) -> str:

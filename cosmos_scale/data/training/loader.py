@@ -191,7 +191,7 @@ class TrainLoader:
                 raise
             if text.startswith("Caught"):  # an exception of a worker's code, with its traceback in the text
                 cause = text.strip().rpartition("\n")[2]
-                if "memory" not in cause:
+                if "memory" not in cause and "unable to resize file" not in cause:  # beyond `ulimit -f`, or memory full
                     raise
             elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
                 raise

@@ -1,6 +1,7 @@
 """Whether the batches that loader processes hold ready fit into the memory of the host."""
 
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,15 @@ class ReadyBatches(NamedTuple):
         )
 
     def check_shared_memory(self) -> None:
-        """Raise UserError where shared memory is smaller than all batches: a worker would die."""
+        """Raise UserError where shared memory is smaller than all batches, or a batch than files may be: a worker
+        would die.
+        """
+        largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if self.workers and largest != resource.RLIM_INFINITY and largest < self.nbytes:
+            raise UserError(
+                f"a ready batch takes a file of {self.nbytes / 2**20:,.1f} MiB in shared memory, but files may have "
+                f"{largest / 2**20:,.1f} MiB; rule: raise the limit (ulimit -f unlimited), or set data.workers: 0"
+            )
         if not SHARED_MEMORY.is_dir():
             return
         system = os.statvfs(SHARED_MEMORY)

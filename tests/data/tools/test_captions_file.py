@@ -108,3 +108,11 @@ def test_a_caption_without_a_sentence_is_a_fault_of_its_row(tmp_path: Path, text
     path.write_text(json.dumps({"image": "a.jpg", "caption": text}))
     (row,) = read_rows(path, DEFAULT_COLUMNS)
     assert row.fault == (None if sound else "no caption: no sentence in caption")
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_another_separator_than_commas_is_named(tmp_path: Path, separator: str, name: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"image{separator}caption\na.jpg{separator}a, b\n")
+    with pytest.raises(UserError, match=f"columns are separated by {name}.*; rule: commas separate the columns"):
+        list(read_rows(path))
