@@ -20,7 +20,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.classification import LOGIT_SCALE, ranks_of
 from cosmos_scale.evaluation.evaluator import Encoder, Setting, one_process
 from cosmos_scale.evaluation.prompts.texts import filled_in
-from cosmos_scale.evaluation.retrieval import RECALL_AT, best_ranks
+from cosmos_scale.evaluation.ranking import RECALL_AT, best_ranks
 from cosmos_scale.evaluation.text_weights import text_weights
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
