@@ -16,7 +16,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.classification import LOGIT_SCALE, ranks_of
 from cosmos_scale.evaluation.evaluator import one_process
 from cosmos_scale.evaluation.prompts.texts import filled_in
-from cosmos_scale.evaluation.retrieval import RECALL_AT, best_ranks
+from cosmos_scale.evaluation.ranking import RECALL_AT, best_ranks
 from cosmos_scale.evaluation.text_weights import text_weights
 from tools.golden_numbers import EQUAL, Compared, EvaluationGolden, compare, compare_number
 from tools.golden_segmentation import check_dense, check_overlap, check_refinement, check_segmentation

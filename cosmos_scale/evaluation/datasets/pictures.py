@@ -56,6 +56,17 @@ class PlacedFile(NamedTuple):
     size: int = -1
 
 
+def placed_pixels(file: PlacedFile, setting: Setting) -> Pixels:
+    """Read and decode a picture: [H, W, 4] uint8, the fourth channel without meaning; raises DamagedSample."""
+    try:
+        with open(file.path, "rb", opener=regular_only) as opened:
+            opened.seek(file.offset)
+            image_bytes = opened.read(file.size)
+    except OSError as error:
+        raise DamagedSample(f"the picture cannot be read: {reason_of(error)}") from error
+    return decode_rgbx(image_bytes, setting.max_pixels, setting.background)
+
+
 class FilePictures(LabelledPictures):
     """Pictures that are files, or parts of files."""
 
@@ -69,14 +80,7 @@ class FilePictures(LabelledPictures):
 
     def pixels(self, place: int, setting: Setting) -> Pixels:
         """Read and decode a file."""
-        path, _, offset, size = self._files[place]
-        try:
-            with open(path, "rb", opener=regular_only) as file:
-                file.seek(offset)
-                image_bytes = file.read(size)
-        except OSError as error:
-            raise DamagedSample(f"the picture cannot be read: {reason_of(error)}") from error
-        return decode_rgbx(image_bytes, setting.max_pixels, setting.background)
+        return placed_pixels(self._files[place], setting)
 
 
 class ArrayPictures(LabelledPictures):
