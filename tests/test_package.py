@@ -65,8 +65,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def packaged() -> set[str]:
     """The files that an installed package needs, by their names in it."""
-    modules = [*REPOSITORY.glob("cosmos_scale/**/*.py")]
-    found = {path.relative_to(REPOSITORY).as_posix() for path in modules}
+    of_package = [*REPOSITORY.glob("cosmos_scale/**/*.py"), *REPOSITORY.glob("cosmos_scale/evaluation/prompts/*.txt")]
+    found = {path.relative_to(REPOSITORY).as_posix() for path in of_package}
     for folder, pattern in (("kernels", "**/*.py"), ("configs", "**/*.yaml")):
         found |= {f"cosmos_scale/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / folder).glob(pattern)}
     return found

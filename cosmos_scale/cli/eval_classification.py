@@ -13,7 +13,7 @@ examples:
   cosmos-scale eval classification --checkpoint runs/demo/checkpoints --dataset pets --data /data --weights both \\
       --confusions 10 --out pets_pictures
 """
-# Equal to Layout of config/classification.py: to import it here would take --help a second.
+# Equal to SetLayout of config/classification.py: to import it here would take --help a second.
 DATASETS = (
     "folders",
     "webdataset",

@@ -7,7 +7,7 @@ from pydantic import Field
 from cosmos_scale.config.evaluator import EvaluatorConfig
 from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, Place, redact_urls, refuse
 
-Layout = Literal[
+SetLayout = Literal[
     "folders",
     "webdataset",
     "imagenet",
@@ -33,7 +33,7 @@ class ClassificationConfig(EvaluatorConfig):
         description="stands before the names of its numbers where it is not the kind",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    dataset: Layout = Field(
+    dataset: SetLayout = Field(
         "folders",
         description="which set, or which layout: folders: a folder of pictures a class; webdataset: .tar files with "
         "labels (.cls) and classnames.txt",

@@ -47,6 +47,8 @@ class Classification(Evaluator):
         self._config = config
         self._set = open_labelled_set(config)
         self._mine = RankPictures(self._set.pictures, setting, config.batch)
+        # Classes of one name, such as ImageNet's two of "sunglasses", share a feature: else rounding would choose.
+        self._texts = list(dict.fromkeys(self._set.names))
         self._confused: Sequence[Confused] = []
 
     def subject(self) -> dict[str, str]:
@@ -67,8 +69,8 @@ class Classification(Evaluator):
         """
         self._confused = []
         self.require_same_data(gather, SAME_SET)
-        weights_CE = text_weights(encoder, self._set.names, self._set.templates, gather)
-        counts = self._count(encoder, weights_CE)
+        weights_UE = text_weights(encoder, self._texts, self._set.templates, gather)
+        counts = self._count(encoder, weights_UE)
         hits_C3 = gather(counts.hits[None]).sum(0).cpu()
         damaged = int(gather(torch.tensor([self._mine.damaged], device=self.setting.device)).sum())
         total, first, fifth = hits_C3.sum(0).tolist()
@@ -85,13 +87,14 @@ class Classification(Evaluator):
         yield "chance_top1", 1 / len(hits_C3)
         yield "pictures_left_out", damaged
 
-    def _count(self, encoder: Encoder, weights_CE: Tensor) -> "_Counts":
-        """Classify this rank's pictures."""
-        device, classes = self.setting.device, len(weights_CE)
+    def _count(self, encoder: Encoder, weights_UE: Tensor) -> _Counts:
+        """Classify this rank's pictures; weights: a feature for each of the unequal names."""
+        device, classes = self.setting.device, len(self._set.names)
+        text_C = torch.tensor([self._texts.index(of_class) for of_class in self._set.names], device=device)
         hits_C3 = torch.zeros(classes, 3, dtype=torch.int64, device=device)
         confusions_CC = hits_C3.new_zeros(classes, classes) if self._config.confusions else None
         for images, labels in self._mine.batches():
-            logits_NC = LOGIT_SCALE * encoder.images(images).float() @ weights_CE.T
+            logits_NC = (LOGIT_SCALE * encoder.images(images).float() @ weights_UE.T)[:, text_C]
             labels_N = labels.to(device)
             rank_N = ranks_of(logits_NC, labels_N)
             hits_N3 = torch.stack([torch.ones_like(rank_N), rank_N < 1, rank_N < 5], dim=1).long()

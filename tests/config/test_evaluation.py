@@ -115,7 +115,7 @@ def test_files_of_either_form_extend_files_of_either(tmp_path: Path, base: str, 
         (
             NEW,
             "eval=[{kind: classification, data: x, max_samples: 3}]",
-            "eval.0.max_samples: no such key; did you mean eval.0.templates?",
+            "eval.0.max_samples: no such key; did you mean eval.0.names?",
         ),
     ],
 )

@@ -2,7 +2,10 @@
 
 import sys
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +17,10 @@ from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.evaluation.evaluator import Setting, digest_of
 from cosmos_scale.files import reason_of, regular_only
+from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
+
+_BLOCKS_AHEAD = 2  # blocks of pictures in memory: the one that the model sees, and the next
 
 
 class LabelledPictures(ABC):
@@ -116,21 +122,36 @@ class RankPictures:
         """
         rank, world_size, batch = self._setting.rank, self._setting.world_size, self._batch
         blocks = -(-len(self._pictures) // batch)
-        first, last = blocks * rank // world_size, blocks * (rank + 1) // world_size
-        total = max(0, min(last * batch, len(self._pictures)) - first * batch)
+        mine = range(blocks * rank // world_size, blocks * (rank + 1) // world_size)
+        places = range(mine.start * batch, min(mine.stop * batch, len(self._pictures)))
         self.damaged = 0
-        for block in range(first, last):
-            places = range(block * batch, min((block + 1) * batch, len(self._pictures)))
-            images, labels = [], []
-            for place in places:
-                try:
-                    pixels = self._pictures.pixels(place, self._setting)
-                except DamagedSample as damage:
-                    self.damaged += 1
-                    print(f"left out: {self._pictures.name(place)}: {damage}", file=sys.stderr)
-                    continue
-                images.append(evaluation_crop(pixels, self._setting.image_size))
-                labels.append(self._pictures.labels[place])
-            if images:
-                yield PictureBatch(torch.stack(images), torch.tensor(labels))
-            self._setting.report("pictures", places.stop - first * batch, total)
+        # Threads: decoding and resizing leave Python's lock, and the model computes meanwhile.
+        pool = ThreadPoolExecutor(max(1, usable_cores() // ranks_of_this_host(unknown=world_size)))
+        prepared: deque[Future[Tensor | DamagedSample]] = deque()
+        waiting = iter(places)
+        try:
+            for first in places[::batch]:
+                prepared.extend(
+                    pool.submit(self._prepare, place)
+                    for place in islice(waiting, _BLOCKS_AHEAD * batch - len(prepared))
+                )
+                block = places[first - places.start : first - places.start + batch]
+                found = [(place, prepared.popleft().result()) for place in block]
+                sound = [(place, image) for place, image in found if isinstance(image, Tensor)]
+                for place, damage in found:
+                    if isinstance(damage, DamagedSample):
+                        self.damaged += 1
+                        print(f"left out: {self._pictures.name(place)}: {damage}", file=sys.stderr)
+                if sound:
+                    labels = [self._pictures.labels[place] for place, _ in sound]
+                    yield PictureBatch(torch.stack([image for _, image in sound]), torch.tensor(labels))
+                self._setting.report("pictures", block.stop - places.start, len(places))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, place: int) -> Tensor | DamagedSample:
+        """Return a picture as the model sees it: [3, H, W] float32; or what is wrong with it."""
+        try:
+            return evaluation_crop(self._pictures.pixels(place, self._setting), self._setting.image_size)
+        except DamagedSample as damage:
+            return damage
