@@ -25,7 +25,7 @@ examples:
   cosmos-scale attention --checkpoint runs/demo/checkpoints --dataset coco_val2017 --data /data/coco --out maps --json
 """
 PAGE = "attention.html"
-CAPTION_WIDTH = 34  # in the table
+CAPTION_WIDTH = 26  # in the table
 
 
 def add_attention_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -129,7 +129,8 @@ class Retrieval(Evaluator):
         """A table of recalls in percent, and ranks: two rows a model, one for each direction."""
         first = next(iter(results.values()))
         columns = [f"R@{k}" for k in RECALL_AT]
-        caption = f"chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
+        what = f"{counted(int(first['images']), 'picture')}, {counted(int(first['texts']), 'caption')}"
+        caption = f"{what}; chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
         table = Table("", "", *columns, "mean rank", "median", title=title, caption=caption)
         for model, numbers in results.items():
             for direction in DIRECTIONS:
