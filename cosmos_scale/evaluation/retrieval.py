@@ -248,6 +248,8 @@ def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
     width = max(widths_W)
 
     def from_all(rows: Tensor, lengths_W: list[int]) -> Tensor:
+        if len(lengths_W) == 1:
+            return rows
         padded = rows.new_zeros(max(lengths_W), *((width,) if rows.ndim == 2 else ()))
         padded[: len(rows)] = rows.reshape(len(rows), *padded.shape[1:])
         slices = gather(padded).reshape(len(lengths_W), *padded.shape)
