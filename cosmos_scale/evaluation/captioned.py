@@ -2,13 +2,14 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.evaluation.ahead import prepared_blocks
 
 NAMED = 20  # samples without captions that a pass names; it names all that are damaged
 
@@ -60,8 +61,11 @@ class CaptionedPictures(ABC):
         return self.describe()
 
     @abstractmethod
-    def read(self, sample: int) -> tuple[Tensor, list[str]]:
-        """Return the picture [3, H, W] float32, as the model sees it, and its texts; raises DamagedSample."""
+    def read(self, sample: int) -> tuple[Callable[[], Tensor], list[str]]:
+        """Return what makes the picture [3, H, W] float32, as the model sees it, in any thread, and the texts.
+
+        Both may raise DamagedSample.
+        """
 
     @abstractmethod
     def name(self, sample: int) -> str:
@@ -90,21 +94,23 @@ class CaptionedPictures(ABC):
         self._left_out = LeftOut(0, 0)
         samples = self.samples_of(rank, world_size, batch)
         try:
-            for first in range(samples.start, samples.stop, batch):
+            for found in prepared_blocks(self._begin, samples, batch, world_size):
                 images, texts, sample_ids = [], [], []
-                for sample in range(first, min(first + batch, samples.stop)):
-                    try:
-                        image, texts_here = self.read(sample)
-                    except DamagedSample as damage:
-                        self._leave_out(sample, damage)
+                for sample, prepared in found:
+                    if isinstance(prepared, DamagedSample):
+                        self._leave_out(sample, prepared)
                         continue
-                    images.append(image)
-                    texts.append(texts_here)
+                    images.append(prepared[0])
+                    texts.append(prepared[1])
                     sample_ids.append(sample)
                 if images:
                     yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
         finally:
             self.close()
+
+    def _begin(self, sample: int) -> Callable[[], tuple[Tensor, list[str]]]:
+        make_image, texts = self.read(sample)
+        return lambda: (make_image(), texts)
 
     def _leave_out(self, sample: int, damage: DamagedSample) -> None:
         without_captions, damaged = self._left_out

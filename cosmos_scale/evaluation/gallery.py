@@ -1,8 +1,9 @@
 """The gallery of an evaluation: pictures of an index in its own order, each with all its correct texts."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -68,12 +69,12 @@ class Gallery(CaptionedPictures):
         shards = f"index {self._index.fingerprint()}, shards {marks or 'without marks'}"
         return f"{counted(self._samples, 'sample')}, {shards}, captions {self.captions_key}"
 
-    def read(self, sample: int) -> tuple[Tensor, list[str]]:
-        """Read and decode a sample; raises DamagedSample, and UnreachableShard where its shard cannot be reached."""
+    def read(self, sample: int) -> tuple[Callable[[], Tensor], list[str]]:
+        """Read a sample; raises DamagedSample, and UnreachableShard where its shard cannot be reached."""
         self._reader = self._reader or ShardReader(self._remote)
         image_bytes, document = self._reader.read(self._index.locate(sample))
         texts = _correct_texts(document, self.captions_key)
-        return evaluation_image(image_bytes, self._image_size, self._max_pixels, self._background), texts
+        return partial(evaluation_image, image_bytes, self._image_size, self._max_pixels, self._background), texts
 
     def name(self, sample: int) -> str:
         """The sample's key, and its shard."""

@@ -129,7 +129,8 @@ class Retrieval(Evaluator):
         """A table of recalls in percent, and ranks: two rows a model, one for each direction."""
         first = next(iter(results.values()))
         columns = [f"R@{k}" for k in RECALL_AT]
-        caption = f"chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
+        what = f"{counted(int(first['images']), 'picture')}, {counted(int(first['texts']), 'caption')}"
+        caption = f"{what}; chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
         table = Table("", "", *columns, "mean rank", "median", title=title, caption=caption)
         for model, numbers in results.items():
             for direction in DIRECTIONS:
@@ -247,6 +248,8 @@ def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
     width = max(widths_W)
 
     def from_all(rows: Tensor, lengths_W: list[int]) -> Tensor:
+        if len(lengths_W) == 1:
+            return rows
         padded = rows.new_zeros(max(lengths_W), *((width,) if rows.ndim == 2 else ()))
         padded[: len(rows)] = rows.reshape(len(rows), *padded.shape[1:])
         slices = gather(padded).reshape(len(lengths_W), *padded.shape)

@@ -61,7 +61,7 @@ def test_ranks_of_a_launcher_share_the_work_and_rank_0_prints_the_same_numbers(
     options = command(checkpoints, pictures, "--batch", "4", "--json")
     assert cli.main(options) == 0
     alone = capsys.readouterr().out
-    with start_command(*options, ranks=ranks) as process:
+    with start_command("--local_rank=0", *options, ranks=ranks) as process:  # as the deepspeed launcher does
         finished = process.wait().require(0)
     assert finished.output == alone
 
@@ -95,7 +95,7 @@ def test_a_rank_that_is_gone_is_told_and_none_waits_for_it(checkpoints: Path, pi
     [
         (["--split", "a.txt"], "--split: a.txt must be null where dataset is not sun397"),
         (["--batch", "200000"], "--batch: 200000 should be less than or equal to 100000"),
-        (["--dataset", "pets"], "not the files of pets (Dataset not found or corrupted."),
+        (["--dataset", "pets"], "not the files of pets (Dataset not found); rule: pets is oxford-iiit-pet/"),
         (["--classes", "no_such_file"], "no_such_file: cannot be read: No such file or directory; rule: a text file"),
     ],
 )
@@ -105,5 +105,5 @@ def test_refusals_are_one_line(
     assert cli.main(command(checkpoints, pictures, *options)) == 2
     error = capsys.readouterr().err
     assert error.startswith("cosmos-scale eval classification: ")
-    assert said.replace(" or corrupted", "") in error.replace(" or corrupted", "")
+    assert said in error
     assert error.count("\n") == 1

@@ -40,7 +40,9 @@ def opened(data: Path, dataset: str, **keys: Any) -> FileGallery:
 
 def captions_of(gallery: FileGallery) -> Captions:
     """The texts of each picture by its name; every picture decodes."""
-    return {gallery.name(place): gallery.read(place)[1] for place in range(len(gallery))}
+    read = [gallery.read(place) for place in range(len(gallery))]
+    assert all(make_image().shape == (3, 16, 16) for make_image, _ in read)
+    return {gallery.name(place): texts for place, (_, texts) in enumerate(read)}
 
 
 def write_json(path: Path, document: Any) -> None:

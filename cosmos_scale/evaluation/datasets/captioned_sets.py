@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,12 +51,12 @@ class FileGallery(CaptionedPictures):
         paths = dict.fromkeys(picture.file.path for picture in self._pictures)
         return f"{self.describe()}, files {digest_of(repr(list(map(_state, paths))))}"
 
-    def read(self, sample: int) -> tuple[Tensor, list[str]]:
-        """Read and decode a picture; raises DamagedSample."""
+    def read(self, sample: int) -> tuple[Callable[[], Tensor], list[str]]:
+        """Return what reads and decodes a picture, and its texts; both may raise DamagedSample."""
         file, texts = self._pictures[sample]
         if not texts:
             raise NoCaptions("it has no caption")
-        return evaluation_crop(placed_pixels(file, self._setting), self._setting.image_size), list(texts)
+        return lambda: evaluation_crop(placed_pixels(file, self._setting), self._setting.image_size), list(texts)
 
     def name(self, sample: int) -> str:
         """The name that the picture's file was given."""
