@@ -40,7 +40,8 @@ def class_colours(classes: int, *, background: bool) -> npt.NDArray[np.uint8]:
         colours.append(colorsys.hsv_to_rgb(hue, (0.95, 0.6, 0.8)[place % 3], (0.95, 0.9, 0.65)[place // 3 % 3]))
     if background:
         colours[0] = (0.2, 0.2, 0.2)
-    return (np.array(colours) * 255).round().astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = (np.array(colours) * 255).round().astype(np.uint8)
+    return levels
 
 
 def draw_overlay(path: Path, pixels: Pixels, true: Labels, predicted: Labels, titles: Sequence[str]) -> None:

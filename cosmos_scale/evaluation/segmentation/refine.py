@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_CHUNK = 16 * 2**20  # values of logits that are refined at a time
+_CHUNK = 4 * 2**20  # values of logits that are refined at a time
 _OFFSETS = [place for place in itertools.product((-1, 0, 1), repeat=2) if place != (0, 0)]
 
 
@@ -24,8 +24,11 @@ def refine(logits_QHW: Tensor, picture_CHW: Tensor, dilations: Sequence[int], st
         logits_QHW = functional.interpolate(logits_QHW[None], size, mode="bilinear", align_corners=True)[0]
     weights_PHW = neighbour_weights(picture_CHW, dilations)
     # Queries do not touch one another: a part of them at a time bounds the memory.
-    parts = logits_QHW.split(max(1, _CHUNK // max(1, size.numel())))
-    return torch.cat([_average(part, weights_PHW, dilations, steps) for part in parts])
+    refined_QHW = torch.empty_like(logits_QHW)
+    number = max(1, _CHUNK // max(1, size.numel()))
+    for part, out in zip(logits_QHW.split(number), refined_QHW.split(number), strict=True):
+        out.copy_(_average(part, weights_PHW, dilations, steps))
+    return refined_QHW
 
 
 def neighbour_weights(picture_CHW: Tensor, dilations: Sequence[int]) -> Tensor:

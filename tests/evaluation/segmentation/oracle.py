@@ -84,7 +84,8 @@ def target_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 def normalised(image: npt.NDArray[np.uint8]) -> Array:
     mean, deviation = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
-    return ((image.astype(np.float64) - mean) / deviation).transpose(2, 0, 1)
+    planes: Array = ((image.astype(np.float64) - mean) / deviation).transpose(2, 0, 1)
+    return planes
 
 
 def bilinear(values: Array, height: int, width: int, *, aligned: bool = False) -> Array:
@@ -102,7 +103,8 @@ def bilinear(values: Array, height: int, width: int, *, aligned: bool = False) -
             weights[row, min(first + 1, source - 1)] += place - first
         return weights
 
-    return matrix(values.shape[1], height) @ values @ matrix(values.shape[2], width).T
+    resized: Array = matrix(values.shape[1], height) @ values @ matrix(values.shape[2], width).T
+    return resized
 
 
 def position_table(table: Array, rows: int, columns: int, offset: float) -> Array:
@@ -216,7 +218,8 @@ def patch_logits(
     _, features = dense_features(image, weights, sizes, csa, mistake)
     if mistake != "features not normalised":
         features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    return (features @ queries.T).T.reshape(len(queries), image.shape[1] // sizes.patch, -1)
+    logits: Array = (features @ queries.T).T.reshape(len(queries), image.shape[1] // sizes.patch, -1)
+    return logits
 
 
 def mean_logits(
