@@ -45,7 +45,7 @@ from cosmos_scale.data.scenes.scene_shards import build_scenes
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import contact_sheet
-from cosmos_scale.demo_zero_shot import SEGMENTED, SEGMENTED_QUICK, show_zero_shot
+from cosmos_scale.demo_zero_shot import SCENES, SCENES_QUICK, show_zero_shot
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
@@ -157,10 +157,11 @@ def run_demo(out: Path, quick: bool) -> bool:
     _begin(
         console,
         "4. Without training for it.",
-        "The same pictures: the class of each, and the colour at each pixel, by the names of the classes alone. "
-        "So short a training shows beginnings, so compare each number with that of an answer that knows nothing.",
+        "The same pictures: the class of each, the colour at each pixel, and where the model looks when it is asked "
+        "for an object. So short a training shows beginnings: compare with an answer that knows nothing.",
     )
-    found = show_zero_shot(last, MODELS, layouts, out, SEGMENTED_QUICK if quick else SEGMENTED, console)
+    scenes = SCENES_QUICK if quick else SCENES
+    found = show_zero_shot(last, MODELS, out / "data" / "gallery", layouts, out, scenes, console)
     (out / "summary.json").write_text(json.dumps({**summary, "zero_shot": found.numbers}, indent=2) + "\n")
     left = {"checkpoint": last, "loss curve": out / "loss_curve.png", "views": out / "views.png", **found.pictures}
     left |= {"numbers": out / "summary.json", "your own data": out / "data" / "layouts"}
