@@ -102,18 +102,18 @@ def test_ranks_of_a_launcher_write_the_same(checkpoints: Path, root: Path, evalu
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("place", "options", "said"),
     [
-        (["--published", "laion"], "--published: laion is none of cc3m_vitb16, "),
-        (["--data-root", "nowhere"], "--data-root: nowhere is no folder"),
-        ([], f"holds none of the {DATASETS} sets (coco_val2017, "),
+        ("empty", ["--published", "laion"], "--published: laion is none of cc3m_vitb16, "),
+        ("nowhere", [], "nowhere is no folder"),
+        ("empty", [], f"holds none of the {DATASETS} sets (coco_val2017, "),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(
-    options: list[str], said: str, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: str, options: list[str], said: str, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert cli.main(command(checkpoints, tmp_path / "empty", tmp_path / "out", *options)) == 2
+    assert cli.main(command(checkpoints, tmp_path / place, tmp_path / "out", *options)) == 2
     errors = capsys.readouterr().err
     assert said in errors
     assert errors.count("\n") == 1
