@@ -111,17 +111,18 @@ def _attention(encoder: Encoder, scenes: Sequence[LabelledScene], folder: Path |
     """Ask for "a COLOUR SHAPE", the largest object of each scene: does the strongest patch lie on it?
 
     Returns shares of 1: `peak` of the scenes whose strongest patch has its middle on the object, `chance_peak` of all
-    patches' middles that lie on objects, `weight` of the attention that lies on these patches.
+    patches' middles that lie on objects, `weight` of the attention that lies on these patches, `peak_other_name` as
+    `peak`, but asked for the object of the next scene: more than chance where attention finds objects of any name.
     """
+    names = [f"a {scene.attributes['class']}" for scene in scenes]
+    other = _asked(encoder, scenes, [*names[1:], names[0]])
     drawn: list[SampleMaps] = []
-    totals = np.zeros(3)
-    for sample, scene in zip(_asked(encoder, scenes), scenes, strict=True):
+    totals = np.zeros(4)
+    for sample, asked_otherwise, scene in zip(_asked(encoder, scenes, names), other, scenes, strict=True):
         on_object_RC = _at_patch_middles(scene.masks[0], *sample.maps.image_map.shape)
-        top, left = peak_of(sample.maps.image_map)
-        rows, columns = on_object_RC.shape
-        peak = on_object_RC[int(top * rows), int(left * columns)]
+        peak, peak_other = (_peak_on(one, on_object_RC) for one in (sample, asked_otherwise))
         weight = float(sample.maps.image_weights.mean(0)[torch.from_numpy(on_object_RC)].sum())
-        totals += (peak, on_object_RC.mean(), weight)
+        totals += (peak, on_object_RC.mean(), weight, peak_other)
         if len(drawn) < _DRAWN:
             drawn.append(sample)
     if folder is not None:
@@ -129,15 +130,21 @@ def _attention(encoder: Encoder, scenes: Sequence[LabelledScene], folder: Path |
         for sample in drawn:
             write_png(sample, folder / f"{sample.title}.png")
         write_page(drawn, folder / PAGE, "Attention maps", "held-out scenes of the demo")
-    peak, chance, weight = (totals / len(scenes)).tolist()
-    return {"scenes": len(scenes), "peak": peak, "chance_peak": chance, "weight": weight}
+    peak, chance, weight, other_name = (totals / len(scenes)).tolist()
+    return {"scenes": len(scenes), "peak": peak, "chance_peak": chance, "weight": weight, "peak_other_name": other_name}
 
 
-def _asked(encoder: Encoder, scenes: Sequence[LabelledScene]) -> Iterator[SampleMaps]:
+def _peak_on(sample: SampleMaps, on_object_RC: npt.NDArray[np.bool_]) -> bool:
+    """Return whether the middle of the strongest patch lies on an object."""
+    top, left = peak_of(sample.maps.image_map)
+    rows, columns = on_object_RC.shape
+    return bool(on_object_RC[int(top * rows), int(left * columns)])
+
+
+def _asked(encoder: Encoder, scenes: Sequence[LabelledScene], captions: Sequence[str]) -> Iterator[SampleMaps]:
     setting, model = encoder.setting, encoder.model
-    for scene in scenes:
+    for scene, caption in zip(scenes, captions, strict=True):
         image = evaluation_crop(decode_rgbx(scene.jpeg, setting.max_pixels, setting.background), setting.image_size)
-        caption = f"a {scene.attributes['class']}"
         ids = setting.tokenizer([caption]).to(setting.device)
         (pair,) = encode_pairs(model, image[None].to(setting.device), ids)
         maps = attention_maps(model, pair, image.shape[1] // model.visual.conv1.patch_size)
@@ -158,9 +165,14 @@ def _at_patch_middles(mask: bytes, rows: int, columns: int) -> npt.NDArray[np.bo
 
 def _attention_table(results: Mapping[str, Numbers]) -> Table:
     first = next(iter(results.values()))
-    caption = f"{counted(int(first['scenes']), 'scene')}; chance: {100 * first['chance_peak']:.1f} % of both"
+    caption = f"{counted(int(first['scenes']), 'scene')}; chance: {100 * first['chance_peak']:.1f} % of all"
     title = "Asked for the largest object by name: does attention find it?"
-    table = Table("", "strongest patch on it", "weight on it", title=title, caption=caption)
+    columns = {
+        "strongest patch on it": "peak",
+        "asked for another scene's": "peak_other_name",
+        "weight on it": "weight",
+    }
+    table = Table("", *columns, title=title, caption=caption)
     for model, numbers in results.items():
-        table.add_row(model, f"{100 * numbers['peak']:.1f} %", f"{100 * numbers['weight']:.1f} %")
+        table.add_row(model, *(f"{100 * numbers[name]:.1f} %" for name in columns.values()))
     return table

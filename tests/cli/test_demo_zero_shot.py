@@ -39,7 +39,8 @@ def test_every_number_stands_beside_chance_and_pictures_are_drawn(
     masks = [np.asarray(Image.open(io.BytesIO(scene.masks[0]))) for scene in read_scenes(shards.gallery)][:SCENES]
     middles = [[mask[side * r + side // 2, side * c + side // 2] for r in range(8) for c in range(8)] for mask in masks]
     assert attention["chance_peak"] == pytest.approx(np.mean(middles), abs=1e-12)
-    assert attention["peak"] in [hits / SCENES for hits in range(SCENES + 1)]
+    for name in ("peak", "peak_other_name"):
+        assert attention[name] in [hits / SCENES for hits in range(SCENES + 1)]
     assert 0.0 < attention["weight"] < 1.0
     assert len(list((tmp_path / "segmentation").glob("*.png"))) == SCENES
     assert len(list((tmp_path / "attention").glob("*.png"))) == SCENES
