@@ -1,7 +1,8 @@
 """The demo, `python -m cosmos_scale.demo`: from nothing to a trained COSMOS model and its retrieval numbers.
 
 It paints scenes, trains on them under the deepspeed launcher as any user would, evaluates the checkpoints from before
-and after, and leaves `loss_curve.png`, `views.png` and `summary.json` behind. It needs no network.
+and after, and leaves `loss_curve.png`, `views.png`, `summary.json` and pictures of the evaluations behind. It needs no
+network.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -40,10 +41,12 @@ from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
+from cosmos_scale.data.scenes.layouts import write_layouts
 from cosmos_scale.data.scenes.scene_shards import build_scenes
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import contact_sheet
+from cosmos_scale.demo_zero_shot import SCENES, SCENES_QUICK, show_zero_shot
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
@@ -54,8 +57,8 @@ from cosmos_scale.files import make_output_folder
 from cosmos_scale.host import usable_cores
 
 SAMPLES_SHOWN = 4
-DIRECTIONS = {"image_to_text_R@1": "image to text", "text_to_image_R@1": "text to image"}
 MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+DIRECTIONS = {"image_to_text_R@1": "image to text", "text_to_image_R@1": "text to image"}
 
 # The least recall at 1 of the student in both directions, in multiples of chance. A model that only sees the background
 # and the number of objects reaches 12. A model that is trained on permuted captions stays below 3.
@@ -108,6 +111,10 @@ def run_demo(out: Path, quick: bool) -> bool:
         f"{gallery.max_samples} held-out ones: JPEG files in webdataset shards under {out / 'data'}.",
     )
     build_scenes(out / "data", train=config.data.samples, gallery=gallery.max_samples, seed=config.seed, progress=True)
+    layouts = write_layouts(out / "data" / "gallery", out / "data" / "layouts")
+    console.print(
+        f"   The held-out ones again, as folders that show how to lay out your own: {out / 'data' / 'layouts'}"
+    )
     draw_first_views(config, out / "views.png")
     console.print(f"   What the model will see of {SAMPLES_SHOWN} of them: {out / 'views.png'}")
 
@@ -143,17 +150,23 @@ def run_demo(out: Path, quick: bool) -> bool:
         "before": before,
         "after": after,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw_curves(training, summary, out / "loss_curve.png")
     console.print()
     console.print(_table(summary))
-    console.print(
-        f"{samples:,} samples in {training.seconds:.0f} s: {samples / training.seconds:.1f} samples/s\n"
-        f"checkpoint   {last}\nloss curve   {out / 'loss_curve.png'}\nviews        {out / 'views.png'}\n"
-        f"numbers      {out / 'summary.json'}",
-        highlight=False,
-        soft_wrap=True,
+    console.print(f"{samples:,} samples in {training.seconds:.0f} s: {samples / training.seconds:.1f} samples/s")
+
+    _begin(
+        console,
+        "4. Without training for it.",
+        "The same pictures: the class of each, the colour at each pixel, and where the model looks when it is asked "
+        "for an object. So short a training shows beginnings: compare with an answer that knows nothing.",
     )
+    scenes = SCENES_QUICK if quick else SCENES
+    found = show_zero_shot(last, MODELS, out / "data" / "gallery", layouts, out, scenes, console)
+    (out / "summary.json").write_text(json.dumps({**summary, "zero_shot": found.numbers}, indent=2) + "\n")
+    left = {"checkpoint": last, "loss curve": out / "loss_curve.png", "views": out / "views.png", **found.pictures}
+    left |= {"numbers": out / "summary.json", "your own data": out / "data" / "layouts"}
+    console.print("\n".join(f"{what:<13} {path}" for what, path in left.items()), highlight=False, soft_wrap=True)
     return learned(summary, REQUIRED_QUICK if quick else REQUIRED, console)
 
 

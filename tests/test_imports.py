@@ -56,7 +56,8 @@ MAY_IMPORT = {
     "train": PARTS - {"kernels"} | {"run"},
     "launch": {"checkpoint", "data", "run"} | FOUNDATION,
     "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling"},
-    "demo": PARTS | {"run", "cli"},
+    "demo": PARTS | {"run", "cli", "demo_zero_shot"},
+    "demo_zero_shot": {"data", "evaluation"} | FOUNDATION,
     "testing": PARTS | {"run", "train", "launch", "cli"},
 }
 # Within data, arrows go the way of a sample: samples <- decode <- shards <- training. Three rooms stand beside it:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.attention_maps import attention_maps, encode_pairs
 from cosmos_scale.evaluation.classification import LOGIT_SCALE, ranks_of
 from cosmos_scale.evaluation.evaluator import one_process
 from cosmos_scale.evaluation.prompts.texts import filled_in
-from cosmos_scale.evaluation.retrieval import RECALL_AT, best_ranks
+from cosmos_scale.evaluation.ranking import RECALL_AT, best_ranks
 from cosmos_scale.evaluation.text_weights import text_weights
+from cosmos_scale.kernels.unit_length import normalise
 from tools.golden_numbers import EQUAL, Compared, EvaluationGolden, compare, compare_number
 from tools.golden_segmentation import check_dense, check_overlap, check_refinement, check_segmentation
 
@@ -104,6 +106,37 @@ def _recalls(direction: str, rank: Tensor) -> dict[str, float]:
     }
 
 
+def check_attention(golden: EvaluationGolden, case: str) -> Iterator[Compared]:
+    """Compare both heads' weights, what they read and what they give, and the maps made of them."""
+    encoder = golden.encoder()
+    model = encoder.model
+    images, captions = golden.tensor(f"{case}.images").to(golden.device), golden.parameters(case)["captions"]
+    ids_BL = encoder.setting.tokenizer(captions)
+    yield compare(golden, f"{case}.tokens", ids_BL, EQUAL)
+    pairs = encode_pairs(model, images, ids_BL.to(golden.device))
+    maps = [attention_maps(model, pair, images.shape[2] // model.visual.conv1.patch_size) for pair in pairs]
+    image, text = torch.stack([pair.image for pair in pairs]), torch.stack([pair.text for pair in pairs])
+    with torch.no_grad():
+        patches, words = torch.cat([pair.patches for pair in pairs]), torch.cat([pair.words for pair in pairs])
+        from_text = model.text_attn_cross_pool(image[None], words, [len(pair.words) for pair in pairs])[0]
+        from_image = model.visual.attn_cross_pool(text[None], patches, [len(pair.patches) for pair in pairs])[0]
+    image_BHP = torch.stack([one.image_weights.flatten(1) for one in maps])
+    text_BHL = torch.stack([one.text_weights for one in maps])
+    for name, ours, tolerance in (
+        ("image_features_raw", image, 2e-5),
+        ("text_features_raw", text, 2e-5),
+        ("image_weights_per_head", image_BHP, 2e-5),
+        ("image_weights", image_BHP.mean(1), 2e-5),
+        ("text_weights_per_head", text_BHL, 2e-5),
+        ("text_weights", text_BHL.mean(1), 2e-5),
+        ("img_crossmodal_features", normalise(image + from_text), 2e-5),
+        ("txt_crossmodal_features", normalise(text + from_image), 2e-5),
+        ("image_map_unit", torch.stack([one.image_map.flatten() for one in maps]), 5e-5),
+        ("text_map_unit", torch.stack([one.text_map for one in maps]), 5e-5),
+    ):
+        yield compare(golden, f"{case}.{name}", ours, tolerance)
+
+
 Check = Callable[[EvaluationGolden, str], Iterator[Compared]]
 CHECKS: Mapping[str, Check] = {
     "preprocess": check_preprocess,
@@ -113,6 +146,7 @@ CHECKS: Mapping[str, Check] = {
     "seg": check_segmentation,
     "pamr": check_refinement,
     "iou": check_overlap,
+    "attention": check_attention,
 }
 """What compares the cases of each part of a file."""
 

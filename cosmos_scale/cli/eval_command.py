@@ -93,24 +93,30 @@ def section_of(kind: str, keys: dict[str, Any]) -> "EvaluatorConfig":
 
 
 def _run(command: EvalCommand, arguments: argparse.Namespace) -> int:
-    """Evaluate in this process, or, where a launcher started it, as one of several ranks; rank 0 prints."""
+    """Evaluate with the section that the arguments make."""
+    section = section_of(command.kind, {"batch": arguments.batch, **command.keys(arguments)})
+    return on_ranks(arguments.device, partial(_evaluate, arguments, section))
+
+
+def on_ranks(device: str, evaluate: Callable[["Ranks | None"], int]) -> int:
+    """Evaluate in this process, or, where a launcher started it, as one of several ranks; returns the exit status.
+
+    evaluate: is given the ranks, None for this process alone; prints on rank 0 alone, and returns an exit status.
+    """
     from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
 
-    section = section_of(command.kind, {"batch": arguments.batch, **command.keys(arguments)})
     adopt_rank_variables()
     place = read_rank_variables()
     if place is None or place.world_size == 1:
-        _evaluate(arguments, section, None)
-        return 0
+        return evaluate(None)
     from cosmos_scale.engine.ranks import lost_contact, start_ranks
 
     main = place.local_rank == 0  # until all ranks run together, an error may be of one machine alone
     try:
-        ranks = start_ranks(arguments.device)
+        ranks = start_ranks(device)
         main = ranks.is_main
         with ranks.contact:
-            _evaluate(arguments, section, ranks)
-        return 0
+            return evaluate(ranks)
     except WrongRankVariable:
         raise
     except UserError:
@@ -125,13 +131,13 @@ def _run(command: EvalCommand, arguments: argparse.Namespace) -> int:
         return FAILED
 
 
-def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: "Ranks | None") -> None:
+def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: "Ranks | None") -> int:
     """Measure the models that the arguments name, and print what is found; ranks: None for this process alone."""
     from cosmos_scale.checkpoint import find_checkpoint
     from cosmos_scale.console import make_console
 
     prints = ranks is None or ranks.is_main
-    with _together(ranks):
+    with together(ranks):
         checkpoint = find_checkpoint(arguments.checkpoint)
         if arguments.out is not None:
             make_output_folder(arguments.out)
@@ -151,6 +157,7 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
         for which, found in details.items():
             if found:
                 console.print(f"{which}:", *found, sep="\n")
+    return 0
 
 
 def _measured(
@@ -170,7 +177,7 @@ def _measured(
 
     folder = None if arguments.out is None else arguments.out / which
     with WorkBar(show=ranks is None or ranks.is_main) as bar:
-        with _together(ranks):
+        with together(ranks):
             encoder = load_encoder(checkpoint, which, arguments.device if ranks is None else ranks.device)
             setting = replace(
                 encoder.setting,
@@ -193,7 +200,7 @@ def _measured(
 
 
 @contextmanager
-def _together(ranks: "Ranks | None") -> Iterator[None]:
+def together(ranks: "Ranks | None") -> Iterator[None]:
     """Let all ranks raise the UserError of a block that one of them raises; collective."""
     if ranks is None:
         yield

@@ -10,32 +10,57 @@ EXAMPLES = """\
 examples:
   cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --data shards/held_out
   cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --data shards/held_out --weights teacher --json
+  cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --dataset coco_val2017 --data /data/coco --cache
+  cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --dataset pairs --data mine/pairs.jsonl
 """
+# Equal to CaptionedLayout of config/retrieval.py: to import it here would take --help a second.
+DATASETS = (
+    "shards",
+    "webdataset",
+    "pairs",
+    "coco_val2017",
+    "coco_karpathy_test",
+    "flickr30k_val",
+    "flickr30k_test",
+)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=place, required=True, metavar="PATTERN", help="indexed shards: folder, glob or brace pattern"
+        "--dataset",
+        choices=DATASETS,
+        default="shards",
+        metavar="NAME",
+        help=f"a set, or a layout of your own pairs: {', '.join(DATASETS)}; default: shards, which are indexed",
+    )
+    parser.add_argument(
+        "--data",
+        type=place,
+        required=True,
+        metavar="PLACE",
+        help="shards: folder, glob or brace pattern; pairs: a .jsonl, .csv or .tsv file; others: folder of the set",
     )
     parser.add_argument("--index", type=place, metavar="DIR", help="folder of the index; default: beside the shards")
     parser.add_argument(
         "--captions",
         metavar="KEY",
-        help="json key (.txt: caption); default: raw_caption where there is one, else the only key there is",
+        help="key of the captions in json (.txt: caption) or in pairs; default: raw_caption where there is one, else "
+        "the only key there is",
     )
 
 
 def _keys(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"shards": arguments.data, "index": arguments.index, "captions": arguments.captions}
+    where = "shards" if arguments.dataset == "shards" else "data"
+    return {where: arguments.data, **{name: getattr(arguments, name) for name in ("dataset", "index", "captions")}}
 
 
 RETRIEVAL = EvalCommand(
     kind="retrieval",
-    help="recall at 1, 5, 10 between images and texts",
+    help="recall at 1, 5, 10 and ranks between images and texts",
     examples=EXAMPLES,
     batch=64,
     writes=False,
-    caches=False,
+    caches=True,
     add_arguments=_add_arguments,
     keys=_keys,
 )

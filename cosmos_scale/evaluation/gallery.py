@@ -1,12 +1,11 @@
 """The gallery of an evaluation: pictures of an index in its own order, each with all its correct texts."""
 
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from cosmos_scale.config import RemoteConfig
@@ -28,37 +27,15 @@ from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Location, ShardReade
 from cosmos_scale.data.training.picture_check import LOOKED_AT as PICTURES
 from cosmos_scale.data.training.picture_check import picture_sizes
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.captioned import CaptionedPictures, NoCaptions
 from cosmos_scale.words import counted
 
 FIRST_KEY = KNOWN_KEYS[0]  # of captions; taken wherever there is one
 LOOKED_AT = 512  # samples, spread over the gallery, that tell which keys there are
-NAMED = 20  # samples without captions that a pass names; it names all that are damaged
 NAME_THE_KEY = "name the key: --captions KEY, in a run's eval section captions: KEY"
 
 
-class GalleryBatch(NamedTuple):
-    """Some pictures of a gallery with all texts that are correct for each of them.
-
-    images: [N, 3, H, W] float32 on the CPU. texts: N lists. sample_ids: [N] int64, unique in the whole gallery.
-    """
-
-    images: Tensor
-    texts: Sequence[Sequence[str]]
-    sample_ids: Tensor
-
-
-class LeftOut(NamedTuple):
-    """How many samples of a gallery have no text under its key, and how many cannot be used: damaged or too large."""
-
-    without_captions: int
-    damaged: int
-
-
-class _NoCaptions(DamagedSample):
-    """A sample without any text under the gallery's key."""
-
-
-class Gallery:
+class Gallery(CaptionedPictures):
     """The first samples of an index, opened once and read as often as they are asked for.
 
     captions_key: json key of the correct texts.
@@ -83,15 +60,10 @@ class Gallery:
         """
         self._index = index
         self._image_size, self._max_pixels, self._background = image_size, max_pixels, background
-        self._samples = len(index) if max_samples is None else min(len(index), max_samples)
+        super().__init__(len(index) if max_samples is None else min(len(index), max_samples))
         self._remote = remote
-        self._left_out = LeftOut(0, 0)
+        self._reader: ShardReader | None = None
         self.captions_key = self._look_for_captions(captions_key)
-
-    @property
-    def left_out(self) -> LeftOut:
-        """How many samples the last `batches` left out so far."""
-        return self._left_out
 
     def describe(self) -> str:
         """Say in words and digests what the numbers depend on: equal for galleries of equal samples and texts."""
@@ -105,50 +77,23 @@ class Gallery:
         sizes = picture_sizes(self._index, spread, self._max_pixels, self._remote)
         return sizes.describe(self._max_pixels) if sizes.too_large else ""
 
-    def samples_of(self, rank: int, world_size: int) -> range:
-        """Return one rank's slice of the samples; it may be empty."""
-        return range(self._samples * rank // world_size, self._samples * (rank + 1) // world_size)
+    def read(self, sample: int) -> tuple[Callable[[], Tensor], list[str]]:
+        """Read a sample; raises DamagedSample, and UnreachableShard where its shard cannot be reached."""
+        self._reader = self._reader or ShardReader(self._remote)
+        image_bytes, document = self._reader.read(self._index.locate(sample))
+        texts = _correct_texts(document, self.captions_key)
+        return partial(evaluation_image, image_bytes, self._image_size, self._max_pixels, self._background), texts
 
-    def batches(self, rank: int, world_size: int, batch: int) -> Iterator[GalleryBatch]:
-        """Yield one rank's contiguous slice of the samples, in the index's order, `batch` at a time.
+    def name(self, sample: int) -> str:
+        """The sample's key, and its shard."""
+        location = self._index.locate(sample)
+        return f"sample {location.entry.key} of {location.shard}"
 
-        Ranks together cover each sample once; a slice may be empty. A damaged sample, one of more than max_pixels, and
-        one without captions are left out, counted and named on stderr.
-        Raises: UnreachableShard where a shard cannot be reached any more, after all retries.
-        """
-        reader = ShardReader(self._remote)
-        self._left_out = LeftOut(0, 0)
-        images: list[Tensor] = []
-        texts: list[list[str]] = []
-        sample_ids: list[int] = []
-        try:
-            for sample in self.samples_of(rank, world_size):
-                location = self._index.locate(sample)
-                try:
-                    image_bytes, document = reader.read(location)
-                    texts_here = _correct_texts(document, self.captions_key)
-                    images.append(evaluation_image(image_bytes, self._image_size, self._max_pixels, self._background))
-                except DamagedSample as damage:
-                    self._leave_out(location, damage)
-                    continue
-                texts.append(texts_here)
-                sample_ids.append(sample)
-                if len(images) == batch:
-                    yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
-                    images, texts, sample_ids = [], [], []
-            if images:
-                yield GalleryBatch(torch.stack(images), texts, torch.tensor(sample_ids))
-        finally:
-            reader.close()
-
-    def _leave_out(self, location: Location, damage: DamagedSample) -> None:
-        without_captions, damaged = self._left_out
-        lacks = isinstance(damage, _NoCaptions)
-        self._left_out = LeftOut(without_captions + lacks, damaged + (not lacks))
-        if not lacks or without_captions < NAMED:
-            print(f"left out: sample {location.entry.key} of {location.shard}: {damage}", file=sys.stderr)
-        elif without_captions == NAMED:
-            print("left out: more samples without captions, which are counted and not named", file=sys.stderr)
+    def close(self) -> None:
+        """Close the shards."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def _look_for_captions(self, captions_key: str | None) -> str:
         """Return the key of the captions: the one that was asked for, or the one there is."""
@@ -229,11 +174,11 @@ def _has_texts(document: dict[str, Any], captions_key: str) -> bool:
 def _correct_texts(document: dict[str, Any], captions_key: str) -> list[str]:
     value = document.get(captions_key)
     if is_missing(value):
-        raise _NoCaptions(f"no captions under {captions_key}")
+        raise NoCaptions(f"no captions under {captions_key}")
     found = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) or is_missing(text) for text in found):
         raise DamagedSample(f"{captions_key} is neither a string nor a list of strings")
     texts = [text for text in found if isinstance(text, str) and text.strip()]
     if not texts:
-        raise _NoCaptions(f"{captions_key} holds no text")
+        raise NoCaptions(f"{captions_key} holds no text")
     return texts

@@ -1,10 +1,11 @@
-"""Image-text retrieval: recall at 1, 5 and 10 in both directions, shared by all ranks.
+"""Image-text retrieval: recall at 1, 5 and 10, mean and median rank in both directions, shared by all ranks.
 
-Every rank encodes its slice of the gallery, receives the features of all slices, and ranks its own rows. The form of
-the collective is handed in, so that this module knows nothing of process groups.
+Every rank encodes its slice of the gallery, receives the features of all slices, and ranks its share of the queries.
+The form of the collective is handed in, so that this module knows nothing of process groups.
 """
 
-import sys
+import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,36 +15,43 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from cosmos_scale.config import RetrievalConfig, SourceConfig
+from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.config.section import redact_urls
-from cosmos_scale.data.shards.index import open_sources
-from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, one_process
-from cosmos_scale.evaluation.gallery import Gallery, GalleryBatch
+from cosmos_scale.evaluation.captioned import GalleryBatch
+from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
+from cosmos_scale.evaluation.evaluator import (
+    Encoder,
+    Evaluator,
+    Gather,
+    Numbers,
+    Report,
+    Setting,
+    no_report,
+    one_process,
+)
+from cosmos_scale.evaluation.gallery import Gallery
+from cosmos_scale.evaluation.ranking import RECALL_AT, ROWS, RankFigures, best_ranks, rank_figures
 from cosmos_scale.words import counted
 
-RECALL_AT = (1, 5, 10)
-NEVER = 1 << 62  # rank of what cannot be found
 SAME_GALLERY = "rule: every host has the same gallery, so copy its shards along with their index"
 LEFT_OUT = ("left_out_without_captions", "left_out_damaged")
+DIRECTIONS = ("image_to_text", "text_to_image")
 
 EncodeImages = Callable[[Tensor], Tensor]
 """Images [N, 3, H, W] float32 on the CPU to normalised features [N, E] on any device."""
 EncodeTexts = Callable[[Sequence[str]], Tensor]
 """Texts to normalised features [N, E] on any device."""
 
-_ROWS = 1024  # similarities are formed for this many rows at a time: 1024 x 25,000 captions of COCO are 100 MB
-
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Recall per cut-off as shares of 1: of images that find one of their texts, and of texts that find their image."""
+    """How many images and texts there are; the ranks of images' best texts, and of texts' images, in figures."""
 
     images: int
     texts: int
-    image_to_text: dict[int, float]
-    text_to_image: dict[int, float]
+    image_to_text: RankFigures
+    text_to_image: RankFigures
 
     @property
     def chance(self) -> float:
@@ -51,87 +59,92 @@ class RetrievalResult:
         return 1 / self.images
 
     def as_dict(self) -> Numbers:
-        """Flat numbers for JSON: images, texts, chance_R@1, image_to_text_R@1 and so on."""
-        directions = (("image_to_text", self.image_to_text), ("text_to_image", self.text_to_image))
-        recalls = {f"{name}_R@{k}": value for name, recall in directions for k, value in recall.items()}
-        return {"images": self.images, "texts": self.texts, "chance_R@1": self.chance, **recalls}
+        """Flat numbers for JSON: images, texts, chance_R@1, image_to_text_R@1, image_to_text_mean_rank and so on."""
+        numbers: Numbers = {"images": self.images, "texts": self.texts, "chance_R@1": self.chance}
+        for name, figures in zip(DIRECTIONS, (self.image_to_text, self.text_to_image), strict=True):
+            numbers |= {f"{name}_R@{k}": share for k, share in figures.recalls.items()}
+            numbers |= {f"{name}_mean_rank": figures.mean_rank, f"{name}_median_rank": figures.median_rank}
+        return numbers
 
 
 class Retrieval(Evaluator):
     """Recall on held-out pairs: the config's gallery, every rank on its slice."""
 
     def __init__(self, config: RetrievalConfig, setting: Setting) -> None:
-        """Open the gallery; raises UserError where it has no index, or none of its samples has the captions."""
+        """Open the gallery; raises UserError where its files or its index are not there, or it has no captions."""
         super().__init__(config, setting)
         self._config = config
-        source = SourceConfig(name=config.name, shards=config.shards, index=config.index)
-        index = open_sources([source], setting.remote)
-        if setting.rank == 0 and (rejected := index.unindexed().samples):
-            where = f"{redact_urls(config.shards)}: not in the index, so in no number"
-            print(f"{where}: {counted(rejected, 'sample')} that indexing rejected ({REJECTED})", file=sys.stderr)
-        self._gallery = Gallery(
-            index,
-            config.captions,
-            image_size=setting.image_size,
-            max_pixels=setting.max_pixels,
-            background=setting.background,
-            max_samples=config.max_samples,
-            remote=setting.remote,
-        )
-        if setting.rank == 0 and (oversized := self._gallery.oversized()):
-            print(f"{redact_urls(config.shards)}: {oversized}: they are left out", file=sys.stderr)
-
-    @property
-    def captions(self) -> str:
-        """The json key of the captions that count as correct."""
-        return self._gallery.captions_key
+        self._gallery = open_captioned(config, setting)
 
     def subject(self) -> dict[str, str]:
-        """The shards, and the json key of the captions."""
-        return {"data": self._config.shards, "captions": self.captions}
+        """The set and where it lies; of shards the json key of the captions too."""
+        if isinstance(self._gallery, Gallery):
+            return {"data": self._config.place, "captions": self._gallery.captions_key}
+        return {"dataset": self._config.dataset, "data": self._config.place}
 
     def gallery(self) -> str:
-        """The gallery's samples, index, first bytes and captions, in words."""
+        """The gallery's samples and captions, in words with digests."""
         return self._gallery.describe()
 
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
-        """Yield the numbers of `RetrievalResult.as_dict`, and how many samples were left out; leaves no files."""
-        batches = self._told(self._gallery.batches(self.setting.rank, self.setting.world_size, self._config.batch))
-        device = self.setting.device
+        """Yield the numbers of `RetrievalResult.as_dict`, and how many samples were left out; leaves no files.
+
+        A cache of the setting keeps the features of the whole gallery.
+        """
+        setting = self.setting
         self.require_same_data(gather, SAME_GALLERY)
-        try:
-            result = evaluate(encoder.images, encoder.texts, batches, gather=gather, device=device)
-        except EmptyGallery as error:
-            raise UserError(f"{redact_urls(self._config.shards)}: {error}") from error
+        cache = setting.cache if encoder.weights else None
+        made_of = json.dumps(["retrieval", encoder.weights, self._gallery.contents()]) if cache is not None else ""
+        kept = cache.load(made_of) if cache is not None else None
+        # All ranks go on with what is kept, or none does: their hosts may see different folders.
+        if bool(gather(torch.tensor([kept is not None], device=setting.device)).all()) and kept is not None:
+            features = GalleryFeatures(*(kept[name].to(setting.device) for name in GalleryFeatures._fields))
+            left_out = kept["left_out"]
+        else:
+            features = self._encoded(encoder, gather)
+            left_out = gather(torch.tensor([self._gallery.left_out], device=setting.device)).sum(0)
+            if cache is not None and setting.rank == 0:
+                cache.save(made_of, {**features._asdict(), "left_out": left_out})
+        result = ranked(features, setting.rank, setting.world_size, gather, setting.report)
         yield from result.as_dict().items()
-        left_out = gather(torch.tensor([self._gallery.left_out], device=device)).sum(0).tolist()
-        yield from zip(LEFT_OUT, left_out, strict=True)
+        yield from zip(LEFT_OUT, left_out.tolist(), strict=True)
+
+    def _encoded(self, encoder: Encoder, gather: Gather) -> "GalleryFeatures":
+        setting, batch = self.setting, self._config.batch
+        batches = self._told(self._gallery.batches(setting.rank, setting.world_size, batch))
+        try:
+            return encoded_together(encoder.images, encoder.texts, batches, gather, setting.device)
+        except EmptyGallery as error:
+            raise UserError(f"{redact_urls(self._config.place)}: {error}") from error
 
     def _told(self, batches: Iterable[GalleryBatch]) -> Iterator[GalleryBatch]:
         """Yield this rank's batches, and report each one when the next one is asked for."""
-        samples = self._gallery.samples_of(self.setting.rank, self.setting.world_size)
+        samples = self._gallery.samples_of(self.setting.rank, self.setting.world_size, self._config.batch)
         for batch in batches:
             yield batch
             done = int(batch.sample_ids[-1]) + 1 - samples.start  # samples that were left out among them
             self.setting.report("samples", done, len(samples))
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
-        """A table of recalls in percent: two rows a model, one for each direction."""
+        """A table of recalls in percent, and ranks: two rows a model, one for each direction."""
         first = next(iter(results.values()))
         columns = [f"R@{k}" for k in RECALL_AT]
-        caption = f"chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
-        table = Table("", "", *columns, title=title, caption=caption)
+        what = f"{counted(int(first['images']), 'picture')}, {counted(int(first['texts']), 'caption')}"
+        caption = f"{what}; chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
+        table = Table("", "", *columns, "mean rank", "median", title=title, caption=caption)
         for model, numbers in results.items():
-            for direction in ("image_to_text", "text_to_image"):
+            for direction in DIRECTIONS:
                 recalls = (f"{100 * numbers[f'{direction}_{column}']:.2f} %" for column in columns)
-                table.add_row(model, direction.replace("_", " "), *recalls)
+                mean, median = numbers[f"{direction}_mean_rank"], numbers[f"{direction}_median_rank"]
+                table.add_row(model, direction.replace("_", " "), *recalls, f"{mean:.1f}", f"{median:,.0f}")
         return table
 
     def _left_out(self, numbers: Numbers) -> str:
         """Say what the gallery's samples lacked that are not in the numbers; empty where all are in them."""
         without_captions, damaged = (int(numbers[name]) for name in LEFT_OUT)
         samples = int(numbers["images"]) + without_captions + damaged
-        lacks = [(without_captions, f"without captions under {self.captions}"), (damaged, "damaged or too large")]
+        under = f" under {self._gallery.captions_key}" if isinstance(self._gallery, Gallery) else ""
+        lacks = [(without_captions, f"without captions{under}"), (damaged, "damaged or too large")]
         said = ", ".join(f"{times:,} {lack}" for times, lack in lacks if times)
         return f"; left out of {counted(samples, 'sample')}: {said}" if said else ""
 
@@ -150,38 +163,52 @@ class GalleryFeatures(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(
+def encoded_together(
     encode_images: EncodeImages,
     encode_texts: EncodeTexts,
     batches: Iterable[GalleryBatch],
-    *,
     gather: Gather = one_process,
     device: torch.device | None = None,
-) -> RetrievalResult:
-    """Measure retrieval over a gallery of which `batches` is this rank's slice; every rank returns the same result.
+) -> GalleryFeatures:
+    """Return the features of a whole gallery of which `batches` is this rank's slice; every rank returns the same.
 
-    Slices may differ in length, and some may be empty. The ranking runs on `device` (default: CPU). A wrong candidate
-    that scores the same as the best correct one, or NaN, is ranked before it: a model whose features are all equal, or
-    broken, scores 0.
+    Slices may differ in length, and some may be empty. The features lie on `device` (default: CPU).
     Raises EmptyGallery, on every rank, if the whole gallery has no text.
     """
-    own = _encode(encode_images, encode_texts, batches, device or torch.device("cpu"))
-    everyone = _gather_features(own, gather)
-    found_2K = torch.stack(
-        [
-            _found(own.image, own.image_sample, everyone.text, everyone.text_sample),
-            _found(own.text, own.text_sample, everyone.image, everyone.image_sample),
-        ]
-    )
-    found_2K = gather(found_2K[None]).sum(0)
-    images, texts = len(everyone.image), len(everyone.text)
-    image_to_text, text_to_image = (found_2K.cpu() / torch.tensor([[images], [texts]])).tolist()
-    return RetrievalResult(
-        images,
-        texts,
-        dict(zip(RECALL_AT, image_to_text, strict=True)),
-        dict(zip(RECALL_AT, text_to_image, strict=True)),
-    )
+    return _gather_features(_encode(encode_images, encode_texts, batches, device or torch.device("cpu")), gather)
+
+
+@torch.no_grad()
+def ranked(
+    features: GalleryFeatures,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather = one_process,
+    report: Report = no_report,
+) -> RetrievalResult:
+    """Measure retrieval among features that all ranks have: each rank takes whole blocks of the queries.
+
+    A wrong candidate that scores the same as the best correct one, or NaN, is ranked before it: a model whose features
+    are all equal, or broken, scores 0.
+    """
+    images, texts = (features.image, features.image_sample), (features.text, features.text_sample)
+    figures = []
+    for name, query, candidate in zip(DIRECTIONS, (images, texts), (texts, images), strict=True):
+        blocks = -(-len(query[0]) // ROWS)
+        bounds = [min(blocks * part // world_size * ROWS, len(query[0])) for part in range(world_size + 1)]
+        longest = max(last - first for first, last in itertools.pairwise(bounds))
+        mine = range(bounds[rank], bounds[rank + 1])
+        own_Q = query[1].new_zeros(longest)
+        for first in range(0, len(mine), ROWS):
+            rows = mine[first : first + ROWS]
+            part, samples = (tensor[rows.start : rows.stop] for tensor in query)
+            own_Q[first : first + len(rows)] = best_ranks(part, samples, *candidate)
+            report(f"ranks, {name.replace('_', ' ')}", first + len(rows), len(mine))
+        parts = gather(own_Q[None])
+        shares = itertools.pairwise(bounds)
+        ranks_Q = torch.cat([part[: last - first] for part, (first, last) in zip(parts, shares, strict=True)])
+        figures.append(rank_figures(ranks_Q, len(candidate[0])))
+    return RetrievalResult(len(images[0]), len(texts[0]), *figures)
 
 
 def _encode(
@@ -221,6 +248,8 @@ def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
     width = max(widths_W)
 
     def from_all(rows: Tensor, lengths_W: list[int]) -> Tensor:
+        if len(lengths_W) == 1:
+            return rows
         padded = rows.new_zeros(max(lengths_W), *((width,) if rows.ndim == 2 else ()))
         padded[: len(rows)] = rows.reshape(len(rows), *padded.shape[1:])
         slices = gather(padded).reshape(len(lengths_W), *padded.shape)
@@ -232,28 +261,3 @@ def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
         from_all(own.text, texts_W),
         from_all(own.text_sample, texts_W),
     )
-
-
-def _found(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sample: Tensor) -> Tensor:
-    """Count the queries whose best correct candidate is among the first k of RECALL_AT: [3] int64."""
-    before_Q = best_ranks(query, query_sample, candidate, candidate_sample)
-    return torch.stack([(before_Q < k).sum() for k in RECALL_AT])
-
-
-def best_ranks(query: Tensor, query_sample: Tensor, candidate: Tensor, candidate_sample: Tensor) -> Tensor:
-    """Return how many wrong candidates come before the best correct one of each query: [Q] int64.
-
-    query: [Q, E], candidate: [C, E]; a candidate is correct if it belongs to the query's sample. A wrong candidate that
-    scores the same as the best correct one, or NaN, comes before it. The rank of a query without any correct candidate
-    is NEVER.
-    """
-    ranks_Q = torch.empty(len(query), dtype=torch.int64, device=query.device)
-    for first in range(0, len(query), _ROWS):
-        rows = slice(first, first + _ROWS)
-        score_QC = query[rows] @ candidate.T
-        correct_QC = query_sample[rows, None] == candidate_sample
-        best_Q1 = score_QC.masked_fill(~correct_QC, -torch.inf).amax(1, keepdim=True)
-        # "not smaller" instead of "greater or equal": also true of NaN.
-        before_Q = (~(score_QC < best_Q1) & ~correct_QC).sum(1)
-        ranks_Q[rows] = before_Q.masked_fill(~correct_QC.any(1), NEVER)
-    return ranks_Q

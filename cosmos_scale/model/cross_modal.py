@@ -24,6 +24,10 @@ class AttentionPooler(nn.Module):
         self.ln_k.init_weights()
         self.attn.init_uniform(generator)
 
+    def weights(self, query_E: Tensor, tokens_LE: Tensor) -> Tensor:
+        """Return the weights [H, L] with which `forward` pools a sample's tokens for one of its views."""
+        return self.attn.weights(self.ln_q(query_E[None]), self.ln_k(tokens_LE))[:, 0]
+
     def forward(self, queries_VBE: Tensor, tokens_TE: Tensor, lengths: Sequence[int]) -> Tensor:
         """Pool a sample's tokens once for each of its views; returns [V, B, E].
 

@@ -65,6 +65,24 @@ class Tokenizer:
             row[0], row[1 : 1 + len(ids)], row[1 + len(ids)] = START_OF_TEXT, ids, END_OF_TEXT
         return torch.from_numpy(rows)
 
+    def pieces(self, text: str) -> list[list[str]]:
+        """Return the words of a text as the model reads them, each in the parts that its ids stand for.
+
+        All parts together are as many as the ids of `__call__` between start and EOT. Bytes that are no UTF-8 by
+        themselves become U+FFFD.
+        """
+        room, found = self.context_length - 2, []
+        byte_of = _byte_of_letter()
+        for word in words(clean(text)):
+            parts = [word] if word in SPECIAL_WORDS else self._merge.encode(word).tokens
+            kept = [part.removesuffix("</w>") for part in parts[:room]]
+            if word not in SPECIAL_WORDS:
+                kept = [bytes(byte_of[letter] for letter in part).decode(errors="replace") for part in kept]
+            if kept:
+                found.append(kept)
+            room -= len(kept)
+        return found
+
     def _encode(self, text: str) -> list[int]:
         """Return all ids of a text, without start and EOT."""
         ids: list[int] = []
@@ -121,3 +139,10 @@ def _byte_letters() -> list[str]:
     """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(code) for code in [*visible, *range(256, 512 - len(visible))]]
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """Return the byte that each letter of `_byte_letters` stands for; bytes without a visible letter are in order."""
+    visible = [ord(letter) for letter in _byte_letters() if ord(letter) < 256]
+    hidden = sorted(set(range(256)).difference(visible))
+    return dict(zip(_byte_letters(), [*visible, *hidden], strict=True))

@@ -167,6 +167,20 @@ class Attention(nn.Module):
         output: Tensor = self.out_proj(self.attend(q, k, v, segments))
         return output
 
+    def weights(self, queries_TD: Tensor, tokens_SD: Tensor) -> Tensor:
+        """Return the weights with which `forward` attends inside one segment: [H, T, S]; rows sum to 1.
+
+        They are for people to look at: `forward` never stores them.
+        """
+        width = queries_TD.shape[-1]
+        weight, token_weight, _ = self.in_proj_weight.split(width)
+        bias, token_bias, _ = self.in_proj_bias.split(width)
+        (q_THD,) = self._split_heads(linear(queries_TD, weight, bias), 1)
+        (k_SHD,) = self._split_heads(linear(tokens_SD, token_weight, token_bias), 1)
+        logits_HTS = torch.einsum("thd,shd->hts", q_THD, k_SHD) * q_THD.shape[-1] ** -0.5
+        weights_HTS: Tensor = logits_HTS.softmax(-1)
+        return weights_HTS
+
     def project(self, x_TD: Tensor, *, served: bool = False) -> tuple[Tensor, ...]:
         """Return queries, keys and values of tokens that attend to one another: [T, H, D / H] each.
 

@@ -153,3 +153,30 @@ def test_samples_that_indexing_rejected_are_said_not_to_count(
     assert json.loads(captured.out)["images"] == 2
     said = f"{tmp_path}: not in the index, so in no number: 2 samples that indexing rejected (rejected.jsonl)"
     assert captured.err.splitlines().count(said) == 1
+
+
+def test_own_pairs_are_measured_and_their_features_kept(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints, run)
+    rows = [{"image": f"{number}.jpg", "caption": [f"thing {number}", f"{number}"]} for number in range(6)]
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number) if number else b"broken")
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = ["eval", "retrieval", "--checkpoint", str(run), "--dataset", "pairs", "--device", "cpu", "--cache"]
+    printed = []
+    for options in (["--json"], ["--json", "--batch", "2"], []):
+        assert cli.main([*command, "--data", str(tmp_path / "pairs.jsonl"), *options]) == 0
+        captured = capsys.readouterr()
+        printed.append(captured.out)
+        # What was left out is told where pictures are read, and counted also where their features were kept.
+        assert captured.err.count("left out: 0.jpg") == (len(printed) == 1)
+    numbers = json.loads(printed[0])
+    assert printed[1] == printed[0]
+    assert (numbers["dataset"], numbers["images"], numbers["texts"]) == ("pairs", 5, 10)
+    assert 1 <= numbers["image_to_text_median_rank"] <= numbers["texts"]
+    assert 1 <= numbers["text_to_image_mean_rank"] <= numbers["images"]
+    assert "mean rank" in printed[2]
+    assert "left out of 6 samples: 1 damaged or too large" in " ".join(printed[2].split())
+    assert len(list((run / "features").iterdir())) == 1

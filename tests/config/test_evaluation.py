@@ -25,7 +25,7 @@ def write(folder: Path, text: str, base: str = "") -> Path:
     return path
 
 
-def short(config: RunConfig) -> list[tuple[str, int, str, int]]:
+def short(config: RunConfig) -> list[tuple[str, int, str | None, int]]:
     return [(one.name, one.every, one.shards, one.batch) for one in config.eval if isinstance(one, RetrievalConfig)]
 
 
@@ -97,7 +97,7 @@ def test_files_of_either_form_extend_files_of_either(tmp_path: Path, base: str, 
         (OLD, "eval.every=-1", "eval.every: -1 should be greater than or equal to 0"),
         (OLD, "eval.retrieval=null", "eval.every: 5 needs eval.retrieval, the pairs to evaluate on"),
         ("", "eval.every=5", "eval.every: 5 needs eval.retrieval, the pairs to evaluate on"),
-        ("", "eval.retrieval.batch=5", "eval.retrieval.shards: this key is required and missing"),
+        ("", "eval.retrieval.batch=5", "eval.retrieval.shards: null must be a folder or pattern of .tar files"),
         ("", "eval.retrieval=5", "eval.retrieval: 5 should be an object"),
         (NEW, "eval.0.captoins=a", "eval.0.captoins: no such key; did you mean eval.0.captions?"),
         # What the user's key of the old form means in the file's list.

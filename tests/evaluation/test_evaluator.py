@@ -242,7 +242,7 @@ def test_retrieval_shows_percents_and_chance(tmp_path: Path) -> None:
     assert isinstance(evaluator, Retrieval)
     numbers = measure(evaluator, encoder)
     table = evaluator.table({"student": numbers}, "a title")
-    assert table.caption == "chance R@1: 25.00 %"
+    assert table.caption == "4 pictures, 16 captions; chance R@1: 25.00 %"
     assert list(table.columns[1].cells) == ["image to text", "text to image"]
     recalls = [numbers["image_to_text_R@10"], numbers["text_to_image_R@10"]]
     assert list(table.columns[4].cells) == [f"{100 * recall:.2f} %" for recall in recalls]

@@ -11,7 +11,8 @@ from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.gallery import NAMED, Gallery, GalleryBatch, LeftOut
+from cosmos_scale.evaluation.captioned import NAMED, GalleryBatch, LeftOut
+from cosmos_scale.evaluation.gallery import Gallery
 from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
 
 

@@ -11,7 +11,7 @@ from cosmos_scale.config import SourceConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.evaluation.gallery import Gallery
-from cosmos_scale.evaluation.retrieval import evaluate
+from cosmos_scale.evaluation.retrieval import encoded_together, ranked
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.runs import train_to_end
@@ -61,10 +61,12 @@ def times_chance(checkpoint: Path, shards: SceneShards) -> tuple[float, float]:
     index = open_sources([SourceConfig(name="gallery", shards=str(shards.gallery))])
     image_size, max_pixels = config.model.vision.image_size, config.data.max_pixels
     gallery = Gallery(index, "raw_caption", image_size=image_size, max_pixels=max_pixels)
-    results = [evaluate(model.encode_image, encode_texts, [batch]) for batch in gallery.batches(0, 1, GROUP)]
+    results = [
+        ranked(encoded_together(model.encode_image, encode_texts, [batch])) for batch in gallery.batches(0, 1, GROUP)
+    ]
     assert [result.images for result in results] == [GROUP] * 8
-    images = sum(result.image_to_text[1] for result in results) / len(results)
-    texts = sum(result.text_to_image[1] for result in results) / len(results)
+    images = sum(result.image_to_text.recalls[1] for result in results) / len(results)
+    texts = sum(result.text_to_image.recalls[1] for result in results) / len(results)
     return GROUP * images, GROUP * texts
 
 

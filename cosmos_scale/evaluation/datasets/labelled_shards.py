@@ -1,7 +1,7 @@
 """Labelled pictures in .tar files, as webdataset and clip-benchmark write them: a picture and a .cls file a sample."""
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from cosmos_scale.config import ClassificationConfig
@@ -18,6 +18,7 @@ LAYOUT = "a folder with test/*.tar or *.tar, and classnames.txt: a picture and i
 PICTURES = ("webp", "png", "jpg", "jpeg")  # endings, in the order in which clip-benchmark takes them
 LABEL = "cls"
 _UNLABELLED = -1
+_MOST_BYTES = 1 << 20  # of a label or of captions
 
 
 class LabelledShards(FilePictures):
@@ -36,11 +37,7 @@ def open_webdataset(config: ClassificationConfig) -> LabelledShards:
     Raises UserError where there are no such files, no sample has a label, or a label has no class.
     """
     root = Path(config.data)
-    if not root.is_dir():
-        raise UserError(f"{redact_urls(config.data)}: no such folder; rule: {LAYOUT}")
-    shards = sorted(root.glob("test/*.tar"), key=_numbered) or sorted(root.glob("*.tar"), key=_numbered)
-    if not shards:
-        raise UserError(f"{root}: no .tar file in it nor in {root / 'test'}; rule: {LAYOUT}")
+    shards = shards_of(root, LAYOUT)
     names = Path(config.classes or root / CLASS_NAMES_FILE)
     if not names.is_file():
         raise UserError(f"{names}: no such file; rule: {LAYOUT}; or --classes FILE (in a run's eval section classes)")
@@ -62,25 +59,41 @@ def _numbered(path: Path) -> tuple[int, str]:
     return (int(path.stem) if path.stem.isdecimal() else -1, path.name)
 
 
-def _samples(shard: Path, shown: str, classes: int, names: Path) -> Sequence[tuple[PlacedFile, int]]:
-    """Return the picture and the label of each sample of a .tar file, in its order."""
+def _samples(shard: Path, shown: str, classes: int, names: Path) -> Iterator[tuple[PlacedFile, int]]:
+    """Yield the picture and the label of each sample of a .tar file, in its order."""
+    for picture, label in tar_samples(shard, shown, LABEL):
+        where = f"{shard}: {picture.name.removeprefix(f'{shown}: ')}.{LABEL}"
+        yield picture, _UNLABELLED if label is None else _label(label, where, classes, names)
+
+
+def shards_of(root: Path, layout: str) -> list[Path]:
+    """Return the .tar files of a folder, or of its folder `test`, in order; raises UserError where there are none."""
+    if not root.is_dir():
+        raise UserError(f"{redact_urls(str(root))}: no such folder; rule: {layout}")
+    shards = sorted(root.glob("test/*.tar"), key=_numbered) or sorted(root.glob("*.tar"), key=_numbered)
+    if not shards:
+        raise UserError(f"{root}: no .tar file in it nor in {root / 'test'}; rule: {layout}")
+    return shards
+
+
+def tar_samples(shard: Path, shown: str, other: str) -> list[tuple[PlacedFile, bytes | None]]:
+    """Return each picture of a .tar file, in its order, with the bytes of the sample's member of another ending."""
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
-    found: list[tuple[PlacedFile, int]] = []
+    found: list[tuple[PlacedFile, bytes | None]] = []
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
-                if member.isfile() and ending.lower() in (*PICTURES, LABEL):
+                if member.isfile() and ending.lower() in (*PICTURES, other):
                     parts.setdefault(f"{folder}/{stem}" if folder else stem, {})[ending.lower()] = member
             for key, members in parts.items():
                 picture = next((members[ending] for ending in PICTURES if ending in members), None)
                 if picture is None:
                     continue
-                label = _UNLABELLED
-                if LABEL in members and (file := tar.extractfile(members[LABEL])) is not None:
-                    label = _label(file.read(64), f"{shard}: {key}.{LABEL}", classes, names)
-                found.append((PlacedFile(str(shard), f"{shown}: {key}", picture.offset_data, picture.size), label))
+                file = tar.extractfile(members[other]) if other in members else None
+                placed = PlacedFile(str(shard), f"{shown}: {key}", picture.offset_data, picture.size)
+                found.append((placed, None if file is None else file.read(_MOST_BYTES)))
     except tarfile.TarError as error:
         raise UserError(f"{shard}: is no readable .tar file: {error}") from error
     except OSError as error:

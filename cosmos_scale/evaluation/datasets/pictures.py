@@ -2,10 +2,8 @@
 
 import sys
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +13,10 @@ from torch import Tensor
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.evaluation.ahead import prepared_blocks
 from cosmos_scale.evaluation.evaluator import Setting, digest_of
 from cosmos_scale.files import reason_of, regular_only
-from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
-
-_BLOCKS_AHEAD = 2  # blocks of pictures in memory: the one that the model sees, and the next
 
 
 class LabelledPictures(ABC):
@@ -56,6 +52,17 @@ class PlacedFile(NamedTuple):
     size: int = -1
 
 
+def placed_pixels(file: PlacedFile, setting: Setting) -> Pixels:
+    """Read and decode a picture: [H, W, 4] uint8, the fourth channel without meaning; raises DamagedSample."""
+    try:
+        with open(file.path, "rb", opener=regular_only) as opened:
+            opened.seek(file.offset)
+            image_bytes = opened.read(file.size)
+    except OSError as error:
+        raise DamagedSample(f"the picture cannot be read: {reason_of(error)}") from error
+    return decode_rgbx(image_bytes, setting.max_pixels, setting.background)
+
+
 class FilePictures(LabelledPictures):
     """Pictures that are files, or parts of files."""
 
@@ -69,14 +76,7 @@ class FilePictures(LabelledPictures):
 
     def pixels(self, place: int, setting: Setting) -> Pixels:
         """Read and decode a file."""
-        path, _, offset, size = self._files[place]
-        try:
-            with open(path, "rb", opener=regular_only) as file:
-                file.seek(offset)
-                image_bytes = file.read(size)
-        except OSError as error:
-            raise DamagedSample(f"the picture cannot be read: {reason_of(error)}") from error
-        return decode_rgbx(image_bytes, setting.max_pixels, setting.background)
+        return placed_pixels(self._files[place], setting)
 
 
 class ArrayPictures(LabelledPictures):
@@ -121,33 +121,17 @@ class RankPictures:
         mine = range(blocks * rank // world_size, blocks * (rank + 1) // world_size)
         places = range(mine.start * batch, min(mine.stop * batch, len(self._pictures)))
         self.damaged = 0
-        # Threads: decoding and resizing leave Python's lock, and the model computes meanwhile.
-        pool = ThreadPoolExecutor(max(1, usable_cores() // ranks_of_this_host(unknown=world_size)))
-        prepared: deque[Future[Tensor | DamagedSample]] = deque()
-        waiting = iter(places)
-        try:
-            for first in places[::batch]:
-                prepared.extend(
-                    pool.submit(self._prepare, place)
-                    for place in islice(waiting, _BLOCKS_AHEAD * batch - len(prepared))
-                )
-                block = places[first - places.start : first - places.start + batch]
-                found = [(place, prepared.popleft().result()) for place in block]
-                sound = [(place, image) for place, image in found if isinstance(image, Tensor)]
-                for place, damage in found:
-                    if isinstance(damage, DamagedSample):
-                        self.damaged += 1
-                        print(f"left out: {self._pictures.name(place)}: {damage}", file=sys.stderr)
-                if sound:
-                    labels = [self._pictures.labels[place] for place, _ in sound]
-                    yield PictureBatch(torch.stack([image for _, image in sound]), torch.tensor(labels))
-                self._setting.report("pictures", block.stop - places.start, len(places))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for found in prepared_blocks(lambda place: partial(self._prepare, place), places, batch, world_size):
+            sound = [(place, image) for place, image in found if isinstance(image, Tensor)]
+            for place, damage in found:
+                if isinstance(damage, DamagedSample):
+                    self.damaged += 1
+                    print(f"left out: {self._pictures.name(place)}: {damage}", file=sys.stderr)
+            if sound:
+                labels = [self._pictures.labels[place] for place, _ in sound]
+                yield PictureBatch(torch.stack([image for _, image in sound]), torch.tensor(labels))
+            self._setting.report("pictures", found[-1][0] + 1 - places.start, len(places))
 
-    def _prepare(self, place: int) -> Tensor | DamagedSample:
-        """Return a picture as the model sees it: [3, H, W] float32; or what is wrong with it."""
-        try:
-            return evaluation_crop(self._pictures.pixels(place, self._setting), self._setting.image_size)
-        except DamagedSample as damage:
-            return damage
+    def _prepare(self, place: int) -> Tensor:
+        """Return a picture as the model sees it: [3, H, W] float32."""
+        return evaluation_crop(self._pictures.pixels(place, self._setting), self._setting.image_size)

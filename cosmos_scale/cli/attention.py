@@ -1,0 +1,166 @@
+"""The command `cosmos-scale attention`: attention maps of pictures and captions, as pictures and as a page."""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_scale.cli.arguments import path, place, positive, with_examples
+from cosmos_scale.cli.eval_retrieval import DATASETS
+from cosmos_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from cosmos_scale.evaluation.attention_pictures import SampleMaps
+    from cosmos_scale.evaluation.evaluator import Encoder
+
+EXAMPLES = """\
+examples:
+  cosmos-scale attention --checkpoint runs/demo/checkpoints --image dog.jpg --caption "a dog on a beach" --out maps
+  cosmos-scale attention --checkpoint runs/demo/checkpoints --data shards/held_out --samples 20 --out maps
+  cosmos-scale attention --checkpoint runs/demo/checkpoints --dataset coco_val2017 --data /data/coco --out maps --json
+"""
+PAGE = "attention.html"
+CAPTION_WIDTH = 26  # in the table
+
+
+def add_attention_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command; the defaults of its parser are its name (`command`) and its function (`run`)."""
+    parser = commands.add_parser("attention", help="what a model looks at in pictures and captions")
+    with_examples(parser, EXAMPLES)
+    parser.description = (
+        "Draw which patches of a picture a caption looks at, and which words the picture looks at: a PNG for each\n"
+        f"sample, and {PAGE} with all of them, which opens in any browser and needs no other file."
+    )
+    parser.add_argument(
+        "--checkpoint", type=path, required=True, metavar="DIR", help="a step-N folder, or their parent"
+    )
+    parser.add_argument("--image", type=path, action="append", metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--caption", action="append", metavar="TEXT", help="the caption of each --image, in order")
+    parser.add_argument("--data", type=place, metavar="PLACE", help="instead: samples, as in eval retrieval")
+    parser.add_argument(
+        "--dataset", choices=DATASETS, default="shards", metavar="NAME", help="of --data, as in eval retrieval"
+    )
+    parser.add_argument("--index", type=place, metavar="DIR", help="folder of the index; default: beside the shards")
+    parser.add_argument("--captions", metavar="KEY", help="key of the captions, of which the first is taken")
+    parser.add_argument("--samples", type=positive, default=12, metavar="N", help="first samples (default: 12)")
+    parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the pictures and the page")
+    parser.add_argument("--json", action="store_true", help="print one JSON line for each sample instead of a table")
+    parser.set_defaults(command="attention", run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from cosmos_scale.checkpoint import find_checkpoint
+    from cosmos_scale.console import make_console
+    from cosmos_scale.evaluation.attention_maps import peak_of, require_heads, strongest
+    from cosmos_scale.evaluation.attention_pictures import write_page, write_png
+    from cosmos_scale.evaluation.bar import WorkBar
+    from cosmos_scale.evaluation.loading import load_encoder
+    from cosmos_scale.files import make_folder
+
+    _check(arguments)
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    encoder = load_encoder(checkpoint, arguments.weights, arguments.device)
+    require_heads(encoder.model, str(checkpoint))
+    total = len(arguments.image) if arguments.image else arguments.samples
+    pages = []
+    table = Table("", "caption", "on words", "strongest word", "peak (top, left)")
+    make_folder(arguments.out)
+    with WorkBar(show=True) as bar:
+        for sample in _samples(arguments, encoder):
+            pages.append(sample)
+            picture = arguments.out / f"attention-{len(pages):04d}.png"
+            write_png(sample, picture)
+            bar.report("samples", len(pages), total)
+            if arguments.json:
+                named = {"checkpoint": str(checkpoint), "weights": arguments.weights}
+                print(json.dumps({**named, **_as_json(sample), "png": str(picture)}))
+            top, left = peak_of(sample.maps.image_map)
+            share, peak = f"{100 * sample.maps.share_on_words:.1f} %", f"{100 * top:.0f} %, {100 * left:.0f} %"
+            caption = textwrap.shorten(sample.caption, CAPTION_WIDTH, placeholder="...")
+            table.add_row(f"{len(pages)}", caption, share, strongest(sample.words), peak)
+    if not pages:
+        raise UserError(f"{arguments.data or arguments.image[0]}: no sample can be used")
+    page = arguments.out / PAGE
+    write_page(pages, page, "Attention maps", f"{arguments.weights} of {checkpoint}")
+    if not arguments.json:
+        console = make_console()
+        console.print(table)
+        console.print(str(page), style="italic", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise UserError unless there are pictures with as many captions, or samples."""
+    images, captions = arguments.image or [], arguments.caption or []
+    if bool(images) == bool(arguments.data):
+        raise UserError("--image and --data: exactly one of both must be there; --image needs --caption")
+    if len(images) != len(captions):
+        raise UserError(f"--caption: {len(captions)} for {len(images)} of --image; rule: one for each picture")
+    empty = next((place for place, caption in enumerate(captions, start=1) if not caption.strip()), None)
+    if empty is not None:
+        raise UserError(f"--caption: number {empty} is empty; rule: a text")
+
+
+def _samples(arguments: argparse.Namespace, encoder: "Encoder") -> "Iterator[SampleMaps]":
+    """Yield each sample that can be used, with its maps."""
+    from cosmos_scale.evaluation.attention_maps import attention_maps, encode_pairs, levels_of, word_weights
+    from cosmos_scale.evaluation.attention_pictures import SampleMaps
+
+    setting, model = encoder.setting, encoder.model
+    for title, caption, image in _pictures(arguments, encoder):
+        ids = setting.tokenizer([caption])
+        (pair,) = encode_pairs(model, image[None].to(setting.device), ids.to(setting.device))
+        maps = attention_maps(model, pair, image.shape[1] // model.visual.conv1.patch_size)
+        words = word_weights(caption, maps, setting.tokenizer)
+        yield SampleMaps(title, caption, levels_of(image).numpy(), maps, words)
+
+
+def _pictures(arguments: argparse.Namespace, encoder: "Encoder") -> "Iterator[tuple[str, str, Tensor]]":
+    """Yield the name, the caption and the crop of each sample; a damaged sample of --data is named and left out."""
+    from cosmos_scale.cli.eval_command import section_of
+    from cosmos_scale.config import RetrievalConfig
+    from cosmos_scale.data.decode.torch_cpu import evaluation_crop
+    from cosmos_scale.data.samples.sample import DamagedSample
+    from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
+    from cosmos_scale.evaluation.datasets.pictures import PlacedFile, placed_pixels
+
+    setting = encoder.setting
+    if arguments.image:
+        for file, caption in zip(arguments.image, arguments.caption, strict=True):
+            try:
+                pixels = placed_pixels(PlacedFile(str(file), str(file)), setting)
+            except DamagedSample as damage:
+                raise UserError(f"{file}: {damage}") from damage
+            yield Path(file).name, caption, evaluation_crop(pixels, setting.image_size)
+        return
+    where = "shards" if arguments.dataset == "shards" else "data"
+    keys = {name: getattr(arguments, name) for name in ("dataset", "index", "captions")}
+    section = section_of("retrieval", {where: arguments.data, "max_samples": arguments.samples, **keys})
+    assert isinstance(section, RetrievalConfig)
+    gallery = open_captioned(section, setting)
+    for batch in gallery.batches(0, 1, 1):
+        name = gallery.name(int(batch.sample_ids[0]))
+        yield name, batch.texts[0][0], batch.images[0]
+
+
+def _as_json(sample: "SampleMaps") -> dict[str, Any]:
+    maps = sample.maps
+    words = [
+        {"word": one.word, "tokens": one.tokens, "weights": one.weights, "value": one.value} for one in sample.words
+    ]
+    return {
+        "image": sample.title,
+        "caption": sample.caption,
+        "share_on_words": maps.share_on_words,
+        "words": words,
+        "image_weights": maps.image_weights.mean(0).tolist(),
+    }

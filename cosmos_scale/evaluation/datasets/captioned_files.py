@@ -1,0 +1,227 @@
+"""Pictures and captions as COCO, Flickr30k and users' lists name them.
+
+Each function returns, for every picture, its file and its captions. Raises UserError, with the file that is expected,
+where one is missing or has another form. A single picture that is missing is left to the reading of it.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, plain_column
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.datasets.pictures import PlacedFile
+from cosmos_scale.files import load_json, read_regular, reason_of
+
+Captioned = tuple[PlacedFile, list[str]]
+
+COCO = "coco_val2017 is annotations/captions_val2017.json and images/val2017/000000000139.jpg and so on"
+KARPATHY = (
+    "coco_karpathy_test is annotations/coco_karpathy_test.json (a list of image and caption) or annotations/"
+    "dataset_coco.json (Karpathy's own), and images/val2014/COCO_val2014_000000391895.jpg and so on"
+)
+FLICKR30K = (
+    'flickr30k_{split}.json, a list of {{"image": "flickr30k-images/ID.jpg", "caption": [5 texts]}}, '
+    "images beginning at the folder above it"
+)
+PAIRS = (
+    'a .jsonl file of {"image": "a.jpg", "caption": "a text" or ["a text", ...]}, or a .csv or .tsv file with the '
+    "columns image and caption; pictures lie beside the file"
+)
+IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "image_path", "path", "file")
+
+
+def open_coco(root: Path) -> list[Captioned]:
+    """COCO's whole val2017: captions in the file's order, pictures in the order of their first captions.
+
+    Pictures without a caption are left out. Source: the published evaluation, which does not take Karpathy's split.
+    """
+    path = _existing(root, ["annotations/captions_val2017.json"], COCO)
+    document = _read_json(path, COCO)
+    try:
+        names = {image["id"]: str(image["file_name"]) for image in document["images"]}
+        captions: dict[str, list[str]] = {}
+        for annotation in document["annotations"]:
+            captions.setdefault(names[annotation["image_id"]], []).append(_string(annotation["caption"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: has no images and annotations of COCO's form ({_shown(error)}); rule: {COCO}"
+        ) from error
+    folder = _folder_of(root, ["images/val2017", "val2017"], list(captions), COCO)
+    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+
+
+def open_karpathy(root: Path) -> list[Captioned]:
+    """The 5,000 pictures of COCO's val2014 that Karpathy chose for tests: what most papers report."""
+    names = ("coco_karpathy_test.json", "dataset_coco.json")
+    path = _existing(root, [f"{folder}{name}" for name in names for folder in ("annotations/", "")], KARPATHY)
+    document = _read_json(path, KARPATHY)
+    try:
+        if isinstance(document, dict):
+            captions = {
+                f"{image['filepath']}/{image['filename']}": [_string(one["raw"]) for one in image["sentences"]]
+                for image in document["images"]
+                if image["split"] == "test"
+            }
+        else:
+            captions = _lists(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: has another form ({_shown(error)}); rule: {KARPATHY}") from error
+    folder = _folder_of(root, ["images", "."], list(captions), KARPATHY)
+    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+
+
+def open_flickr30k(root: Path, split: str) -> list[Captioned]:
+    """Flickr30k's val or test pictures; the published evaluation takes val.
+
+    Names of pictures begin at the parent of `root`, or, where they do not lie there, at `root`.
+    """
+    rule = FLICKR30K.format(split=split)
+    path = _existing(root, [f"flickr30k_{split}.json"], rule)
+    document = _read_json(path, rule)
+    try:
+        captions = _lists(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: has another form ({_shown(error)}); rule: {rule}") from error
+    folder = _folder_of(root.resolve(), ["..", "."], list(captions), rule)
+    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+
+
+def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
+    """Pictures and captions of a .jsonl, .csv or .tsv file; rows of one picture are put together, in order.
+
+    captions_key: the key or column of the captions; None: the one that is called as captions are called.
+    """
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+        ".jsonl": _json_rows,
+        ".csv": lambda path: _csv_rows(path, ","),
+        ".tsv": lambda path: _csv_rows(path, "\t"),
+    }
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: its name ends with none of {', '.join(readers)}; rule: {PAIRS}")
+    captions: dict[str, list[str]] = {}
+    for number, row in readers[path.suffix.lower()](path):
+        where = f"{path}: line {number}"
+        image = next((row[key] for key in row if plain_column(key) in IMAGE_KEYS and row[key]), None)
+        if not isinstance(image, str):
+            raise UserError(f"{where}: has no picture under {', '.join(IMAGE_KEYS)}, but {_keys(row)}; rule: {PAIRS}")
+        key = captions_key or _caption_key(row, where)
+        if key not in row:
+            raise UserError(f"{where}: has no captions under {key!r}, but {_keys(row)}; rule: {PAIRS}")
+        found = row[key] if isinstance(row[key], list) else [row[key]]
+        if not all(isinstance(text, str) or text is None for text in found):
+            raise UserError(f"{where}: {key} is neither a text nor a list of texts; rule: {PAIRS}")
+        captions.setdefault(image, []).extend(text for text in found if isinstance(text, str) and text.strip())
+    if not captions:
+        raise UserError(f"{path}: names no picture; rule: {PAIRS}")
+    folder = _folder_of(path.resolve().parent, ["."], list(captions), PAIRS)
+    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+
+
+def _caption_key(row: dict[str, Any], where: str) -> str:
+    found = [key for key in row if plain_column(key) in KNOWN_NAMES or plain_column(key) in OTHER_NAMES]
+    if len(found) != 1:
+        said = f"captions under several keys: {', '.join(found)}" if found else f"no captions, but {_keys(row)}"
+        raise UserError(f"{where}: has {said}; rule: name the key with --captions KEY; {PAIRS}")
+    return found[0]
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_read_text(path, PAIRS).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = load_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number}: is no JSON: {error}; rule: {PAIRS}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number}: is no JSON object; rule: {PAIRS}")
+        yield number, row
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(_read_text(path, PAIRS), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if not header:
+                header = cells
+            elif len(cells) != len(header):
+                said = f"{len(cells)} cells, but the header has {len(header)}"
+                raise UserError(f"{path}: line {reader.line_num}: {said}; rule: {PAIRS}")
+            else:
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: is no CSV: {error}; rule: {PAIRS}") from error
+
+
+def _lists(document: Any) -> dict[str, list[str]]:
+    """Return the captions of pictures in ALBEF's and BLIP's form; raises ValueError where a caption is no list."""
+    if not isinstance(document, list):
+        raise ValueError("it is no list")
+    captions = {}
+    for item in document:
+        if not isinstance(item["caption"], list):
+            raise ValueError(f"caption of {item['image']} is no list of texts")
+        captions[_string(item["image"])] = [_string(text) for text in item["caption"]]
+    return captions
+
+
+def _existing(root: Path, names: Sequence[str], rule: str) -> Path:
+    """Return the first of some files that is there."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; rule: {rule}")
+    found = next((root / name for name in names if (root / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{root}: no {' or '.join(names)} in it; rule: {rule}")
+    return found
+
+
+def _folder_of(root: Path, folders: Sequence[str], names: Sequence[str], rule: str) -> Path:
+    """Return the first of some folders in which a picture of that name lies."""
+    if not names:
+        raise UserError(f"{root}: its list names no picture; rule: {rule}")
+    for name in names:
+        for folder in folders:
+            if (root / folder / name).is_file():
+                return root / folder
+    where = " or ".join(str((root / folder).resolve()) for folder in folders)
+    raise UserError(f"{root}: none of its {len(names):,} pictures, such as {names[0]}, is in {where}; rule: {rule}")
+
+
+def _placed(path: Path, name: str, texts: list[str]) -> Captioned:
+    return PlacedFile(str(path), name), texts
+
+
+def _read_text(path: Path, rule: str) -> str:
+    try:
+        return read_regular(path).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}; rule: {rule}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no UTF-8; rule: {rule}") from error
+
+
+def _read_json(path: Path, rule: str) -> Any:
+    try:
+        return load_json(_read_text(path, rule))
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON: {' '.join(str(error).split())}; rule: {rule}") from error
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]} is no text")
+    return value
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(row) or "no keys"
+
+
+def _shown(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
