@@ -1,5 +1,6 @@
 """How much memory a call needs, counted by torch's own allocator."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -26,8 +27,10 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 def held_bytes(call: Callable[[], Result]) -> tuple[Result, int]:
     """Return what `call` returns, and how many more bytes of CPU tensors are held after it, those of its graph too."""
+    gc.collect()
     with profile(profile_memory=True) as recorded:
         result = call()
+        gc.collect()  # else the time of a collection would decide whether cycles of it count
     return result, sum(_changes(recorded))
 
 

@@ -171,7 +171,8 @@ def test_a_run_that_wrote_evaluation_in_its_old_form_goes_on(root: Path, tmp_pat
     rewrite(moved / "step-00000006", content)
     assert find_start(CONFIG, moved, DATA).checkpoint == moved / "step-00000006"
     (evaluator,) = read_run_config(moved / "step-00000006").eval
-    assert evaluator.model_dump() == {"kind": "retrieval", "name": "retrieval", "every": 5, **retrieval}
+    new = {"dataset": "shards", "data": None}
+    assert evaluator.model_dump() == {"kind": "retrieval", "name": "retrieval", "every": 5, **retrieval, **new}
 
 
 def test_configuration_of_another_version_is_refused(root: Path, tmp_path: Path) -> None:
