@@ -124,8 +124,8 @@ PROGRAM = """#!{python}
 import os, signal, sys
 if "--check" not in sys.argv:
     assert os.path.isfile(os.environ["DS_ENV_FILE"])
-    print(os.getpid(), " ".join(sys.argv[1:]), open(os.environ["DS_ENV_FILE"]).read().split(), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    print(os.getpid(), " ".join(sys.argv[1:]), open(os.environ["DS_ENV_FILE"]).read().split(), flush=True)
     signal.pause()
 """
 
