@@ -164,6 +164,11 @@ def choose_device(device: str) -> torch.device:
     named = os.environ.setdefault("DS_ACCELERATOR", chosen)
     if named not in ("cpu", "cuda"):
         raise UserError(f"DS_ACCELERATOR: {named!r}; rule: cpu or cuda, or unset: then the config's device says which")
+    if named != chosen:
+        raise UserError(
+            f"DS_ACCELERATOR: {named!r}, but device {device} means {chosen} on this machine; rule: unset it, or set "
+            "both alike"
+        )
     return torch.device(chosen)
 
 

@@ -101,8 +101,9 @@ class Evaluations:
         """
         due = self._evaluators if step == last_step else self._due(step)
         if due:
-            rest = due[progress.evaluations_of(step) :]  # evaluated in order
-            self._run(rest, step, student, teacher, progress, goes_on)
+            done = progress.evaluated_at(step)
+            missed = [evaluator for evaluator in due if evaluator.name not in done]
+            self._run(missed, step, student, teacher, progress, goes_on)
 
     def _run(
         self,

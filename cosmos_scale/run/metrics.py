@@ -112,30 +112,34 @@ class MetricLog:
             f"{console_line(record)}  {datetime.now():%H:%M:%S}"
         )
 
-    def evaluation(self, step: int, results: dict[str, dict[str, float]], table: Table) -> None:
-        """Write evaluation results ({model: {metric: value}}) and print their table."""
+    def evaluation(self, step: int, name: str, results: dict[str, dict[str, float]], table: Table) -> None:
+        """Write the results of an evaluator of this name ({model: {metric: value}}) and print their table."""
         flat = {f"{model}/{metric}": value for model, numbers in results.items() for metric, value in numbers.items()}
-        self._write({"step": step, **flat}, "eval")
+        self._write({"step": step, **flat}, "eval", {"evaluator": name})
         self._progress.console.print(table)
 
-    def evaluations_of(self, step: int) -> int:
-        """Return how many records of a step's evaluations the file has, those of failures among them."""
+    def evaluated_at(self, step: int) -> list[str]:
+        """Return the names of the evaluators that have a record of a step, those that failed among them."""
         try:
             found = [load_json(line) for line in read_regular(self._file.path).splitlines()]
         except (OSError, ValueError):
-            return 0
+            return []
         records = [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
-        return sum(entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step for entry in records)
+        return [
+            _evaluator_of(entry)
+            for entry in records
+            if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
+        ]
 
     def evaluation_failed(self, step: int, name: str, failures: int) -> None:
         """Write how often an evaluator has failed; the record's kind is another than that of results."""
-        self._write({"step": step, f"{name}/failures": failures}, "eval_failed")
+        self._write({"step": step, f"{name}/failures": failures}, "eval_failed", {"evaluator": name})
 
-    def _write(self, record: dict[str, float], prefix: str) -> None:
+    def _write(self, record: dict[str, float], prefix: str, names: Mapping[str, str] | None = None) -> None:
         step = int(record["step"])
         # JSON has no nan, so that the loss of a skipped step is null.
         written = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        entry = {"kind": prefix, "time": round(time.time(), 3), **written}  # seconds since 1970, UTC
+        entry = {"kind": prefix, "time": round(time.time(), 3), **(names or {}), **written}  # seconds since 1970, UTC
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
@@ -155,6 +159,12 @@ def console_line(record: Mapping[str, float]) -> str:
         f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
         f"grad {record['grad_norm']:.3g}  {_rounded(record['samples_per_second'])} samples/s  {waited}"
     )
+
+
+def _evaluator_of(entry: Mapping[str, object]) -> str:
+    """Return whose record it is; older ones do not say it, and without a name before its numbers it is retrieval's."""
+    first = next((key.partition("/")[0] for key in entry if "/" in key), "")
+    return str(entry.get("evaluator", "retrieval" if first in ("student", "teacher") else first))
 
 
 def _rounded(value: float) -> str:

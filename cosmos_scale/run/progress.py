@@ -171,16 +171,16 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
-    def evaluations_of(self, step: int) -> int:
-        """Return how many evaluators have a record of a step, of numbers or of a failure; collective."""
-        return from_all(0 if self._log is None else self._log.evaluations_of(step), self._ranks)[0]
+    def evaluated_at(self, step: int) -> list[str]:
+        """Return the names of the evaluators that have a record of a step, of numbers or of a failure; collective."""
+        return from_all([] if self._log is None else self._log.evaluated_at(step), self._ranks)[0]
 
     def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers], table: Table) -> None:
         """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind."""
         if self._log is not None:
             prefix = "" if evaluator.name == evaluator.kind else f"{evaluator.name}/"
             named = {f"{prefix}{model}": numbers for model, numbers in results.items()}
-            self._log.evaluation(step, named, table)
+            self._log.evaluation(step, evaluator.name, named, table)
 
     def evaluating(self, work: str, done: int, total: int) -> None:
         """Show how far the main rank is with its part of an evaluation."""

@@ -252,6 +252,15 @@ def test_an_accelerator_that_no_run_computes_on_is_refused(value: str, monkeypat
         choose_device("cpu")
 
 
+def test_an_accelerator_that_is_not_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be left over from a host with GPUs: DeepSpeed would look for one only when the engine is built."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(
+        UserError, match=r"^DS_ACCELERATOR: 'cuda', but device cpu means cpu on this machine; rule: unset"
+    ):
+        choose_device("cpu")
+
+
 @pytest.mark.parametrize("value", ["cpu", None])
 def test_an_accelerator_that_is_the_device_is_taken(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     set_to(monkeypatch, {"DS_ACCELERATOR": value})

@@ -66,7 +66,9 @@ def test_a_failing_evaluation_is_told_and_counted_and_the_run_goes_on(failing: F
         f"step 8: evaluation retrieval failed, 2 so far, and the run goes on: ZeroDivisionError: a text broke{where}",
     ]
     failures = records(failing.run, kind="eval_failed")
-    counted = [{key: value for key, value in record.items() if key not in ("kind", "time")} for record in failures]
+    counted = [
+        {key: value for key, value in record.items() if key not in ("kind", "evaluator", "time")} for record in failures
+    ]
     of_retrieval = [{"step": 4, "retrieval/failures": 1}, {"step": 8, "retrieval/failures": 2}]
     assert counted == [*of_retrieval, {"step": 8, "other/failures": 1}]  # the last step counts for every evaluator
     assert "in texts" in failing.finished.output + failing.finished.errors  # the traceback of the program's error
@@ -123,6 +125,10 @@ def test_an_evaluation_that_was_cut_off_is_measured_by_the_next_launch(
             [{**record, "time": 0} for record in records(run, name, kind="eval")] for name in ("tiny", "whole")
         )
         assert found == expected
+    path.write_text("".join([*lines[:-2], lines[-1]]))  # the first evaluator's, as if it had been added since
+    train_to_end(run, "train.max_steps=4", ranks=ranks).require(0)
+    evaluated = [record["evaluator"] for record in records(run, kind="eval") if record["step"] == 4]
+    assert evaluated == ["again", "retrieval"]
 
 
 def test_runs_that_wrote_the_old_form_resume(failing: Failing, tmp_path: Path) -> None:

@@ -58,21 +58,34 @@ def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.Captu
     with opened(tmp_path) as log:
         log.training(record(1))
         assert steps(tmp_path) == [("train", 1)]
-        log.evaluation(1, {"student": {"R@1": 0.5}, "teacher": {"R@1": 0.25}}, Table("a table"))
+        log.evaluation(1, "pairs", {"student": {"R@1": 0.5}, "teacher": {"R@1": 0.25}}, Table("a table"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert before <= line.pop("time") <= time.time() + 1e-3
     assert lines[0] == {"kind": "train", **record(1)}
-    assert lines[1] == {"kind": "eval", "step": 1, "student/R@1": 0.5, "teacher/R@1": 0.25}
+    assert lines[1] == {"kind": "eval", "evaluator": "pairs", "step": 1, "student/R@1": 0.5, "teacher/R@1": 0.25}
     assert "a table" in capsys.readouterr().out
+
+
+def test_the_evaluators_with_a_record_of_a_step_are_known(tmp_path: Path) -> None:
+    """Records of older runs name theirs before the numbers, or are of the one kind that there was."""
+    older = [{"student/R@1": 0.5, "teacher/R@1": 0.5}, {"held/student/R@1": 0.5}]
+    lines = [json.dumps({"kind": "eval", "step": 1, **numbers}) for numbers in older]
+    lines.append(json.dumps({"kind": "eval_failed", "step": 1, "lost/failures": 2}))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    with opened(tmp_path, first_step=1) as log:
+        log.evaluation(1, "pairs", {"student": {"R@1": 0.5}}, Table())
+        log.evaluation_failed(1, "far", 1)
+        assert log.evaluated_at(1) == ["retrieval", "held", "lost", "pairs", "far"]
+        assert log.evaluated_at(2) == []
 
 
 def test_resumed_run_writes_each_step_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with opened(tmp_path) as log:
         for step in (1, 2, 3, 4):
             log.training(record(step))
-        log.evaluation(2, {}, Table())
-        log.evaluation(4, {}, Table())
+        log.evaluation(2, "pairs", {}, Table())
+        log.evaluation(4, "pairs", {}, Table())
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 5, "lo')  # killed while it wrote
     with opened(tmp_path, first_step=2) as log:
@@ -158,7 +171,7 @@ def test_a_run_writes_all_three(tmp_path: Path, scenes: SceneShards, monkeypatch
         written = records(run, kind=kind)
         assert len(written) == count
         for entry in written:
-            for key in entry.keys() - {"kind", "step", "time"}:
+            for key in entry.keys() - {"kind", "evaluator", "step", "time"}:
                 # Events hold float32.
                 assert shown[f"{kind}/{key}"][entry["step"]] == pytest.approx(entry[key], rel=1e-6), key
     assert set(NUMBERS) == records(run)[0].keys() - {"kind", "step", "time"}
