@@ -16,6 +16,7 @@ from cosmos_scale.config.retrieval import CaptionedLayout
 from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.captioned import LeftOut
+from cosmos_scale.evaluation.datasets.captioned_files import open_pairs
 from cosmos_scale.evaluation.datasets.captioned_sets import FileGallery, open_captioned
 from cosmos_scale.evaluation.evaluator import Numbers, measure
 from cosmos_scale.evaluation.feature_cache import FeatureCache
@@ -163,6 +164,23 @@ def test_the_key_of_pairs_can_be_named(tmp_path: Path) -> None:
         opened(tmp_path / "a.jsonl", "pairs", captions="none")
 
 
+def pairs_of(path: Path) -> Captions:
+    return {Path(file.path).name: texts for file, texts in open_pairs(path, None)}
+
+
+def test_cells_of_pairs_are_read_as_elsewhere(tmp_path: Path) -> None:
+    """What `data build` takes for a list of captions, or for none, is that here too."""
+    save(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    cells = ["0.jpg,\"['a dog', 'a cat']\"", "1.jpg,nan", "2.jpg,[sic]"]
+    (tmp_path / "a.csv").write_text("\n".join(["image,caption", *cells]))
+    assert pairs_of(tmp_path / "a.csv") == {"0.jpg": ["a dog", "a cat"], "1.jpg": [], "2.jpg": ["[sic]"]}
+    (tmp_path / "twice.csv").write_text("image,caption,Caption\n0.jpg,a,b\n")
+    with pytest.raises(UserError, match=r"two columns are called caption \(caption, Caption\)"):
+        opened(tmp_path / "twice.csv", "pairs")
+    (tmp_path / "a.jsonl").write_text('{"image": "0.jpg", "caption": ["a", NaN]}\n{"image": "1.jpg", "caption": NaN}\n')
+    assert pairs_of(tmp_path / "a.jsonl") == {"0.jpg": ["a"], "1.jpg": []}
+
+
 @pytest.mark.parametrize(
     ("text", "name", "said"),
     [
@@ -173,8 +191,15 @@ def test_the_key_of_pairs_can_be_named(tmp_path: Path) -> None:
         ('{"image": "0.jpg", "alt": "a"}', "a.jsonl", "line 1: has no captions, but image, alt"),
         ('{"image": "0.jpg", "caption": 3}', "a.jsonl", "line 1: caption is neither a text nor a list"),
         ('{"image": "9.jpg", "caption": "a"}', "a.jsonl", "none of its 1 pictures, such as 9.jpg, is in "),
-        ("image,caption\n0.jpg,a,b\n", "a.csv", "line 2: 3 cells, but the header has 2"),
-        ('image,caption\n0.jpg,"a\n', "a.csv", "is no CSV: "),
+        (
+            '{"image": "0.jpg", "caption": "a", "caption": "b"}',
+            "a.jsonl",
+            "line 1: is no JSON: the key 'caption' stands twice",
+        ),
+        ("image,caption\n0.jpg,a,b\n", "a.csv", "line 2: wrong number of cells: 3, the header has 2"),
+        ('image,caption\n0.jpg,"a\n', "a.csv", "line 2: unclosed quote: opened on line 2"),
+        ('image,caption\n0.jpg,"a\n1.jpg,a board of 12"\n', "a.csv", "line 2: unclosed quote: opened on line 2"),
+        ('image\tcaption\n0.jpg\t"a\n1.jpg\ta board of 12"\n', "a.tsv", "line 2: unclosed quote: opened on line 2"),
         ("image,caption\n", "a.txt", "its name ends with none of .jsonl, .csv, .tsv"),
     ],
 )

@@ -4,6 +4,7 @@ The record with such a quote has a fault, and the lines behind the quote's line 
 """
 
 import csv
+import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ CELL_LIMIT = 1 << 24
 LINE_LIMIT = 1000
 # So many lines of a record that have the header's number of cells each are records, not the text of a cell.
 MOST_ROWS_ALIKE = 5
+# So is a single line that also has a picture's name or address where the record itself has one.
+_PICTURE = re.compile(r".+\.(?:jpe?g|png|webp)|https?://\S+", re.IGNORECASE)
 
 
 class CsvRecord(NamedTuple):
@@ -104,15 +107,15 @@ class _Feed:
         del self.taken[kept:]
 
 
-def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
+def read_records(lines: Iterable[str], delimiter: str = ",") -> Iterator[CsvRecord]:
     """Yield the records of a CSV file's lines in order; an empty line is a record without cells.
 
-    The header is the first record with cells.
+    delimiter: what separates cells. The header is the first record with cells.
     A record of another number of cells than the header has a fault; its lines, however many, are this record's.
     """
     csv.field_size_limit(CELL_LIMIT)
     feed = _Feed(lines)
-    reader = csv.reader(feed)
+    reader = csv.reader(feed, delimiter=delimiter)
     line, width = 1, None
     while True:
         feed.begin()
@@ -120,13 +123,13 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
         try:
             cells = next(reader)
             if len(feed.taken) > 1 or feed.ended:
-                fault = _unclosed(feed, cells, line, width)
-            elif '"' in feed.taken[0] and not _is_strict(feed.taken):
+                fault = _unclosed(feed, cells, line, width, delimiter)
+            elif '"' in feed.taken[0] and not _is_strict(feed.taken, delimiter):
                 fault = f'stray quote: on line {line:,}; a quote inside a quoted cell is written twice ("")'
         except StopIteration:
             return
         except _TooManyLines:
-            cells = next(csv.reader(feed.taken))
+            cells = next(csv.reader(feed.taken, delimiter=delimiter))
             fault = _swallowing(feed, cells, line, f"its cell does not end within {LINE_LIMIT:,} lines")
         except csv.Error as error:
             fault = f"not csv: {error}"
@@ -146,34 +149,41 @@ def read_records(lines: Iterable[str]) -> Iterator[CsvRecord]:
         width = width or len(cells) or None
 
 
-def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None) -> str | None:
+def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None, delimiter: str) -> str | None:
     """Judge a record of several lines or at the file's end: what shows that a quote in it was left open, if anything.
 
     csv.reader forgives text behind a closing quote. Such text, where a record spans lines, begins another row's cell:
     the quote before it opened the cell, and did not close the one before.
     """
-    if not _is_strict(feed.taken):
+    if not _is_strict(feed.taken, delimiter):
         return _swallowing(feed, cells, line, "the file ends in its cell" if feed.ended else "another quote follows it")
     if width is None or len(cells) != width:
         return None
-    behind = feed.taken[1:]
-    if width > 1 and len(behind) > MOST_ROWS_ALIKE and all(len(_cells(text)) == width for text in behind):
+    behind = [_cells(text, delimiter) for text in feed.taken[1:]]
+    are_rows = width > 1 and len(behind) > 0 and all(len(others) == width for others in behind)
+    if are_rows and (len(behind) > MOST_ROWS_ALIKE or all(_name_pictures(cells, others) for others in behind)):
         return _swallowing(feed, cells, line, "its cell is made of rows")
     return None
 
 
-def _is_strict(lines: list[str]) -> bool:
-    """Return whether a comma or the line's end follows each closing quote, and no quote is left open."""
+def _name_pictures(cells: list[str], others: list[str]) -> bool:
+    return any(
+        _PICTURE.fullmatch(cell) and _PICTURE.fullmatch(other) for cell, other in zip(cells, others, strict=True)
+    )
+
+
+def _is_strict(lines: list[str], delimiter: str) -> bool:
+    """Return whether a delimiter or the line's end follows each closing quote, and no quote is left open."""
     try:
-        for _ in csv.reader(lines, strict=True):
+        for _ in csv.reader(lines, delimiter=delimiter, strict=True):
             pass
     except csv.Error:
         return False
     return True
 
 
-def _cells(line: str) -> list[str]:
-    return next(csv.reader([line]), [])
+def _cells(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])
 
 
 def _swallowing(feed: _Feed, cells: list[str], line: int, sign: str) -> str:

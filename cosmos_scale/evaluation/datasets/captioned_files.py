@@ -4,13 +4,15 @@ Each function returns, for every picture, its file and its captions. Raises User
 where one is missing or has another form. A single picture that is missing is left to the reading of it.
 """
 
-import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, plain_column
+from cosmos_scale.data.prepare.cells import read_cell
+from cosmos_scale.data.prepare.csv_records import read_header, read_records, refuse_columns_twice
+from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, is_missing, plain_column
+from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import PlacedFile
 from cosmos_scale.files import load_json, read_regular, reason_of
@@ -102,8 +104,9 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: its name ends with none of {', '.join(readers)}; rule: {PAIRS}")
     captions: dict[str, list[str]] = {}
-    for number, row in readers[path.suffix.lower()](path):
+    for number, cells in readers[path.suffix.lower()](path):
         where = f"{path}: line {number}"
+        row = {key: read_cell(plain_column(key), value) for key, value in cells.items()}
         image = next((row[key] for key in row if plain_column(key) in IMAGE_KEYS and row[key]), None)
         if not isinstance(image, str):
             raise UserError(f"{where}: has no picture under {', '.join(IMAGE_KEYS)}, but {_keys(row)}; rule: {PAIRS}")
@@ -111,7 +114,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
         if key not in row:
             raise UserError(f"{where}: has no captions under {key!r}, but {_keys(row)}; rule: {PAIRS}")
         found = row[key] if isinstance(row[key], list) else [row[key]]
-        if not all(isinstance(text, str) or text is None for text in found):
+        if not all(isinstance(text, str) or is_missing(text) for text in found):
             raise UserError(f"{where}: {key} is neither a text nor a list of texts; rule: {PAIRS}")
         captions.setdefault(image, []).extend(text for text in found if isinstance(text, str) and text.strip())
     if not captions:
@@ -133,8 +136,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = load_json(line)
-        except ValueError as error:
+            row = parse_json(line.encode())
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number}: is no JSON: {error}; rule: {PAIRS}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number}: is no JSON object; rule: {PAIRS}")
@@ -142,21 +145,14 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(_read_text(path, PAIRS), newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if not header:
-                header = cells
-            elif len(cells) != len(header):
-                said = f"{len(cells)} cells, but the header has {len(header)}"
-                raise UserError(f"{path}: line {reader.line_num}: {said}; rule: {PAIRS}")
-            else:
-                yield reader.line_num, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: is no CSV: {error}; rule: {PAIRS}") from error
+    records = read_records(io.StringIO(_read_text(path, PAIRS), newline=""), delimiter)
+    header = read_header(path, records)
+    refuse_columns_twice(path, header, {plain_column(name) for name in header})
+    for record in records:
+        if record.fault is not None:
+            raise UserError(f"{path}: line {record.line}: {record.fault}; rule: {PAIRS}")
+        if record.cells:
+            yield record.line, dict(zip(header, record.cells, strict=True))
 
 
 def _lists(document: Any) -> dict[str, list[str]]:

@@ -39,6 +39,8 @@ PLAIN = [f"{number}.jpg,caption {number}\n" for number in range(2, 1002)]
         (PLAIN, "its cell does not end within 1,000 lines; the 999 lines behind it may belong to it"),
         ([*PLAIN[:5], '7.jpg,"a dog"\n'], "another quote follows it; the 6 lines"),
         ([*PLAIN[:5], '7.jpg,a board of 12"\n'], "its cell is made of rows; the 6 lines"),
+        ([PLAIN[0], '3.jpg,a board of 12"\n'], "its cell is made of rows; the 2 lines"),
+        (['3.jpg,a board of 12"\n'], "its cell is made of rows; the line behind it"),
     ],
 )
 def test_an_open_quote_loses_its_row_only(rest: list[str], sign: str) -> None:
