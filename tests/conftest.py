@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for others otherwise and warns of each it lacks
 torch.set_num_threads(1)
-# A shell starts background jobs with Ctrl-C ignored. Programs inherit that, and the tests send it to them.
+# A shell starts background jobs with Ctrl-C ignored, and nohup ignores the terminal's end. Programs inherit that, and
+# the tests send both to them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The same examples in each run, and no limit of time on one of them: the machine may be busy.
 settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -30,6 +34,17 @@ settings.register_profile(
 settings.load_profile("suite")
 # Programs that tests start are this checkout's, whichever one the environment has installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def _own_interface() -> Iterator[None]:
+    """A meeting of ranks in this process tells gloo of an interface, which no later test may find."""
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    yield
+    if before is None:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    else:
+        os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
