@@ -21,6 +21,7 @@ from cosmos_scale.config.classification import SetLayout
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets import published_sets
+from cosmos_scale.evaluation.datasets.folders import open_folders
 from cosmos_scale.evaluation.datasets.labelled_sets import open_labelled_set
 from cosmos_scale.evaluation.datasets.published_sets import PUBLISHED, open_published
 from cosmos_scale.testing.shard_files import picture, write_shard
@@ -279,6 +280,24 @@ def test_texts_that_do_not_match_are_refused(tmp_path: Path, file: str, text: st
     (root / file).write_text(text)
     with pytest.raises(UserError, match=f"^{root}/{file}: {said if '(' in said else re.escape(said)}"):
         open_labelled_set(section(root))
+
+
+def test_pictures_of_any_form_are_found_and_folders_of_programs_are_none(tmp_path: Path) -> None:
+    """What cannot be read must be left out and counted, not passed over."""
+    for name in (
+        "a/0.JFIF",
+        "a/1.heic",
+        "a/._0.jpg",
+        "a/notes.txt",
+        "b/0.WebP",
+        ".ipynb_checkpoints/0.jpg",
+        "@eaDir/0.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = open_folders(section(tmp_path))
+    assert [found.name(place) for place in range(len(found))] == ["a/0.JFIF", "a/1.heic", "b/0.WebP"]
+    assert (list(found.labels), list(found.classes)) == ([0, 0, 1], ["a", "b"])
 
 
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""A folder of pictures for each class, as torchvision's ImageFolder reads it."""
+"""A folder of pictures for each class, as torchvision's ImageFolder reads it, but for folders that programs leave."""
 
 import os
 from pathlib import Path
 
 from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.datasets.pictures import FilePictures, PlacedFile
+from cosmos_scale.evaluation.datasets.pictures import FilePictures, PlacedFile, is_hidden, is_picture
 
 LAYOUT = "a folder for each class, with its pictures in it"
 
@@ -18,13 +18,14 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
     root = Path(config.data)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; rule: {LAYOUT}")
-    from torchvision.datasets import ImageFolder  # here: the import takes a second
+    from torchvision.datasets.folder import make_dataset  # here: the import takes a second
 
-    try:
-        found = ImageFolder(str(root), allow_empty=True)
-    except FileNotFoundError:
-        raise UserError(f"{root}: has no folder in it; rule: {LAYOUT}") from None
-    if not found.samples:
-        raise UserError(f"{root}: no picture in its {len(found.classes)} folders; rule: {LAYOUT}")
-    files = [PlacedFile(path, os.path.relpath(path, root)) for path, _ in found.samples]
-    return FilePictures(files, [label for _, label in found.samples], found.classes)
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
+    if not classes:
+        raise UserError(f"{root}: has no folder in it; rule: {LAYOUT}")
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = make_dataset(str(root), numbers, is_valid_file=is_picture, allow_empty=True)
+    if not samples:
+        raise UserError(f"{root}: no picture in its {len(classes)} folders; rule: {LAYOUT}")
+    files = [PlacedFile(path, os.path.relpath(path, root)) for path, _ in samples]
+    return FilePictures(files, [label for _, label in samples], classes)

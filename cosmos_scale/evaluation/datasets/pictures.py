@@ -1,5 +1,6 @@
 """Pictures with a class each, whatever they lie in: read one by one, in an order that all ranks share."""
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,22 @@ from cosmos_scale.evaluation.ahead import prepared_blocks
 from cosmos_scale.evaluation.evaluator import Setting, digest_of
 from cosmos_scale.files import reason_of, regular_only
 from cosmos_scale.words import counted
+
+PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+# Found too, so that what cannot be read is left out by name and counted.
+_OTHER_PICTURES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff")
+_TOOLS_FOLDERS = ("@eaDir", "__MACOSX")  # of file servers and archives
+
+
+def is_picture(path: str) -> bool:
+    """Whether a file is called as pictures are, in letters of either case; hidden files are none."""
+    name = os.path.basename(path)
+    return not name.startswith(".") and name.lower().endswith(PICTURES + _OTHER_PICTURES)
+
+
+def is_hidden(folder: str) -> bool:
+    """Whether a folder of this name is a program's, and no class and no place of pictures."""
+    return folder.startswith(".") or folder in _TOOLS_FOLDERS
 
 
 class LabelledPictures(ABC):

@@ -1,13 +1,14 @@
 """Which pictures a set has, and where their masks lie: the public sets by their folders, and sets of one's own."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.config import SegmentationConfig
 from cosmos_scale.config.segmentation import PublicSet
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.datasets.pictures import PICTURES, is_hidden, is_picture
 from cosmos_scale.evaluation.segmentation.masks import (
     MaskLaw,
     cityscapes_labels,
@@ -18,8 +19,6 @@ from cosmos_scale.evaluation.segmentation.masks import (
 )
 from cosmos_scale.files import read_regular, reason_of
 from cosmos_scale.words import counted
-
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
 class MaskedPicture(NamedTuple):
@@ -136,7 +135,7 @@ def _public_pictures(dataset: PublicSet, given: str) -> list[MaskedPicture]:
     if not (root / layout.masks).is_dir():
         raise UserError(wrong % f"there is no folder {root / layout.masks}")
     if layout.split is None:
-        names = _names_below(root / layout.images, (layout.image_suffix,))
+        names = _names_below(root / layout.images, lambda name: name.endswith(layout.image_suffix))
         stems = [name.removesuffix(layout.image_suffix) for name in names]
     else:
         stems = _listed(root / layout.split, wrong)
@@ -159,9 +158,9 @@ def _own_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
             raise UserError(f"{folder}: no such folder; rule: {key} is a folder")
     if images.samefile(masks):
         raise UserError(f"{masks}: holds the pictures too; rule: pictures and masks lie in two folders")
-    names = _names_below(images, _PICTURES)
+    names = _names_below(images, is_picture)
     if not names:
-        raise UserError(f"{images}: holds no picture; rule: {', '.join(_PICTURES)}, in it or below it")
+        raise UserError(f"{images}: holds no picture; rule: {', '.join(PICTURES)}, in it or below it")
     law = MaskFiles(".png", reduced_labels if config.reduce_zero else stored_labels)
     pictures = [MaskedPicture(name, images / name, *_mask_of((masks / name).with_suffix(""), (law,))) for name in names]
     wrong = f"{masks}: holds no mask of the pictures of {images}: %s; rule: a PNG of the picture's name, in its folder"
@@ -181,14 +180,15 @@ def _require_a_mask(pictures: list[MaskedPicture], wrong: str) -> None:
         raise UserError(wrong % f"of {counted(len(pictures), 'picture')} none is there with its mask, such as {first}")
 
 
-def _names_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the paths, from a folder on, of the files below it with one of the suffixes, sorted."""
+def _names_below(folder: Path, counts: Callable[[str], bool]) -> list[str]:
+    """Return the paths, from a folder on, of the files below it that count, sorted."""
 
     def found() -> Iterator[str]:
-        for place, _, names in os.walk(folder):
+        for place, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if not is_hidden(name)]
             yield from (os.path.relpath(os.path.join(place, name), folder) for name in names)
 
-    return sorted(name for name in found() if name.endswith(suffixes))
+    return sorted(filter(counts, found()))
 
 
 def _listed(split: Path, wrong: str) -> list[str]:

@@ -19,6 +19,7 @@ from cosmos_scale.evaluation.segmentation.masks import (
     reduced_labels,
     stored_labels,
 )
+from tests.evaluation.segmentation.own_set import OwnSet
 
 
 def touch(root: Path, *names: str) -> None:
@@ -90,6 +91,16 @@ def test_ade20k_takes_all_pictures_sorted(tmp_path: Path) -> None:
     pictures = public("ade20k", tmp_path)
     assert names_of(pictures) == ["v1", "v10", "v2"]
     assert pictures[0].law is reduced_labels
+
+
+def test_own_pictures_of_any_form_are_found(tmp_path: Path) -> None:
+    own = OwnSet(tmp_path)
+    (tmp_path / "images/0.png").rename(tmp_path / "images/0.PNG")
+    (tmp_path / "images/1.png").rename(tmp_path / "images/1.heic")
+    (tmp_path / "images/.hidden").mkdir()
+    (tmp_path / "images/.hidden/2.png").write_bytes(b"x")
+    found = find_pictures(own.section())
+    assert [picture.name for picture in found] == ["0.PNG", "1.heic", "2.png", "3.png", "4.png"]
 
 
 def test_own_pictures_find_masks_of_their_names_in_their_folders(tmp_path: Path) -> None:
