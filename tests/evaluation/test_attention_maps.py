@@ -199,7 +199,7 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
 def test_a_browser_shows_the_page_without_a_bar_below(width: int, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
-        pytest.skip("needs Chromium")
+        pytest.skip("needs Chromium: apt-get install chromium")
     write_page([sample_maps("long" * 40)], tmp_path / "a.html", "T", "/a" * 200)
     page = (tmp_path / "a.html").read_text(encoding="utf-8")
     script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth + ' ' "

@@ -45,9 +45,8 @@ class Verdict:
     read at all. outdated: samples of the index whose shard has changed since. shards_damaged: shards with a fault of
     their own. checksums: shards that were compared with one.
     transparent, turned: sound pictures with transparent pixels, and those whose EXIF tag says to turn them, which
-    training ignores. unread: pictures that are not read, since their sample has
-    another.
-    reasons: all faults by reason, numbers left out.
+    training ignores. unread: pictures that are not read, since their sample has another. reasons: all faults by reason,
+    numbers left out.
     """
 
     shards: int = 0
