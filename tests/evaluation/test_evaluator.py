@@ -1,7 +1,6 @@
 """The frame: every kind has its class, what is wrong with its data shows when it is made, and ranks fail together."""
 
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +18,7 @@ from cosmos_scale.evaluation.retrieval import Retrieval
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.shard_files import write_shards
+from tests.evaluation.thread_ranks import in_threads
 
 CPU = torch.device("cpu")
 
@@ -106,35 +106,19 @@ def together(
     measures: Callable[..., Numbers] = measure_together,
 ) -> list[list[Outcome]]:
     """Two measurements of each rank, in threads; a gather in which a rank is missing ends the test, not a hang."""
-    barrier = threading.Barrier(world_size, timeout=20)
-    parts: list[Tensor] = [torch.empty(0)] * world_size
-    outcomes: list[list[Outcome]] = [[] for _ in range(world_size)]
 
-    def gather_of(rank: int) -> Gather:
-        def gather(tensor: Tensor) -> Tensor:
-            parts[rank] = tensor
-            barrier.wait()
-            joined = torch.cat(parts)
-            barrier.wait()
-            return joined
-
-        return gather
-
-    def run_rank(rank: int) -> None:
+    def run_rank(rank: int, gather: Gather) -> list[Outcome]:
         encoder = encoder_of(run, rank, world_size)
         evaluator = Rehearsed(encoder.setting, act)
+        outcomes: list[Outcome] = []
         for _ in range(2):
             try:
-                outcomes[rank].append(measures(evaluator, encoder, gather_of(rank), None))
+                outcomes.append(measures(evaluator, encoder, gather, None))
             except Exception as error:
-                outcomes[rank].append(error)
+                outcomes.append(error)
+        return outcomes
 
-    threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    return in_threads(world_size, run_rank)
 
 
 class Once:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from cosmos_scale.evaluation.evaluator import Gather, one_process
 from cosmos_scale.evaluation.ranking import NEVER, RECALL_AT, RankFigures, best_ranks, rank_figures
 from cosmos_scale.evaluation.retrieval import RetrievalResult, encoded_together, ranked
 from cosmos_scale.testing.allocation import peak_bytes
+from tests.evaluation.thread_ranks import in_threads
 
 WIDTH = 8
 
@@ -77,32 +77,8 @@ def flat(figures: RankFigures) -> list[float]:
 
 
 def in_ranks(gallery: RandomGallery, slices: Sequence[Sequence[int]]) -> list[RetrievalResult]:
-    """Run every rank in a thread of its own; their gathers meet at a barrier and refuse unequal shapes."""
     world = len(slices)
-    barrier = threading.Barrier(world, timeout=20)
-    parts: list[Tensor] = [torch.empty(0)] * world
-    results: dict[int, RetrievalResult] = {}
-
-    def gather_of(rank: int) -> Gather:
-        def gather(tensor: Tensor) -> Tensor:
-            parts[rank] = tensor
-            barrier.wait()
-            assert len({(part.shape, part.dtype) for part in parts}) == 1
-            joined = torch.cat(parts)
-            barrier.wait()
-            return joined
-
-        return gather
-
-    def run(rank: int) -> None:
-        results[rank] = gallery.evaluate(slices[rank], gather_of(rank), rank, world)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[rank] for rank in range(world)]
+    return in_threads(world, lambda rank, gather: gallery.evaluate(slices[rank], gather, rank, world))
 
 
 @pytest.mark.parametrize("counts", [[1] * 40, [5] * 12, [1, 3, 2, 7, 1, 4] * 5])

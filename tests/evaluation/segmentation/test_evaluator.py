@@ -3,7 +3,7 @@
 import io
 import json
 import re
-import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from cosmos_scale.config import SegmentationConfig
 from cosmos_scale.errors import UserError
@@ -27,6 +26,7 @@ from cosmos_scale.evaluation.text_weights import text_weights
 from tests.evaluation.segmentation import oracle
 from tests.evaluation.segmentation.golden import golden_encoder, tower_in_float64
 from tests.evaluation.segmentation.own_set import LINES, SIZES, OwnSet
+from tests.evaluation.thread_ranks import in_threads
 
 
 @pytest.fixture
@@ -40,32 +40,12 @@ def measured(section: SegmentationConfig, folder: Path | None = None) -> Numbers
 
 
 def in_ranks(section: SegmentationConfig, world: int, folder: Path | None = None) -> list[Numbers]:
-    """Every rank in a thread of its own; their gathers meet at a barrier and refuse unequal shapes."""
-    barrier = threading.Barrier(world, timeout=60)
-    parts: list[Tensor] = [torch.empty(0)] * world
-    results: dict[int, Numbers] = {}
-
-    def run(rank: int) -> None:
-        def gather(tensor: Tensor) -> Tensor:
-            parts[rank] = tensor
-            barrier.wait()
-            assert len({(part.shape, part.dtype) for part in parts}) == 1
-            joined = torch.cat(parts)
-            barrier.wait()
-            return joined
-
+    def run(rank: int, gather: Gather) -> Numbers:
         encoder = golden_encoder()
-        setting = type(encoder.setting)(**{**vars(encoder.setting), "rank": rank, "world_size": world})
-        own_gather: Gather = gather
-        evaluator = make_evaluator(section, setting)
-        results[rank] = measure(evaluator, Encoder(encoder.model, setting), own_gather, folder)
+        setting = replace(encoder.setting, rank=rank, world_size=world)
+        return measure(make_evaluator(section, setting), Encoder(encoder.model, setting), gather, folder)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return [results[rank] for rank in range(world)]
+    return in_threads(world, run)
 
 
 def expected(own_set: OwnSet, recipe: Recipe) -> dict[str, Any]:
