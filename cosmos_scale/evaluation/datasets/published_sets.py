@@ -24,7 +24,7 @@ _NEEDS_SCIPY = "needs scipy to read its labels; rule: pip install scipy"
 class PublishedSet(NamedTuple):
     """How a set is found below a folder, and which files must be there."""
 
-    open: Callable[[Path, ClassificationConfig], LabelledPictures]
+    find: Callable[[Path, ClassificationConfig], LabelledPictures]
     tree: str
 
 
@@ -38,7 +38,7 @@ def open_published(config: ClassificationConfig) -> LabelledPictures:
     if not root.is_dir():
         raise UserError(f"{redact_urls(config.data)}: no such folder; {rule}")
     try:
-        return published.open(root, config)
+        return published.find(root, config)
     except UserError:
         raise
     except (RuntimeError, ImportError, OSError, ValueError, KeyError, IndexError, EOFError) as error:
