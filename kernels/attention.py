@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from cosmos_scale.kernels.pointwise import side_by_side
 from cosmos_scale.kernels.segments import Segments
+from cosmos_scale.kernels.serving import stands_for_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +112,12 @@ def _trusts_dense(device: torch.device, head_size: int) -> bool:
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return in a line why a back end cannot run here, or None where it can."""
-    if backend == "sdpa" or (backend == "dense" and device.type == "cpu"):
+    counted = stands_for_gpu(device)
+    if backend == "sdpa" or (backend == "dense" and device.type == "cpu" and not counted):
         return None
-    if backend == "dense" and device.type == "meta":
-        return "torch computes it without its kernels where tensors have no memory"
-    if (
-        device.type == "meta"
-    ):  # tensors without memory, which show what a GPU's step would do: see testing/device_counts
+    if backend == "dense" and counted:
+        return "torch computes it without its kernels where tensors stand for a GPU's"
+    if counted:
         function = find_function(backend)
         return function if isinstance(function, str) else None
     if device.type != "cuda":

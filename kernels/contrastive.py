@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_scale.kernels.serving import serves
+from cosmos_scale.kernels.serving import like_gpu, serves
 
 # Elements of a block of logits: 16 MiB in float32, small beside activations and large enough for a GPU's matmul.
 BLOCK_ELEMENTS = 2**22
@@ -198,7 +198,7 @@ def whole_batch(
     _, B, _, G = _check(rows, columns, scale, 0)
     if B != G:
         raise ValueError(f"rows {list(rows.shape)} must be all rows: as many as columns {list(columns.shape)}")
-    if rows.device.type == "cpu" and pair_elements <= B**2 <= block_elements:
+    if not like_gpu(rows.device) and pair_elements <= B**2 <= block_elements:
         return _pair_by_pair(rows, columns, scale, weights, column_gradients)
     partials = forward_partials(rows, columns, scale, first_row=0, triton=triton, block_elements=block_elements)
     gradients = backward(
@@ -349,7 +349,7 @@ def _arithmetic_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
 
 def _factors_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
     """The dtype in which features are multiplied: their own where a GPU adds up in float32 what has low precision."""
-    low = rows.dtype == columns.dtype and rows.dtype in LOW_DTYPES and rows.device.type != "cpu"
+    low = rows.dtype == columns.dtype and rows.dtype in LOW_DTYPES and like_gpu(rows.device)
     return rows.dtype if low and SUMS_IN_FLOAT32 else _arithmetic_dtype(rows, columns)
 
 

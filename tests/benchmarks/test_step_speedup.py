@@ -17,6 +17,7 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.planned_batch import GLOBAL_TOKENS, LOCAL_TOKENS
 from cosmos_scale.testing.needed_flops import (
     Tokens,
     loss_flops,
@@ -28,8 +29,6 @@ from cosmos_scale.testing.needed_flops import (
 from cosmos_scale.testing.published_step import Losses, PublishedStep
 from cosmos_scale.testing.step_race import (
     CASES,
-    GLOBAL_TOKENS,
-    LOCAL_TOKENS,
     MATRIX,
     PRODUCTS,
     TOLERANCE,
