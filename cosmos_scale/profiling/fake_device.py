@@ -18,20 +18,24 @@ from cosmos_scale.profiling.operators import META, Count, PhasedMode, count_oper
 SMALL = 4096  # elements of tensors that are computed
 _WHOLE_NUMBERS = frozenset({torch.int16, torch.int32, torch.int64, torch.bool})
 # Operators that move no values, and are not marked as views.
-_FREE = frozenset({"_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_", "_local_scalar_dense", "detach_"})
+_FREE = frozenset(
+    {"is_pinned", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_", "_local_scalar_dense", "detach_"}
+)
 Shape = tuple[int, ...]
 
 
 class FakeDevice(PhasedMode):
     """Runs operators without their work, and notes what they ask for. A context manager.
 
-    as_gpu: whether memory is rounded up as on a GPU. operators: {(phase, operator, shape, dtype): Count}; the shape is
-    that of `shape_of`. collectives: in the order of the calls. calls: operators that the host called, views too, by
-    phase. Notes are taken between `begin` and the end.
+    as_gpu: whether memory is rounded up as on a GPU. most: what ranks find as the largest of their whole numbers, which
+    this rank cannot know of the others; the engine asks for one such number. operators: {(phase, operator, shape,
+    dtype): Count}; the shape is that of `shape_of`. collectives: in the order of the calls. calls: operators that the
+    host called, views too, by phase. Notes are taken between `begin` and the end.
     """
 
-    def __init__(self, *, as_gpu: bool) -> None:
+    def __init__(self, *, as_gpu: bool, most: int) -> None:
         super().__init__()
+        self._most = most
         self.allocations = AllocationLog(512 if as_gpu else 1)
         self.operators: dict[tuple[str, str, Shape, str], Count] = {}
         self.collectives: list[Collective] = []
@@ -74,10 +78,12 @@ class FakeDevice(PhasedMode):
             raise NotImplementedError(f"{func.name()}: nobody has said what this collective moves")
         if found is not None and self._recording:
             self.collectives.append(found)
+        if found is not None and (found.kind, found.dtype, found.elements) == ("all_reduce", torch.int64, 1):
+            args[0][0].fill_(self._most)
         there = tree_map_only(Tensor, _on_meta, (args, kwargs))
         output = func(*there[0], **there[1])
         if isinstance(output, tuple):  # the tensors and the handle to wait for
-            return (_first_tensors(func, args), *output[1:])
+            return (args[0], *output[1:])
         return output
 
 
@@ -175,8 +181,3 @@ def _reserved(tensor: Tensor) -> Tensor:
     """Return memory that nobody has written to; small tensors are zero, since the host may read them."""
     reserved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return reserved.zero_() if reserved.numel() <= SMALL else reserved
-
-
-def _first_tensors(func: Any, args: tuple[Any, ...]) -> Any:
-    """Return a collective's first argument, which it fills and returns."""
-    return args[0]

@@ -44,6 +44,7 @@ def main() -> None:
     """Count the job of standard input."""
     import torch
 
+    from cosmos_scale.profiling.fake_ranks import start_fake_ranks
     from cosmos_scale.profiling.fake_step import count_fake_step
     from cosmos_scale.profiling.planned_batch import planned_lengths
 
@@ -51,7 +52,8 @@ def main() -> None:
     config = RunConfig.model_validate_json(json.dumps(job["config"]))
     torch.set_num_threads(1)
     lengths = planned_lengths(config, job["samples"])
-    counts = count_fake_step(config, job["world_size"], lengths, as_gpu=job["as_gpu"], rank=job["rank"])
+    ranks = start_fake_ranks(job["world_size"], job["rank"])
+    counts = count_fake_step(config, ranks, lengths, as_gpu=job["as_gpu"])
     print(counts.to_json(), flush=True)
     os._exit(0)  # DeepSpeed and the group would take seconds to end
 

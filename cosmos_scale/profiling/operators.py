@@ -62,6 +62,10 @@ class PhasedMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._phase = ""
 
+    def enter_phase(self, name: str) -> None:
+        """Name what runs from now on."""
+        self._phase = name
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name what runs inside."""

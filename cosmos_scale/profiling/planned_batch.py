@@ -34,7 +34,7 @@ def planned_batch(config: RunConfig, lengths_KB: Tensor, device: torch.device) -
     return Batch(
         crops(views.global_crops, model.vision.image_size),
         crops(views.local_crops, views.local_size),
-        torch.empty(captions, samples, model.text.context_length, dtype=torch.int32, device=device),
+        torch.zeros(captions, samples, model.text.context_length, dtype=torch.int32, device=device),
         lengths_KB,
         torch.arange(samples),
         torch.tensor(0),
