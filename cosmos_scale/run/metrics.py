@@ -104,11 +104,11 @@ class MetricLog:
     def training(self, record: dict[str, float]) -> None:
         """Write one training record (its keys are made in `progress.py`) and print its console line."""
         self._progress.update(self._task, loss=f"loss {record['loss']:.3f}")
-        self._write(record, "train")
         done = int(record["step"])
         left = (time.monotonic() - self._started) / max(1, done - self._first_step) * (self._last_step - done)
+        self._write(record | {"eta_seconds": left}, "train")
         self.say(
-            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {_span(left)}  "
+            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {span(left)}  "
             f"{console_line(record)}  {datetime.now():%H:%M:%S}"
         )
 
@@ -147,17 +147,24 @@ class MetricLog:
 
 
 def console_line(record: Mapping[str, float]) -> str:
-    """Return the numbers of a training record that a person watches.
+    """Return the numbers of a training record that a person watches: a line of how it learns and one of how fast.
 
-    With its place in the run and the time it has 165 columns at most. wait: for data, of the rank that waited longest.
+    With its place in the run and the time no line has over 120 columns. TFLOP/s: of a rank. GiB: the most memory of a
+    rank, see `peak_memory`. wait: for data, of the rank that waited longest.
     """
     waited = f"wait {_rounded(record['data_wait_max'])} s"
     if record["data_wait_min"] < record["data_wait_max"]:
         waited += f" (rank {record['data_wait_rank']})"
+    share = "MFU n/a"
+    if "mfu" in record:
+        share = f"MFU {100 * record['mfu']:.1f} % HFU {100 * record['hfu']:.1f} %"
     return (
         f"loss {record['loss']:.4g} (clip {record['clip']:.4g} distill {record['distill']:.4g})  "
         f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
-        f"grad {record['grad_norm']:.3g}  {_rounded(record['samples_per_second'])} samples/s  {waited}"
+        f"grad {record['grad_norm']:.3g}\n"
+        f"  {_rounded(record['samples_per_second'])} samples/s "
+        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {record['tflops_per_rank']:.3g} TFLOP/s  "
+        f"{share}  {record['peak_memory_gib']:.1f} GiB  {waited}"
     )
 
 
@@ -171,7 +178,7 @@ def _rounded(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """Return a time to wait in its two largest units, such as 3d12h or 4m05s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
