@@ -17,7 +17,7 @@ from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
-from cosmos_scale.run.trackers import KeptRecords, open_trackers
+from cosmos_scale.run.trackers import Entry, KeptRecords, Results, open_trackers, pictures_in
 from cosmos_scale.words import counted
 
 
@@ -112,10 +112,26 @@ class MetricLog:
             f"{console_line(record)}  {datetime.now():%H:%M:%S}"
         )
 
-    def evaluation(self, step: int, name: str, results: dict[str, dict[str, float]], table: Table) -> None:
-        """Write the results of an evaluator of this name ({model: {metric: value}}) and print their table."""
+    def evaluation(
+        self,
+        step: int,
+        name: str,
+        results: dict[str, dict[str, float]],
+        table: Table,
+        folders: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Write the results of an evaluator of this name ({model: {metric: value}}) and print their table.
+
+        folders: by model, where the evaluator may have left pictures, which go to the trackers with the results.
+        """
         flat = {f"{model}/{metric}": value for model, numbers in results.items() for metric, value in numbers.items()}
-        self._write({"step": step, **flat}, "eval", {"evaluator": name})
+        pictures = {
+            f"eval/{model}/{path.stem}": path
+            for model, folder in (folders or {}).items()
+            for path in pictures_in(folder)
+        }
+        tables = {f"eval/{name}/table": results} if results else {}
+        self._write({"step": step, **flat}, "eval", {"evaluator": name}, tables, pictures)
         self._progress.console.print(table)
 
     def evaluated_at(self, step: int) -> list[str]:
@@ -135,7 +151,14 @@ class MetricLog:
         """Write how often an evaluator has failed; the record's kind is another than that of results."""
         self._write({"step": step, f"{name}/failures": failures}, "eval_failed", {"evaluator": name})
 
-    def _write(self, record: dict[str, float], prefix: str, names: Mapping[str, str] | None = None) -> None:
+    def _write(
+        self,
+        record: dict[str, float],
+        prefix: str,
+        names: Mapping[str, str] | None = None,
+        tables: Mapping[str, Results] | None = None,
+        pictures: Mapping[str, Path] | None = None,
+    ) -> None:
         step = int(record["step"])
         # JSON has no nan, so that the loss of a skipped step is null.
         written = {key: value if math.isfinite(value) else None for key, value in record.items()}
@@ -143,7 +166,7 @@ class MetricLog:
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
-            tracker.write(named, step)
+            tracker.write(Entry(step, named, tables or {}, pictures or {}))
 
 
 def console_line(record: Mapping[str, float]) -> str:

@@ -21,7 +21,7 @@ from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
 from cosmos_scale.profiling.throughput import RankWork, StepCounter, throughput
-from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE
+from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE, evaluation_folder
 from cosmos_scale.run.goodput import Goodput
 from cosmos_scale.run.metrics import MetricLog, span
 from cosmos_scale.step import StepOutput
@@ -194,11 +194,17 @@ class Progress:
         return from_all([] if self._log is None else self._log.evaluated_at(step), self._ranks)[0]
 
     def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers], table: Table) -> None:
-        """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind."""
+        """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind.
+
+        Pictures that the evaluator has left in its folders go with them.
+        """
         if self._log is not None:
             prefix = "" if evaluator.name == evaluator.kind else f"{evaluator.name}/"
             named = {f"{prefix}{model}": numbers for model, numbers in results.items()}
-            self._log.evaluation(step, evaluator.name, named, table)
+            folders = {
+                f"{prefix}{model}": evaluation_folder(self._folder, evaluator.name, step, model) for model in results
+            }
+            self._log.evaluation(step, evaluator.name, named, table, folders)
 
     def evaluating(self, work: str, done: int, total: int) -> None:
         """Show how far the main rank is with its part of an evaluation."""

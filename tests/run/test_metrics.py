@@ -49,10 +49,16 @@ def steps(folder: Path) -> list[tuple[str, int]]:
     return [(entry["kind"], entry["step"]) for entry in map(json.loads, lines)]
 
 
+def events_of(folder: Path) -> EventAccumulator:
+    """What TensorBoard reads of a run."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """What TensorBoard would show: {tag: {step: value}}."""
-    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
-    events.Reload()
+    events = events_of(folder)
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
@@ -231,12 +237,18 @@ def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
 
 
-def wandb_records(folder: Path) -> list[dict[str, float]]:
-    """The records in the offline files of Weights & Biases under a run's folder, in the order of writing."""
+def wandb_messages(folder: Path) -> list[Any]:
+    """What the offline files of Weights & Biases under a run's folder hold, launch by launch."""
     import wandb.proto.wandb_internal_pb2 as messages  # here: the import takes a second
 
     parse: Any = vars(messages)["Record"].FromString  # the module's names are made as it is imported
-    entries = [parse(data) for path in (folder / "wandb").glob("offline-run-*/run-*.wandb") for data in parts(path)]
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [parse(data) for path in files for data in parts(path)]
+
+
+def wandb_records(folder: Path) -> list[dict[str, float]]:
+    """The records in the offline files of Weights & Biases under a run's folder, in the order of writing."""
+    entries = wandb_messages(folder)
     histories = [entry.history.item for entry in entries if entry.WhichOneof("record_type") == "history"]
     return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one} for one in histories]
 
