@@ -21,10 +21,10 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.flops import step_flops
 from cosmos_scale.profiling.operators import GROUPS, META, Count, total
 from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
 from cosmos_scale.testing.device_counts import count_step, count_update
-from cosmos_scale.testing.needed_flops import step_flops
 from cosmos_scale.testing.ranks import run_ranks
 
 RUNS = {"vitb16": "cc3m_vitb16", "vitb32": "cc3m_vitb32"}

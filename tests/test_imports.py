@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
     # The planner counts a step by doing it, without other ranks and without the work: engine, loss and step themselves.
     "profiling": {"kernels", "model", "loss", "engine", "step"} | FOUNDATION,
-    "run": PARTS - {"kernels", "loss"},
-    "train": PARTS - {"kernels"} | {"run"},
+    "run": PARTS - {"kernels", "loss"} | {"profiling"},
+    "train": PARTS - {"kernels"} | {"run", "profiling"},
     "launch": {"checkpoint", "data", "run"} | FOUNDATION,
     "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling"},
     "demo": PARTS | {"run", "cli", "demo_zero_shot"},
