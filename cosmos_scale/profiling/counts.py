@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 PHASES = ("student", "teacher", "loss", "backward", "update", "refresh")
 """The phases of a step, in their order."""
@@ -15,7 +15,8 @@ class Exchange:
     """Collectives of one phase that are alike.
 
     kind: all_reduce, all_gather, reduce_scatter or broadcast. nbytes: of one of them, the bytes of the largest tensor
-    that it is handed: the whole one, not a rank's share. dtype: as torch names it, "bfloat16".
+    that it is handed: the whole one, not a rank's share. dtype: as torch names it, "bfloat16". done: of each call, the
+    share of the phase's products that the host had called before it; it takes no part in comparisons.
     """
 
     phase: str
@@ -23,6 +24,7 @@ class Exchange:
     dtype: str
     nbytes: int
     calls: int
+    done: tuple[float, ...] = field(default=(), compare=False)
 
     def received(self, world_size: int) -> float:
         """Return the bytes that a rank receives in all of the calls, where ranks form a ring."""
@@ -113,7 +115,7 @@ class Counts:
 def counts_of_json(text: str) -> Counts:
     """Return the counts that `Counts.to_json` wrote."""
     keys = json.loads(text)
-    keys["exchanges"] = tuple(Exchange(**row) for row in keys["exchanges"])
+    keys["exchanges"] = tuple(Exchange(**{**row, "done": tuple(row["done"])}) for row in keys["exchanges"])
     keys["operators"] = tuple(OperatorCount(**{**row, "shape": tuple(row["shape"])}) for row in keys["operators"])
     keys["memory"] = tuple(PhaseMemory(**row) for row in keys["memory"])
     return Counts(**keys)

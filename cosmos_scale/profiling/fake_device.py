@@ -30,7 +30,8 @@ class FakeDevice(PhasedMode):
     as_gpu: whether memory is rounded up as on a GPU. most: what ranks find as the largest of their whole numbers, which
     this rank cannot know of the others; the engine asks for one such number. operators: {(phase, operator, shape,
     dtype): Count}; the shape is that of `shape_of`. collectives: in the order of the calls. calls: operators that the
-    host called, views too, by phase. Notes are taken between `begin` and the end.
+    host called, views too, by phase. flops: of products and attention, by phase. flops_before: of each collective, its
+    phase's until then. Notes are taken between `begin` and the end.
     """
 
     def __init__(self, *, as_gpu: bool, most: int) -> None:
@@ -40,6 +41,8 @@ class FakeDevice(PhasedMode):
         self.operators: dict[tuple[str, str, Shape, str], Count] = {}
         self.collectives: list[Collective] = []
         self.calls: dict[str, int] = {}
+        self.flops: dict[str, int] = {}
+        self.flops_before: list[int] = []
         self._recording = False
 
     def begin(self) -> None:
@@ -68,6 +71,7 @@ class FakeDevice(PhasedMode):
                 shape, dtype, flops = shape_of(name, func, args, kwargs)
                 if flops:
                     count = count._replace(flops=flops)
+                self.flops[self._phase] = self.flops.get(self._phase, 0) + count.flops
                 place = (self._phase, name, shape, dtype)
                 self.operators[place] = self.operators.get(place, Count()).plus(count)
         return output
@@ -78,6 +82,7 @@ class FakeDevice(PhasedMode):
             raise NotImplementedError(f"{func.name()}: nobody has said what this collective moves")
         if found is not None and self._recording:
             self.collectives.append(found)
+            self.flops_before.append(self.flops.get(self._phase, 0))
         if found is not None and (found.kind, found.dtype, found.elements) == ("all_reduce", torch.int64, 1):
             args[0][0].fill_(self._most)
         there = tree_map_only(Tensor, _on_meta, (args, kwargs))

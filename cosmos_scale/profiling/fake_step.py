@@ -6,7 +6,7 @@ Engine, loss, optimizer and train_step are the real ones. Tensors are those of `
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -76,7 +76,7 @@ def count_fake_step(config: RunConfig, ranks: Ranks, lengths_KB: Tensor, *, as_g
         micro_batches=config.train.micro_batches,
         as_gpu=as_gpu,
         elements=elements,
-        exchanges=exchanges_of(device.collectives),
+        exchanges=exchanges_of(device.collectives, _shares_done(device)),
         operators=tuple(
             OperatorCount(phase, group_of(name), name, shape, dtype, *count)
             for (phase, name, shape, dtype), count in device.operators.items()
@@ -99,10 +99,16 @@ def _gradient_hook(device: FakeDevice) -> Callable[[Tensor], None]:
     return arrives
 
 
-def exchanges_of(collectives: Iterable[Collective]) -> tuple[Exchange, ...]:
-    """Return collectives, those that are alike together, in the order of their first."""
-    calls: dict[tuple[str, str, str, int], int] = {}
-    for found in collectives:
+def exchanges_of(collectives: Sequence[Collective], done: Sequence[float] = ()) -> tuple[Exchange, ...]:
+    """Return collectives, those that are alike together, in the order of their first. done: as in Exchange."""
+    calls: dict[tuple[str, str, str, int], list[float]] = {}
+    for place, found in enumerate(collectives):
         key = (found.phase, found.kind, str(found.dtype).removeprefix("torch."), found.nbytes)
-        calls[key] = calls.get(key, 0) + 1
-    return tuple(Exchange(*key, count) for key, count in calls.items())
+        calls.setdefault(key, []).append(done[place] if done else 0.0)
+    return tuple(Exchange(*key, len(shares), tuple(shares)) for key, shares in calls.items())
+
+
+def _shares_done(device: FakeDevice) -> list[float]:
+    """Return which share of its phase's products each collective follows: 1 where the phase has none."""
+    before = zip(device.collectives, device.flops_before, strict=True)
+    return [flops / whole if (whole := device.flops.get(found.phase, 0)) else 1.0 for found, flops in before]

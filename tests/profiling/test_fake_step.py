@@ -1,7 +1,7 @@
 """A step that is counted without other ranks and without the work asks for what the real step asks for."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -72,31 +72,30 @@ def fake_counts(rank: int, _: int, world_size: int) -> list[Counts]:
     return found
 
 
-@pytest.fixture(scope="module")
-def counted() -> dict[int, list[Counts]]:
-    """The counts of each stage by number of ranks."""
-    return {world_size: run_ranks(fake_counts, 1, world_size, timeout=SECONDS)[0] for world_size in (2, 4)}
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
+def counted(request: pytest.FixtureRequest) -> list[Counts]:
+    """The counts of each stage, of one of 2 ranks or of 4."""
+    found: list[Counts] = run_ranks(fake_counts, 1, request.param, timeout=SECONDS)[0]
+    return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_collectives_are_those_of_real_ranks(counted: Mapping[int, list[Counts]], world_size: int) -> None:
+def test_collectives_are_those_of_real_ranks(counted: Sequence[Counts]) -> None:
     """Phase, kind, dtype, bytes and calls, all of them equal, at every stage."""
-    real, *_ = run_ranks(real_exchanges, world_size, timeout=SECONDS)
-    for stage, exchanges, counts in zip(STAGES, real, counted[world_size], strict=True):
+    real, *_ = run_ranks(real_exchanges, counted[0].world_size, timeout=SECONDS)
+    for stage, exchanges, counts in zip(STAGES, real, counted, strict=True):
         assert Counter(counts.exchanges) == Counter(exchanges), stage
         assert exchanges, stage
 
 
-def test_states_are_those_of_the_formula(counted: Mapping[int, list[Counts]]) -> None:
-    """Within 2 % between backward and update, at each number of ranks and stage."""
-    for world_size, found in counted.items():
-        for counts in found:
-            config = config_of(world_size, precision="bf16", zero={"stage": counts.stage})
-            with torch.device("meta"):
-                expected = total_bytes(state_memory(CosmosModel(config.model), config, world_size))
-            left = counts.memory_of("backward").left
-            states = sum(nbytes for owner, nbytes in left.items() if owner not in NOT_STATES)
-            assert states == pytest.approx(expected, rel=STATES_TOLERANCE), (world_size, counts.stage)
+def test_states_are_those_of_the_formula(counted: Sequence[Counts]) -> None:
+    """Within 2 % between backward and update, at each stage."""
+    for counts in counted:
+        config = config_of(counts.world_size, precision="bf16", zero={"stage": counts.stage})
+        with torch.device("meta"):
+            expected = total_bytes(state_memory(CosmosModel(config.model), config, counts.world_size))
+        left = counts.memory_of("backward").left
+        states = sum(nbytes for owner, nbytes in left.items() if owner not in NOT_STATES)
+        assert states == pytest.approx(expected, rel=STATES_TOLERANCE), counts.stage
 
 
 def real_and_counted_peaks(rank: int, world_size: int) -> dict[str, tuple[int, int]]:
@@ -125,8 +124,8 @@ def test_peaks_are_those_of_the_allocator() -> None:
     assert found["recompute 1"][0] < found["all kept"][0]
 
 
-def test_counts_go_through_json(counted: Mapping[int, list[Counts]]) -> None:
-    for counts in counted[2]:
+def test_counts_go_through_json(counted: Sequence[Counts]) -> None:
+    for counts in counted:
         assert counts_of_json(counts.to_json()) == counts
         assert [memory.phase for memory in counts.memory] == list(PHASES)
 
