@@ -1,0 +1,212 @@
+"""Measures a machine: takes steps of a run on it, times each operator of one, and products of many sizes alone.
+
+On CPUs with one thread the clock is the CPU time of the process, so that others' work on the machine does not count.
+On a GPU it is the device's own clock. There the device is kept busy before each operator, so that its lateness behind
+the host is not measured. The way over GPUs has not been run on one yet.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.engine.link_times import exchange_times
+from cosmos_scale.engine.pair import drawn_pair
+from cosmos_scale.engine.ranks import Ranks
+from cosmos_scale.loss import CosmosLoss
+from cosmos_scale.profiling.calibration import Calibration, ExchangeTime, ProductRate, grid_rate
+from cosmos_scale.profiling.counts import OperatorCount
+from cosmos_scale.profiling.fake_device import Shape, shape_of
+from cosmos_scale.profiling.operators import Count, PhasedMode, count_operator, group_of, short_name
+from cosmos_scale.profiling.phased_step import step_in_phases
+from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
+
+WARM_UP, STEPS = 2, 3
+GRID_CPU, GRID_GPU = (64, 256, 1024, 4096), (128, 512, 2048, 8192, 32768)
+GRID_MOST = 2**37  # operations of the largest product that is timed, a GPU's; a CPU's: a 32nd
+REPEATS = 3
+COPIED = 2**26  # bytes of the copy
+BUSY_CYCLES = 400_000  # of a GPU's clock before each operator: longer than the host needs for it
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Tells seconds of a device's work."""
+
+    device: torch.device
+
+    def seconds(self, work: Callable[[], Any], *, busy: bool = True) -> tuple[Any, float]:
+        """Do some work; return its result and how long the device took. busy: whether a GPU is kept busy before it."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if busy:
+                torch.cuda._sleep(BUSY_CYCLES)
+            begin.record()
+            output = work()
+            end.record()
+            end.synchronize()
+            return output, begin.elapsed_time(end) / 1e3
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        started = clock()
+        return (output := work()), clock() - started
+
+
+@dataclass
+class _OperatorTimer(PhasedMode):
+    """Times the operators that run inside it. A context manager. found: what each kind asked for and took."""
+
+    clock: _Clock
+    found: dict[tuple[str, Shape, str], tuple[Count, float]] = field(default_factory=dict)
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.calls += 1
+        if func.namespace == "c10d" or func.is_view:
+            return func(*args, **kwargs)
+        output, seconds = self.clock.seconds(lambda: func(*args, **kwargs))
+        count = count_operator(func, args, kwargs, output)
+        if count is not None:
+            name = short_name(func)
+            shape, dtype, flops = shape_of(name, func, args, kwargs)
+            if flops:
+                count = count._replace(flops=flops)
+            before, spent = self.found.get((name, shape, dtype), (Count(), 0.0))
+            self.found[name, shape, dtype] = before.plus(count), spent + seconds
+        return output
+
+    def rows(self) -> Iterator[tuple[OperatorCount, float]]:
+        """Yield what was found, as a counted step has it, and its seconds."""
+        for (name, shape, dtype), (count, seconds) in self.found.items():
+            yield OperatorCount("", group_of(name), name, shape, dtype, *count), seconds
+
+
+def calibrate(config: RunConfig, samples: int, ranks: Ranks) -> Calibration:
+    """Measure this machine with steps of a run, of so many samples a rank. Collective; takes a minute or two.
+
+    The machine should have nothing else to do.
+    """
+    clock = _Clock(ranks.device)
+    timer = _OperatorTimer(clock)
+    steps = _timed_steps(config, samples, ranks, STEPS, timer)
+    measured, host = (statistics.median(times) for times in zip(*steps, strict=True))
+    rows = list(timer.rows())
+    operators = sum(seconds for _, seconds in rows)
+    if ranks.device.type == "cpu":
+        host = max(measured - operators, 0.0)  # what a CPU does beside the operators
+    products = tuple(_products(config, ranks.device, clock))
+    copied = _copied(ranks.device, clock)
+    calibration = Calibration(
+        device="cpu" if ranks.device.type == "cpu" else torch.cuda.get_device_name(ranks.device),
+        threads=torch.get_num_threads(),
+        precision=config.precision,
+        fitted_on=f"{config.name}, {samples} samples a rank",
+        products=products,
+        product_times=_product_times(rows, products),
+        attention=_rates(rows, "attention"),
+        moved=_rates(rows, "copies") | _rates(rows, "norms and pointwise"),
+        copied=copied,
+        host=max(host / timer.calls, 1e-9),
+        factor=1.0,
+        exchanges=tuple(ExchangeTime(*found) for found in exchange_times(ranks)),
+    )
+    summed = operators + (host if ranks.device.type == "cpu" else 0.0)
+    # With several ranks a step waits for collectives too; there the sum stands as it is.
+    return replace(calibration, factor=measured / summed if ranks.world_size == 1 else 1.0)
+
+
+def real_steps(config: RunConfig, samples: int, ranks: Ranks, steps: int) -> list[float]:
+    """Take steps of so many samples a rank, and return the seconds of each after the first ones. Collective."""
+    return [seconds for seconds, _ in _timed_steps(config, samples, ranks, steps, None)]
+
+
+def _timed_steps(
+    config: RunConfig, samples: int, ranks: Ranks, steps: int, timer: "_OperatorTimer | None"
+) -> list[tuple[float, float]]:
+    """Take steps. Return the seconds and the CPU seconds of each; then take one more, whose operators are timed."""
+    train = config.train.model_copy(update={"global_batch": samples * ranks.world_size})
+    config = config.model_copy(update={"train": train})
+    pair, loss = drawn_pair(config, ranks), CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
+    batch, clock = planned_batch(config, planned_lengths(config, samples), ranks.device), _Clock(ranks.device)
+
+    def step() -> None:
+        step_in_phases(*pair, loss, batch, lambda _: None)
+
+    for _ in range(WARM_UP):
+        step()
+    found = []
+    for _ in range(steps):
+        started = time.process_time()
+        _, seconds = clock.seconds(step, busy=False)
+        found.append((seconds, time.process_time() - started))
+    if timer is not None:
+        with timer:
+            step()
+    pair.close()
+    return found
+
+
+def _product_times(rows: list[tuple[OperatorCount, float]], grid: tuple[ProductRate, ...]) -> dict[str, float]:
+    """Return by operator how many times as long as by the grid its products took in the step."""
+    took: dict[str, list[float]] = {}
+    for count, seconds in rows:
+        if count.group == "products" and len(count.shape) == 4 and seconds > 0:
+            both = took.setdefault(count.name, [0.0, 0.0])
+            both[0] += seconds
+            both[1] += count.flops / grid_rate(grid, *count.shape[1:])
+    return {name: seconds / by_grid for name, (seconds, by_grid) in took.items() if by_grid > 0}
+
+
+def _rates(rows: list[tuple[OperatorCount, float]], group: str) -> dict[str, float]:
+    """Return the rates of a group's operators: of attention operations a second, else bytes a second."""
+    took: dict[str, list[float]] = {}
+    for count, seconds in rows:
+        if count.group == group:
+            both = took.setdefault(count.name, [0.0, 0.0])
+            both[0] += count.flops if group == "attention" else count.nbytes
+            both[1] += seconds
+    return {name: amount / seconds for name, (amount, seconds) in took.items() if amount > 0 and seconds > 0}
+
+
+def _products(config: RunConfig, device: torch.device, clock: _Clock) -> Iterator[ProductRate]:
+    """Time products of a grid of sizes alone. Those that would take too long have the rate of the next smaller."""
+    on_gpu = device.type == "cuda"
+    sizes, most = (GRID_GPU, GRID_MOST) if on_gpu else (GRID_CPU, GRID_MOST // 32)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    known: dict[tuple[int, int, int], float] = {}
+    for m in sizes:
+        for k in sizes:
+            for n in sizes:
+                if 2 * m * k * n > most and known:
+                    nearest = min(known, key=lambda point: _steps_between(point, (m, k, n)))
+                    known[m, k, n] = known[nearest]
+                else:
+                    left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((m, k), (k, n)))
+                    known[m, k, n] = 2 * m * k * n / _fastest(lambda: torch.mm(left, right), clock)  # noqa: B023
+                yield ProductRate(m, k, n, known[m, k, n])
+
+
+def _steps_between(one: Sequence[int], other: Sequence[int]) -> float:
+    return sum(abs(math.log(mine / theirs)) for mine, theirs in zip(one, other, strict=True))
+
+
+def _copied(device: torch.device, clock: _Clock) -> float:
+    """Return the bytes a second of a large copy, read and written."""
+    source, target = (torch.ones(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * COPIED / _fastest(lambda: target.copy_(source), clock)
+
+
+def _fastest(work: Callable[[], Tensor], clock: _Clock) -> float:
+    work()
+    return max(min(clock.seconds(work)[1] for _ in range(REPEATS)), 1e-7)
