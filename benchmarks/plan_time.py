@@ -50,7 +50,9 @@ def figure_of(name: str, config: RunConfig, machine: Machine, steps: int) -> Fig
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argument_parser("plan_time", (__doc__ or "").partition("\n")[0], ("", "--model tiny --json plan_time.json"))
+    parser = argument_parser(
+        "plan_time", (__doc__ or "").partition("\n")[0], ("", "--model tiny --json plan_time.json")
+    )
     parser.add_argument("--model", choices=[*CASES, "all"], default="all", help=f"default: all ({' '.join(PLANNED)})")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="measured steps (default: 3)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default: 1)")

@@ -27,7 +27,7 @@ from cosmos_scale.profiling.operators import Count, PhasedMode, count_operator, 
 from cosmos_scale.profiling.phased_step import step_in_phases
 from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
 
-WARM_UP, STEPS = 2, 3
+WARM_UP, STEPS, NARROW_STEPS = 2, 3, 10
 GRID_CPU, GRID_GPU = (64, 256, 1024, 4096), (128, 512, 2048, 8192, 32768)
 GRID_MOST = 2**37  # operations of the largest product that is timed, a GPU's; a CPU's: a 32nd
 REPEATS = 3
@@ -99,12 +99,9 @@ def calibrate(config: RunConfig, samples: int, ranks: Ranks) -> Calibration:
     """
     clock = _Clock(ranks.device)
     timer = _OperatorTimer(clock)
-    steps = _timed_steps(config, samples, ranks, STEPS, timer)
-    measured, host = (statistics.median(times) for times in zip(*steps, strict=True))
+    measured = statistics.median(seconds for seconds, _ in _timed_steps(config, samples, ranks, STEPS, timer))
     rows = list(timer.rows())
-    operators = sum(seconds for _, seconds in rows)
-    if ranks.device.type == "cpu":
-        host = max(measured - operators, 0.0)  # what a CPU does beside the operators
+    host = _host_seconds(config, ranks)
     products = tuple(_products(config, ranks.device, clock))
     copied = _copied(ranks.device, clock)
     calibration = Calibration(
@@ -117,11 +114,11 @@ def calibrate(config: RunConfig, samples: int, ranks: Ranks) -> Calibration:
         attention=_rates(rows, "attention"),
         moved=_rates(rows, "copies") | _rates(rows, "norms and pointwise"),
         copied=copied,
-        host=max(host / timer.calls, 1e-9),
+        host=host,
         factor=1.0,
         exchanges=tuple(ExchangeTime(*found) for found in exchange_times(ranks)),
     )
-    summed = operators + (host if ranks.device.type == "cpu" else 0.0)
+    summed = sum(seconds for _, seconds in rows) + (host * timer.calls if ranks.device.type == "cpu" else 0.0)
     # With several ranks a step waits for collectives too; there the sum stands as it is.
     return replace(calibration, factor=measured / summed if ranks.world_size == 1 else 1.0)
 
@@ -155,6 +152,28 @@ def _timed_steps(
             step()
     pair.close()
     return found
+
+
+def _host_seconds(config: RunConfig, ranks: Ranks) -> float:
+    """Return the host's seconds for an operator that it calls: in steps of the run's depth that hardly compute."""
+    timer = _OperatorTimer(_Clock(ranks.device))
+    steps = _timed_steps(_narrow(config), 1, ranks, NARROW_STEPS, timer)
+    measured, host = (statistics.median(times) for times in zip(*steps, strict=True))
+    if ranks.device.type == "cpu":  # there the host computes too
+        host = max(measured - sum(seconds for _, seconds in timer.rows()), 0.1 * measured)
+    return host / timer.calls
+
+
+def _narrow(config: RunConfig) -> RunConfig:
+    tree = config.model_dump(mode="json")
+    vision = config.model.vision
+    patch = vision.patch_size
+    tree["model"]["embed_dim"] = 8 * config.model.pooler_heads
+    tree["model"]["vision"] |= {"image_size": 2 * patch, "width": vision.head_width}
+    tree["model"]["text"] |= {"width": 64, "heads": 1}
+    tree["data"]["views"]["local_size"] = patch
+    tree["train"]["micro_batches"] = 1
+    return RunConfig.model_validate(tree)
 
 
 def _product_times(rows: list[tuple[OperatorCount, float]], grid: tuple[ProductRate, ...]) -> dict[str, float]:
