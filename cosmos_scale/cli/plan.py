@@ -18,9 +18,9 @@ def add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     """Add the command; the defaults of its parser are its name (`command`) and its function (`run`)."""
     parser = with_examples(commands.add_parser("plan", help="what a run will ask of a cluster"), EXAMPLES)
     parser.description = (
-        "Count a step of a run as one rank of a cluster would do it, without GPUs and without the other ranks: memory,\n"
-        "largest batches, work and traffic. The step is the trainer's own; nothing is computed. It takes half a minute,\n"
-        "at ZeRO stage 3 with hundreds of ranks some minutes."
+        "Count a step of a run as one rank of a cluster would do it, without GPUs and without the other ranks:\n"
+        "memory, largest batches, work and traffic. The step is the trainer's own, but nothing is computed. It takes\n"
+        "half a minute, and minutes at ZeRO stage 3 with hundreds of ranks."
     )
     parser.add_argument(
         "file",

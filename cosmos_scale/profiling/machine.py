@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, reason_of
+from cosmos_scale.files import read_regular, reason_of
 
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -54,13 +54,9 @@ MACHINES = {
 def read_machine(path: Path) -> Machine:
     """Read a machine from a file. Raises UserError: no such file, no such keys, no numbers."""
     try:
-        keys = load_json(read_regular(path))
+        return TypeAdapter(Machine).validate_json(read_regular(path), strict=True)
     except OSError as error:
         raise UserError(f"{path}: {reason_of(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON: {error}; rule: a machine's file") from None
-    try:
-        return TypeAdapter(Machine).validate_python(keys, strict=True)
     except ValidationError as error:
         found = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}") from None
