@@ -6,6 +6,7 @@ A segment is one view: a segment's queries attend to the same segment's keys onl
 import inspect
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Literal
@@ -147,6 +148,13 @@ def find_function(backend: str) -> Callable[..., Any] | str:
     A package may be there without the function: where only flash-attn 4 is installed, `flash_attn` is an empty
     namespace.
     """
+    # In a thread of its own: a package that does not load may keep its exception for good, and with it the frames of
+    # all callers. Asked for in a forward, these would hold the step's first activations (xformers 0.0.35 does so).
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_load_function, backend).result()
+
+
+def _load_function(backend: str) -> Callable[..., Any] | str:
     try:
         if backend == "flash_attn_4":
             from flash_attn.cute import flash_attn_varlen_func as function

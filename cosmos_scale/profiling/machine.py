@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, reason_of
+from cosmos_scale.files import read_regular, reason_of
 from cosmos_scale.profiling.calibration import Calibration
 
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -34,8 +34,8 @@ class Machine:
     link: Rate
     network: Rate
     source: str
-    cores: Rate
-    pcie: Rate
+    cores: Rate = 12.0
+    pcie: Rate = 25.0
     calibration: Calibration | None = None
 
     def to_json(self) -> str:
@@ -80,13 +80,9 @@ def calibrated_machine(calibration: Calibration) -> Machine:
 def read_machine(path: Path) -> Machine:
     """Read a machine from a file. Raises UserError: no such file, no such keys, no numbers."""
     try:
-        keys = load_json(read_regular(path))
+        return TypeAdapter(Machine).validate_json(read_regular(path), strict=True)
     except OSError as error:
         raise UserError(f"{path}: {reason_of(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON: {error}; rule: a machine's file") from None
-    try:
-        return TypeAdapter(Machine).validate_json(json.dumps(keys), strict=True)  # as JSON: its lists are tuples here
     except ValidationError as error:
         found = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}") from None

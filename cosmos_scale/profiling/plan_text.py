@@ -57,8 +57,8 @@ def work_lines(plan: Plan) -> Iterator[str]:
     launches = sum(found.launches for found in plan.counts.operators)
     nbytes = sum(found.nbytes for found in plan.counts.operators if found.group not in ("products", "attention"))
     yield (
-        f"  {nbytes / 1e9:,.1f} GB read and written outside of products and attention; {launches:,} launches of "
-        f"kernels, {calls:,} operators called by the host"
+        f"  {nbytes / 1e9:,.1f} GB read and written outside of products and attention; {launches:,} launches; "
+        f"the host calls {calls:,} operators"
     )
 
 
