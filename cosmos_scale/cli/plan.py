@@ -62,11 +62,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.config.load import load_config
 
     config = load_config(run_file(arguments.file), arguments.overrides)
-    if arguments.calibrate:
-        return _calibrate(config, arguments.calibrate)
     if arguments.out and not arguments.sweep:
         arguments.parser.error("--out: names the folder of --sweep's files; give --sweep too")
+    if arguments.calibrate and (arguments.json or arguments.sweep):
+        arguments.parser.error("--calibrate: plans nothing; leave out --json and --sweep")
+    if arguments.calibrate:
+        return _calibrate(config, arguments.calibrate)
     # These imports take seconds. The config comes first, so that its mistakes are told at once.
+    from cosmos_scale.files import make_output_folder
     from cosmos_scale.profiling.machine import MACHINES, read_machine
     from cosmos_scale.profiling.plan import Cluster, make_plan
     from cosmos_scale.profiling.plan_files import SWEEP_GPUS, write_plan, write_sweep
@@ -76,6 +79,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.profiling.remedies import count_variants, remedies, scaling
 
     machine = MACHINES[arguments.gpu] if arguments.gpu else read_machine(arguments.machine)
+    if arguments.sweep:
+        make_output_folder(arguments.out or Path())
     cluster = Cluster(arguments.nodes, arguments.gpus, machine)
     config.samples_per_rank(cluster.world_size)
     print(f"plan: counting steps of {cluster.world_size:,} ranks ...", file=sys.stderr, flush=True)

@@ -158,8 +158,9 @@ def _host_seconds(config: RunConfig, ranks: Ranks) -> float:
     """Return the host's seconds for an operator that it calls: in steps of the run's depth that hardly compute."""
     timer = _OperatorTimer(_Clock(ranks.device))
     steps = _timed_steps(_narrow(config), 1, ranks, NARROW_STEPS, timer)
-    measured, host = (statistics.median(times) for times in zip(*steps, strict=True))
+    host = statistics.median(cpu_seconds for _, cpu_seconds in steps)
     if ranks.device.type == "cpu":  # there the host computes too
+        measured = statistics.median(seconds for seconds, _ in steps)
         host = max(measured - sum(seconds for _, seconds in timer.rows()), 0.1 * measured)
     return host / timer.calls
 

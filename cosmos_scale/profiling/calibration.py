@@ -64,6 +64,12 @@ class Calibration:
     factor: Positive
     exchanges: tuple[ExchangeTime, ...] = ()
 
+    def __post_init__(self) -> None:
+        points = {(point.m, point.k, point.n) for point in self.products}
+        sizes = [len({point[axis] for point in points}) for axis in range(3)]
+        if not points or math.prod(sizes) != len(points) or len(points) != len(self.products):
+            raise ValueError("products: must hold each combination of their sizes m, k and n once")
+
 
 def grid_rate(grid: Sequence[ProductRate], m: int, k: int, n: int) -> float:
     """Return the operations a second of a product, from those of a grid: linear between its points, in logarithms.

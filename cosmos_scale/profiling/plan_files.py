@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cosmos_scale.files import make_output_folder, replace_file, whole_file, writing
+from cosmos_scale.files import replace_file, whole_file, writing
 from cosmos_scale.profiling.plan import GIB, OUTSIDE_TORCH
 from cosmos_scale.profiling.plan_time import PlannedTime, StepTime
 from cosmos_scale.profiling.plan_time_text import PlannedRun
@@ -77,8 +77,7 @@ def write_plan(run: PlannedRun, path: Path) -> None:
 
 
 def write_sweep(outlooks: Sequence[Outlook], title: str, folder: Path) -> None:
-    """Write a sweep's table and picture. Raises UserError where they cannot be written."""
-    make_output_folder(folder)
+    """Write a sweep's table and picture into a folder that is there. Raises UserError where they cannot be written."""
     rows = [_outlook_tree(outlook) for outlook in outlooks]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
