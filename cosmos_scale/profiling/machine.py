@@ -38,6 +38,11 @@ class Machine:
     pcie: Rate = 25.0
     calibration: Calibration | None = None
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether steps run as on a GPU."""
+        return self.calibration is None or self.calibration.device != "cpu"
+
     def to_json(self) -> str:
         """Return the machine as the text of a file that `read_machine` reads."""
         return json.dumps(asdict(self), indent=1) + "\n"

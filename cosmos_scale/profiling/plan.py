@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     sizes = _two_sizes(samples, config.train.micro_batches)
     variants = {every: _with_recompute(config, every) for every in RECOMPUTES}
     runs = [(config, samples)] + [(variant, size) for variant in variants.values() for size in sizes]
-    counts, *others = count_runs(runs, cluster.world_size)
+    counts, *others = count_runs(runs, cluster.world_size, as_gpu=cluster.machine.is_gpu)
     free = cluster.machine.memory_gib * GIB - OUTSIDE_TORCH
     largest = {
         every: _largest(others[2 * place : 2 * place + 2], free, config.train.micro_batches)

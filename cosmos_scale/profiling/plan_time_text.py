@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cosmos_scale.profiling.plan import GIB, Plan
-from cosmos_scale.profiling.plan_time import PlannedTime, StepTime, loaders
+from cosmos_scale.profiling.plan_time import PlannedTime, loaders
 from cosmos_scale.profiling.remedies import Outlook, Remedy
 
 SHARD_BYTES = 60_000
 """Assumed bytes of a sample in the shards: its JPEG and its captions."""
+SHOWN = 0.005  # of a gain: less is shown as 0%
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def time_lines(run: PlannedRun) -> Iterator[str]:
     yield _row("a step", *(step.seconds for step in steps))
     low, high = time.rates
     yield (
-        f"bottleneck: {_limit(time.expected)}   {time.rate:,.0f} samples/s/GPU [{low:,.0f} .. {high:,.0f}] = "
+        f"bottleneck: {time.expected.limit}   {time.rate:,.0f} samples/s/GPU [{low:,.0f} .. {high:,.0f}] = "
         f"{time.rate * plan.cluster.world_size:,.0f}/s = MFU {time.mfu:.0%} [{time.mfus[0]:.0%} .. {time.mfus[1]:.0%}]"
     )
     yield from _run_lines(run)
@@ -68,19 +69,19 @@ def _run_lines(run: PlannedRun) -> Iterator[str]:
 
 def remedy_lines(run: PlannedRun) -> Iterator[str]:
     """Yield what would help, what gains most first."""
-    yield f"{'what would help':<62}{'samples/s/GPU':>14}{'gain':>8}{'GiB':>8}"
+    yield f"{'what would help':<59}{'samples/s/GPU':>14}{'gain':>7}{'GiB':>7}{'step ms':>9}  waits for"
     for remedy in run.remedies:
         outlook = remedy.outlook
         yield (
-            f"  {outlook.change:<60}{outlook.time.rate:>14,.0f}{remedy.gain:>+8.0%}{outlook.memory / GIB:>8.1f}  "
-            f"{remedy.verdict}; {_limit(outlook.time.expected)}"
+            f"  {remedy.verdict + ':':<9}{outlook.change:<48}{outlook.time.rate:>14,.0f}{_gain(remedy.gain):>7}"
+            f"{outlook.memory / GIB:>7.1f}{1e3 * outlook.time.expected.seconds:>9.1f}  {outlook.time.expected.limit}"
         )
 
 
 def scaling_lines(run: PlannedRun) -> Iterator[str]:
     """Yield samples a second and GPU by ZeRO stage and number of GPUs."""
     sizes = list(dict.fromkeys(outlook.cluster.world_size for outlook in run.scaling))
-    heads = "".join(f"{f'{size:,} GPUs':>12}" for size in sizes)
+    heads = "".join(f"{f'{size:,} GPU' + 's' * (size > 1):>12}" for size in sizes)
     yield f"samples/s/GPU at {run.time.samples:,} a GPU (the global batch grows)"
     yield f"{'':<14}{heads}"
     for stage in dict.fromkeys(outlook.stage for outlook in run.scaling):
@@ -92,8 +93,8 @@ def scaling_lines(run: PlannedRun) -> Iterator[str]:
     yield f"  at {sizes[-1]:,} GPUs the loss is {share:.0%} of what the GPU computes"
 
 
-def _limit(time: StepTime) -> str:
-    return f"{time.limit}, {time.seconds * 1e3:,.1f} ms"
+def _gain(gain: float) -> str:
+    return "0%" if abs(gain) < SHOWN else f"{gain:+.0%}"
 
 
 def _row(name: str, expected: float, *ends: float) -> str:

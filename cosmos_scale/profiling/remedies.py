@@ -71,7 +71,8 @@ class Remedy:
 def count_variants(plan: Plan) -> list[Variant]:
     """Count what the remedies and the table of scaling need, in one process. Takes some seconds for each."""
     asked = list(_asked(plan))
-    counts = count_runs([(config, samples) for _, config, samples in asked], COUNTED_RANKS)
+    runs = [(config, samples) for _, config, samples in asked]
+    counts = count_runs(runs, COUNTED_RANKS, as_gpu=plan.cluster.machine.is_gpu)
     return [Variant(*ask, found) for ask, found in zip(asked, counts, strict=True)]
 
 
@@ -140,7 +141,7 @@ def _clusters(variant: Variant, plan: Plan) -> Iterator[tuple[str, Cluster]]:
             yield f"the same batch on {int(size):,} GPUs, {variant.samples:,} a GPU", other
     if ratio > 1:
         batch = variant.samples * cluster.world_size
-        yield f"train.global_batch={batch} (trains otherwise: tune lr again)", cluster
+        yield f"train.global_batch={batch} (another training)", cluster
 
 
 def _relieved(plan: Plan, time: PlannedTime) -> Iterator[Remedy]:

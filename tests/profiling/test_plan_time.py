@@ -161,7 +161,7 @@ def test_counts_scale_with_the_ranks() -> None:
 def run(monkeypatch: pytest.MonkeyPatch) -> PlannedRun:
     """A planned run: 4 samples a GPU take 8 ms at every stage but 3, where they take 16."""
 
-    def counted(runs: list[tuple[RunConfig, int]], world_size: int) -> list[Counts]:
+    def counted(runs: list[tuple[RunConfig, int]], world_size: int, *, as_gpu: bool) -> list[Counts]:
         found = []
         for config, samples in runs:
             ms = 4 + samples * (3 if config.zero.stage == 3 else 1)
