@@ -10,6 +10,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from cosmos_scale.engine.link_times import exchange_times
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.loss import CosmosLoss
-from cosmos_scale.profiling.calibration import Calibration, ExchangeTime, ProductRate, grid_rate
+from cosmos_scale.profiling.calibration import Calibration, ExchangeTime, MeasuredRates, ProductRate, fit_operators
 from cosmos_scale.profiling.counts import OperatorCount
 from cosmos_scale.profiling.fake_device import Shape, shape_of
 from cosmos_scale.profiling.operators import Count, PhasedMode, count_operator, group_of, short_name
@@ -32,6 +34,7 @@ GRID_CPU, GRID_GPU = (64, 256, 1024, 4096), (128, 512, 2048, 8192, 32768)
 GRID_MOST = 2**37  # operations of the largest product that is timed, a GPU's; a CPU's: a 32nd
 REPEATS = 3
 COPIED = 2**26  # bytes of the copy
+ONE_DNN = "_linear_pointwise"
 BUSY_CYCLES = 400_000  # of a GPU's clock before each operator: longer than the host needs for it
 
 
@@ -101,8 +104,13 @@ def calibrate(config: RunConfig, samples: int, ranks: Ranks) -> Calibration:
     timer = _OperatorTimer(clock)
     measured = statistics.median(seconds for seconds, _ in _timed_steps(config, samples, ranks, STEPS, timer))
     rows = list(timer.rows())
-    host = _host_seconds(config, ranks)
-    products = tuple(_products(config, ranks.device, clock))
+    host, narrow = _narrow_step(config, ranks)
+    products = tuple(
+        ProductRate(name, *point)
+        for name, multiply in _multiply_by(timer).items()
+        for point in _grid(config, ranks.device, clock, multiply)
+    )
+    fits = fit_operators([*rows, *narrow], products)
     copied = _copied(ranks.device, clock)
     calibration = Calibration(
         device="cpu" if ranks.device.type == "cpu" else torch.cuda.get_device_name(ranks.device),
@@ -110,15 +118,16 @@ def calibrate(config: RunConfig, samples: int, ranks: Ranks) -> Calibration:
         precision=config.precision,
         fitted_on=f"{config.name}, {samples} samples a rank",
         products=products,
-        product_times=_product_times(rows, products),
-        attention=_rates(rows, "attention"),
-        moved=_rates(rows, "copies") | _rates(rows, "norms and pointwise"),
+        fits=fits,
         copied=copied,
         host=host,
         factor=1.0,
         exchanges=tuple(ExchangeTime(*found) for found in exchange_times(ranks)),
     )
-    summed = sum(seconds for _, seconds in rows) + (host * timer.calls if ranks.device.type == "cpu" else 0.0)
+    rates = MeasuredRates(calibration, link=1.0, network=1.0)
+    summed = sum(rates.operator_seconds(count, config.precision) for count, _ in rows)
+    if ranks.device.type == "cpu":
+        summed += host * timer.calls
     # With several ranks a step waits for collectives too; there the sum stands as it is.
     return replace(calibration, factor=measured / summed if ranks.world_size == 1 else 1.0)
 
@@ -154,15 +163,18 @@ def _timed_steps(
     return found
 
 
-def _host_seconds(config: RunConfig, ranks: Ranks) -> float:
-    """Return the host's seconds for an operator that it calls: in steps of the run's depth that hardly compute."""
+def _narrow_step(config: RunConfig, ranks: Ranks) -> tuple[float, list[tuple[OperatorCount, float]]]:
+    """Take steps of the run's depth that hardly compute.
+
+    Return the host's seconds for an operator that it calls, and the operators of one step with their seconds.
+    """
     timer = _OperatorTimer(_Clock(ranks.device))
     steps = _timed_steps(_narrow(config), 1, ranks, NARROW_STEPS, timer)
     host = statistics.median(cpu_seconds for _, cpu_seconds in steps)
     if ranks.device.type == "cpu":  # there the host computes too
         measured = statistics.median(seconds for seconds, _ in steps)
         host = max(measured - sum(seconds for _, seconds in timer.rows()), 0.1 * measured)
-    return host / timer.calls
+    return host / timer.calls, list(timer.rows())
 
 
 def _narrow(config: RunConfig) -> RunConfig:
@@ -177,44 +189,38 @@ def _narrow(config: RunConfig) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def _product_times(rows: list[tuple[OperatorCount, float]], grid: tuple[ProductRate, ...]) -> dict[str, float]:
-    """Return by operator how many times as long as by the grid its products took in the step."""
-    took: dict[str, list[float]] = {}
-    for count, seconds in rows:
-        if count.group == "products" and len(count.shape) == 4 and seconds > 0:
-            both = took.setdefault(count.name, [0.0, 0.0])
-            both[0] += seconds
-            both[1] += count.flops / grid_rate(grid, *count.shape[1:])
-    return {name: seconds / by_grid for name, (seconds, by_grid) in took.items() if by_grid > 0}
+def _multiply_by(timer: _OperatorTimer) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Return the operators whose products are timed alone: mm, and oneDNN's where the step has it."""
+    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mm": torch.mm}
+    if any(name == ONE_DNN for name, _, _ in timer.found):
+
+        def one_dnn(left: Tensor, right: Tensor) -> Tensor:
+            output: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+            return output
+
+        found[ONE_DNN] = one_dnn
+    return found
 
 
-def _rates(rows: list[tuple[OperatorCount, float]], group: str) -> dict[str, float]:
-    """Return the rates of a group's operators: of attention operations a second, else bytes a second."""
-    took: dict[str, list[float]] = {}
-    for count, seconds in rows:
-        if count.group == group:
-            both = took.setdefault(count.name, [0.0, 0.0])
-            both[0] += count.flops if group == "attention" else count.nbytes
-            both[1] += seconds
-    return {name: amount / seconds for name, (amount, seconds) in took.items() if amount > 0 and seconds > 0}
+def _grid(
+    config: RunConfig, device: torch.device, clock: _Clock, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[int, int, int, float]]:
+    """Time products of a grid of sizes. Yield m, k, n and the operations a second.
 
-
-def _products(config: RunConfig, device: torch.device, clock: _Clock) -> Iterator[ProductRate]:
-    """Time products of a grid of sizes alone. Those that would take too long have the rate of the next smaller."""
-    on_gpu = device.type == "cuda"
-    sizes, most = (GRID_GPU, GRID_MOST) if on_gpu else (GRID_CPU, GRID_MOST // 32)
+    Those that would take too long have the rate of the nearest that does not.
+    """
+    sizes, most = (GRID_GPU, GRID_MOST) if device.type == "cuda" else (GRID_CPU, GRID_MOST // 32)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    known: dict[tuple[int, int, int], float] = {}
-    for m in sizes:
-        for k in sizes:
-            for n in sizes:
-                if 2 * m * k * n > most and known:
-                    nearest = min(known, key=lambda point: _steps_between(point, (m, k, n)))
-                    known[m, k, n] = known[nearest]
-                else:
-                    left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((m, k), (k, n)))
-                    known[m, k, n] = 2 * m * k * n / _fastest(lambda: torch.mm(left, right), clock)  # noqa: B023
-                yield ProductRate(m, k, n, known[m, k, n])
+    points = list(product(sizes, repeat=3))
+    timed = {}
+    for m, k, n in points:
+        if 2 * m * k * n <= most:
+            left = torch.ones((m, k), dtype=dtype, device=device)
+            right = torch.ones((n, k), dtype=dtype, device=device).t()
+            timed[m, k, n] = 2 * m * k * n / _fastest(partial(multiply, left, right), clock, fresh=True)
+    for m, k, n in points:
+        nearest = min(timed, key=partial(_steps_between, (m, k, n)))
+        yield m, k, n, timed[nearest]
 
 
 def _steps_between(one: Sequence[int], other: Sequence[int]) -> float:
@@ -227,6 +233,12 @@ def _copied(device: torch.device, clock: _Clock) -> float:
     return 2 * COPIED / _fastest(lambda: target.copy_(source), clock)
 
 
-def _fastest(work: Callable[[], Tensor], clock: _Clock) -> float:
+def _fastest(work: Callable[[], Tensor], clock: _Clock, *, fresh: bool = False) -> float:
+    """Return the least seconds of some work. fresh: whether caches are filled with other things before."""
     work()
-    return max(min(clock.seconds(work)[1] for _ in range(REPEATS)), 1e-7)
+    trash = torch.ones(COPIED // 4 if fresh else 0, device=clock.device)
+    found = []
+    for _ in range(REPEATS):
+        trash.add_(1.0)
+        found.append(clock.seconds(work)[1])
+    return max(min(found), 1e-7)

@@ -14,6 +14,7 @@ from pydantic import Field
 from cosmos_scale.profiling.counts import Counts, OperatorCount
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Size = Annotated[int, Field(gt=0)]
 TOLERANCE = 0.15
 """Of a calibrated step's time: benchmarks/plan_time.py holds it on other sizes than those of the calibration."""
@@ -23,8 +24,9 @@ LATENCY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class ProductRate:
-    """Products of [m, k] and [k, n], timed alone: operations a second."""
+    """Products of [m, k] and [k, n] by an operator, timed alone, operands in no cache: operations a second."""
 
+    operator: str
     m: Size
     k: Size
     n: Size
@@ -42,13 +44,20 @@ class ExchangeTime:
 
 
 @dataclass(frozen=True)
+class OperatorFit:
+    """An operator's seconds in the step: `first` and `second` times what it was asked for, see `asked_for`."""
+
+    first: Share
+    second: Share
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Rates of a machine, as its own step showed them.
 
-    device: cpu, or the GPU's name. fitted_on: the step that was taken. products: a grid of sizes. product_times: by
-    operator, how many times as long as by the grid its products took in the step. attention: by operator, operations a
-    second. moved: of all other operators, bytes a second. copied: of a large copy, bytes a second. host: seconds for an
-    operator that the host calls, beside the device's work. factor: the step's time over the sum of its parts.
+    device: cpu, or the GPU's name. fitted_on: the step that was taken. products: a grid of sizes for each of some
+    operators, mm among them. fits: of each operator of the step. copied: of a large copy, bytes a second. host: seconds
+    for an operator that the host calls, beside the device's work. factor: the step's time over the sum of its parts.
     """
 
     device: str
@@ -56,26 +65,66 @@ class Calibration:
     precision: str
     fitted_on: str
     products: tuple[ProductRate, ...]
-    product_times: dict[str, Positive]
-    attention: dict[str, Positive]
-    moved: dict[str, Positive]
+    fits: dict[str, OperatorFit]
     copied: Positive
     host: Positive
     factor: Positive
     exchanges: tuple[ExchangeTime, ...] = ()
 
     def __post_init__(self) -> None:
-        points = {(point.m, point.k, point.n) for point in self.products}
-        sizes = [len({point[axis] for point in points}) for axis in range(3)]
-        if not points or math.prod(sizes) != len(points) or len(points) != len(self.products):
-            raise ValueError("products: must hold each combination of their sizes m, k and n once")
+        for operator in {"mm", *(point.operator for point in self.products)}:
+            points = [(point.m, point.k, point.n) for point in self.products if point.operator == operator]
+            sizes = [len({point[axis] for point in points}) for axis in range(3)]
+            if not points or math.prod(sizes) != len(points) or len(points) != len(set(points)):
+                raise ValueError(f"products: of {operator} must hold each combination of their sizes m, k and n once")
 
 
-def grid_rate(grid: Sequence[ProductRate], m: int, k: int, n: int) -> float:
+def asked_for(count: OperatorCount, products: Sequence[ProductRate]) -> tuple[float, float]:
+    """Return what an operator's time hangs on.
+
+    Products: their seconds by the grid, and the bytes that they write, often to fresh memory. Attention: operations,
+    and bytes. All others: launches, and bytes.
+    """
+    if count.group == "products" and len(count.shape) == 4:
+        return count.flops / grid_rate(products, count.name, *count.shape[1:]), count.written
+    return (count.flops if count.group == "attention" else count.launches), count.nbytes
+
+
+def fit_operators(
+    rows: Sequence[tuple[OperatorCount, float]], products: Sequence[ProductRate]
+) -> dict[str, OperatorFit]:
+    """Return the fit of each operator to rows of counts and seconds: least squares, without negative shares."""
+    by_name: dict[str, list[tuple[OperatorCount, float]]] = {}
+    for count, seconds in rows:
+        by_name.setdefault(count.name, []).append((count, seconds))
+    return {
+        name: _fit([asked_for(count, products) for count, _ in found], [seconds for _, seconds in found])
+        for name, found in by_name.items()
+    }
+
+
+def _fit(asked: Sequence[tuple[float, float]], seconds: Sequence[float]) -> OperatorFit:
+    best, least = OperatorFit(0.0, 0.0), math.inf
+    for columns in ([0, 1], [0], [1]):
+        chosen = np.array(asked, dtype=np.float64)[:, columns]
+        scale = np.maximum(chosen.max(axis=0), 1e-300)
+        shares = np.linalg.lstsq(chosen / scale, np.array(seconds), rcond=None)[0] / scale
+        missed = float(((chosen @ shares - seconds) ** 2).sum())
+        if (shares >= 0).all() and missed < least:
+            both = [0.0, 0.0]
+            for column, share in zip(columns, shares, strict=True):
+                both[column] = float(share)
+            best, least = OperatorFit(*both), missed
+    return best
+
+
+def grid_rate(products: Sequence[ProductRate], operator: str, m: int, k: int, n: int) -> float:
     """Return the operations a second of a product, from those of a grid: linear between its points, in logarithms.
 
-    Sizes outside of the grid count as its nearest.
+    Sizes outside of the grid count as its nearest; operators without a grid as mm.
     """
+    grid = [point for point in products if point.operator == operator]
+    grid = grid or [point for point in products if point.operator == "mm"]
     axes = [sorted({getattr(point, axis) for point in grid}) for axis in ("m", "k", "n")]
     known: dict[tuple[int, ...], float] = {(point.m, point.k, point.n): math.log(point.flops) for point in grid}
     corners: list[tuple[tuple[int, ...], float]] = [((), 1.0)]  # of the cell around the point, each with its weight
@@ -108,16 +157,12 @@ class MeasuredRates:
     def operator_seconds(self, count: OperatorCount, precision: str) -> float:
         """Return the device's seconds for operators that are alike."""
         found = self.calibration
-        if count.group == "products" and len(count.shape) == 4:
-            rate = grid_rate(found.products, *count.shape[1:])
-            seconds = count.flops / rate * _of(found.product_times, count.name)
-        elif count.group == "attention" and found.attention:
-            seconds = count.flops / _of(found.attention, count.name)
-        elif count.group == "products":  # the loss's own kernels
-            seconds = count.flops / max(point.flops for point in found.products)
-        else:
-            seconds = count.nbytes / found.moved.get(count.name, found.copied)
-        return seconds * found.factor * self.times
+        if count.name in found.fits:
+            fit, (first, second) = found.fits[count.name], asked_for(count, found.products)
+            return (fit.first * first + fit.second * second) * found.factor * self.times
+        # The step had no such operator.
+        fastest = max(point.flops for point in found.products)
+        return (count.flops / fastest + count.nbytes / found.copied) * found.factor * self.times
 
     def exchange_seconds(self, kind: str, nbytes: int, nodes: int, gpus: int) -> float:
         """Return a collective's seconds: on the curve of the measured ranks, and by the links beyond them."""
@@ -145,8 +190,3 @@ class MeasuredRates:
     def host_seconds(self, counts: Counts) -> float:
         """Return the host's seconds for all operators that it calls."""
         return self.calibration.host * sum(counts.host_calls.values()) * self.calibration.factor * self.times
-
-
-def _of(rates: dict[str, float], name: str) -> float:
-    """Return an operator's number, or the mean of all where the step had no such operator."""
-    return rates[name] if name in rates else sum(rates.values()) / max(1, len(rates))

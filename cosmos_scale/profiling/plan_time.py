@@ -9,7 +9,7 @@ from cosmos_scale.profiling.machine import Machine
 from cosmos_scale.profiling.operators import META
 from cosmos_scale.profiling.plan import Cluster, count_work, may_overlap
 from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
-from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, MIDDLE, AssumedRates, Rates
+from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, MIDDLE, UNCALIBRATED, AssumedRates, Rates
 
 PARTS = ("products", "attention", "element-wise", "loss", "update")
 """What the device computes in a step."""
@@ -110,7 +110,8 @@ def rates_of(machine: Machine) -> tuple[Rates, Rates, Rates]:
             replace(measured, times=1.0 - TOLERANCE, exposed=HOPEFUL.exposed),
             replace(measured, times=1.0 + TOLERANCE, exposed=CAUTIOUS.exposed),
         )
-    return AssumedRates(machine, MIDDLE), AssumedRates(machine, HOPEFUL), AssumedRates(machine, CAUTIOUS)
+    worst = AssumedRates(machine, CAUTIOUS, times=UNCALIBRATED)
+    return AssumedRates(machine, MIDDLE), AssumedRates(machine, HOPEFUL), worst
 
 
 def planned_time(config: RunConfig, counts: Counts, cluster: Cluster) -> PlannedTime:

@@ -16,6 +16,9 @@ HOP_SHARE = 0.5
 """Assumed: what each doubling of the nodes adds to the time that a collective takes beside its bytes, of that time."""
 HOST_PER_COLLECTIVE = 6
 """Assumed: a collective costs the host as much as so many launches: DeepSpeed's hooks and bookkeeping in Python."""
+UNCALIBRATED = 1.7
+"""How many times as long as by cautious shares a step may take that nobody has measured: with it, the range holds the
+published shares of the peak of DINOv3 and NeMo's CLIP on H100s (benchmarks/plan_published.py)."""
 FP32_SHARE = 0.5
 """Of the bf16 peak: the peak of products in TF32, by NVIDIA's data sheets of A100, H100, H200 and B200."""
 
@@ -74,10 +77,11 @@ class Rates(Protocol):
 
 @dataclass(frozen=True)
 class AssumedRates:
-    """A machine's rates from data sheets, of which shares are reached."""
+    """A machine's rates from data sheets, of which shares are reached; the device's work takes `times` as long."""
 
     machine: Machine
     assumed: Assumed
+    times: float = 1.0
     serial: bool = False
 
     @property
@@ -92,7 +96,7 @@ class AssumedRates:
         exact = count.dtype == "float32" if count.name in _PLAIN_PRODUCTS else precision == "fp32"
         rate = self.machine.products * 1e12 * share * (FP32_SHARE if exact else 1.0)
         moved = count.nbytes / (self.machine.memory_rate * 1e12 * self.assumed.memory)
-        return max(count.flops / rate, moved, count.launches * KERNEL_SECONDS)
+        return self.times * max(count.flops / rate, moved, count.launches * KERNEL_SECONDS)
 
     def exchange_seconds(self, kind: str, nbytes: int, nodes: int, gpus: int) -> float:
         """Return the seconds of three stages: inside the nodes, across them, inside; and of the start."""
@@ -102,7 +106,7 @@ class AssumedRates:
         links = whole * (gpus - 1) / gpus / (self.machine.link * 1e9)
         network = whole / gpus * (nodes - 1) / nodes / (self.machine.network * 1e9)
         start = self.assumed.collective_us / 1e6 * (1 + HOP_SHARE * math.log2(nodes))
-        return (links + network) / self.assumed.traffic + start
+        return self.times * ((links + network) / self.assumed.traffic + start)
 
     def host_seconds(self, counts: Counts) -> float:
         """Return the seconds for which the host launches one operator after the other."""

@@ -10,22 +10,32 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.profiling import calibrate as calibrate_module
 from cosmos_scale.profiling.calibrate import calibrate
-from cosmos_scale.profiling.calibration import Calibration, ExchangeTime, MeasuredRates, ProductRate, grid_rate
+from cosmos_scale.profiling.calibration import (
+    Calibration,
+    ExchangeTime,
+    MeasuredRates,
+    OperatorFit,
+    ProductRate,
+    fit_operators,
+    grid_rate,
+)
 from cosmos_scale.profiling.counts import OperatorCount
 from cosmos_scale.profiling.machine import calibrated_machine, read_machine
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import tiny_config
 
-GRID = tuple(ProductRate(m, k, n, m * k * n * 1e3) for m in (10, 1000) for k in (10, 1000) for n in (10, 1000))
+GRID = tuple(ProductRate("mm", m, k, n, m * k * n * 1e3) for m in (10, 1000) for k in (10, 1000) for n in (10, 1000))
 CALIBRATION = Calibration(
     device="cpu",
     threads=1,
     precision="fp32",
     fitted_on="a made-up step",
     products=GRID,
-    product_times={"mm": 2.0},
-    attention={"flash": 1e9},
-    moved={"add": 2e9},
+    fits={
+        "mm": OperatorFit(2.0, 1e-9),
+        "flash": OperatorFit(1e-9, 1e-9),
+        "add": OperatorFit(1e-3, 0.5e-9),
+    },
     copied=4e9,
     host=1e-5,
     factor=1.1,
@@ -36,20 +46,32 @@ SECONDS = 300.0
 
 
 def test_rates_between_the_grid_lie_on_a_line_in_logarithms() -> None:
-    assert grid_rate(GRID, 10, 1000, 10) == pytest.approx(1e8)
-    assert grid_rate(GRID, 100, 1000, 10) == pytest.approx(1e9)
-    assert grid_rate(GRID, 100, 100, 100) == pytest.approx(1e9)
-    assert grid_rate(GRID, 1, 1000, 99_999) == pytest.approx(grid_rate(GRID, 10, 1000, 1000))
+    assert grid_rate(GRID, "mm", 10, 1000, 10) == pytest.approx(1e8)
+    assert grid_rate(GRID, "mm", 100, 1000, 10) == pytest.approx(1e9)
+    assert grid_rate(GRID, "mm", 100, 100, 100) == pytest.approx(1e9)
+    assert grid_rate(GRID, "addmm", 1, 1000, 99_999) == pytest.approx(grid_rate(GRID, "mm", 10, 1000, 1000))
+
+
+def test_a_fit_finds_what_rows_were_made_of() -> None:
+    rows = [
+        OperatorCount("", "copies", "cat", (), "", launches, nbytes, 0, 0) for launches, nbytes in ((3, 10), (5, 90))
+    ]
+    fit = fit_operators([(row, 0.1 * row.launches + 0.01 * row.nbytes) for row in rows], GRID)["cat"]
+    assert (fit.first, fit.second) == pytest.approx((0.1, 0.01))
+    less = fit_operators([(row, 0.1 * row.launches - 0.001 * row.nbytes) for row in rows], GRID)["cat"]
+    assert less.second == 0.0  # no negative shares
+    assert less.first > 0.0
 
 
 @pytest.mark.parametrize(
     ("count", "seconds"),
     [
-        (OperatorCount("", "products", "mm", (1, 10, 1000, 10), "float32", 1, 0, 0, 10**8), 2.0),
-        (OperatorCount("", "products", "addmm", (1, 10, 1000, 10), "float32", 1, 0, 0, 10**8), 2.0),  # as the others
-        (OperatorCount("", "attention", "flash", (1, 5, 5, 1, 8, 0), "float32", 1, 0, 0, 10**9), 1.0),
-        (OperatorCount("", "norms and pointwise", "add", (), "float32", 1, 10**9, 10**9, 0), 1.0),
-        (OperatorCount("", "copies", "cat", (), "float32", 1, 10**9, 10**9, 0), 0.5),  # none in the step: as a copy
+        (OperatorCount("", "products", "mm", (1, 10, 1000, 10), "float32", 1, 0, 10**9, 10**8), 3.0),
+        (OperatorCount("", "attention", "flash", (1, 5, 5, 1, 8, 0), "float32", 1, 10**9, 0, 10**9), 2.0),
+        (OperatorCount("", "norms and pointwise", "add", (), "float32", 1000, 10**9, 10**9, 0), 2.0),
+        # None in the step: as the fastest product, or as a copy.
+        (OperatorCount("", "products", "addmm", (1, 10, 1000, 10), "float32", 1, 0, 0, 10**12), 1.0),
+        (OperatorCount("", "copies", "cat", (), "float32", 1, 10**9, 10**9, 0), 0.5),
     ],
 )
 def test_operators_take_what_they_took_in_the_step(count: OperatorCount, seconds: float) -> None:
@@ -88,9 +110,9 @@ def test_a_machine_is_measured(tmp_path: Path) -> None:
     assert len(found.products) == 8
     assert {point.kind for point in found.exchanges} == {"all_reduce", "all_gather", "reduce_scatter"}
     assert {point.world_size for point in found.exchanges} == {2}
-    assert "native_layer_norm" in found.moved
-    assert found.attention
-    assert {"mm", "addmm"} & set(found.product_times)
+    assert {"native_layer_norm", "mm", "addmm", "_fused_adamw_"} <= set(found.fits)
+    assert any("attention" in name for name in found.fits)
+    assert found.factor == 1.0  # of several ranks, which wait for each other
     path = tmp_path / "machine.json"
     path.write_text(calibrated_machine(found).to_json())
     assert read_machine(path).calibration == replace(found)
