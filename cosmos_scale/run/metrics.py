@@ -17,7 +17,7 @@ from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
-from cosmos_scale.run.trackers import Entry, KeptRecords, Results, open_trackers, pictures_in
+from cosmos_scale.run.trackers import KeptRecords, ResultTable, TrackedStep, open_trackers, pictures_in
 from cosmos_scale.words import counted
 
 
@@ -156,7 +156,7 @@ class MetricLog:
         record: dict[str, float],
         prefix: str,
         names: Mapping[str, str] | None = None,
-        tables: Mapping[str, Results] | None = None,
+        tables: Mapping[str, ResultTable] | None = None,
         pictures: Mapping[str, Path] | None = None,
     ) -> None:
         step = int(record["step"])
@@ -166,7 +166,7 @@ class MetricLog:
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
-            tracker.write(Entry(step, named, tables or {}, pictures or {}))
+            tracker.write(TrackedStep(step, named, tables or {}, pictures or {}))
 
 
 def console_line(record: Mapping[str, float]) -> str:
@@ -186,7 +186,7 @@ def console_line(record: Mapping[str, float]) -> str:
         f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
         f"grad {record['grad_norm']:.3g}\n"
         f"  {_rounded(record['samples_per_second'])} samples/s "
-        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {record['tflops_per_rank']:.3g} TFLOP/s  "
+        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {_rate(record['tflops_per_rank'])}  "
         f"{share}  {record['peak_memory_gib']:.1f} GiB  {waited}"
     )
 
@@ -195,6 +195,11 @@ def _evaluator_of(entry: Mapping[str, object]) -> str:
     """Return whose record it is; older ones do not say it, and without a name before its numbers it is retrieval's."""
     first = next((key.partition("/")[0] for key in entry if "/" in key), "")
     return str(entry.get("evaluator", "retrieval" if first in ("student", "teacher") else first))
+
+
+def _rate(teraflops: float) -> str:
+    """Return a rate of operations in a unit in which it has digits: of a CPU or a tiny model in GFLOP/s."""
+    return f"{teraflops:.3g} TFLOP/s" if teraflops >= 0.1 else f"{1e3 * teraflops:.3g} GFLOP/s"
 
 
 def _rounded(value: float) -> str:
