@@ -54,3 +54,22 @@ def test_memory_of_a_cpu_is_that_of_the_process() -> None:
     before = peak_memory(CPU)
     held = torch.ones(2**26)  # 256 MiB
     assert peak_memory(CPU) >= max(before, held.nbytes)
+
+
+@pytest.mark.gpu
+def test_counting_on_a_gpu_waits_for_nothing() -> None:
+    """The host counts while the device still works on the step."""
+    device = torch.device("cuda", 0)
+    config, batch = tiny_config(precision="bf16"), tiny_batch(0)
+    expected, batch = step_flops(batch, config), batch.to(device)
+    counter = StepCounter(config, device, 1)
+    counter.note(batch)
+    counter.take()  # the first call looks for back ends of attention
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counter.note(batch)
+        work = counter.take()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert work.needed == expected < work.executed
+    assert work.memory == torch.cuda.max_memory_reserved(device) > 0
