@@ -1,1 +1,1 @@
-"""Checkpoints in the formats of other programs: COSMOS .pt files, OpenCLIP, and Hugging Face's CLIPModel."""
+"""Checkpoints of other programs: which forms there are, what is in one, and its weights under our names."""
