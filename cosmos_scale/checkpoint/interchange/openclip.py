@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cosmos_scale.checkpoint.interchange.names import is_of_heads
 from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
-from cosmos_scale.checkpoint.interchange.weights import Activation, Form, StoredWeights, refusal, shape_of
+from cosmos_scale.checkpoint.interchange.weights import Activation, PublicForm, StoredWeights, refusal, shape_of
 
 WRAPPED = "module."  # before each name, of a model that was trained on several devices
 TEXT = "text."  # before the text tower's names, where OpenCLIP built the tower as a module of its own
@@ -60,7 +60,7 @@ def stored_model(
     rows: dict[str, tuple[Tensor, ...]] = {name: (tensor,) for name, tensor in tensors.items()}
     inferred = infer_model(path, {name: shape_of(tensor) for name, tensor in rows.items()}, known, assumed)
     has_heads = any(map(is_of_heads, rows))
-    form: Form = "cosmos" if has_heads else "openclip"
+    form: PublicForm = "cosmos" if has_heads else "openclip"
     return StoredWeights(form, kind, inferred.model, rows, has_heads, inferred.guessed, None)
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 from cosmos_scale.checkpoint.interchange.containers import open_tensors
 from cosmos_scale.checkpoint.interchange.cosmos import cosmos_model, is_cosmos
+from cosmos_scale.checkpoint.interchange.hf import HF_CONFIG, HF_WEIGHTS, open_hf_folder
 from cosmos_scale.checkpoint.interchange.openclip import openclip_model
+from cosmos_scale.checkpoint.interchange.openclip_folder import (
+    OPENCLIP_CONFIG,
+    OPENCLIP_WEIGHTS,
+    open_openclip_folder,
+    openclip_weights,
+)
 from cosmos_scale.checkpoint.interchange.sizes import Known
 from cosmos_scale.checkpoint.interchange.weights import (
     Activation,
@@ -15,11 +22,23 @@ from cosmos_scale.checkpoint.interchange.weights import (
     read_stored,
     refusal,
 )
+from cosmos_scale.checkpoint.state import MANIFEST, newest
+
+ADAPTER = "adapter_config.json"  # of a LoRA
+# A folder with one of these is another program's, whatever it turns out to be.
+SETTINGS = (OPENCLIP_CONFIG, HF_CONFIG, ADAPTER)
 
 
 def is_public(path: Path) -> bool:
-    """Tell whether a path is that of a file, so of another program's checkpoint: ours are folders."""
-    return path.is_file()
+    """Tell whether a path is for `read_public`: a file, or a folder of another program that is no checkpoint of ours.
+
+    A path that does not exist, and a folder in which nothing is known, are not.
+    """
+    if not path.is_dir():
+        return path.exists()
+    if (path / MANIFEST).exists() or newest(path) or newest(path / "checkpoints"):
+        return False
+    return any((path / name).is_file() for name in SETTINGS)
 
 
 def read_public(path: Path, which: Which, *, activation: Activation | None = None) -> PublicWeights:
@@ -36,6 +55,9 @@ def open_public(path: Path, which: Which, *, activation: Activation | None = Non
 
     Nothing but names and shapes is read. Numbers stay in the mapped file, those of an optimizer are never read.
     """
+    folder = path if path.is_dir() else _folder_of(path)
+    if folder is not None:
+        return _open_folder(folder, activation)
     content = open_tensors(path)
     if not isinstance(content, Mapping):
         raise refusal(path, f"found a {type(content).__name__}, not a dict of tensors")
@@ -43,3 +65,22 @@ def open_public(path: Path, which: Which, *, activation: Activation | None = Non
     if is_cosmos(content):
         return cosmos_model(path, content, which, known)
     return openclip_model(path, content, known)
+
+
+def _folder_of(file: Path) -> Path | None:
+    """Return the folder whose config belongs to a file of weights, by the file's name; None where there is none."""
+    for config, names in ((OPENCLIP_CONFIG, OPENCLIP_WEIGHTS), (HF_CONFIG, HF_WEIGHTS)):
+        if file.name in names and (file.parent / config).is_file():
+            return file.parent
+    return None
+
+
+def _open_folder(folder: Path, activation: Activation | None) -> StoredWeights:
+    # A published folder may have both configs, with the weights of one of them.
+    if (folder / OPENCLIP_CONFIG).is_file() and (openclip_weights(folder) or not (folder / HF_CONFIG).is_file()):
+        return open_openclip_folder(folder, activation)
+    if (folder / HF_CONFIG).is_file():
+        return open_hf_folder(folder, activation)
+    if (folder / ADAPTER).is_file():
+        raise refusal(folder, f"found a LoRA ({ADAPTER}), which changes a model and is none: merge it into its model")
+    raise refusal(folder, "found a folder in which nothing is known")

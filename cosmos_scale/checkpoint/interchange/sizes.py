@@ -39,7 +39,8 @@ class Inferred(NamedTuple):
 def infer_model(path: object, shapes: Mapping[str, Shape], known: Known, assumed: Activation) -> Inferred:
     """Return the config of the model whose tensors have these shapes, by our names, and check all the shapes.
 
-    path: of the checkpoint. assumed: the activation where `known` says none, which is then told as guessed.
+    path: of the checkpoint. assumed: the activation where `known` says none, which is then told as guessed; with heads
+    it is GELU, since COSMOS has no other.
     Raises UserError, with what was found, where the tensors are not those of such a model.
     """
     if missing := [name for name in _TELLING if name not in shapes]:
@@ -54,10 +55,12 @@ def infer_model(path: object, shapes: Mapping[str, Shape], known: Known, assumed
     if (known.head_width is None or known.text_heads is None) and not is_cosmos:
         counts = f"{vision_width // head_width} in the image tower, {text_heads} in the text tower"
         guessed.append(f"attention heads: {counts} (tensors do not tell)")
+    activation = known.activation or ("gelu" if has_heads else assumed)
     if known.activation is None and not has_heads:
         guessed.append(f"activation: {assumed} (tensors do not tell)")
     sizes = _sizes(path, shapes)
     sizes["vision"]["head_width"], sizes["text"]["heads"] = head_width, text_heads
+    sizes["activation"] = activation
     sizes["pooler_heads"] = math.gcd(POOLER_HEADS, sizes["embed_dim"])
     try:
         model = ModelConfig.model_validate(sizes)

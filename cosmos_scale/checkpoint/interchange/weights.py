@@ -11,7 +11,7 @@ from cosmos_scale.config import ModelConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_path
 
-Form = Literal["cosmos", "openclip", "hf"]
+PublicForm = Literal["cosmos", "openclip", "hf"]
 Which = Literal["student", "teacher"]
 Activation = Literal["gelu", "quick_gelu"]
 
@@ -39,7 +39,7 @@ class PublicWeights(NamedTuple):
     line.
     """
 
-    form: Form
+    form: PublicForm
     kind: str
     model: ModelConfig
     tensors: dict[str, Tensor]
@@ -56,7 +56,7 @@ class StoredWeights(NamedTuple):
     The other fields are those of PublicWeights.
     """
 
-    form: Form
+    form: PublicForm
     kind: str
     model: ModelConfig
     rows: dict[str, tuple[Tensor, ...]]

@@ -100,7 +100,8 @@ def test_openclip(tmp_path: Path, form: str) -> None:
             state = {name: tensor.to(getattr(torch, form)) for name, tensor in state.items()}
         torch.save(state, path)
     found = read_public(path, "student")
-    assert (found.form, found.kind, found.model, found.has_heads) == ("openclip", kind, SIZES, False)
+    model = SIZES.model_copy(update={"activation": "quick_gelu" if form == "openai" else "gelu"})
+    assert (found.form, found.kind, found.model, found.has_heads) == ("openclip", kind, model, False)
     assert found.guessed == (HEADS, guessed)
     expected = {name: tensor.float() for name, tensor in openclip_model().state_dict().items()}
     if form == "half":
@@ -109,10 +110,11 @@ def test_openclip(tmp_path: Path, form: str) -> None:
 
 
 @torch.no_grad()
-def test_features_are_those_of_openclip(tmp_path: Path) -> None:
-    theirs = openclip_model()
-    torch.save(theirs.state_dict(), tmp_path / "model.pt")
-    model = ours(read_public(tmp_path / "model.pt", "student"))
+@pytest.mark.parametrize("name", ["model.pt", "ViT-B-32-quickgelu-laion400m_e32.pt"])
+def test_features_are_those_of_openclip(tmp_path: Path, name: str) -> None:
+    theirs = openclip_model(quick_gelu="quickgelu" in name)
+    torch.save(theirs.state_dict(), tmp_path / name)
+    model = ours(read_public(tmp_path / name, "student"))
     pictures, ids = pictures_and_ids()
     # Both in float32, sums in another order.
     assert_close(model.encode_image(pictures), theirs.encode_image(pictures, normalize=True), atol=2e-6, rtol=0)
