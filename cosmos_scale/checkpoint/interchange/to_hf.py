@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.checkpoint.interchange.export_files import ExportedFile, json_file, safetensors_file, text_file
+from cosmos_scale.checkpoint.interchange.hf import HF_CONFIG, HF_PIXELS, HF_WEIGHTS
 from cosmos_scale.checkpoint.interchange.names import hf_names
 from cosmos_scale.config import ModelConfig
 
@@ -41,9 +42,9 @@ def to_hf(model: ModelConfig, tensors: Mapping[str, Tensor], pairs: BytePairs) -
         **special,
     }
     return [
-        safetensors_file("model.safetensors", hf_tensors(model, tensors)),
-        json_file("config.json", _config(model, vocabulary)),
-        json_file("preprocessor_config.json", _image_processor(model.vision.image_size)),
+        safetensors_file(HF_WEIGHTS[0], hf_tensors(model, tensors)),
+        json_file(HF_CONFIG, _config(model, vocabulary)),
+        json_file(HF_PIXELS, _image_processor(model.vision.image_size)),
         json_file("tokenizer_config.json", tokenizer_config),
         json_file("special_tokens_map.json", special),
         text_file("vocab.json", json.dumps(vocabulary, ensure_ascii=False)),

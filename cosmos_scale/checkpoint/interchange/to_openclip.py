@@ -8,6 +8,7 @@ from torch import Tensor
 from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.checkpoint.interchange.export_files import ExportedFile, json_file, safetensors_file
 from cosmos_scale.checkpoint.interchange.names import hf_names
+from cosmos_scale.checkpoint.interchange.openclip_folder import OPENCLIP_CONFIG, OPENCLIP_WEIGHTS
 from cosmos_scale.config import ModelConfig
 
 
@@ -18,8 +19,8 @@ def to_openclip(model: ModelConfig, tensors: Mapping[str, Tensor]) -> list[Expor
     """
     kept = {name: tensors[name] for name in hf_names(model)}
     return [
-        safetensors_file("open_clip_model.safetensors", kept),
-        json_file("open_clip_config.json", {"model_cfg": _model(model), "preprocess_cfg": _preprocessing()}),
+        safetensors_file(OPENCLIP_WEIGHTS[0], kept),
+        json_file(OPENCLIP_CONFIG, {"model_cfg": _model(model), "preprocess_cfg": _preprocessing()}),
     ]
 
 

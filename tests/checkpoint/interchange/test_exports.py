@@ -9,14 +9,14 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, pipeline
 
 from cosmos_scale.checkpoint.interchange.names import is_of_heads
 from cosmos_scale.checkpoint.interchange.reading import read_public
-from cosmos_scale.checkpoint.interchange.weights import Which
+from cosmos_scale.checkpoint.interchange.weights import Activation, Which
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config import ModelConfig
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
@@ -146,6 +146,21 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_exports_without_heads_are_read_back_bit_for_bit(openclip: Path, hf: Path) -> None:
+    for path in (openclip / "open_clip_model.safetensors", openclip, hf):
+        read = read_public(path, "student")
+        assert same(read.tensors, towers(state_of(TEACHER))), path
+        assert read.model == SIZES
+        assert not read.has_heads
+
+
+def test_one_format_is_converted_to_another(hf: Path, openclip: Path, tmp_path: Path) -> None:
+    through = convert(hf, "openclip", tmp_path / "openclip")
+    for name in ("open_clip_model.safetensors", "open_clip_config.json"):
+        assert (through / name).read_bytes() == (openclip / name).read_bytes()
+    assert "Not known" in (through / "README.md").read_text()
+
+
 def test_a_cosmos_file_has_both_models_in_the_published_layout(run: Path, tmp_path: Path) -> None:
     file = convert(run, "cosmos", tmp_path / "out") / "cosmos.pt"
     content = torch.load(file, weights_only=True)
@@ -160,6 +175,14 @@ def test_a_cosmos_file_has_both_models_in_the_published_layout(run: Path, tmp_pa
         assert same(read.tensors, state_of(seed))
     again = convert(file, "cosmos", tmp_path / "again") / "cosmos.pt"
     assert same(torch.load(again, weights_only=True)["teacher"], state_of(TEACHER))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_a_bare_state_dict_takes_the_activation_that_is_named(activation: Activation, tmp_path: Path) -> None:
+    save_file(towers(state_of(STUDENT)), tmp_path / "bare.safetensors")
+    folder = convert(tmp_path / "bare.safetensors", "hf", tmp_path / "out", "--activation", activation)
+    assert CLIPModel.from_pretrained(folder).config.vision_config.hidden_act == activation
+    assert "heads" in (folder / "README.md").read_text()
 
 
 def test_the_card_tells_of_model_training_and_numbers(openclip: Path, hf: Path, run: Path) -> None:
