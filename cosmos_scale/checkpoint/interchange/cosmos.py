@@ -10,7 +10,7 @@ from torch import Tensor
 from cosmos_scale.checkpoint.interchange.names import is_of_heads
 from cosmos_scale.checkpoint.interchange.openclip import named, stored_model
 from cosmos_scale.checkpoint.interchange.settings import one_activation
-from cosmos_scale.checkpoint.interchange.sizes import Known, check_shapes
+from cosmos_scale.checkpoint.interchange.sizes import UNTOLD, Known, check_shapes
 from cosmos_scale.checkpoint.interchange.weights import StoredWeights, Which, refusal, shape_of
 from cosmos_scale.config import ModelConfig
 
@@ -44,4 +44,4 @@ def cosmos_model(path: Path, content: Mapping[Any, Any], which: Which, known: Kn
     rows: dict[str, tuple[Tensor, ...]] = {name: (tensor,) for name, tensor in tensors.items()}
     check_shapes(path, {name: shape_of(tensor) for name, tensor in rows.items()}, model)
     one_activation(path, model.activation, known.activation)
-    return StoredWeights("cosmos", kind, model, rows, any(map(is_of_heads, rows)), (), models)
+    return StoredWeights("cosmos", kind, model, rows, any(map(is_of_heads, rows)), (), models, frozenset(UNTOLD))

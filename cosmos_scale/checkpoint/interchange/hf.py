@@ -59,7 +59,8 @@ def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
     shapes = {name: shape_of(tensors) for name, tensors in rows.items()}
     inferred = infer_model(folder, shapes, known, activation)
     compare(path, _sizes(content, vision, text, inferred.model))
-    return StoredWeights("hf", "Hugging Face CLIPModel folder", inferred.model, rows, False, inferred.guessed, None)
+    kind = "Hugging Face CLIPModel folder"
+    return StoredWeights("hf", kind, inferred.model, rows, False, inferred.guessed, None, inferred.told)
 
 
 def _section(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def stored_model(
     inferred = infer_model(path, {name: shape_of(tensor) for name, tensor in rows.items()}, known, assumed)
     has_heads = any(map(is_of_heads, rows))
     form: PublicForm = "cosmos" if has_heads else "openclip"
-    return StoredWeights(form, kind, inferred.model, rows, has_heads, inferred.guessed, None)
+    return StoredWeights(form, kind, inferred.model, rows, has_heads, inferred.guessed, None, inferred.told)
 
 
 def openclip_model(path: Path, content: Mapping[Any, Any], known: Known) -> StoredWeights:

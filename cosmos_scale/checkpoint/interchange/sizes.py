@@ -15,6 +15,8 @@ from cosmos_scale.config import ModelConfig
 HEAD_WIDTH = 64  # of published models of nearly all sizes
 HEAD_WIDTHS = {1280: 80}  # by the image tower's width: ViT-H
 POOLER_HEADS = 8
+# Keys of the section `model` that change what weights compute, and that shapes of tensors do not tell.
+UNTOLD = ("activation", "vision.head_width", "text.heads", "pooler_heads")
 COSMOS_WIDTHS = (768, 512)  # of the published models' towers
 
 
@@ -30,10 +32,14 @@ class Known(NamedTuple):
 
 
 class Inferred(NamedTuple):
-    """A model's config, and what was assumed since nothing says it."""
+    """A model's config, and what was assumed since nothing says it.
+
+    told: the keys of UNTOLD that were known all the same.
+    """
 
     model: ModelConfig
     guessed: tuple[str, ...]
+    told: frozenset[str]
 
 
 def infer_model(path: object, shapes: Mapping[str, Shape], known: Known, assumed: Activation) -> Inferred:
@@ -69,7 +75,14 @@ def infer_model(path: object, shapes: Mapping[str, Shape], known: Known, assumed
         where, said = ".".join(map(str, details["loc"])), str(details["msg"]).removeprefix("Value error, ")
         raise refusal(path, f"found a model that the config cannot say: {where}{': ' * bool(where)}{said}") from None
     check_shapes(path, shapes, model)
-    return Inferred(model, tuple(guessed))
+    are_known = (
+        known.activation is not None or has_heads,
+        known.head_width is not None or is_cosmos,
+        known.text_heads is not None or is_cosmos,
+        is_cosmos,
+    )
+    told = frozenset(key for key, is_known in zip(UNTOLD, are_known, strict=True) if is_known)
+    return Inferred(model, tuple(guessed), told)
 
 
 _TABLE = ("token_embedding.weight", 2)

@@ -52,7 +52,8 @@ class StoredWeights(NamedTuple):
     """One model of a public checkpoint whose tensors' names and shapes are checked, and whose numbers are not read yet.
 
     rows: by our names, the tensors whose rows are put together to ours; they lie in the mapped file, in its dtype.
-    models: those that the file has; None where it has one model, which is neither a student nor a teacher.
+    models: those that the file has; None where it has one model, which is neither a student nor a teacher. told: the
+    keys of the section `model` that shapes do not tell (`sizes.UNTOLD`), and that the file says in another way.
     The other fields are those of PublicWeights.
     """
 
@@ -63,6 +64,7 @@ class StoredWeights(NamedTuple):
     has_heads: bool
     guessed: tuple[str, ...]
     models: tuple[Which, ...] | None
+    told: frozenset[str]
 
 
 def shape_of(rows: tuple[Tensor, ...]) -> Shape:
