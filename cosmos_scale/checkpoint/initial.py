@@ -58,7 +58,7 @@ class _Ours:
         self.path = find_checkpoint(path)
         manifest = read_manifest(self.path)
         check_files(self.path, manifest)
-        self.kind = f"a checkpoint of step {manifest.state.step:,}"
+        self.kind = f"checkpoint of step {manifest.state.step:,}"
         self.model = read_run_config(self.path).model
         saved = manifest.parameters.items()
         shapes: dict[str, Shape] = {
@@ -111,8 +111,8 @@ class InitialWeights:
         self._source, self._wanted = source, tensor_shapes(config.model)
         there = any(map(is_of_heads, source.shapes["student"]))
         if not there and config.init_heads == "from":
-            what = f"is {source.kind}, without the cross-modality heads"
-            raise UserError(f"checkpoint {source.path}: {what}; rule: init_heads=new draws them")
+            found = f"{source.kind} without the cross-modality heads"
+            raise UserError(f"checkpoint {source.path}: found {found}; rule: init_heads=new draws them")
         self.has_heads = config.init_heads == "from"
         if not self.has_heads:
             self._wanted = {name: shape for name, shape in self._wanted.items() if not is_of_heads(name)}

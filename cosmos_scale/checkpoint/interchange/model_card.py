@@ -194,6 +194,7 @@ def _steps(training: Training) -> list[tuple[str, str]]:
     epochs = "not known" if each is None else f"{state.step / each:.3f} ({counted(each, 'step')} each)"
     lost = counted(len(state.lost_shards), "shard") + " given up" if state.lost_shards else "none"
     return [
+        ("first weights", state.origin or "drawn, or not known"),
         ("step", f"{state.step:,}"),
         ("samples seen", f"{state.samples:,}"),
         ("epochs", epochs),
