@@ -120,14 +120,9 @@ class MetricLog:
 
     def evaluated_at(self, step: int) -> list[str]:
         """Return the names of the evaluators that have a record of a step, those that failed among them."""
-        try:
-            found = [load_json(line) for line in read_regular(self._file.path).splitlines()]
-        except (OSError, ValueError):
-            return []
-        records = [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
         return [
             _evaluator_of(entry)
-            for entry in records
+            for entry in _records_of(self._file.path)
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
         ]
 
@@ -159,6 +154,27 @@ def console_line(record: Mapping[str, float]) -> str:
         f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
         f"grad {record['grad_norm']:.3g}  {_rounded(record['samples_per_second'])} samples/s  {waited}"
     )
+
+
+def evaluations_at(path: Path, step: int) -> dict[str, dict[str, float | None]]:
+    """Return what each evaluator measured at a step, {model/metric: number}; None where a number was not finite.
+
+    path: a run's METRICS_FILE. Empty where it cannot be read or has no such records.
+    """
+    found = {}
+    for entry in _records_of(path):
+        if entry.get("kind") == "eval" and entry.get("step") == step:
+            found[_evaluator_of(entry)] = {key: value for key, value in entry.items() if "/" in key}
+    return found
+
+
+def _records_of(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file; none where it cannot be read."""
+    try:
+        found = [load_json(line) for line in read_regular(path).splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
 
 
 def _evaluator_of(entry: Mapping[str, object]) -> str:
