@@ -87,8 +87,8 @@ class LoadedModel:
     def __repr__(self) -> str:
         """What was loaded, from where, and its sizes."""
         patch = self.encoder.model.visual.conv1.patch_size
-        size = f"pictures of {self.image_size} pixels in patches of {patch}, features of {self.embed_dim}"
-        return f"LoadedModel({self.which} of {self.checkpoint}, on {self.device}: {size})"
+        sizes = f"pictures of {self.image_size} pixels in patches of {patch}, features of {self.embed_dim}"
+        return f"{self.which} of {self.checkpoint}\n  on {self.device}; {sizes}"
 
     @torch.no_grad()
     def encode_image(self, images: Iterable[PictureLike] | Tensor) -> Tensor:

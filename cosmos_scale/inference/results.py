@@ -1,14 +1,16 @@
 """What a loaded model returns: small tuples of tensors on the CPU, which print as a person reads them."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from cosmos_scale.evaluation.attention_maps import AttentionMaps, WordWeight, heat_of, peak_of, strongest
+from cosmos_scale.evaluation.attention_maps import AttentionMaps, WordWeight, heat_of, peak_of
 from cosmos_scale.words import counted
 
-_SHOWN, _TOP = 10, 3  # pictures, and classes of a picture, that are printed
+# What is printed: of pictures or classes, of a picture's classes, of a caption's words, of a title's letters.
+_SHOWN, _TOP, _WORDS, _LETTERS = 10, 3, 5, 36
 
 
 class ClassifiedPictures(NamedTuple):
@@ -46,7 +48,7 @@ class ClassifiedPictures(NamedTuple):
         """A line a picture with its most likely classes."""
         lines = [f"{counted(len(self.titles), 'picture')}, {counted(len(self.classes), 'class', 'classes')}"]
         for title, best in zip(self.titles[:_SHOWN], self.top(_TOP), strict=False):
-            lines.append(f"  {title}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in best))
+            lines.append(f"  {_end_of(title)}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in best))
         if len(self.titles) > _SHOWN:
             lines.append(f"  ... and {len(self.titles) - _SHOWN:,} more")
         return "\n".join(lines)
@@ -79,7 +81,7 @@ class SegmentedPicture(NamedTuple):
         height, width = self.labels.shape
         present = [f"{name} {100 * share:.1f} %" for name, share in self.shares.items() if share]
         more = f", and {len(present) - _SHOWN} more" if len(present) > _SHOWN else ""
-        return f"{self.title}, {width} x {height} pixels: {', '.join(present[:_SHOWN])}{more}"
+        return f"{_end_of(self.title)}, {width} x {height} pixels\n  {', '.join(present[:_SHOWN])}{more}"
 
 
 class CaptionAttention(NamedTuple):
@@ -117,11 +119,19 @@ class CaptionAttention(NamedTuple):
         write_png(SampleMaps(self.title, self.caption, self.image.numpy(), self.maps, self.words), Path(path))
 
     def __repr__(self) -> str:
-        """The words with their places in 0..1, and where the caption looks."""
+        """Where the caption looks, and the words that the picture looks at most, with their places in 0..1."""
         top, left = self.peak
-        words = ", ".join(f"{word.word} {word.value:.2f}" for word in self.words)
+        strongest = sorted(self.words, key=lambda word: -word.value)[:_WORDS]
         return (
-            f"{self.title}\n"
+            f"{_end_of(self.title)}: {self.caption}\n"
             f"  the caption looks most at {100 * top:.0f} % from the top, {100 * left:.0f} % from the left\n"
-            f"  the picture looks most at {strongest(self.words)!r}: {words}"
+            f"  the picture looks most at: {', '.join(f'{word.word} {word.value:.2f}' for word in strongest)}"
         )
+
+
+def _end_of(title: str) -> str:
+    """Return a title, or the end of a long one: of a path whole names, where there is room."""
+    if len(title) <= _LETTERS:
+        return title
+    end = title[-_LETTERS:]
+    return f"...{end[max(0, end.find(os.sep)) :]}"

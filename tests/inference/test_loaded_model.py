@@ -210,15 +210,16 @@ def test_student_and_teacher_are_two_models(model: LoadedModel, saved: Saved) ->
 
 def test_results_print_as_people_read_them(model: LoadedModel, saved: Saved) -> None:
     files = saved.files()
-    assert repr(model).startswith(f"LoadedModel(teacher of {saved.checkpoint}, on cpu: pictures of 16 pixels")
+    sizes = "pictures of 16 pixels in patches of 8, features of 64"
+    assert repr(model) == f"teacher of {saved.checkpoint}\n  on cpu; {sizes}"
     first, *lines = repr(model.classify(files, NAMES)).splitlines()
     assert first == "14 pictures, 7 classes"
-    assert lines[0].startswith(f"  {files[0]}: ")
+    assert lines[0].startswith("  .../pictures/bird/000.jpg: ")
     assert lines[0].count(" %") == 3
     assert lines[-1] == "  ... and 4 more"
     assert "  picture 0: " in repr(model.classify([as_tensor(files[0])], NAMES[:1]))
     many = repr(model.segment(np_picture(), [f"class {number}" for number in range(40)]))
-    assert many.startswith("a PIL picture of 40 x 30 pixels, 40 x 30 pixels: class ")
+    assert many.startswith("a PIL picture of 40 x 30 pixels, 40 x 30 pixels\n  class ")
     maps = repr(model.attention_maps(files[0], "a fox"))
     assert " from the top, " in maps
     assert "fox " in maps
