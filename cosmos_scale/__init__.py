@@ -19,6 +19,10 @@ else:
 
         return getattr(import_module(f"{__name__}.{'errors' if name == 'UserError' else 'inference'}"), name)
 
+    def __dir__() -> list[str]:
+        """Name what may be asked for, for people who look for it by a key."""
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 __all__ = ["LoadedModel", "UserError", "load"]

@@ -72,4 +72,5 @@ def test_names_that_are_not_there_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'cosmos_scale' has no attribute 'lod'"):
         getattr(cosmos_scale, "lod")  # noqa: B009 - the type checker knows better
     assert all(hasattr(cosmos_scale, name) for name in cosmos_scale.__all__)
+    assert {*cosmos_scale.__all__, "__version__"} <= set(dir(cosmos_scale))
     assert Path(cosmos_scale.__file__).with_name("py.typed").is_file()

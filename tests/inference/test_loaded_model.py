@@ -81,6 +81,21 @@ def test_pictures_of_every_form_give_the_same(model: LoadedModel, saved: Saved) 
     assert torch.equal(model.encode_image(batch)[0], as_paths[0])
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("RGBA", "png"), ("P", "png"), ("LA", "png"), ("I;16", "png"), ("RGBA", "webp"), ("L", "jpeg"), ("CMYK", "jpeg")],
+)
+def test_a_file_and_its_pil_picture_give_the_same(mode: str, kind: str, model: LoadedModel, tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(levels[..., 0].astype(np.uint16) * 256)
+    if mode != "I;16":
+        image = Image.fromarray(levels)
+        image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image.convert(mode)
+    image.save(tmp_path / f"picture.{kind}")
+    both = model.encode_image([tmp_path / f"picture.{kind}", Image.open(tmp_path / f"picture.{kind}")])
+    assert torch.equal(both[0], both[1])
+
+
 def test_any_batch_gives_the_same(model: LoadedModel, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     files = saved.files()
     expected = model.encode_image(files), model.encode_text(NAMES)

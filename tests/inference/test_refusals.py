@@ -53,7 +53,7 @@ PICTURES: list[tuple[Any, str]] = [
     ([np.zeros((4, 4, 3), np.uint8)], "images: number 0: a ndarray (Image.fromarray makes it a PIL picture); rule:"),
     ([b"bytes"], "images: number 0: a bytes; rule:"),
     ([None], "images: number 0: a NoneType; rule:"),
-    ([Image.new("F", (20, 20))], "images: number 0: a PIL picture of floats (mode F)"),
+    ([Image.new("F", (20, 20))], "images: number 0: a PIL picture of mode F, whose range is not known"),
     (["missing.jpg"], "images: number 0: missing.jpg: the picture cannot be read: No such file"),
     (["nul\0.jpg"], "images: number 0: nul\0.jpg: "),
 ]
