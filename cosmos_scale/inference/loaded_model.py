@@ -41,9 +41,9 @@ from cosmos_scale.inference.results import CaptionAttention, ClassifiedPictures,
 
 _Which = Literal["student", "teacher"]
 
-_ACTIVATIONS = 2**28  # bytes that the activations of a batch may take on the CPU; on CUDA an eighth of what is free
+_ACTIVATIONS = 2**29  # bytes that the activations of a batch may take on the CPU; on CUDA an eighth of what is free
 _LARGEST_BATCH = 256
-_KEPT_ALIVE = 12  # tensors of a block's width that live at once, about: its input, q, k, v, the MLP's four and sums
+_KEPT_ALIVE = 24  # tensors of a block's width that the process grows by for each input, as measured on a CPU
 _REMEMBERED = 16  # lists of classes whose text features are kept
 
 
