@@ -31,7 +31,7 @@ FOUNDATION = {
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation", "step"} | FOUNDATION
 MAY_IMPORT = {
-    "__init__": set(),
+    "__init__": {"errors", "inference"},  # when it is asked for them
     "batch": set(),
     "config": {"errors", "files", "set_names"},
     "console": {"words"},
@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "data": {"kernels"} | FOUNDATION,
     "checkpoint": FOUNDATION,
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
+    "inference": {"checkpoint", "data", "evaluation"} | FOUNDATION,
     "profiling": {"model", "engine"} | FOUNDATION,  # of engine its formulas
     "run": PARTS - {"kernels", "loss"},
     "train": PARTS - {"kernels"} | {"run"},
