@@ -17,7 +17,7 @@ from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
-from cosmos_scale.run.trackers import Entry, KeptRecords, Results, open_trackers, pictures_in
+from cosmos_scale.run.trackers import EvaluationTable, KeptRecords, TrackerEntry, open_trackers, pictures_in
 from cosmos_scale.words import counted
 
 
@@ -151,7 +151,7 @@ class MetricLog:
         record: dict[str, float],
         prefix: str,
         names: Mapping[str, str] | None = None,
-        tables: Mapping[str, Results] | None = None,
+        tables: Mapping[str, EvaluationTable] | None = None,
         pictures: Mapping[str, Path] | None = None,
     ) -> None:
         step = int(record["step"])
@@ -161,7 +161,7 @@ class MetricLog:
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
-            tracker.write(Entry(step, named, tables or {}, pictures or {}))
+            tracker.write(TrackerEntry(step, named, tables or {}, pictures or {}))
 
 
 def console_line(record: Mapping[str, float]) -> str:
