@@ -77,7 +77,7 @@ def _is_program(path: Path) -> bool:
     try:
         with open(path, "rb", opener=regular_only) as file, zipfile.ZipFile(file) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # a damaged list can raise anything, and torch.load will say so
         return False
 
 

@@ -135,7 +135,12 @@ def with_nan(tensor: Tensor) -> Tensor:
             lambda: changed("text_projection", lambda tensor: tensor[:, :32]),
             "found a model that the config cannot say: text.width: 64 must equal model.embed_dim (32)",
         ),
-        (lambda: changed("ln_final.bias", lambda tensor: tensor.int()), "found ln_final.bias in int32, not in a float"),
+        (lambda: changed("ln_final.bias", lambda tensor: tensor.int()), "found ln_final.bias in int32, not in plain"),
+        (
+            lambda: changed("ln_final.bias", lambda tensor: tensor.to_sparse()),
+            "found ln_final.bias in float32, sparse_coo, not in plain floating-point numbers",
+        ),
+        (lambda: changed("ln_final.bias", lambda tensor: tensor.to("meta")), "found ln_final.bias in float32, not"),
         (lambda: without("ln_final.bias"), "found a model without ln_final.bias"),
         (lambda: without("text_token_mapping.bias"), "found a model without text_token_mapping.bias"),
         (lambda: without("visual.class_embedding"), "found a model without visual.class_embedding"),
