@@ -23,6 +23,7 @@ FOUNDATION = {
     "host",
     "interfaces",
     "interrupt",
+    "set_names",
     "versions",
     "words",
 }
@@ -32,7 +33,7 @@ PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation
 MAY_IMPORT = {
     "__init__": set(),
     "batch": set(),
-    "config": {"errors", "files"},
+    "config": {"errors", "files", "set_names"},
     "console": {"words"},
     "errors": set(),
     "exit_status": set(),
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "host": set(),
     "interfaces": set(),
     "interrupt": {"exit_status"},
+    "set_names": set(),
     "versions": set(),
     "words": set(),
     "kernels": set(),

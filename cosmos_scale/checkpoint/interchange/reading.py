@@ -27,15 +27,16 @@ from cosmos_scale.checkpoint.state import MANIFEST, newest
 ADAPTER = "adapter_config.json"  # of a LoRA
 # A folder with one of these is another program's, whatever it turns out to be.
 SETTINGS = (OPENCLIP_CONFIG, HF_CONFIG, ADAPTER)
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 def is_public(path: Path) -> bool:
     """Tell whether a path is for `read_public`: a file, or a folder of another program that is no checkpoint of ours.
 
-    A path that does not exist, and a folder in which nothing is known, are not.
+    A path where nothing is counts by its suffix: a checkpoint of ours is a folder.
     """
     if not path.is_dir():
-        return path.exists()
+        return path.exists() or path.suffix in SUFFIXES
     if (path / MANIFEST).exists() or newest(path) or newest(path / "checkpoints"):
         return False
     return any((path / name).is_file() for name in SETTINGS)

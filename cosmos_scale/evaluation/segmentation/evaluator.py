@@ -18,7 +18,7 @@ from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
-from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures
+from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
 from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels
 from cosmos_scale.evaluation.segmentation.names import public_names
 from cosmos_scale.evaluation.segmentation.overlap import IGNORED, Scores, constant_counts, count_overlap
@@ -44,6 +44,7 @@ class Segmentation(Evaluator):
         super().__init__(config, setting)
         self._config = config
         self._pictures = find_pictures(config)
+        self._lone_masks = lone_masks(config)
         self._names = _names(config)
         self._titles = [
             "background" if config.has_background and not label else names[0] for label, names in enumerate(self._names)
@@ -162,6 +163,8 @@ class Segmentation(Evaluator):
         first = next(iter(results.values()))
         left_out = f", {int(first['left_out']):,} left out" if first["left_out"] else ""
         caption = f"{counted(int(first['pictures']), 'picture')}{left_out}"
+        if lone := self._lone_masks:
+            caption += f"; {counted(len(lone), 'mask')} without a picture, such as {lone[0]}"
         columns = {"mIoU": "mIoU", f"mIoU of all {self._titles[self._constant]}": "trivial_mIoU"}
         columns |= {"aAcc": "aAcc", "mAcc": "mAcc"}
         table = Table("", *columns, title=title, caption=caption)

@@ -196,7 +196,8 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.pt")
     refused(tmp_path / "fifo.pt", "cannot be read: it is a FIFO, not a regular file")
     assert is_public(path)
-    assert not is_public(tmp_path / "none.pt")
+    assert is_public(tmp_path / "none.pt")
+    assert not is_public(tmp_path / "none")
     refused(tmp_path / "none.pt", "cannot be read: No such file or directory")
 
 
