@@ -65,7 +65,10 @@ class Inspection:
         known: dict[str, Any] = {}
         if self.manifest is not None:
             state = self.manifest.state
-            known = {key: getattr(state, key) for key in ("step", "samples", "updates", "world_size", "lost_shards")}
+            known = {
+                key: getattr(state, key)
+                for key in ("step", "samples", "updates", "world_size", "lost_shards", "origin")
+            }
             known |= {"epoch": epoch(self.manifest), "written": self.manifest.written, "data": state.data}
             known |= {"name": state.config.get("name"), "precision": state.config.get("precision")}
             known |= {"zero": state.config.get("zero"), "versions": self.manifest.versions}
@@ -215,6 +218,7 @@ def _facts(manifest: Manifest) -> Table:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "data digest": state.data,
         "lost shards": lost or "none",
+        **({"first weights": state.origin} if state.origin else {}),
     }
     for name, text in rows.items():
         table.add_row(name, text)

@@ -13,6 +13,7 @@ from cosmos_scale.checkpoint.interchange.resize import IMAGE_TABLE, TEXT_TABLE, 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
 from tests.checkpoint.interchange.made import SIZES, save_cosmos, state_of, towers
+from tests.checkpoint.interchange.test_folders import save_hf_folder, save_openclip_folder
 
 UNTOLD = "by the config, since the file does not tell: activation gelu, vision.head_width 64, text.heads 1"
 
@@ -128,6 +129,31 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     state["ln_final.weight"][5] = torch.nan
     torch.save(state, tmp_path / "nan.pt")
     refused(tmp_path / "nan.pt", "1 of 64 numbers of ln_final.weight are not finite", heads="new")
+
+
+def test_what_a_folders_config_says_must_be_the_runs(tmp_path: Path) -> None:
+    save_openclip_folder(tmp_path)
+    same: dict[str, Any] = {"heads": "new", "activation": "quick_gelu", "vision__head_width": 32}
+    found = opened(tmp_path, **same)
+    drawn = "heads and distill_logit_scale drawn from seed 7"
+    assert (found.kind, found.notes) == (
+        "OpenCLIP folder with open_clip_config.json",
+        ["student and teacher are the same model", drawn],
+    )
+    refused(tmp_path, "needs model.activation quick_gelu, but the config says gelu", **same | {"activation": "gelu"})
+    refused(tmp_path, "needs model.vision.head_width 32, but the config says 64", **same | {"vision__head_width": 64})
+    refused(tmp_path, "needs model.text.heads 1, but the config says 2", **same | {"text__heads": 2})
+
+
+def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
+    save_hf_folder(tmp_path, "gelu")
+    tower = {"width": 32, "layers": 2, "heads": 2}
+    sizes = {f"text__{key}": size for key, size in tower.items()} | {"vision__width": 64, "vision__head_width": 16}
+    found = opened(tmp_path, "new", embed_dim=32, **sizes, vision__image_size=64)
+    assert found.kind == "Hugging Face CLIPModel folder"
+    assert "image positions resized from 2 x 2 to 4 x 4 patches" in found.notes
+    assert found.read("teacher").keys() == towers(state_of(0)).keys()
+    assert found.read("teacher")[IMAGE_TABLE].shape == (17, 64)
 
 
 def test_every_head_is_drawn_and_no_tower() -> None:
