@@ -30,7 +30,8 @@ NEVER = (
     "webdataset",
 )
 USE = """
-import sys, cosmos_scale
+import sys, warnings, cosmos_scale
+warnings.simplefilter("ignore", UserWarning)  # of what is assumed of the public checkpoint
 model = cosmos_scale.load({run!r}, device="cpu")
 model.classify([{picture!r}], ["cat", "dog"])
 model.segment({picture!r}, ["cat", "dog"])
