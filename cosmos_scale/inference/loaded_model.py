@@ -1,6 +1,7 @@
 """The model of a checkpoint in Python, over the evaluation's own functions."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cosmos_scale.checkpoint import find_checkpoint
+from cosmos_scale.checkpoint.interchange.weights import Activation, Which
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
@@ -22,7 +23,7 @@ from cosmos_scale.evaluation.attention_maps import (
     word_weights,
 )
 from cosmos_scale.evaluation.evaluator import Encoder, one_process
-from cosmos_scale.evaluation.loading import load_encoder
+from cosmos_scale.evaluation.loading import find_model, load_encoder, models_of
 from cosmos_scale.evaluation.prompts.texts import DEFAULT_TEMPLATES, Names, imagenet_templates
 from cosmos_scale.evaluation.segmentation.segmenter import encode_queries, segment, usual_recipe
 from cosmos_scale.evaluation.text_weights import text_weights
@@ -39,8 +40,6 @@ from cosmos_scale.inference.inputs import (
 )
 from cosmos_scale.inference.results import CaptionAttention, ClassifiedPictures, SegmentedPicture
 
-_Which = Literal["student", "teacher"]
-
 _ACTIVATIONS = 2**29  # bytes that the activations of a batch may take on the CPU; on CUDA an eighth of what is free
 _LARGEST_BATCH = 256
 _KEPT_ALIVE = 24  # tensors of a block's width that the process grows by for each input, as measured on a CPU
@@ -52,10 +51,10 @@ class LoadedModel:
 
     Every tensor that a method returns is on the CPU, without a graph. The batch size is chosen by the model's size and
     the memory. Wrong arguments raise UserError, one line. encoder: for what the methods do not give, such as pictures
-    that are prepared already.
+    that are prepared already. which: student or teacher, or `model`, the one model of a public checkpoint.
     """
 
-    def __init__(self, encoder: Encoder, checkpoint: Path, which: _Which) -> None:
+    def __init__(self, encoder: Encoder, checkpoint: Path, which: str) -> None:
         self.encoder, self.checkpoint, self.which = encoder, checkpoint, which
         # Of the encoder alone: bound methods would tie a knot that keeps the weights until garbage is collected.
         remember = lru_cache(maxsize=_REMEMBERED)
@@ -84,11 +83,21 @@ class LoadedModel:
         """The factor of cosines that the model was trained with."""
         return float(self.encoder.model.logit_scale.detach().exp())
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether there are cross-modality heads, which attention maps need."""
+        return self.encoder.has_heads
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a public checkpoint is, and what was assumed of it; each on one line."""
+        return self.encoder.notes
+
     def __repr__(self) -> str:
-        """What was loaded, from where, and its sizes."""
+        """What was loaded, from where, its sizes, and what was assumed."""
         patch = self.encoder.model.visual.conv1.patch_size
         sizes = f"pictures of {self.image_size} pixels in patches of {patch}, features of {self.embed_dim}"
-        return f"{self.which} of {self.checkpoint}\n  on {self.device}; {sizes}"
+        return "\n  ".join([f"{self.which} of {self.checkpoint}", f"on {self.device}; {sizes}", *self.notes])
 
     @torch.no_grad()
     def encode_image(self, images: Iterable[PictureLike] | Tensor) -> Tensor:
@@ -206,23 +215,34 @@ class LoadedModel:
 
 
 def load(
-    checkpoint: str | os.PathLike[str], which: _Which = "teacher", device: str | torch.device = "auto"
+    checkpoint: str | os.PathLike[str],
+    which: Which = "teacher",
+    device: str | torch.device = "auto",
+    *,
+    activation: Activation | None = None,
 ) -> LoadedModel:
     """Load one model of a checkpoint.
 
-    checkpoint: a run's folder (its newest checkpoint counts) or one of its step-N folders. which: the teacher, which is
-    the one to use after training, or the student. device: auto (CUDA where there is a device), cpu, cuda or cuda:N.
+    checkpoint: a run's folder (its newest checkpoint counts) or one of its step-N folders; or a public checkpoint: a
+    COSMOS .pt, weights or a folder of OpenCLIP, a folder of Hugging Face's CLIPModel. which: the teacher, which is the
+    one to use after training, or the student; without meaning where there is one model. device: auto (CUDA where there
+    is a device), cpu, cuda or cuda:N. activation: of public weights that do not tell theirs; warns of what is assumed.
     Raises UserError where there is no such checkpoint or device.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise UserError(f"checkpoint: a {type(checkpoint).__name__}; rule: the path of a run or a checkpoint")
-    if which not in get_args(_Which):
-        raise UserError(f"which: {which!r}; rule: {' or '.join(get_args(_Which))}")
+    choices_of = {"which": (which, get_args(Which)), "activation": (activation, (*get_args(Activation), None))}
+    for argument, (value, choices) in choices_of.items():
+        if value not in choices:
+            raise UserError(f"{argument}: {value!r}; rule: {' or '.join(map(str, choices))}")
     place = _found_device(device)
-    folder = find_checkpoint(Path(checkpoint).expanduser())
-    encoder = load_encoder(folder, which, place)
+    found = find_model(Path(checkpoint).expanduser())
+    ((name, of_file),) = models_of(found, which).items()
+    encoder = load_encoder(found, of_file, place, activation)
     encoder.model.requires_grad_(requires_grad=False)
-    return LoadedModel(encoder, folder, which)
+    if encoder.notes[1:]:  # the first says what the file is
+        warnings.warn(f"{found}: {'; '.join(encoder.notes)}", stacklevel=2)
+    return LoadedModel(encoder, found, name)
 
 
 def _found_device(device: str | torch.device) -> torch.device | Literal["auto"]:

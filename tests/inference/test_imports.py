@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cosmos_scale
+from tests.checkpoint.interchange.made import save_cosmos
 from tests.inference.conftest import Saved
 
 # What neither training's parts nor a picture's way needs.
@@ -29,11 +30,13 @@ NEVER = (
     "webdataset",
 )
 USE = """
-import sys, cosmos_scale
+import sys, warnings, cosmos_scale
+warnings.simplefilter("ignore", UserWarning)  # of what is assumed of the public checkpoint
 model = cosmos_scale.load({run!r}, device="cpu")
 model.classify([{picture!r}], ["cat", "dog"])
 model.segment({picture!r}, ["cat", "dog"])
 model.attention_maps({picture!r}, "a cat")
+cosmos_scale.load({public!r}, device="cpu").encode_text(["a cat"])
 import torch.distributed
 assert not torch.distributed.is_initialized()
 """
@@ -63,7 +66,9 @@ def test_the_package_alone_imports_itself_and_the_standard_library(tmp_path: Pat
 
 
 def test_a_model_at_work_imports_nothing_of_training(saved: Saved, tmp_path: Path) -> None:
-    found = modules_after(USE.format(run=str(saved.run), picture=str(saved.files()[0])), tmp_path)
+    public = save_cosmos(tmp_path / "cosmos.pt")
+    used = USE.format(run=str(saved.run), picture=str(saved.files()[0]), public=str(public))
+    found = modules_after(used, tmp_path)
     assert "cosmos_scale.inference.loaded_model" in found
     assert [name for name in found if any(name == never or name.startswith(f"{never}.") for never in NEVER)] == []
 
