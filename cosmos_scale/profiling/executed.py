@@ -24,7 +24,8 @@ from cosmos_scale.batch import Batch
 from cosmos_scale.config import ModelConfig, RunConfig
 from cosmos_scale.engine.teacher import DTYPES
 from cosmos_scale.kernels.attention import choose_backend
-from cosmos_scale.kernels.contrastive import BLOCK_ELEMENTS, PAIR_ELEMENTS
+from cosmos_scale.kernels.contrastive import BLOCK_ELEMENTS
+from cosmos_scale.kernels.contrastive_whole import PAIR_ELEMENTS
 from cosmos_scale.kernels.segments import MOST_RUNS, Segments
 from cosmos_scale.kernels.serving import serves
 from cosmos_scale.model.packing import filling_lengths, token_multiple
