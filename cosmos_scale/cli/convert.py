@@ -32,11 +32,14 @@ def add_convert_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     parser = commands.add_parser("convert", help="write a checkpoint in the format of OpenCLIP, Hugging Face or COSMOS")
     with_examples(parser, EXAMPLES)
     parser.description = (
-        "Write a trained model for other programs, with a card (README.md) that says how it was trained and measured.\n"
-        '  openclip  open_clip.create_model_and_transforms("local-dir:DIR") opens the folder\n'
-        "  hf        transformers' CLIPModel, CLIPProcessor and zero-shot pipeline open it, without a network\n"
-        "  cosmos    DIR/cosmos.pt in the layout of the published COSMOS files, for the published programs\n"
-        "openclip and hf have no cross-modality heads: these are left out. The folder is written whole or not at all."
+        "Write a trained model for other programs, with a card (README.md) that says how\n"
+        "it was trained and measured:\n"
+        '  openclip  open_clip.create_model_and_transforms("local-dir:DIR") opens DIR\n'
+        "  hf        CLIPModel, CLIPProcessor and the zero-shot pipeline of transformers\n"
+        "            open DIR, without a network\n"
+        "  cosmos    DIR/cosmos.pt has the layout of the published COSMOS files\n"
+        "openclip and hf have no cross-modality heads: these are left out. The folder is\n"
+        "written whole or not at all."
     )
     parser.add_argument(
         "--checkpoint",
