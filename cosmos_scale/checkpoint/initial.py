@@ -26,6 +26,7 @@ from cosmos_scale.checkpoint.state import (
 )
 from cosmos_scale.config import ModelConfig, RunConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import whole_path
 
 OF_HEADS = "pooler_heads"  # the key of UNTOLD that matters where the heads are taken
 
@@ -112,7 +113,7 @@ class InitialWeights:
         there = any(map(is_of_heads, source.shapes["student"]))
         if not there and config.init_heads == "from":
             found = f"{source.kind} without the cross-modality heads"
-            raise UserError(f"checkpoint {source.path}: found {found}; rule: init_heads=new draws them")
+            raise UserError(f"checkpoint {whole_path(source.path)}: found {found}; rule: init_heads=new draws them")
         self.has_heads = config.init_heads == "from"
         if not self.has_heads:
             self._wanted = {name: shape for name, shape in self._wanted.items() if not is_of_heads(name)}
@@ -164,7 +165,7 @@ class InitialWeights:
 
     def describe(self) -> str:
         """Return where these weights come from and what is done to them, on one line."""
-        return "; ".join([f"{self.path}: {self.kind} ({self.digest()})", *self.notes])
+        return "; ".join([f"{whole_path(self.path)}: {self.kind} ({self.digest()})", *self.notes])
 
     def _fit(self, shapes: dict[str, Shape]) -> list[str]:
         """Say which tables are resized; raises UserError where any other tensor has another shape, or lacks."""
@@ -177,9 +178,9 @@ class InitialWeights:
             if here is None or there is None or not can_resize(name, there, here):
                 shown = [list(shape) if shape is not None else "none" for shape in (there, here)]
                 raise UserError(
-                    f"checkpoint {self.path}: does not fit the model: size mismatch of {name}: {shown[0]} there, "
-                    f"{shown[1]} in the model; rule: model has the checkpoint's sizes, but for vision.image_size and "
-                    "text.context_length"
+                    f"checkpoint {whole_path(self.path)}: does not fit the model: size mismatch of {name}: "
+                    f"{shown[0]} there, {shown[1]} in the model; rule: the keys of model say the checkpoint's sizes, "
+                    "but for vision.image_size and text.context_length"
                 )
             said.append(resizing(name, there, here))
         return said
@@ -206,7 +207,7 @@ def _agreed(source: _Source, model: ModelConfig, key: str) -> str:
     if here != there and (key in source.told or there == "quick_gelu"):
         how = "needs" if key in source.told else "is, by its name or form, of those that need"
         raise UserError(
-            f"checkpoint {source.path}: {how} model.{key} {there}, but the config says {here}; rule: set "
+            f"checkpoint {whole_path(source.path)}: {how} model.{key} {there}, but the config says {here}; rule: set "
             f"model.{key}={there}"
         )
     if key in source.told:
