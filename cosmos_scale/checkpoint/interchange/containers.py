@@ -77,7 +77,7 @@ def _is_program(path: Path) -> bool:
     try:
         with open(path, "rb", opener=regular_only) as file, zipfile.ZipFile(file) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # a damaged list can raise anything, and torch.load will say so
         return False
 
 
@@ -100,7 +100,7 @@ def _four_globals() -> Iterator[None]:
 def _refused_pickle(said: str) -> str:
     """Return what was found in a pickle, from what torch says of it."""
     if match := re.search(r"GLOBAL ([\w.]+)", said):
-        return f"found a pickle that names {match[1]}; nothing of it was executed: only tensors and plain values may be"
+        return f"found a pickle that calls {match[1]}, which was not executed: only tensors and plain values are read"
     return f"found a pickle that is not of torch.save, or is cut off or damaged ({_first_line(said)})"
 
 

@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "vision_config": {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5},
     "text_config": {"hidden_act": "quick_gelu", "num_attention_heads": 8, "layer_norm_eps": 1e-5},
 }
-_ACTIVATIONS: dict[Any, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 
 
 def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
@@ -73,7 +73,7 @@ def _activation(path: Path, vision: dict[str, Any], text: dict[str, Any]) -> Act
     for name, tower in (("vision_config", vision), ("text_config", text)):
         if tower["layer_norm_eps"] != 1e-5:
             raise refusal(path, f"found {name}.layer_norm_eps {tower['layer_norm_eps']}, where our towers have 1e-05")
-        if tower["hidden_act"] not in _ACTIVATIONS:
+        if str(tower["hidden_act"]) not in _ACTIVATIONS:
             raise refusal(path, f"found {name}.hidden_act {tower['hidden_act']!r}, neither gelu nor quick_gelu")
     if vision["hidden_act"] != text["hidden_act"]:
         found = f"found hidden_act {vision['hidden_act']} of the image tower and {text['hidden_act']} of the text tower"

@@ -111,13 +111,13 @@ def _facts(found: PublicInspection) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    there, lacking = "there", "not there: no attention maps, and training draws them (heads: new)"
+    there, lacking = "there", "not there: no attention maps; a run that starts from it draws them (init_heads: new)"
     rows = {
         "format": first.form,
         "models": ", ".join(found.models),
         "heads": there if first.has_heads else lacking,
         **_towers(first.model),
-        "not told": "\n".join(first.guessed) or "nothing that matters",
+        "assumed": "\n".join(first.guessed) or "nothing",
         "saved in": ", ".join(found.dtypes),
         "bytes": f"{found.size:,}",
     }

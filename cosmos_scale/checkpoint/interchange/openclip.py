@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cosmos_scale.checkpoint.interchange.names import is_of_heads
@@ -32,11 +33,13 @@ def named(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
             continue
         if not isinstance(value, Tensor):
             raise refusal(path, f"found a dict with {key!r}, which is no tensor, among its tensors")
-        if not value.is_floating_point():
-            raise refusal(path, f"found {name} in {str(value.dtype).removeprefix('torch.')}, not in a float type")
+        if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+            dtype, layout = (str(kind).removeprefix("torch.") for kind in (value.dtype, value.layout))
+            form = dtype if layout == "strided" else f"{dtype}, {layout}"
+            raise refusal(path, f"found {name} in {form}, not in plain floating-point numbers")
         if name == "logit_scale" and value.numel() == 1:
             value = value.reshape(())
-        tensors[name.removeprefix(TEXT)] = value
+        tensors[name.removeprefix(TEXT)] = value.detach()
     return tensors
 
 

@@ -73,7 +73,8 @@ def infer_model(path: object, shapes: Mapping[str, Shape], known: Known, assumed
     except ValidationError as error:
         details = error.errors()[0]
         where, said = ".".join(map(str, details["loc"])), str(details["msg"]).removeprefix("Value error, ")
-        raise refusal(path, f"found a model that the config cannot say: {where}{': ' * bool(where)}{said}") from None
+        found = f"a model that the config cannot say: {where}{': ' * bool(where)}{said}"
+        raise refusal(path, f"found {foreign_model(shapes) or found}") from None
     check_shapes(path, shapes, model)
     are_known = (
         known.activation is not None or has_heads,
@@ -142,14 +143,23 @@ def check_shapes(path: object, shapes: Mapping[str, Shape], model: ModelConfig) 
     """Raise UserError unless these are the tensors of a model, by our names; all tensors of the heads may lack."""
     expected = tensor_shapes(model)
     has_heads = any(map(is_of_heads, shapes))
-    for name, shape in expected.items():
+    wanted = {name: shape for name, shape in expected.items() if has_heads or not is_of_heads(name)}
+    if found := _difference(shapes, wanted):
+        raise refusal(path, f"found {foreign_model(shapes) or found}")
+
+
+def _difference(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str | None:
+    """Return the first difference between tensors and those of a model, None where there is none."""
+    for name, shape in wanted.items():
         if name not in shapes:
-            if has_heads or not is_of_heads(name):
-                raise refusal(path, f"found a model without {name}")
-        elif shapes[name] != shape:
+            return f"a model without {name}"
+        if shapes[name] != shape and name.endswith("mlp.c_fc.weight") and shapes[name][1:] == shape[1:]:
+            return (
+                f"a model whose MLPs are {shapes[name][0] / shape[1]:.4g} times as wide as its tower, where ours are 4"
+            )
+        if shapes[name] != shape:
             others = "where its other tensors are those of a model with"
-            raise refusal(path, f"found {name} of shape {list(shapes[name])}, {others} {list(shape)}")
-    if unknown := [name for name in shapes if name not in expected]:
-        more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
-        found = foreign_model(shapes) or f"a model with other parts than ours: {unknown[0]}{more}"
-        raise refusal(path, f"found {found}")
+            return f"{name} of shape {list(shapes[name])}, {others} {list(shape)}"
+    unknown = [name for name in shapes if name not in wanted]
+    more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+    return f"a model with other parts than ours: {unknown[0]}{more}" if unknown else None

@@ -50,9 +50,7 @@ def test_a_pickle_is_never_executed(tmp_path: Path, legacy: bool) -> None:
     content = {"student": state_of(1), "teacher": {}, "epoch": 1, "optimizer": WritesAFile(written)}
     torch.save(content, tmp_path / "evil.pt", _use_new_zipfile_serialization=not legacy)
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(content, protocol=2))
-    refused(
-        tmp_path / "evil.pt", f"found a pickle that names {os.system.__module__}.system; nothing of it was executed"
-    )
+    refused(tmp_path / "evil.pt", f"found a pickle that calls {os.system.__module__}.system, which was not executed")
     refused(tmp_path / "evil.bin", "found a pickle that")
     assert not written.exists()
     pickle.loads(pickle.dumps(WritesAFile(written)))  # what the files would have done
@@ -135,7 +133,12 @@ def with_nan(tensor: Tensor) -> Tensor:
             lambda: changed("text_projection", lambda tensor: tensor[:, :32]),
             "found a model that the config cannot say: text.width: 64 must equal model.embed_dim (32)",
         ),
-        (lambda: changed("ln_final.bias", lambda tensor: tensor.int()), "found ln_final.bias in int32, not in a float"),
+        (lambda: changed("ln_final.bias", lambda tensor: tensor.int()), "found ln_final.bias in int32, not in plain"),
+        (
+            lambda: changed("ln_final.bias", lambda tensor: tensor.to_sparse()),
+            "found ln_final.bias in float32, sparse_coo, not in plain floating-point numbers",
+        ),
+        (lambda: changed("ln_final.bias", lambda tensor: tensor.to("meta")), "found ln_final.bias in float32, not"),
         (lambda: without("ln_final.bias"), "found a model without ln_final.bias"),
         (lambda: without("text_token_mapping.bias"), "found a model without text_token_mapping.bias"),
         (lambda: without("visual.class_embedding"), "found a model without visual.class_embedding"),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,8 +11,10 @@ from torch.testing import assert_close
 
 from cosmos_scale.checkpoint.interchange.names import hf_names, is_of_heads, tensor_shapes
 from cosmos_scale.checkpoint.interchange.reading import open_public, read_public
+from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
 from cosmos_scale.checkpoint.interchange.weights import PublicWeights
 from cosmos_scale.config import ModelConfig
+from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel
 from tests.checkpoint.interchange.made import (
     SIZES,
@@ -129,3 +132,27 @@ def test_bare_state_dict_with_heads(tmp_path: Path) -> None:
     save_file(towers(state_of(1)), tmp_path / "model.safetensors")
     found = read_public(tmp_path / "model.safetensors", "teacher", activation="gelu")
     assert (found.form, found.guessed) == ("openclip", (HEADS,))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-336", "ViT-H-14", "ViT-M-32-alt", "ViT-g-14", "coca_ViT-B-32"])
+def test_sizes_that_openclip_knows(name: str) -> None:
+    """Of those that the config can say, the assumed heads are OpenCLIP's; the others are refused by what they are."""
+    said = open_clip.get_model_config(name)
+    assert said is not None
+    sizes = {key: value for key, value in said.items() if key != "custom_text"}
+    with torch.device("meta"):
+        theirs = (open_clip.CoCa if "multimodal_cfg" in said else open_clip.CLIP)(**sizes)
+    shapes = {key: tuple(value.shape) for key, value in theirs.state_dict().items() if key != "attn_mask"}
+    refusals = {
+        "ViT-g-14": "found a model whose MLPs are 4.364 times as wide as its tower, where ours are 4",
+        "coca_ViT-B-32": "found a CoCa model",
+    }
+    if name in refusals:
+        with pytest.raises(UserError, match=refusals[name]):
+            infer_model(name, shapes, Known(), "gelu")
+        return
+    model = infer_model(name, shapes, Known(), "gelu").model
+    vision = {"head_width": 64, **said["vision_cfg"]}
+    assert model.embed_dim == said["embed_dim"]
+    assert {key: getattr(model.vision, key) for key in vision} == vision
+    assert {key: getattr(model.text, key) for key in said["text_cfg"]} == said["text_cfg"]
