@@ -43,11 +43,9 @@ class Card(NamedTuple):
 
     def text(self) -> str:
         """Return the card in Markdown."""
-        training = self.source.training
-        name = self.source.path.stem if training is None else training.config.name
         parts = [
             f"---\n{_LIBRARIES[self.to]}pipeline_tag: zero-shot-image-classification\ntags: [clip, cosmos]\n---",
-            f"# {name}: {self._which()}, as {FORMAT_NAMES[self.to]}",
+            f"# {self.source.name}: {self._which()}, as {FORMAT_NAMES[self.to]}",
             f"Converted from: {self.source.kind}.",
             "## Open it",
             f"```python\n{opening(self.to, self.folder)}\n```",
