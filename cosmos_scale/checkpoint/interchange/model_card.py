@@ -27,7 +27,7 @@ _OF_DATA = ("samples", "views", "captions", "last_batch", "background")
 
 LEFT_OUT = (
     "The cross-modality heads and the log-scale of the distillation are left out, since the format has none: no "
-    "attention maps and no further COSMOS training from these files."
+    "attention maps from these files, and COSMOS training only with new heads (`init_heads: new`)."
 )
 
 
