@@ -29,7 +29,7 @@ class FakeDevice(PhasedMode):
 
     as_gpu: whether memory is rounded up as on a GPU. most: what ranks find as the largest of their whole numbers, which
     this rank cannot know of the others; the engine asks for one such number. operators: {(phase, operator, shape,
-    dtype): Count}; the shape is that of `operator_shape`. collectives: in the order of the calls. calls: operators that the
+    dtype): Count}; the shape is of `operator_shape`. collectives: in the order of the calls. calls: operators that the
     host called, views too, by phase. flops: of products and attention, by phase. flops_before: of each collective, its
     phase's until then. Notes are taken between `begin` and the end.
     """
