@@ -14,7 +14,7 @@ Masters take nothing in fp32 at stages 0 to 2: they are the weights themselves. 
 a rank holds the whole average (stage 0, and one process up to stage 2): the teacher is the average itself. With
 `zero.offload` the masters, the moments, the average and the masters' gradients lie on the host. The table holds between
 backward and update. During the backward, stages 1 and 2 hold the gradients of a few buckets where there are several
-ranks. But stage 1 holds whole float32 gradients where micro-batches add up.
+ranks: see `gradients_in_flight`. But stage 1 holds whole float32 gradients where micro-batches add up.
 """
 
 import math
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.deepspeed_config import gradient_bucket
+from cosmos_scale.engine.gradients import MOST_IN_FLIGHT
 from cosmos_scale.engine.optimizer import build_optimizer
 from cosmos_scale.engine.zero import (
     PERSISTENT_WEIGHTS,
@@ -110,6 +111,29 @@ def fullest_share_of_values(model: CosmosModel, config: RunConfig, world_size: i
                 held[rank] += copies[id(weight)] * inside
             place += size
     return max(held)
+
+
+def gradients_in_flight(model: CosmosModel, config: RunConfig, world_size: int) -> int:
+    """Return how many bytes of gradients a rank holds at most in the backward, beside the rows of `state_memory`.
+
+    model: as for `state_memory`. At stages 0 to 2, on the device. Where a process is alone nothing is in flight. At
+    stage 3 DeepSpeed decides how many weights it holds gathered, and there is no formula.
+    """
+    layout = layout_of(config)
+    if world_size == 1 or layout in (ShardedWeights, OffloadedStates):
+        return 0
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
+    groups = layout.optimizer_groups(optimizer.param_groups, model, world_size)
+    traffic = 2 if config.zero.gradient_dtype == "bf16" else 4
+    low = 4 if config.precision == "fp32" else 2
+    if layout is Unsharded:
+        # DeepSpeed fills a bucket until it is over its limit, copies it flat, and once more in the traffic's dtype.
+        tensors: list[int] = [weight.numel() for group in groups for weight in group["params"]]
+        bucket = min(sum(tensors), max(gradient_bucket(sum(tensors)), *tensors))
+        return bucket * (low + (traffic if traffic != low else 0))
+    # Some buckets travel while one is copied from its gradients; these shards are there already.
+    buckets: list[int] = sorted((sum(weight.numel() for weight in group["params"]) for group in groups), reverse=True)
+    return traffic * sum(buckets[: MOST_IN_FLIGHT + 1]) + low * buckets[0]
 
 
 def total_bytes(rows: list[MemoryRow], *, on_host: bool | None = None) -> int:

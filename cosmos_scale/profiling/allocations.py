@@ -19,13 +19,14 @@ OWNERS = (
 class PhasePeak(NamedTuple):
     """The memory of a phase, in bytes. peak: the most at one time. parts: of that moment, by owner. left: at the end.
 
-    Owners are those of OWNERS.
+    most: of each owner, its most at one time, which may be another moment. Owners are those of OWNERS.
     """
 
     phase: str
     peak: int
     parts: dict[str, int]
     left: dict[str, int]
+    most: dict[str, int]
 
 
 class _Piece:
@@ -92,16 +93,17 @@ class AllocationLog:
         held: dict[str, int] = {}
         found, place, total = [], 0, 0
         for start, phase in self._marks:
-            peak, parts = total, dict(held)
+            peak, parts, most = total, dict(held), dict(held)
             for time, nbytes, owner in changes[place:]:
                 if time >= ends[phase]:
                     break
                 place += 1
                 held[owner] = held.get(owner, 0) + nbytes
+                most[owner] = max(most.get(owner, 0), held[owner])
                 total += nbytes
                 if time >= start and total > peak:
                     peak, parts = total, dict(held)
-            found.append(PhasePeak(phase, peak, _in_order(parts), _in_order(held)))
+            found.append(PhasePeak(phase, peak, _in_order(parts), _in_order(held), _in_order(most)))
         return found
 
     def _enter(self, tensor: Tensor, phase: str) -> _Piece | None:

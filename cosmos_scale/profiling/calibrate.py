@@ -24,7 +24,7 @@ from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.profiling.calibration import Calibration, ExchangeTime, MeasuredRates, ProductRate, fit_operators
 from cosmos_scale.profiling.counts import OperatorCount
-from cosmos_scale.profiling.fake_device import Shape, shape_of
+from cosmos_scale.profiling.fake_device import OperatorShape, operator_shape
 from cosmos_scale.profiling.operators import Count, PhasedMode, count_operator, group_of, short_name
 from cosmos_scale.profiling.phased_step import step_in_phases
 from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
@@ -65,7 +65,7 @@ class _OperatorTimer(PhasedMode):
     """Times the operators that run inside it. A context manager. found: what each kind asked for and took."""
 
     clock: _Clock
-    found: dict[tuple[str, Shape, str], tuple[Count, float]] = field(default_factory=dict)
+    found: dict[tuple[str, OperatorShape, str], tuple[Count, float]] = field(default_factory=dict)
     calls: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class _OperatorTimer(PhasedMode):
         count = count_operator(func, args, kwargs, output)
         if count is not None:
             name = short_name(func)
-            shape, dtype, flops = shape_of(name, func, args, kwargs)
+            shape, dtype, flops = operator_shape(name, func, args, kwargs)
             if flops:
                 count = count._replace(flops=flops)
             before, spent = self.found.get((name, shape, dtype), (Count(), 0.0))

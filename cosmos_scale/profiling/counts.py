@@ -63,14 +63,16 @@ class OperatorCount:
 class PhaseMemory:
     """A rank's memory in a phase, in bytes. peak: the most at one time.
 
-    parts: the peak by owner. left: what is held at the end of the phase, by owner. Owners are those of
-    `allocations.OWNERS`; "activations" is what the student's forward keeps for the backward.
+    parts: the peak by owner. left: what is held at the end of the phase, by owner. most: the most of each owner at one
+    time, which may be another moment. Owners are those of `allocations.OWNERS`; "activations" is what the student's
+    forward keeps for the backward.
     """
 
     phase: str
     peak: int
     parts: dict[str, int]
     left: dict[str, int]
+    most: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

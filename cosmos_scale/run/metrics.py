@@ -17,7 +17,7 @@ from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
-from cosmos_scale.run.trackers import Entry, KeptRecords, Results, open_trackers, pictures_in
+from cosmos_scale.run.trackers import EvaluationTable, KeptRecords, TrackerEntry, open_trackers, pictures_in
 from cosmos_scale.words import counted
 
 
@@ -136,14 +136,9 @@ class MetricLog:
 
     def evaluated_at(self, step: int) -> list[str]:
         """Return the names of the evaluators that have a record of a step, those that failed among them."""
-        try:
-            found = [load_json(line) for line in read_regular(self._file.path).splitlines()]
-        except (OSError, ValueError):
-            return []
-        records = [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
         return [
             _evaluator_of(entry)
-            for entry in records
+            for entry in _records_of(self._file.path)
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
         ]
 
@@ -156,7 +151,7 @@ class MetricLog:
         record: dict[str, float],
         prefix: str,
         names: Mapping[str, str] | None = None,
-        tables: Mapping[str, Results] | None = None,
+        tables: Mapping[str, EvaluationTable] | None = None,
         pictures: Mapping[str, Path] | None = None,
     ) -> None:
         step = int(record["step"])
@@ -166,7 +161,7 @@ class MetricLog:
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
-            tracker.write(Entry(step, named, tables or {}, pictures or {}))
+            tracker.write(TrackerEntry(step, named, tables or {}, pictures or {}))
 
 
 def console_line(record: Mapping[str, float]) -> str:
@@ -186,15 +181,41 @@ def console_line(record: Mapping[str, float]) -> str:
         f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
         f"grad {record['grad_norm']:.3g}\n"
         f"  {_rounded(record['samples_per_second'])} samples/s "
-        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {record['tflops_per_rank']:.3g} TFLOP/s  "
+        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {_rate(record['tflops_per_rank'])}  "
         f"{share}  {record['peak_memory_gib']:.1f} GiB  {waited}"
     )
+
+
+def evaluations_at(path: Path, step: int) -> dict[str, dict[str, float | None]]:
+    """Return what each evaluator measured at a step, {model/metric: number}; None where a number was not finite.
+
+    path: a run's METRICS_FILE. Empty where it cannot be read or has no such records.
+    """
+    found = {}
+    for entry in _records_of(path):
+        if entry.get("kind") == "eval" and entry.get("step") == step:
+            found[_evaluator_of(entry)] = {key: value for key, value in entry.items() if "/" in key}
+    return found
+
+
+def _records_of(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file; none where it cannot be read."""
+    try:
+        found = [load_json(line) for line in read_regular(path).splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
 
 
 def _evaluator_of(entry: Mapping[str, object]) -> str:
     """Return whose record it is; older ones do not say it, and without a name before its numbers it is retrieval's."""
     first = next((key.partition("/")[0] for key in entry if "/" in key), "")
     return str(entry.get("evaluator", "retrieval" if first in ("student", "teacher") else first))
+
+
+def _rate(teraflops: float) -> str:
+    """Return a rate of operations in a unit in which it has digits: of a CPU or a tiny model in GFLOP/s."""
+    return f"{teraflops:.3g} TFLOP/s" if teraflops >= 0.1 else f"{1e3 * teraflops:.3g} GFLOP/s"
 
 
 def _rounded(value: float) -> str:

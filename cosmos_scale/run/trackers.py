@@ -33,16 +33,16 @@ LARGEST_PICTURE = 1024  # pixels of its longer side; larger ones are made smalle
 COMPARED_METRICS = ("train/loss", "train/clip", "train/distill", "train/samples_per_second")
 """What TensorBoard shows beside a run's hyper-parameters."""
 
-Results = Mapping[str, Mapping[str, float]]
+EvaluationTable = Mapping[str, Mapping[str, float]]
 """What an evaluator measured: {model: {metric: value}}."""
 
 
-class Entry(NamedTuple):
+class TrackerEntry(NamedTuple):
     """What is written of a step: numbers, tables of results and files with pictures, each by its name."""
 
     step: int
     numbers: Mapping[str, float]
-    tables: Mapping[str, Results]
+    tables: Mapping[str, EvaluationTable]
     pictures: Mapping[str, Path]
 
 
@@ -53,7 +53,7 @@ class Tracker(Protocol):
     announcement: str
     """A line for the run's start, or nothing."""
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: TrackerEntry) -> None:
         """Write what there is of a step."""
 
     def close(self, *, failed: bool) -> None:
@@ -65,10 +65,10 @@ class KeptRecords:
 
     def __init__(self, tracker: Tracker, say: Callable[[str], None]) -> None:
         self._tracker, self._say = tracker, say
-        self._waiting: deque[Entry] = deque(maxlen=MOST_RECORDS_KEPT)
+        self._waiting: deque[TrackerEntry] = deque(maxlen=MOST_RECORDS_KEPT)
         self._failing = False
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: TrackerEntry) -> None:
         """Write what there is of a step, after what waits."""
         self._waiting.append(entry)
         try:
@@ -132,7 +132,7 @@ class _TensorBoard:
         self._writer: Any = self._open(first_step + 1)
         self._end = self._write_config(run_config, first_step)
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: TrackerEntry) -> None:
         if self._writer is None:
             self._writer = self._open(None)
         try:
@@ -209,7 +209,7 @@ class _Wandb:
         if mode == "offline":
             self.announcement = f"{self.name}: offline; to send it: wandb sync {Path(self._run.dir).parent}"
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: TrackerEntry) -> None:
         tables = {}
         for key, results in entry.tables.items():
             heads, rows = _rows(results)
@@ -260,7 +260,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | i
     return flat
 
 
-def _read_pictures(entry: Entry) -> dict[str, Image.Image]:
+def _read_pictures(entry: TrackerEntry) -> dict[str, Image.Image]:
     """Return an entry's pictures, none over LARGEST_PICTURE; those that are not there any more are left out."""
     found = {}
     for key, path in entry.pictures.items():
@@ -271,7 +271,7 @@ def _read_pictures(entry: Entry) -> dict[str, Image.Image]:
     return found
 
 
-def _rows(results: Results) -> tuple[list[str], list[tuple[Any, ...]]]:
+def _rows(results: EvaluationTable) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Return the heads and the rows of a table: a row a metric, a column a model."""
     metrics = dict.fromkeys(metric for numbers in results.values() for metric in numbers)
     rows = [(metric, *(numbers.get(metric) for numbers in results.values())) for metric in metrics]

@@ -14,7 +14,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.kernels.contrastive import PAIR_ELEMENTS
+from cosmos_scale.kernels.contrastive_whole import PAIR_ELEMENTS
 from cosmos_scale.kernels.linear import LEAST_WORK, linear
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.profiling.executed import (

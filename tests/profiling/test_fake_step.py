@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.memory import state_memory, total_bytes
+from cosmos_scale.engine.memory import gradients_in_flight, state_memory, total_bytes
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.counts import PHASES, Counts, counts_of_json
 from cosmos_scale.profiling.planned_batch import planned_lengths
@@ -65,6 +65,19 @@ def test_states_are_those_of_the_formula(counted: Sequence[Counts]) -> None:
         left = counts.memory_of("backward").left
         states = sum(nbytes for owner, nbytes in left.items() if owner not in NOT_STATES)
         assert states == pytest.approx(expected, rel=STATES_TOLERANCE), counts.stage
+
+
+def test_gradients_in_flight_are_those_of_the_formula(counted: Sequence[Counts]) -> None:
+    """At most as many bytes as the formula says, and no less than 3/4 of them, at stages 1 and 2."""
+    for counts in counted[1:3]:
+        config = config_of(counts.world_size, precision="bf16", zero={"stage": counts.stage})
+        with torch.device("meta"):
+            model = CosmosModel(config.model)
+        rows = state_memory(model, config, counts.world_size)
+        most = sum(row.nbytes for row in rows if row.part == "gradients")
+        most += gradients_in_flight(model, config, counts.world_size)
+        held = counts.memory_of("backward").most["gradients"]
+        assert 0.75 * most <= held <= 1.05 * most, (counts.stage, held, most)
 
 
 def test_counts_go_through_json(counted: Sequence[Counts]) -> None:

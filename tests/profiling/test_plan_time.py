@@ -12,7 +12,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.profiling import remedies as remedies_module
 from cosmos_scale.profiling.counts import Counts, Exchange, OperatorCount, PhaseMemory
 from cosmos_scale.profiling.machine import MACHINES, Machine
-from cosmos_scale.profiling.plan import GIB, Cluster, Plan, Work
+from cosmos_scale.profiling.plan import GIB, Cluster, Plan, StepOperations
 from cosmos_scale.profiling.plan_files import PICTURE, TABLE, plan_tree, write_sweep
 from cosmos_scale.profiling.plan_time import CORE_SAMPLES, batch_bytes, planned_time, step_time
 from cosmos_scale.profiling.plan_time_text import PlannedRun, remedy_lines, scaling_lines, time_lines
@@ -170,7 +170,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> PlannedRun:
 
     monkeypatch.setattr(remedies_module, "count_runs", counted)
     config = config_of()
-    plan = Plan(config, CLUSTER, counts_of(product("student", 8)), {0: 8}, Work(10**12, 0, 0, 10**12))
+    plan = Plan(config, CLUSTER, counts_of(product("student", 8)), {0: 8}, StepOperations(10**12, 0, 0, 10**12))
     variants = count_variants(plan)
     time = planned_time(config, plan.counts, CLUSTER)
     return PlannedRun(plan, time, 1000, remedies(plan, time, variants), scaling(plan, variants, (1, 8, 12, 1024)))

@@ -15,8 +15,8 @@ from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.run.trackers import (
     LARGEST_PICTURE,
     MOST_PICTURES,
-    Entry,
     KeptRecords,
+    TrackerEntry,
     flattened,
     open_trackers,
     pictures_in,
@@ -139,7 +139,7 @@ def test_a_picture_that_is_gone_is_left_out(tmp_path: Path) -> None:
     kept = KeptRecords(tracker, said.append)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     pictures = {"eval/student/gone": tmp_path / "gone.png", "eval/student/torn": tmp_path / "torn.png"}
-    kept.write(Entry(1, {"eval/student/R@1": 0.5}, {}, pictures))
+    kept.write(TrackerEntry(1, {"eval/student/R@1": 0.5}, {}, pictures))
     kept.close(failed=True)
     assert said == []
     events = events_of(tmp_path)
