@@ -54,3 +54,20 @@ def test_a_run_is_planned(run_file: Path) -> None:
     assert last.startswith("  at 1,024 GPUs the loss is ")
     for said in ("batch 32 = 16 x 2", "memory of a rank", "fits: ", "largest batch a GPU: ", "TFLOP needed"):
         assert said in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h100", "--out", "folder"], "--out: names the folder of --sweep's files"),
+        (["--calibrate", "machine.json", "--sweep"], "--calibrate: plans nothing"),
+        (["--calibrate", "machine.json", "--gpu", "h100"], "not allowed with argument"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    run_file: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(run_file), *arguments])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
