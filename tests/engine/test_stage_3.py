@@ -67,7 +67,7 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
         if case.stage == 3:
             kept = tiny.student.layout.engine.optimizer.persistent_parameters
             results[case]["gathered"] = len(list(tiny.student.model.parameters())) - len(kept)
-            names = operations(tiny.student.layout.publish)
+            names = operations(torch.no_grad()(tiny.student.layout.publish))
             results[case]["kept"] = len(kept)
             results[case]["gathers"] = [name for name in names if name.startswith("c10d::")]
         tiny.close()
