@@ -1,14 +1,12 @@
 """The data's part of the report: what the towers see, how long captions are, and what could not be used."""
 
-import io
-import tempfile
 from collections import Counter
-from pathlib import Path
-
-from PIL import Image
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.data.tools.inspect import draw_visits, survey
+from cosmos_scale.data.tools.contact_sheet import framed_original, to_image
+from cosmos_scale.data.tools.inspect import survey, visits
 from cosmos_scale.data.tools.inspect_report import histogram
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.report.figures import Bar, Drawn, draw_bars
@@ -18,21 +16,40 @@ from cosmos_scale.words import counted
 
 SAMPLES_SHOWN, SAMPLES_COUNTED = 4, 256
 LONGEST_CAPTION = 4096  # tokens: so that nothing is cut off before it is counted
-SHEET_WIDTH = 1800  # pixels at most
+ORIGINAL_SIDE, CROP_SIDE = 280, 224  # pixels at most
 LEAST_WAITED = 2  # ranks, for a histogram of who waits longest
 MOST_RANKS = 64
 
 
-def contact_sheet_of(config: RunConfig) -> Picture:
+class SeenSample(NamedTuple):
+    """A sample as the towers see it. original: with a frame for each crop. captions: each with its kind."""
+
+    title: str
+    original: Picture
+    global_crops: Sequence[Picture]
+    local_crops: Sequence[Picture]
+    captions: Sequence[tuple[str, str]]
+
+
+def seen_samples(config: RunConfig) -> list[SeenSample]:
     """Return the crops and captions of the first samples that the run's first epoch visits."""
-    with tempfile.TemporaryDirectory() as folder:
-        sheet = Path(folder) / "views.png"
-        tokenize = Tokenizer(config.model.text.context_length)
-        draw_visits(config, tokenize, sheet, epoch=0, first=0, count=SAMPLES_SHOWN)
-        with Image.open(io.BytesIO(sheet.read_bytes())) as image:
-            views = config.data.views.global_crops + config.data.views.local_crops
-            said = f"{counted(SAMPLES_SHOWN, 'sample')}: {counted(views, 'crop')} and the captions of each"
-            return picture_of(image.convert("RGB"), said, width=SHEET_WIDTH, quality=78)
+    found = []
+    tokenize = Tokenizer(config.model.text.context_length)
+    global_captions = config.data.captions.global_count
+    for original, views, captions in visits(config, tokenize, epoch=0, first=0, count=SAMPLES_SHOWN):
+        framed = framed_original(original, len(views.global_crops), ORIGINAL_SIDE, ORIGINAL_SIDE)
+        crops = {
+            kind: [
+                picture_of(to_image(view), f"{kind} crop {place}", width=CROP_SIDE, quality=88)
+                for place, view in enumerate(of_kind, start=1)
+            ]
+            for kind, of_kind in (("global", views.global_crops), ("local", views.local_crops))
+        }
+        kinds = ["global" if place < global_captions else "local" for place in range(len(captions))]
+        shown = picture_of(framed, "the picture, with a frame for each crop", width=ORIGINAL_SIDE)
+        said = list(zip(kinds, captions, strict=True))
+        found.append(SeenSample(original.title, shown, crops["global"], crops["local"], said))
+    return found
 
 
 def caption_lengths_of(config: RunConfig) -> Drawn:
@@ -40,7 +57,7 @@ def caption_lengths_of(config: RunConfig) -> Drawn:
     found = survey(config, Tokenizer(LONGEST_CAPTION), samples=SAMPLES_COUNTED, workers=1, progress=False)
     both = found.tally.global_tokens + found.tally.local_tokens
     bins = histogram(both)
-    kinds: dict[str, Counter[int]] = {"global": found.tally.global_tokens, "local": found.tally.local_tokens}
+    kinds: dict[str, Counter[int]] = {"local": found.tally.local_tokens, "global": found.tally.global_tokens}
     bars = []
     for one in bins:
         last = max(both) if one.last is None else one.last

@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_scale.report.plots import Plot, RunCurves
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXES = {"steps": "step", "samples": "samples", "hours": "hours since the start"}
-WIDTH, HEIGHT, POINTS_PER_INCH = 4.3, 2.6, 72.0  # inches: on a phone the letters are as large as the page's
+WIDTH, HEIGHT, POINTS_PER_INCH = 4.0, 2.5, 72.0  # inches: on a phone the letters are as large as the page's
+LETTERS = 8.5  # points
 
 # Colours that stand for the page's own: matplotlib writes them, `_svg` replaces them by variables of the style sheet.
 INK, GRID = "#0a0b01", "#0a0b02"
@@ -83,13 +84,13 @@ def draw_bars(name: str, title: str, bars: Sequence[Bar], x_label: str, y_label:
     axes.set_ylabel(_plain(y_label))
     axes.grid(visible=False, axis="x")
     if len(names) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(frameon=False, fontsize=LETTERS, labelcolor=INK)
     said = f"{title}: " + ", ".join(f"{bar.label}: {sum(bar.parts.values()):g}" for bar in bars)
     return Drawn(name, title, {"steps": _svg(figure, f"{name}-bars")}, said, note)
 
 
 def draw_lines_over(
-    name: str, title: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str
+    name: str, title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str
 ) -> Drawn:
     """Draw some lines, each of its x and y by its label, over something that is neither steps nor hours."""
     figure, axes = _new_figure()
@@ -99,7 +100,7 @@ def draw_lines_over(
     axes.set_ylabel(_plain(y_label))
     axes.set_ylim(bottom=0)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(frameon=False, fontsize=LETTERS, labelcolor=INK)
     greatest = ", ".join(f"{label} at most {max(y):.4g}" for label, (_, y) in lines.items() if len(y))
     return Drawn(name, title, {"steps": _svg(figure, f"{name}-lines")}, f"{title}: {greatest}")
 
@@ -153,7 +154,7 @@ def _draw_run(axes: "Axes", number: int, run: RunCurves, axis: str, batch: int |
                 (3, 0),
                 textcoords="offset points",
                 color=colour,
-                fontsize=8,
+                fontsize=LETTERS,
                 va="center",
             )
             end.set_gid(f"run{number}-number")
@@ -203,9 +204,9 @@ def _new_figure() -> "tuple[Figure, Axes]":
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GRID)
-    axes.tick_params(colors=INK, labelsize=8, length=0)
-    axes.xaxis.label.set(color=INK, fontsize=8)
-    axes.yaxis.label.set(color=INK, fontsize=8)
+    axes.tick_params(colors=INK, labelsize=LETTERS, length=0)
+    axes.xaxis.label.set(color=INK, fontsize=LETTERS)
+    axes.yaxis.label.set(color=INK, fontsize=LETTERS)
     axes.locator_params(axis="x", nbins=5)
     axes.margins(x=0.03)
     return figure, axes
@@ -216,7 +217,7 @@ def _few_log_ticks(axes: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
-    narrow = high / low < 30 if low > 0 else False
+    narrow = high / low < 300 if low > 0 else False
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -231,7 +232,9 @@ def _key(axes: "Axes", kinds: dict[str, bool]) -> None:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=INK, linewidth=1.3, linestyle="--" if dashed else "-") for dashed in kinds.values()]
-    axes.legend(lines, [_plain(label) for label in kinds], frameon=False, fontsize=8, labelcolor=INK, handlelength=2.4)
+    axes.legend(
+        lines, [_plain(label) for label in kinds], frameon=False, fontsize=LETTERS, labelcolor=INK, handlelength=2.4
+    )
 
 
 def _extent(figure: "Figure", axes: "Axes") -> dict[str, Any]:

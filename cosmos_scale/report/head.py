@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from cosmos_scale.report.plots import HEADLINES, MODELS, evaluator_of, numbers_of_models
 from cosmos_scale.report.records import RunRecords, number_of
-from cosmos_scale.report.series import start_of, training_seconds
+from cosmos_scale.report.series import rank_seconds, start_of, training_seconds
 from cosmos_scale.words import counted
 
 HOUR = 3600.0
@@ -99,9 +99,9 @@ def _facts(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "in steps", span_in_words(seconds)
     if run.world_size is not None:
         yield "ranks", f"{run.world_size:,}"
-        if seconds:
+        if spent := rank_seconds(run):
             kind = "GPU-hours" if _device(run).startswith("cuda") else "rank-hours"
-            yield f"{kind} in steps", f"{run.world_size * seconds / HOUR:,.2f}"
+            yield f"{kind} in steps", f"{spent / HOUR:,.2f}"
     if device := _device(run):
         yield "device", device
     if run.train and (goodput := number_of(run.train[-1], "goodput")) is not None:

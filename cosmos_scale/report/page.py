@@ -12,9 +12,10 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Report, no_report
 from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.files import replace_file
-from cosmos_scale.report.data_part import caption_lengths_of, contact_sheet_of, substitutes_of, waits_by_rank
+from cosmos_scale.report.data_part import caption_lengths_of, seen_samples, substitutes_of, waits_by_rank
 from cosmos_scale.report.evaluation_part import attention_of, evaluator_tables, pictures_left
 from cosmos_scale.report.figures import AXES, Drawn, draw_plot
+from cosmos_scale.report.final_numbers import final_numbers
 from cosmos_scale.report.head import head_of, moment
 from cosmos_scale.report.plots import Plot, curve_plots, memory_plots, speed_plots
 from cosmos_scale.report.profile_part import profiles_of
@@ -41,7 +42,7 @@ def write_report(
         raise UserError(f"{len(unique)} runs; rule: at most {MOST_RUNS} on one page")
     runs = read_runs(unique)
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
-    parts: dict[str, Any] = {"sheet": None, "lengths": None, "retrieved": None, "maps": []}
+    parts: dict[str, Any] = {"samples": [], "lengths": None, "retrieved": None, "maps": []}
     if pictures:
         parts |= _pictures(runs[0], device, report, notes)
     parts["profiled"] = profiles_of(runs, notes)
@@ -67,7 +68,7 @@ def _pictures(run: RunRecords, device: Device, report: Report, notes: list[str])
     found: dict[str, Any] = {}
     if config.data.sources:
         report("data", 0, 2)
-        found["sheet"] = made("samples", lambda: contact_sheet_of(config))
+        found["samples"] = made("samples", lambda: seen_samples(config)) or []
         report("data", 1, 2)
         found["lengths"] = made("lengths of captions", lambda: caption_lengths_of(config))
         report("data", 2, 2)
@@ -109,6 +110,7 @@ def _page(runs: Sequence[RunRecords], parts: dict[str, Any], notes: Sequence[str
         notes=notes,
         axes=[axis for axis in AXES if any(axis in one.svgs for one in (*curves, *speed))],
         curves=curves,
+        final=[one for one in [final_numbers(runs)] if one],
         speed=[*speed, *([waits] if waits else [])],
         memory=memory,
         substitutes=[(run.label, said) for run in runs if (said := substitutes_of(run))],

@@ -3,25 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, reason_of
 from cosmos_scale.report.figures import Drawn, draw_lines_over
+from cosmos_scale.report.final_numbers import TextTable
 from cosmos_scale.report.records import RunRecords
 
 PROFILE_FILE = Path("profile") / "profile.json"
 MIB, CENT = 2.0**20, 100.0
 MOST_ROWS = 15
-
-
-class TextTable(NamedTuple):
-    """A table of texts: the first column says what a row is, the others are numbers."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
 
 
 @dataclass

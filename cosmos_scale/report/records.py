@@ -79,7 +79,7 @@ class RunRecords:
             return self.config.train.global_batch
         for record in reversed(self.train):
             if samples := number_of(record, "samples"):
-                return round(samples / record["step"])
+                return round(samples / max(1, int(record["step"])))
         return None
 
     @property

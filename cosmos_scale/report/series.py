@@ -1,7 +1,7 @@
 """The curves of a run: points over its steps and hours, thinned to what a picture can show."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from cosmos_scale.report.records import Record, RunRecords, number_of
@@ -54,7 +54,7 @@ def start_of(run: RunRecords) -> float | None:
         return min(times)
     for record in run.train:
         if (time := number_of(record, "time")) is not None:
-            return time - record["step"] * (number_of(record, "step_seconds_max") or 0.0)
+            return time - int(record["step"]) * (number_of(record, "step_seconds_max") or 0.0)
     return None
 
 
@@ -83,11 +83,28 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 def training_seconds(run: RunRecords) -> float:
     """Return the seconds of all steps with their waits for data, without start-up, evaluations and checkpoints."""
-    seconds, before = 0.0, 0
-    for record in run.train:  # a record holds the mean over the steps since the record before it
-        seconds += (record["step"] - before) * (number_of(record, "step_seconds_max") or 0.0)
-        before = int(record["step"])
-    return seconds
+    return sum(seconds for _, seconds in _spans(run))
+
+
+def rank_seconds(run: RunRecords) -> float | None:
+    """Return the same times the ranks that took each step; None where their number is not known."""
+    if run.world_size is None:
+        return None
+    starts = [(int(record["step"]), ranks) for record in run.starts if (ranks := number_of(record, "world_size"))]
+    total = 0.0
+    for step, seconds in _spans(run):
+        ranks = next((ranks for first, ranks in reversed(starts) if first < step), run.world_size)
+        total += ranks * seconds
+    return total
+
+
+def _spans(run: RunRecords) -> Iterator[tuple[int, float]]:
+    """Yield the step of each record and the seconds of the steps since the record before it, whose mean it holds."""
+    before = 0
+    for record in run.train:
+        step = int(record["step"])
+        yield step, (step - before) * (number_of(record, "step_seconds_max") or 0.0)
+        before = step
 
 
 def skipped_steps(run: RunRecords) -> list[int]:

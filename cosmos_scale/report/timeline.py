@@ -50,13 +50,12 @@ def _starts(run: RunRecords) -> Iterator[Event]:
 def _evaluations(run: RunRecords) -> Iterator[Event]:
     for record in run.evaluations:
         numbers = numbers_of_models(record)
-        parts = [
-            f"{model} {title} {100 * numbers[model][key]:.1f} %"
-            for key, title in HEADLINES.items()
-            for model in MODELS
-            if key in numbers.get(model, {})
-        ]
-        said = f"{evaluator_of(record)}: {', '.join(parts)}" if parts else evaluator_of(record)
+        parts = []
+        for key, title in HEADLINES.items():
+            shares = [f"{model} {100 * numbers[model][key]:.1f} %" for model in MODELS if key in numbers.get(model, {})]
+            if shares:
+                parts.append(f"{title}: {', '.join(shares)}")
+        said = f"{evaluator_of(record)}: {'; '.join(parts)}" if parts else evaluator_of(record)
         yield Event(_time(record), int(record["step"]), "evaluation", said)
     for record in run.failures:
         yield Event(_time(record), int(record["step"]), "evaluation failed", evaluator_of(record))
