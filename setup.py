@@ -18,6 +18,7 @@ setup(
     package_data={
         **{name: ["*.yaml"] for name in FOLDERS},
         "cosmos_scale.evaluation.prompts": ["*.txt"],
+        "cosmos_scale.report": ["templates/*"],
         "cosmos_scale.evaluation.segmentation": ["class_names/*"],
     },
 )

@@ -34,8 +34,10 @@ def add_report_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.evaluation.bar import WorkBar
+    from cosmos_scale.files import make_output_folder
     from cosmos_scale.report.page import write_report
 
+    make_output_folder(arguments.out.parent)
     with WorkBar(show=True) as bar:
         notes = write_report(
             arguments.runs,

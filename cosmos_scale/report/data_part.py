@@ -10,7 +10,7 @@ from cosmos_scale.data.tools.inspect import survey, visits
 from cosmos_scale.data.tools.inspect_report import histogram
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.report.figures import Bar, Drawn, draw_bars
-from cosmos_scale.report.pictures import Picture, picture_of
+from cosmos_scale.report.pictures import PagePicture, picture_of
 from cosmos_scale.report.records import RunRecords, number_of
 from cosmos_scale.words import counted
 
@@ -25,9 +25,9 @@ class SeenSample(NamedTuple):
     """A sample as the towers see it. original: with a frame for each crop. captions: each with its kind."""
 
     title: str
-    original: Picture
-    global_crops: Sequence[Picture]
-    local_crops: Sequence[Picture]
+    original: PagePicture
+    global_crops: Sequence[PagePicture]
+    local_crops: Sequence[PagePicture]
     captions: Sequence[tuple[str, str]]
 
 

@@ -21,10 +21,11 @@ from cosmos_scale.evaluation.attention_pictures import HEAT, HEAT_SHARE
 from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.evaluator import Encoder, Report
 from cosmos_scale.evaluation.published import PUBLISHED_ROWS
-from cosmos_scale.report.pictures import Picture, picture_of
-from cosmos_scale.report.plots import MODELS, evaluator_of, numbers_of_models
+from cosmos_scale.report.pictures import PagePicture, picture_of
+from cosmos_scale.report.plots import MODELS, numbers_of_models
 from cosmos_scale.report.records import RunRecords
 from cosmos_scale.run.folder import EVALUATION
+from cosmos_scale.run.metrics import evaluator_of
 
 MAPS = 4
 MAP_SIDE, LEFT_SIDE = 224, 480  # pixels of pictures on the page
@@ -59,8 +60,8 @@ class AttentionMap(NamedTuple):
     """A pair with its maps. words: tokens of the caption, each with its weight's place in 0..1."""
 
     caption: str
-    crop: Picture
-    heat: Picture
+    crop: PagePicture
+    heat: PagePicture
     words: list[tuple[str, float]]
     share_on_words: float
 
@@ -70,7 +71,7 @@ class LeftPictures(NamedTuple):
 
     evaluator: str
     step: str
-    pictures: list[Picture]
+    pictures: list[PagePicture]
 
 
 def evaluator_tables(run: RunRecords) -> list[EvaluatorTable]:
@@ -163,7 +164,7 @@ def pictures_left(run: RunRecords) -> list[LeftPictures]:
     return found
 
 
-def _readable(files: Sequence[Path], folder: Path) -> Iterator[Picture]:
+def _readable(files: Sequence[Path], folder: Path) -> Iterator[PagePicture]:
     for file in files:
         try:
             with Image.open(file) as image:

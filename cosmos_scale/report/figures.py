@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AXES = {"steps": "step", "samples": "samples", "hours": "hours since the start"}
-WIDTH, HEIGHT, POINTS_PER_INCH = 4.0, 2.5, 72.0  # inches: on a phone the letters are as large as the page's
+WIDTH, HEIGHT, POINTS_PER_INCH = 4.0, 2.4, 72.0  # inches: on a phone the letters are as large as the page's
 LETTERS = 8.5  # points
 
 # Colours that stand for the page's own: matplotlib writes them, `_svg` replaces them by variables of the style sheet.
@@ -132,7 +132,7 @@ def _draw_over(plot: Plot, axis: str, batches: Sequence[int | None]) -> tuple[st
 
 def _draw_run(axes: "Axes", number: int, run: RunCurves, axis: str, batch: int | None, *, several: bool) -> None:
     colour = _RUN.format(number)
-    if run.band is not None:
+    if run.band is not None and len(run.band[0].points) > 1:
         low, high = run.band
         x, bottom = _xy(low, axis, batch)
         _, top = _xy(high, axis, batch)
@@ -197,29 +197,32 @@ def _place(step: int, by_step: dict[int, Any], axis: str, batch: int | None) -> 
 def _new_figure() -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure  # here: it takes half a second
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=POINTS_PER_INCH, layout="constrained", facecolor="none")
-    axes = figure.add_subplot(facecolor="none")
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=POINTS_PER_INCH, facecolor="none")
+    # Fixed: matplotlib would take half of the time to find how much room the letters need.
+    axes = figure.add_axes((0.15, 0.18, 0.81, 0.79), facecolor="none")
     axes.grid(visible=True, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GRID)
-    axes.tick_params(colors=INK, labelsize=LETTERS, length=0)
+    axes.tick_params(which="both", colors=INK, labelsize=LETTERS, length=0)
     axes.xaxis.label.set(color=INK, fontsize=LETTERS)
     axes.yaxis.label.set(color=INK, fontsize=LETTERS)
     axes.locator_params(axis="x", nbins=5)
+    for one in (axes.xaxis, axes.yaxis):
+        one.set_major_formatter(lambda value, _: in_few_signs(value))
     axes.margins(x=0.03)
     return figure, axes
 
 
 def _few_log_ticks(axes: "Axes") -> None:
     """Label a logarithmic axis in plain numbers, also where it spans less than a power of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
     narrow = high / low < 300 if low > 0 else False
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(lambda value, _: in_few_signs(value))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -292,6 +295,14 @@ def _said_of_runs(plot: Plot) -> Iterator[str]:
                 f"{which}{curve.label}: {first.value:.4g}{unit} at step {first.step:,}, "
                 f"{last.value:.4g}{unit} at step {last.step:,}"
             )
+
+
+def in_few_signs(value: float) -> str:
+    """Return a number for an axis: 0.98, 5k, 20M."""
+    for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:,.4g}{sign}"
+    return f"{value:.4g}"
 
 
 def _short(value: float) -> float:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from cosmos_scale.report.plots import HEADLINES, MODELS, evaluator_names, evaluator_of, numbers_of_models
+from cosmos_scale.report.plots import HEADLINES, MODELS, evaluator_names, numbers_of_models
 from cosmos_scale.report.records import RunRecords, number_of
+from cosmos_scale.run.metrics import evaluator_of
 
 # Keys of training records by what they are called. The last value counts, or of speeds the median.
 _LAST = {"loss": "loss", "CLIP loss": "clip", "distillation loss": "distill", "gradient norm": "grad_norm"}
@@ -49,7 +50,10 @@ def _middle(run: RunRecords, key: str) -> str:
     values = [value for record in run.train if (value := number_of(record, key)) is not None]
     if not values:
         return ""
-    return f"{100 * median(values):.1f} %" if key == "mfu" else f"{median(values):,.4g}"
+    middle = median(values)
+    if key == "mfu":
+        return f"{100 * middle:.1f} %"
+    return f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"
 
 
 def _share(run: RunRecords, evaluator: str, key: str, model: str) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Literal, NamedTuple
 
-from cosmos_scale.report.plots import HEADLINES, MODELS, evaluator_of, numbers_of_models
+from cosmos_scale.report.plots import HEADLINES, MODELS, numbers_of_models
 from cosmos_scale.report.records import RunRecords, number_of
 from cosmos_scale.report.series import rank_seconds, start_of, training_seconds
+from cosmos_scale.run.metrics import evaluator_of
 from cosmos_scale.words import counted
 
 HOUR = 3600.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from PIL import Image
 
 
-class Picture(NamedTuple):
+class PagePicture(NamedTuple):
     """A picture for the page. source: the whole picture as a data URI. said: in words. width, height: in pixels."""
 
     source: str
@@ -16,7 +16,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def picture_of(image: Image.Image, said: str, *, width: int, quality: int = 82) -> Picture:
+def picture_of(image: Image.Image, said: str, *, width: int, quality: int = 82) -> PagePicture:
     """Return a picture, made smaller where it is wider than `width` pixels; one that is smaller stays as it is."""
     if image.width > width:
         size = width, max(1, round(image.height * width / image.width))
@@ -24,4 +24,4 @@ def picture_of(image: Image.Image, said: str, *, width: int, quality: int = 82) 
     written = io.BytesIO()
     image.convert("RGB").save(written, format="JPEG", quality=quality, optimize=True)
     data = base64.b64encode(written.getvalue()).decode()
-    return Picture(f"data:image/jpeg;base64,{data}", said, image.width, image.height)
+    return PagePicture(f"data:image/jpeg;base64,{data}", said, image.width, image.height)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from cosmos_scale.report.records import Record, RunRecords
 from cosmos_scale.report.series import Curve, curve_of, skipped_steps
+from cosmos_scale.run.metrics import evaluator_of
 
 MOST_POINTS = 300  # of a curve: about one for each pixel of a picture's width
 POINTS_OF_ALL = 900  # of one curve of all runs together: many runs stay a small page
@@ -145,15 +146,6 @@ def _of_run(run: RunRecords, wanted: _Wanted, most: int, *, marked: bool) -> Run
         return RunCurves([one for one in curves if one.points], band)
     resumed = [int(record["step"]) for record in run.starts if record["step"] > 0]
     return RunCurves([one for one in curves if one.points], band, resumed, skipped_steps(run))
-
-
-def evaluator_of(record: Record) -> str:
-    """Return the name of the evaluator of a record; of older ones, which do not say it, what its numbers tell."""
-    name = record.get("evaluator")
-    if isinstance(name, str):
-        return name
-    first = next((key.partition("/")[0] for key in record if "/" in key), "")
-    return "retrieval" if first in MODELS else first
 
 
 def evaluator_names(runs: Sequence[RunRecords]) -> list[str]:

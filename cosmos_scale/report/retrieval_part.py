@@ -12,7 +12,7 @@ from cosmos_scale.evaluation.attention_maps import levels_of
 from cosmos_scale.evaluation.captioned import GalleryBatch
 from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.evaluator import Encoder, Report
-from cosmos_scale.report.pictures import Picture, picture_of
+from cosmos_scale.report.pictures import PagePicture, picture_of
 
 PAIRS = 256  # that are searched among
 QUERIES, WORST, FOUND = 5, 8, 5
@@ -22,7 +22,7 @@ SIDE = 112  # pixels of a picture on the page
 class FoundPicture(NamedTuple):
     """A picture that a caption found. right: whether it is the caption's own."""
 
-    picture: Picture
+    picture: PagePicture
     right: bool
 
 
@@ -31,14 +31,14 @@ class CaptionQuery(NamedTuple):
 
     caption: str
     rank: int
-    own: Picture
+    own: PagePicture
     found: Sequence[FoundPicture]
 
 
 class PictureQuery(NamedTuple):
     """A picture and the captions found for it, best first, each with whether it is the picture's own."""
 
-    picture: Picture
+    picture: PagePicture
     rank: int
     found: Sequence[tuple[str, bool]]
 
@@ -113,5 +113,5 @@ def _picture_query(pairs: _Pairs, scores: Tensor, query: int, rank: int) -> Pict
     return PictureQuery(_picture(pairs, query), rank, [(pairs.captions[one], one == query) for one in best])
 
 
-def _picture(pairs: _Pairs, one: int) -> Picture:
+def _picture(pairs: _Pairs, one: int) -> PagePicture:
     return picture_of(Image.fromarray(pairs.shown[one].numpy()), pairs.captions[one], width=SIDE)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from cosmos_scale.report.plots import HEADLINES, MODELS, evaluator_of, numbers_of_models
+from cosmos_scale.report.plots import HEADLINES, MODELS, numbers_of_models
 from cosmos_scale.report.records import Record, RunRecords, number_of
 from cosmos_scale.report.series import skipped_steps
+from cosmos_scale.run.metrics import evaluator_of
 from cosmos_scale.words import counted
 
 LONG_PAUSE, PAUSE_STEPS = 60.0, 10  # a gap is a pause where it is longer than these seconds and steps

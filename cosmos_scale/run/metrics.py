@@ -126,7 +126,7 @@ class MetricLog:
             return []
         records = [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
         return [
-            _evaluator_of(entry)
+            evaluator_of(entry)
             for entry in records
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
         ]
@@ -161,8 +161,11 @@ def console_line(record: Mapping[str, float]) -> str:
     )
 
 
-def _evaluator_of(entry: Mapping[str, object]) -> str:
-    """Return whose record it is; older ones do not say it, and without a name before its numbers it is retrieval's."""
+def evaluator_of(entry: Mapping[str, object]) -> str:
+    """Return whose record of an evaluation it is.
+
+    Older records do not say it; without a name before its numbers such a record is retrieval's.
+    """
     first = next((key.partition("/")[0] for key in entry if "/" in key), "")
     return str(entry.get("evaluator", "retrieval" if first in ("student", "teacher") else first))
 
