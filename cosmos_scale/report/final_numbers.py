@@ -12,7 +12,7 @@ from cosmos_scale.run.metrics import evaluator_of
 _LAST = {"loss": "loss", "CLIP loss": "clip", "distillation loss": "distill", "gradient norm": "grad_norm"}
 _MEDIAN = {
     "samples a second": "samples_per_second",
-    "samples a second and GPU": "samples_per_second_per_gpu",
+    "samples a second and rank": "samples_per_second_per_rank",
     "MFU": "mfu",
 }
 

@@ -101,7 +101,7 @@ def _facts(run: RunRecords) -> Iterator[tuple[str, str]]:
     if run.world_size is not None:
         yield "ranks", f"{run.world_size:,}"
         if spent := rank_seconds(run):
-            kind = "GPU-hours" if _device(run).startswith("cuda") else "rank-hours"
+            kind = "rank-hours" if _device(run) in ("", "cpu") else "GPU-hours"
             yield f"{kind} in steps", f"{spent / HOUR:,.2f}"
     if device := _device(run):
         yield "device", device

@@ -9,7 +9,7 @@ from cosmos_scale.run.metrics import evaluator_of
 
 MOST_POINTS = 300  # of a curve: about one for each pixel of a picture's width
 POINTS_OF_ALL = 900  # of one curve of all runs together: many runs stay a small page
-CENT, GIB = 100.0, 2.0**-30
+CENT = 100.0
 MODELS = ("student", "teacher")
 RETRIEVAL = {"image_to_text_R@1": "image to text", "text_to_image_R@1": "text to image"}
 # The numbers of an evaluation that are drawn, and what stands above them.
@@ -68,12 +68,17 @@ _CURVES = (
 _SPEED = (
     _Wanted("samples-per-second", "Samples a second", {"samples_per_second": "samples/s"}, from_zero=True),
     _Wanted(
-        "samples-per-second-per-gpu",
-        "Samples a second and GPU",
-        {"samples_per_second_per_gpu": "samples/s/GPU"},
+        "samples-per-second-per-rank",
+        "Samples a second and rank",
+        {"samples_per_second_per_rank": "samples/s"},
         from_zero=True,
     ),
-    _Wanted("tflops", "Needed TFLOP/s of a rank", {"tflops": "TFLOP/s"}, from_zero=True),
+    _Wanted(
+        "tflops",
+        "TFLOP/s of a rank",
+        {"tflops_per_rank": "needed", "executed_tflops_per_rank": "executed"},
+        from_zero=True,
+    ),
     _Wanted("mfu", "Use of the chip's peak", {"mfu": "MFU", "hfu": "HFU"}, unit="%", scale=CENT, from_zero=True),
     _Wanted("goodput", "Goodput since the first start", {"goodput": "goodput"}, unit="%", scale=CENT, from_zero=True),
     _Wanted(
@@ -94,16 +99,7 @@ _SPEED = (
         note="The span is from the rank that waited least to the rank that waited longest.",
     ),
 )
-_MEMORY = (
-    _Wanted(
-        "reserved",
-        "Peak memory that torch reserved",
-        {"peak_reserved_bytes": "reserved"},
-        unit="GiB",
-        scale=GIB,
-        from_zero=True,
-    ),
-)
+_MEMORY = (_Wanted("peak-memory", "Peak memory of a rank", {"peak_memory_gib": "peak"}, unit="GiB", from_zero=True),)
 
 
 def curve_plots(runs: Sequence[RunRecords]) -> list[Plot]:

@@ -50,12 +50,11 @@ def curve_of(
 def start_of(run: RunRecords) -> float | None:
     """Return when a run began, in seconds since 1970: at its first start, or as far back as its first record tells."""
     times = [time for record in run.starts if (time := number_of(record, "time")) is not None]
-    if times:
-        return min(times)
-    for record in run.train:
+    for record in run.train[:1]:
         if (time := number_of(record, "time")) is not None:
-            return time - int(record["step"]) * (number_of(record, "step_seconds_max") or 0.0)
-    return None
+            steps = int(record["step"]) * (number_of(record, "step_seconds_max") or 0.0)
+            times.append(time - (number_of(record, "wall_seconds") or steps))
+    return min(times, default=None)
 
 
 def hours_of(record: Record, start: float | None) -> float:

@@ -101,6 +101,11 @@ class MetricLog:
         """Print a line above the progress bar."""
         self._progress.console.print(text, highlight=False, soft_wrap=True)
 
+    def started(self, world_size: int, device: str) -> None:
+        """Write that a launch has started, with its first step; trackers have no place for that."""
+        facts = {"step": self._first_step, "world_size": world_size, "device": device}
+        self._file.append([json.dumps({"kind": "start", "time": round(time.time(), 3), **facts})])
+
     def training(self, record: dict[str, float]) -> None:
         """Write one training record (its keys are made in `progress.py`) and print its console line."""
         self._progress.update(self._task, loss=f"loss {record['loss']:.3f}")
