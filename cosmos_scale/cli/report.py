@@ -17,9 +17,9 @@ def add_report_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     """Add the command; the defaults of its parser are its name (`command`) and its function (`run`)."""
     parser = with_examples(commands.add_parser("report", help="one page on a run, or on several"), EXAMPLES)
     parser.description = (
-        "Write one page of HTML that tells a run's story: curves, speed, memory, data, what its newest checkpoint\n"
-        "finds and looks at, config and events. It opens in any browser, without a network. The run\n"
-        "may still go on. Several runs are drawn over each other."
+        "Write one page of HTML that tells a run's story: curves, speed, memory, data, what its newest\n"
+        "checkpoint finds and looks at, config and events. It opens in any browser, without a network.\n"
+        "The run may still go on. Several runs are drawn over each other."
     )
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folder of a run, such as runs/NAME")
     parser.add_argument("--out", type=path, default=Path("report.html"), metavar="FILE", help="default: report.html")
