@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_scale.report.plots import Plot, RunCurves
-from cosmos_scale.report.series import Curve
+from cosmos_scale.report.series import Curve, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,13 @@ def draw_lines_over(
 
 
 def _has_hours(plot: Plot) -> bool:
-    return any(not math.isnan(point.hours) for run in plot.runs for curve in run.curves for point in curve.points)
+    return any(not math.isnan(point.hours) for point in _points(plot))
+
+
+def _points(plot: Plot) -> Iterator[Point]:
+    for run in plot.runs:
+        for curve in run.curves:
+            yield from curve.points
 
 
 def _draw_over(plot: Plot, axis: str, batches: Sequence[int | None]) -> tuple[str, dict[str, Any]]:
@@ -117,7 +123,7 @@ def _draw_over(plot: Plot, axis: str, batches: Sequence[int | None]) -> tuple[st
     axes.set_xlabel(AXES[axis])
     if plot.unit:
         axes.set_ylabel(_plain(plot.unit))
-    if plot.logarithmic:
+    if plot.logarithmic and any(point.value > 0 for point in _points(plot)):
         axes.set_yscale("log")
         _few_log_ticks(axes)
     elif plot.from_zero:

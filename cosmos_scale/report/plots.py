@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cosmos_scale.report.records import Record, RunRecords
+from cosmos_scale.report.records import Record, RunRecords, number_of
 from cosmos_scale.report.series import Curve, curve_of, skipped_steps
 from cosmos_scale.run.metrics import evaluator_of
 
@@ -152,10 +152,11 @@ def evaluator_names(runs: Sequence[RunRecords]) -> list[str]:
 def numbers_of_models(record: Record) -> dict[str, dict[str, float]]:
     """Return the numbers of an evaluation's record by model and name, whatever stands before the model."""
     found: dict[str, dict[str, float]] = {}
-    for key, value in record.items():
+    for key in record:
         parts = key.rsplit("/", 2)
-        if len(parts) > 1 and parts[-2] in MODELS and isinstance(value, (int, float)):
-            found.setdefault(parts[-2], {})[parts[-1]] = value
+        number = number_of(record, key)
+        if len(parts) > 1 and parts[-2] in MODELS and number is not None:
+            found.setdefault(parts[-2], {})[parts[-1]] = number
     return found
 
 

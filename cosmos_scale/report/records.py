@@ -1,6 +1,5 @@
 """What a run's folder says of the run: its records, damage, checkpoints and config, as far as each can be read."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,8 @@ from cosmos_scale.files import load_json, read_regular, reason_of
 from cosmos_scale.run.folder import CHECKPOINTS, CONFIG_FILE, DAMAGE_FILE, METRICS_FILE
 from cosmos_scale.run.lock import DEAD_AFTER, LOCK_FILE
 from cosmos_scale.words import counted
+
+MOST = 1e30  # of what can be drawn: no record of a run that goes well comes near it
 
 Record = dict[str, Any]
 """A line of metrics.jsonl or damaged.jsonl. Where the file is damaged its values may be of any type: `number_of`."""
@@ -98,9 +99,9 @@ class RunRecords:
 
 
 def number_of(record: Record, key: str) -> float | None:
-    """Return a finite number of a record; None where the key is not there, or holds anything else."""
+    """Return a number of a record that can be drawn; None where the key is not there, or holds anything else."""
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST < value < MOST:
         return None
     return float(value)
 

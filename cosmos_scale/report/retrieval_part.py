@@ -12,6 +12,7 @@ from cosmos_scale.evaluation.attention_maps import levels_of
 from cosmos_scale.evaluation.captioned import GalleryBatch
 from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.evaluator import Encoder, Report
+from cosmos_scale.evaluation.ranking import best_ranks
 from cosmos_scale.report.pictures import PagePicture, picture_of
 
 PAIRS = 256  # that are searched among
@@ -78,7 +79,9 @@ def retrieve(section: RetrievalConfig, encoder: Encoder, report: Report) -> Retr
     images, texts, shown = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:3])
     pairs = _Pairs(images, texts, shown, [caption for part in parts for caption in part.captions])
     scores = pairs.texts @ pairs.images.T  # [captions, pictures]
-    rank_of_captions, rank_of_pictures = _ranks(scores), _ranks(scores.T)
+    each = torch.arange(len(scores))
+    rank_of_captions = 1 + best_ranks(pairs.texts, each, pairs.images, each)
+    rank_of_pictures = 1 + best_ranks(pairs.images, each, pairs.texts, each)
     asked = torch.linspace(0, len(scores) - 1, min(QUERIES, len(scores))).long().tolist()
     worst = rank_of_captions.argsort(descending=True, stable=True)[:WORST].tolist()
     return Retrieved(
@@ -95,11 +98,6 @@ def _encoded(batch: GalleryBatch, encoder: Encoder) -> _Pairs:
     captions = [texts[0] for texts in batch.texts]
     shown = torch.stack([levels_of(image) for image in batch.images])
     return _Pairs(encoder.images(batch.images).float().cpu(), encoder.texts(captions).float().cpu(), shown, captions)
-
-
-def _ranks(scores_QC: Tensor) -> Tensor:
-    """The rank from 1 of the right candidate of each query, which is that of its own number."""
-    return (scores_QC > scores_QC.diagonal()[:, None]).sum(1) + 1
 
 
 def _caption_query(pairs: _Pairs, scores: Tensor, query: int, rank: int, found: int = FOUND) -> CaptionQuery:

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from cosmos_scale.checkpoint import read_run_config
 from cosmos_scale.cli import main as cli
+from cosmos_scale.config import RetrievalConfig
+from cosmos_scale.evaluation.evaluator import no_report
+from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.report.page import write_report
+from cosmos_scale.report.retrieval_part import FOUND, QUERIES, WORST, retrieve
 from tests.report.browser import BROWSER, Page, browser_page
 from tests.report.run_folders import evaluation_record, start_record, train_record, write_run
 
@@ -100,6 +105,24 @@ def test_every_picture_of_a_real_run_is_drawn(browser: Page, real: Path, width: 
     assert wanted | {"Config", "Events"} <= set(headings)
 
 
+def test_found_pictures_are_framed_where_the_rank_says_so(checkpoints: Path) -> None:
+    newest = checkpoints / "step-00000002"
+    (section,) = read_run_config(newest).eval
+    assert isinstance(section, RetrievalConfig)
+    found = retrieve(section, load_encoder(newest, "student", "cpu"), no_report)
+    assert found is not None
+    assert (found.pairs, len(found.captions), len(found.worst)) == (40, QUERIES, WORST)
+    for query in found.captions:
+        place = next((place for place, one in enumerate(query.found, start=1) if one.right), None)
+        assert place == (query.rank if query.rank <= FOUND else None)
+    for asked in found.pictures:
+        place = next((place for place, (_, right) in enumerate(asked.found, start=1) if right), None)
+        assert place == (asked.rank if asked.rank <= FOUND else None)
+    ranks = [query.rank for query in found.worst]
+    assert ranks == sorted(ranks, reverse=True)
+    assert max(query.rank for query in found.captions) <= ranks[0] <= 40
+
+
 def test_a_page_is_one_small_file_that_asks_for_nothing(real: Path) -> None:
     page = real.read_text()
     assert len(page) < 3e6
@@ -130,6 +153,10 @@ def test_axes_and_runs_are_chosen_and_the_cursor_tells_values(browser: Page, com
     browser.value(f"{plot}.focus()")
     browser.press("End")
     assert browser.value(tip).splitlines() == ["step 200", "first, loss: 1.6767", "second, loss: 3"]
+    # The cursor stands at the line's end: a point of the curve lies where its value is drawn.
+    ends = f"[...{plot}.querySelectorAll('.cursor, #loss-steps-run0-loss')].map((one) => one.getBoundingClientRect())"
+    line_end, cursor = browser.value(f"{ends}.map((box) => box.right)")
+    assert cursor == pytest.approx(line_end, abs=3.0)  # pixels: a point's marker is two wide
     browser.press("ArrowLeft")
     assert browser.value(tip).startswith("step 190")
 
