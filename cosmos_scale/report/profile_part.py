@@ -14,6 +14,7 @@ from cosmos_scale.report.records import RunRecords
 PROFILE_FILE = Path("profile") / "profile.json"
 MIB, CENT = 2.0**20, 100.0
 MOST_ROWS = 15
+LEAST = 0.001  # a smaller number is told as smaller than that
 
 
 @dataclass
@@ -73,7 +74,8 @@ def _phases(profile: Mapping[str, Any], of: str) -> TextTable:
     if throughput.get("mfu"):
         said.append(f"MFU {_percent(throughput['mfu'])}")
     said.append(f"the phases add up to it within {_percent(abs(profile['sum']['difference']))}")
-    said.append(f"profiling itself costs {_percent(profile['cost']['median'])}")
+    cost = profile["cost"].get("marks", profile["cost"].get("median"))
+    said.append(f"profiling itself costs {_percent(cost)}")
     columns = ["phase", "device ms", "share", "host ms", "ranks, ms"]
     return TextTable(f"{of}Where a step goes", columns, rows, f"{'; '.join(said)}.")
 
@@ -133,6 +135,8 @@ def _owners(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
         note = f"Peak {memory['peak_bytes'] / MIB:,.1f} MiB in the phase {memory['peak_phase']}"
         if planned := memory.get("planned_peak_bytes"):
             note += f"; planned {planned / MIB:,.1f} MiB, measured {_signed(memory['peak_bytes'] / planned - 1)}"
+        if states := memory.get("states_by_formula"):
+            note += f"; weights, gradients, moments and averages by formula: {states / MIB:,.1f} MiB"
         yield TextTable(f"{of}Whose memory it is at the peak", ["part", "MiB"], rows, f"{note}.")
 
 
@@ -161,6 +165,8 @@ def _median(spread: Mapping[str, Any] | None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    if 0.0 < value < LEAST:
+        return f"< {LEAST:g}"
     return f"{value:,.0f}" if abs(value) >= 100 or float(value).is_integer() else f"{value:.3g}"
 
 
