@@ -135,8 +135,6 @@ def _owners(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
         note = f"Peak {memory['peak_bytes'] / MIB:,.1f} MiB in the phase {memory['peak_phase']}"
         if planned := memory.get("planned_peak_bytes"):
             note += f"; planned {planned / MIB:,.1f} MiB, measured {_signed(memory['peak_bytes'] / planned - 1)}"
-        if states := memory.get("states_by_formula"):
-            note += f"; weights, gradients, moments and averages by formula: {states / MIB:,.1f} MiB"
         yield TextTable(f"{of}Whose memory it is at the peak", ["part", "MiB"], rows, f"{note}.")
 
 

@@ -42,6 +42,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("checkpoint",),
         ("checkpoint", "inspect"),
         ("configs",),
+        ("convert",),
         ("setup",),
         ("train",),
     ],
