@@ -18,9 +18,12 @@ from cosmos_scale.evaluation.attention_maps import (
     word_weights,
 )
 from cosmos_scale.evaluation.attention_pictures import HEAT, HEAT_SHARE
+from cosmos_scale.evaluation.comparison import JSON_FILE
 from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.evaluator import Encoder, Report
 from cosmos_scale.evaluation.published import PUBLISHED_ROWS
+from cosmos_scale.files import load_json, read_regular, reason_of
+from cosmos_scale.report.final_numbers import TextTable
 from cosmos_scale.report.pictures import PagePicture, picture_of
 from cosmos_scale.report.plots import MODELS, numbers_of_models
 from cosmos_scale.report.records import RunRecords
@@ -151,6 +154,29 @@ def attention_of(section: RetrievalConfig, encoder: Encoder, report: Report) -> 
         )
         report("attention maps", len(found), MAPS)
     return found
+
+
+def of_all_sets(run: RunRecords, notes: list[str]) -> list[TextTable]:
+    """Return what `cosmos-scale eval all` has left in the run's folder; notes say why it cannot be used."""
+    path = run.folder / EVALUATION / JSON_FILE
+    try:
+        found = load_json(read_regular(path))
+        published = {(row["title"], row["number"], row["weights"]): row for row in found["comparison"]}
+        rows = []
+        for one in found["results"]:
+            for number in (name for name in one if any(name.endswith(share) for share in SHARES)):
+                row = published.get((one["set"], number, one["weights"]))
+                beside = ["", ""] if row is None else [f"{row['published']:.1f} %", f"{row['difference']:+.1f}"]
+                shown = _shown(number, float(one[number]))
+                rows.append([f"{one['set']}: {number.replace('_', ' ')}", str(one["weights"]), shown, *beside])
+        columns = ["set and number", "model", "measured", "published", "points"]
+        return [TextTable("All public sets", columns, rows, " ".join(found["notes"]))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = reason_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        notes.append(f"{run.label}: {EVALUATION}/{JSON_FILE} cannot be used: {said}.")
+        return []
 
 
 def pictures_left(run: RunRecords) -> list[LeftPictures]:

@@ -164,19 +164,27 @@ def _draw_run(axes: "Axes", number: int, run: RunCurves, axis: str, batch: int |
                 va="center",
             )
             end.set_gid(f"run{number}-number")
+    _draw_marks(axes, number, run, axis, batch)
+
+
+def _draw_marks(axes: "Axes", number: int, run: RunCurves, axis: str, batch: int | None) -> None:
+    """Draw a dotted line at each resume, and a cross at each skipped step."""
+    from matplotlib.collections import LineCollection
+
     by_step = {point.step: point for curve in run.curves for point in curve.points}
-    for kind, steps in (("resume", run.resumed), ("skip", run.skipped)):
-        for place, step in enumerate(steps):
-            x_of = _place(step, by_step, axis, batch)
-            if x_of is None:
-                continue
-            if kind == "resume":
-                mark = axes.axvline(x_of, color=colour, linewidth=0.9, linestyle=":")
-            else:
-                (mark,) = axes.plot(
-                    [x_of], [0.04], "x", color=colour, markersize=4.5, transform=axes.get_xaxis_transform()
-                )
-            mark.set_gid(f"run{number}-{kind}{place}")
+    across, colour = axes.get_xaxis_transform(), _RUN.format(number)  # in heights of the picture
+    resumed, skipped = (
+        [x for step in steps if (x := _place(step, by_step, axis, batch)) is not None]
+        for steps in (run.resumed, run.skipped)
+    )
+    if resumed:
+        lines = [((x, 0.0), (x, 1.0)) for x in resumed]
+        marks = LineCollection(lines, colors=colour, linewidths=0.9, linestyles=":", transform=across)
+        marks.set_gid(f"run{number}-resume")
+        axes.add_collection(marks, autolim=False)
+    if skipped:
+        (crosses,) = axes.plot(skipped, [0.04] * len(skipped), "x", color=colour, markersize=4.5, transform=across)
+        crosses.set_gid(f"run{number}-skip")
 
 
 def _xy(curve: Curve, axis: str, batch: int | None) -> tuple[list[float], list[float]]:

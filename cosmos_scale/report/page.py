@@ -13,7 +13,7 @@ from cosmos_scale.evaluation.evaluator import Report, no_report
 from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.files import replace_file
 from cosmos_scale.report.data_part import caption_lengths_of, seen_samples, substitutes_of, waits_by_rank
-from cosmos_scale.report.evaluation_part import attention_of, evaluator_tables, pictures_left
+from cosmos_scale.report.evaluation_part import attention_of, evaluator_tables, of_all_sets, pictures_left
 from cosmos_scale.report.figures import AXES, Drawn, draw_plot
 from cosmos_scale.report.final_numbers import final_numbers
 from cosmos_scale.report.head import head_of, moment
@@ -46,6 +46,7 @@ def write_report(
     if pictures:
         parts |= _pictures(runs[0], device, report, notes)
     parts["profiled"] = profiles_of(runs, notes)
+    parts["all_sets"] = [table for run in runs for table in of_all_sets(run, notes)]
     replace_file(out, _page(runs, parts, notes).encode(errors="replace"))
     return notes
 
@@ -91,6 +92,7 @@ def _page(runs: Sequence[RunRecords], parts: dict[str, Any], notes: Sequence[str
     first, alone = runs[0], len(runs) == 1
     curves, speed, memory = drawn(curve_plots(runs)), drawn(speed_plots(runs)), drawn(memory_plots(runs))
     waits = waits_by_rank(first) if alone else None
+    tables = [(run.label, evaluator_tables(run)) for run in runs]
     events = [shortened(events_of(run)) for run in runs]
     differences = [one for one in (between_runs(runs), *map(from_base, runs)) if one is not None]
     environment = Environment(
@@ -114,7 +116,8 @@ def _page(runs: Sequence[RunRecords], parts: dict[str, Any], notes: Sequence[str
         speed=[*speed, *([waits] if waits else [])],
         memory=memory,
         substitutes=[(run.label, said) for run in runs if (said := substitutes_of(run))],
-        tables=[(run.label, evaluator_tables(run)) for run in runs],
+        tables=tables,
+        has_tables=any(found for _, found in tables),
         left=[] if not alone else pictures_left(first),
         differences=differences,
         yamls=[(run.label, text) for run in runs if (text := yaml_of(run))],

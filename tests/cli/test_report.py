@@ -130,6 +130,7 @@ def test_a_page_is_one_small_file_that_asks_for_nothing(real: Path) -> None:
     assert {link.partition(":")[0] for link in links} == {"data"}
     assert "default-src 'none'" in page
     assert "Finished: all 2 steps" in page
+    assert "1 rank, cpu" in page  # of the launch
 
 
 @pytest.mark.parametrize(("width", "dark"), BOTH)
@@ -138,7 +139,7 @@ def test_runs_over_each_other_are_drawn_and_signs_stay_signs(
 ) -> None:
     drawn = look(browser, compared, width, dark=dark)
     names = [name for name, _, _ in drawn]
-    for run, mark in (("run0", "resume0"), ("run0", "skip0"), ("run0", "loss"), ("run1", "loss")):
+    for run, mark in (("run0", "resume"), ("run0", "skip"), ("run0", "loss"), ("run1", "loss")):
         assert f"loss-steps-{run}-{mark}" in names
     assert browser.value("document.querySelectorAll('main script, header script').length") == 0
     assert browser.value("document.body.innerText.includes('<script>alert(1)</script>&')")

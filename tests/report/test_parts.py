@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.report.evaluation_part import evaluator_tables
+from cosmos_scale.evaluation.all_sets import PublicPlace
+from cosmos_scale.evaluation.comparison import Measured, Results
+from cosmos_scale.evaluation.published import PublishedRow
+from cosmos_scale.report.evaluation_part import evaluator_tables, of_all_sets
 from cosmos_scale.report.figures import in_few_signs
 from cosmos_scale.report.final_numbers import final_numbers
 from cosmos_scale.report.records import read_runs
@@ -77,3 +80,22 @@ def test_last_numbers_of_runs_stand_side_by_side(tmp_path: Path) -> None:
 )
 def test_axes_have_short_numbers(value: float, shown: str) -> None:
     assert in_few_signs(value) == shown
+
+
+def test_all_public_sets_stand_beside_published_numbers(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", [train_record(10)])])
+    notes: list[str] = []
+    assert of_all_sets(run, notes) == []
+    place = PublicPlace("classification", "imagenet", (), (), "")
+    numbers = {"pictures": 50_000, "top1": 0.351, "top5": 0.6, "mean_per_class": 0.3, "chance_top1": 0.001}
+    measured = [Measured(place, "student", {}, numbers)]
+    row = PublishedRow({("imagenet", "top1"): 37.1}, ["A caveat."])
+    Results("step-8", "/data", "published", "a_row", row, measured).write(run.folder / "evaluation")
+    (table,) = of_all_sets(run, notes)
+    assert list(table.rows[0]) == ["imagenet: top1", "student", "35.10 %", "37.1 %", "-2.0"]
+    assert list(table.rows[1]) == ["imagenet: top5", "student", "60.00 %", "", ""]
+    assert table.note.endswith("A caveat.")
+    assert notes == []
+    (run.folder / "evaluation" / "evaluation.json").write_text('{"results": 3}')
+    assert of_all_sets(run, notes) == []
+    assert notes == ["some_run: evaluation/evaluation.json cannot be used: KeyError: 'comparison'."]
