@@ -34,7 +34,7 @@ def from_base(run: RunRecords) -> Differences | None:
         base, config = f"shipped {name}", load_config(shipped_file(name))
     else:
         base, config = "defaults", RunConfig()
-    return _differences(f"{run.label}: other than the {base}", [base, run.label], [_plain(config), run.tree])
+    return _differences(f"{run.label}: other than the {base}", [base, run.label], [_plain(config), _keys_of(run)])
 
 
 def between_runs(runs: Sequence[RunRecords]) -> Differences | None:
@@ -42,7 +42,12 @@ def between_runs(runs: Sequence[RunRecords]) -> Differences | None:
     known = [run for run in runs if run.tree]
     if len(known) < 2:
         return None
-    return _differences("Between the runs", [run.label for run in known], [run.tree for run in known])
+    return _differences("Between the runs", [run.label for run in known], [_keys_of(run) for run in known])
+
+
+def _keys_of(run: RunRecords) -> dict[str, Any]:
+    """Return a run's keys, with the defaults of those that an older version did not have."""
+    return run.tree if run.config is None else _plain(run.config)
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
