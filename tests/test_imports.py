@@ -58,8 +58,9 @@ MAY_IMPORT = {
     "run": PARTS - {"kernels", "loss"} | {"profiling"},
     "train": PARTS - {"kernels"} | {"run", "profiling"},
     "launch": {"checkpoint", "data", "run"} | FOUNDATION,
-    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling"},
-    "demo": PARTS | {"run", "cli", "demo_zero_shot"},
+    "report": {"checkpoint", "data", "evaluation", "model", "run"} | FOUNDATION,  # of run the names of its files
+    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling", "report"},
+    "demo": PARTS | {"run", "cli", "demo_zero_shot", "report"},
     "demo_zero_shot": {"data", "evaluation"} | FOUNDATION,
     "testing": PARTS | {"run", "train", "launch", "cli", "profiling"},
 }

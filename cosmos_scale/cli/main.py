@@ -1,4 +1,4 @@
-"""The command line: `cosmos-scale train | launch | configs | eval | attention | data | checkpoint | convert | setup`.
+"""The command line: `cosmos-scale train | launch | configs | eval | attention | report | data | checkpoint | ...`.
 
 Each command imports what it needs when it runs, so that `--help` and mistyped commands answer at once.
 """
@@ -14,7 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 from cosmos_scale import __version__
-from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, train
+from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, report, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import CommandParser, say_repeats, with_examples
 from cosmos_scale.cli.leave import leave_after
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_eval_commands(eval_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     attention.add_attention_command(commands)
+    report.add_report_command(commands)
 
     checkpoint_parser = commands.add_parser("checkpoint", help="look at checkpoints")
     with_examples(checkpoint_parser, checkpoint.EXAMPLES)
