@@ -23,6 +23,7 @@ FOUNDATION = {
     "host",
     "interfaces",
     "interrupt",
+    "phases",
     "versions",
     "words",
 }
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "host": set(),
     "interfaces": set(),
     "interrupt": {"exit_status"},
+    "phases": set(),
     "versions": set(),
     "words": set(),
     "kernels": set(),
