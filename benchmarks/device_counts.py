@@ -23,8 +23,8 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.flops import step_flops
 from cosmos_scale.testing.device_counts import GROUPS, META, Count, count_step, count_update, meta_batch, total
-from cosmos_scale.testing.needed_flops import step_flops
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.step_race import GLOBAL_TOKENS, LOCAL_TOKENS
 

@@ -25,8 +25,8 @@ from benchmarks.device_counts import NARROW, RUNS, STEP_PHASES, caption_lengths,
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.config import RunConfig
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.flops import Tokens, loss_flops, step_flops, student_tokens, teacher_tokens, visible_pairs
 from cosmos_scale.testing.device_counts import META, Count, count_update, meta_batch, total
-from cosmos_scale.testing.needed_flops import Tokens, loss_flops, step_flops, student_tokens, teacher_tokens
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.traffic import Collective, count_losses, count_traffic
 
@@ -177,9 +177,8 @@ def attention_flops(config: RunConfig, lengths_KB: torch.Tensor) -> int:
     """Return the operations of attention's products: 2 forward, 5 backward, each 2 L^2 D, half of it where causal."""
     batch, model = meta_batch(config, lengths_KB), config.model
 
-    def forward(tokens: Sequence[Tokens], width: int, layers: int, *, causal: bool) -> int:
-        pairs = sum(of.length * (of.length + 1) // 2 if causal else of.length**2 for of in tokens)
-        return 4 * width * layers * pairs
+    def forward(tokens: Tokens, width: int, layers: int, *, causal: bool) -> int:
+        return 4 * width * layers * int(visible_pairs(tokens.lengths, causal=causal).sum())
 
     flops = 0
     for (crops, captions), passes in ((student_tokens(batch, config), 3.5), (teacher_tokens(batch, config), 1.0)):

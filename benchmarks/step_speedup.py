@@ -3,7 +3,7 @@
 Both sides start from the same weights and take the same batches in turns, in float32: the trainer through DeepSpeed and
 `train_step`, the restatement (cosmos_scale/testing/published_step.py) in plain torch. Their losses must agree. The
 share compares the trainer's rate with the rate at which torch.mm multiplies large matrices on this machine. It counts
-only operations that a step needs (cosmos_scale/testing/needed_flops.py). On CPUs the trainer's layers may multiply
+only operations that a step needs (cosmos_scale/profiling/flops.py). On CPUs the trainer's layers may multiply
 faster than torch.mm (kernels/linear.py).
 """
 

@@ -53,14 +53,14 @@ MAY_IMPORT = {
     "data": {"kernels"} | FOUNDATION,
     "checkpoint": FOUNDATION,
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
-    "profiling": {"model", "engine"} | FOUNDATION,  # of engine its formulas
-    "run": PARTS - {"kernels", "loss"},
-    "train": PARTS - {"kernels"} | {"run"},
+    "profiling": {"kernels", "model", "engine"} | FOUNDATION,  # of engine its formulas
+    "run": PARTS - {"kernels", "loss"} | {"profiling"},
+    "train": PARTS - {"kernels"} | {"run", "profiling"},
     "launch": {"checkpoint", "data", "run"} | FOUNDATION,
     "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling"},
     "demo": PARTS | {"run", "cli", "demo_zero_shot"},
     "demo_zero_shot": {"data", "evaluation"} | FOUNDATION,
-    "testing": PARTS | {"run", "train", "launch", "cli"},
+    "testing": PARTS | {"run", "train", "launch", "cli", "profiling"},
 }
 # Within data, arrows go the way of a sample: samples <- decode <- shards <- training. Three rooms stand beside it:
 # tools, prepare and scenes. The modules jobs and work lie in no room: the long work of every room uses them.

@@ -21,9 +21,9 @@ from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.flops import step_flops
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.batches import random_batch
-from cosmos_scale.testing.needed_flops import step_flops
 from cosmos_scale.testing.published_step import Losses, PublishedStep
 
 GLOBAL_TOKENS, LOCAL_TOKENS = (20, 75), (8, 28)  # of captions, both ends included

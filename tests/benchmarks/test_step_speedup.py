@@ -17,7 +17,7 @@ from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.testing.needed_flops import (
+from cosmos_scale.profiling.flops import (
     Tokens,
     loss_flops,
     student_flops,
@@ -142,18 +142,19 @@ def test_needed_operations_are_those_that_torch_counts(config: RunConfig) -> Non
     assert loss.get_total_flops() == loss_flops(batch, config)
 
 
-def _beyond_need(segments: tuple[list[Tokens], list[Tokens]], model: ModelConfig) -> int:
+def _beyond_need(segments: tuple[Tokens, Tokens], model: ModelConfig) -> int:
     """What the towers' forward multiplies without need, where attention is two products without a mask's savings."""
     total = 0
     sizes = ((model.vision.width, model.vision.layers), (model.text.width, model.text.layers))
     for tokens, (width, layers), causal in zip(segments, sizes, (False, True), strict=True):
         # The last block projects queries of all tokens, and lets all of them attend; attention pads, and masks.
-        total += 2 * width**2 * sum(length - read for length, read in tokens)
-        lengths = sorted((length for length, _ in tokens), reverse=True)
+        of_segments = list(zip(tokens.lengths.tolist(), tokens.read.tolist(), strict=True))
+        total += 2 * width**2 * sum(length - read for length, read in of_segments)
+        lengths = sorted((length for length, _ in of_segments), reverse=True)
         computed = sum(group.size * group.queries * group.keys for group in Segments(lengths).groups)
         seen = {length: length * (length + 1) // 2 if causal else length**2 for length in lengths}
         needed = sum(
-            (layers - 1) * seen[length] + (seen[length] if read == length else length) for length, read in tokens
+            (layers - 1) * seen[length] + (seen[length] if read == length else length) for length, read in of_segments
         )
         total += 4 * width * (layers * computed - needed)
     return total

@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from cosmos_scale.profiling.chips import peak_flops
+
 # The device first waits so many cycles, 1 to 3 ms, in which the host launches what is timed: the time of a short kernel
 # would else be that of its launch.
 AHEAD_CYCLES = 3_000_000
 LINE_WIDTH = 400  # characters of a printed result; the file has all of it
-# Peak operations a second of matrix products in bf16 without sparsity, by a part of the device's name; NVIDIA's data
-# sheets, the SXM forms.
-PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
 class Recorder:
@@ -79,11 +78,8 @@ class Recorder:
         return statistics.median(times)
 
     def peak(self) -> float | None:
-        """Return the device's peak operations a second in bf16; None where PEAKS does not know it."""
-        if not self.on_gpu:
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((rate for part, rate in PEAKS.items() if part in name), None)
+        """Return the device's peak operations a second in bf16; None where it is not known."""
+        return peak_flops(self.device, "bf16")
 
 
 def failure(error: BaseException) -> str:

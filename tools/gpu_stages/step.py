@@ -20,11 +20,11 @@ from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.loss import CosmosLoss
+from cosmos_scale.profiling.flops import step_flops
 from cosmos_scale.run.copy_stream import CopyStream
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.step import StepOutput, train_step
 from cosmos_scale.testing.batches import with_levels
-from cosmos_scale.testing.needed_flops import step_flops
 from cosmos_scale.testing.step_race import step_batch
 from tools.gpu_stages.recorder import Recorder
 

@@ -1,0 +1,1 @@
+"""Where a step's time goes: its operations, a device's rates, throughput."""
