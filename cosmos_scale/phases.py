@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 STEP_PHASES = ("data", "copy", "ranks", "student", "teacher", "loss", "backward", "update", "refresh", "figures")
-"""In the order of a step. data: waits for the batch. copy: brings it to the device. ranks: agrees with the other ranks
-that the step begins. refresh: what the teacher's new weights cost, wherever in the step. figures: reads the step before.
+"""In the order of a step. data: waits for the batch. copy: brings it to the device. ranks: agrees with other ranks that
+the step begins. refresh: what the teacher's new weights cost, wherever in the step. figures: reads the step before.
 """
 SAMPLE_PARTS = ("read", "decode", "plan", "crops", "colour", "blur", "tokens")
 """What the loader does for a sample. Crops: cut out, resized, and written into the batch."""

@@ -56,8 +56,9 @@ MAY_IMPORT = {
     "profiling": {"kernels", "model", "engine"} | FOUNDATION,  # of engine its formulas
     "run": PARTS - {"kernels", "loss"} | {"profiling"},
     "train": PARTS - {"kernels"} | {"run", "profiling"},
+    "profile": PARTS - {"kernels"} | {"run", "profiling"},
     "launch": {"checkpoint", "data", "run"} | FOUNDATION,
-    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling"},
+    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "profile", "launch", "profiling"},
     "demo": PARTS | {"run", "cli", "demo_zero_shot"},
     "demo_zero_shot": {"data", "evaluation"} | FOUNDATION,
     "testing": PARTS | {"run", "train", "launch", "cli", "profiling"},
@@ -78,7 +79,7 @@ MAY_IMPORT_IN_DATA: dict[str, set[str]] = {
     "scenes": SAMPLE_WAY,
 }
 # Who may import cli and train; train's own guard (`if __name__ == "__main__":`) counts as cli.
-ONLY_FROM = {"cli": {"demo", "testing"}, "train": {"cli", "testing"}}
+ONLY_FROM = {"cli": {"demo", "testing"}, "train": {"cli", "testing"}, "profile": {"cli", "testing"}}
 
 # Packages that only the named places import: whole packages of ours, or single modules.
 ONLY_IN = {

@@ -49,10 +49,10 @@ class _Measured(NamedTuple):
     wait_seconds: float
 
 
-class _Pending:
+class PendingStep:
     """A step whose figures are on their way to the host; measured is None where the step writes no record."""
 
-    def __init__(self, step: int, output: StepOutput, measured: _Measured | None) -> None:
+    def __init__(self, step: int, output: StepOutput, measured: _Measured | None = None) -> None:
         self.step = step
         self.measured = measured
         self.substituted = int(output.substituted)  # on the host already
@@ -120,7 +120,7 @@ class Progress:
                 error = failure
         raise_together(ranks, error)
         self._stack = ExitStack()
-        self._pending: _Pending | None = None
+        self._pending: PendingStep | None = None
         self._skipped = 0
         self._substituted = 0  # of this rank, since the last record
         self._data_wait = 0.0
@@ -154,7 +154,7 @@ class Progress:
             now, steps = time.perf_counter(), step - self._marked_step
             measured = _Measured(lr, momentum, (now - self._marked_time) / steps, self._data_wait / steps)
             self._marked_time, self._marked_step, self._data_wait = now, step, 0.0
-        self._pending = _Pending(step, output, measured)
+        self._pending = PendingStep(step, output, measured)
 
     def read_pending(self) -> None:
         """Read the last step noted; collective. Raises UserError on all ranks where its loss was not finite."""

@@ -1,0 +1,106 @@
+"""What one rank measures of its steps: made on every rank, and sent to the main rank."""
+
+import socket
+from typing import NamedTuple
+
+import torch
+
+from cosmos_scale.profiling.collective_times import CollectiveTimes, collective_calls, summarise
+from cosmos_scale.profiling.device_work import TopWork, busy_by_phase, top_work, work_by_kind
+from cosmos_scale.profiling.host_waits import HostWait, host_waits
+from cosmos_scale.profiling.loader_times import LoaderTimes
+from cosmos_scale.profiling.memory_timeline import MemoryTimeline, memory_timeline
+from cosmos_scale.profiling.step_clock import StepTimes
+from cosmos_scale.profiling.trace import Trace
+
+Stretches = list[tuple[str, float, float]]
+
+
+class TracedSteps(NamedTuple):
+    """What the traces of a rank say; milliseconds and calls are of a step.
+
+    busy: how long the GPU works for each phase; empty on a CPU. phases: (name, begin, end) of the last traced step.
+    """
+
+    steps: int
+    step_ms: float
+    busy: dict[str, float]
+    kinds: dict[str, float]
+    top: list[TopWork]
+    collectives: list[CollectiveTimes]
+    memory: MemoryTimeline | None
+    phases: Stretches
+    waits: list[HostWait]
+
+
+class GpuMemory(NamedTuple):
+    """What torch's allocator says of a GPU after the steps, in bytes. retries: how often it had to empty its cache."""
+
+    peak: int
+    reserved: int
+    retries: int
+    capacity: int
+
+
+class RankProfile(NamedTuple):
+    """All that a rank has measured.
+
+    device: its name. measured: the steps with marks. plain_ms: the steps beside them, without. flops: needed for a
+    step, the mean. peak_flops: of the device, per second; None where it is not known.
+    """
+
+    host: str
+    device: str
+    measured: list[StepTimes]
+    plain_ms: list[float]
+    flops: float
+    peak_flops: float | None
+    traced: TracedSteps
+    loader: LoaderTimes
+    gpu_memory: GpuMemory | None
+
+
+def read_traces(trace: Trace, detailed: Trace, *, world_size: int, found: int) -> TracedSteps:
+    """Read a trace of some steps, and a detailed one of a step. found: bytes that a step finds on a CPU."""
+    steps = len(trace.steps)
+    begin, end = trace.steps[-1]
+    timed, sized = collective_calls(trace), collective_calls(trace if trace.on_gpu else detailed)
+    return TracedSteps(
+        steps=steps,
+        step_ms=sum(stop - start for start, stop in trace.steps) / 1e3 / steps,
+        busy=busy_by_phase(trace) if trace.on_gpu else {},
+        kinds=work_by_kind(trace),
+        top=top_work(trace),
+        collectives=summarise(timed, steps, sized, world_size) if world_size > 1 else [],
+        memory=memory_timeline(trace, found=found),
+        phases=[
+            (name, (start - begin) / 1e3, (stop - begin) / 1e3)
+            for start, stop, name in trace.phase_stretches
+            if begin <= start and stop <= end
+        ],
+        waits=host_waits(detailed),
+    )
+
+
+def read_gpu_memory(device: torch.device) -> GpuMemory | None:
+    """Return what torch's allocator says of this process's GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return GpuMemory(
+        peak=torch.cuda.max_memory_allocated(device),
+        reserved=torch.cuda.max_memory_reserved(device),
+        retries=int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)),
+        capacity=torch.cuda.get_device_properties(device).total_memory,
+    )
+
+
+def host_name() -> str:
+    """Return this host's name."""
+    return socket.gethostname()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name that the driver gives a GPU, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.backends.cpu.get_cpu_capability().lower()}"
