@@ -13,6 +13,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
     tell_interrupts("cosmos-scale profile")
     refuse_deleted_folder("cosmos-scale profile")
 
+import gzip
+import pickle
 import statistics
 import time
 from pathlib import Path
@@ -29,7 +31,7 @@ from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_output_folder
+from cosmos_scale.files import make_output_folder, replace_file
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.phases import phase
@@ -158,12 +160,11 @@ def profile(
                 run.take()
                 plain.append(1e3 * (time.perf_counter() - start))
     memory = read_gpu_memory(ranks.device)
-    kept = plan.folder / plan.trace_file(ranks.rank) if plan.trace else None
-    trace = record_steps(run.take, TRACED, on_gpu=on_gpu, skip=UNREAD, keep=kept)
+    trace = record_steps(run.take, TRACED, on_gpu=on_gpu, skip=UNREAD)
     detailed = record_steps(run.take, DETAILED, on_gpu=on_gpu, skip=UNREAD, detailed=True)
-    if plan.memory:
-        _write_snapshot(run, plan.folder / plan.memory_file(ranks.rank))
+    snapshot = _memory_snapshot(run) if plan.memory else None
     run.end()
+    _write_files(plan, ranks, trace.file, snapshot)
     samples = config.samples_per_rank(ranks.world_size)
     measured = RankProfile(
         host=host_name(),
@@ -172,7 +173,7 @@ def profile(
         plain_ms=plain,
         flops=statistics.fmean(run.flops),
         peak_flops=peak_flops(ranks.device, config.precision),
-        traced=read_traces(trace, detailed, world_size=ranks.world_size, found=_state_bytes(config, ranks)),
+        traced=read_traces(trace.trace, detailed.trace, world_size=ranks.world_size, found=_state_bytes(config, ranks)),
         loader=time_loader(run.loader.make_here, samples),
         gpu_memory=memory,
     )
@@ -211,12 +212,26 @@ def _make_folder(plan: ProfilePlan, ranks: Ranks) -> None:
     raise_together(ranks, error)
 
 
-def _write_snapshot(run: ProfiledRun, file: Path) -> None:
-    """Take a step, and write what torch's allocator did in it (to be seen at pytorch.org/memory_viz)."""
+def _memory_snapshot(run: ProfiledRun) -> bytes:
+    """Take a step, and return what torch's allocator did in it, as pytorch.org/memory_viz reads it."""
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
     run.take()
-    torch.cuda.memory._dump_snapshot(str(file))
+    snapshot = torch.cuda.memory._snapshot()
     torch.cuda.memory._record_memory_history(enabled=None)
+    return pickle.dumps(snapshot)
+
+
+def _write_files(plan: ProfilePlan, ranks: Ranks, trace: bytes, snapshot: bytes | None) -> None:
+    """Write what is kept of this rank, after all steps: a rank that cannot write would keep the others; collective."""
+    error = None
+    try:
+        if plan.trace:
+            replace_file(plan.folder / plan.trace_file(ranks.rank), gzip.compress(trace, compresslevel=5))
+        if snapshot is not None:
+            replace_file(plan.folder / plan.memory_file(ranks.rank), snapshot)
+    except UserError as failure:
+        error = failure
+    raise_together(ranks, error)
 
 
 def _state_bytes(config: RunConfig, ranks: Ranks) -> int:

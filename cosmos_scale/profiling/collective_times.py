@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cosmos_scale.profiling.trace import Stretch, Trace, Work, length, overlap, stretch_of, union
+from cosmos_scale.profiling.trace import Stretch, Trace, TracedWork, length, overlap, stretch_of, union
 
 GLOO, OPERATOR = "gloo:", "c10d::"
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
@@ -163,7 +163,7 @@ class _Hidden:
         return free
 
 
-def _call(work: Work, kind: str, nbytes: int | None, ran: Stretch | None, hidden: _Hidden) -> CollectiveCall:
+def _call(work: TracedWork, kind: str, nbytes: int | None, ran: Stretch | None, hidden: _Hidden) -> CollectiveCall:
     if ran is None:
         return CollectiveCall(work.phase, kind, work.step, nbytes, None, None)
     return CollectiveCall(work.phase, kind, work.step, nbytes, length([ran]) / 1e3, hidden.exposed(ran) / 1e3)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from cosmos_scale.profiling.collective_times import is_collective
-from cosmos_scale.profiling.trace import Stretch, Trace, Work, length, overlap, union
+from cosmos_scale.profiling.trace import Stretch, Trace, TracedWork, length, overlap, union
 
 TOP = 15
 _OF_AUTOGRAD = "autograd::engine::evaluate_function: "
@@ -69,7 +69,7 @@ def work_by_kind(trace: Trace) -> dict[str, float]:
     """Return the milliseconds of a step that each kind of work takes, the most first; work at one time counts twice."""
     kinds: dict[str, float] = {}
     for work in _work(trace):
-        kind = kind_of(work.name)
+        kind = work_kind(work.name)
         kinds[kind] = kinds.get(kind, 0.0) + work.self_time / 1e3 / len(trace.steps)
     return dict(sorted(kinds.items(), key=lambda kind: -kind[1]))
 
@@ -87,19 +87,19 @@ def top_work(trace: Trace) -> list[TopWork]:
     return sorted(rows, key=lambda row: -row.ms)[:TOP]
 
 
-def kind_of(name: str) -> str:
+def work_kind(name: str) -> str:
     """Return the kind of a kernel or operator."""
     lower = name.lower()
     return next((kind for kind, words in _KINDS.items() if any(word in lower for word in words)), ELSE)
 
 
-def _work(trace: Trace) -> list[Work]:
+def _work(trace: Trace) -> list[TracedWork]:
     if trace.on_gpu:
         return trace.kernels
     return [work for work in trace.operators if work.lane == trace.main_thread and not is_collective(work.name)]
 
 
-def _busiest_lane(kernels: list[Work]) -> int:
+def _busiest_lane(kernels: list[TracedWork]) -> int:
     lanes: dict[int, float] = {}
     for kernel in kernels:
         lanes[kernel.lane] = lanes.get(kernel.lane, 0.0) + kernel.end - kernel.start

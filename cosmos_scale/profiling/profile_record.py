@@ -12,7 +12,7 @@ import numpy as np
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular
+from cosmos_scale.files import load_json, read_regular, replace_file
 from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.collective_times import CollectiveTimes
 from cosmos_scale.profiling.phase_rows import LABELS, PhaseRow, phase_rows, phase_sum, slowest_rank
@@ -114,13 +114,7 @@ def compared(before: Record, now: Record, file: Path) -> Record:
 
 def write_record(record: Record, folder: Path) -> None:
     """Write profile.json into a folder that is there; raises UserError where it cannot be written."""
-    file = folder / PROFILE_FILE
-    part = folder / f"{PROFILE_FILE}.part"
-    try:
-        part.write_text(json.dumps(record), encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from error
+    replace_file(folder / PROFILE_FILE, json.dumps(record).encode())
 
 
 def flat(section: Any, key: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ Event = Mapping[str, Any]
 Stretch = tuple[float, float]  # from, to
 
 
-class Work(NamedTuple):
+class TracedWork(NamedTuple):
     """A kernel, a copy or an operator: microseconds of its begin and end. phase, step: where it was launched.
 
     category: as in the file. lane: the stream, or the host's thread. self_time: without what it calls itself.
@@ -73,7 +73,7 @@ class Trace:
         place = bisect_right(self._times, time) - 1
         return self._names[place] if place >= 0 else REST
 
-    def _kernels(self) -> list[Work]:
+    def _kernels(self) -> list[TracedWork]:
         launched = {
             event["args"]["correlation"]: float(event["ts"])
             for event in self.events
@@ -87,22 +87,22 @@ class Trace:
             details = event.get("args", {})
             at = launched.get(details.get("correlation"), start)
             place = (self.phase_at(at), self.step_at(at), int(details.get("stream", 0)))
-            kernels.append(Work(event["name"], event["cat"], start, end, *place, details, end - start))
+            kernels.append(TracedWork(event["name"], event["cat"], start, end, *place, details, end - start))
         return [kernel for kernel in kernels if kernel.step != OUTSIDE]
 
-    def _operators(self) -> list[Work]:
+    def _operators(self) -> list[TracedWork]:
         by_thread: dict[int, list[Event]] = {}
         for event in self.events:
             if event.get("cat") == "cpu_op":
                 by_thread.setdefault(event["tid"], []).append(event)
-        found: list[Work] = []
+        found: list[TracedWork] = []
         for events in by_thread.values():
             found += self._of_thread(events)
         return [operator for operator in found if operator.step != OUTSIDE]
 
-    def _of_thread(self, events: list[Event]) -> list[Work]:
+    def _of_thread(self, events: list[Event]) -> list[TracedWork]:
         events.sort(key=lambda event: (event["ts"], -event["dur"]))
-        found: list[Work] = []
+        found: list[TracedWork] = []
         self_times: list[float] = []
         callers: list[int] = []  # places in `found` of those that have not ended
         for event in events:
@@ -112,7 +112,7 @@ class Trace:
             if callers:
                 self_times[callers[-1]] -= end - start
             place = (self.phase_at(start), self.step_at(start), event["tid"], event.get("args", {}))
-            found.append(Work(event["name"], "cpu_op", start, end, *place, 0.0, not callers))
+            found.append(TracedWork(event["name"], "cpu_op", start, end, *place, 0.0, not callers))
             self_times.append(end - start)
             callers.append(len(found) - 1)
         return [work._replace(self_time=time) for work, time in zip(found, self_times, strict=True)]
