@@ -31,11 +31,12 @@ def phase(name: str) -> AbstractContextManager[object]:
 @contextmanager
 def listening(listener: PhaseListener) -> Iterator[None]:
     """Let a listener, and no other, be told of the phases inside."""
+    before = list(_listeners)
     _listeners.append(listener)
     try:
         yield
     finally:
-        _listeners.pop()
+        _listeners[:] = before
 
 
 def stop_listening() -> None:
