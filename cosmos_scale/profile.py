@@ -171,6 +171,7 @@ def profile(
         device=device_name(ranks.device),
         measured=clock.steps(),
         plain_ms=plain,
+        marks_ms=clock.marks_ms(),
         flops=statistics.fmean(run.flops),
         peak_flops=peak_flops(ranks.device, config.precision),
         traced=read_traces(trace.trace, detailed.trace, world_size=ranks.world_size, found=_state_bytes(config, ranks)),

@@ -55,6 +55,7 @@ def _of_step(trace: Trace, step: int, events: list[Any], found: int | None) -> M
         nbytes, address = int(details["Bytes"]), int(details["Addr"])
         held += nbytes
         if nbytes > 0:
+            held -= live.get(address, (0, ""))[0]  # given back unseen
             live[address] = (nbytes, trace.phase_at(time))
             largest = max(largest, nbytes)
         elif address in live:

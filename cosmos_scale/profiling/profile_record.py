@@ -59,7 +59,7 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
         "slowest_rank": slowest,
         "throughput": _throughput(config, ranks, step.median),
         "sum": phase_sum(measured, busy)._asdict(),
-        "cost": _cost(ranks)._asdict(),
+        "cost": {"marks": max(rank.marks_ms for rank in ranks) / step.median, **_cost(ranks)._asdict()},
         "phases": [_phase(row, rows) for row in rows],
         "operators": {
             "kinds": ranks[slowest].traced.kinds,

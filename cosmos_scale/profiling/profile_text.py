@@ -40,8 +40,9 @@ def _head(record: Record) -> Iterator[str]:
         f"{counted(setting['samples_per_rank'], 'sample')} a rank{slow}"
     )
     yield (
-        f"profiling itself cost {_percent(cost['median'])} of a step ({_percent(cost['low'])} .. "
-        f"{_percent(cost['high'])}); the phases add up to {_percent(1.0 - added['difference'])} of a step"
+        f"profiling itself cost {_percent(cost['marks'], 2)} of a step, by its marks (steps with and without them "
+        f"differ by {_percent(cost['low'])} .. {_percent(cost['high'])}); the phases add up to "
+        f"{_percent(1.0 - added['difference'])} of a step"
     )
     if compared:
         yield f"before: {compared['file']} (!: changed by a tenth or more; ~: no more than the noise)"
@@ -189,8 +190,8 @@ def _quartiles(spread: dict[str, float]) -> str:
     return f"{spread['low']:.2f} .. {spread['high']:.2f}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _known(value: float | None, form: str) -> str:

@@ -45,14 +45,16 @@ class GpuMemory(NamedTuple):
 class RankProfile(NamedTuple):
     """All that a rank has measured.
 
-    device: its name. measured: the steps with marks. plain_ms: the steps beside them, without. flops: needed for a
-    step, the mean. peak_flops: of the device, per second; None where it is not known.
+    device: its name. measured: the steps with marks. plain_ms: the steps beside them, without. marks_ms: what
+    the marks of a step take of the host. flops: needed for a step, the mean. peak_flops: of the device, per second;
+    None where it is not known.
     """
 
     host: str
     device: str
     measured: list[StepTimes]
     plain_ms: list[float]
+    marks_ms: float
     flops: float
     peak_flops: float | None
     traced: TracedSteps

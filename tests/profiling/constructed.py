@@ -19,6 +19,13 @@ PHASES = {  # from, to, in microseconds of the step
     "figures": (850, 990),
 }
 Event = dict[str, Any]
+SCATTER: Event = {
+    "Collective name": "_reduce_scatter_base",
+    "dtype": "BFloat16",
+    "In msg nelems": 4_000_000,
+    "Out msg nelems": 500_000,
+    "Group size": 8,
+}
 
 
 def host(name: str, category: str, start: float, end: float, tid: int = MAIN, **args: Any) -> Event:
@@ -104,13 +111,7 @@ def gpu_step() -> GpuTrace:
             base + 750,
             stream=NCCL,
             tid=AUTOGRAD,
-            **{
-                "Collective name": "_reduce_scatter_base",
-                "dtype": "BFloat16",
-                "In msg nelems": 4_000_000,
-                "Out msg nelems": 500_000,
-                "Group size": 8,
-            },
+            **SCATTER,
         )
         trace.kernel("adamw_ema_update_kernel", base + 710, base + 760, base + 800)
         trace.kernel("ncclDevKernel_AllGather_RING_LL", base + 810, base + 790, base + 830, stream=NCCL)

@@ -64,6 +64,7 @@ def rank_profile(*, on_gpu: bool = True, **changed: float) -> RankProfile:
         host="a",
         device="NVIDIA H100 80GB HBM3",
         measured=measured,
+        marks_ms=0.5,
         plain_ms=[step.host_ms / 1.01 for step in measured],
         flops=3e13,
         peak_flops=1e15,

@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from cosmos_scale.phases import listening, phase, stop_listening
-from cosmos_scale.profiling import step_clock
 from cosmos_scale.profiling.step_clock import StepClock
 
 
@@ -13,7 +12,7 @@ from cosmos_scale.profiling.step_clock import StepClock
 def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each look at the clock be a second after the last."""
     counter = itertools.count()
-    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: float(next(counter)))
+    monkeypatch.setattr("cosmos_scale.profiling.step_clock.time.perf_counter", lambda: float(next(counter)))
 
 
 def step() -> None:
@@ -39,6 +38,8 @@ def test_the_intervals_of_a_step_cover_it() -> None:
     expected = {"rest": 4, "data": 3, "data/decode": 1, "teacher": 2, "refresh": 1, "backward": 5}
     assert first.host == {key: 1e3 * seconds for key, seconds in (expected | {"backward/reduction": 2}).items()}
     assert first.device == first.host
+    # Two looks at the clock around 2,000 marks, and 16 marks a step: 2,001 s for 2,000 marks.
+    assert clock.marks_ms() == pytest.approx(16e3 * 2001 / 2000)
 
 
 @pytest.mark.usefixtures("ticks")

@@ -1,5 +1,7 @@
 """Traces read: work by phase, exposed collectives, memory, waits. They are constructed, not recorded on a GPU."""
 
+from typing import Any
+
 import pytest
 
 from cosmos_scale.profiling.collective_times import bus_factor, collective_calls, summarise
@@ -93,7 +95,7 @@ def test_host_waits_have_our_file_and_line(trace: Trace) -> None:
 
 def test_gloo_is_matched_with_the_calls_in_their_order() -> None:
     step = host("phase:step", "user_annotation", 0, 1000)
-    shape = {"Input Dims": [[100], [200], [], []], "Input type": ["float", "float", "", "Scalar"]}
+    shape: dict[str, Any] = {"Input Dims": [[100], [200], [], []], "Input type": ["float", "float", "", "Scalar"]}
     events = [
         step,
         host("phase:backward", "user_annotation", 100, 600),
