@@ -1,16 +1,14 @@
 """The command `cosmos-scale profile`: its arguments, the start of the ranks, and what it prints and writes."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import path, place, positive, run_file, with_examples
+from cosmos_scale.cli.arguments import path, place, positive, with_examples
+from cosmos_scale.cli.as_rank import ThisRank, as_rank, read_run
 from cosmos_scale.cli.output import lasting_output
-from cosmos_scale.errors import UserError
-from cosmos_scale.exit_status import FAILED, REFUSED
 
 if TYPE_CHECKING:  # functions import it, so that --help need not wait
     from cosmos_scale.config import RunConfig
@@ -66,56 +64,33 @@ def _run(arguments: argparse.Namespace) -> int:
 
     with noted_terminations() as noted:
         stop_with_launcher()
-        return _start(arguments, noted)
+        return as_rank("profile", partial(_profile_as, arguments, noted))
 
 
-def _start(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
+def _profile_as(arguments: argparse.Namespace, noted: Sequence[int], this: ThisRank) -> int:
     """Profile on the ranks that a launcher started, or in this process; noted: the signals that have come so far."""
-    from cosmos_scale.config.load import load_config
-    from cosmos_scale.engine.messages import limit_messages
-    from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
+    config = read_run(arguments.file, arguments.overrides)
+    this.when_lost = lambda: "no profile was written"
+    from cosmos_scale.engine.collectives import describe_collectives
+    from cosmos_scale.engine.ranks import from_all
+    from cosmos_scale.profile import ProfilePlan, profile
+    from cosmos_scale.profiling.profile_record import read_record
+    from cosmos_scale.run.stop_request import StopRequest
+    from cosmos_scale.run.watchdog import Watchdog
 
-    ranks = None
-    try:
-        adopt_rank_variables()
-        config = load_config(run_file(arguments.file), arguments.overrides)
-        limit_messages(config.log.level)
-        read_rank_variables()
-        from cosmos_scale.engine.collectives import describe_collectives
-        from cosmos_scale.engine.ranks import from_all, start_ranks
-        from cosmos_scale.profile import ProfilePlan, profile
-        from cosmos_scale.profiling.profile_record import read_record
-        from cosmos_scale.run.stop_request import StopRequest
-        from cosmos_scale.run.watchdog import Watchdog
-
-        before = read_record(arguments.compare) if arguments.compare else None
-        folder = arguments.out or config.output / config.name / FOLDER
-        plan = ProfilePlan(arguments.steps, arguments.warm_up, folder, arguments.trace, arguments.memory)
-        with lasting_output():
-            ranks = start_ranks(config.device, config.log.level)
-            collectives = partial(describe_collectives, ranks.groups)
-            watchdog = Watchdog(config.train.watchdog_seconds, folder, ranks.contact, collectives)
-            with ranks.contact, StopRequest(None, noted) as stop, watchdog:
-                measured, workers = profile(config, ranks, stop, watchdog, plan)
-                everyone = from_all(measured, ranks)
-            if ranks.is_main:
-                _report(config, everyone, workers, plan, arguments.compare, before)
-        return 0
-    except WrongRankVariable:
-        raise
-    except UserError:
-        # As in training: before all ranks run together, an error may be of one machine alone.
-        prints = ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0"
-        if not prints:
-            return REFUSED
-        raise
-    except Exception as error:
-        from cosmos_scale.engine.ranks import lost_contact, tell_lost_contact
-
-        if "RANK" not in os.environ or not lost_contact(error):
-            raise
-        tell_lost_contact(error, os.environ["RANK"], "no profile was written", command="profile")
-        return FAILED
+    before = read_record(arguments.compare) if arguments.compare else None
+    folder = arguments.out or config.output / config.name / FOLDER
+    plan = ProfilePlan(arguments.steps, arguments.warm_up, folder, arguments.trace, arguments.memory)
+    with lasting_output():
+        ranks = this.start(config)
+        collectives = partial(describe_collectives, ranks.groups)
+        watchdog = Watchdog(config.train.watchdog_seconds, folder, ranks.contact, collectives)
+        with ranks.contact, StopRequest(None, noted) as stop, watchdog:
+            measured, workers = profile(config, ranks, stop, watchdog, plan)
+            everyone = from_all(measured, ranks)
+        if ranks.is_main:
+            _report(config, everyone, workers, plan, arguments.compare, before)
+    return 0
 
 
 def _report(
