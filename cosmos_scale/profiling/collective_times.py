@@ -32,6 +32,8 @@ ITEM_BYTES = {
     "byte": 1,
     "bool": 1,
 }
+# The engine's hooks run in this operator: they begin collectives and wait for them.
+_OF_HOOKS = "AccumulateGrad"
 # On a CPU the host's own code runs between operators. A gap that is longer is a wait.
 HOST_GAP = 100.0  # microseconds
 
@@ -128,7 +130,7 @@ def _of_gloo(trace: Trace) -> list[CollectiveCall]:
     computing = [
         (work.start, work.end)
         for work in trace.operators
-        if work.outermost and work.lane not in of_gloo and not is_collective(work.name)
+        if work.lane not in of_gloo and not is_collective(work.name) and _OF_HOOKS not in work.name
     ]
     hidden = _Hidden([*union(computing, bridged=HOST_GAP), *waits])
     begun = sorted(

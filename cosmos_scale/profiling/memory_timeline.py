@@ -10,11 +10,11 @@ _CPU, _CUDA = 0, 1  # device types, as torch numbers them
 
 
 class MemoryTimeline(NamedTuple):
-    """The memory of one step. Bytes; milliseconds from the step's begin.
+    """The memory of one step, the one that takes most. Bytes; milliseconds from the step's begin.
 
     owners: what is held at the peak, by the phase that has taken it, or BEFORE. largest: the largest block taken.
-    points: (time, bytes held), the peak among them. known: whether what the step found is counted, as on GPUs: torch
-    does not count a CPU's memory outside a profile.
+    points: (time, bytes held), the peak among them. step_ms: the step's length. phases: (name, begin, end). known:
+    whether what the step found is counted, as on GPUs: torch does not count a CPU's memory outside a profile.
     """
 
     peak: int
@@ -23,6 +23,8 @@ class MemoryTimeline(NamedTuple):
     owners: dict[str, int]
     largest: int
     points: list[tuple[float, int]]
+    step_ms: float
+    phases: list[tuple[str, float, float]]
     known: bool
 
 
@@ -70,8 +72,21 @@ def _of_step(trace: Trace, step: int, events: list[Any], found: int | None) -> M
             peak = (held, time, owners)
     nbytes, time, owners = peak
     owners = dict(sorted(owners.items(), key=lambda owner: -owner[1]))
+    end = trace.steps[step][1]
     return MemoryTimeline(
-        nbytes, (time - begin) / 1e3, trace.phase_at(time), owners, largest, _thinned(points), found is None
+        peak=nbytes,
+        peak_ms=(time - begin) / 1e3,
+        peak_phase=trace.phase_at(time),
+        owners=owners,
+        largest=largest,
+        points=_thinned(points),
+        step_ms=(end - begin) / 1e3,
+        phases=[
+            (name, (start - begin) / 1e3, (stop - begin) / 1e3)
+            for start, stop, name in trace.phase_stretches
+            if begin <= start and stop <= end
+        ],
+        known=found is None,
     )
 
 

@@ -7,9 +7,10 @@ from cosmos_scale.profiling.profile_record import Record
 from cosmos_scale.words import counted
 
 MIB, GIB = 2**20, 2**30
-NAME, WIDE = 29, 9  # columns
+NAME, WIDE, PAIR = 29, 10, 20  # columns
 CHART_WIDE, CHART_HIGH = 60, 4
 MOST_ROWS = 6  # of lists
+LEAST = 0.001  # of the peak: owners of less are left out
 LATE = 0.10  # a change by this part is pointed at
 
 
@@ -46,10 +47,10 @@ def _head(record: Record) -> Iterator[str]:
     )
     if compared:
         yield f"before: {compared['file']} (!: changed by a tenth or more; ~: no more than the noise)"
-    head = f"{'':{NAME}}{'median':>{WIDE}}{'quartiles':>17}{'p95':>{WIDE}}"
+    head = f"{'':{NAME}}{'median':>{WIDE}}{'quartiles':>{PAIR}}{'p95':>{WIDE}}"
     yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
     row = (
-        f"{'step, ms':{NAME}}{step['median']:>{WIDE}.1f}{_quartiles(step):>17}{step['p95']:>{WIDE}.1f}"
+        f"{'step, ms':{NAME}}{_ms(step['median']):>{WIDE}}{_quartiles(step):>{PAIR}}{_ms(step['p95']):>{WIDE}}"
         f"{_change(compared['step_ms']) if compared else ''}"
     )
     yield row
@@ -65,24 +66,24 @@ def _head(record: Record) -> Iterator[str]:
 
 def _phases(record: Record) -> Iterator[str]:
     many, compared = record["world_size"] > 1, record.get("compared")
-    head = f"{'where the step goes':{NAME}}{'device ms':>{WIDE + 1}}{'%':>7}{'quartiles':>17}{'host ms':>{WIDE}}"
-    head += f"{'rank min .. max':>26}" if many else ""
+    head = f"{'where the step goes':{NAME}}{'device ms':>{WIDE}}{'%':>7}{'quartiles':>{PAIR}}{'host ms':>{WIDE}}"
+    head += f"{'rank min .. max':>{PAIR + 11}}" if many else ""
     yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
     for phase in record["phases"]:
         device, host = phase["device_ms"], phase["host_ms"]
         line = (
-            f"  {phase['label']:{NAME - 2}}{device['median']:>{WIDE + 1}.2f}{100 * phase['share']:>7.1f}"
-            f"{_quartiles(device):>17}{'' if host is None else format(host['median'], '.2f'):>{WIDE}}"
+            f"  {phase['label']:{NAME - 2}}{_ms(device['median']):>{WIDE}}{100 * phase['share']:>7.1f}"
+            f"{_quartiles(device):>{PAIR}}{'' if host is None else _ms(host['median']):>{WIDE}}"
         )
         if many:
-            ranks = f"{phase['rank_min_ms']:.2f} .. {phase['rank_max_ms']:.2f} (rank {phase['rank_max']})"
-            line += f"{ranks:>26}"
+            ranks = f"{_ms(phase['rank_min_ms'])} .. {_ms(phase['rank_max_ms'])} (rank {phase['rank_max']})"
+            line += f"{ranks:>{PAIR + 11}}"
         yield line + (_change(compared["phases"][phase["name"]]) if compared else "")
         for part in phase["parts"]:
             own = part["device_ms"]
             yield (
-                f"    {part['label']:{NAME - 4}}{own['median']:>{WIDE + 1}.2f}{100 * part['share']:>7.1f}"
-                f"{_quartiles(own):>17}"
+                f"    {part['label']:{NAME - 4}}{_ms(own['median']):>{WIDE}}{100 * part['share']:>7.1f}"
+                f"{_quartiles(own):>{PAIR}}"
             )
 
 
@@ -127,7 +128,8 @@ def _memory(record: Record) -> Iterator[str]:
     memory = record["memory"]
     if memory is None:
         return
-    owners = "  ".join(f"{owner} {_size(nbytes)}" for owner, nbytes in memory["owners"].items() if nbytes >= MIB / 100)
+    large = {owner: size for owner, size in memory["owners"].items() if size >= LEAST * memory["peak_bytes"]}
+    owners = "  ".join(f"{owner} {_size(nbytes)}" for owner, nbytes in large.items())
     formula = " (what the step finds: by formula)" if memory["states_by_formula"] else ""
     reserved = ""
     if memory["reserved_bytes"] is not None:
@@ -146,8 +148,9 @@ def _chart(points: Sequence[Sequence[float]], step_ms: float) -> Iterator[str]:
     for time, nbytes in points:
         place = min(CHART_WIDE - 1, max(0, int(CHART_WIDE * time / step_ms)))
         columns[place] = max(columns[place], nbytes)
-    for place in range(1, CHART_WIDE):  # where nothing was taken, all is as before
-        columns[place] = columns[place] or columns[place - 1]
+    held = points[0][1]
+    for place in range(CHART_WIDE):  # where nothing was taken, all is as before
+        held = columns[place] = columns[place] or held
     low, high = min(columns), max(columns)
     rows = [round((CHART_HIGH - 1) * (value - low) / ((high - low) or 1.0)) for value in columns]
     for level in range(CHART_HIGH - 1, -1, -1):
@@ -183,11 +186,15 @@ def _change(change: dict[str, Any]) -> str:
     if share is None:
         return f"{'-':>{WIDE}}"
     mark = " !" if change["clear"] and abs(share) >= LATE else "  " if change["clear"] else " ~"
-    return f"{change['before']['median']:>{WIDE}.2f}{100 * share:>+{WIDE - 4}.0f} %{mark}"
+    return f"{_ms(change['before']['median']):>{WIDE}}{100 * share:>+{WIDE - 2}.0f} %{mark}"
 
 
 def _quartiles(spread: dict[str, float]) -> str:
-    return f"{spread['low']:.2f} .. {spread['high']:.2f}"
+    return f"{_ms(spread['low'])} .. {_ms(spread['high'])}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def _percent(share: float, digits: int = 1) -> str:

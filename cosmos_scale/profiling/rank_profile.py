@@ -13,23 +13,19 @@ from cosmos_scale.profiling.memory_timeline import MemoryTimeline, memory_timeli
 from cosmos_scale.profiling.step_clock import StepTimes
 from cosmos_scale.profiling.trace import Trace
 
-Stretches = list[tuple[str, float, float]]
-
 
 class TracedSteps(NamedTuple):
     """What the traces of a rank say; milliseconds and calls are of a step.
 
-    busy: how long the GPU works for each phase; empty on a CPU. phases: (name, begin, end) of the last traced step.
+    steps: how many were traced. busy: how long the GPU works for each phase; empty on a CPU.
     """
 
     steps: int
-    step_ms: float
     busy: dict[str, float]
     kinds: dict[str, float]
     top: list[TopWork]
     collectives: list[CollectiveTimes]
     memory: MemoryTimeline | None
-    phases: Stretches
     waits: list[HostWait]
 
 
@@ -65,21 +61,14 @@ class RankProfile(NamedTuple):
 def read_traces(trace: Trace, detailed: Trace, *, world_size: int, found: int) -> TracedSteps:
     """Read a trace of some steps, and a detailed one of a step. found: bytes that a step finds on a CPU."""
     steps = len(trace.steps)
-    begin, end = trace.steps[-1]
     timed, sized = collective_calls(trace), collective_calls(trace if trace.on_gpu else detailed)
     return TracedSteps(
         steps=steps,
-        step_ms=sum(stop - start for start, stop in trace.steps) / 1e3 / steps,
         busy=busy_by_phase(trace) if trace.on_gpu else {},
         kinds=work_by_kind(trace),
         top=top_work(trace),
         collectives=summarise(timed, steps, sized, world_size) if world_size > 1 else [],
         memory=memory_timeline(trace, found=found),
-        phases=[
-            (name, (start - begin) / 1e3, (stop - begin) / 1e3)
-            for start, stop, name in trace.phase_stretches
-            if begin <= start and stop <= end
-        ],
         waits=host_waits(detailed),
     )
 

@@ -24,12 +24,10 @@ Stretch = tuple[float, float]  # from, to
 class TracedWork(NamedTuple):
     """A kernel, a copy or an operator: microseconds of its begin and end. phase, step: where it was launched.
 
-    category: as in the file. lane: the stream, or the host's thread. self_time: without what it calls itself.
-    outermost: whether no other operator calls it.
+    lane: the stream, or the host's thread. self_time: without what it calls itself.
     """
 
     name: str
-    category: str
     start: float
     end: float
     phase: str
@@ -37,7 +35,6 @@ class TracedWork(NamedTuple):
     lane: int
     details: Mapping[str, Any]
     self_time: float
-    outermost: bool = True
 
 
 class Trace:
@@ -87,7 +84,7 @@ class Trace:
             details = event.get("args", {})
             at = launched.get(details.get("correlation"), start)
             place = (self.phase_at(at), self.step_at(at), int(details.get("stream", 0)))
-            kernels.append(TracedWork(event["name"], event["cat"], start, end, *place, details, end - start))
+            kernels.append(TracedWork(event["name"], start, end, *place, details, end - start))
         return [kernel for kernel in kernels if kernel.step != OUTSIDE]
 
     def _operators(self) -> list[TracedWork]:
@@ -112,7 +109,7 @@ class Trace:
             if callers:
                 self_times[callers[-1]] -= end - start
             place = (self.phase_at(start), self.step_at(start), event["tid"], event.get("args", {}))
-            found.append(TracedWork(event["name"], "cpu_op", start, end, *place, 0.0, not callers))
+            found.append(TracedWork(event["name"], start, end, *place, 0.0))
             self_times.append(end - start)
             callers.append(len(found) - 1)
         return [work._replace(self_time=time) for work, time in zip(found, self_times, strict=True)]

@@ -43,21 +43,21 @@ def rank_profile(*, on_gpu: bool = True, **changed: float) -> RankProfile:
     busy = {"student": 18.0, "teacher": 10.0, "loss": 5.0, "backward": 49.0, "update": 4.0, "refresh": 1.0}
     traced = TracedSteps(
         steps=3,
-        step_ms=120.0,
         busy=busy if on_gpu else {},
         kinds={"matmul": 60.0, "element-wise": 20.0},
         top=[TopWork("sm90_xmma_gemm_bf16", "backward", 30.0, 24.0, 0.3)],
         collectives=[CollectiveTimes("backward", "reduce_scatter", 9.0, 67.7, 0.85, 70.0, 7.0)],
         memory=MemoryTimeline(
-            30 * GIB,
-            40.0,
-            "teacher",
-            {"student": 20 * GIB, BEFORE: 10 * GIB},
-            GIB,
-            [(0.0, 10 * GIB), (40.0, 30 * GIB)],
-            True,
+            peak=30 * GIB,
+            peak_ms=40.0,
+            peak_phase="teacher",
+            owners={"student": 20 * GIB, BEFORE: 10 * GIB},
+            largest=GIB,
+            points=[(0.0, 10 * GIB), (40.0, 30 * GIB)],
+            step_ms=120.0,
+            phases=[("student", 0.0, 20.0)],
+            known=True,
         ),
-        phases=[("student", 0.0, 20.0)],
         waits=[HostWait("cosmos_scale/engine/optimizer.py:77", "cudaStreamSynchronize", "update", 1.0, 0.3)],
     )
     return RankProfile(

@@ -75,6 +75,8 @@ def test_the_peak_of_memory_has_a_moment_and_owners(trace: Trace) -> None:
     assert line.peak_ms == pytest.approx(0.4)
     assert line.owners == {BEFORE: 1000, "student": 600, "backward": 500}
     assert line.largest == 600
+    assert line.phases[2][0] == "student"
+    assert line.phases[2][1:] == pytest.approx((0.06, 0.2))
     assert max(line.points, key=lambda point: point[1]) == pytest.approx((0.4, 2100))
 
 
@@ -104,6 +106,8 @@ def test_gloo_is_matched_with_the_calls_in_their_order() -> None:
         host("c10d::_reduce_scatter_base_", "cpu_op", 300, 310, **shape),
         host("c10d::_allgather_base_", "cpu_op", 650, 660, **shape),
         host("aten::mm", "cpu_op", 220, 420),
+        # A hook of the engine waits in it: nothing is computed there.
+        host("torch::autograd::AccumulateGrad", "cpu_op", 425, 500),
         # gloo makes a reduce_scatter of an all_reduce; the gather is still under way where the trace ends.
         host("gloo:all_reduce", "user_annotation", 205, 290, AUTOGRAD + 1),
         host("gloo:all_reduce", "user_annotation", 400, 450, AUTOGRAD + 1),
