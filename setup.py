@@ -16,6 +16,7 @@ setup(
     packages=sorted({*find_packages(include=["cosmos_scale", "cosmos_scale.*"]), "cosmos_scale.kernels", *FOLDERS}),
     package_dir={"cosmos_scale": "cosmos_scale", "cosmos_scale.kernels": "kernels", "cosmos_scale.configs": "configs"},
     package_data={
+        "cosmos_scale": ["py.typed"],
         **{name: ["*.yaml"] for name in FOLDERS},
         "cosmos_scale.evaluation.prompts": ["*.txt"],
         "cosmos_scale.evaluation.segmentation": ["class_names/*"],

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.data.jobs import progress_bar
-from cosmos_scale.kernels import contrastive
+from cosmos_scale.kernels import contrastive_whole
 from cosmos_scale.testing.allocation import peak_bytes
 
 V, T, B, E = 8, 4, 512, 512
@@ -61,7 +61,7 @@ def fused(problem: Problem) -> Answer:
     """Use the trainer's form for one rank."""
     students, teachers, scale = problem
     weights = torch.full((len(students), len(teachers)), 1 / (len(students) * len(teachers)), dtype=torch.float64)
-    loss, gradients = contrastive.whole_batch(students, teachers, scale, weights, column_gradients=False)
+    loss, gradients = contrastive_whole.whole_batch(students, teachers, scale, weights, column_gradients=False)
     return Answer(loss, gradients.rows, gradients.log_scale)
 
 

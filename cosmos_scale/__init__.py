@@ -1,3 +1,28 @@
-"""cosmos-scale: pre-training of COSMOS vision-language models on DeepSpeed, from one CPU to hundreds of GPUs."""
+"""cosmos-scale: pre-training of COSMOS vision-language models on DeepSpeed, from one CPU to hundreds of GPUs.
+
+In Python a trained model is `cosmos_scale.load(...)`, see `inference/`. What it needs is imported when it is asked for:
+torch takes seconds.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cosmos_scale.errors import UserError
+    from cosmos_scale.inference import LoadedModel, load
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import what stands in `__all__`."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{'errors' if name == 'UserError' else 'inference'}"), name)
+
+    def __dir__() -> list[str]:
+        """Name what may be asked for, for people who look for it by a key."""
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
+__all__ = ["LoadedModel", "UserError", "load"]

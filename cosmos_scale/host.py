@@ -1,7 +1,8 @@
-"""What this process may use of its host: cores and memory, and how many of a run's ranks share them."""
+"""What this process may use of its host: cores and memory, and how many of a run's ranks share them; its age."""
 
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -19,6 +20,12 @@ def ranks_of_this_host(*, unknown: int) -> int:
 def uses_gpu(device: str) -> bool:
     """Tell whether the ranks of a run compute on GPUs. device: as the config has it, auto, cpu or cuda."""
     return device != "cpu" and torch.cuda.is_available()
+
+
+def process_seconds() -> float:
+    """Return for how long this process has run."""
+    started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # in ticks since the host's start
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
 
 
 def usable_cores() -> int:

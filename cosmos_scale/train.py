@@ -49,7 +49,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
             momentum = ema_momentum(step, config.ema, run.total_steps)
             output = train_step(student, teacher, cosmos_loss, batch, lr=lr, momentum=momentum)
             step += 1
-            progress.after_step(step, output, lr=lr, momentum=momentum, wait_seconds=wait_seconds)
+            progress.after_step(step, output, batch, lr=lr, momentum=momentum, wait_seconds=wait_seconds)
             watchdog.step_done()
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
                 with progress.pause(), watchdog.longer(f"the checkpoint after step {step}"):

@@ -75,12 +75,14 @@ def statistics_kernel(
     columns,  # [T, G, E]
     scale,  # [] float32
     row_lse,  # [V, T, stretches, B]
-    positive,  # [V, T, B]
+    positive,  # [V, T, stop - start]
     column_lse,  # [V, T, row blocks, G]
     B,
     G,
     T,
-    first_row,
+    offset,  # the positive of row i is column i + offset
+    start,  # rows start to stop - 1 have a positive
+    stop,
     E: tl.constexpr,
     STRETCH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -99,14 +101,14 @@ def statistics_kernel(
     begin = stretch * STRETCH
     end = tl.minimum(begin + STRETCH, G)
     column_result = (pair * tl.num_programs(0) + block) * G
-    for start in range(begin, end, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
+    for first in range(begin, end, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
         column_exists = column < end
         row_place, column_place = view * B + row, other * G + column
         logits = factor * cosines(
             rows, row_place, row_exists, columns, column_place, column_exists, E, ROWS, COLUMNS, STEP
         )
-        own += tl.sum(tl.where(column[None, :] == (first_row + row)[:, None], logits, 0.0), 1)
+        own += tl.sum(tl.where(column[None, :] == (row + offset)[:, None], logits, 0.0), 1)
         in_row = tl.where(column_exists[None, :], logits, float("-inf"))
         higher = tl.maximum(largest, tl.max(in_row, 1))
         total = total * tl.exp(largest - higher) + tl.sum(tl.exp(in_row - higher[:, None]), 1)
@@ -117,9 +119,9 @@ def statistics_kernel(
         tl.store(column_lse + column_result + column, highest + tl.log(sums), mask=column_exists)
     row_result = (pair * tl.num_programs(2) + stretch) * B + row
     tl.store(row_lse + row_result, largest + tl.log(total), mask=row_exists)
-    own_column = first_row + row
-    here = row_exists & (own_column >= begin) & (own_column < end)
-    tl.store(positive + pair * B + row, own, mask=here)
+    own_column = row + offset
+    here = (row >= start) & (row < stop) & (own_column >= begin) & (own_column < end)
+    tl.store(positive + pair * (stop - start) + row - start, own, mask=here)
 
 
 @triton.jit
@@ -135,6 +137,9 @@ def slopes_kernel(
     C,
     Vc,
     offset,  # the positive of feature i is the other feature i + offset
+    start,  # features start to stop - 1 have a positive
+    stop,
+    samples,  # of all ranks
     part_size,  # of the other features that one program takes
     weight_a,
     weight_c,
@@ -156,6 +161,7 @@ def slopes_kernel(
     factor = tl.load(scale)
     row = block * ROWS + tl.arange(0, ROWS)
     row_exists = row < A
+    has_positive = (row >= start) & (row < stop)
     out = slice_of * WIDTH + tl.arange(0, WIDTH)
     result = tl.zeros([ROWS, WIDTH], tl.float32)
     begin = part * part_size
@@ -164,8 +170,8 @@ def slopes_kernel(
         weight = tl.load(weights + view * weight_a + other * weight_c)
         weight = (weight * SLOPE_FACTOR).to(tl.float32)
         own_lse = tl.load(lse + view * lse_a + other * lse_c + row, mask=row_exists, other=0.0)
-        for start in range(begin, end, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+        for first in range(begin, end, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
             column_exists = column < end
             place = (other * C + column).to(tl.int64)
             logits = factor * cosines(
@@ -173,7 +179,8 @@ def slopes_kernel(
             )
             other_lse = tl.load(others_lse + view * others_a + other * others_c + column, mask=column_exists, other=0.0)
             slope = tl.exp(logits - own_lse[:, None]) + tl.exp(logits - other_lse[None, :])
-            slope = tl.where(column[None, :] == (row + offset)[:, None], slope - 2.0, slope) * weight
+            is_positive = (column[None, :] == (row + offset)[:, None]) & has_positive[:, None]
+            slope = tl.where(is_positive, slope - 2.0, slope) * weight
             slope = tl.where(row_exists[:, None] & column_exists[None, :], slope, 0.0)
             c = tl.load(
                 others + place[:, None] * E + out[None, :],
@@ -182,23 +189,23 @@ def slopes_kernel(
             )
             result = tl.dot(slope.to(c.dtype), c, result, input_precision="ieee")
     target = gradients + ((part * tl.num_programs(1) + view) * A + row)[:, None] * E + out[None, :]
-    factor *= 0.5 / tl.maximum(A, C) / SLOPE_FACTOR  # the larger side are all samples
+    factor *= 0.5 / samples / SLOPE_FACTOR
     tl.store(target, result * factor, mask=row_exists[:, None] & (out < E)[None, :])
 
 
 @torch.library.custom_op("cosmos_scale::contrastive_statistics", mutates_args=())
-def statistics(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> list[Tensor]:
-    """Return row_lse [V, T, stretches, B], positive [V, T, B] and column_lse [V, T, blocks, G]; float32.
+def statistics(rows: Tensor, columns: Tensor, scale: Tensor, offset: int, start: int, stop: int) -> list[Tensor]:
+    """Return row_lse [V, T, stretches, B], positive [V, T, stop - start], column_lse [V, T, blocks, G]; float32.
 
-    rows: [V, B, E]; columns: [T, G, E]; both contiguous, of one floating dtype. scale: [] float32. first_row: the
-    column that holds the positive of row 0. Each logsumexp is over a stretch of columns or a block of rows.
+    rows: [V, B, E]; columns: [T, G, E]; both contiguous, of one floating dtype. scale: [] float32. The positive of row
+    i, from start to stop - 1, is column i + offset. Each logsumexp is over a stretch of columns or a block of rows.
     """
     (V, B, E), (T, G, _) = rows.shape, columns.shape
-    results = _empty_statistics(rows, columns)
+    results = _empty_statistics(rows, columns, stop - start)
     row_lse, _, column_lse = results
     grid = (column_lse.shape[2], V * T, row_lse.shape[2])
     statistics_kernel[grid](
-        *(rows, columns, scale, *results, B, G, T, first_row),
+        *(rows, columns, scale, *results, B, G, T, offset, start, stop),
         **statistics_constants(TILES, E),
         num_warps=TILES.warps,
         num_stages=TILES.stages,
@@ -207,8 +214,8 @@ def statistics(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> 
 
 
 @statistics.register_fake
-def _(rows: Tensor, columns: Tensor, scale: Tensor, first_row: int) -> list[Tensor]:
-    return _empty_statistics(rows, columns)
+def _(rows: Tensor, columns: Tensor, scale: Tensor, offset: int, start: int, stop: int) -> list[Tensor]:
+    return _empty_statistics(rows, columns, stop - start)
 
 
 @torch.library.custom_op("cosmos_scale::contrastive_slopes", mutates_args=())
@@ -220,12 +227,15 @@ def slopes(
     lse: Tensor,
     others_lse: Tensor,
     offset: int,
+    start: int,
+    stop: int,
+    samples: int,
     transposed: bool,
 ) -> Tensor:
     """Return the derivatives of the loss by `features`, in parts to be added: [parts, Va, A, E] float32.
 
     features: [Va, A, E]; others: [Vc, C, E]; both contiguous, of one floating dtype. scale: [] float32. The positive of
-    feature i is the other feature i + offset; one side's features are of all samples. weights: [Va, Vc]. lse:
+    feature i, from start to stop - 1, is the other feature i + offset. samples: of all ranks. weights: [Va, Vc]. lse:
     [Va, Vc, A]; others_lse: [Va, Vc, C]; float32, contiguous. transposed: whether the first two dimensions of these
     three are the other way round.
     """
@@ -239,7 +249,23 @@ def slopes(
         return (length, Va * length) if transposed else (Vc * length, length)
 
     slopes_kernel[grid](
-        *(features, others, scale, weights, lse, others_lse, gradients, A, C, Vc, offset, part_size),
+        *(
+            features,
+            others,
+            scale,
+            weights,
+            lse,
+            others_lse,
+            gradients,
+            A,
+            C,
+            Vc,
+            offset,
+            start,
+            stop,
+            samples,
+            part_size,
+        ),
         *(*strides(1), *strides(A), *strides(C)),
         **constants,
         num_warps=TILES.warps,
@@ -257,6 +283,9 @@ def _(
     lse: Tensor,
     others_lse: Tensor,
     offset: int,
+    start: int,
+    stop: int,
+    samples: int,
     transposed: bool,
 ) -> Tensor:
     return _empty_slopes(features, others)
@@ -288,9 +317,9 @@ def _slopes_flops(features: Any, others: Any, *_: Any, **__: Any) -> int:
     return int(product * (1 + slices))
 
 
-def _empty_statistics(rows: Tensor, columns: Tensor) -> list[Tensor]:
+def _empty_statistics(rows: Tensor, columns: Tensor, positives: int) -> list[Tensor]:
     (V, B, _), (T, G, _) = rows.shape, columns.shape
-    shapes = ((V, T, -(-G // STRETCH), B), (V, T, B), (V, T, -(-B // TILES.rows), G))
+    shapes = ((V, T, -(-G // STRETCH), B), (V, T, positives), (V, T, -(-B // TILES.rows), G))
     return [rows.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 

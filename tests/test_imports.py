@@ -24,6 +24,7 @@ FOUNDATION = {
     "interfaces",
     "interrupt",
     "phases",
+    "set_names",
     "versions",
     "words",
 }
@@ -31,9 +32,9 @@ FOUNDATION = {
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation", "step"} | FOUNDATION
 MAY_IMPORT = {
-    "__init__": set(),
+    "__init__": {"errors", "inference"},  # when it is asked for them
     "batch": set(),
-    "config": {"errors", "files"},
+    "config": {"errors", "files", "set_names"},
     "console": {"words"},
     "errors": set(),
     "exit_status": set(),
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "interfaces": set(),
     "interrupt": {"exit_status"},
     "phases": set(),
+    "set_names": set(),
     "versions": set(),
     "words": set(),
     "kernels": set(),
@@ -53,6 +55,7 @@ MAY_IMPORT = {
     "data": {"kernels"} | FOUNDATION,
     "checkpoint": FOUNDATION,
     "evaluation": {"checkpoint", "data", "model"} | FOUNDATION,
+    "inference": {"checkpoint", "data", "evaluation"} | FOUNDATION,
     "profiling": {"kernels", "model", "engine"} | FOUNDATION,  # of engine its formulas
     "run": PARTS - {"kernels", "loss"} | {"profiling"},
     "train": PARTS - {"kernels"} | {"run", "profiling"},

@@ -66,6 +66,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def packaged() -> set[str]:
     """The files that an installed package needs, by their names in it."""
     of_package = [*REPOSITORY.glob("cosmos_scale/**/*.py"), *REPOSITORY.glob("cosmos_scale/evaluation/prompts/*.txt")]
+    of_package.append(REPOSITORY / "cosmos_scale" / "py.typed")  # without it type checkers see no types
     found = {path.relative_to(REPOSITORY).as_posix() for path in of_package}
     for folder, pattern in (("kernels", "**/*.py"), ("configs", "**/*.yaml")):
         found |= {f"cosmos_scale/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / folder).glob(pattern)}

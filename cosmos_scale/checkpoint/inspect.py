@@ -1,6 +1,6 @@
 """What is in a checkpoint, and which of its files are broken; for people and programs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Size
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, TensorFile
+from cosmos_scale.checkpoint.interchange.names import HEAD_PREFIXES
 from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_path
@@ -18,7 +19,7 @@ from cosmos_scale.words import counted
 
 # A parameter belongs to the first part here that has a prefix of its name. So both towers' poolers are heads.
 PARTS = {
-    "heads": ("visual.attn_cross_pool.", "text_attn_cross_pool.", "image_token_mapping.", "text_token_mapping."),
+    "heads": HEAD_PREFIXES,
     "log-scales": ("logit_scale", "distill_logit_scale"),
     "image tower": ("visual.",),
     "text tower": ("",),
@@ -64,7 +65,10 @@ class Inspection:
         known: dict[str, Any] = {}
         if self.manifest is not None:
             state = self.manifest.state
-            known = {key: getattr(state, key) for key in ("step", "samples", "updates", "world_size", "lost_shards")}
+            known = {
+                key: getattr(state, key)
+                for key in ("step", "samples", "updates", "world_size", "lost_shards", "origin")
+            }
             known |= {"epoch": epoch(self.manifest), "written": self.manifest.written, "data": state.data}
             known |= {"name": state.config.get("name"), "precision": state.config.get("precision")}
             known |= {"zero": state.config.get("zero"), "versions": self.manifest.versions}
@@ -136,12 +140,15 @@ def epoch(manifest: Manifest) -> float | None:
 
 
 def parts(manifest: Manifest) -> dict[str, int]:
-    """Return how many parameters each part of the model has."""
+    """Return how many parameters each part of a checkpoint's model has."""
+    return count_parts({name: entry["shape"] for name, entry in manifest.parameters.items()})
+
+
+def count_parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Return how many parameters each part of a model has, from the shapes of its tensors by their names."""
     counts = dict.fromkeys(SHOWN, 0)
-    for name, entry in manifest.parameters.items():
-        counts[next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))] += Size(
-            entry["shape"]
-        ).numel()
+    for name, shape in shapes.items():
+        counts[next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))] += Size(shape).numel()
     return counts
 
 
@@ -211,6 +218,7 @@ def _facts(manifest: Manifest) -> Table:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "data digest": state.data,
         "lost shards": lost or "none",
+        **({"first weights": state.origin} if state.origin else {}),
     }
     for name, text in rows.items():
         table.add_row(name, text)

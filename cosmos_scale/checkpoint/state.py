@@ -43,7 +43,8 @@ class RunState:
     saved. loss_scaler: numbers of fp16's scaler. data: digest of the index that gives the samples' order.
     config: the run's configuration as plain data. lost_shards: the shards given up, each with the step from which on
     its samples are replaced. steps_per_epoch: of the data at this global batch, None where that was not saved.
-    marks: digest of the shards' marks, empty where there is none.
+    marks: digest of the shards' marks, empty where there is none. origin: where the run's first weights came from and
+    what was done to them, in words; empty where they were drawn, or that was not saved.
     """
 
     step: int
@@ -56,6 +57,7 @@ class RunState:
     lost_shards: dict[str, int] = field(default_factory=dict)
     steps_per_epoch: int | None = None
     marks: str = ""
+    origin: str = ""
 
 
 def checkpoint_name(step: int) -> str:
@@ -170,24 +172,6 @@ def load_model(model: nn.Module, folder: Path, which: Literal["student", "teache
         # torch lists all keys and shapes that differ, a line for each kind; the first line says enough.
         first = str(failure).splitlines()[1].strip()
         raise UserError(f"checkpoint {folder}: does not fit the model: {first[:200]}") from failure
-
-
-def check_fits(model: nn.Module, folder: Path) -> int:
-    """Look whether a checkpoint has a model's parameters, and return their number; no tensor is read.
-
-    Raises UserError where a name or a shape differs, BrokenCheckpoint where a file is missing or its size is wrong.
-    """
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    saved = {name: entry["shape"] for name, entry in manifest.parameters.items()}
-    for name in (*shapes, *saved):
-        if shapes.get(name) != saved.get(name):
-            raise UserError(
-                f"checkpoint {folder}: does not fit the model: size mismatch of {name}: {saved.get(name, 'none')} "
-                f"there, {shapes.get(name, 'none')} in the model; rule: its keys are those of the checkpoint's run"
-            )
-    return len(shapes)
 
 
 class _Slice(NamedTuple):

@@ -80,6 +80,29 @@ def run_file(text: str) -> Path:
     return found.file
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint, for a checkpoint of ours or a public one, and --activation, for what a public one may lack."""
+    parser.add_argument(
+        "--checkpoint",
+        type=path,
+        required=True,
+        metavar="PATH",
+        help="a step-N folder, or their parent; or weights of others: COSMOS .pt, OpenCLIP file or folder, folder of "
+        "Hugging Face's CLIPModel",
+    )
+    parser.add_argument(
+        "--activation",
+        choices=("gelu", "quick_gelu"),
+        help="of weights of others that do not tell theirs; default: gelu, or quick_gelu by the file's name",
+    )
+
+
+def say_notes(checkpoint: Path, notes: Sequence[str]) -> None:
+    """Say on stderr, a line each, what there is to know of the weights of a public checkpoint."""
+    for note in notes:
+        print(f"{checkpoint}: {note}", file=sys.stderr)
+
+
 def say_repeats(overrides: Sequence[str]) -> None:
     """Say on stderr, on the main rank, which dotted keys are given twice with two values: the last one counts."""
     values: dict[str, list[str]] = {}

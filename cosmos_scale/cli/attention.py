@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_scale.cli.arguments import path, place, positive, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, place, positive, say_notes, with_examples
 from cosmos_scale.cli.eval_retrieval import DATASETS
 from cosmos_scale.errors import UserError
 
@@ -36,9 +36,7 @@ def add_attention_command(commands: "argparse._SubParsersAction[argparse.Argumen
         "Draw which patches of a picture a caption looks at, and which words the picture looks at: a PNG for each\n"
         f"sample, and {PAGE} with all of them, which opens in any browser and needs no other file."
     )
-    parser.add_argument(
-        "--checkpoint", type=path, required=True, metavar="DIR", help="a step-N folder, or their parent"
-    )
+    add_checkpoint(parser)
     parser.add_argument("--image", type=path, action="append", metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--caption", action="append", metavar="TEXT", help="the caption of each --image, in order")
     parser.add_argument("--data", type=place, metavar="PLACE", help="instead: samples, as in eval retrieval")
@@ -58,18 +56,19 @@ def add_attention_command(commands: "argparse._SubParsersAction[argparse.Argumen
 def _run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from cosmos_scale.checkpoint import find_checkpoint
     from cosmos_scale.console import make_console
     from cosmos_scale.evaluation.attention_maps import peak_of, require_heads, strongest
     from cosmos_scale.evaluation.attention_pictures import write_page, write_png
     from cosmos_scale.evaluation.bar import WorkBar
-    from cosmos_scale.evaluation.loading import load_encoder
+    from cosmos_scale.evaluation.loading import find_model, load_encoder, models_of
     from cosmos_scale.files import make_folder
 
     _check(arguments)
-    checkpoint = find_checkpoint(arguments.checkpoint)
-    encoder = load_encoder(checkpoint, arguments.weights, arguments.device)
+    checkpoint = find_model(arguments.checkpoint)
+    ((weights, which),) = models_of(checkpoint, arguments.weights).items()
+    encoder = load_encoder(checkpoint, which, arguments.device, arguments.activation)
     require_heads(encoder.model, str(checkpoint))
+    say_notes(checkpoint, encoder.notes)
     total = len(arguments.image) if arguments.image else arguments.samples
     pages = []
     table = Table("", "caption", "on words", "strongest word", "peak (top, left)")
@@ -81,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
             write_png(sample, picture)
             bar.report("samples", len(pages), total)
             if arguments.json:
-                named = {"checkpoint": str(checkpoint), "weights": arguments.weights}
+                named = {"checkpoint": str(checkpoint), "weights": weights}
                 print(json.dumps({**named, **_as_json(sample), "png": str(picture)}))
             top, left = peak_of(sample.maps.image_map)
             share, peak = f"{100 * sample.maps.share_on_words:.1f} %", f"{100 * top:.0f} %, {100 * left:.0f} %"
@@ -90,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not pages:
         raise UserError(f"{arguments.data or arguments.image[0]}: no sample can be used")
     page = arguments.out / PAGE
-    write_page(pages, page, "Attention maps", f"{arguments.weights} of {checkpoint}")
+    write_page(pages, page, "Attention maps", f"{weights} of {checkpoint}")
     if not arguments.json:
         console = make_console()
         console.print(table)

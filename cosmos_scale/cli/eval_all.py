@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_scale.cli.arguments import path, positive, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
 from cosmos_scale.cli.eval_command import FEATURES, on_ranks, together
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
@@ -34,16 +34,15 @@ def add_eval_all_command(commands: "argparse._SubParsersAction[argparse.Argument
     """Add the command; the defaults of its parser are its name (`command`) and its function (`run`)."""
     parser = commands.add_parser("all", help="all public sets below a folder, beside published numbers")
     with_examples(parser, EXAMPLES)
-    parser.add_argument(
-        "--checkpoint", type=path, required=True, metavar="DIR", help="a step-N folder, or their parent"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--data-root", type=path, required=True, metavar="DIR", help="folder of all sets (docs/evaluation.md)"
     )
     parser.add_argument(
         "--published",
         metavar="ROW",
-        help="published numbers to compare with, such as merged30m_vitb16; default: those of the run's name, if any",
+        help="published numbers to compare with, such as merged30m_vitb16; default: those of the run's name, or of a "
+        "public file's, if any",
     )
     parser.add_argument(
         "--names",
@@ -68,14 +67,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
     """Measure the models on every set, and write what is known after each of them; returns the exit status."""
-    from cosmos_scale.checkpoint import find_checkpoint
     from cosmos_scale.evaluation.bar import WorkBar
     from cosmos_scale.evaluation.comparison import MARKDOWN_FILE, Results
+    from cosmos_scale.evaluation.loading import find_model, models_of
     from cosmos_scale.evaluation.together import EvaluationFailed
 
     prints = ranks is None or ranks.is_main
     with together(ranks):
-        checkpoint = find_checkpoint(arguments.checkpoint)
+        checkpoint = find_model(arguments.checkpoint)
+        models = models_of(checkpoint, arguments.weights)
         if not arguments.data_root.is_dir():
             raise UserError(f"--data-root: {arguments.data_root} is no folder")
         name, row = _published(arguments.published, checkpoint)
@@ -83,21 +83,23 @@ def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
     results = Results(str(checkpoint), str(arguments.data_root), arguments.names, name, row)
     bar = WorkBar(show=prints)
     opened: Sequence[OpenedSet] | None = None
-    for which in ("student", "teacher") if arguments.weights == "both" else (arguments.weights,):
+    for weights, which in models.items():
         with together(ranks):
             encoder = _encoder(arguments, ranks, checkpoint, which, bar)
         if opened is None:
+            if prints:
+                say_notes(checkpoint, encoder.notes)
             opened = _opened(arguments, ranks, encoder.setting, results)
             if prints:
                 _tell_what_is_not_measured(results)
         for one in opened:
             try:
                 with bar:
-                    measured = _measured(one, which, encoder, ranks)
+                    measured = _measured(one, weights, encoder, ranks)
             except EvaluationFailed as failure:
-                results.failed[f"{one.place.title}, {which}"] = str(failure)
+                results.failed[f"{one.place.title}, {weights}"] = str(failure)
                 if prints:
-                    print(f"failed: {one.place.title}, {which}: {failure}", file=sys.stderr)
+                    print(f"failed: {one.place.title}, {weights}: {failure}", file=sys.stderr)
                 continue
             results.measured.append(measured)
             if prints:
@@ -112,10 +114,11 @@ def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
 def _published(given: str | None, checkpoint: Path) -> "tuple[str | None, PublishedRow | None]":
     """Return the name and numbers to compare with; raises UserError where the name is unknown."""
     from cosmos_scale.checkpoint import read_run_config
-    from cosmos_scale.evaluation.published import PUBLISHED_ROWS
+    from cosmos_scale.checkpoint.interchange.reading import is_public
+    from cosmos_scale.evaluation.published import PUBLISHED_ROWS, row_of_file
 
     if given is None:
-        own = read_run_config(checkpoint).name
+        own = row_of_file(checkpoint) if is_public(checkpoint) else read_run_config(checkpoint).name
         return (own, PUBLISHED_ROWS[own]) if own in PUBLISHED_ROWS else (None, None)
     if given not in PUBLISHED_ROWS:
         raise UserError(f"--published: {given} is none of {', '.join(PUBLISHED_ROWS)}")
@@ -128,7 +131,8 @@ def _encoder(
     from cosmos_scale.evaluation.feature_cache import FeatureCache
     from cosmos_scale.evaluation.loading import load_encoder
 
-    encoder = load_encoder(checkpoint, which, arguments.device if ranks is None else ranks.device)
+    device = arguments.device if ranks is None else ranks.device
+    encoder = load_encoder(checkpoint, which, device, arguments.activation)
     setting = replace(
         encoder.setting,
         rank=0 if ranks is None else ranks.rank,
@@ -167,7 +171,7 @@ def _opened(
     return measurable
 
 
-def _measured(one: "OpenedSet", which: str, encoder: "Encoder", ranks: "Ranks | None") -> "Measured":
+def _measured(one: "OpenedSet", weights: str, encoder: "Encoder", ranks: "Ranks | None") -> "Measured":
     """Measure one model on one set; raises EvaluationFailed, on all ranks."""
     from cosmos_scale.engine.ranks import gather_rows
     from cosmos_scale.evaluation.comparison import Measured
@@ -176,7 +180,7 @@ def _measured(one: "OpenedSet", which: str, encoder: "Encoder", ranks: "Ranks | 
 
     assert one.evaluator is not None, "only sets that were opened"
     numbers = measure_together(one.evaluator, encoder, one_process if ranks is None else gather_rows, None)
-    return Measured(one.place, which, one.evaluator.subject(), numbers)
+    return Measured(one.place, weights, one.evaluator.subject(), numbers)
 
 
 def _tell_what_is_not_measured(results: "Results") -> None:

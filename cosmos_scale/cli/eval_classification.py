@@ -1,10 +1,11 @@
 """The command `cosmos-scale eval classification`: its own arguments."""
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from cosmos_scale.cli.arguments import count, place
 from cosmos_scale.cli.eval_command import EvalCommand
+from cosmos_scale.set_names import LabelledLayout
 
 EXAMPLES = """\
 examples:
@@ -13,22 +14,7 @@ examples:
   cosmos-scale eval classification --checkpoint runs/demo/checkpoints --dataset pets --data /data --weights both \\
       --confusions 10 --out pets_pictures
 """
-# Equal to SetLayout of config/classification.py: to import it here would take --help a second.
-DATASETS = (
-    "folders",
-    "webdataset",
-    "imagenet",
-    "food101",
-    "cifar10",
-    "cifar100",
-    "sun397",
-    "stanford_car",
-    "aircraft",
-    "dtd",
-    "pets",
-    "caltech101",
-    "flowers",
-)
+DATASETS = get_args(LabelledLayout)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cosmos_scale.cli.arguments import path, positive, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
 from cosmos_scale.files import make_output_folder
 
 if TYPE_CHECKING:
+    from cosmos_scale.checkpoint.interchange.weights import Which
     from cosmos_scale.config import EvaluatorConfig
     from cosmos_scale.engine.ranks import Ranks
     from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
@@ -48,9 +49,7 @@ class EvalCommand(NamedTuple):
 def add_eval_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", command: EvalCommand) -> None:
     """Add the command of a kind; the defaults of its parser are its name (`command`) and its function (`run`)."""
     parser = with_examples(commands.add_parser(command.kind, help=command.help), command.examples)
-    parser.add_argument(
-        "--checkpoint", type=path, required=True, metavar="DIR", help="a step-N folder, or their parent"
-    )
+    add_checkpoint(parser)
     command.add_arguments(parser)
     parser.add_argument(
         "--weights",
@@ -133,30 +132,31 @@ def on_ranks(device: str, evaluate: Callable[["Ranks | None"], int]) -> int:
 
 def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: "Ranks | None") -> int:
     """Measure the models that the arguments name, and print what is found; ranks: None for this process alone."""
-    from cosmos_scale.checkpoint import find_checkpoint
     from cosmos_scale.console import make_console
+    from cosmos_scale.evaluation.loading import find_model, models_of
 
     prints = ranks is None or ranks.is_main
     with together(ranks):
-        checkpoint = find_checkpoint(arguments.checkpoint)
+        checkpoint = find_model(arguments.checkpoint)
+        models = models_of(checkpoint, arguments.weights)
         if arguments.out is not None:
             make_output_folder(arguments.out)
     results: dict[str, Numbers] = {}
     evaluator: Evaluator | None = None
     details: dict[str, Sequence[Any]] = {}
-    for which in ("student", "teacher") if arguments.weights == "both" else (arguments.weights,):
-        evaluator, results[which] = _measured(arguments, section, ranks, checkpoint, which, evaluator)
-        details[which] = evaluator.details()
+    for name, which in models.items():
+        evaluator, results[name] = _measured(arguments, section, ranks, checkpoint, which, evaluator)
+        details[name] = evaluator.details()
         if prints and arguments.json:
-            named = {"checkpoint": str(checkpoint), "weights": which, **evaluator.subject()}
-            print(json.dumps({**named, **results[which]}))
+            named = {"checkpoint": str(checkpoint), "weights": name, **evaluator.subject()}
+            print(json.dumps({**named, **results[name]}))
     if prints and not arguments.json and evaluator is not None:
         console = make_console()
         console.print(str(checkpoint), style="italic", highlight=False, soft_wrap=True)
         console.print(evaluator.table(results, ""))
-        for which, found in details.items():
+        for name, found in details.items():
             if found:
-                console.print(f"{which}:", *found, sep="\n")
+                console.print(f"{name}:", *found, sep="\n")
     return 0
 
 
@@ -165,7 +165,7 @@ def _measured(
     section: "EvaluatorConfig",
     ranks: "Ranks | None",
     checkpoint: Path,
-    which: Any,
+    which: "Which",
     evaluator: "Evaluator | None",
 ) -> tuple["Evaluator", "Numbers"]:
     """Measure one model of a checkpoint; returns the evaluator too, which is made for the first model."""
@@ -178,7 +178,10 @@ def _measured(
     folder = None if arguments.out is None else arguments.out / which
     with WorkBar(show=ranks is None or ranks.is_main) as bar:
         with together(ranks):
-            encoder = load_encoder(checkpoint, which, arguments.device if ranks is None else ranks.device)
+            device = arguments.device if ranks is None else ranks.device
+            encoder = load_encoder(checkpoint, which, device, arguments.activation)
+            if evaluator is None and (ranks is None or ranks.is_main):
+                say_notes(checkpoint, encoder.notes)
             setting = replace(
                 encoder.setting,
                 rank=0 if ranks is None else ranks.rank,

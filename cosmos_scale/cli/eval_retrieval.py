@@ -1,10 +1,11 @@
 """The command `cosmos-scale eval retrieval`: its own arguments."""
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from cosmos_scale.cli.arguments import place
 from cosmos_scale.cli.eval_command import EvalCommand
+from cosmos_scale.set_names import CaptionedLayout
 
 EXAMPLES = """\
 examples:
@@ -13,16 +14,7 @@ examples:
   cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --dataset coco_val2017 --data /data/coco --cache
   cosmos-scale eval retrieval --checkpoint runs/demo/checkpoints --dataset pairs --data mine/pairs.jsonl
 """
-# Equal to CaptionedLayout of config/retrieval.py: to import it here would take --help a second.
-DATASETS = (
-    "shards",
-    "webdataset",
-    "pairs",
-    "coco_val2017",
-    "coco_karpathy_test",
-    "flickr30k_val",
-    "flickr30k_test",
-)
+DATASETS = get_args(CaptionedLayout)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,12 @@
 """The command `cosmos-scale eval segmentation`: its own arguments."""
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from cosmos_scale.cli.arguments import place, positive
 from cosmos_scale.cli.eval_command import EvalCommand
 from cosmos_scale.errors import UserError
+from cosmos_scale.set_names import MaskedSet
 
 EXAMPLES = """\
 examples:
@@ -22,7 +23,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         dest="dataset",
         metavar="SET",
-        help="voc20, voc21, context59, context60, coco_object, coco_stuff, cityscapes or ade20k",
+        help=f"one of {', '.join(get_args(MaskedSet))}",
     )
     public.add_argument(
         "--root", "--data", dest="data", type=place, metavar="DIR", help="folder of the set (docs/evaluation.md)"

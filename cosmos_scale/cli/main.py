@@ -1,4 +1,4 @@
-"""The command line: `cosmos-scale train | launch | profile | configs | eval | attention | data | checkpoint | setup`.
+"""The command line: `cosmos-scale train | launch | profile | configs | eval | data | checkpoint | convert | ...`.
 
 Each command imports what it needs when it runs, so that `--help` and mistyped commands answer at once.
 """
@@ -14,7 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 from cosmos_scale import __version__
-from cosmos_scale.cli import attention, checkpoint, configs, data, launch, profile, train
+from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, profile, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import CommandParser, say_repeats, with_examples
 from cosmos_scale.cli.leave import leave_after
@@ -37,6 +37,7 @@ examples:
   deepspeed --num_accelerators 8 --module cosmos_scale.train my_run.yaml
   cosmos-scale eval retrieval --checkpoint runs/cc3m_vitb16/checkpoints --data /data/coco_val --json
   cosmos-scale checkpoint inspect runs/cc3m_vitb16 --verify
+  cosmos-scale convert --checkpoint runs/cc3m_vitb16 --which teacher --to hf exported/cc3m_vitb16
 """
 
 
@@ -160,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_checkpoint_commands(
         checkpoint_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     )
+
+    convert.add_convert_command(commands)
 
     setup = commands.add_parser("setup", help="compile what DeepSpeed needs on CPUs, once, before the first launch")
     setup.set_defaults(command="setup", run=_setup)

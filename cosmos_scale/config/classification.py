@@ -6,22 +6,7 @@ from pydantic import Field
 
 from cosmos_scale.config.evaluator import EvaluatorConfig
 from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, Place, redact_urls, refuse
-
-SetLayout = Literal[
-    "folders",
-    "webdataset",
-    "imagenet",
-    "food101",
-    "cifar10",
-    "cifar100",
-    "sun397",
-    "stanford_car",
-    "aircraft",
-    "dtd",
-    "pets",
-    "caltech101",
-    "flowers",
-]
+from cosmos_scale.set_names import LabelledLayout
 
 
 class ClassificationConfig(EvaluatorConfig):
@@ -33,7 +18,7 @@ class ClassificationConfig(EvaluatorConfig):
         description="stands before the names of its numbers where it is not the kind",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    dataset: SetLayout = Field(
+    dataset: LabelledLayout = Field(
         "folders",
         description="which set, or which layout: folders: a folder of pictures a class; webdataset: .tar files with "
         "labels (.cls) and classnames.txt",

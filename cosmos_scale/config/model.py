@@ -51,6 +51,11 @@ class ModelConfig(Section):
     text_padding: Literal["attend", "mask"] = Field(
         "attend", description="attend: the text pooler also reads a caption's padding (published); mask: it does not"
     )
+    activation: Literal["gelu", "quick_gelu"] = Field(
+        "gelu",
+        description="activation of both towers' blocks; gelu: exact; quick_gelu: x * sigmoid(1.702 x), which OpenAI's "
+        "weights and some others need. Files of weights do not tell it",
+    )
     attention: Literal[
         "auto", "flash_attn_3", "dense", "flash_attn_2", "torch_varlen", "xformers", "flash_attn_4", "sdpa"
     ] = Field(

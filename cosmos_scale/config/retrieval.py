@@ -6,16 +6,7 @@ from pydantic import Field
 
 from cosmos_scale.config.evaluator import EvaluatorConfig
 from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, Place, redact_urls, refuse
-
-CaptionedLayout = Literal[
-    "shards",
-    "webdataset",
-    "pairs",
-    "coco_val2017",
-    "coco_karpathy_test",
-    "flickr30k_val",
-    "flickr30k_test",
-]
+from cosmos_scale.set_names import CaptionedLayout
 
 
 class RetrievalConfig(EvaluatorConfig):

@@ -57,7 +57,14 @@ class RunConfig(Section):
     )
     init_from: Path | None = Field(
         None,
-        description="checkpoint, or folder of checkpoints, whose weights a new run starts from; null: drawn weights",
+        description="checkpoint, or folder of checkpoints, whose weights a new run starts from: a run's, or a COSMOS, "
+        "OpenCLIP or Hugging Face CLIP model; null: drawn weights",
+        json_schema_extra=RESUME_MAY_CHANGE,
+    )
+    init_heads: Literal["from", "new"] = Field(
+        "from",
+        description="cross-modality heads and distill_logit_scale of a run with init_from; from: those of init_from; "
+        "new: drawn from seed, as CLIP models without them need",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
     model: ModelConfig = ModelConfig()
@@ -97,6 +104,9 @@ class RunConfig(Section):
         if self.init_from is not None and self.resume not in ("auto", "never"):
             rule = "must be auto or never beside init_from: a run starts from one checkpoint"
             refuse("resume", self.resume, rule, ["init_from"])
+        if self.init_heads == "new" and self.init_from is None:
+            rule = "must be from without init_from: then all weights are drawn"
+            refuse("init_heads", self.init_heads, rule, ["init_from"])
         check_names(self.eval)
         if self.train.schedule_steps is not None:
             self._check_warmup(self.train.schedule_steps)

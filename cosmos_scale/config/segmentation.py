@@ -6,8 +6,8 @@ from pydantic import Field
 
 from cosmos_scale.config.evaluator import EvaluatorConfig
 from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, Fraction, Place, redact_urls, refuse
+from cosmos_scale.set_names import MaskedSet
 
-PublicSet = Literal["voc20", "voc21", "context59", "context60", "coco_object", "coco_stuff", "cityscapes", "ade20k"]
 WITH_BACKGROUND = ("voc21", "context60", "coco_object")
 """Public sets whose label 0 is the background."""
 
@@ -23,7 +23,7 @@ class SegmentationConfig(EvaluatorConfig):
         description="stands before the names of its numbers where it is not the kind",
         json_schema_extra=RESUME_MAY_CHANGE,
     )
-    dataset: PublicSet | None = Field(
+    dataset: MaskedSet | None = Field(
         None,
         description="which public set lies in data; null: a set of one's own, in images, masks and classes",
         json_schema_extra=RESUME_MAY_CHANGE,

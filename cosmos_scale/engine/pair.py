@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
-from cosmos_scale.checkpoint.state import RunState, find_checkpoint, load_checkpoint, load_model
+from cosmos_scale.checkpoint.initial import InitialWeights, open_initial
+from cosmos_scale.checkpoint.state import RunState, load_checkpoint
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.engine.student import Student
@@ -68,17 +69,21 @@ def drawn_pair(config: RunConfig, ranks: Ranks, *, teacher_seed: int | None = No
     return pair_of_models(config, ranks, student, teacher)
 
 
-def pair_of_checkpoint(config: RunConfig, ranks: Ranks, folder: Path) -> Pair:
-    """Start from the weights of a checkpoint, or of the newest in a folder; the moments are zero. Collective.
+def initial_pair(config: RunConfig, ranks: Ranks) -> tuple[Pair, InitialWeights]:
+    """Start from the weights that `init_from` names; the moments are zero. Collective.
 
-    Raises UserError on all ranks alike.
+    Heads that are not taken from there are drawn from the run's seed, the same for student and teacher: those that a
+    run without init_from would draw. Raises UserError on all ranks alike.
     """
-    student, teacher, error = CosmosModel(config.model), CosmosModel(config.model), None
+    student, teacher, initial, error = CosmosModel(config.model), CosmosModel(config.model), None, None
     try:
-        origin = find_checkpoint(folder)
-        load_model(student, origin, "student")
-        load_model(teacher, origin, "teacher")
+        initial = open_initial(config)
+        if not initial.has_heads:
+            student.init_weights(torch.Generator().manual_seed(config.seed))
+        student.load_state_dict(student.state_dict() | initial.read("student"))
+        teacher.load_state_dict(student.state_dict() | initial.read("teacher"))
     except UserError as failure:
-        error = UserError(f"init_from: {failure}")
+        error = failure
     raise_together(ranks, error)
-    return pair_of_models(config, ranks, student, teacher)
+    assert initial is not None
+    return pair_of_models(config, ranks, student, teacher), initial

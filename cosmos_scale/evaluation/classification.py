@@ -26,6 +26,7 @@ from cosmos_scale.evaluation.text_weights import text_weights
 from cosmos_scale.words import counted
 
 LOGIT_SCALE = 100.0  # of the published evaluation; the model's own is not used
+_SHOWN = 5  # classes that are named where more have no picture
 SAME_SET = "rule: every host has the same pictures and text files"
 
 
@@ -50,6 +51,8 @@ class Classification(Evaluator):
         # Classes of one name, such as ImageNet's two of "sunglasses", share a feature: else rounding would choose.
         self._texts = list(dict.fromkeys(self._set.names))
         self._confused: Sequence[Confused] = []
+        filled = set(self._set.pictures.labels)
+        self._empty = [of_class[0] for label, of_class in enumerate(self._set.names) if label not in filled]
 
     def subject(self) -> dict[str, str]:
         """The layout of the set, and its folder."""
@@ -122,10 +125,19 @@ class Classification(Evaluator):
         said = f"; left out, damaged or too large: {left_out:,}" if left_out else ""
         what = f"{counted(int(first['pictures']), 'picture')}, {counted(int(first['classes']), 'class', 'classes')}"
         caption = f"{what}; chance top-1: {100 * first['chance_top1']:.2f} %{said}"
+        caption += _empty_classes(self._empty)
         table = Table("", "top-1", "top-5", "mean per class", title=title, caption=caption)
         for model, numbers in results.items():
             table.add_row(model, *(f"{100 * numbers[key]:.2f} %" for key in ("top1", "top5", "mean_per_class")))
         return table
+
+
+def _empty_classes(names: Sequence[str]) -> str:
+    """Say which classes have no picture: pictures are taken for them, but they are no part of the mean per class."""
+    if not names:
+        return ""
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"; {counted(len(names), 'class', 'classes')} without a picture: {shown}"
 
 
 def ranks_of(logits_NC: Tensor, labels_N: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from cosmos_scale.config import EvaluatorConfig, RemoteConfig, RunConfig
+from cosmos_scale.config import DataConfig, EvaluatorConfig, ModelConfig, RemoteConfig, RunConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.feature_cache import FeatureCache
 from cosmos_scale.model.cosmos import CosmosModel
@@ -71,16 +71,21 @@ class Setting:
         cls, config: RunConfig, rank: int, world_size: int, device: torch.device, report: Report = no_report
     ) -> "Setting":
         """The setting of one rank of a run."""
+        setting = cls.of_model(config.model, config.data, device)
+        return replace(setting, rank=rank, world_size=world_size, report=report)
+
+    @classmethod
+    def of_model(cls, model: ModelConfig, data: DataConfig, device: torch.device) -> "Setting":
+        """The setting of a model alone, in one process; data: its limits and remote keys count."""
         return cls(
-            rank=rank,
-            world_size=world_size,
+            rank=0,
+            world_size=1,
             device=device,
-            image_size=config.model.vision.image_size,
-            tokenizer=Tokenizer(config.model.text.context_length),
-            max_pixels=config.data.max_pixels,
-            background=config.data.background,
-            remote=config.data.remote,
-            report=report,
+            image_size=model.vision.image_size,
+            tokenizer=Tokenizer(model.text.context_length),
+            max_pixels=data.max_pixels,
+            background=data.background,
+            remote=data.remote,
         )
 
 
@@ -90,11 +95,15 @@ class Encoder:
 
     Calls do not communicate: each rank makes as many of them as it likes. `model` is for what the methods do not give.
     weights: a text that says which weights these are, for a cache of features; "" where they are still trained.
+    has_heads: False where the weights came without the cross-modality heads, which are then NaN. notes: what the user
+    should hear of where the weights come from, such as what was assumed of them; each on one line.
     """
 
     model: CosmosModel
     setting: Setting
     weights: str = ""
+    has_heads: bool = True
+    notes: tuple[str, ...] = ()
 
     def images(self, images: Tensor) -> Tensor:
         """Normalised features [N, E] on the setting's device of pictures [N, 3, H, W] on any."""

@@ -1,34 +1,82 @@
-"""The model of a checkpoint, ready to be evaluated."""
+"""The model of a checkpoint, ours or a public one, ready to be evaluated."""
 
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from cosmos_scale.checkpoint import load_model, read_run_config
+from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
+from cosmos_scale.checkpoint.interchange.reading import is_public, open_public, read_public
+from cosmos_scale.checkpoint.interchange.weights import Activation, Which, refusal
 from cosmos_scale.checkpoint.state import manifest_digest
+from cosmos_scale.config import TOKENIZER_VOCABULARY, DataConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Setting
 from cosmos_scale.model.cosmos import CosmosModel
 
+ONE_MODEL = "model"  # what the one model of a public checkpoint is called beside student and teacher
+
+
+def find_model(path: Path) -> Path:
+    """Return the checkpoint that a path stands for: a public one as it is, a run by its newest.
+
+    Raises UserError where there is none. A public checkpoint is looked into when it is loaded.
+    """
+    return path if is_public(path) else find_checkpoint(path)
+
+
+def models_of(checkpoint: Path, asked: Literal["student", "teacher", "both"]) -> dict[str, Which]:
+    """Return which models of a checkpoint to load, by the name to show; a public one may have one model alone.
+
+    Raises UserError where a public checkpoint cannot be read.
+    """
+    names: tuple[Which, ...] = ("student", "teacher") if asked == "both" else (asked,)
+    if is_public(checkpoint) and open_public(checkpoint, names[0]).models is None:
+        return {ONE_MODEL: "student"}
+    return {name: name for name in names}
+
 
 def load_encoder(
-    folder: Path,
-    which: Literal["student", "teacher"],
+    checkpoint: Path,
+    which: Which,
     device: Literal["auto", "cpu", "cuda"] | torch.device = "auto",
+    activation: Activation | None = None,
 ) -> Encoder:
     """Load the float32 weights of one model of a checkpoint; the setting is that of its run, in one process.
 
-    folder: the checkpoint's own (`find_checkpoint` finds that of a run). device: auto is CUDA where there is a device.
-    Raises UserError where the folder is no checkpoint, or not one of such a model, or there is no such device.
+    checkpoint: the folder itself, or a public checkpoint (`find_model` finds that of a path). device: auto is CUDA
+    where there is a device. activation: of public weights that do not tell theirs.
+    Raises UserError where there is no checkpoint, or not one of such a model, or no such device.
     """
-    config = read_run_config(folder)
+    place = device if isinstance(device, torch.device) else _device(device)
+    if is_public(checkpoint):
+        return _public_encoder(checkpoint, which, place, activation)
+    config = read_run_config(checkpoint)
+    if activation not in (None, config.model.activation):
+        raise UserError(f"activation: {activation}, but {checkpoint} is of a run with {config.model.activation}")
     # How the run computed is of no concern here: another machine may not be able to.
     model = CosmosModel(config.model.model_copy(update={"attention": "auto", "compile": False}))
-    load_model(model, folder, which)
-    place = device if isinstance(device, torch.device) else _device(device)
-    weights = f"{which} of {manifest_digest(folder)}"
+    load_model(model, checkpoint, which)
+    weights = f"{which} of {manifest_digest(checkpoint)}"
     return Encoder(model.to(place).eval(), Setting.of_run(config, 0, 1, place), weights)
+
+
+def _public_encoder(checkpoint: Path, which: Which, device: torch.device, activation: Activation | None) -> Encoder:
+    weights = read_public(checkpoint, which, activation=activation)
+    vocabulary = weights.model.text.vocab_size
+    if vocabulary != TOKENIZER_VOCABULARY:
+        raise refusal(checkpoint, f"found {vocabulary:,} tokens, not the {TOKENIZER_VOCABULARY:,} of CLIP's tokenizer")
+    model = CosmosModel(weights.model)
+    model.load_state_dict(weights.tensors, strict=weights.has_heads)
+    heads = "" if weights.has_heads else ", without cross-modality heads"
+    return Encoder(
+        model.to(device).eval(),
+        Setting.of_model(weights.model, DataConfig(), device),
+        # The same tensors compute other features with another activation or number of heads.
+        f"{weights.digest} as {weights.model.model_dump_json()}",
+        weights.has_heads,
+        (f"{weights.kind}{heads}", *(f"assumed {guess}" for guess in weights.guessed)),
+    )
 
 
 def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:

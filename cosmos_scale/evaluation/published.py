@@ -3,7 +3,9 @@
 Sources: the README of COSMOS (retrieval, ImageNet), result sites that list the paper's table (mIoU), SCLIP's README.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 _RECALLS = ("image_to_text_R@1", "text_to_image_R@1")
@@ -94,3 +96,8 @@ PUBLISHED_ROWS: Mapping[str, PublishedRow] = {
     ),
 }
 """The rows by name; a COSMOS model's is the name of its config among the shipped ones."""
+
+
+def row_of_file(path: Path) -> str:
+    """Return the name of the row that a published file may have, by the file's name: cosmos_MODEL_DATA.pt."""
+    return re.sub(r"^cosmos_([a-z]+\d+)_(\w+)$", r"\2_\1", path.stem)

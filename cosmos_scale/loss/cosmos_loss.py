@@ -9,7 +9,8 @@ nce(a, b) is the mean over both directions of the cross-entropy of exp(log-scale
 
 Both losses are two-sided over the GLOBAL batch. Rows stay on the rank that made them: captions for clip, crossmodal
 features for distill. Columns are gathered: the global image views for clip, teacher features (without gradient) for
-distill.
+distill. Very many columns are taken a part at a time: memory beside the gathered features does not grow with them, but
+for one number a column and pair of views.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cosmos_scale.batch import Features, TeacherFeatures
-from cosmos_scale.kernels import contrastive
+from cosmos_scale.kernels import contrastive, contrastive_whole
 from cosmos_scale.loss.gather import BatchRanks
+
+# Columns taken at a time. A column's copies in float32 and its gradients, of six views of width 512, take 20 kB.
+COLUMNS_AT_ONCE = 2**15
 
 
 class LossOutput(NamedTuple):
@@ -44,13 +48,35 @@ class LossOutput(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """One of the two losses as the kernel sees it: rows of this rank, gathered columns, weighted pairs."""
+    """One of the two losses as the kernel sees it: rows [V, B, E] of this rank, columns [W, T, B, E] of all ranks,
+    weighted pairs.
+    """
 
     rows: Tensor
     columns: Tensor
     scale: Tensor
     weights: Tensor
     column_gradients: bool
+
+    def part(self, samples: slice) -> Tensor:
+        """Return the columns of these samples of every rank, in rank order: [T, W * b, E]."""
+        return self.columns[:, :, samples].transpose(0, 1).flatten(1, 2)
+
+
+class _Rows(NamedTuple):
+    """What is known of a problem's rows and of this rank's own columns: each [V, T, B], the last over all rows."""
+
+    lse: Tensor
+    positive: Tensor
+    column_lse: Tensor
+
+
+class _Part(NamedTuple):
+    """Some samples of each rank as columns: the columns of each problem, and their logsumexps [V, T, W * b]."""
+
+    samples: slice
+    columns: list[Tensor] | None
+    column_lse: list[Tensor]
 
 
 class CosmosLoss:
@@ -62,7 +88,7 @@ class CosmosLoss:
         derivatives (for W a power of 2 the factor is exact).
         Either way the log-scales' gradients are the loss's whole derivatives on every rank.
     group: the ranks; None is the default group, or this process alone where torch.distributed is not initialised.
-    kernels: as in the config.
+    kernels: as in the config. columns_at_once: how many columns are taken at a time, at least one of each rank.
     """
 
     def __init__(
@@ -71,8 +97,10 @@ class CosmosLoss:
         group: ProcessGroup | None = None,
         *,
         kernels: Literal["auto", "torch"] = "auto",
+        columns_at_once: int = COLUMNS_AT_ONCE,
     ) -> None:
         self.ranks = BatchRanks(group)
+        self._part_samples = max(1, columns_at_once // self.ranks.size)
         self._triton = kernels == "auto"
         self.feature_factor = float(self.ranks.size) if gradient_scale == "true" else 1.0
 
@@ -85,26 +113,27 @@ class CosmosLoss:
         """
         _check(features, teacher)
         (V, B, _), K, V_global = features.image_crossmodal.shape, features.text.shape[0], teacher.image.shape[0]
-        first_row = self.ranks.rank * B
-        gathered_TGE = self.ranks.gather_columns([*features.image[:V_global], *teacher.image, *teacher.text])
+        gathered_WTBE = self.ranks.gather_columns([*features.image[:V_global], *teacher.image, *teacher.text])
 
         clip = _Problem(
             rows=features.text,
-            columns=gathered_TGE[:V_global],
+            columns=gathered_WTBE[:, :V_global],
             scale=_scale(features.logit_scale),
             weights=_clip_weights(K, V_global, features.text.device),
             column_gradients=True,
         )
         distill = _Problem(
             rows=torch.cat([features.image_crossmodal, features.text_crossmodal]),
-            columns=gathered_TGE[V_global:],
+            columns=gathered_WTBE[:, V_global:],
             scale=_scale(features.distill_logit_scale),
             weights=_distill_weights(V, K, V_global, teacher.text.shape[0], features.text.device),
             column_gradients=False,
         )
         problems = (clip, distill)
         (clip_share, by_clip), (distill_share, by_distill) = (
-            self._across_ranks(problems, first_row) if self.ranks.size > 1 else [self._alone(p) for p in problems]
+            [self._alone(problem) for problem in problems]
+            if self.ranks.size == 1 and self._part_samples >= B
+            else self._by_parts(problems)
         )
         zero_here = _zero_if_finite(features, teacher)
         shares = [clip_share, distill_share, by_clip.log_scale, by_distill.log_scale, zero_here]
@@ -114,7 +143,7 @@ class CosmosLoss:
 
         assert by_clip.columns is not None
         by_image = torch.zeros_like(features.image, dtype=dtype)  # local crops enter no pair of clip
-        by_image[:V_global] = self.ranks.scatter_column_gradients(by_clip.columns)
+        by_image[:V_global] = by_clip.columns
         if self.feature_factor != 1.0:
             torch._foreach_mul_([by_image, by_clip.rows, by_distill.rows], self.feature_factor)
         return LossOutput(
@@ -133,39 +162,97 @@ class CosmosLoss:
             ),
         )
 
-    def _across_ranks(self, problems: Sequence[_Problem], first_row: int) -> list[tuple[Tensor, contrastive.Gradients]]:
-        """Return this rank's share of each loss and its gradients, from the columns' statistics of all ranks."""
-        partials = [
-            contrastive.forward_partials(p.rows, p.columns, p.scale, first_row=first_row, triton=self._triton)
-            for p in problems
+    def _by_parts(self, problems: Sequence[_Problem]) -> list[tuple[Tensor, contrastive.Gradients]]:
+        """Return this rank's share of each loss and its gradients; columns': of this rank's own [T, B, E]."""
+        of_rows, parts = self._statistics(problems)
+        W, B = self.ranks.size, problems[0].rows.shape[1]
+        found: list[contrastive.Gradients | None] = [None for _ in problems]
+        for part in parts:
+            for number, problem in enumerate(problems):
+                gradients = contrastive.backward(
+                    problem.rows,
+                    problem.part(part.samples) if part.columns is None else part.columns[number],
+                    problem.scale,
+                    problem.weights,
+                    of_rows[number].lse,
+                    part.column_lse[number],
+                    first_row=self._first_row(part.samples),
+                    positive_rows=part.samples,
+                    samples=W * B,
+                    column_gradients=problem.column_gradients,
+                    triton=self._triton,
+                )
+                if gradients.columns is not None:
+                    own_columns = self.ranks.scatter_column_gradients(gradients.columns)
+                    gradients = gradients._replace(columns=own_columns)
+                found[number] = _added(found[number], gradients, problem.rows)
+        return [
+            (contrastive.share_of_loss(*rows, problem.weights, W * B), gradients)
+            for rows, problem, gradients in zip(of_rows, problems, found, strict=True)
+            if gradients is not None
         ]
-        of_all_ranks = self.ranks.combine_columns([partial.column_lse for partial in partials])
-        results = []
-        for problem, partial, column_lse in zip(problems, partials, of_all_ranks, strict=True):
-            gradients = contrastive.backward(
-                problem.rows,
-                problem.columns,
-                problem.scale,
-                problem.weights,
-                partial.row_lse,
-                column_lse,
-                first_row=first_row,
-                column_gradients=problem.column_gradients,
-                triton=self._triton,
-            )
-            results.append((contrastive.finish(partial, column_lse, problem.weights, first_row=first_row), gradients))
-        return results
+
+    def _statistics(self, problems: Sequence[_Problem]) -> tuple[list[_Rows], list[_Part]]:
+        """Return the logsumexps and positives of the problems' rows, and the parts of their columns."""
+        B = problems[0].rows.shape[1]
+        of_rows: list[_Rows] = []
+        parts: list[_Part] = []
+        for start in range(0, B, self._part_samples):
+            samples = slice(start, min(start + self._part_samples, B))
+            columns = [problem.part(samples) for problem in problems]
+            partials = [
+                contrastive.forward_partials(
+                    problem.rows,
+                    of_problem,
+                    problem.scale,
+                    first_row=self._first_row(samples),
+                    positive_rows=samples,
+                    triton=self._triton,
+                )
+                for problem, of_problem in zip(problems, columns, strict=True)
+            ]
+            column_lse = self.ranks.combine_columns([partial.column_lse for partial in partials])
+            own = [lse.unflatten(2, (self.ranks.size, -1))[:, :, self.ranks.rank] for lse in column_lse]
+            found = [_Rows(p.row_lse, p.positive, lse) for p, lse in zip(partials, own, strict=True)]
+            of_rows = [_joined(*both) for both in zip(of_rows, found, strict=True)] if of_rows else found
+            parts.append(_Part(samples, columns if samples == slice(0, B) else None, column_lse))
+        return of_rows, parts
+
+    def _first_row(self, samples: slice) -> int:
+        """Return where row 0's own column would lie among the columns of some samples of every rank."""
+        return self.ranks.rank * int(samples.stop - samples.start) - int(samples.start)
 
     def _alone(self, problem: _Problem) -> tuple[Tensor, contrastive.Gradients]:
-        """Return a loss and its gradients where there are no other ranks."""
-        return contrastive.whole_batch(
+        """Return a loss and its gradients where there are no other ranks, and few columns."""
+        return contrastive_whole.whole_batch(
             problem.rows,
-            problem.columns,
+            problem.columns[0],
             problem.scale,
             problem.weights,
             column_gradients=problem.column_gradients,
             triton=self._triton,
         )
+
+
+def _joined(before: _Rows, found: _Rows) -> _Rows:
+    """Join what earlier columns and further columns say of the rows."""
+    return _Rows(
+        torch.logaddexp(before.lse, found.lse),
+        torch.cat([before.positive, found.positive], dim=2),
+        torch.cat([before.column_lse, found.column_lse], dim=2),
+    )
+
+
+def _added(before: contrastive.Gradients | None, further: contrastive.Gradients, rows: Tensor) -> contrastive.Gradients:
+    """Add the rows' gradients from further columns, and join the gradients of this rank's own columns."""
+    if before is None:
+        return further
+    by_rows = before.rows.add_(further.rows)
+    # The parts' derivatives by the scale may cancel one another, so that of the sum is computed, not their sum.
+    log_scale = contrastive.by_log_scale(rows, by_rows)
+    if before.columns is None or further.columns is None:
+        return contrastive.Gradients(by_rows, None, log_scale)
+    return contrastive.Gradients(by_rows, torch.cat([before.columns, further.columns], dim=1), log_scale)
 
 
 def _check(features: Features, teacher: TeacherFeatures) -> None:

@@ -1,8 +1,9 @@
 """The loss's collectives: what one rank's rows need of the other ranks, and nothing else.
 
 A step has five, whatever the number of views: one all-gather of the column features, two all-reduces of column
-statistics, one reduce-scatter of the gathered student columns' gradients, one all-reduce of a few scalars. With one
-rank there are none.
+statistics, one reduce-scatter of the gathered student columns' gradients, one all-reduce of a few scalars. Where
+columns are taken a part at a time, each part has two all-reduces and a reduce-scatter of its own. With one rank there
+are none.
 """
 
 from collections.abc import Sequence
@@ -32,18 +33,17 @@ class BatchRanks:
     def gather_columns(self, views: Sequence[Tensor]) -> Tensor:
         """Gather each view's features of every rank in one all-gather.
 
-        views: T tensors [B, E]. Returns [T, G, E] in the views' widest dtype, samples in rank order.
+        views: T tensors [B, E]. Returns [W, T, B, E] in the views' widest dtype.
         """
         dtype = views[0].dtype
         for view in views[1:]:
             dtype = torch.promote_types(dtype, view.dtype)
         local_TBE = torch.stack([view.to(dtype) for view in views])
         if self.size == 1:
-            return local_TBE
-        T, B, E = local_TBE.shape
-        gathered_WTBE = local_TBE.new_empty(self.size, T, B, E)
+            return local_TBE.unsqueeze(0)
+        gathered_WTBE = local_TBE.new_empty(self.size, *local_TBE.shape)
         all_gather_flat(gathered_WTBE.view(-1), local_TBE.view(-1), group=self.group)
-        return gathered_WTBE.transpose(0, 1).reshape(T, self.size * B, E)
+        return gathered_WTBE
 
     def combine_columns(self, logsumexps: Sequence[Tensor]) -> list[Tensor]:
         """Combine the columns' statistics of all ranks.
@@ -61,15 +61,16 @@ class BatchRanks:
         return [part.view(tensor.shape) for part, tensor in zip(combined, logsumexps, strict=True)]
 
     def scatter_column_gradients(self, gradients_TGE: Tensor) -> Tensor:
-        """Sum the gradients of gathered columns over ranks and return this rank's own columns' [T, B, E]."""
+        """Sum the gradients of columns over ranks and return this rank's own columns' [T, b, E].
+
+        gradients: [T, W * b, E], of the same b samples of every rank, in rank order.
+        """
         if self.size == 1:
             return gradients_TGE
-        T, G, E = gradients_TGE.shape
-        B = G // self.size
-        by_rank_WTBE = gradients_TGE.view(T, self.size, B, E).transpose(0, 1).contiguous()
-        own_TBE = gradients_TGE.new_empty(T, B, E)
-        reduce_scatter_flat(own_TBE.view(-1), by_rank_WTBE.view(-1), group=self.group)
-        return own_TBE
+        by_rank_WTbE = gradients_TGE.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+        own_TbE = torch.empty_like(by_rank_WTbE[0])
+        reduce_scatter_flat(own_TbE.view(-1), by_rank_WTbE.view(-1), group=self.group)
+        return own_TbE
 
     def add(self, scalars: Tensor) -> Tensor:
         """Add a tensor over ranks, in place; the result is the same on all ranks, bit for bit."""

@@ -16,7 +16,7 @@ from cosmos_scale.config import ModelConfig
 from cosmos_scale.kernels.unit_length import normalise
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.text import TextTower
-from cosmos_scale.model.transformer import Attention, Block, LayerNorm, Linear, empty_parameter
+from cosmos_scale.model.transformer import Attention, Block, LayerNorm, Linear, Mlp, empty_parameter
 from cosmos_scale.model.vision import VisionTower
 
 LOG_SCALES = ("logit_scale", "distill_logit_scale")
@@ -43,6 +43,8 @@ class CosmosModel(TextTower):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = config.attention
+            elif isinstance(module, Mlp):
+                module.activation = config.activation
             elif isinstance(module, Block) and config.compile:
                 module.compile_parts()
         # torch does not annotate the types of these two functions.

@@ -93,7 +93,7 @@ def pack_captions(
     order = np.argsort(-kept, kind="stable")
     sizes = kept[order]
     starts = sizes.cumsum() - sizes
-    filling = _filling(int(sizes.sum()), multiple, context)
+    filling = filling_lengths(int(sizes.sum()), multiple, context)
     all_sizes = np.concatenate([sizes, filling])
     places = _ranges(np.zeros_like(all_sizes), all_sizes)
     starts_B = np.empty_like(starts)
@@ -108,7 +108,7 @@ def pack_captions(
     return CaptionLayout(Segments(all_sizes.tolist()), ids_T, places_T, read_R, tuple(kept[:tokens_of].tolist()))
 
 
-def _filling(tokens: int, multiple: int, context: int) -> Integers:
+def filling_lengths(tokens: int, multiple: int, context: int) -> Integers:
     """Return the lengths of the segments, at most `context` long, that fill up to a multiple."""
     missing = -tokens % multiple
     whole, rest = divmod(missing, context)

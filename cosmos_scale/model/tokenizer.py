@@ -115,6 +115,17 @@ def words(cleaned: str) -> list[str]:
 @lru_cache(maxsize=1)
 def _word_merger() -> tokenizers.Tokenizer:
     """Build the byte-pair encoder of single words, once a process."""
+    vocabulary, merges = byte_pairs()
+    merger = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
+    merger.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return merger
+
+
+def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the ids of CLIP's words, without the two special ones, which come next, and the merges in their order.
+
+    Raises UserError where the vocabulary's file is missing.
+    """
     package = find_spec(VOCABULARY_PACKAGE)  # finds the folder without running the package, whose import takes seconds
     if package is None or not package.submodule_search_locations:
         raise UserError("open-clip-torch: not installed, but its vocabulary is needed: pip install open-clip-torch")
@@ -126,10 +137,7 @@ def _word_merger() -> tokenizers.Tokenizer:
     merges = [(first, second) for first, second in (line.split() for line in lines)]
     letters = _byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges)]
-    vocabulary = {word: identity for identity, word in enumerate(words)}
-    merger = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
-    merger.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return merger
+    return {word: identity for identity, word in enumerate(words)}, merges
 
 
 def _byte_letters() -> list[str]:

@@ -6,7 +6,7 @@ have OpenCLIP's names, since these stand in checkpoints.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cosmos_scale.kernels.attention import Backend, attention
 from cosmos_scale.kernels.linear import linear
 from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
+from cosmos_scale.kernels.quick_gelu import quick_gelu
 from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.kernels.serving import serves
 
@@ -200,7 +201,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them, four times as wide inside."""
+    """Two linear layers with an activation between them, four times as wide inside; activation: as in the config."""
+
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -209,8 +212,13 @@ class Mlp(nn.Module):
 
     def forward(self, x_TD: Tensor, *, served: bool = False, sum_bias: bool = True) -> Any:
         """Return [T, D]. served: whether the Triton kernels serve. Without sum_bias: as `Linear`, of c_proj."""
-        active_TW = gelu(*self.c_fc(x_TD, sum_bias=False)) if served else functional.gelu(self.c_fc(x_TD))
-        return self.c_proj(active_TW, sum_bias=sum_bias)
+        return self.c_proj(self._activate(x_TD, served), sum_bias=sum_bias)
+
+    def _activate(self, x_TD: Tensor, served: bool) -> Tensor:
+        """Return the activation of the first layer [T, 4 D]. Only the exact GELU has a Triton kernel."""
+        if self.activation == "quick_gelu":
+            return quick_gelu(self.c_fc(x_TD))
+        return gelu(*self.c_fc(x_TD, sum_bias=False)) if served else functional.gelu(self.c_fc(x_TD))
 
 
 class Block(nn.Module):

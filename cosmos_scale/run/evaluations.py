@@ -17,7 +17,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Report, Setting, no_report
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
-from cosmos_scale.run.folder import EVALUATION
+from cosmos_scale.run.folder import evaluation_folder
 from cosmos_scale.run.progress import Progress
 
 GoesOn = Callable[[], None]
@@ -49,7 +49,7 @@ class Evaluations:
         Raises UserError where data is missing or wrong. A resumed run goes on without it: the evaluation opens its data
         when it is due, and fails where the data is still not there.
         """
-        self._folder = folder / EVALUATION
+        self._folder = folder
         self._told: Report = no_report
         self._setting = Setting.of_run(config, ranks.rank, ranks.world_size, ranks.device, self._report)
         self._evaluators: list[Evaluator] = []
@@ -143,7 +143,7 @@ class Evaluations:
     def _measure(self, evaluator: Evaluator, step: int, student: Student, teacher: Teacher) -> dict[str, Numbers]:
         results = {}
         for name, measured in (("student", student), ("teacher", teacher)):
-            folder = self._folder / evaluator.name / f"step-{step:08d}" / name
+            folder = evaluation_folder(self._folder, evaluator.name, step, name)
             with measured.whole_model() as model:
                 results[name] = measure_together(evaluator, Encoder(model, self._setting), gather_rows, folder)
         return results

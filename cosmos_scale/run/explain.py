@@ -132,7 +132,8 @@ def _output_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
     kept = config.checkpoint.keep_every
     for_good = "" if kept is None else f", and all at multiples of {kept:,} steps"
     yield "checkpoints", f"{every}at the end; the last {config.checkpoint.keep_last} are kept{for_good}"
-    start = f"weights of {config.init_from}" if config.init_from else "freshly drawn weights"
+    heads = " with new heads" if config.init_heads == "new" else ""
+    start = f"weights of {config.init_from}{heads}" if config.init_from else "freshly drawn weights"
     yield "starts from", start if config.resume == "never" else f"resume: {config.resume}, else {start}"
     for evaluator in config.eval:
         if evaluator.every:

@@ -22,6 +22,11 @@ EVALUATION = "evaluation"
 MIB = 2**20
 
 
+def evaluation_folder(folder: Path, evaluator: str, step: int, model: str) -> Path:
+    """Return where an evaluator of this name leaves files of a model at a step; folder: the run's."""
+    return folder / EVALUATION / evaluator / f"step-{step:08d}" / model
+
+
 def check_folder(config: RunConfig, folder: Path) -> None:
     """Raise UserError where a run cannot write to its folder, which need not exist; leaves nothing behind."""
     with _told(folder):

@@ -17,7 +17,7 @@ from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
-from cosmos_scale.run.trackers import KeptRecords, open_trackers
+from cosmos_scale.run.trackers import EvaluationTable, KeptRecords, TrackerEntry, open_trackers, pictures_in
 from cosmos_scale.words import counted
 
 
@@ -104,30 +104,41 @@ class MetricLog:
     def training(self, record: dict[str, float]) -> None:
         """Write one training record (its keys are made in `progress.py`) and print its console line."""
         self._progress.update(self._task, loss=f"loss {record['loss']:.3f}")
-        self._write(record, "train")
         done = int(record["step"])
         left = (time.monotonic() - self._started) / max(1, done - self._first_step) * (self._last_step - done)
+        self._write(record | {"eta_seconds": left}, "train")
         self.say(
-            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {_span(left)}  "
+            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {span(left)}  "
             f"{console_line(record)}  {datetime.now():%H:%M:%S}"
         )
 
-    def evaluation(self, step: int, name: str, results: dict[str, dict[str, float]], table: Table) -> None:
-        """Write the results of an evaluator of this name ({model: {metric: value}}) and print their table."""
+    def evaluation(
+        self,
+        step: int,
+        name: str,
+        results: dict[str, dict[str, float]],
+        table: Table,
+        folders: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Write the results of an evaluator of this name ({model: {metric: value}}) and print their table.
+
+        folders: by model, where the evaluator may have left pictures, which go to the trackers with the results.
+        """
         flat = {f"{model}/{metric}": value for model, numbers in results.items() for metric, value in numbers.items()}
-        self._write({"step": step, **flat}, "eval", {"evaluator": name})
+        pictures = {
+            f"eval/{model}/{path.stem}": path
+            for model, folder in (folders or {}).items()
+            for path in pictures_in(folder)
+        }
+        tables = {f"eval/{name}/table": results} if results else {}
+        self._write({"step": step, **flat}, "eval", {"evaluator": name}, tables, pictures)
         self._progress.console.print(table)
 
     def evaluated_at(self, step: int) -> list[str]:
         """Return the names of the evaluators that have a record of a step, those that failed among them."""
-        try:
-            found = [load_json(line) for line in read_regular(self._file.path).splitlines()]
-        except (OSError, ValueError):
-            return []
-        records = [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
         return [
             _evaluator_of(entry)
-            for entry in records
+            for entry in _records_of(self._file.path)
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
         ]
 
@@ -135,7 +146,14 @@ class MetricLog:
         """Write how often an evaluator has failed; the record's kind is another than that of results."""
         self._write({"step": step, f"{name}/failures": failures}, "eval_failed", {"evaluator": name})
 
-    def _write(self, record: dict[str, float], prefix: str, names: Mapping[str, str] | None = None) -> None:
+    def _write(
+        self,
+        record: dict[str, float],
+        prefix: str,
+        names: Mapping[str, str] | None = None,
+        tables: Mapping[str, EvaluationTable] | None = None,
+        pictures: Mapping[str, Path] | None = None,
+    ) -> None:
         step = int(record["step"])
         # JSON has no nan, so that the loss of a skipped step is null.
         written = {key: value if math.isfinite(value) else None for key, value in record.items()}
@@ -143,22 +161,50 @@ class MetricLog:
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
-            tracker.write(named, step)
+            tracker.write(TrackerEntry(step, named, tables or {}, pictures or {}))
 
 
 def console_line(record: Mapping[str, float]) -> str:
-    """Return the numbers of a training record that a person watches.
+    """Return the numbers of a training record that a person watches: a line of how it learns and one of how fast.
 
-    With its place in the run and the time it has 165 columns at most. wait: for data, of the rank that waited longest.
+    With its place in the run and the time no line has over 120 columns. TFLOP/s: of a rank. GiB: the most memory of a
+    rank, see `peak_memory`. wait: for data, of the rank that waited longest.
     """
     waited = f"wait {_rounded(record['data_wait_max'])} s"
     if record["data_wait_min"] < record["data_wait_max"]:
         waited += f" (rank {record['data_wait_rank']})"
+    share = "MFU n/a"
+    if "mfu" in record:
+        share = f"MFU {100 * record['mfu']:.1f} % HFU {100 * record['hfu']:.1f} %"
     return (
         f"loss {record['loss']:.4g} (clip {record['clip']:.4g} distill {record['distill']:.4g})  "
         f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
-        f"grad {record['grad_norm']:.3g}  {_rounded(record['samples_per_second'])} samples/s  {waited}"
+        f"grad {record['grad_norm']:.3g}\n"
+        f"  {_rounded(record['samples_per_second'])} samples/s "
+        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {record['tflops_per_rank']:.3g} TFLOP/s  "
+        f"{share}  {record['peak_memory_gib']:.1f} GiB  {waited}"
     )
+
+
+def evaluations_at(path: Path, step: int) -> dict[str, dict[str, float | None]]:
+    """Return what each evaluator measured at a step, {model/metric: number}; None where a number was not finite.
+
+    path: a run's METRICS_FILE. Empty where it cannot be read or has no such records.
+    """
+    found = {}
+    for entry in _records_of(path):
+        if entry.get("kind") == "eval" and entry.get("step") == step:
+            found[_evaluator_of(entry)] = {key: value for key, value in entry.items() if "/" in key}
+    return found
+
+
+def _records_of(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file; none where it cannot be read."""
+    try:
+        found = [load_json(line) for line in read_regular(path).splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
 
 
 def _evaluator_of(entry: Mapping[str, object]) -> str:
@@ -171,7 +217,7 @@ def _rounded(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """Return a time to wait in its two largest units, such as 3d12h or 4m05s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

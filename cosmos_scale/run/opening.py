@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from cosmos_scale.checkpoint.initial import InitialWeights, open_initial
 from cosmos_scale.checkpoint.resume import Start, find_start
-from cosmos_scale.checkpoint.state import KINDS, check_fits, find_checkpoint, manifest_digest
+from cosmos_scale.checkpoint.state import KINDS
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
 from cosmos_scale.data.training.caption_check import check_captions
@@ -17,7 +18,6 @@ from cosmos_scale.data.training.picture_check import check_pictures
 from cosmos_scale.engine.ranks import check_precision
 from cosmos_scale.engine.requirements import check_model
 from cosmos_scale.engine.teacher import DTYPES
-from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations, RankPlace
@@ -43,7 +43,7 @@ class Opening:
     index: MergedIndex
     start: Start
     evaluations: Evaluations
-    init_manifest: str | None = None  # digest of the manifest of init_from's checkpoint, if the weights come from there
+    initial: InitialWeights | None = None  # if the weights come from there
 
     def __init__(self, config: RunConfig, ranks: RankPlace) -> None:
         self.folder = config.output / config.name
@@ -133,15 +133,10 @@ class Opening:
             return "those of the checkpoint"
         if self._config.init_from is None:
             return "freshly drawn"
-        with torch.device("meta"):
-            model = CosmosModel(self._config.model)
-        try:
-            origin = find_checkpoint(self._config.init_from)
-            fitting = check_fits(model, origin)
-            self.init_manifest = manifest_digest(origin)
-            return f"{origin}: {fitting} tensors fit the model"
-        except UserError as failure:
-            raise UserError(f"init_from: {failure}") from failure
+        self.initial = open_initial(self._config)
+        self.initial.digest()  # reads the weights of other programs, of which a launch would refuse what is not finite
+        found = f"{self.initial.path}: {self.initial.kind}, {self.initial.tensors} tensors fit the model"
+        return "; ".join([found, *self.initial.notes])
 
     def _output(self) -> str:
         check_folder(self._config, self.folder)

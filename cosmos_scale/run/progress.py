@@ -13,14 +13,17 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
+from cosmos_scale.batch import Batch
 from cosmos_scale.checkpoint.state import newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
-from cosmos_scale.run.folder import CHECKPOINTS
-from cosmos_scale.run.metrics import MetricLog
+from cosmos_scale.profiling.throughput import RankWork, StepCounter, throughput
+from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE, evaluation_folder
+from cosmos_scale.run.goodput import Goodput
+from cosmos_scale.run.metrics import MetricLog, span
 from cosmos_scale.step import StepOutput
 
 # A rank is slow whose own time is this many times the median, and over it by this part of a step.
@@ -45,8 +48,10 @@ class _Measured(NamedTuple):
 
     lr: float
     momentum: float
+    steps: int
     step_seconds: float
     wait_seconds: float
+    work: RankWork
 
 
 class PendingStep:
@@ -104,9 +109,12 @@ class Progress:
         self._folder = folder
         self._last_step = last_step
         self._finish_saving = finish_saving
+        self._counter = StepCounter(config, ranks.device, ranks.world_size)
+        self._goodput: Goodput | None = None
         self._log, error = None, None
         if ranks.is_main:
             try:
+                self._goodput = Goodput(folder / METRICS_FILE, first_step, anew=config.resume == "never")
                 self._log = MetricLog(
                     folder,
                     config.log,
@@ -121,11 +129,11 @@ class Progress:
         raise_together(ranks, error)
         self._stack = ExitStack()
         self._pending: PendingStep | None = None
-        self._skipped = 0
+        self._skipped = self._skipped_before = 0  # in this launch; up to the last record
         self._substituted = 0  # of this rank, since the last record
         self._data_wait = 0.0
         self._forwards: list[float] = []  # seconds of each step since the last record
-        self._first_step = first_step
+        self._first_step = self._step = first_step
         self._marked_step = first_step
         self._marked_time = time.perf_counter()
 
@@ -138,6 +146,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None and self._step > self._first_step:
+            self._tell_goodput()
         self._stack.__exit__(kind, error, trace)
 
     def say(self, text: str) -> None:
@@ -145,14 +155,22 @@ class Progress:
         if self._log is not None:
             self._log.say(text)
 
-    def after_step(self, step: int, output: StepOutput, *, lr: float, momentum: float, wait_seconds: float) -> None:
-        """Note step number `step` (from 1) and read the one before it; collective. wait_seconds: for its batch."""
+    def after_step(
+        self, step: int, output: StepOutput, batch: Batch, *, lr: float, momentum: float, wait_seconds: float
+    ) -> None:
+        """Note step number `step` (from 1) and read the one before it; collective.
+
+        batch: this rank's share of it. wait_seconds: how long this rank waited for it.
+        """
         self.read_pending()
+        self._step = step
         self._data_wait += wait_seconds
+        self._counter.note(batch)
         measured = None
         if step % self._config.log.every == 0 or step == self._last_step:
             now, steps = time.perf_counter(), step - self._marked_step
-            measured = _Measured(lr, momentum, (now - self._marked_time) / steps, self._data_wait / steps)
+            means = (now - self._marked_time) / steps, self._data_wait / steps
+            measured = _Measured(lr, momentum, steps, *means, self._counter.take())
             self._marked_time, self._marked_step, self._data_wait = now, step, 0.0
         self._pending = PendingStep(step, output, measured)
 
@@ -176,11 +194,17 @@ class Progress:
         return from_all([] if self._log is None else self._log.evaluated_at(step), self._ranks)[0]
 
     def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers], table: Table) -> None:
-        """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind."""
+        """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind.
+
+        Pictures that the evaluator has left in its folders go with them.
+        """
         if self._log is not None:
             prefix = "" if evaluator.name == evaluator.kind else f"{evaluator.name}/"
             named = {f"{prefix}{model}": numbers for model, numbers in results.items()}
-            self._log.evaluation(step, evaluator.name, named, table)
+            folders = {
+                f"{prefix}{model}": evaluation_folder(self._folder, evaluator.name, step, model) for model in results
+            }
+            self._log.evaluation(step, evaluator.name, named, table, folders)
 
     def evaluating(self, work: str, done: int, total: int) -> None:
         """Show how far the main rank is with its part of an evaluation."""
@@ -209,12 +233,15 @@ class Progress:
 
     def _write(self, step: int, figures: _Figures, measured: _Measured) -> None:
         forward, steps = sum(self._forwards) / len(self._forwards), len(self._forwards)
-        here = (measured.step_seconds, measured.wait_seconds, forward, self._substituted, socket.gethostname())
-        numbers = from_all(here, self._ranks)
+        times = (measured.step_seconds, measured.wait_seconds, forward)
+        numbers = from_all((*times, self._substituted, socket.gethostname(), measured.work), self._ranks)
         self._substituted, self._forwards = 0, []
-        if self._log is None:
+        skipped, self._skipped_before = self._skipped - self._skipped_before, self._skipped
+        if self._log is None or self._goodput is None:
             return
-        step_times, waits, forwards, substituted, hosts = zip(*numbers, strict=True)
+        step_times, waits, forwards, substituted, hosts, work = zip(*numbers, strict=True)
+        seconds, samples = measured.steps * max(step_times), measured.steps * self._config.train.global_batch
+        self._goodput.add(seconds - skipped * max(step_times))
         own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
         slowest = own.index(max(own))
         self._log.training(
@@ -229,7 +256,7 @@ class Progress:
                 "lr": measured.lr,
                 "momentum": measured.momentum,
                 "grad_norm": figures.grad_norm,
-                "samples_per_second": self._config.train.global_batch / max(step_times),
+                **throughput(work, seconds, samples),
                 "step_seconds_min": min(step_times),
                 "step_seconds_max": max(step_times),
                 "data_wait_min": min(waits),
@@ -240,6 +267,7 @@ class Progress:
                 "own_seconds_rank": slowest,
                 "substituted": sum(substituted),
                 "skipped_steps": self._skipped,
+                **self._goodput.numbers(),
             }
         )
         beyond = own[slowest] - median_low(own)
@@ -249,6 +277,16 @@ class Progress:
                 f"slow at step {step}: rank {slowest} on host {hosts[slowest]}, data wait {waits[slowest]:.2f} s and "
                 f"forward {forwards[slowest]:.2f} s a step; median of the ranks {median_low(own):.2f} s for both"
             )
+
+    def _tell_goodput(self) -> None:
+        """Say which share of the time since the run's first start went into steps that counted."""
+        if self._goodput is None:
+            return
+        numbers = self._goodput.numbers()
+        self.say(
+            f"goodput {numbers['goodput']:.1%}: {span(numbers['useful_seconds'])} of useful steps in "
+            f"{span(numbers['wall_seconds'])} since the run's first start"
+        )
 
     def _not_finite(self, step: int, figures: _Figures) -> None:
         here = from_all(bool(figures.features_finite), self._ranks)

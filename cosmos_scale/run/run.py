@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from cosmos_scale.checkpoint.initial import InitialWeights
 from cosmos_scale.checkpoint.resume import Start
 from cosmos_scale.checkpoint.state import RunState
 from cosmos_scale.checkpoint.writer import CheckpointWriter
@@ -25,8 +26,8 @@ OTHER_SHARDS = (
 class Run:
     """What `start_run` made; the same start on every rank.
 
-    start: where the run goes on. total_steps: length of the schedules. last_step: steps done at the end.
-    said: lines on what became of broken checkpoints.
+    start: where the run goes on. initial: the weights of `init_from`, where a new run starts from them. total_steps:
+    length of the schedules. last_step: steps done at the end. said: lines on what became of broken checkpoints.
     """
 
     config: RunConfig
@@ -34,6 +35,7 @@ class Run:
     opened: Opened
     pair: Pair
     start: Start
+    initial: InitialWeights | None
     loader: TrainLoader
     total_steps: int
     last_step: int
@@ -44,6 +46,13 @@ class Run:
         """Steps done before this launch."""
         return 0 if self.start.state is None else self.start.state.step
 
+    @property
+    def origin(self) -> str:
+        """Where the run's first weights came from, on one line; empty where they were drawn."""
+        if self.start.state is not None:
+            return self.start.state.origin
+        return "" if self.initial is None else self.initial.describe()
+
     def describe(self) -> str:
         """Lines on what starts."""
         origin = "new run"
@@ -51,7 +60,7 @@ class Run:
             origin = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
             if self.start.lost_shards:
                 origin += f", which has lost {counted(len(self.start.lost_shards), 'shard')}"
-        elif self.config.init_from is not None:
+        elif self.initial is not None:
             origin = f"new run from the weights of {self.config.init_from}"
         steps = f"steps {self.first_step + 1}-{self.last_step}"
         if self.first_step >= self.last_step:
@@ -62,6 +71,7 @@ class Run:
             *([OTHER_SHARDS] if self._shards_written_anew() else []),
             f"{self.opened.folder}: {origin}; {counted(self.opened.index.epoch_samples, 'sample')} and "
             f"{counted(self.loader.steps_per_epoch, 'step')} an epoch",
+            *([f"init_from: {self.initial.describe()}"] if self.initial is not None else []),
             f"{steps}, global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
             f"{self.config.precision}, ZeRO {self.config.zero.stage})",
         ]
@@ -102,6 +112,7 @@ class Run:
             lost_shards=self.loader.lost_shards,
             steps_per_epoch=self.loader.steps_per_epoch,
             marks=self.opened.marks,
+            origin=self.origin,
         )
 
 
@@ -115,7 +126,7 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
     try:
         epoch_steps = steps_per_epoch(opened.index.epoch_samples, config)
         total_steps, last_step = config.total_steps(epoch_steps), config.last_step(epoch_steps)
-        pair, start, said = build_pair(config, opened, ranks)
+        pair, start, initial, said = build_pair(config, opened, ranks)
         loader = TrainLoader(
             config,
             opened.index,
@@ -126,7 +137,7 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
             start.lost_shards,
             device=ranks.device,
         )
-        return Run(config, ranks, opened, pair, start, loader, total_steps, last_step, said)
+        return Run(config, ranks, opened, pair, start, initial, loader, total_steps, last_step, said)
     except BaseException:
         opened.held.close()
         raise

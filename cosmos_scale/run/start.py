@@ -8,14 +8,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
+from cosmos_scale.checkpoint.initial import InitialWeights
 from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.mark import marks_digest
-from cosmos_scale.engine.pair import Pair, drawn_pair, pair_of_checkpoint
+from cosmos_scale.engine.pair import Pair, drawn_pair, initial_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.retrieval import SAME_GALLERY
@@ -45,8 +47,8 @@ _say = partial(print, flush=True)
 class Opened:
     """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start.
 
-    init_manifest: digest of the manifest of the checkpoint whose weights a new run starts from, None where it draws
-    its weights or resumes. held: a context at whose end the main rank gives its locks on the folder back.
+    initial: the weights that a new run starts from, None where it draws them or resumes. held: a context at whose end
+    the main rank gives its locks on the folder back.
     """
 
     folder: Path
@@ -54,7 +56,7 @@ class Opened:
     tokenizer: Tokenizer
     evaluations: Evaluations
     found_start: Start
-    init_manifest: str | None
+    initial: InitialWeights | None
     held: ExitStack
 
     @property
@@ -82,7 +84,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
             opening.tokenizer,
             opening.evaluations,
             opening.start,
-            opening.init_manifest,
+            opening.initial,
             ExitStack(),
         )
     except UserError as failure:
@@ -133,15 +135,28 @@ def _not_shared(folder: Path, token: str | None, ranks: Ranks) -> UserError | No
     return None
 
 
-def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, Start, list[str]]:
+class Built(NamedTuple):
+    """Student and teacher, and where they come from.
+
+    start: an older one than was found, where a file turned out to be damaged. initial: the weights that the pair has,
+    where they are those of `init_from`. said: lines on what became of broken checkpoints.
+    """
+
+    pair: Pair
+    start: Start
+    initial: InitialWeights | None
+    said: list[str]
+
+
+def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
     """Build student and teacher: drawn, from other weights, or as the start's checkpoint has them; collective.
 
-    Returns the start too, which is an older one where a file turns out to be damaged, and lines on what became of
-    broken checkpoints. Raises UserError on all ranks alike.
+    Raises UserError on all ranks alike.
     """
     start = opened.found_start
     if start.checkpoint is None and config.init_from is not None:
-        return pair_of_checkpoint(config, ranks, config.init_from), start, []
+        pair, initial = initial_pair(config, ranks)
+        return Built(pair, start, initial, [])
     pair = drawn_pair(config, ranks)
     while start.checkpoint is not None:
         try:
@@ -152,7 +167,7 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> tuple[Pair, S
                 return build_pair(config, replace(opened, found_start=start), ranks)
             continue
         break
-    return pair, start, _set_aside(start, ranks)
+    return Built(pair, start, None, _set_aside(start, ranks))
 
 
 def _older_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:
@@ -200,9 +215,10 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
     if all(marks):
         _require_same("data.sources: ranks see shards that begin with other bytes", marks, rule)
     _check_same_start(opened.found_start, ranks)
+    digest, digests = (None, "") if opened.initial is None else (opened.initial.digest(), opened.initial.digests)
     _require_same(
-        f"init_from: ranks see different checkpoints in {config.init_from}, by the digests of their manifests",
-        from_all(opened.init_manifest, ranks),
+        f"init_from: ranks see different checkpoints in {config.init_from}, by the digests of their {digests}",
+        from_all(digest, ranks),
         SAME_CHECKPOINT,
     )
     if opened.found_start.state is None:  # an evaluation of a resumed run fails instead, and the run goes on

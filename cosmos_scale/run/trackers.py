@@ -1,22 +1,49 @@
-"""Where records go beside metrics.jsonl: TensorBoard's files and Weights & Biases."""
+"""Where records go beside metrics.jsonl: TensorBoard's files and Weights & Biases, under the same names in both.
 
+Both take the run's configuration as hyper-parameters, and with an evaluation's numbers their table and its pictures.
+"""
+
+import json
 import os
 import re
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
 
 from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, whole_file
+from cosmos_scale.files import read_regular, regular_only, whole_file
 from cosmos_scale.run.folder import WANDB_ID
 
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 MOST_RECORDS_KEPT = 100_000  # for a place, while it cannot be written
+
+
+PICTURES = {".png", ".jpg", ".jpeg"}
+MOST_PICTURES = 8  # of a model in one evaluation
+LARGEST_PICTURE = 1024  # pixels of its longer side; larger ones are made smaller
+COMPARED_METRICS = ("train/loss", "train/clip", "train/distill", "train/samples_per_second")
+"""What TensorBoard shows beside a run's hyper-parameters."""
+
+EvaluationTable = Mapping[str, Mapping[str, float]]
+"""What an evaluator measured: {model: {metric: value}}."""
+
+
+class TrackerEntry(NamedTuple):
+    """What is written of a step: numbers, tables of results and files with pictures, each by its name."""
+
+    step: int
+    numbers: Mapping[str, float]
+    tables: Mapping[str, EvaluationTable]
+    pictures: Mapping[str, Path]
 
 
 class Tracker(Protocol):
@@ -26,8 +53,8 @@ class Tracker(Protocol):
     announcement: str
     """A line for the run's start, or nothing."""
 
-    def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write the numbers of a step by their names."""
+    def write(self, entry: TrackerEntry) -> None:
+        """Write what there is of a step."""
 
     def close(self, *, failed: bool) -> None:
         """Write what is still on its way; failed: whether the run ends with an error."""
@@ -38,15 +65,15 @@ class KeptRecords:
 
     def __init__(self, tracker: Tracker, say: Callable[[str], None]) -> None:
         self._tracker, self._say = tracker, say
-        self._waiting: deque[tuple[Mapping[str, float], int]] = deque(maxlen=MOST_RECORDS_KEPT)
+        self._waiting: deque[TrackerEntry] = deque(maxlen=MOST_RECORDS_KEPT)
         self._failing = False
 
-    def write(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write the numbers of a step by their names, after those that wait."""
-        self._waiting.append((numbers, step))
+    def write(self, entry: TrackerEntry) -> None:
+        """Write what there is of a step, after what waits."""
+        self._waiting.append(entry)
         try:
             while self._waiting:
-                self._tracker.write(*self._waiting[0])
+                self._tracker.write(self._waiting[0])
                 self._waiting.popleft()
         except Exception as failure:
             if not self._failing:
@@ -84,7 +111,7 @@ def open_trackers(
     trackers: list[Tracker] = []
     try:
         if config.tensorboard:
-            trackers.append(_TensorBoard(folder / "tensorboard", first_step))
+            trackers.append(_TensorBoard(folder / "tensorboard", first_step, run_config))
         if config.wandb is not None:
             trackers.append(_Wandb(folder, config.wandb, name, run_config))
     except ImportError as failure:
@@ -98,18 +125,23 @@ class _TensorBoard:
     name = "log.tensorboard"
     announcement = ""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, run_config: Mapping[str, Any]) -> None:
         self._folder = folder
         self._show_error = threading.excepthook
         threading.excepthook = self._note_thread
         self._writer: Any = self._open(first_step + 1)
+        self._end = self._write_config(run_config, first_step)
 
-    def write(self, numbers: Mapping[str, float], step: int) -> None:
+    def write(self, entry: TrackerEntry) -> None:
         if self._writer is None:
             self._writer = self._open(None)
         try:
-            for key, value in numbers.items():
-                self._writer.add_scalar(key, value, step)
+            for key, value in entry.numbers.items():
+                self._writer.add_scalar(key, value, entry.step)
+            for key, results in entry.tables.items():
+                self._writer.add_text(key, _markdown(*_rows(results)), entry.step)
+            for key, picture in _read_pictures(entry).items():
+                self._writer.add_image(key, np.asarray(picture), entry.step, dataformats="HWC")
             self._writer.flush()
         except OSError:
             self._writer = None  # its thread has ended; another file takes the next record
@@ -118,7 +150,21 @@ class _TensorBoard:
     def close(self, *, failed: bool) -> None:
         threading.excepthook = self._show_error
         if self._writer is not None:
+            if not failed:
+                self._writer.file_writer.add_summary(self._end)
             self._writer.close()
+
+    def _write_config(self, run_config: Mapping[str, Any], first_step: int) -> Any:
+        """Write the configuration, as hyper-parameters and as text; return what says that the run ended well."""
+        from torch.utils.tensorboard.summary import hparams
+
+        flat = flattened(run_config)
+        experiment, start, end = hparams(flat, dict.fromkeys(COMPARED_METRICS, 0.0))
+        for summary in (experiment, start):
+            self._writer.file_writer.add_summary(summary)
+        self._writer.add_text("config", _markdown(["key", "value"], list(flat.items())), first_step)
+        self._writer.flush()
+        return end
 
     def _note_thread(self, end: threading.ExceptHookArgs) -> None:
         """Show no traceback of the library's thread: `write` raises its error."""
@@ -155,7 +201,7 @@ class _Wandb:
         except Exception as failure:  # any: the library reads the environment and the network
             said = " ".join(str(failure).split())
             raise UserError(f"log.wandb: {said}; rule: log in, or set log.wandb.mode to offline") from failure
-        self._teardown = wandb.teardown
+        self._teardown, self._table, self._image = wandb.teardown, wandb.Table, wandb.Image
         # The library's own step only grows. It would drop what a run writes that goes back to an earlier checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -163,8 +209,13 @@ class _Wandb:
         if mode == "offline":
             self.announcement = f"{self.name}: offline; to send it: wandb sync {Path(self._run.dir).parent}"
 
-    def write(self, numbers: Mapping[str, float], step: int) -> None:
-        self._run.log({"step": step, **numbers})
+    def write(self, entry: TrackerEntry) -> None:
+        tables = {}
+        for key, results in entry.tables.items():
+            heads, rows = _rows(results)
+            tables[key] = self._table(columns=[*heads], data=[list(row) for row in rows], allow_mixed_types=True)
+        pictures = {key: self._image(picture) for key, picture in _read_pictures(entry).items()}
+        self._run.log({"step": entry.step, **entry.numbers, **tables, **pictures})
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=1 if failed else 0)
@@ -188,6 +239,53 @@ def record_name(path: Path) -> str:
         with whole_file(path) as part:
             part.write_text(identity)
     return identity
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the first pictures of a folder by their names, MOST_PICTURES at most; none where there is no folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)[:MOST_PICTURES]
+    except OSError:
+        return []
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Return a configuration's values by dotted key; lists and null as JSON."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return flat
+
+
+def _read_pictures(entry: TrackerEntry) -> dict[str, Image.Image]:
+    """Return an entry's pictures, none over LARGEST_PICTURE; those that are not there any more are left out."""
+    found = {}
+    for key, path in entry.pictures.items():
+        with suppress(OSError), open(path, "rb", opener=regular_only) as file:  # of PIL's errors too
+            picture = Image.open(file).convert("RGB")
+            picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+            found[key] = picture
+    return found
+
+
+def _rows(results: EvaluationTable) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Return the heads and the rows of a table: a row a metric, a column a model."""
+    metrics = dict.fromkeys(metric for numbers in results.values() for metric in numbers)
+    rows = [(metric, *(numbers.get(metric) for numbers in results.values())) for metric in metrics]
+    return ["metric", *results], rows
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
+    lines = [
+        heads,
+        ["---"] * len(heads),
+        *([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _in_one_line(failure: Exception) -> str:

@@ -33,7 +33,7 @@ def contrastive_kernels(tiles: triton_contrastive.TileSizes = triton_contrastive
     yield LaunchedKernel(
         "contrastive statistics",
         triton_contrastive.statistics_kernel,
-        (*features, *numbers * 4, *("i32",) * 4),
+        (*features, *numbers * 4, *("i32",) * 6),
         triton_contrastive.statistics_constants(tiles, WIDTH),
         tiles.warps,
         tiles.stages,
@@ -42,7 +42,7 @@ def contrastive_kernels(tiles: triton_contrastive.TileSizes = triton_contrastive
     yield LaunchedKernel(
         "contrastive slopes",
         triton_contrastive.slopes_kernel,
-        (*features, "*fp32", "*fp64", *numbers * 3, *("i32",) * 11),
+        (*features, "*fp32", "*fp64", *numbers * 3, *("i32",) * 14),
         triton_contrastive.slopes_constants(tiles, WIDTH),
         tiles.warps,
         tiles.stages,

@@ -40,6 +40,8 @@ TOLERANCES: dict[str, dict[str, float]] = {
     "contrastive at scale 100, relative": {"float32": 1e-5},
     "contrastive at scale 100, distant samples, relative": {"float32": 2e-5},
     "contrastive at scale 100, near samples, relative": {"float32": 2e-4},
+    # Each part's logsumexp is rounded to 4e-6, and so is their sum's; a thousandth of the terms is left of them.
+    "contrastive at scale 100, near samples, columns by parts, relative": {"float32": 4e-3},
     # A loss of small differences of logits near 90, of the weights' sum: roundings of 4e-6 average over 64 samples.
     "contrastive loss of near samples, of the weights": {"float32": 1e-6},
     # AdamW and the average after some updates, of values above 1: roundings of weights around 1. Moments are small.

@@ -75,6 +75,7 @@ def test_json_of_one(run: Path, capsys: pytest.CaptureFixture[str], verify: list
         "zero": {"stage": 2, "offload": False, "gradient_dtype": "fp32"},
         "data": "digest",
         "lost_shards": {"scenes/3.tar": 4},
+        "origin": "",
         "name": "shown",
         "parameters": {"image tower": 48, "text tower": 0, "heads": 0, "log-scales": 1},
         "whole": True,

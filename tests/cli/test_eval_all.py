@@ -92,7 +92,7 @@ def test_numbers_stand_beside_published_ones(evaluated: Path) -> None:
 
 def test_ranks_of_a_launcher_write_the_same(checkpoints: Path, root: Path, evaluated: Path, tmp_path: Path) -> None:
     options = ("--published", "merged30m_vitb16")
-    with start_command(*command(checkpoints, root, tmp_path, *options), ranks=2) as process:
+    with start_command(*command(checkpoints, root, tmp_path, *options), ranks=3) as process:
         process.wait().require(2)  # two sets fail
     document, alone = read_all(tmp_path), read_all(evaluated)
     assert document["results"] == alone["results"]

@@ -43,6 +43,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("checkpoint",),
         ("checkpoint", "inspect"),
         ("configs",),
+        ("convert",),
         ("profile",),
         ("setup",),
         ("train",),

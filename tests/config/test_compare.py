@@ -53,6 +53,7 @@ MAY_CHANGE_ON_RESUME = MAY_DIFFER_BY_HOST | {
     "non_finite",
     "resume",
     "init_from",
+    "init_heads",
     "model.attention",
     "model.compile",
     "model.token_multiple",

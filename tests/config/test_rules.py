@@ -37,6 +37,7 @@ BROKEN = [
     ({"eval": [GALLERY, GALLERY]}, "", "eval.1.name", "differ from the name of eval.0"),
     ({"eval": [GALLERY | {"name": "a/b"}]}, "eval.0.retrieval", "name", "must be a folder's plain name"),
     ({"init_from": "a", "resume": "b"}, "", "resume", "auto or never beside init_from"),
+    ({"init_heads": "new"}, "", "init_heads", "must be from without init_from"),
 ]
 
 

@@ -5,14 +5,12 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 
-from cosmos_scale.cli.eval_retrieval import DATASETS
 from cosmos_scale.config import RetrievalConfig
-from cosmos_scale.config.retrieval import CaptionedLayout
 from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.captioned import LeftOut
@@ -385,7 +383,3 @@ def test_clip_benchmarks_own_code_has_the_same_recalls(batch: int, tmp_path: Pat
     for k in (1, 5, 10):
         assert numbers[f"text_to_image_R@{k}"] == pytest.approx(expected[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert numbers[f"image_to_text_R@{k}"] == pytest.approx(expected[f"text_retrieval_recall@{k}"], abs=1e-6)
-
-
-def test_the_command_knows_every_layout() -> None:
-    assert get_args(CaptionedLayout) == DATASETS

@@ -142,8 +142,12 @@ def test_of_classes_with_one_name_the_first_has_all_pictures(tmp_path: Path) -> 
     assert hits([6, 6, 9], "dog\ncat\ndog\n") == hits([6, 6], "dog\ncat\n") > 0
 
 
-def test_classes_without_pictures_are_in_no_mean() -> None:
+def test_classes_without_pictures_are_in_no_mean_and_named(animals: Path) -> None:
     assert mean_per_class(torch.tensor([[4, 1, 2], [0, 0, 0], [1, 1, 1]])) == (0.25 + 1.0) / 2
+    encoder = tiny_encoder()
+    evaluator = make_evaluator(section(animals), encoder.setting)
+    caption = evaluator.table({"student": measure(evaluator, encoder)}, "step 5").caption
+    assert str(caption).endswith("; 1 class without a picture: cat")
 
 
 def test_a_broken_picture_costs_one_picture_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

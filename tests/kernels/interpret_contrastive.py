@@ -26,12 +26,20 @@ class Case(NamedTuple):
     first_row: int
     scale: float = 20.0
     dtype: torch.dtype = torch.float32
+    positive_rows: tuple[int, int] | None = None
+    samples: int | None = None
+
+    @property
+    def positives(self) -> contrastive._Positives:
+        """Where the positives lie."""
+        return contrastive._Positives(self.first_row, *(self.positive_rows or (0, self.B)))
 
 
 CASES = (
     Case("one block of everything", 2, 5, 3, 5, 16, 0),
     Case("several blocks, odd sizes", 3, 20, 2, 70, 40, 33),
     Case("the last rows of the columns", 1, 33, 2, 40, 16, 7),
+    Case("part of the columns", 2, 40, 2, 18, 24, -13, positive_rows=(15, 31), samples=90),
     Case("the largest scale", 2, 17, 2, 34, 24, 17, 100.0),
     Case("float16", 2, 18, 2, 36, 48, 18, 20.0, torch.float16),
     # Slopes of equal logits are 4e-8 here: float16 holds none of them as they are.
@@ -39,21 +47,18 @@ CASES = (
 )
 
 
-def exact(rows: Tensor, columns: Tensor, scale: Tensor, weights: Tensor, first_row: int) -> dict[str, Tensor]:
+def exact(rows: Tensor, columns: Tensor, scale: Tensor, weights: Tensor, case: Case) -> dict[str, Tensor]:
     """Return the loss's parts and derivatives in float64 by autograd, from all logits at once."""
     rows, columns = rows.double().requires_grad_(), columns.double().requires_grad_()
     logits = torch.einsum("vbe,tge->vtbg", rows * scale.double(), columns)
-    B, G = rows.shape[1], columns.shape[1]
-    own = torch.arange(B)
-    positive = logits[:, :, own, first_row + own]
+    own = torch.arange(case.positives.start, case.positives.stop)
+    positive = logits[:, :, own, own + case.first_row]
     # Rows of other ranks: the same for all columns, so that a column's logsumexp is not of this rank's rows alone.
     column_lse = torch.logaddexp(logits.logsumexp(2), torch.tensor(1.5, dtype=torch.float64))
     row_lse = logits.logsumexp(3)
-    own_columns = column_lse[:, :, first_row + own]
     # Each row and each column of the pair is a term; terms of other ranks' columns reach this rank's rows too.
-    terms = (row_lse - positive).sum(2) + (own_columns - positive).sum(2)
-    terms = terms + column_lse.sum(2) - own_columns.sum(2)
-    loss = (terms * weights).sum() * (0.5 / G)
+    terms = row_lse.sum(2) + column_lse.sum(2) - 2 * positive.sum(2)
+    loss = (terms * weights).sum() * (0.5 / (case.samples or case.G))
     loss.backward()
     assert rows.grad is not None
     assert columns.grad is not None
@@ -75,11 +80,12 @@ def errors(case: Case) -> dict[str, float]:
     columns = normalize(torch.randn(case.T, case.G, case.E, generator=generator), dim=-1).to(case.dtype)
     weights = torch.rand(case.V, case.T, generator=generator, dtype=torch.float64)
     scale = torch.tensor(case.scale)
-    wanted = exact(rows, columns, scale, weights, case.first_row)
-    partials = contrastive._fused_partials(rows, columns, scale, case.first_row)
+    wanted = exact(rows, columns, scale, weights, case)
+    partials = contrastive._fused_partials(rows, columns, scale, case.positives)
     gradients = contrastive._fused_backward(
         *(rows, columns, scale, weights, partials.row_lse, wanted["column_lse"].float()),
-        first_row=case.first_row,
+        positives=case.positives,
+        samples=case.samples or case.G,
         column_gradients=True,
     )
     assert gradients.columns is not None

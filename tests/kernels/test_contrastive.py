@@ -1,8 +1,10 @@
 """The multi-pair InfoNCE kernel against autograd of the plain formula in float64.
 
-Two ways lead to every answer: statistics, then gradients, as several ranks need; and all at once, as one rank can.
+Three ways lead to every answer: statistics, then gradients, as several ranks need; the same with a part of the columns
+at a time; and all at once, as one rank can.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosmos_scale.kernels import contrastive
+from cosmos_scale.kernels import contrastive, contrastive_whole
 from cosmos_scale.testing.allocation import peak_bytes
 from cosmos_scale.testing.tolerances import tolerance
 
 FLOAT64_TOLERANCE, FLOAT32_TOLERANCE = (
     tolerance("contrastive, widened, relative", dtype) for dtype in (torch.float64, torch.float32)
 )
-AT_SCALE_100, DISTANT, NEAR = (
+AT_SCALE_100, DISTANT, NEAR, NEAR_BY_PARTS = (
     tolerance(f"contrastive at scale 100, {case}relative", torch.float32)
-    for case in ("", "distant samples, ", "near samples, ")
+    for case in ("", "distant samples, ", "near samples, ", "near samples, columns by parts, ")
 )
 
 
@@ -66,6 +68,7 @@ def _oracle(problem: Problem) -> Answer:
 
 def _by_kernel(problem: Problem, *, ranks: int = 1, block_elements: int = contrastive.BLOCK_ELEMENTS) -> Answer:
     """The kernel's answer, with the rows split over ranks and their statistics combined here."""
+    G = problem.columns.shape[1]
     scale = problem.log_scale.exp()
     B = problem.rows.shape[1] // ranks
     shares = [(problem.rows[:, first : first + B], first) for first in range(0, ranks * B, B)]
@@ -75,7 +78,7 @@ def _by_kernel(problem: Problem, *, ranks: int = 1, block_elements: int = contra
     ]
     lse = torch.stack([part.column_lse for part in partials]).logsumexp(0)
     losses = [
-        contrastive.finish(part, lse, problem.weights, first_row=first)
+        contrastive.share_of_loss(part.row_lse, part.positive, lse[:, :, first : first + B], problem.weights, G)
         for part, (_, first) in zip(partials, shares, strict=True)
     ]
     gradients = [
@@ -100,9 +103,40 @@ def _by_kernel(problem: Problem, *, ranks: int = 1, block_elements: int = contra
     )
 
 
+def _by_parts(problem: Problem, *, parts: int = 3) -> Answer:
+    """The kernel's answer, with the columns taken in unequal parts: some rows have their positives in each."""
+    rows, columns, log_scale, weights = problem
+    scale, B = log_scale.exp(), rows.shape[1]
+    borders = [0, *(B * (number + 1) // parts - number for number in range(parts - 1)), B]
+    places = [slice(*border) for border in itertools.pairwise(borders)]
+    found = [
+        contrastive.forward_partials(rows, columns[:, place], scale, first_row=-place.start, positive_rows=place)
+        for place in places
+    ]
+    row_lse = torch.stack([part.row_lse for part in found]).logsumexp(0)
+    positive, column_lse = (torch.cat([part[field] for part in found], dim=2) for field in (1, 2))
+    gradients = [
+        contrastive.backward(
+            *(rows, columns[:, place], scale, weights, row_lse, column_lse[:, :, place]),
+            first_row=-place.start,
+            positive_rows=place,
+            samples=B,
+            column_gradients=True,
+        )
+        for place in places
+    ]
+    by_rows = torch.stack([gradient.rows for gradient in gradients]).sum(0)
+    return Answer(
+        contrastive.share_of_loss(row_lse, positive, column_lse, weights, B),
+        by_rows,
+        torch.cat([gradient.columns for gradient in gradients if gradient.columns is not None], dim=1),
+        contrastive.by_log_scale(rows, by_rows),
+    )
+
+
 def _at_once(problem: Problem, *, block_elements: int = contrastive.BLOCK_ELEMENTS, pair_elements: int = 1) -> Answer:
     """The kernel's answer where one rank holds all rows; pair by pair, however small a pair is."""
-    loss, gradients = contrastive.whole_batch(
+    loss, gradients = contrastive_whole.whole_batch(
         problem.rows,
         problem.columns,
         problem.log_scale.exp(),
@@ -115,7 +149,11 @@ def _at_once(problem: Problem, *, block_elements: int = contrastive.BLOCK_ELEMEN
     return Answer(loss, gradients.rows, gradients.columns, gradients.log_scale)
 
 
-WAYS: dict[str, Callable[[Problem], Answer]] = {"statistics first": _by_kernel, "at once": _at_once}
+WAYS: dict[str, Callable[[Problem], Answer]] = {
+    "statistics first": _by_kernel,
+    "columns by parts": _by_parts,
+    "at once": _at_once,
+}
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 
@@ -141,7 +179,7 @@ def test_matches_autograd_in_float64(V: int, T: int, G: int, ranks: int, block_e
 
 
 # One pair at a time; factors that do not divide the batch; pairs too small or too large to be taken one by one.
-@pytest.mark.parametrize("factor_elements", [contrastive.FACTOR_ELEMENTS, 3 * 10, 1])
+@pytest.mark.parametrize("factor_elements", [contrastive_whole.FACTOR_ELEMENTS, 3 * 10, 1])
 @pytest.mark.parametrize(("block_elements", "pair_elements"), [(10**6, 1), (10**6, 10**6), (30, 1)])
 @pytest.mark.parametrize(("V", "T", "G"), [(5, 3, 10), (1, 1, 7), (3, 2, 4)])
 def test_all_at_once_matches_autograd_in_float64(
@@ -153,7 +191,7 @@ def test_all_at_once_matches_autograd_in_float64(
     factor_elements: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(contrastive, "FACTOR_ELEMENTS", factor_elements)
+    monkeypatch.setattr(contrastive_whole, "FACTOR_ELEMENTS", factor_elements)
     problem = _problem(V, T, G, 16)
     answer = _at_once(problem, block_elements=block_elements, pair_elements=pair_elements)
     _assert_close(answer, _oracle(problem), FLOAT64_TOLERANCE)
@@ -221,6 +259,8 @@ def test_distant_samples_neither_overflow_nor_vanish(
     rows[:, :distant_rows] *= -1
     columns[:, :distant_columns] *= -1
     problem = Problem(rows, columns, torch.tensor(100.0, dtype=torch.float64).log(), torch.ones(1, 1))
+    if way is _by_parts and limit == NEAR:
+        limit = NEAR_BY_PARTS
     _assert_close(way(_float32(problem)), _oracle(problem), limit)
 
 
@@ -282,7 +322,9 @@ def test_memory_is_linear_in_the_batch(samples: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, columns = (F.normalize(torch.randn(n, samples, E, generator=generator), dim=-1) for n in (V, T))
     peak = peak_bytes(
-        lambda: contrastive.whole_batch(rows, columns, torch.tensor(14.0), torch.ones(V, T), column_gradients=True)
+        lambda: contrastive_whole.whole_batch(
+            rows, columns, torch.tensor(14.0), torch.ones(V, T), column_gradients=True
+        )
     )
     scratch = contrastive.SCRATCH_BLOCKS * min(contrastive.BLOCK_ELEMENTS, samples**2)
     # Results are as large as the features, a block's scaled rows and their slopes at most; statistics are 8 numbers at
@@ -295,7 +337,7 @@ def test_memory_is_linear_in_the_batch(samples: int) -> None:
 def test_columns_without_gradient_cost_none() -> None:
     problem = _problem(2, 3, 5, 8)
     scale = problem.log_scale.exp()
-    _, at_once = contrastive.whole_batch(
+    _, at_once = contrastive_whole.whole_batch(
         problem.rows, problem.columns, scale, problem.weights, column_gradients=False, pair_elements=1
     )
     assert at_once.columns is None
@@ -334,6 +376,6 @@ def test_shapes_that_do_not_fit_are_refused(
 
 def test_a_share_of_the_rows_is_no_whole_batch() -> None:
     with pytest.raises(ValueError, match=r"rows \[2, 4, 8\] must be all rows: as many as columns \[3, 6, 8\]"):
-        contrastive.whole_batch(
+        contrastive_whole.whole_batch(
             torch.ones(2, 4, 8), torch.ones(3, 6, 8), torch.tensor(1.0), torch.ones(2, 3), column_gradients=False
         )

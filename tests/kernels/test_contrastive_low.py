@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosmos_scale.kernels import contrastive
+from cosmos_scale.kernels import contrastive, contrastive_whole
 from cosmos_scale.testing.device_counts import DeviceCounter
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.test_contrastive import Answer, Problem, _by_kernel, _oracle, _problem
@@ -128,7 +128,7 @@ def test_on_a_gpu_both_forms_equal_float64(V: int, T: int, G: int, E: int, scale
     problem = _problem(V, T, G, E, scale=scale)
     there, expected = low(problem, dtype, "cuda"), _oracle(low(problem, dtype))
     for triton in (True, False):
-        loss, gradients = contrastive.whole_batch(
+        loss, gradients = contrastive_whole.whole_batch(
             *(there.rows, there.columns, there.log_scale.exp(), there.weights), column_gradients=True, triton=triton
         )
         assert gradients.columns is not None

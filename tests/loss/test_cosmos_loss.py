@@ -38,6 +38,17 @@ def test_matches_autograd_of_the_plain_formulas(counts: Counts, scales: tuple[fl
     assert max(differences.values()) <= GRADIENT_TOLERANCE * max(1.0, scales[1] * 0.07), differences
 
 
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_columns_by_parts_match_too(counts: Counts) -> None:
+    features, teacher = random_features(counts, seed=1)
+    clip, distill, gradients = plain_loss_and_gradients(features, teacher)
+    output = CosmosLoss("true", columns_at_once=3)(features, teacher)
+    assert abs(output.clip - clip) <= LOSS_TOLERANCE
+    assert abs(output.distill - distill) <= LOSS_TOLERANCE
+    differences = relative_differences(output.gradients, gradients)
+    assert max(differences.values()) <= GRADIENT_TOLERANCE, differences
+
+
 def test_batch_of_one_has_neither_loss_nor_gradient() -> None:
     features, teacher = random_features(Counts(V=3, K=2, V_global=2, K_global=1, E=8, G=1))
     output = CosmosLoss("true")(features, teacher)

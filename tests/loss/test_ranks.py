@@ -15,6 +15,7 @@ from tests.loss.reference import Counts, of_rank, operations, random_features, r
 
 # Both sides compute in float32 and add in other orders; relative per tensor (norm).
 TOLERANCE = 1e-5
+BY_PARTS = 2e-6
 
 GradientScale = Literal["true", "published"]
 GRADIENT_SCALES: tuple[GradientScale, ...] = ("true", "published")
@@ -33,6 +34,8 @@ class RankReport(NamedTuple):
     """What one rank found, by problem."""
 
     outputs: dict[tuple[str, GradientScale], LossOutput]
+    by_parts: dict[str, LossOutput]
+    collectives_by_parts: list[str]
     low_precision: dict[torch.dtype, LossOutput]
     collectives: list[str]
     finite: dict[tuple[str, int], bool]
@@ -46,6 +49,9 @@ def _rank(rank: int, world_size: int) -> RankReport:
         for name, problem in PROBLEMS.items()
         for gradient_scale in GRADIENT_SCALES
     }
+    few_columns = CosmosLoss("true", columns_at_once=2 * world_size)
+    by_parts = {name: few_columns(*of_rank(*problem, rank, world_size)) for name, problem in PROBLEMS.items()}
+    names_by_parts = operations(lambda: few_columns(*of_rank(*PROBLEMS["published"], rank, world_size)))
     low_precision = {
         dtype: CosmosLoss("true")(*of_rank(*_rounded(*PROBLEMS["published"], dtype), rank, world_size))
         for dtype in LOW_PRECISION
@@ -72,12 +78,18 @@ def _rank(rank: int, world_size: int) -> RankReport:
     alone = CosmosLoss("true", own_group)(*PROBLEMS["uneven"])
     return RankReport(
         outputs,
+        by_parts,
+        _collectives(names_by_parts),
         low_precision,
-        [name for name in names if name.startswith("c10d::")],
+        _collectives(names),
         finite,
         tower_gradients,
         alone,
     )
+
+
+def _collectives(names: list[str]) -> list[str]:
+    return [name.removeprefix("c10d::") for name in names if name.startswith("c10d::")]
 
 
 def _rounded(features: Features, teacher: TeacherFeatures, dtype: torch.dtype) -> tuple[Features, TeacherFeatures]:
@@ -178,13 +190,32 @@ def test_a_nan_on_one_rank_is_seen_by_all(reports: list[RankReport]) -> None:
 def test_five_collectives_a_step(reports: list[RankReport]) -> None:
     # At most 6 keeps latency out of a step on many hosts; the published implementation needs 160.
     for report in reports:
-        assert [name.removeprefix("c10d::") for name in report.collectives] == [
+        assert report.collectives == [
             "_allgather_base_",
             "allreduce_",
             "allreduce_",
-            "allreduce_",
             "_reduce_scatter_base_",
+            "allreduce_",
         ]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_columns_by_parts_give_the_same(reports: list[RankReport], name: str) -> None:
+    """Two samples a rank at a time; both forms add in other orders."""
+    single = CosmosLoss("true")(*PROBLEMS[name])
+    outputs = [report.by_parts[name] for report in reports]
+    assert abs(outputs[0].total - single.total) <= BY_PARTS * single.total
+    differences = relative_differences(_averaged(outputs), single.gradients)
+    # The scales' gradients are sums of terms that cancel one another.
+    assert max(differences[field] for field in Features._fields[:4]) <= BY_PARTS, differences
+    assert max(differences.values()) <= TOLERANCE, differences
+
+
+def test_each_part_of_the_columns_has_its_collectives(reports: list[RankReport]) -> None:
+    parts = {2: 3, 4: 2}[len(reports)]  # of 6 and 3 samples a rank
+    statistics, gradients = ["allreduce_"] * 2 * parts, ["_reduce_scatter_base_"] * parts
+    for report in reports:
+        assert report.collectives_by_parts == ["_allgather_base_", *statistics, *gradients, "allreduce_"]
 
 
 def test_a_group_of_one_needs_no_other_rank(reports: list[RankReport]) -> None:

@@ -27,7 +27,10 @@ NUMBERS = [
     *("samples", "loss", "clip", "distill", "scale", "distill_scale", "lr", "momentum", "grad_norm"),
     *("samples_per_second", "step_seconds_min", "step_seconds_max", "data_wait_min", "data_wait_max", "data_wait_rank"),
     *("own_seconds_median", "own_seconds_max", "own_seconds_rank", "substituted", "skipped_steps"),
+    *("samples_per_second_per_rank", "tflops_per_rank", "executed_tflops_per_rank", "peak_memory_gib"),
+    *("useful_seconds", "wall_seconds", "goodput"),
 ]
+OF_LOG = ["eta_seconds"]  # what the log itself adds
 QUIET = LogConfig(progress=False)
 
 
@@ -46,10 +49,16 @@ def steps(folder: Path) -> list[tuple[str, int]]:
     return [(entry["kind"], entry["step"]) for entry in map(json.loads, lines)]
 
 
+def events_of(folder: Path) -> EventAccumulator:
+    """What TensorBoard reads of a run."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
     """What TensorBoard would show: {tag: {step: value}}."""
-    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
-    events.Reload()
+    events = events_of(folder)
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
@@ -62,6 +71,7 @@ def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.Captu
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert before <= line.pop("time") <= time.time() + 1e-3
+    assert lines[0].pop("eta_seconds") >= 0
     assert lines[0] == {"kind": "train", **record(1)}
     assert lines[1] == {"kind": "eval", "evaluator": "pairs", "step": 1, "student/R@1": 0.5, "teacher/R@1": 0.25}
     assert "a table" in capsys.readouterr().out
@@ -174,8 +184,8 @@ def test_a_run_writes_all_three(tmp_path: Path, scenes: SceneShards, monkeypatch
             for key in entry.keys() - {"kind", "evaluator", "step", "time"}:
                 # Events hold float32.
                 assert shown[f"{kind}/{key}"][entry["step"]] == pytest.approx(entry[key], rel=1e-6), key
-    assert set(NUMBERS) == records(run)[0].keys() - {"kind", "step", "time"}
-    assert {tag for tag in shown if tag.startswith("train/")} == {f"train/{key}" for key in NUMBERS}
+    assert {*NUMBERS, *OF_LOG} == records(run)[0].keys() - {"kind", "step", "time"}
+    assert {tag for tag in shown if tag.startswith("train/")} == {f"train/{key}" for key in [*NUMBERS, *OF_LOG]}
 
 
 @pytest.mark.parametrize(("mode", "environment"), [("offline", "online"), (None, "offline")])
@@ -227,12 +237,18 @@ def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
 
 
-def wandb_records(folder: Path) -> list[dict[str, float]]:
-    """The records in the offline files of Weights & Biases under a run's folder, in the order of writing."""
+def wandb_messages(folder: Path) -> list[Any]:
+    """What the offline files of Weights & Biases under a run's folder hold, launch by launch."""
     import wandb.proto.wandb_internal_pb2 as messages  # here: the import takes a second
 
     parse: Any = vars(messages)["Record"].FromString  # the module's names are made as it is imported
-    entries = [parse(data) for path in (folder / "wandb").glob("offline-run-*/run-*.wandb") for data in parts(path)]
+    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [parse(data) for path in files for data in parts(path)]
+
+
+def wandb_records(folder: Path) -> list[dict[str, float]]:
+    """The records in the offline files of Weights & Biases under a run's folder, in the order of writing."""
+    entries = wandb_messages(folder)
     histories = [entry.history.item for entry in entries if entry.WhichOneof("record_type") == "history"]
     return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one} for one in histories]
 
@@ -264,7 +280,7 @@ def test_wandb_keeps_what_is_written_behind_the_last_step(tmp_path: Path, capfd:
     captured = capfd.readouterr()
     assert captured.err == ""  # the library says nothing by itself
     assert captured.out.splitlines()[0].startswith("log.wandb: offline; to send it: wandb sync ")
-    assert len(captured.out.splitlines()) == 1 + 4
+    assert len(captured.out.splitlines()) == 1 + 2 * 4
 
 
 def test_records_wait_where_metrics_and_tensorboard_cannot_be_written(
@@ -312,15 +328,19 @@ def test_a_run_without_output_trains_to_the_end(tmp_path: Path, scenes: SceneSha
 def test_a_console_line_tells_the_place_in_the_run_and_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = dict.fromkeys(NUMBERS, 123.456789) | {"samples_per_second": 123456.7, "lr": 1.234e-5}
+    long = dict.fromkeys([*NUMBERS, "mfu", "hfu"], 123.456789) | {"samples_per_second": 123456.7, "lr": 1.234e-5}
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with MetricLog(
         tmp_path, QUIET, name="run", run_config={}, first_step=0, last_step=400_000, steps_per_epoch=12_500
     ) as log:
         clock[0] += 3600.0
-        log.training({"step": 100_000, **long, "data_wait_min": 0.0, "data_wait_rank": 1023})
-    line = capsys.readouterr().out.rstrip("\n")
-    assert line.startswith("step 100000/400000 epoch 8.0 eta 3h00m  loss 123.5 (clip ")
-    assert re.search(r"  123457 samples/s  wait 123 s \(rank 1023\)  \d\d:\d\d:\d\d$", line)
-    assert len(line) < 165
+        shares = {"mfu": 0.3387, "hfu": 0.4001}
+        log.training({"step": 100_000, **long, **shares, "data_wait_min": 0.0, "data_wait_rank": 1023})
+    learns, fast = capsys.readouterr().out.splitlines()
+    assert learns.startswith("step 100000/400000 epoch 8.0 eta 3h00m  loss 123.5 (clip ")
+    speed = (
+        r"  123457 samples/s \(123 a rank\)  123 TFLOP/s  MFU 33.9 % HFU 40.0 %  123.5 GiB  wait 123 s \(rank 1023\)"
+    )
+    assert re.fullmatch(speed + r"  \d\d:\d\d:\d\d", fast)
+    assert max(map(len, (learns, fast))) <= 120

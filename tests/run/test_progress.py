@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cosmos_scale.run.metrics import console_line
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.runs import checkpoint_tensors, last_checkpoint, records, train_to_end, write_run
-from cosmos_scale.testing.tiny import build_tiny, tiny_config
+from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config
 from tests.checkpoint.edit import content_of, replace_tensors
 
 
@@ -110,11 +111,20 @@ def test_records_hold_what_the_steps_did(run: Path) -> None:
         assert record["samples"] == 8 * record["step"]
         assert record["loss"] == pytest.approx(record["clip"] + record["distill"], rel=1e-6)  # float32 sum of two
         assert record["samples_per_second"] == pytest.approx(8 / record["step_seconds_max"])
+        assert record["samples_per_second_per_rank"] == pytest.approx(record["samples_per_second"] / 2)
+        assert 0 < record["tflops_per_rank"] < record["executed_tflops_per_rank"]
+        assert 0.01 < record["peak_memory_gib"] < 100
+        assert record.keys().isdisjoint({"mfu", "hfu"})  # a CPU's peak is not known
+        assert 0 < record["useful_seconds"] < record["wall_seconds"]
+        assert record["goodput"] == pytest.approx(record["useful_seconds"] / record["wall_seconds"])
         assert 0 < record["step_seconds_min"] <= record["step_seconds_max"]
         assert 0 <= record["data_wait_min"] <= record["data_wait_max"] < record["step_seconds_max"]
         assert record["data_wait_rank"] in (0, 1)
         assert record["grad_norm"] > 0
         assert (record["substituted"], record["skipped_steps"]) == (0, 0)
+    assert first["useful_seconds"] == pytest.approx(first["step_seconds_max"])
+    assert second["useful_seconds"] == pytest.approx(first["step_seconds_max"] + second["step_seconds_max"])
+    assert first["eta_seconds"] > second["eta_seconds"] == 0
     # Both start at 1 / 0.07, and the first step reads them before its update.
     assert first["scale"] == first["distill_scale"] == pytest.approx(1 / 0.07, rel=1e-6)
     assert second["scale"] != first["scale"]
@@ -140,8 +150,8 @@ def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
     with pytest.MonkeyPatch.context() as patch, progress:
         patch.setattr("cosmos_scale.run.progress.from_all", counted)
         for step, wait in enumerate(waits, start=1):
-            output = tiny.step(step)
-            progress.after_step(step, output, lr=0.0, momentum=0.0, wait_seconds=wait)
+            output, share = tiny.step(step), tiny_batch(step).split(world_size)[rank]
+            progress.after_step(step, output, share, lr=0.0, momentum=0.0, wait_seconds=wait)
         progress.read_pending()
     return exchanges
 
@@ -161,7 +171,12 @@ def test_data_waits_are_the_least_and_the_most_of_all_ranks(tmp_path: Path) -> N
 def test_steps_between_records_count_into_the_next(run: Path) -> None:
     finished = train_to_end(run, "name=rare", "log.every=3", "train.max_steps=5").require(0)
     assert [record["step"] for record in records(run, "rare")] == [3, 5]  # the last one always
-    lines = [line for line in finished.output.splitlines() if line.startswith("step ")]
-    assert len(lines) == 2
-    for part in ("loss", "clip", "distill", "scale", "lr", "grad", "samples/s", "wait"):
-        assert part in lines[0]
+    lines = finished.output.splitlines()
+    places = [number for number, line in enumerate(lines) if line.startswith("step ")]
+    assert len(places) == 2
+    for part in ("eta", "loss", "clip", "distill", "scale", "lr", "grad"):
+        assert part in lines[places[0]]
+    for part in ("samples/s", "a rank", "TFLOP/s", "MFU n/a", "GiB", "wait"):
+        assert part in lines[places[0] + 1]
+    said = r"goodput \d[\d.]*%: 0m\d\ds of useful steps in \dm\d\ds since the run's first start"
+    assert re.fullmatch(said, lines[-1])

@@ -9,7 +9,10 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
+from cosmos_scale.checkpoint.interchange.reading import read_public
+from cosmos_scale.checkpoint.state import load_weights
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
@@ -179,20 +182,27 @@ def test_hosts_with_other_weights_under_one_path_are_refused(tmp_path: Path, sce
     own, copied, other = (tmp_path / host for host in ("own", "copied", "other"))
     own.mkdir()
     train_to_end(write_run(own, scenes, checkpoint={"every": 2}), "train.max_steps=2").require(0)
+    weights = load_weights(own / path, "student")
+    torch.save({"student": weights, "teacher": weights}, own / "public.pt")
     shutil.copytree(own, copied)
     shutil.copytree(own, other)
+    torch.save({"student": weights, "teacher": weights | {"logit_scale": torch.tensor(1.0)}}, other / "public.pt")
     rewrite(other / path, content_of(other / path) | {"written": "2020-01-01T00:00:00+00:00"})
-    ways = ([f"output={tmp_path}/new", f"init_from={path}"], [f"output={tmp_path}/new", f"resume={path}"])
+    ways = [[f"output={tmp_path}/new", way] for way in (f"init_from={path}", f"resume={path}", "init_from=public.pt")]
     cases = [[(own, overrides), (host, overrides)] for host in (copied, other) for overrides in ways]
     one, two = run_ranks(built, 2, cases)
-    assert one[:2] == two[:2] == ["prepared", "prepared"]
-    assert one[2:] == two[2:]
+    assert one[:3] == two[:3] == ["prepared"] * 3
+    assert one[3:] == two[3:]
     manifests = [(host / path / "manifest.json").read_bytes() for host in (own, other)]
     digests = [hashlib.sha256(manifest).hexdigest()[:16] for manifest in manifests]
     seen = f"by the digests of their manifests (rank 0: {digests[0]}, rank 1: {digests[1]})"
     rule = "rule: all ranks read one shared folder, or equal copies of it"
-    for key, said in zip(("init_from", "resume"), one[2:], strict=True):
+    for key, said in zip(("init_from", "resume"), one[3:5], strict=True):
         assert said == f"{key}: ranks see different checkpoints in {path}, {seen}; {rule}"
+    student = read_public(own / "public.pt", "student").digest
+    teacher, others = (read_public(host / "public.pt", "teacher").digest for host in (own, other))
+    seen = f"by the digests of their weights (rank 0: {student} {teacher}, rank 1: {student} {others})"
+    assert one[5] == f"init_from: ranks see different checkpoints in public.pt, {seen}; {rule}"
 
 
 def built_in_vain(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cosmos_scale.batch import MEAN, STD
-from cosmos_scale.kernels import adamw_ema, contrastive, pointwise
+from cosmos_scale.kernels import adamw_ema, contrastive_whole, pointwise
 from cosmos_scale.kernels.patches import level_values, normalised_patches
 from cosmos_scale.kernels.serving import serves
 from cosmos_scale.testing.tolerances import tolerance
@@ -107,7 +107,7 @@ def _contrastive(recorder: Recorder, *, triton: bool = True) -> float:
     scale, weights = torch.tensor(14.3, device=recorder.device), torch.rand(3, 2, device=recorder.device).double()
     results = []
     for of, factor in (((rows, columns), scale), ((rows.double(), columns.double()), scale.double())):
-        loss, gradients = contrastive.whole_batch(*of, factor, weights, column_gradients=True, triton=triton)
+        loss, gradients = contrastive_whole.whole_batch(*of, factor, weights, column_gradients=True, triton=triton)
         assert gradients.columns is not None
         results.append((loss, gradients.rows, gradients.columns, gradients.log_scale))
     return max(map(_relative, *results))

@@ -13,7 +13,7 @@ from cosmos_scale.data.decode.crop_colour import colour_crops_
 from cosmos_scale.data.decode.dali import stack
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import plan_views
-from cosmos_scale.kernels import adamw_ema, contrastive, pointwise
+from cosmos_scale.kernels import adamw_ema, contrastive, contrastive_whole, pointwise
 from cosmos_scale.kernels.patches import level_values, normalised_patches
 from cosmos_scale.kernels.serving import serves
 from tools.gpu_stages.kernel_errors import check
@@ -193,7 +193,7 @@ def _loss(recorder: Recorder, samples: int, columns: int, *, triton: bool) -> Ca
 
     def loss() -> None:
         if samples == columns:
-            contrastive.whole_batch(rows, gathered, scale, weights, column_gradients=False, triton=triton)
+            contrastive_whole.whole_batch(rows, gathered, scale, weights, column_gradients=False, triton=triton)
             return
         partials = contrastive.forward_partials(rows, gathered, scale, first_row=0, triton=triton)
         contrastive.backward(

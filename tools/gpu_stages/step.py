@@ -141,10 +141,10 @@ def _loop(
                     if loop == "batches on the device":
                         setting.step(resident[number % BATCHES])
                         continue
-                    output = setting.step(following)
+                    batch, output = following, setting.step(following)
                     following = copies.bring(setting.batches[(number + 1) % BATCHES])
                     if loop == "as a run does":
-                        progress.after_step(number + 1, output, lr=LR, momentum=MOMENTUM, wait_seconds=0.0)
+                        progress.after_step(number + 1, output, batch, lr=LR, momentum=MOMENTUM, wait_seconds=0.0)
 
             yield run
             progress.read_pending()

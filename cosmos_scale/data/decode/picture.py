@@ -72,9 +72,16 @@ def _decode_other(image_bytes: bytes, max_pixels: int, background: str = KEEP) -
         # Checks every chunk's checksum, which decoding does not. The check uses the file up, so open it again.
         image.verify()
         image = Image.open(io.BytesIO(image_bytes))
+    return rgbx_of(image, background)
+
+
+def rgbx_of(image: Image.Image, background: str = KEEP) -> Pixels:
+    """Return an opened picture as [H, W, 4] uint8, as `decode_rgbx` does; for broken bytes raises as Pillow does."""
     image = on_background(eight_bits(image), background)
     # A palette goes through RGBA, or Pillow warns of the palette's transparency. Transparent pixels keep their colour.
-    return _rgbx(image.convert("RGBA") if image.mode == "P" else image)
+    image = image.convert("RGBA") if image.mode == "P" else image
+    # A copy: Pillow's own memory is read-only, and torch takes no read-only arrays.
+    return np.array(image.convert("RGB").convert("RGBX"))
 
 
 def is_transparent(image_bytes: bytes, max_pixels: int) -> bool:
@@ -122,11 +129,6 @@ def _stated_size(image_bytes: bytes) -> tuple[int, int] | None:
     if head[12:16] == b"VP8 ":  # 14 bits each, and two bits of scaling
         return int.from_bytes(head[28:30], "little") & 0x3FFF, int.from_bytes(head[26:28], "little") & 0x3FFF
     return None
-
-
-def _rgbx(image: Image.Image) -> Pixels:
-    # A copy: Pillow's own memory is read-only, and torch takes no read-only arrays.
-    return np.array(image.convert("RGB").convert("RGBX"))
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

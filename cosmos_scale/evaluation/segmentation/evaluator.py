@@ -18,22 +18,26 @@ from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
-from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures
+from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
 from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels
 from cosmos_scale.evaluation.segmentation.names import public_names
 from cosmos_scale.evaluation.segmentation.overlap import IGNORED, Scores, constant_counts, count_overlap
 from cosmos_scale.evaluation.segmentation.overlays import draw_overlay, overlay_file
 from cosmos_scale.evaluation.segmentation.pixels import decode_upright
-from cosmos_scale.evaluation.segmentation.segmenter import Queries, Recipe, segment
-from cosmos_scale.evaluation.text_weights import text_weights
+from cosmos_scale.evaluation.segmentation.segmenter import (
+    OWN_SHORT_SIDE,
+    Queries,
+    Recipe,
+    encode_queries,
+    segment,
+    usual_recipe,
+)
 from cosmos_scale.files import read_regular, reason_of
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
 
 SAME_MASKS = "rule: every host has the same pictures and masks"
 _AHEAD = 4  # pictures in memory that are read before their turn
-_PUBLISHED_SIZE = 224  # of the models that the sizes of public sets are for
-_OWN_SHORT_SIDE, _OWN_LOGIT_SCALE = 336, 40.0
 
 
 class Segmentation(Evaluator):
@@ -44,6 +48,7 @@ class Segmentation(Evaluator):
         super().__init__(config, setting)
         self._config = config
         self._pictures = find_pictures(config)
+        self._lone_masks = lone_masks(config)
         self._names = _names(config)
         self._titles = [
             "background" if config.has_background and not label else names[0] for label, names in enumerate(self._names)
@@ -102,11 +107,7 @@ class Segmentation(Evaluator):
 
     def queries(self, encoder: Encoder, gather: Gather) -> Queries:
         """Encode every name of every class, by itself, in ImageNet's 80 templates; collective, under no_grad."""
-        names = [name for of_class in self._names for name in of_class]
-        unequal = list(dict.fromkeys(names))
-        features_UE = text_weights(encoder, [(name,) for name in unequal], imagenet_templates(), gather)
-        places = tuple(map(unequal.index, names)) if len(unequal) < len(names) else ()
-        return Queries(features_UE, tuple(map(len, self._names)), places)
+        return encode_queries(encoder, self._names, imagenet_templates(), gather)
 
     def _count(self, encoder: Encoder, queries: Queries, folder: Path | None) -> tuple[Tensor, int, int]:
         """Segment this rank's pictures: counts [3, C], and how many pictures were used and left out."""
@@ -162,6 +163,8 @@ class Segmentation(Evaluator):
         first = next(iter(results.values()))
         left_out = f", {int(first['left_out']):,} left out" if first["left_out"] else ""
         caption = f"{counted(int(first['pictures']), 'picture')}{left_out}"
+        if lone := self._lone_masks:
+            caption += f"; {counted(len(lone), 'mask')} without a picture, such as {lone[0]}"
         columns = {"mIoU": "mIoU", f"mIoU of all {self._titles[self._constant]}": "trivial_mIoU"}
         columns |= {"aAcc": "aAcc", "mAcc": "mAcc"}
         table = Table("", *columns, title=title, caption=caption)
@@ -186,20 +189,18 @@ class Segmentation(Evaluator):
 def recipe_of(config: SegmentationConfig, image_size: int) -> Recipe:
     """Return how a section's pictures are segmented by a model of an image size: its keys, else those of its set."""
     public = None if config.dataset is None else PUBLIC_LAYOUTS[config.dataset]
-    short_side = config.short_side
-    if short_side is None:
-        short_side = round((public.short_side if public else _OWN_SHORT_SIDE) * image_size / _PUBLISHED_SIZE)
-    crop = image_size if config.crop is None else config.crop
+    usual = usual_recipe(image_size, public.short_side if public else OWN_SHORT_SIDE)
+    crop = usual.crop if config.crop is None else config.crop
 
     def chosen(value: float | None, of_set: float) -> float:
         return of_set if value is None else value
 
     return Recipe(
-        short_side=short_side,
+        short_side=config.short_side or usual.short_side,
         crop=crop,
         stride=config.stride or max(1, crop // 2),
         csa=config.csa,
-        logit_scale=chosen(config.logit_scale, public.logit_scale if public else _OWN_LOGIT_SCALE),
+        logit_scale=chosen(config.logit_scale, public.logit_scale if public else usual.logit_scale),
         prob_threshold=chosen(config.prob_threshold, public.prob_threshold if public else 0.0),
         area_threshold=chosen(config.area_threshold, public.area_threshold if public else 0.0),
         pamr_steps=config.pamr_steps,

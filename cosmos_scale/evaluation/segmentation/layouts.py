@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.config import SegmentationConfig
-from cosmos_scale.config.segmentation import PublicSet
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import PICTURES, is_hidden, is_picture
 from cosmos_scale.evaluation.segmentation.masks import (
@@ -18,6 +17,7 @@ from cosmos_scale.evaluation.segmentation.masks import (
     stored_labels,
 )
 from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.set_names import MaskedSet
 from cosmos_scale.words import counted
 
 
@@ -80,7 +80,7 @@ def _coco(*masks: MaskFiles) -> PublicLayout:
     return PublicLayout(("coco_stuff164k",), "images/val2017", ".jpg", "annotations/val2017", masks, None)
 
 
-PUBLIC_LAYOUTS: Mapping[PublicSet, PublicLayout] = {
+PUBLIC_LAYOUTS: Mapping[MaskedSet, PublicLayout] = {
     "voc20": _voc(reduced_labels),
     "voc21": _voc(stored_labels)._replace(logit_scale=65.0, prob_threshold=0.1, area_threshold=0.1),
     "context59": _context(reduced_labels),
@@ -123,7 +123,7 @@ def find_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
     return pictures[: config.max_samples]
 
 
-def _public_pictures(dataset: PublicSet, given: str) -> list[MaskedPicture]:
+def _public_pictures(dataset: MaskedSet, given: str) -> list[MaskedPicture]:
     layout = PUBLIC_LAYOUTS[dataset]
     wrong = f"{given}: holds no {dataset}: %s; expected {layout.expected()}"
     if not Path(given).is_dir():
@@ -166,6 +166,19 @@ def _own_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
     wrong = f"{masks}: holds no mask of the pictures of {images}: %s; rule: a PNG of the picture's name, in its folder"
     _require_a_mask(pictures, wrong)
     return pictures
+
+
+def lone_masks(config: SegmentationConfig) -> list[str]:
+    """Return which masks of a set of one's own have no picture, as paths from the folder of the masks on, sorted."""
+    if config.dataset is not None:
+        return []
+    images, masks = Path(config.images or ""), Path(config.masks or "")
+    stems = {os.path.splitext(name)[0] for name in _names_below(images, is_picture)}
+    return [name for name in _names_below(masks, _is_mask) if name.removesuffix(".png") not in stems]
+
+
+def _is_mask(path: str) -> bool:
+    return path.endswith(".png") and not os.path.basename(path).startswith(".")
 
 
 def _mask_of(stem: Path, kinds: Iterable[MaskFiles]) -> tuple[Path, MaskLaw]:

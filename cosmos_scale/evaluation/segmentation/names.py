@@ -6,8 +6,8 @@ The lists lie in `class_names/`, whose NOTICE names their source; `prompts/texts
 from pathlib import Path
 from typing import Literal
 
-from cosmos_scale.config.segmentation import PublicSet
 from cosmos_scale.evaluation.prompts.texts import Names, read_names
+from cosmos_scale.set_names import MaskedSet
 
 _LISTS = Path(__file__).with_name("class_names")
 _THINGS = 80  # COCO's classes of objects; they are the first of COCO-Stuff's
@@ -15,7 +15,7 @@ _THINGS = 80  # COCO's classes of objects; they are the first of COCO-Stuff's
 _WITHOUT_BLANKS = ("ade20k", "coco_stuff", "cityscapes")
 
 
-def public_names(dataset: PublicSet, spelling: Literal["corrected", "published"]) -> Names:
+def public_names(dataset: MaskedSet, spelling: Literal["corrected", "published"]) -> Names:
     """Return the names of each class of a set, in the order of its labels.
 
     published: spelt as the published evaluation did ("trafficlight"), which changes tokens, and so its numbers.

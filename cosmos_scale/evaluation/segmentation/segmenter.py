@@ -1,6 +1,6 @@
 """The labels of one picture: windows through the image tower, likeness to the classes' names, mean, labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,12 +9,19 @@ from torch.nn import functional
 
 from cosmos_scale.data.decode.picture import Pixels
 from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.evaluation.evaluator import Encoder, Gather
+from cosmos_scale.evaluation.prompts.texts import Names
 from cosmos_scale.evaluation.segmentation.labels import class_probabilities, label_map, large_classes, most_probable
 from cosmos_scale.evaluation.segmentation.pixels import normalise_levels, resize_for_windows
 from cosmos_scale.evaluation.segmentation.refine import refine
 from cosmos_scale.evaluation.segmentation.windows import Rows, WindowLogits, cut_windows, sliding_windows
+from cosmos_scale.evaluation.text_weights import text_weights
 from cosmos_scale.model.vision import VisionTower
 
+OWN_SHORT_SIDE = 336
+"""Pixels of the shorter side of pictures that belong to no public set, for models of image size 224."""
+
+_PUBLISHED_SIZE = 224  # of the models that the sizes are for
 _BAND = 4 * 2**20  # values of logits that are formed at a time: 16 MiB, of which about six copies live at once
 
 
@@ -49,6 +56,23 @@ class Recipe(NamedTuple):
     pamr_steps: int = 0
     pamr_dilations: tuple[int, ...] = (8, 16)
     batch: int = 64
+
+
+def usual_recipe(image_size: int, short_side: int = OWN_SHORT_SIDE) -> Recipe:
+    """Return how pictures are segmented by a model of an image size where nothing else is asked for.
+
+    short_side: for models of image size 224; it is changed in proportion. Windows of the image size overlap by half.
+    """
+    return Recipe(round(short_side * image_size / _PUBLISHED_SIZE), image_size, max(1, image_size // 2))
+
+
+def encode_queries(encoder: Encoder, names: Names, templates: Sequence[str], gather: Gather) -> Queries:
+    """Encode every name of every class by itself, in all templates; collective, under no_grad."""
+    every = [name for of_class in names for name in of_class]
+    unequal = list(dict.fromkeys(every))
+    features_UE = text_weights(encoder, [(name,) for name in unequal], templates, gather)
+    places = tuple(map(unequal.index, every)) if len(unequal) < len(every) else ()
+    return Queries(features_UE, tuple(map(len, names)), places)
 
 
 def unit_patches(tower: VisionTower, crops: Tensor, recipe: Recipe) -> Tensor:

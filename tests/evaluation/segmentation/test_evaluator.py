@@ -162,7 +162,8 @@ def test_overlays_show_the_true_and_the_predicted_labels(own_set: OwnSet, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
-def test_table_has_the_trivial_answer_beside_the_models(own_set: OwnSet) -> None:
+def test_table_has_the_trivial_answer_and_lone_masks_beside_the_models(own_set: OwnSet) -> None:
+    (own_set.folder / "masks" / "lone.png").write_bytes(b"")
     setting, encoder = golden_encoder().setting, golden_encoder()
     evaluator = make_evaluator(own_set.section(per_class=True), setting)
     numbers = measure(evaluator, encoder)
@@ -173,6 +174,7 @@ def test_table_has_the_trivial_answer_beside_the_models(own_set: OwnSet) -> None
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     assert "mIoU of all background" in printed
+    assert "5 pictures; 1 mask without a picture, such as lone.png" in printed
     assert f"{100 * numbers['mIoU']:.2f} %" in printed
     assert f"{100 * numbers['trivial_mIoU']:.2f} %" in printed
     assert f"{100 * numbers['IoU_bird']:.2f} %" in printed

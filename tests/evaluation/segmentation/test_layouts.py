@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from cosmos_scale.config import SegmentationConfig
-from cosmos_scale.config.segmentation import PublicSet
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.segmentation.layouts import MaskedPicture, find_pictures
+from cosmos_scale.evaluation.segmentation.layouts import MaskedPicture, find_pictures, lone_masks
 from cosmos_scale.evaluation.segmentation.masks import (
     cityscapes_labels,
     coco_object_labels,
@@ -19,6 +18,7 @@ from cosmos_scale.evaluation.segmentation.masks import (
     reduced_labels,
     stored_labels,
 )
+from cosmos_scale.set_names import MaskedSet
 from tests.evaluation.segmentation.own_set import OwnSet
 
 
@@ -28,7 +28,7 @@ def touch(root: Path, *names: str) -> None:
         (root / name).write_bytes(b"")
 
 
-def public(dataset: PublicSet, root: Path) -> list[MaskedPicture]:
+def public(dataset: MaskedSet, root: Path) -> list[MaskedPicture]:
     return find_pictures(SegmentationConfig(kind="segmentation", dataset=dataset, data=str(root)))
 
 
@@ -110,6 +110,9 @@ def test_own_pictures_find_masks_of_their_names_in_their_folders(tmp_path: Path)
     section = SegmentationConfig(kind="segmentation", **keys)
     pictures = find_pictures(section)
     assert names_of(pictures) == ["b.jpg", "c.webp", "d.e.jpeg", "more/a.PNG"]
+    assert lone_masks(section) == []
+    touch(tmp_path / "masks", "more/b.png", "lone.png", "lone.txt", ".hidden.png")
+    assert lone_masks(section.model_copy(update={"max_samples": 1})) == ["lone.png", "more/b.png"]
     assert [picture.mask.exists() for picture in pictures] == [True, False, True, True]
     assert pictures[2].mask == tmp_path / "masks/d.e.png"
     assert pictures[0].law is stored_labels

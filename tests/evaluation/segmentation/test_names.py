@@ -4,9 +4,9 @@ from typing import get_args
 
 import pytest
 
-from cosmos_scale.config.segmentation import PublicSet
 from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS
 from cosmos_scale.evaluation.segmentation.names import public_names
+from cosmos_scale.set_names import MaskedSet
 
 CLASSES = {
     "voc20": 20,
@@ -28,11 +28,11 @@ JOINED = {
 
 
 def test_every_set_has_names_and_a_layout() -> None:
-    assert set(CLASSES) == set(get_args(PublicSet)) == set(PUBLIC_LAYOUTS)
+    assert set(CLASSES) == set(get_args(MaskedSet)) == set(PUBLIC_LAYOUTS)
 
 
-@pytest.mark.parametrize("dataset", get_args(PublicSet))
-def test_only_blanks_differ_between_spellings(dataset: PublicSet) -> None:
+@pytest.mark.parametrize("dataset", get_args(MaskedSet))
+def test_only_blanks_differ_between_spellings(dataset: MaskedSet) -> None:
     corrected, published = public_names(dataset, "corrected"), public_names(dataset, "published")
     assert len(corrected) == len(published) == CLASSES[dataset]
     assert all(name == name.strip() and name for names in (*corrected, *published) for name in names)

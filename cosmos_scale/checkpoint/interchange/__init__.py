@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: which forms there are, what is in one, and its weights under our names."""

@@ -1,0 +1,125 @@
+"""The folder of an export: written whole or not at all, and replaced only as far as an export before wrote it.
+
+Which files an export has written is told by the last line of its README.md.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cosmos_scale.checkpoint.interchange.export_files import Advance, ExportedFile, ToldFile, text_file
+from cosmos_scale.checkpoint.room import free_bytes
+from cosmos_scale.errors import UserError
+from cosmos_scale.files import read_regular, reason_of, regular_only, whole_path
+
+CARD = "README.md"
+_OWN = re.compile(r"<!-- files of cosmos-scale convert: (.+) -->\s*\Z")
+_SPARE = 1 << 20  # bytes beside the tensors: tables of contents of files, folders
+
+
+def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
+    """Raise UserError unless files of these names and a card may be written as a folder.
+
+    Without `force` the folder must be absent or empty. With it the folder may also be one that an earlier export wrote:
+    its files go, and files of others in it stay; but none of the new files may have the name of another's file.
+    """
+    with _told(folder):
+        if not os.path.lexists(folder):
+            return
+        if not folder.is_dir():
+            raise UserError(f"{whole_path(folder)}: is no folder; rule: name a folder for the files")
+        present = sorted(os.listdir(folder))
+    if not present:
+        return
+    own = _own_files(folder)
+    if not own:
+        raise UserError(
+            f"{whole_path(folder)}: is not empty ({present[0]}), and convert did not fill it; rule: name another folder"
+        )
+    if not force:
+        raise UserError(
+            f"{whole_path(folder)}: convert has written there before; rule: name another folder, or replace its files "
+            "with --force"
+        )
+    foreign = next((name for name in present if name in names and name not in own), None)
+    if foreign is not None:
+        raise UserError(
+            f"{whole_path(folder / foreign)}: convert did not write it, so --force does not replace it; rule: move it "
+            "away, or name another folder"
+        )
+
+
+def write_export(
+    folder: Path, files: Sequence[ExportedFile], card: str, *, force: bool, advance: Advance = lambda count: None
+) -> None:
+    """Write files and the card as a folder, whole or not at all; raises UserError as `check_target` does, too.
+
+    The files are written to a folder beside it, which takes the folder's place when it is whole. force: see
+    `check_target`.
+    """
+    check_target(folder, [file.name for file in files], force=force)
+    own = ", ".join([*(file.name for file in files), CARD])
+    files = [*files, text_file(CARD, f"{card.rstrip()}\n\n<!-- files of cosmos-scale convert: {own} -->\n")]
+    with _told(folder):
+        place = folder.resolve()  # a link to a folder stays a link
+        place.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(file.size for file in files) + _SPARE, free_bytes(place.parent)
+        if free < needed:
+            raise UserError(
+                f"{whole_path(folder)}: {free / 2**20:,.0f} MiB are free there, the files take {needed / 2**20:,.0f}; "
+                "rule: make room, or name another folder"
+            )
+        part = place.with_name(f".{place.name}.{os.getpid()}.part")
+        part.mkdir()
+        try:
+            for file in files:
+                with open(part / file.name, "wb", opener=regular_only) as out:
+                    file.write(ToldFile(out, advance))  # type: ignore[arg-type]
+            _take_place(part, place)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def _own_files(folder: Path) -> list[str]:
+    """Return which files an export wrote to a folder, by its card; none where there is no such card."""
+    try:
+        found = _OWN.search(read_regular(folder / CARD).decode(errors="replace"))
+    except OSError:
+        return []
+    names = found[1].split(", ") if found else []
+    return [name for name in names if re.fullmatch(r"\w[\w.-]*", name)]  # the card may be edited, or another's
+
+
+def _take_place(part: Path, place: Path) -> None:
+    """Let a whole folder take a place; what others had put into the folder that was there moves along."""
+    if not place.exists():
+        part.rename(place)
+        return
+    own = _own_files(place)
+    before = place.with_name(f".{place.name}.{os.getpid()}.before")
+    place.rename(before)
+    try:
+        part.rename(place)
+    except BaseException:
+        before.rename(place)
+        raise
+    for entry in list(before.iterdir()):
+        if entry.name not in own:
+            entry.rename(place / entry.name)
+    for name in own:
+        (before / name).unlink(missing_ok=True)
+    with suppress(OSError):  # of a file that has come meanwhile: it stays there
+        before.rmdir()
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError which says that the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{whole_path(folder)}: cannot be written: {reason_of(error)}") from error

@@ -1,0 +1,141 @@
+"""A folder of Hugging Face's CLIPModel: config.json, and the tensors beside it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cosmos_scale.checkpoint.interchange.containers import open_tensors
+from cosmos_scale.checkpoint.interchange.foreign import foreign_model
+from cosmos_scale.checkpoint.interchange.names import hf_names
+from cosmos_scale.checkpoint.interchange.openclip import named
+from cosmos_scale.checkpoint.interchange.settings import (
+    Stated,
+    check_pixels,
+    compare,
+    object_of,
+    one_activation,
+    read_settings,
+    stated_count,
+)
+from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
+from cosmos_scale.checkpoint.interchange.weights import Activation, StoredWeights, refusal, shape_of
+from cosmos_scale.config import ModelConfig, TextConfig, VisionConfig
+
+HF_CONFIG = "config.json"
+HF_PIXELS = "preprocessor_config.json"
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
+HF_INDEX = "model.safetensors.index.json"  # in place of model.safetensors, where the tensors lie in several files
+# What CLIPConfig takes where a key is not there.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vision_config": {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5},
+    "text_config": {"hidden_act": "quick_gelu", "num_attention_heads": 8, "layer_norm_eps": 1e-5},
+}
+_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
+
+
+def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
+    """Return the model of such a folder; raises UserError where config and tensors are not those of one of our models.
+
+    asked: the activation that must be its own, None for any.
+    """
+    path = folder / HF_CONFIG
+    content = read_settings(path)
+    if content.get("model_type") != "clip":
+        raise refusal(path, f"found Hugging Face's model_type {content.get('model_type')!r}, not 'clip'")
+    vision, text = (_section(path, content, name) for name in ("vision_config", "text_config"))
+    activation = _activation(path, vision, text)
+    pixels = read_settings(folder / HF_PIXELS) if (folder / HF_PIXELS).exists() else {}
+    check_pixels(folder / HF_PIXELS, pixels.get("image_mean"), pixels.get("image_std"))
+    rows = _our_rows(folder, _tensors(folder))
+    heads = stated_count(path, "vision_config.num_attention_heads", vision["num_attention_heads"])
+    width = shape_of(rows["visual.class_embedding"])[0]
+    if width % heads:
+        raise refusal(path, f"found vision_config.num_attention_heads {heads}, which does not divide {width}")
+    text_heads = stated_count(path, "text_config.num_attention_heads", text["num_attention_heads"])
+    known = Known(width // heads, text_heads, one_activation(path, activation, asked))
+    shapes = {name: shape_of(tensors) for name, tensors in rows.items()}
+    inferred = infer_model(folder, shapes, known, activation)
+    compare(path, _sizes(content, vision, text, inferred.model))
+    kind = "Hugging Face CLIPModel folder"
+    return StoredWeights("hf", kind, inferred.model, rows, False, inferred.guessed, None, inferred.told)
+
+
+def _section(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the config of a tower, as CLIPConfig puts it together from two objects and its defaults."""
+    return _DEFAULTS[name] | object_of(path, content, name) | object_of(path, content, f"{name}_dict")
+
+
+def _activation(path: Path, vision: dict[str, Any], text: dict[str, Any]) -> Activation:
+    """Return the activation of both towers; raises UserError where it, or their norm, is not one of ours."""
+    for name, tower in (("vision_config", vision), ("text_config", text)):
+        if tower["layer_norm_eps"] != 1e-5:
+            raise refusal(path, f"found {name}.layer_norm_eps {tower['layer_norm_eps']}, where our towers have 1e-05")
+        if str(tower["hidden_act"]) not in _ACTIVATIONS:
+            raise refusal(path, f"found {name}.hidden_act {tower['hidden_act']!r}, neither gelu nor quick_gelu")
+    if vision["hidden_act"] != text["hidden_act"]:
+        found = f"found hidden_act {vision['hidden_act']} of the image tower and {text['hidden_act']} of the text tower"
+        raise refusal(path, f"{found}, where ours have one")
+    return _ACTIVATIONS[vision["hidden_act"]]
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder, by their names there."""
+    tensors: dict[str, Tensor] = {}
+    for file in _files(folder):
+        content = open_tensors(file)
+        if not isinstance(content, Mapping):
+            raise refusal(file, f"found a {type(content).__name__}, not a dict of tensors")
+        # Old versions saved the positions' numbers beside the weights.
+        tensors |= named(file, {key: value for key, value in content.items() if not str(key).endswith("position_ids")})
+    return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    for name in HF_WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / HF_INDEX
+        if name.endswith(".safetensors") and index.is_file():
+            names = set(map(str, object_of(index, read_settings(index), "weight_map").values()))
+            return [folder / Path(name).name for name in sorted(names)]
+    raise refusal(folder, f"found {HF_CONFIG}, but neither {' nor '.join(HF_WEIGHTS)}")
+
+
+def _our_rows(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Return a CLIPModel's tensors under our names; raises UserError where one lacks or is too many."""
+    vision, text = (_layers(tensors, tower) for tower in ("vision_model", "text_model"))
+    model = ModelConfig(vision=VisionConfig(layers=max(vision, 1)), text=TextConfig(layers=max(text, 1)))
+    rows: dict[str, tuple[Tensor, ...]] = {}
+    used: set[str] = set()
+    for ours, theirs in hf_names(model).items():
+        if missing := [name for name in theirs.names if name not in tensors]:
+            raise refusal(folder, f"found {foreign_model(tensors) or f'a CLIPModel without {missing[0]}'}")
+        parts = [tensors[name] for name in theirs.names]
+        if len({part.shape for part in parts}) > 1:
+            raise refusal(folder, f"found tensors of several shapes in {', '.join(theirs.names)}")
+        rows[ours] = tuple(part.t() for part in parts) if theirs.transposed and parts[0].ndim == 2 else tuple(parts)
+        used.update(theirs.names)
+    if unknown := [name for name in tensors if name not in used]:
+        raise refusal(folder, f"found {foreign_model(unknown) or f'a CLIPModel with another tensor, {unknown[0]}'}")
+    return rows
+
+
+def _layers(tensors: Mapping[str, Tensor], tower: str) -> int:
+    layer = re.compile(rf"{tower}\.encoder\.layers\.(\d+)\.")
+    return len({match[1] for match in map(layer.match, tensors) if match})
+
+
+def _sizes(content: dict[str, Any], vision: dict[str, Any], text: dict[str, Any], found: ModelConfig) -> list[Stated]:
+    towers = (("vision_config", vision, found.vision), ("text_config", text, found.text))
+    stated = [Stated("projection_dim", content.get("projection_dim"), found.embed_dim)]
+    for name, tower, ours in towers:
+        pairs = {"hidden_size": ours.width, "num_hidden_layers": ours.layers, "intermediate_size": 4 * ours.width}
+        stated += [Stated(f"{name}.{key}", tower.get(key), size) for key, size in pairs.items()]
+    for key in ("image_size", "patch_size"):
+        stated.append(Stated(f"vision_config.{key}", vision.get(key), getattr(found.vision, key)))
+    for key, size in (("vocab_size", found.text.vocab_size), ("max_position_embeddings", found.text.context_length)):
+        stated.append(Stated(f"text_config.{key}", text.get(key), size))
+    return stated

@@ -1,0 +1,87 @@
+"""Public checkpoints of every form: which form a path has, and one model of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cosmos_scale.checkpoint.interchange.containers import open_tensors
+from cosmos_scale.checkpoint.interchange.cosmos import cosmos_model, is_cosmos
+from cosmos_scale.checkpoint.interchange.hf import HF_CONFIG, HF_WEIGHTS, open_hf_folder
+from cosmos_scale.checkpoint.interchange.openclip import openclip_model
+from cosmos_scale.checkpoint.interchange.openclip_folder import (
+    OPENCLIP_CONFIG,
+    OPENCLIP_WEIGHTS,
+    open_openclip_folder,
+    openclip_weights,
+)
+from cosmos_scale.checkpoint.interchange.sizes import Known
+from cosmos_scale.checkpoint.interchange.weights import (
+    Activation,
+    PublicWeights,
+    StoredWeights,
+    Which,
+    read_stored,
+    refusal,
+)
+from cosmos_scale.checkpoint.state import MANIFEST, newest
+
+ADAPTER = "adapter_config.json"  # of a LoRA
+# A folder with one of these is another program's, whatever it turns out to be.
+SETTINGS = (OPENCLIP_CONFIG, HF_CONFIG, ADAPTER)
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def is_public(path: Path) -> bool:
+    """Tell whether a path is for `read_public`: a file, or a folder of another program that is no checkpoint of ours.
+
+    A path where nothing is counts by its suffix: a checkpoint of ours is a folder.
+    """
+    if not path.is_dir():
+        return path.exists() or path.suffix in SUFFIXES
+    if (path / MANIFEST).exists() or newest(path) or newest(path / "checkpoints"):
+        return False
+    return any((path / name).is_file() for name in SETTINGS)
+
+
+def read_public(path: Path, which: Which, *, activation: Activation | None = None) -> PublicWeights:
+    """Read one model of a public checkpoint into memory.
+
+    which: of a file with both; other files have one model. activation: where it is known and the file does not say it.
+    Raises UserError, on one line with what was found and what is accepted, where the path has no model that we can say.
+    """
+    return read_stored(open_public(path, which, activation=activation), path)
+
+
+def open_public(path: Path, which: Which, *, activation: Activation | None = None) -> StoredWeights:
+    """Open one model of a public checkpoint, and check names and shapes; arguments and errors as of `read_public`.
+
+    Nothing but names and shapes is read. Numbers stay in the mapped file, those of an optimizer are never read.
+    """
+    folder = path if path.is_dir() else _folder_of(path)
+    if folder is not None:
+        return _open_folder(folder, activation)
+    content = open_tensors(path)
+    if not isinstance(content, Mapping):
+        raise refusal(path, f"found a {type(content).__name__}, not a dict of tensors")
+    known = Known(activation=activation)
+    if is_cosmos(content):
+        return cosmos_model(path, content, which, known)
+    return openclip_model(path, content, known)
+
+
+def _folder_of(file: Path) -> Path | None:
+    """Return the folder whose config belongs to a file of weights, by the file's name; None where there is none."""
+    for config, names in ((OPENCLIP_CONFIG, OPENCLIP_WEIGHTS), (HF_CONFIG, HF_WEIGHTS)):
+        if file.name in names and (file.parent / config).is_file():
+            return file.parent
+    return None
+
+
+def _open_folder(folder: Path, activation: Activation | None) -> StoredWeights:
+    # A published folder may have both configs, with the weights of one of them.
+    if (folder / OPENCLIP_CONFIG).is_file() and (openclip_weights(folder) or not (folder / HF_CONFIG).is_file()):
+        return open_openclip_folder(folder, activation)
+    if (folder / HF_CONFIG).is_file():
+        return open_hf_folder(folder, activation)
+    if (folder / ADAPTER).is_file():
+        raise refusal(folder, f"found a LoRA ({ADAPTER}), which changes a model and is none: merge it into its model")
+    raise refusal(folder, "found a folder in which nothing is known")

@@ -1,0 +1,77 @@
+"""Goodput: the share of the time since a run's first start in which it took steps that counted.
+
+The rest is start-up, compilation outside of steps, evaluations, checkpoints, steps that were lost with a launch and
+taken again, steps whose update was skipped, and the time between launches.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosmos_scale.files import load_json, read_regular
+from cosmos_scale.host import process_seconds
+
+
+class Goodput:
+    """Counts useful seconds over all launches of a run; it reads what earlier launches had from their records."""
+
+    def __init__(self, records: Path, first_step: int, *, anew: bool) -> None:
+        """records: the run's metrics.jsonl with all records, those of steps that are taken again too.
+
+        first_step: steps done before this launch. anew: whether it begins another run, to which no record belongs.
+        """
+        found = [] if anew else _training_records(records)
+        self._started = min(_first_start(found), time.time() - process_seconds())
+        self._useful = _useful_seconds(found, first_step)
+
+    def add(self, seconds: float) -> None:
+        """Note seconds of steps that counted."""
+        self._useful += seconds
+
+    def numbers(self) -> dict[str, float]:
+        """Return the seconds of useful steps, those since the run's first start, and their ratio."""
+        wall = time.time() - self._started
+        return {"useful_seconds": self._useful, "wall_seconds": wall, "goodput": self._useful / wall}
+
+
+def _training_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of training in a file, those that are whole."""
+    try:
+        lines = read_regular(path).splitlines()
+    except OSError:  # none yet; what else is wrong with the file is said where it is opened to be written
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = load_json(line)
+            if record["kind"] == "train" and min(record["step"], record["step_seconds_max"], record["time"]) >= 0:
+                found.append(record)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _first_start(records: list[dict[str, Any]]) -> float:
+    """Return when the run began, in seconds since 1970; for records of older versions, before its first record."""
+    starts = [
+        record["time"] - record.get("wall_seconds", record["step"] * record["step_seconds_max"])
+        for record in records
+        if "wall_seconds" in record or record is records[0]
+    ]
+    return min(starts, default=time.time())
+
+
+def _useful_seconds(records: list[dict[str, Any]], step: int) -> float:
+    """Return the useful seconds of the first steps; between two records as the later one has it a step."""
+    steps, seconds = [0.0], [0.0]
+    for record in records:
+        if record["step"] > steps[-1]:
+            own = (record["step"] - steps[-1]) * record["step_seconds_max"]
+            seconds.append(record.get("useful_seconds", seconds[-1] + own))
+            steps.append(record["step"])
+    if step > steps[-1] and len(steps) > 1:  # saved behind the last record
+        slope = (seconds[-1] - seconds[-2]) / (steps[-1] - steps[-2])
+        return seconds[-1] + slope * (step - steps[-1])
+    return float(np.interp(step, steps, seconds))

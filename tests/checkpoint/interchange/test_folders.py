@@ -1,0 +1,163 @@
+"""Folders of OpenCLIP and of Hugging Face are read by their configs, and features are those of their own libraries."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPModel
+
+from cosmos_scale.checkpoint.interchange.reading import is_public, open_public, read_public
+from cosmos_scale.errors import UserError
+from tests.checkpoint.interchange.made import OPENCLIP_SIZES, openclip_model, ours, pictures_and_ids
+
+# 4 and 2 heads, which no rule would guess.
+VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_openclip_folder(folder: Path, **changes: Any) -> open_clip.CLIP:
+    """Write a folder as OpenCLIP publishes its models, and return the model; changes: of its config."""
+    vision = OPENCLIP_SIZES["vision_cfg"] | {"head_width": 32}
+    config = OPENCLIP_SIZES | {"vision_cfg": vision, "quick_gelu": True}
+    theirs = openclip_model(**{key: value for key, value in config.items() if key != "text_cfg"})
+    folder.mkdir(exist_ok=True)
+    save_file(theirs.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config | changes, "preprocess_cfg": {}}))
+    return theirs
+
+
+def save_hf_folder(folder: Path, act: str, **options: Any) -> None:
+    """Write a folder of Hugging Face's tiny CLIPModel; options: of `save_pretrained`."""
+    torch.manual_seed(5)
+    config = CLIPConfig(
+        text_config={**TEXT, "hidden_act": act, "max_position_embeddings": 16, "eos_token_id": 49407},
+        vision_config={**VISION, "hidden_act": act, "image_size": 32, "patch_size": 16},
+        projection_dim=32,
+    )
+    CLIPModel(config).save_pretrained(folder, **options)
+
+
+@torch.no_grad()
+def test_openclip_folder(tmp_path: Path) -> None:
+    theirs = save_openclip_folder(tmp_path)
+    assert is_public(tmp_path)
+    found = read_public(tmp_path, "student")
+    assert (found.form, found.kind, found.guessed) == ("openclip", "OpenCLIP folder with open_clip_config.json", ())
+    assert (found.model.activation, found.model.vision.head_width, found.model.text.heads) == ("quick_gelu", 32, 1)
+    by_name = read_public(tmp_path / "open_clip_model.safetensors", "student")  # the config beside it counts
+    assert (by_name.model, by_name.digest) == (found.model, found.digest)
+    model, (pictures, ids) = ours(found), pictures_and_ids()
+    # Both in float32, sums in another order.
+    assert_close(model.encode_image(pictures), theirs.encode_image(pictures, normalize=True), atol=2e-6, rtol=0)
+    assert_close(model.encode_text(ids), theirs.encode_text(ids, normalize=True), atol=2e-6, rtol=0)
+    opened, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")  # as its own library opens the folder
+    assert_close(opened.eval().encode_text(ids, normalize=True), theirs.encode_text(ids, normalize=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_hf_folder(tmp_path: Path, act: str) -> None:
+    save_hf_folder(tmp_path, act)
+    theirs = CLIPModel.from_pretrained(tmp_path)
+    assert is_public(tmp_path)
+    found = read_public(tmp_path, "teacher")
+    assert (found.form, found.kind, found.guessed) == ("hf", "Hugging Face CLIPModel folder", ())
+    assert (found.has_heads, found.model.activation) == (False, act)
+    assert (found.model.vision.head_width, found.model.text.heads) == (16, 2)
+    model, (pictures, ids) = ours(found), pictures_and_ids()
+    image = theirs.get_image_features(pictures).pooler_output
+    text = theirs.get_text_features(ids).pooler_output
+    assert_close(model.encode_image(pictures), image / image.norm(dim=1, keepdim=True), atol=2e-6, rtol=0)
+    assert_close(model.encode_text(ids), text / text.norm(dim=1, keepdim=True), atol=2e-6, rtol=0)
+
+
+def test_hf_folder_in_parts_and_in_half(tmp_path: Path) -> None:
+    save_hf_folder(tmp_path / "whole", "gelu")
+    save_hf_folder(tmp_path / "parts", "gelu", max_shard_size="2MB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
+    whole = read_public(tmp_path / "whole", "student")
+    assert read_public(tmp_path / "parts", "student").digest == whole.digest
+    path = tmp_path / "whole" / "model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(path).items()}
+    path.unlink()  # it is mapped by `whole` no more
+    torch.save(
+        half | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, path.with_name("pytorch_model.bin")
+    )
+    found = read_public(tmp_path / "whole", "student")
+    assert all(torch.equal(tensor, whole.tensors[name].half().float()) for name, tensor in found.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "siglip"}, "found Hugging Face's model_type 'siglip', not 'clip'"),
+        ({"vision_config": {**VISION, "num_attention_heads": 5}}, "num_attention_heads 5, which does not divide 64"),
+        ({"vision_config": {**VISION, "hidden_act": "gelu"}}, "hidden_act gelu of the image tower and quick_gelu of"),
+        ({"vision_config": {"hidden_act": "gelu_new"}}, "vision_config.hidden_act 'gelu_new', neither gelu nor"),
+        ({"text_config": {**TEXT, "num_hidden_layers": 3}}, "text_config.num_hidden_layers 3, but tensors of 2"),
+        ({"text_config": {**TEXT, "layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps 1e-06, where our towers have"),
+        ({"projection_dim": 512}, "projection_dim 512, but tensors of 32"),
+    ],
+)
+def test_hf_configs_that_do_not_fit(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    save_hf_folder(tmp_path, "quick_gelu")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    refused(tmp_path, said)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"vision_cfg": {"no_ln_pre": True}}, "vision_cfg.no_ln_pre True, which our towers do not do"),
+        ({"vision_cfg": {"timm_model_name": "vit_base"}}, "vision_cfg.timm_model_name vit_base, which our towers"),
+        ({"vision_cfg": {"layers": [3, 4, 6, 3], "width": 64}}, "vision_cfg.layers [3, 4, 6, 3], but tensors of 2"),
+        ({"text_cfg": {"pool_type": "last"}}, "text_cfg.pool_type last, where our towers do argmax"),
+        ({"text_cfg": {"heads": "8"}}, "text_cfg.heads '8', not a whole number above 0"),
+        ({"init_logit_bias": -10}, "model_cfg.init_logit_bias -10, which our towers do not do"),
+        ({"embed_dim": 128}, "model_cfg.embed_dim 128, but tensors of 64"),
+    ],
+)
+def test_openclip_configs_that_do_not_fit(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    save_openclip_folder(tmp_path, **config)
+    refused(tmp_path, said)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    save_openclip_folder(tmp_path)
+    path = tmp_path / "open_clip_config.json"
+    pixels = {"model_cfg": json.loads(path.read_text())["model_cfg"], "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}
+    path.write_text(json.dumps(pixels))
+    refused(tmp_path, "found pixels normalised by mean [0.5, 0.5, 0.5], not by CLIP's")
+    path.write_text("[1]")
+    refused(tmp_path, "open_clip_config.json: found a JSON list, not an object")
+    path.write_text("{")
+    refused(tmp_path, "open_clip_config.json: found no JSON")
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    path.write_text("{}")
+    refused(tmp_path, "found open_clip_config.json, but neither open_clip_model.safetensors nor")
+    path.unlink()
+    assert not is_public(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert is_public(tmp_path)
+    refused(tmp_path, "found a LoRA (adapter_config.json)")
+
+
+def test_another_activation_than_the_config_says_is_refused(tmp_path: Path) -> None:
+    save_hf_folder(tmp_path, "gelu")
+    with pytest.raises(UserError, match="found activation gelu, but quick_gelu was asked for"):
+        open_public(tmp_path, "student", activation="quick_gelu")
+    assert open_public(tmp_path, "student", activation="gelu").model.activation == "gelu"
+
+
+def refused(path: Path, said: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        read_public(path, "student")
+    text = str(refusal.value)
+    assert said in text
+    assert (text.count("\n"), text.count("; accepted: a step-* folder")) == (0, 1)
