@@ -14,8 +14,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
     refuse_deleted_folder("cosmos-scale profile")
 
 import gzip
+import math
 import pickle
-import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -35,12 +35,11 @@ from cosmos_scale.files import make_output_folder, replace_file
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.phases import phase
-from cosmos_scale.profiling.chips import peak_flops
-from cosmos_scale.profiling.flops import step_flops
 from cosmos_scale.profiling.loader_times import time_loader
 from cosmos_scale.profiling.rank_profile import RankProfile, device_name, host_name, read_gpu_memory, read_traces
 from cosmos_scale.profiling.recording import record_steps
 from cosmos_scale.profiling.step_clock import StepClock
+from cosmos_scale.profiling.throughput import RankWork, StepCounter
 from cosmos_scale.run.lookahead import Lookahead
 from cosmos_scale.run.opening import Opening
 from cosmos_scale.run.progress import PendingStep
@@ -101,7 +100,7 @@ class ProfiledRun:
         self._loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
         self._pending: PendingStep | None = None
         self._done = 0
-        self.flops: list[int] = []  # needed for each step
+        self._counter = StepCounter(config, ranks.device, ranks.world_size)
         self._ahead = Lookahead(
             self.loader, ranks, stop, _say_nothing, first=0, last=steps, unsaved=_never, enter=watchdog.enter
         )
@@ -123,14 +122,15 @@ class ProfiledRun:
         with phase("figures"):
             self._read_pending()
             self._pending = PendingStep(self._done, output)
-            self.flops.append(step_flops(batch, self._config, self._ranks.world_size))
+            self._counter.note(batch)
             self._watchdog.step_done()
 
-    def end(self) -> None:
-        """Wait for the last step, and free the engine."""
+    def end(self) -> RankWork:
+        """Wait for the last step, and free the engine; returns what all steps did."""
         self._read_pending()
         _ = self._pair.teacher.model  # waits for the refresh
         self._pair.close()
+        return self._counter.take()
 
     def _read_pending(self) -> None:
         if self._pending is not None:
@@ -163,7 +163,7 @@ def profile(
     trace = record_steps(run.take, TRACED, on_gpu=on_gpu, skip=UNREAD)
     detailed = record_steps(run.take, DETAILED, on_gpu=on_gpu, skip=UNREAD, detailed=True)
     snapshot = _memory_snapshot(run) if plan.memory else None
-    run.end()
+    work = run.end()
     _write_files(plan, ranks, trace.file, snapshot)
     samples = config.samples_per_rank(ranks.world_size)
     measured = RankProfile(
@@ -172,8 +172,9 @@ def profile(
         measured=clock.steps(),
         plain_ms=plain,
         marks_ms=clock.marks_ms(),
-        flops=statistics.fmean(run.flops),
-        peak_flops=peak_flops(ranks.device, config.precision),
+        flops=work.needed / plan.all_steps,
+        executed=work.executed / plan.all_steps,
+        peak_flops=None if math.isnan(work.peak) else work.peak,
         traced=read_traces(trace.trace, detailed.trace, world_size=ranks.world_size, found=_state_bytes(config, ranks)),
         loader=time_loader(run.loader.make_here, samples),
         gpu_memory=memory,

@@ -44,7 +44,7 @@ def _data_wait(record: Record) -> Iterator[Finding]:
         if share > 1:
             yield Finding(f"the training process loads its batches itself; {has}", "data.workers=1", wait)
         else:
-            yield Finding(f"the training process loads its batches itself, on the only core; {has}", None, wait)
+            yield Finding(f"the training process loads its batches itself, and a rank has one core; {has}", None, wait)
     elif needed > workers and share > workers:
         more = min(int(share), -(-int(10 * needed) // 10) + 1)
         yield Finding(f"{has}, and has {counted(workers, 'worker')}", f"data.workers={more}", wait)

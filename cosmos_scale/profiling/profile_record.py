@@ -22,6 +22,7 @@ from cosmos_scale.profiling.spread import Spread, spread_of
 KIND, FORMAT = "profile", 1
 PROFILE_FILE = "profile.json"
 SCATTERS = ("reduce_scatter", "all_reduce")
+SEEN = 0.01  # of a step: no smaller change is clear
 
 Record = dict[str, Any]
 
@@ -89,13 +90,16 @@ def read_record(file: Path) -> Record:
 def compared(before: Record, now: Record, file: Path) -> Record:
     """Return what has changed since another profile, with its spread. file: of that profile.
 
-    A change is clear where the middle halves of both measurements lie apart.
+    A change is clear where the middle halves of both measurements lie apart, and it is a hundredth of the step or more.
     """
     old = {phase["name"]: Spread(**phase["device_ms"]) for phase in before["phases"]}
     new = {phase["name"]: Spread(**phase["device_ms"]) for phase in now["phases"]}
     nothing = Spread(0.0, 0.0, 0.0)
-    phases = {name: _change(old.get(name, nothing), new.get(name, nothing)) for name in LABELS if name in old | new}
     steps = [Spread(*(record["step_ms"][key] for key in Spread._fields)) for record in (before, now)]
+    least = SEEN * steps[1].median
+    phases = {
+        name: _change(old.get(name, nothing), new.get(name, nothing), least) for name in LABELS if name in old | new
+    }
     keys = sorted(
         key
         for key, value in flat(now["config"]).items()
@@ -103,7 +107,7 @@ def compared(before: Record, now: Record, file: Path) -> Record:
     )
     return {
         "file": str(file),
-        "step_ms": _change(*steps),
+        "step_ms": _change(steps[0], steps[1], least),
         "samples_per_second": before["throughput"]["samples_per_second"],
         "world_size": before["world_size"],
         "device": before["device"]["name"],
@@ -129,9 +133,10 @@ def flat(section: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
-def _change(before: Spread, now: Spread) -> Record:
+def _change(before: Spread, now: Spread, least: float) -> Record:
     change = now.median / before.median - 1.0 if before.median > 0 else None
-    return {"before": before._asdict(), "change": change, "clear": now.clear_of(before)}
+    clear = now.clear_of(before) and abs(now.median - before.median) >= least
+    return {"before": before._asdict(), "change": change, "clear": clear}
 
 
 def _phase(row: PhaseRow, rows: Sequence[PhaseRow]) -> Record:
@@ -157,13 +162,15 @@ def _phase(row: PhaseRow, rows: Sequence[PhaseRow]) -> Record:
 
 def _throughput(config: RunConfig, ranks: Sequence[RankProfile], step_ms: float) -> Record:
     per_second = 1e3 * config.train.global_batch / step_ms
-    rate = statistics.fmean(rank.flops for rank in ranks) / step_ms * 1e3
+    needed = 1e3 * statistics.fmean(rank.flops for rank in ranks) / step_ms
+    executed = 1e3 * statistics.fmean(rank.executed for rank in ranks) / step_ms
     peak = ranks[0].peak_flops
     return {
         "samples_per_second": per_second,
         "samples_per_second_per_rank": per_second / len(ranks),
-        "needed_tflops_per_rank": rate / 1e12,
-        "mfu": None if peak is None else rate / peak,
+        "needed_tflops_per_rank": needed / 1e12,
+        "mfu": None if peak is None else needed / peak,
+        "hfu": None if peak is None else executed / peak,
     }
 
 

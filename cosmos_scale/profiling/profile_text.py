@@ -56,11 +56,11 @@ def _head(record: Record) -> Iterator[str]:
     yield row
     speed = record["throughput"]
     tera = f"{speed['needed_tflops_per_rank']:.3g} needed TFLOP/s a rank"
-    mfu = "n/a" if speed["mfu"] is None else _percent(speed["mfu"])
+    mfu, hfu = ("n/a" if speed[key] is None else _percent(speed[key]) for key in ("mfu", "hfu"))
     before = f", before {compared['samples_per_second']:,.1f}" if compared else ""
     yield (
         f"{speed['samples_per_second']:,.1f} samples/s ({speed['samples_per_second_per_rank']:,.1f} a rank{before}), "
-        f"{tera}, MFU {mfu}"
+        f"{tera}, MFU {mfu}, HFU {hfu}"
     )
 
 

@@ -42,8 +42,8 @@ class RankProfile(NamedTuple):
     """All that a rank has measured.
 
     device: its name. measured: the steps with marks. plain_ms: the steps beside them, without. marks_ms: what
-    the marks of a step take of the host. flops: needed for a step, the mean. peak_flops: of the device, per second;
-    None where it is not known.
+    the marks of a step take of the host. flops, executed: operations that a step needs, and those with what is computed
+    again; means. peak_flops: of the device, per second; None where it is not known.
     """
 
     host: str
@@ -52,6 +52,7 @@ class RankProfile(NamedTuple):
     plain_ms: list[float]
     marks_ms: float
     flops: float
+    executed: float
     peak_flops: float | None
     traced: TracedSteps
     loader: LoaderTimes

@@ -67,6 +67,7 @@ def rank_profile(*, on_gpu: bool = True, **changed: float) -> RankProfile:
         marks_ms=0.5,
         plain_ms=[step.host_ms / 1.01 for step in measured],
         flops=3e13,
+        executed=4e13,
         peak_flops=1e15,
         traced=traced,
         loader=LoaderTimes(5.0, {"decode": 4.0, "rest": 1.0}),

@@ -54,6 +54,7 @@ def test_rates_and_cost() -> None:
     step_s = record["step_ms"]["median"] / 1e3
     assert record["throughput"]["samples_per_second"] == pytest.approx(64 / step_s)
     assert record["throughput"]["mfu"] == pytest.approx(3e13 / step_s / 1e15)
+    assert record["throughput"]["hfu"] == pytest.approx(4e13 / step_s / 1e15)
     assert record["cost"]["median"] == pytest.approx(0.01)
     assert record["cost"]["marks"] == pytest.approx(0.0005 / step_s)
     assert record["loader"]["cores_needed"] == pytest.approx(5.0 * 64 / 1e3 / step_s)
