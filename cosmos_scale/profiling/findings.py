@@ -13,6 +13,7 @@ WORTH = 0.02  # of a step: smaller gains are not told
 SLOW_RANK = 1.25  # times the median
 ROOM = 0.9  # of a GPU's memory may be filled
 LESS = 0.5  # of the traffic, in bf16
+MANY, SMALL_MB = 20, 0.1  # collectives of a phase, and the size below which a message's start costs most
 
 
 class Finding(NamedTuple):
@@ -91,6 +92,21 @@ def _refresh(record: Record) -> Iterator[Finding]:
     )
 
 
+def _gathered_weights(record: Record) -> Iterator[Finding]:
+    if record["config"]["zero"]["stage"] == 3:
+        phases = ("student", "teacher", "backward")
+        exposed = sum(row["exposed_ms"] or 0.0 for row in _collectives(record, "all_gather") if row["phase"] in phases)
+        text = f"nothing hides {exposed:.1f} ms of gathering weights: stage 2 keeps them whole, if memory has room"
+        yield Finding(text, "zero.stage=2", exposed)
+
+
+def _small_collectives(record: Record) -> Iterator[Finding]:
+    for row in record["collectives"]:
+        if row["calls"] >= MANY and row["mbytes"] is not None and row["mbytes"] < SMALL_MB:
+            what = f"{row['calls']:.0f} small collectives ({row['kind']}, {1e3 * row['mbytes']:.1f} kB each)"
+            yield Finding(f"{row['phase']}: {what} cost more than their bytes do", None, row["exposed_ms"])
+
+
 def _idle(record: Record) -> Iterator[Finding]:
     idle, config = _ms(record, "idle"), record["config"]
     if not config["model"]["compile"]:
@@ -147,12 +163,18 @@ _RULES: tuple[Callable[[Record], Iterator[Finding]], ...] = (
     _slow_ranks,
     _reduction,
     _refresh,
+    _gathered_weights,
+    _small_collectives,
     _idle,
     _recomputation,
     _offload,
     _waits,
     _allocator,
 )
+
+
+def _collectives(record: Record, kind: str) -> list[Record]:
+    return [row for row in record["collectives"] if row["kind"] == kind]
 
 
 def _ms(record: Record, name: str) -> float:

@@ -46,7 +46,11 @@ def rank_profile(*, on_gpu: bool = True, **changed: float) -> RankProfile:
         busy=busy if on_gpu else {},
         kinds={"matmul": 60.0, "element-wise": 20.0},
         top=[TopWork("sm90_xmma_gemm_bf16", "backward", 30.0, 24.0, 0.3)],
-        collectives=[CollectiveTimes("backward", "reduce_scatter", 9.0, 67.7, 0.85, 70.0, 7.0)],
+        collectives=[
+            CollectiveTimes("backward", "reduce_scatter", 9.0, 67.7, 0.85, 70.0, 7.0),
+            CollectiveTimes("student", "all_gather", 12.0, 20.0, 0.5, 35.0, 4.0),
+            CollectiveTimes("update", "all_gather", 200.0, 0.01, 0.05, 0.2, 9.0),
+        ],
         memory=MemoryTimeline(
             peak=30 * GIB,
             peak_ms=40.0,

@@ -65,12 +65,13 @@ def test_rates_and_cost() -> None:
     [
         ([rank_profile(data=30.0)], 0, {}, "data.workers=1"),
         ([rank_profile()], 4, {"zero": {"stage": 1}}, "zero.gradient_dtype=bf16"),
+        ([rank_profile()], 4, {"zero": {"stage": 3}}, "zero.stage=2"),
         ([rank_profile()], 4, {}, "model.compile=true"),
         ([rank_profile()], 4, {"train": {"global_batch": 64, "recompute": 2}}, "train.recompute=0"),
         ([rank_profile(update=40.0)], 4, {"zero": {"stage": 1, "offload": True}}, "zero.offload=false"),
         ([rank_profile()], 4, {"train": {"global_batch": 64, "micro_batches": 2}}, "train.micro_batches=1"),
     ],
-    ids=["loader", "reduction", "idle", "recompute", "offload", "micro-batches"],
+    ids=["loader", "reduction", "weights", "idle", "recompute", "offload", "micro-batches"],
 )
 def test_findings_name_the_key_to_change(
     monkeypatch: pytest.MonkeyPatch, ranks: list[RankProfile], workers: int, sections: dict[str, Any], key: str
@@ -88,6 +89,7 @@ def test_findings_name_ranks_and_lines() -> None:
     texts = [finding["text"] for finding in record_of([rank_profile(), rank_profile(data=12.0)])["findings"]]
     assert any(text.startswith("rank 1 on host a takes 12.0 ms for: wait for data") for text in texts)
     assert any("cosmos_scale/engine/optimizer.py:77" in text for text in texts)
+    assert any(text.startswith("update: 200 small collectives (all_gather, 10.0 kB each)") for text in texts)
 
 
 def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:
