@@ -163,9 +163,9 @@ def profile(
     trace = record_steps(run.take, TRACED, on_gpu=on_gpu, skip=UNREAD)
     detailed = record_steps(run.take, DETAILED, on_gpu=on_gpu, skip=UNREAD, detailed=True)
     snapshot = _memory_snapshot(run) if plan.memory else None
-    work = run.end()
+    work, states = run.end(), _state_bytes(config, ranks)
     _write_files(plan, ranks, trace.file, snapshot)
-    samples = config.samples_per_rank(ranks.world_size)
+    unread = plan.all_steps + run.loader.workers * config.data.prefetch  # so that no file is in the cache for that
     measured = RankProfile(
         host=host_name(),
         device=device_name(ranks.device),
@@ -175,9 +175,12 @@ def profile(
         flops=work.needed / plan.all_steps,
         executed=work.executed / plan.all_steps,
         peak_flops=None if math.isnan(work.peak) else work.peak,
-        traced=read_traces(trace.trace, detailed.trace, world_size=ranks.world_size, found=_state_bytes(config, ranks)),
-        loader=time_loader(run.loader.make_here, samples),
+        traced=read_traces(trace.trace, detailed.trace, world_size=ranks.world_size, found=states),
+        loader=time_loader(
+            lambda number: run.loader.make_here(unread + number), config.samples_per_rank(ranks.world_size)
+        ),
         gpu_memory=memory,
+        planned_states=states,
     )
     return measured, run.loader.workers
 

@@ -248,6 +248,7 @@ def _memory(ranks: Sequence[RankProfile]) -> Record | None:
         "phases": line.phases,
         "step_ms": line.step_ms,
         "states_by_formula": not line.known,
+        "planned_states_bytes": rank.planned_states,
         "peak_untraced_bytes": shown.get("peak"),
         "reserved_bytes": shown.get("reserved"),
         "retries": shown.get("retries"),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cosmos_scale.profiling.memory_timeline import BEFORE
 from cosmos_scale.profiling.profile_record import Record
 from cosmos_scale.words import counted
 
@@ -130,7 +131,10 @@ def _memory(record: Record) -> Iterator[str]:
         return
     large = {owner: size for owner, size in memory["owners"].items() if size >= LEAST * memory["peak_bytes"]}
     owners = "  ".join(f"{owner} {_size(nbytes)}" for owner, nbytes in large.items())
-    formula = " (what the step finds: by formula)" if memory["states_by_formula"] else ""
+    planned, found = memory["planned_states_bytes"], memory["owners"].get(BEFORE, 0)
+    formula = f" (what the step finds: {_size(found)}; planned for the states: {_size(planned)})"
+    if memory["states_by_formula"]:
+        formula = " (what the step finds: by formula)"
     reserved = ""
     if memory["reserved_bytes"] is not None:
         reserved = f"; reserved {_size(memory['reserved_bytes'])}, retries {memory['retries']}"

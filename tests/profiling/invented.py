@@ -76,6 +76,7 @@ def rank_profile(*, on_gpu: bool = True, **changed: float) -> RankProfile:
         traced=traced,
         loader=LoaderTimes(5.0, {"decode": 4.0, "rest": 1.0}),
         gpu_memory=GpuMemory(29 * GIB, 32 * GIB, 0, 80 * GIB) if on_gpu else None,
+        planned_states=9 * GIB,
     )
 
 

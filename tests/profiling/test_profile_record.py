@@ -14,6 +14,7 @@ from cosmos_scale.profiling.profile_record import PROFILE_FILE, compared, read_r
 from cosmos_scale.profiling.profile_text import profile_lines
 from cosmos_scale.profiling.rank_profile import RankProfile
 from cosmos_scale.profiling.spread import Spread, spread_of
+from cosmos_scale.profiling.step_clock import StepTimes
 from tests.profiling.invented import rank_profile, record_of, times
 
 
@@ -39,6 +40,14 @@ def test_the_idle_time_of_a_gpu_is_what_its_kernels_leave() -> None:
     assert rows["data"].device.median == 2.0  # a wait on purpose
     assert rows["backward"].reduction == Spread(8.0, 8.0, 8.0)
     assert "rest" not in rows or rows["rest"].device.median == 0.0
+
+
+@pytest.mark.parametrize(("by_trace", "expected"), [(7.0, Spread(7.0, 7.0, 7.0)), (None, None)])
+def test_without_marks_the_trace_says_what_the_reduction_costs(by_trace: float | None, expected: Spread | None) -> None:
+    step = times()
+    unmarked = {key: ms for key, ms in step.host.items() if "/" not in key}
+    rows = phase_rows([[StepTimes(step.host_ms, unmarked, unmarked)]], [{}], by_trace)
+    assert [row.reduction for row in rows if row.name == "backward"] == [expected]
 
 
 def test_the_slowest_rank_is_named() -> None:
@@ -90,6 +99,14 @@ def test_findings_name_ranks_and_lines() -> None:
     assert any(text.startswith("rank 1 on host a takes 12.0 ms for: wait for data") for text in texts)
     assert any("cosmos_scale/engine/optimizer.py:77" in text for text in texts)
     assert any(text.startswith("update: 200 small collectives (all_gather, 10.0 kB each)") for text in texts)
+
+
+def test_memory_planned_and_measured_stand_side_by_side() -> None:
+    text = "\n".join(profile_lines(record_of([rank_profile()])))
+    assert "peak 30.00 GiB at 40.0 ms, in teacher" in text
+    assert "what the step finds: 10.00 GiB; planned for the states: 9.00 GiB" in text
+    assert "reserved 32.00 GiB, retries 0" in text
+    assert "held there, by who took it: student 20.00 GiB  before the step 10.00 GiB" in text
 
 
 def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:
