@@ -215,6 +215,7 @@ def test_optional_packages_have_one_place(package: str) -> None:
         ("cosmos_scale/data/jobs.py", "def f():\n    from cosmos_scale import step", "data may not import step"),
         ("cosmos_scale/files.py", "from cosmos_scale.config import RunConfig", "files may not import config"),
         ("cosmos_scale/errors.py", "from cosmos_scale import __version__", "errors may not import __init__"),
+        ("cosmos_scale/engine/planted.py", "import cosmos_scale.profiling.flops", "engine may not import profiling"),
         ("cosmos_scale/attic/planted.py", "import cosmos_scale.errors", "no rule says what attic may import"),
         ("cosmos_scale/planted.py", "", "no rule says what planted may import"),
         ("cosmos_scale/data/attic/planted.py", "", "no rule says what data/attic may import"),

@@ -205,10 +205,12 @@ def _agreed(source: _Source, model: ModelConfig, key: str) -> str:
     """
     here, there = _value(model, key), _value(source.model, key)
     if here != there and (key in source.told or there == "quick_gelu"):
-        how = "needs" if key in source.told else "is, by its name or form, of those that need"
+        how, way_out = "needs", ""
+        if key not in source.told:
+            how, way_out = "is, by its name or form, of those that need", ", or rename the file where that is wrong"
         raise UserError(
             f"checkpoint {whole_path(source.path)}: {how} model.{key} {there}, but the config says {here}; rule: set "
-            f"model.{key}={there}"
+            f"model.{key}={there}{way_out}"
         )
     if key in source.told:
         return ""

@@ -5,7 +5,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import path, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, with_examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,30 +32,22 @@ def add_convert_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     parser = commands.add_parser("convert", help="write a checkpoint in the format of OpenCLIP, Hugging Face or COSMOS")
     with_examples(parser, EXAMPLES)
     parser.description = (
-        "Write a trained model for other programs, with a card (README.md) that says how it was trained and measured.\n"
-        '  openclip  open_clip.create_model_and_transforms("local-dir:DIR") opens the folder\n'
-        "  hf        transformers' CLIPModel, CLIPProcessor and zero-shot pipeline open it, without a network\n"
-        "  cosmos    DIR/cosmos.pt in the layout of the published COSMOS files, for the published programs\n"
-        "openclip and hf have no cross-modality heads: these are left out. The folder is written whole or not at all."
+        "Write a trained model for other programs, with a card (README.md) that says how\n"
+        "it was trained and measured:\n"
+        '  openclip  open_clip.create_model_and_transforms("local-dir:DIR") opens DIR\n'
+        "  hf        CLIPModel, CLIPProcessor and the zero-shot pipeline of transformers\n"
+        "            open DIR, without a network\n"
+        "  cosmos    DIR/cosmos.pt has the layout of the published COSMOS files\n"
+        "openclip and hf have no cross-modality heads: these are left out. The folder is\n"
+        "written whole or not at all."
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=path,
-        required=True,
-        metavar="PATH",
-        help="a run, a step-N folder, or another program's file or folder (COSMOS, OpenCLIP, Hugging Face)",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--to", choices=("openclip", "hf", "cosmos"), required=True, help="the format")
     parser.add_argument(
         "--which",
         choices=("student", "teacher"),
         default="student",
         help="the model to write (default: student); a COSMOS file holds both, whichever is named",
-    )
-    parser.add_argument(
-        "--activation",
-        choices=("gelu", "quick_gelu"),
-        help="of another program's file that does not say it: OpenAI's weights need quick_gelu",
     )
     parser.add_argument("folder", type=path, metavar="DIR", help="folder for the files; must be absent or empty")
     parser.add_argument(

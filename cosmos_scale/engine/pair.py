@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
-from cosmos_scale.checkpoint.initial import InitialWeights, open_initial
+from cosmos_scale.checkpoint.initial import open_initial
 from cosmos_scale.checkpoint.state import RunState, load_checkpoint
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
@@ -69,21 +69,22 @@ def drawn_pair(config: RunConfig, ranks: Ranks, *, teacher_seed: int | None = No
     return pair_of_models(config, ranks, student, teacher)
 
 
-def initial_pair(config: RunConfig, ranks: Ranks) -> tuple[Pair, InitialWeights]:
+def initial_pair(config: RunConfig, ranks: Ranks) -> tuple[Pair, str]:
     """Start from the weights that `init_from` names; the moments are zero. Collective.
 
     Heads that are not taken from there are drawn from the run's seed, the same for student and teacher: those that a
-    run without init_from would draw. Raises UserError on all ranks alike.
+    run without init_from would draw. Returns the pair, and on one line where its weights came from and what was done to
+    them. Raises UserError on all ranks alike.
     """
-    student, teacher, initial, error = CosmosModel(config.model), CosmosModel(config.model), None, None
+    student, teacher, origin, error = CosmosModel(config.model), CosmosModel(config.model), "", None
     try:
         initial = open_initial(config)
         if not initial.has_heads:
             student.init_weights(torch.Generator().manual_seed(config.seed))
         student.load_state_dict(student.state_dict() | initial.read("student"))
         teacher.load_state_dict(student.state_dict() | initial.read("teacher"))
+        origin = initial.describe()
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
-    assert initial is not None
-    return pair_of_models(config, ranks, student, teacher), initial
+    return pair_of_models(config, ranks, student, teacher), origin

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
-from cosmos_scale.checkpoint.interchange.reading import is_public, open_public, read_public
+from cosmos_scale.checkpoint.interchange.reading import files_of_weights, is_public, open_public, read_public
 from cosmos_scale.checkpoint.interchange.weights import Activation, Which, refusal
 from cosmos_scale.checkpoint.state import manifest_digest
 from cosmos_scale.config import TOKENIZER_VOCABULARY, DataConfig
@@ -22,16 +22,23 @@ def find_model(path: Path) -> Path:
 
     Raises UserError where there is none. A public checkpoint is looked into when it is loaded.
     """
-    return path if is_public(path) else find_checkpoint(path)
+    if is_public(path):
+        return path
+    try:
+        return find_checkpoint(path)
+    except UserError as failure:
+        if files := files_of_weights(path):
+            raise UserError(f"{failure}, or a file in it, such as {files[0]}") from None
+        raise
 
 
 def models_of(checkpoint: Path, asked: Literal["student", "teacher", "both"]) -> dict[str, Which]:
     """Return which models of a checkpoint to load, by the name to show; a public one may have one model alone.
 
-    Raises UserError where a public checkpoint cannot be read.
+    Raises UserError where a public checkpoint cannot be read, or lacks a model that was asked for.
     """
     names: tuple[Which, ...] = ("student", "teacher") if asked == "both" else (asked,)
-    if is_public(checkpoint) and open_public(checkpoint, names[0]).models is None:
+    if is_public(checkpoint) and any(open_public(checkpoint, name).models is None for name in names):
         return {ONE_MODEL: "student"}
     return {name: name for name in names}
 

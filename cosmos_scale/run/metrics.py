@@ -181,7 +181,7 @@ def console_line(record: Mapping[str, float]) -> str:
         f"scale {record['scale']:.3g}/{record['distill_scale']:.3g} lr {record['lr']:.1e} "
         f"grad {record['grad_norm']:.3g}\n"
         f"  {_rounded(record['samples_per_second'])} samples/s "
-        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {record['tflops_per_rank']:.3g} TFLOP/s  "
+        f"({_rounded(record['samples_per_second_per_rank'])} a rank)  {_rate(record['tflops_per_rank'])}  "
         f"{share}  {record['peak_memory_gib']:.1f} GiB  {waited}"
     )
 
@@ -211,6 +211,11 @@ def _evaluator_of(entry: Mapping[str, object]) -> str:
     """Return whose record it is; older ones do not say it, and without a name before its numbers it is retrieval's."""
     first = next((key.partition("/")[0] for key in entry if "/" in key), "")
     return str(entry.get("evaluator", "retrieval" if first in ("student", "teacher") else first))
+
+
+def _rate(teraflops: float) -> str:
+    """Return a rate of operations in a unit in which it has digits: of a CPU or a tiny model in GFLOP/s."""
+    return f"{teraflops:.3g} TFLOP/s" if teraflops >= 0.1 else f"{1e3 * teraflops:.3g} GFLOP/s"
 
 
 def _rounded(value: float) -> str:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from cosmos_scale.checkpoint.initial import InitialWeights
 from cosmos_scale.checkpoint.resume import Start
 from cosmos_scale.checkpoint.state import RunState
 from cosmos_scale.checkpoint.writer import CheckpointWriter
@@ -26,8 +25,9 @@ OTHER_SHARDS = (
 class Run:
     """What `start_run` made; the same start on every rank.
 
-    start: where the run goes on. initial: the weights of `init_from`, where a new run starts from them. total_steps:
-    length of the schedules. last_step: steps done at the end. said: lines on what became of broken checkpoints.
+    start: where the run goes on. origin: where its first weights came from and what was done to them, on one line;
+    empty where they were drawn. total_steps: length of the schedules. last_step: steps done at the end. said: lines on
+    what became of broken checkpoints.
     """
 
     config: RunConfig
@@ -35,7 +35,7 @@ class Run:
     opened: Opened
     pair: Pair
     start: Start
-    initial: InitialWeights | None
+    origin: str
     loader: TrainLoader
     total_steps: int
     last_step: int
@@ -46,22 +46,15 @@ class Run:
         """Steps done before this launch."""
         return 0 if self.start.state is None else self.start.state.step
 
-    @property
-    def origin(self) -> str:
-        """Where the run's first weights came from, on one line; empty where they were drawn."""
-        if self.start.state is not None:
-            return self.start.state.origin
-        return "" if self.initial is None else self.initial.describe()
-
     def describe(self) -> str:
         """Lines on what starts."""
-        origin = "new run"
+        began = "new run"
         if self.start.state is not None:
-            origin = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
+            began = f"resumed from {self.start.checkpoint} (written at world size {self.start.state.world_size})"
             if self.start.lost_shards:
-                origin += f", which has lost {counted(len(self.start.lost_shards), 'shard')}"
-        elif self.initial is not None:
-            origin = f"new run from the weights of {self.config.init_from}"
+                began += f", which has lost {counted(len(self.start.lost_shards), 'shard')}"
+        elif self.origin:
+            began = f"new run from the weights of {self.config.init_from}"
         steps = f"steps {self.first_step + 1}-{self.last_step}"
         if self.first_step >= self.last_step:
             steps = f"nothing left to do at step {self.first_step} of {self.last_step}"
@@ -69,9 +62,9 @@ class Run:
         lines = [
             *self.said,
             *([OTHER_SHARDS] if self._shards_written_anew() else []),
-            f"{self.opened.folder}: {origin}; {counted(self.opened.index.epoch_samples, 'sample')} and "
+            f"{self.opened.folder}: {began}; {counted(self.opened.index.epoch_samples, 'sample')} and "
             f"{counted(self.loader.steps_per_epoch, 'step')} an epoch",
-            *([f"init_from: {self.initial.describe()}"] if self.initial is not None else []),
+            *([f"init_from: {self.origin}"] if self.origin and self.start.state is None else []),
             f"{steps}, global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
             f"{self.config.precision}, ZeRO {self.config.zero.stage})",
         ]
@@ -126,7 +119,7 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
     try:
         epoch_steps = steps_per_epoch(opened.index.epoch_samples, config)
         total_steps, last_step = config.total_steps(epoch_steps), config.last_step(epoch_steps)
-        pair, start, initial, said = build_pair(config, opened, ranks)
+        pair, start, origin, said = build_pair(config, opened, ranks)
         loader = TrainLoader(
             config,
             opened.index,
@@ -137,7 +130,7 @@ def start_run(config: RunConfig, ranks: Ranks) -> Run:
             start.lost_shards,
             device=ranks.device,
         )
-        return Run(config, ranks, opened, pair, start, initial, loader, total_steps, last_step, said)
+        return Run(config, ranks, opened, pair, start, origin, loader, total_steps, last_step, said)
     except BaseException:
         opened.held.close()
         raise

@@ -138,13 +138,14 @@ def _not_shared(folder: Path, token: str | None, ranks: Ranks) -> UserError | No
 class Built(NamedTuple):
     """Student and teacher, and where they come from.
 
-    start: an older one than was found, where a file turned out to be damaged. initial: the weights that the pair has,
-    where they are those of `init_from`. said: lines on what became of broken checkpoints.
+    start: an older one than was found, where a file turned out to be damaged. origin: where the run's first weights
+    came from and what was done to them, on one line; empty where they were drawn. said: lines on what became of broken
+    checkpoints.
     """
 
     pair: Pair
     start: Start
-    initial: InitialWeights | None
+    origin: str
     said: list[str]
 
 
@@ -155,8 +156,8 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
     """
     start = opened.found_start
     if start.checkpoint is None and config.init_from is not None:
-        pair, initial = initial_pair(config, ranks)
-        return Built(pair, start, initial, [])
+        pair, origin = initial_pair(config, ranks)
+        return Built(pair, start, origin, [])
     pair = drawn_pair(config, ranks)
     while start.checkpoint is not None:
         try:
@@ -167,7 +168,7 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
                 return build_pair(config, replace(opened, found_start=start), ranks)
             continue
         break
-    return Built(pair, start, None, _set_aside(start, ranks))
+    return Built(pair, start, "" if start.state is None else start.state.origin, _set_aside(start, ranks))
 
 
 def _older_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:

@@ -13,9 +13,10 @@ from cosmos_scale.cli import main as cli
 from cosmos_scale.config import ClassificationConfig, DataConfig
 from cosmos_scale.data.scenes.layouts import write_layouts
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.classification import Classification
 from cosmos_scale.evaluation.evaluator import Encoder, Numbers, Setting, measure
-from cosmos_scale.evaluation.loading import load_encoder
+from cosmos_scale.evaluation.loading import find_model, load_encoder, models_of
 from cosmos_scale.evaluation.published import PUBLISHED_ROWS, row_of_file
 from cosmos_scale.model.cosmos import CosmosModel
 from tests.checkpoint.interchange.made import SIZES, openclip_model, save_cosmos, state_of, towers
@@ -144,6 +145,16 @@ def test_another_vocabulary_is_refused(animals: Path, tmp_path: Path, capsys: py
     said = capsys.readouterr().err
     assert "found 64 tokens, not the 49,408 of CLIP's tokenizer; accepted: " in said
     assert said.count("\n") == 1
+
+
+def test_paths_that_are_not_enough(cosmos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none there; rule: .*, or a file in it, such as cosmos_tiny\.pt$"):
+        find_model(cosmos.parent)
+    student = torch.load(cosmos, weights_only=False)["student"]
+    torch.save({"epoch": 1, "student": student}, tmp_path / "student.pt")
+    assert models_of(tmp_path / "student.pt", "student") == {"student": "student"}
+    with pytest.raises(UserError, match="found a COSMOS checkpoint without a teacher, with a student"):
+        models_of(tmp_path / "student.pt", "both")  # before the student is measured
 
 
 def inspect(capsys: pytest.CaptureFixture[str], path: Path, *options: str, status: int = 0) -> str:

@@ -19,7 +19,8 @@ def test_the_steps_of_a_record_are_added_up(world_size: int) -> None:
     config, batches = tiny_config(), [tiny_batch(number) for number in range(MOST_KEPT + 3)]
     counter = StepCounter(config, CPU, world_size)
     for batch in batches:
-        counter.note(batch)
+        contents = {name: getattr(batch, name).to("meta") for name in ("global_crops", "local_crops", "captions")}
+        counter.note(batch._replace(**contents))  # on a device that nobody can read
         batch.caption_lengths.zero_()  # as a loader does that writes the next batch there
     work = counter.take()
     again = [tiny_batch(number) for number in range(MOST_KEPT + 3)]
@@ -53,3 +54,22 @@ def test_memory_of_a_cpu_is_that_of_the_process() -> None:
     before = peak_memory(CPU)
     held = torch.ones(2**26)  # 256 MiB
     assert peak_memory(CPU) >= max(before, held.nbytes)
+
+
+@pytest.mark.gpu
+def test_counting_on_a_gpu_waits_for_nothing() -> None:
+    """The host counts while the device still works on the step."""
+    device = torch.device("cuda", 0)
+    config, batch = tiny_config(precision="bf16"), tiny_batch(0)
+    expected, batch = step_flops(batch, config), batch.to(device)
+    counter = StepCounter(config, device, 1)
+    counter.note(batch)
+    counter.take()  # the first call looks for back ends of attention
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counter.note(batch)
+        work = counter.take()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert work.needed == expected < work.executed
+    assert work.memory == torch.cuda.max_memory_reserved(device) > 0

@@ -176,7 +176,7 @@ def test_steps_between_records_count_into_the_next(run: Path) -> None:
     assert len(places) == 2
     for part in ("eta", "loss", "clip", "distill", "scale", "lr", "grad"):
         assert part in lines[places[0]]
-    for part in ("samples/s", "a rank", "TFLOP/s", "MFU n/a", "GiB", "wait"):
+    for part in ("samples/s", "a rank", "GFLOP/s", "MFU n/a", "GiB", "wait"):
         assert part in lines[places[0] + 1]
     said = r"goodput \d[\d.]*%: 0m\d\ds of useful steps in \dm\d\ds since the run's first start"
     assert re.fullmatch(said, lines[-1])

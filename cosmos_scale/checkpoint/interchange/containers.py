@@ -61,8 +61,11 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _open_torch(path: Path, mapped: bool) -> Any:
-    if mapped and _is_program(path):
+    members = _members(path) if mapped else []
+    if any(name.endswith("/constants.pkl") for name in members):
         raise refusal(path, "found a TorchScript program, as OpenAI published its weights: save its state dict")
+    if members and not any(name.endswith("/data.pkl") for name in members):
+        raise refusal(path, "found a zip file that torch.save did not write")
     try:
         with _four_globals():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -72,13 +75,13 @@ def _open_torch(path: Path, mapped: bool) -> Any:
         raise refusal(path, f"found a file of torch.save that is cut off or damaged ({_first_line(error)})") from error
 
 
-def _is_program(path: Path) -> bool:
-    """Whether a zip file is a TorchScript archive; False for a zip file whose list of contents is damaged."""
+def _members(path: Path) -> list[str]:
+    """Return the names in a zip file; none of one whose list of contents is damaged, of which torch.load will tell."""
     try:
         with open(path, "rb", opener=regular_only) as file, zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # a damaged list can raise anything, and torch.load will say so
-        return False
+            return archive.namelist()
+    except Exception:  # a damaged list can raise anything
+        return []
 
 
 @contextmanager

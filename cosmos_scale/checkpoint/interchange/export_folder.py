@@ -31,6 +31,8 @@ def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
             return
         if not folder.is_dir():
             raise UserError(f"{whole_path(folder)}: is no folder; rule: name a folder for the files")
+        if Path.cwd().is_relative_to(folder.resolve()):  # another folder takes its place
+            raise UserError(f"{whole_path(folder)}: the current folder lies in it; rule: name another folder")
         present = sorted(os.listdir(folder))
     if not present:
         return

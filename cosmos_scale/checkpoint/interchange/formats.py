@@ -33,7 +33,7 @@ def check_format(to: Format, source: Source) -> None:
             lacks = "no cross-modality heads" if not source.has_heads else "not both a student and a teacher"
             raise UserError(
                 f"{source.path}: has {lacks}, which a COSMOS file holds; rule: convert it to openclip or hf, or train "
-                "from it first"
+                "from it first (init_from)"
             )
         check_cosmos_sizes(source.model)
 
@@ -45,8 +45,8 @@ def exported_files(to: Format, source: Source, weights: Sequence[Weights], pairs
     if to == "hf":
         return to_hf(source.model, weights[0], pairs)
     student, teacher = weights
-    epoch, name = 0, source.path.stem
+    epoch = 0
     if source.training is not None:
         state = source.training.manifest.state
-        epoch, name = state.step // (state.steps_per_epoch or state.step + 1), source.training.config.name
-    return to_cosmos(student, teacher, epoch=epoch, name=name)
+        epoch = state.step // (state.steps_per_epoch or state.step + 1)
+    return to_cosmos(student, teacher, epoch=epoch, name=source.name)

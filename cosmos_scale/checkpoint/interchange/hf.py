@@ -22,7 +22,7 @@ from cosmos_scale.checkpoint.interchange.settings import (
 )
 from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
 from cosmos_scale.checkpoint.interchange.weights import Activation, StoredWeights, refusal, shape_of
-from cosmos_scale.config import ModelConfig, TextConfig, VisionConfig
+from cosmos_scale.config import TOKENIZER_VOCABULARY, ModelConfig, TextConfig, VisionConfig
 
 HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
@@ -33,6 +33,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "vision_config": {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5},
     "text_config": {"hidden_act": "quick_gelu", "num_attention_heads": 8, "layer_norm_eps": 1e-5},
 }
+# Of the id of EOT, where the text's feature is read: 2 stands for the highest id of a text, which is EOT's.
+_ENDS = (TOKENIZER_VOCABULARY - 1, 2)
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 
 
@@ -69,12 +71,14 @@ def _section(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _activation(path: Path, vision: dict[str, Any], text: dict[str, Any]) -> Activation:
-    """Return the activation of both towers; raises UserError where it, or their norm, is not one of ours."""
+    """Return the activation of both towers; raises UserError where it, their norm or the text's end is not ours."""
     for name, tower in (("vision_config", vision), ("text_config", text)):
         if tower["layer_norm_eps"] != 1e-5:
             raise refusal(path, f"found {name}.layer_norm_eps {tower['layer_norm_eps']}, where our towers have 1e-05")
         if str(tower["hidden_act"]) not in _ACTIVATIONS:
             raise refusal(path, f"found {name}.hidden_act {tower['hidden_act']!r}, neither gelu nor quick_gelu")
+    if text.get("eos_token_id", _ENDS[0]) not in _ENDS:
+        raise refusal(path, f"found text_config.eos_token_id {text['eos_token_id']}, neither {_ENDS[0]} nor {_ENDS[1]}")
     if vision["hidden_act"] != text["hidden_act"]:
         found = f"found hidden_act {vision['hidden_act']} of the image tower and {text['hidden_act']} of the text tower"
         raise refusal(path, f"{found}, where ours have one")

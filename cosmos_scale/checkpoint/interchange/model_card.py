@@ -27,7 +27,7 @@ _OF_DATA = ("samples", "views", "captions", "last_batch", "background")
 
 LEFT_OUT = (
     "The cross-modality heads and the log-scale of the distillation are left out, since the format has none: no "
-    "attention maps and no further COSMOS training from these files."
+    "attention maps from these files, and COSMOS training only with new heads (`init_heads: new`)."
 )
 
 
@@ -43,11 +43,9 @@ class Card(NamedTuple):
 
     def text(self) -> str:
         """Return the card in Markdown."""
-        training = self.source.training
-        name = self.source.path.stem if training is None else training.config.name
         parts = [
             f"---\n{_LIBRARIES[self.to]}pipeline_tag: zero-shot-image-classification\ntags: [clip, cosmos]\n---",
-            f"# {name}: {self._which()}, as {FORMAT_NAMES[self.to]}",
+            f"# {self.source.name}: {self._which()}, as {FORMAT_NAMES[self.to]}",
             f"Converted from: {self.source.kind}.",
             "## Open it",
             f"```python\n{opening(self.to, self.folder)}\n```",

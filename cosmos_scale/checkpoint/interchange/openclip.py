@@ -17,7 +17,7 @@ TEXT = "text."  # before the text tower's names, where OpenCLIP built the tower 
 # What OpenAI's state dicts hold beside the weights.
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 MASKS = ("attn_mask", "text.attn_mask")
-QUICK_GELU_NAMES = re.compile(r"quickgelu|quick_gelu|openai|metaclip|dfn", re.IGNORECASE)
+QUICK_GELU_NAMES = re.compile(r"quick_?gelu|(?<![a-z])(openai|metaclip|dfn)", re.IGNORECASE)
 
 
 def named(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -42,6 +42,13 @@ def is_public(path: Path) -> bool:
     return any((path / name).is_file() for name in SETTINGS)
 
 
+def files_of_weights(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that may be public checkpoints, in order; none of a path without."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+
+
 def read_public(path: Path, which: Which, *, activation: Activation | None = None) -> PublicWeights:
     """Read one model of a public checkpoint into memory.
 

@@ -40,6 +40,13 @@ class Source(NamedTuple):
     guessed: tuple[str, ...]
     read: Callable[[Which], Weights]
 
+    @property
+    def name(self) -> str:
+        """The name of the run, or of another program's file or folder."""
+        if self.training is not None:
+            return self.training.config.name
+        return self.path.absolute().name if self.path.is_dir() else self.path.stem
+
 
 def open_source(path: Path, which: Sequence[Which], activation: Activation | None) -> Source:
     """Open a run, a checkpoint of a run, or another program's checkpoint; nothing but names and shapes is read.

@@ -165,6 +165,7 @@ def with_nan(tensor: Tensor) -> Tensor:
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_contents_that_are_no_model_of_ours(tmp_path: Path, content: Callable[[], Any], said: str) -> None:
     torch.save(content(), tmp_path / "bad.pt")
     refused(tmp_path / "bad.pt", said)
@@ -196,6 +197,8 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
         refused(path, said)
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)
     refused(path, "found a TorchScript program, as OpenAI published its weights")
+    np.savez(tmp_path / "arrays.npz", np.zeros(3))
+    refused(tmp_path / "arrays.npz", "found a zip file that torch.save did not write")
     os.mkfifo(tmp_path / "fifo.pt")
     refused(tmp_path / "fifo.pt", "cannot be read: it is a FIFO, not a regular file")
     assert is_public(path)

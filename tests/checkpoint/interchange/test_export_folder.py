@@ -67,7 +67,9 @@ def test_force_replaces_own_files_and_keeps_those_of_others(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_does_not_touch_folders_and_files_that_no_export_wrote(tmp_path: Path) -> None:
+def test_force_does_not_touch_folders_and_files_that_no_export_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "a").write_text("mine")
@@ -79,6 +81,9 @@ def test_force_does_not_touch_folders_and_files_that_no_export_wrote(tmp_path: P
     assert "convert did not write it" in refused(tmp_path / "other", ["a", "b"], force=True)
     (tmp_path / "file").write_text("mine")
     assert "is no folder" in refused(tmp_path / "file", [], force=True)
+    (tmp_path / "current" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "current" / "below")
+    assert "the current folder lies in it" in refused(Path(".."), [], force=True)
 
 
 def test_an_edited_card_names_no_file_outside_of_its_folder(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_hf_folder_in_parts_and_in_half(tmp_path: Path) -> None:
         ({"vision_config": {"hidden_act": "gelu_new"}}, "vision_config.hidden_act 'gelu_new', neither gelu nor"),
         ({"text_config": {**TEXT, "num_hidden_layers": 3}}, "text_config.num_hidden_layers 3, but tensors of 2"),
         ({"text_config": {**TEXT, "layer_norm_eps": 1e-6}}, "text_config.layer_norm_eps 1e-06, where our towers have"),
+        ({"text_config": {**TEXT, "eos_token_id": 1}}, "text_config.eos_token_id 1, neither 49407 nor 2"),
         ({"projection_dim": 512}, "projection_dim 512, but tensors of 32"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cosmos_scale.checkpoint.interchange.names import hf_names, is_of_heads, tensor_shapes
+from cosmos_scale.checkpoint.interchange.openclip import assumed_activation
 from cosmos_scale.checkpoint.interchange.reading import open_public, read_public
 from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
 from cosmos_scale.checkpoint.interchange.weights import PublicWeights
@@ -122,6 +123,21 @@ def test_features_are_those_of_openclip(tmp_path: Path, name: str) -> None:
     # Both in float32, sums in another order.
     assert_close(model.encode_image(pictures), theirs.encode_image(pictures, normalize=True), atol=2e-6, rtol=0)
     assert_close(model.encode_text(ids), theirs.encode_text(ids, normalize=True), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("vit_b_32-quickgelu-laion400m_e32.pt", "quick_gelu"),
+        ("ViT-B-16-OpenAI.pt", "quick_gelu"),
+        ("metaclip_400m/open_clip_pytorch_model.bin", "quick_gelu"),
+        ("DFN2B-CLIP-ViT-B-16/weights.bin", "quick_gelu"),
+        ("hdfn/vit_b_16-laion400m_e32.pt", "gelu"),
+        ("openai/runs/epoch_32.pt", "gelu"),
+    ],
+)
+def test_activation_by_the_name(name: str, activation: str) -> None:
+    assert assumed_activation(Path(name), {}) == activation
 
 
 def test_bare_state_dict_with_heads(tmp_path: Path) -> None:
