@@ -1,4 +1,4 @@
-"""The command line: `cosmos-scale train | launch | configs | eval | attention | report | data | checkpoint | ...`.
+"""The command line: `cosmos-scale train | launch | profile | configs | eval | report | data | checkpoint | ...`.
 
 Each command imports what it needs when it runs, so that `--help` and mistyped commands answer at once.
 """
@@ -14,7 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 from cosmos_scale import __version__
-from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, report, train
+from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, profile, report, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import CommandParser, say_repeats, with_examples
 from cosmos_scale.cli.leave import leave_after
@@ -144,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     train.add_train_command(commands)
     launch.add_launch_command(commands)
+    profile.add_profile_command(commands)
     configs.add_configs_command(commands)
 
     data_parser = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")

@@ -29,6 +29,7 @@ from cosmos_scale.engine.teacher_weights import CopiedTeacher, GatheredTeacher, 
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.gather import all_gather_flat
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.phases import phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIVE_WEIGHTS = 50_000_000
@@ -75,7 +76,8 @@ class Unsharded(Layout):
         self.engine.backward(scalar * self._loss_scale, scale_wrt_gas=False)
         # DeepSpeed's own reduction would make a second copy of all gradients, in one process too.
         if self.ranks.world_size > 1 and self.engine.is_gradient_accumulation_boundary():
-            self.engine.allreduce_gradients(bucket_size=self._bucket)
+            with phase("reduction"):
+                self.engine.allreduce_gradients(bucket_size=self._bucket)
 
     @override
     def gradients(self) -> list[Tensor]:
