@@ -128,11 +128,12 @@ def gradients_in_flight(model: CosmosModel, config: RunConfig, world_size: int) 
     low = 4 if config.precision == "fp32" else 2
     if layout is Unsharded:
         # DeepSpeed fills a bucket until it is over its limit, copies it flat, and once more in the traffic's dtype.
-        tensors = [weight.numel() for group in groups for weight in group["params"]]
+        tensors: list[int] = [weight.numel() for group in groups for weight in group["params"]]
         bucket = min(sum(tensors), max(gradient_bucket(sum(tensors)), *tensors))
         return bucket * (low + (traffic if traffic != low else 0))
     # Some buckets travel while one is copied from its gradients; these shards are there already.
-    buckets = sorted((sum(weight.numel() for weight in group["params"]) for group in groups), reverse=True)
+    totals: list[int] = [sum(weight.numel() for weight in group["params"]) for group in groups]
+    buckets = sorted(totals, reverse=True)
     return traffic * sum(buckets[: MOST_IN_FLIGHT + 1]) + low * buckets[0]
 
 
