@@ -21,7 +21,7 @@ _WHOLE_NUMBERS = frozenset({torch.int16, torch.int32, torch.int64, torch.bool})
 _FREE = frozenset(
     {"is_pinned", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_", "_local_scalar_dense", "detach_"}
 )
-Shape = tuple[int, ...]
+OperatorShape = tuple[int, ...]
 
 
 class FakeDevice(PhasedMode):
@@ -29,7 +29,7 @@ class FakeDevice(PhasedMode):
 
     as_gpu: whether memory is rounded up as on a GPU. most: what ranks find as the largest of their whole numbers, which
     this rank cannot know of the others; the engine asks for one such number. operators: {(phase, operator, shape,
-    dtype): Count}; the shape is that of `shape_of`. collectives: in the order of the calls. calls: operators that the
+    dtype): Count}; the shape: see `operator_shape`. collectives: in the order of the calls. calls: operators that the
     host called, views too, by phase. flops: of products and attention, by phase. flops_before: of each collective, its
     phase's until then. Notes are taken between `begin` and the end.
     """
@@ -38,7 +38,7 @@ class FakeDevice(PhasedMode):
         super().__init__()
         self._most = most
         self.allocations = AllocationLog(512 if as_gpu else 1)
-        self.operators: dict[tuple[str, str, Shape, str], Count] = {}
+        self.operators: dict[tuple[str, str, OperatorShape, str], Count] = {}
         self.collectives: list[Collective] = []
         self.calls: dict[str, int] = {}
         self.flops: dict[str, int] = {}
@@ -68,7 +68,7 @@ class FakeDevice(PhasedMode):
             count = count_operator(func, args, kwargs, output)
             if count is not None:
                 name = short_name(func)
-                shape, dtype, flops = shape_of(name, func, args, kwargs)
+                shape, dtype, flops = operator_shape(name, func, args, kwargs)
                 if flops:
                     count = count._replace(flops=flops)
                 self.flops[self._phase] = self.flops.get(self._phase, 0) + count.flops
@@ -92,7 +92,9 @@ class FakeDevice(PhasedMode):
         return output
 
 
-def shape_of(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Shape, str, int]:
+def operator_shape(
+    name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[OperatorShape, str, int]:
     """Return what decides an operator's speed: its sizes and its dtype; and the operations of attention, else 0.
 
     Sizes: of a product (batch, m, k, n); of attention (segments, longest queries, longest keys, heads, width of a head,
@@ -114,7 +116,7 @@ def shape_of(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _attention(
     name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: str
-) -> tuple[Shape, str, int]:
+) -> tuple[OperatorShape, str, int]:
     """Return sizes, dtype and operations of attention over packed segments, or over equally long ones."""
     named = {
         argument.name: args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)

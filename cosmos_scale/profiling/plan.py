@@ -43,7 +43,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """Operations of a step and rank. needed: by student, teacher and loss. executed: with what is computed again."""
 
     student: int
@@ -84,7 +84,7 @@ class Plan:
     cluster: Cluster
     counts: Counts
     largest: dict[int, int | None]
-    work: Work
+    work: StepWork
 
     @property
     def free(self) -> float:
@@ -127,12 +127,12 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     return Plan(config, cluster, counts, largest, count_work(config, counts))
 
 
-def count_work(config: RunConfig, counts: Counts) -> Work:
+def count_work(config: RunConfig, counts: Counts) -> StepWork:
     """Return the operations of a counted step."""
     batch = planned_batch(config, planned_lengths(config, counts.samples), META)
     executed = sum(found.flops for found in counts.operators)
     parts = (student_flops(batch, config), teacher_flops(batch, config), loss_flops(batch, config, counts.world_size))
-    return Work(*parts, executed)
+    return StepWork(*parts, executed)
 
 
 def states_of(parts: Iterable[tuple[str, int]]) -> int:
