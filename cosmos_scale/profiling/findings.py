@@ -40,7 +40,7 @@ def _data_wait(record: ProfileRecord) -> Iterator[Finding]:
     wait, loader = _ms(record, "data"), record["loader"]
     needed, workers = loader["cores_needed"], loader["workers"]
     share = loader["cores"] / loader["ranks_on_host"]
-    has = f"the loader needs {needed:.1f} cores a rank for {loader['ms_per_sample']:.1f} ms a sample"
+    has = f"the loader needs {needed:.2f} cores a rank for {loader['ms_per_sample']:.1f} ms a sample"
     if workers == 0:
         if share > 1:
             yield Finding(f"the training process loads its batches itself; {has}", "data.workers=1", wait)
@@ -71,6 +71,14 @@ def _slow_ranks(record: ProfileRecord) -> Iterator[Finding]:
             rank = phase["rank_max"]
             text = f"rank {rank} on host {record['hosts'][rank]} takes {phase['rank_max_ms']:.1f} ms for: "
             yield Finding(f"{text}{phase['label']}; the mean of the ranks is {median:.1f}", None, beyond)
+
+
+def _late_ranks(record: ProfileRecord) -> Iterator[Finding]:
+    """The loss's first collectives come after the forward: they last as long as the latest rank needs."""
+    rows = [row for row in record["collectives"] if row["phase"] in ("ranks", "loss") and row["mbytes"] is not None]
+    waited = sum(row["exposed_ms"] or 0.0 for row in rows if row["mbytes"] < SMALL_MB)
+    text = f"ranks wait {waited:.1f} ms for each other before and in the loss, in messages of a few kB: some come late"
+    yield Finding(text, None, waited)
 
 
 def _reduction(record: ProfileRecord) -> Iterator[Finding]:
@@ -161,6 +169,7 @@ def _allocator(record: ProfileRecord) -> Iterator[Finding]:
 _RULES: tuple[Callable[[ProfileRecord], Iterator[Finding]], ...] = (
     _data_wait,
     _slow_ranks,
+    _late_ranks,
     _reduction,
     _refresh,
     _gathered_weights,

@@ -48,6 +48,7 @@ def rank_profile(*, on_gpu: bool = True, **changed: float) -> RankProfile:
         top=[TopWork("sm90_xmma_gemm_bf16", "backward", 30.0, 24.0, 0.3)],
         collectives=[
             CollectiveTimes("backward", "reduce_scatter", 9.0, 67.7, 0.85, 70.0, 7.0),
+            CollectiveTimes("loss", "all_gather", 1.0, 0.05, 5.0, 0.01, 5.0),
             CollectiveTimes("student", "all_gather", 12.0, 20.0, 0.5, 35.0, 4.0),
             CollectiveTimes("update", "all_gather", 200.0, 0.01, 0.05, 0.2, 9.0),
         ],

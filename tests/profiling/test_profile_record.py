@@ -98,6 +98,7 @@ def test_findings_name_ranks_and_lines() -> None:
     texts = [finding["text"] for finding in record_of([rank_profile(), rank_profile(data=12.0)])["findings"]]
     assert any(text.startswith("rank 1 on host a takes 12.0 ms for: wait for data") for text in texts)
     assert any("cosmos_scale/engine/optimizer.py:77" in text for text in texts)
+    assert any(text.startswith("ranks wait 5.0 ms for each other") for text in texts)
     assert any(text.startswith("update: 200 small collectives (all_gather, 10.0 kB each)") for text in texts)
 
 
