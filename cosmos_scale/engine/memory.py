@@ -132,8 +132,7 @@ def gradients_in_flight(model: CosmosModel, config: RunConfig, world_size: int) 
         bucket = min(sum(tensors), max(gradient_bucket(sum(tensors)), *tensors))
         return bucket * (low + (traffic if traffic != low else 0))
     # Some buckets travel while one is copied from its gradients; these shards are there already.
-    totals: list[int] = [sum(weight.numel() for weight in group["params"]) for group in groups]
-    buckets = sorted(totals, reverse=True)
+    buckets: list[int] = sorted((sum(weight.numel() for weight in group["params"]) for group in groups), reverse=True)
     return traffic * sum(buckets[: MOST_IN_FLIGHT + 1]) + low * buckets[0]
 
 

@@ -29,7 +29,7 @@ class FakeDevice(PhasedMode):
 
     as_gpu: whether memory is rounded up as on a GPU. most: what ranks find as the largest of their whole numbers, which
     this rank cannot know of the others; the engine asks for one such number. operators: {(phase, operator, shape,
-    dtype): Count}; the shape: see `operator_shape`. collectives: in the order of the calls. calls: operators that the
+    dtype): Count}; the shape is of `operator_shape`. collectives: in the order of the calls. calls: operators that the
     host called, views too, by phase. flops: of products and attention, by phase. flops_before: of each collective, its
     phase's until then. Notes are taken between `begin` and the end.
     """
@@ -144,7 +144,7 @@ def _computes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return True
     if kwargs.get("device") == META:
         return True
-    if func.namespace != "aten":
+    if func.namespace != "aten" or func._overloadname == "dtype":  # a product of another dtype: only GPUs have it
         return False
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(tensor.device.type != "cpu" for tensor in tensors):

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.profiling.counts import Counts, counts_of_json
 
 MINUTES = 20  # of a process, at most; at stage 3 and 1,024 ranks DeepSpeed itself takes one or two for a count
+_ERROR = re.compile(r"[\w.]+Error: ")
 # What a launcher may have set for this process is not for the process that counts.
 _OF_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"}
 
@@ -43,8 +45,9 @@ def count_runs(runs: Sequence[tuple[RunConfig, int]], world_size: int, *, as_gpu
     except subprocess.TimeoutExpired:
         raise UserError(f"plan: counting a step of {world_size:,} ranks took over {MINUTES} minutes") from None
     if found.returncode:
-        last = found.stderr.strip().splitlines()[-1:] or [f"exit status {found.returncode}"]
-        raise UserError(f"plan: a step of {world_size:,} ranks cannot be counted: {last[0]}")
+        lines = [line.removeprefix("[rank0]: ") for line in found.stderr.strip().splitlines()]
+        errors = [line for line in lines if _ERROR.match(line)] or lines or [f"exit status {found.returncode}"]
+        raise UserError(f"plan: a step of {world_size:,} ranks cannot be counted: {errors[-1]}")
     return [counts_of_json(line) for line in found.stdout.splitlines()[-len(runs) :]]
 
 

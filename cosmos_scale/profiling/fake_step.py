@@ -40,7 +40,7 @@ def count_fake_step(config: RunConfig, ranks: Ranks, lengths_KB: Tensor, *, as_g
     """
     started = time.perf_counter()
     samples = lengths_KB.shape[1]
-    config = _on_cpu(config, ranks.world_size * samples)
+    config = _countable(config, ranks.world_size * samples, as_gpu=as_gpu)
     with META:
         model = CosmosModel(config.model)
     most = fullest_share_of_values(model, config, ranks.world_size) if layout_of(config).sharded else 0
@@ -87,9 +87,18 @@ def count_fake_step(config: RunConfig, ranks: Ranks, lengths_KB: Tensor, *, as_g
     )
 
 
-def _on_cpu(config: RunConfig, global_batch: int) -> RunConfig:
+def _countable(config: RunConfig, global_batch: int, *, as_gpu: bool) -> RunConfig:
+    """Return the config that the process here can run: on CPUs, not compiled, and with attention that it has.
+
+    All of a GPU's back ends of attention keep the same tensors; torch's is there wherever torch is. In fp32 a GPU has
+    `sdpa` alone.
+    """
+    model = config.model.model_copy(update={"compile": False})
+    if as_gpu:
+        low = config.precision != "fp32" and config.model.attention != "sdpa"
+        model = model.model_copy(update={"attention": "torch_varlen" if low else "sdpa"})
     train = config.train.model_copy(update={"global_batch": global_batch})
-    return config.model_copy(update={"device": "cpu", "train": train})
+    return config.model_copy(update={"device": "cpu", "model": model, "train": train})
 
 
 def _gradient_hook(device: FakeDevice) -> Callable[[Tensor], None]:

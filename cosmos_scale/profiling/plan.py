@@ -43,7 +43,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class StepWork:
+class StepOperations:
     """Operations of a step and rank. needed: by student, teacher and loss. executed: with what is computed again."""
 
     student: int
@@ -84,7 +84,7 @@ class Plan:
     cluster: Cluster
     counts: Counts
     largest: dict[int, int | None]
-    work: StepWork
+    work: StepOperations
 
     @property
     def free(self) -> float:
@@ -112,8 +112,10 @@ class Plan:
 def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     """Count a run's step on a cluster. Takes half a minute, at stage 3 with many ranks minutes.
 
-    Raises UserError: the GPUs do not divide the batch, or the step cannot be counted.
+    Raises UserError: the GPUs do not divide the batch, the precision is fp16, or the step cannot be counted.
     """
+    if config.precision == "fp16":
+        raise UserError("precision: 'fp16', but CPUs lack it; rule: plan with bf16, whose tensors have the same bytes")
     samples = config.samples_per_rank(cluster.world_size)
     sizes = _two_sizes(samples, config.train.micro_batches)
     variants = {every: _with_recompute(config, every) for every in RECOMPUTES}
@@ -127,12 +129,12 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     return Plan(config, cluster, counts, largest, count_work(config, counts))
 
 
-def count_work(config: RunConfig, counts: Counts) -> StepWork:
+def count_work(config: RunConfig, counts: Counts) -> StepOperations:
     """Return the operations of a counted step."""
     batch = planned_batch(config, planned_lengths(config, counts.samples), META)
     executed = sum(found.flops for found in counts.operators)
     parts = (student_flops(batch, config), teacher_flops(batch, config), loss_flops(batch, config, counts.world_size))
-    return StepWork(*parts, executed)
+    return StepOperations(*parts, executed)
 
 
 def states_of(parts: Iterable[tuple[str, int]]) -> int:
