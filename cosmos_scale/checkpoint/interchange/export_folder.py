@@ -33,6 +33,8 @@ def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
             raise UserError(f"{whole_path(folder)}: is no folder; rule: name a folder for the files")
         if Path.cwd().is_relative_to(folder.resolve()):  # another folder takes its place
             raise UserError(f"{whole_path(folder)}: the current folder lies in it; rule: name another folder")
+        if os.path.ismount(folder.resolve()):
+            raise UserError(f"{whole_path(folder)}: a disk is mounted there; rule: name a folder in it")
         present = sorted(os.listdir(folder))
     if not present:
         return
