@@ -108,5 +108,6 @@ def _refused_pickle(said: str) -> str:
 
 
 def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160].rstrip(" .") if lines else type(error).__name__
+    """Return the first sentence: the others of torch are advice that does not help here."""
+    lines = re.split(r"\n|\. ", str(error).strip())
+    return lines[0][:160].rstrip(" .") or type(error).__name__

@@ -150,6 +150,14 @@ def with_nan(tensor: Tensor) -> Tensor:
         (lambda: {"epoch": 3, "teacher": state_of(1)}, "found a COSMOS checkpoint without a student, with a teacher"),
         (lambda: {"epoch": 3, "optimizer": {}}, "found a dict of epoch, optimizer, without tensors"),
         (dict, "found an empty dict, without tensors"),
+        (lambda: {"student": {}, "teacher": {}}, "found a dict of student, teacher, without tensors"),
+        (
+            lambda: {"student": state_of(1), "teacher": towers(state_of(2))},
+            "found a student and a teacher of different models: they differ in distill_logit_scale",
+        ),
+        (lambda: prefixed("module.") | towers(state_of(1)), "found two tensors for positional_embedding, with a"),
+        (lambda: prefixed("text.") | towers(state_of(1)), "found two tensors for positional_embedding, with a"),
+        (lambda: prefixed("_orig_mod."), "found no CLIP model, but tensors such as _orig_mod.positional_embedding"),
         (lambda: [torch.zeros(1)], "found a list, not a dict of tensors"),
         (lambda: {"base_model.model.visual.lora_A.weight": torch.zeros(1)}, "found a LoRA, which changes a model"),
         (
@@ -169,6 +177,10 @@ def with_nan(tensor: Tensor) -> Tensor:
 def test_contents_that_are_no_model_of_ours(tmp_path: Path, content: Callable[[], Any], said: str) -> None:
     torch.save(content(), tmp_path / "bad.pt")
     refused(tmp_path / "bad.pt", said)
+
+
+def prefixed(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in towers(state_of(2)).items()}
 
 
 def without(name: str) -> dict[str, Tensor]:
