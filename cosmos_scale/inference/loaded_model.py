@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from cosmos_scale.checkpoint.interchange.reading import find_model
 from cosmos_scale.checkpoint.interchange.weights import Activation, Which
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
@@ -23,7 +24,7 @@ from cosmos_scale.evaluation.attention_maps import (
     word_weights,
 )
 from cosmos_scale.evaluation.evaluator import Encoder, one_process
-from cosmos_scale.evaluation.loading import find_model, load_encoder, models_of
+from cosmos_scale.evaluation.loading import load_encoder, models_of
 from cosmos_scale.evaluation.prompts.texts import DEFAULT_TEMPLATES, Names, imagenet_templates
 from cosmos_scale.evaluation.segmentation.segmenter import encode_queries, segment, usual_recipe
 from cosmos_scale.evaluation.text_weights import text_weights
