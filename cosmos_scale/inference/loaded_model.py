@@ -226,8 +226,9 @@ def load(
 
     checkpoint: a run's folder (its newest checkpoint counts) or one of its step-N folders; or a public checkpoint: a
     COSMOS .pt, weights or a folder of OpenCLIP, a folder of Hugging Face's CLIPModel. which: the teacher, which is the
-    one to use after training, or the student; without meaning where there is one model. device: auto (CUDA where there
-    is a device), cpu, cuda or cuda:N. activation: of public weights that do not tell theirs; warns of what is assumed.
+    one to use after training, or the student, which is the default of `convert` and `eval`; without meaning where there
+    is one model. device: auto (CUDA where there is a device), cpu, cuda or cuda:N. activation: of public weights that
+    do not tell theirs; warns of what is assumed.
     Raises UserError where there is no such checkpoint or device.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
