@@ -46,7 +46,8 @@ def record_steps(
     """Take `skip + steps` steps, and return the trace of the last ones; the first ones warm the profiler up.
 
     settle: waits for all that steps have begun. torch's profiler breaks, and the process with it, where a collective of
-    gloo begins in one recording and ends outside of it. detailed: with shapes and Python's stack, in which steps are far slower; else with memory.
+    gloo begins in one recording and ends outside of it. detailed: with shapes and Python's stack, in which steps are
+    far slower; else with memory.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints each start and stop
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
