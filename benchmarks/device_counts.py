@@ -13,10 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/device_counts.py`
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.config import RunConfig
@@ -24,9 +22,10 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.flops import step_flops
-from cosmos_scale.testing.device_counts import GROUPS, META, Count, count_step, count_update, meta_batch, total
+from cosmos_scale.profiling.operators import GROUPS, META, Count, total
+from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
+from cosmos_scale.testing.device_counts import count_step, count_update
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.step_race import GLOBAL_TOKENS, LOCAL_TOKENS
 
 RUNS = {"vitb16": "cc3m_vitb16", "vitb32": "cc3m_vitb32"}
 SAMPLES = (32, 64, 256)
@@ -45,18 +44,10 @@ def case_config(run: str, samples: int, *overrides: str) -> RunConfig:
     return load_config(shipped_file(RUNS[run]), [*fixed, f"train.global_batch={samples}", *overrides])
 
 
-def caption_lengths(config: RunConfig) -> Tensor:
-    """Return the tokens of each caption [K, B], as long as real ones."""
-    captions, samples = config.data.captions, config.train.global_batch
-    bounds = [GLOBAL_TOKENS] * captions.global_count + [LOCAL_TOKENS] * (captions.count - captions.global_count)
-    generator = torch.Generator().manual_seed(0)
-    return torch.cat([torch.randint(least, most + 1, (1, samples), generator=generator) for least, most in bounds])
-
-
 def count(run: str, samples: int, engine: dict[str, dict[str, Count]], narrow: int) -> dict[str, dict[str, Count]]:
     """Return the counts of one step by phase and group. engine: of a model of `narrow` elements."""
     config = case_config(run, samples)
-    counter = count_step(config, caption_lengths(config))
+    counter = count_step(config, planned_lengths(config, samples))
     with META:
         elements = sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
     scale = elements / narrow
@@ -75,13 +66,16 @@ def block_counts(run: str, samples: int) -> dict[str, dict[str, Count]]:
     It is what one block asks for, which a tower with one block fewer does not have, times the number of blocks.
     """
     config = case_config(run, samples)
-    whole = count_step(config, caption_lengths(config))
+    whole = count_step(config, planned_lengths(config, samples))
     found = {}
     for tower, section, layers in (
         ("image", "vision", config.model.vision.layers),
         ("text", "text", config.model.text.layers),
     ):
-        fewer = count_step(case_config(run, samples, f"model.{section}.layers={layers - 1}"), caption_lengths(config))
+        fewer = count_step(
+            case_config(run, samples, f"model.{section}.layers={layers - 1}"),
+            planned_lengths(config, samples),
+        )
         found[tower] = {
             phase: Count(*(layers * (a - b) for a, b in zip(whole.of_phase(phase), fewer.of_phase(phase), strict=True)))
             for phase in ("student", "teacher", "backward")
@@ -112,7 +106,7 @@ def block_figures(run: str, samples: int) -> list[Figure]:
 def needed(run: str, samples: int) -> int:
     """Return the operations that the step needs in matrix products."""
     config = case_config(run, samples)
-    return step_flops(meta_batch(config, caption_lengths(config)), config)
+    return step_flops(planned_batch(config, planned_lengths(config, samples), META), config)
 
 
 def table_of(run: str, samples: int, phases: dict[str, dict[str, Count]]) -> Table:

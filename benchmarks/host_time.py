@@ -24,10 +24,10 @@ from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.fake_ranks import start_fake_ranks
+from cosmos_scale.profiling.operators import DeviceCounter, total
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.batches import random_batch
-from cosmos_scale.testing.device_counts import DeviceCounter, total
-from cosmos_scale.testing.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.ranks import run_ranks
 
 WORLD_SIZE = 8

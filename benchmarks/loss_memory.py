@@ -21,8 +21,8 @@ from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.cli.arguments import positive
 from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.loss.cosmos_loss import COLUMNS_AT_ONCE, CosmosLoss
+from cosmos_scale.profiling.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.allocation import peak_bytes
-from cosmos_scale.testing.fake_ranks import start_fake_ranks
 
 VIEWS, GLOBAL_VIEWS, WIDTH, RANK_SAMPLES = 8, 2, 512, 32
 SAMPLES = (16_384, 65_536, 262_144, 1_048_576)

@@ -13,9 +13,8 @@ Nothing here depends on the machine's speed. On a CPU the host's and the device'
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/memory.py`
 
@@ -30,10 +29,9 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.memory import MemoryRow, state_memory, total_bytes
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks, start_ranks
-from cosmos_scale.engine.student import Student
-from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.states import tensors_by_part
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.allocation import held_bytes, peak_bytes
 from cosmos_scale.testing.batches import random_batch
@@ -181,7 +179,10 @@ def measure(config: RunConfig, ranks: Ranks) -> Measured:
     del features, gradients
     held = {place: nbytes for place, nbytes in _storages().items() if place not in others}
     parts: dict[str, int] = {}
-    named = _named(student, teacher)
+    named: dict[int, str] = {}
+    for part, tensors in tensors_by_part(student, teacher).items():
+        for tensor in tensors:
+            named.setdefault(tensor.untyped_storage().data_ptr(), part)
     for place, nbytes in held.items():
         part = named.get(place, "buffers")
         parts[part] = parts.get(part, 0) + nbytes
@@ -201,39 +202,6 @@ def _storages() -> dict[int, int]:
                 if storage.nbytes():
                     found[storage.data_ptr()] = storage.nbytes()
     return found
-
-
-def _named(student: Student, teacher: Teacher) -> dict[int, str]:
-    """Return the part that each known piece of memory belongs to, by address; of parts that share memory the first."""
-    wrapper = student.layout.engine.optimizer
-    shards = [shard for group in student.optimizer.shards for shard in group]
-    states = [student.optimizer.state[shard] for shard in shards]
-    weights, teachers = list(student.model.parameters()), list(teacher.model.parameters())
-    averaged = [gradient for group in _values(wrapper, "averaged_gradients") for gradient in group or ()]
-    flat = getattr(wrapper, "grad_partitions_flat_buffer", None)
-    parts: dict[str, Iterable[Tensor | None]] = {
-        "average": [state["ema"] for state in states],
-        "moments": [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")],
-        "weights": [*weights, *_sharded(weights)],
-        "masters": shards,
-        "teacher": [*teachers, *_sharded(teachers)],
-        "gradients": [*(tensor.grad for tensor in (*weights, *shards)), *averaged, flat],
-    }
-    named: dict[int, str] = {}
-    for part, tensors in parts.items():
-        for tensor in tensors:
-            if tensor is not None:
-                named.setdefault(tensor.untyped_storage().data_ptr(), part)
-    return named
-
-
-def _values(wrapper: Any, name: str) -> Iterator[Any]:
-    yield from getattr(wrapper, name, {}).values()
-
-
-def _sharded(parameters: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield this rank's parts of parameters, which DeepSpeed keeps beside the parameters at stage 3."""
-    return (parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor"))
 
 
 def main() -> int:

@@ -21,14 +21,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.device_counts import NARROW, RUNS, STEP_PHASES, caption_lengths, case_config, count
+from benchmarks.device_counts import NARROW, RUNS, STEP_PHASES, case_config, count
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
 from cosmos_scale.config import RunConfig
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.collectives import Collective
 from cosmos_scale.profiling.flops import Tokens, loss_flops, step_flops, student_tokens, teacher_tokens, visible_pairs
-from cosmos_scale.testing.device_counts import META, Count, count_update, meta_batch, total
+from cosmos_scale.profiling.operators import META, Count, total
+from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
+from cosmos_scale.testing.device_counts import count_update
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.traffic import Collective, count_losses, count_traffic
+from cosmos_scale.testing.traffic import count_losses, count_traffic
 
 NODE = 8  # GPUs
 GPUS = (8, 64, 256, 1024)
@@ -175,7 +178,7 @@ def _seconds(collective: Collective, chip: Chip, gpus: int, assumed: Assumed) ->
 
 def attention_flops(config: RunConfig, lengths_KB: torch.Tensor) -> int:
     """Return the operations of attention's products: 2 forward, 5 backward, each 2 L^2 D, half of it where causal."""
-    batch, model = meta_batch(config, lengths_KB), config.model
+    batch, model = planned_batch(config, lengths_KB, META), config.model
 
     def forward(tokens: Tokens, width: int, layers: int, *, causal: bool) -> int:
         return 4 * width * layers * int(visible_pairs(tokens.lengths, causal=causal).sum())
@@ -197,12 +200,12 @@ def count_work(run: str, samples: int) -> StepWork:
     (losses,) = run_ranks(count_losses, 1, config, GPUS, timeout=300.0)
     with META:
         elements = sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
-    batch = meta_batch(config, caption_lengths(config))
+    batch = planned_batch(config, planned_lengths(config, samples), META)
     loss = loss_flops(batch, config)
     return StepWork(
         phases={phase: groups for phase, groups in count(run, samples, engine, narrow).items() if phase != "loss"},
         losses=dict(zip(GPUS, losses, strict=True)),
-        attention=attention_flops(config, caption_lengths(config)),
+        attention=attention_flops(config, planned_lengths(config, samples)),
         needed_loss=loss,
         needed=step_flops(batch, config) - loss,
         # What travels beside the loss is weights and gradients.

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 from benchmarks.host_time import WORLD_SIZE, narrow_config, trainer_step
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.phases import listening, phase
+from cosmos_scale.profiling.fake_ranks import start_fake_ranks
 from cosmos_scale.profiling.step_clock import StepClock
-from cosmos_scale.testing.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.ranks import run_ranks
 
 STAGE, WARM_UP, STEPS, PHASES = 1, 4, 40, 20_000

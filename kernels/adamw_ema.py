@@ -4,16 +4,16 @@ On a GPU a Triton kernel does it in one pass over a list of shards (`triton_adam
 do it. Both take the same steps in the same order, so results agree to some units in the last place.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# Kinds of devices that the Triton kernels serve. "meta": tensors without memory, for counts.
-FUSED_DEVICES = frozenset({"cuda", "meta"})
+from cosmos_scale.kernels.serving import has_triton, like_gpu
+
+# Kinds of devices that the Triton kernels serve; also those whose tensors stand for a GPU's, see serving.py.
+FUSED_DEVICES = frozenset({"cuda"})
 NORM_PIECE = 2**14  # elements
 
 
@@ -124,7 +124,7 @@ def squared_norm(gradients: Sequence[Tensor], *, triton: bool = True) -> Tensor:
         ]
         return torch.cat(partials).sum() if len(partials) > 1 else partials[0].sum()
     pieces = list(gradients)
-    if pieces[0].device.type == "cpu":
+    if not like_gpu(pieces[0].device):
         # There the squares of a tensor are added up one after another in float32: digits are lost in large tensors.
         pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(NORM_PIECE)]
     norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
@@ -133,15 +133,11 @@ def squared_norm(gradients: Sequence[Tensor], *, triton: bool = True) -> Tensor:
 
 def is_fused(tensors: Sequence[Tensor], triton: bool) -> bool:
     """Tell whether the Triton kernels serve such tensors."""
-    return triton and tensors[0].device.type in FUSED_DEVICES and _has_triton()
+    device = tensors[0].device
+    return triton and (device.type in FUSED_DEVICES or like_gpu(device)) and has_triton()
 
 
 def _of_one_dtype(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return contiguous gradients, in float32 where their dtypes differ."""
     mixed = len({gradient.dtype for gradient in gradients}) > 1
     return [gradient.float().contiguous() if mixed else gradient.contiguous() for gradient in gradients]
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

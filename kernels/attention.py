@@ -6,6 +6,7 @@ A segment is one view: a segment's queries attend to the same segment's keys onl
 import inspect
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from cosmos_scale.kernels.pointwise import side_by_side
 from cosmos_scale.kernels.segments import Segments
+from cosmos_scale.kernels.serving import stands_for_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +113,12 @@ def _trusts_dense(device: torch.device, head_size: int) -> bool:
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Return in a line why a back end cannot run here, or None where it can."""
-    if backend == "sdpa" or (backend == "dense" and device.type == "cpu"):
+    counted = stands_for_gpu(device)
+    if backend == "sdpa" or (backend == "dense" and device.type == "cpu" and not counted):
         return None
-    if backend == "dense" and device.type == "meta":
-        return "torch computes it without its kernels where tensors have no memory"
-    if (
-        device.type == "meta"
-    ):  # tensors without memory, which show what a GPU's step would do: see testing/device_counts
+    if backend == "dense" and counted:
+        return "torch computes it without its kernels where tensors stand for a GPU's"
+    if counted:
         function = find_function(backend)
         return function if isinstance(function, str) else None
     if device.type != "cuda":
@@ -147,6 +148,13 @@ def find_function(backend: str) -> Callable[..., Any] | str:
     A package may be there without the function: where only flash-attn 4 is installed, `flash_attn` is an empty
     namespace.
     """
+    # In a thread of its own: a package that does not load may keep its exception for good, and with it the frames of
+    # all callers. Asked for in a forward, these would hold the step's first activations (xformers 0.0.35 does so).
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_load_function, backend).result()
+
+
+def _load_function(backend: str) -> Callable[..., Any] | str:
     try:
         if backend == "flash_attn_4":
             from flash_attn.cute import flash_attn_varlen_func as function

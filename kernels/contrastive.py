@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cosmos_scale.kernels.serving import serves
+from cosmos_scale.kernels.serving import like_gpu, serves
 
 # Elements of a block of logits: 16 MiB in float32, small beside activations and large enough for a GPU's matmul.
 BLOCK_ELEMENTS = 2**22
@@ -268,7 +268,7 @@ def arithmetic_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
 
 def _factors_dtype(rows: Tensor, columns: Tensor) -> torch.dtype:
     """The dtype in which features are multiplied: their own where a GPU adds up in float32 what has low precision."""
-    low = rows.dtype == columns.dtype and rows.dtype in LOW_DTYPES and rows.device.type != "cpu"
+    low = rows.dtype == columns.dtype and rows.dtype in LOW_DTYPES and like_gpu(rows.device)
     return rows.dtype if low and SUMS_IN_FLOAT32 else arithmetic_dtype(rows, columns)
 
 

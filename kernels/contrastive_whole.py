@@ -17,6 +17,7 @@ from cosmos_scale.kernels.contrastive import (
     share_of_loss,
     sizes_of,
 )
+from cosmos_scale.kernels.serving import like_gpu
 
 # `whole_batch` takes pairs of this many logits or more one by one. With fewer, launching operations takes most of the
 # time, so that many pairs at once are faster.
@@ -47,7 +48,7 @@ def whole_batch(
     _, B, _, G = sizes_of(rows, columns, scale)
     if B != G:
         raise ValueError(f"rows {list(rows.shape)} must be all rows: as many as columns {list(columns.shape)}")
-    if rows.device.type == "cpu" and pair_elements <= B**2 <= block_elements:
+    if not like_gpu(rows.device) and pair_elements <= B**2 <= block_elements:
         return _pair_by_pair(rows, columns, scale, weights, column_gradients)
     partials = forward_partials(rows, columns, scale, first_row=0, triton=triton, block_elements=block_elements)
     gradients = backward(

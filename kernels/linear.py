@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cosmos_scale.kernels.serving import like_gpu
+
 # With fewer multiplications oneDNN is no faster. It also prepares each new shape once, which takes some milliseconds.
 LEAST_WORK = 2**27
 
@@ -75,6 +77,7 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, steady: boo
 def _gains(x_TI: Tensor, weight_OI: Tensor) -> bool:
     return (
         x_TI.device.type == "cpu"
+        and not like_gpu(x_TI.device)
         and x_TI.dtype == weight_OI.dtype == torch.float32
         and x_TI.dim() == 2
         and x_TI.shape[0] * weight_OI.numel() >= LEAST_WORK

@@ -4,12 +4,12 @@ A level is looked up in a table of the 256 normalised values of its channel. So 
 device, to the last bit. On a GPU the kernel of `triton_patches.py` reads the levels and writes the rows in one pass.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from cosmos_scale.kernels.serving import has_triton, like_gpu
 
 LEVELS = 256
 PIECE = 2**18  # values that a CPU looks up at a time
@@ -55,7 +55,7 @@ def normalised_patches(crops: Sequence[Tensor], size: int, values: Tensor, *, tr
 def _write(rows: Tensor, images_BCHW: Tensor, values: Tensor, size: int) -> None:
     first_C11 = LEVELS * torch.arange(values.shape[0], dtype=torch.int32, device=values.device)[:, None, None]
     # On a CPU a few crops at a time, whose places stay in its caches; a GPU would launch more kernels.
-    piece = max(1, PIECE // images_BCHW[0].numel()) if values.device.type == "cpu" else len(images_BCHW)
+    piece = max(1, PIECE // images_BCHW[0].numel()) if not like_gpu(values.device) else len(images_BCHW)
     pieces = images_BCHW.split(piece)
     for images, into in zip(pieces, rows.split(len(rows) * piece // len(images_BCHW)), strict=True):
         places = cut_patches(images.to(torch.int32).add_(first_C11), size)
@@ -69,10 +69,5 @@ def _write_fused(rows: Tensor, images_BCHW: Tensor, values: Tensor, size: int) -
 
 
 def _is_fused(values: Tensor) -> bool:
-    """Tell whether the Triton kernel serves: on a GPU, or on "meta" for counts."""
-    return (values.is_cuda or values.is_meta) and _has_triton()
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Tell whether the Triton kernel serves: on a GPU, or where tensors stand for a GPU's."""
+    return like_gpu(values.device) and has_triton()

@@ -13,7 +13,7 @@ from cosmos_scale.cli.output import lasting_output
 if TYPE_CHECKING:  # functions import it, so that --help need not wait
     from cosmos_scale.config import RunConfig
     from cosmos_scale.profile import ProfilePlan
-    from cosmos_scale.profiling.profile_record import Record
+    from cosmos_scale.profiling.profile_record import ProfileRecord
     from cosmos_scale.profiling.rank_profile import RankProfile
 
 FOLDER = "profile"  # in the run's folder
@@ -99,7 +99,7 @@ def _report(
     workers: int,
     plan: "ProfilePlan",
     compare: Path | None,
-    before: "Record | None",
+    before: "ProfileRecord | None",
 ) -> None:
     """Print what all ranks have measured, and write it. workers: loader processes of a rank."""
     from cosmos_scale.profiling.findings import findings

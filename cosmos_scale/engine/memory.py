@@ -14,7 +14,7 @@ Masters take nothing in fp32 at stages 0 to 2: they are the weights themselves. 
 a rank holds the whole average (stage 0, and one process up to stage 2): the teacher is the average itself. With
 `zero.offload` the masters, the moments, the average and the masters' gradients lie on the host. The table holds between
 backward and update. During the backward, stages 1 and 2 hold the gradients of a few buckets where there are several
-ranks. But stage 1 holds whole float32 gradients where micro-batches add up.
+ranks: see `gradients_in_flight`. But stage 1 holds whole float32 gradients where micro-batches add up.
 """
 
 import math
@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.deepspeed_config import gradient_bucket
+from cosmos_scale.engine.gradients import MOST_IN_FLIGHT
 from cosmos_scale.engine.optimizer import build_optimizer
 from cosmos_scale.engine.zero import (
     PERSISTENT_WEIGHTS,
@@ -80,10 +81,60 @@ def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list
     formulas |= {ShardedStates: _sharded_states, OffloadedStates: _sharded_states}
     rows = formulas[layout](sizes, config)
     if layout.sharded and world_size > 1 and not exact:
-        # Those of student and teacher, what ranks gather, and in which order the values lie in it; see full_values.py.
+        # Those of student and teacher, and in which order the values lie in what ranks gather; see full_values.py.
         values = 2 * sum(weight.numel() for norm in model.norms().values() for weight in norm.parameters())
-        rows.append(MemoryRow("buffers", "norms' gains and offsets in fp32", 4 + 4 + 4, values))
+        rows.append(MemoryRow("buffers", "norms' gains and offsets in fp32", 4 + 4, values))
+        gathered = world_size * fullest_share_of_values(model, config, world_size)
+        rows.append(MemoryRow("buffers", "what ranks gather of them", 4, gathered))
     return rows
+
+
+def fullest_share_of_values(model: CosmosModel, config: RunConfig, world_size: int) -> int:
+    """Return how many of the float32 values of full_values.py the rank holds that holds most; each rank gives as many.
+
+    model: as for `state_memory`. At stages 1 to 3.
+    """
+    copies = {id(scale): 1 for scale in (model.logit_scale, model.distill_logit_scale)}
+    if config.precision != "fp32":  # masters and averages
+        copies |= {id(weight): 2 for norm in model.norms().values() for weight in norm.parameters()}
+    layout = layout_of(config)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
+    held = [0] * world_size
+    for group in layout.optimizer_groups(optimizer.param_groups, model, world_size):
+        sizes = [weight.numel() for weight in group["params"]]
+        share, place = _flat_size(sizes, world_size) // world_size, 0
+        for weight, size in zip(group["params"], sizes, strict=True):
+            part = math.ceil(size / world_size) if layout is ShardedWeights else share
+            start = 0 if layout is ShardedWeights else place
+            for rank in range(start // part, math.ceil((start + size) / part)) if id(weight) in copies else ():
+                inside = min(start + size, (rank + 1) * part) - max(start, rank * part)
+                held[rank] += copies[id(weight)] * inside
+            place += size
+    return max(held)
+
+
+def gradients_in_flight(model: CosmosModel, config: RunConfig, world_size: int) -> int:
+    """Return how many bytes of gradients a rank holds at most in the backward, beside the rows of `state_memory`.
+
+    model: as for `state_memory`. At stages 0 to 2, on the device. Where a process is alone nothing is in flight. At
+    stage 3 DeepSpeed decides how many weights it holds gathered, and there is no formula.
+    """
+    layout = layout_of(config)
+    if world_size == 1 or layout in (ShardedWeights, OffloadedStates):
+        return 0
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
+    groups = layout.optimizer_groups(optimizer.param_groups, model, world_size)
+    traffic = 2 if config.zero.gradient_dtype == "bf16" else 4
+    low = 4 if config.precision == "fp32" else 2
+    if layout is Unsharded:
+        # DeepSpeed fills a bucket until it is over its limit, copies it flat, and once more in the traffic's dtype.
+        tensors: list[int] = [weight.numel() for group in groups for weight in group["params"]]
+        bucket = min(sum(tensors), max(gradient_bucket(sum(tensors)), *tensors))
+        return bucket * (low + (traffic if traffic != low else 0))
+    # Some buckets travel while one is copied from its gradients; these shards are there already.
+    totals: list[int] = [sum(weight.numel() for weight in group["params"]) for group in groups]
+    buckets = sorted(totals, reverse=True)
+    return traffic * sum(buckets[: MOST_IN_FLIGHT + 1]) + low * buckets[0]
 
 
 def total_bytes(rows: list[MemoryRow], *, on_host: bool | None = None) -> int:
@@ -119,8 +170,7 @@ def _sharded_states(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
         MemoryRow("teacher", "the average itself" if is_average else "whole", teacher, sizes.elements),
     ]
     # Each group is padded, so that its shares are equal. Weights and teacher hold all padding, a shard holds its part.
-    alignment = FLAT_ALIGNMENT * W
-    flats = [math.ceil(sum(group) / alignment) * alignment for group in sizes.groups]
+    flats = [_flat_size(group, W) for group in sizes.groups]
     padding, masters = sum(flats) - sizes.elements, 0 if are_weights else 4
     rows.append(MemoryRow("padding", "of whole flat groups", low + teacher, padding))
     rows.append(MemoryRow("padding", "of shards", 4 + masters + 8 + 4, padding // W))
@@ -146,7 +196,8 @@ def _sharded_weights(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
     low, host, W = sizes.low, config.zero.offload, sizes.world_size
     tensors = [elements for group in sizes.groups for elements in group]
     # With one process a rank's share is the whole tensor already.
-    persistent = sum(tensor for tensor in tensors if tensor < PERSISTENT_WEIGHTS) if W > 1 else 0
+    # These are padded too: a rank's share of a tensor is as large as the others'.
+    persistent = sum(math.ceil(tensor / W) * W for tensor in tensors if tensor < PERSISTENT_WEIGHTS) if W > 1 else 0
     padding = sum(math.ceil(tensor / W) for tensor in tensors) - sizes.share
     rows = [
         MemoryRow("weights", "shard", low, sizes.share),
@@ -163,6 +214,12 @@ def _sharded_weights(sizes: _Sizes, config: RunConfig) -> list[MemoryRow]:
     if host:
         rows.append(MemoryRow("gradients", "masters'", 4, sizes.share, True))
     return rows
+
+
+def _flat_size(group: list[int], world_size: int) -> int:
+    """Return the elements of a flat group of the optimizer at stages 1 and 2, with its padding."""
+    alignment = FLAT_ALIGNMENT * world_size
+    return math.ceil(sum(group) / alignment) * alignment
 
 
 def _beyond_share(tensors: list[int], share: int, rank: int) -> int:

@@ -302,8 +302,9 @@ class ShardedWeights(_Sharded):
 
     @override
     def _share_weights(self) -> None:
-        if self._wrapper.persistent_parameters:  # small parameters, which stay gathered on every rank
-            self._wrapper.persistent_parameters[0].all_gather(self._wrapper.persistent_parameters)
+        kept = self._wrapper.persistent_parameters  # small parameters, which stay gathered on every rank
+        if kept:  # in one all-gather: `all_gather` has one for each parameter
+            kept[0].all_gather_coalesced(kept).wait()
 
     @override
     def publish(self) -> None:

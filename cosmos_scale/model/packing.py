@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.kernels.segments import Segments, to_device
+from cosmos_scale.kernels.serving import like_gpu
 
 Integers = npt.NDArray[np.int64]
 
@@ -53,7 +54,7 @@ def token_multiple(wanted: int | None, device: torch.device) -> int:
     """
     if wanted is not None:
         return wanted
-    return 1 if device.type == "cpu" else 256
+    return 256 if like_gpu(device) else 1
 
 
 @cache  # kept for good: a CUDA graph reads them, and there are few

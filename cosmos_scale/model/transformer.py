@@ -18,7 +18,7 @@ from cosmos_scale.kernels.linear import linear
 from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
 from cosmos_scale.kernels.quick_gelu import quick_gelu
 from cosmos_scale.kernels.segments import Segments
-from cosmos_scale.kernels.serving import serves
+from cosmos_scale.kernels.serving import like_gpu, serves
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -101,7 +101,7 @@ class LayerNorm(nn.LayerNorm):
         if self.served(x):
             total, normed = add_norm(x, update, bias_D, self.weight, self.bias, self.eps, self.values)
             return (total, normed) if with_sum else normed
-        if self.values is None or x.device.type != "cpu":
+        if self.values is None or like_gpu(x.device):
             return super().forward(x)
         gain_D, offset_D = map(_ReadInstead.apply, (self.weight, self.bias), self.values)
         return functional.layer_norm(x, self.normalized_shape, gain_D, offset_D, self.eps)

@@ -32,7 +32,7 @@ from cosmos_scale.model.packing import filling_lengths, token_multiple
 from cosmos_scale.profiling.flops import (
     ONE_FACTOR_DATA,
     WITH_BACKWARD,
-    Counts,
+    TokenCounts,
     Tokens,
     pairs_of_views,
     pixels,
@@ -178,7 +178,7 @@ class _Tower(NamedTuple):
 
 
 def _blocks(
-    tower: _Tower, lengths: Counts, read: int, recompute: int, config: RunConfig, where: StepDevice
+    tower: _Tower, lengths: TokenCounts, read: int, recompute: int, config: RunConfig, where: StepDevice
 ) -> ForwardFlops:
     """Return the work of a tower's blocks; lengths: of all segments as packed. read: tokens after the last block."""
     square, tokens = 2 * tower.width**2, int(lengths.sum())
@@ -210,7 +210,7 @@ def _poolers(crops: Tokens, captions: Tokens, samples: int, config: RunConfig, w
     return work
 
 
-def _attention(tower: _Tower, queries: Counts, keys: Counts, config: RunConfig, where: StepDevice) -> int:
+def _attention(tower: _Tower, queries: TokenCounts, keys: TokenCounts, config: RunConfig, where: StepDevice) -> int:
     """Return the operations of both products of a block's attention, over the pairs that the back end computes."""
     runs = 1 + np.count_nonzero(np.diff(queries) | np.diff(keys))
     even = runs <= MOST_RUNS and (config.model.attention == "dense" or where.device.type == "cuda")

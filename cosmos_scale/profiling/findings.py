@@ -6,7 +6,7 @@ A gain is the time that the change could take away at most. It is no promise: wh
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from cosmos_scale.profiling.profile_record import Record
+from cosmos_scale.profiling.profile_record import ProfileRecord
 from cosmos_scale.words import counted
 
 WORTH = 0.02  # of a step: smaller gains are not told
@@ -24,7 +24,7 @@ class Finding(NamedTuple):
     gain_ms: float | None
 
 
-def findings(record: Record) -> list[Record]:
+def findings(record: ProfileRecord) -> list[ProfileRecord]:
     """Return what a profile shows, the largest gain first, as profile.json holds it."""
     step = record["step_ms"]["median"]
     found = [finding for rule in _RULES for finding in rule(record)]
@@ -36,7 +36,7 @@ def findings(record: Record) -> list[Record]:
     ]
 
 
-def _data_wait(record: Record) -> Iterator[Finding]:
+def _data_wait(record: ProfileRecord) -> Iterator[Finding]:
     wait, loader = _ms(record, "data"), record["loader"]
     needed, workers = loader["cores_needed"], loader["workers"]
     share = loader["cores"] / loader["ranks_on_host"]
@@ -59,7 +59,7 @@ def _data_wait(record: Record) -> Iterator[Finding]:
         )
 
 
-def _slow_ranks(record: Record) -> Iterator[Finding]:
+def _slow_ranks(record: ProfileRecord) -> Iterator[Finding]:
     if record["world_size"] == 1:
         return
     for phase in record["phases"]:
@@ -73,7 +73,7 @@ def _slow_ranks(record: Record) -> Iterator[Finding]:
             yield Finding(f"{text}{phase['label']}; the mean of the ranks is {median:.1f}", None, beyond)
 
 
-def _late_ranks(record: Record) -> Iterator[Finding]:
+def _late_ranks(record: ProfileRecord) -> Iterator[Finding]:
     """The loss's first collectives come after the forward: they last as long as the latest rank needs."""
     rows = [row for row in record["collectives"] if row["phase"] in ("ranks", "loss") and row["mbytes"] is not None]
     waited = sum(row["exposed_ms"] or 0.0 for row in rows if row["mbytes"] < SMALL_MB)
@@ -81,7 +81,7 @@ def _late_ranks(record: Record) -> Iterator[Finding]:
     yield Finding(text, None, waited)
 
 
-def _reduction(record: Record) -> Iterator[Finding]:
+def _reduction(record: ProfileRecord) -> Iterator[Finding]:
     backward = next((phase for phase in record["phases"] if phase["name"] == "backward"), None)
     exposed = sum(part["device_ms"]["median"] for part in backward["parts"]) if backward else 0.0
     zero, train = record["config"]["zero"], record["config"]["train"]
@@ -94,13 +94,13 @@ def _reduction(record: Record) -> Iterator[Finding]:
         yield Finding(f"{text}; a larger batch a rank gives the same traffic more to hide behind", None, exposed)
 
 
-def _refresh(record: Record) -> Iterator[Finding]:
+def _refresh(record: ProfileRecord) -> Iterator[Finding]:
     yield Finding(
         "nothing hides the teacher's refresh: it is short where a rank has more work", None, _ms(record, "refresh")
     )
 
 
-def _gathered_weights(record: Record) -> Iterator[Finding]:
+def _gathered_weights(record: ProfileRecord) -> Iterator[Finding]:
     if record["config"]["zero"]["stage"] == 3:
         phases = ("student", "teacher", "backward")
         exposed = sum(row["exposed_ms"] or 0.0 for row in _collectives(record, "all_gather") if row["phase"] in phases)
@@ -108,14 +108,14 @@ def _gathered_weights(record: Record) -> Iterator[Finding]:
         yield Finding(text, "zero.stage=2", exposed)
 
 
-def _small_collectives(record: Record) -> Iterator[Finding]:
+def _small_collectives(record: ProfileRecord) -> Iterator[Finding]:
     for row in record["collectives"]:
         if row["calls"] >= MANY and row["mbytes"] is not None and row["mbytes"] < SMALL_MB:
             what = f"{row['calls']:.0f} small collectives ({row['kind']}, {1e3 * row['mbytes']:.1f} kB each)"
             yield Finding(f"{row['phase']}: {what} cost more than their bytes do", None, row["exposed_ms"])
 
 
-def _idle(record: Record) -> Iterator[Finding]:
+def _idle(record: ProfileRecord) -> Iterator[Finding]:
     idle, config = _ms(record, "idle"), record["config"]
     if not config["model"]["compile"]:
         yield Finding("the device waits for the host, which launches too slowly", "model.compile=true", idle)
@@ -125,7 +125,7 @@ def _idle(record: Record) -> Iterator[Finding]:
         yield Finding("the device waits for the host: larger batches a rank hide it", None, idle)
 
 
-def _recomputation(record: Record) -> Iterator[Finding]:
+def _recomputation(record: ProfileRecord) -> Iterator[Finding]:
     """Recomputed blocks and features of micro-batches: both cost a part of the student's forward once more."""
     train, memory = record["config"]["train"], record["memory"]
     capacity = memory["capacity_bytes"] if memory else None
@@ -144,12 +144,12 @@ def _recomputation(record: Record) -> Iterator[Finding]:
         )
 
 
-def _offload(record: Record) -> Iterator[Finding]:
+def _offload(record: ProfileRecord) -> Iterator[Finding]:
     if record["config"]["zero"]["offload"]:
         yield Finding("the host updates the weights", "zero.offload=false", _ms(record, "update"))
 
 
-def _waits(record: Record) -> Iterator[Finding]:
+def _waits(record: ProfileRecord) -> Iterator[Finding]:
     if record["device"]["type"] != "cuda":
         return
     inside = ("student", "teacher", "loss", "backward", "update", "refresh")
@@ -159,14 +159,14 @@ def _waits(record: Record) -> Iterator[Finding]:
             yield Finding(text, None, None)
 
 
-def _allocator(record: Record) -> Iterator[Finding]:
+def _allocator(record: ProfileRecord) -> Iterator[Finding]:
     if record["memory"] and record["memory"]["retries"]:
         micro = 2 * record["config"]["train"]["micro_batches"]
         text = f"the allocator ran out of memory {record['memory']['retries']} times, and gave all of its cache back"
         yield Finding(text, f"train.micro_batches={micro}", None)
 
 
-_RULES: tuple[Callable[[Record], Iterator[Finding]], ...] = (
+_RULES: tuple[Callable[[ProfileRecord], Iterator[Finding]], ...] = (
     _data_wait,
     _slow_ranks,
     _late_ranks,
@@ -182,9 +182,9 @@ _RULES: tuple[Callable[[Record], Iterator[Finding]], ...] = (
 )
 
 
-def _collectives(record: Record, kind: str) -> list[Record]:
+def _collectives(record: ProfileRecord, kind: str) -> list[ProfileRecord]:
     return [row for row in record["collectives"] if row["kind"] == kind]
 
 
-def _ms(record: Record, name: str) -> float:
+def _ms(record: ProfileRecord, name: str) -> float:
     return sum(float(phase["device_ms"]["median"]) for phase in record["phases"] if phase["name"] == name)

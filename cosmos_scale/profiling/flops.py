@@ -29,7 +29,7 @@ from cosmos_scale.config import ModelConfig, RunConfig
 
 WITH_BACKWARD, ONE_FACTOR_DATA = 3, 2
 
-Counts = npt.NDArray[np.int64]
+TokenCounts = npt.NDArray[np.int64]
 
 
 class Tokens(NamedTuple):
@@ -39,8 +39,8 @@ class Tokens(NamedTuple):
     them, or one.
     """
 
-    lengths: Counts
-    read: Counts
+    lengths: TokenCounts
+    read: TokenCounts
 
 
 def step_flops(batch: Batch, config: RunConfig, world_size: int = 1) -> int:
@@ -138,7 +138,7 @@ def blocks(segments: Tokens, width: int, layers: int, *, causal: bool) -> int:
     return 2 * width * width * weights + 4 * width * ((layers - 1) * int(pairs.sum()) + last_pairs)
 
 
-def visible_pairs(lengths: Counts, *, causal: bool) -> Counts:
+def visible_pairs(lengths: TokenCounts, *, causal: bool) -> TokenCounts:
     """Return how many pairs of a query and a key the mask lets through in segments of these lengths."""
     return lengths * (lengths + 1) // 2 if causal else lengths * lengths
 

@@ -8,7 +8,7 @@ import re
 from bisect import bisect_right
 from typing import Any, NamedTuple
 
-from cosmos_scale.profiling.trace import OUTSIDE, Event, Trace, stretch_of
+from cosmos_scale.profiling.trace import OUTSIDE, Trace, TraceEvent, stretch_of
 
 PACKAGE, PYTHON = "cosmos_scale/", "python_function"
 LEAST_US = 50.0  # shorter waits cost nothing
@@ -57,7 +57,7 @@ def host_waits(trace: Trace) -> list[HostWait]:
     return sorted(waits, key=lambda wait: -wait.ms)
 
 
-def _wait_of(event: Event) -> str | None:
+def _wait_of(event: TraceEvent) -> str | None:
     name = str(event["name"])
     if event.get("cat") in ("cuda_runtime", "cuda_driver"):
         return name if name in OF_CUDA else None
@@ -66,7 +66,7 @@ def _wait_of(event: Event) -> str | None:
     return next((what for begin, what in OF_PYTHON.items() if name.startswith(begin)), None)
 
 
-def _enclosing(frames: list[Event], starts: list[float], start: float, end: float) -> Event | None:
+def _enclosing(frames: list[TraceEvent], starts: list[float], start: float, end: float) -> TraceEvent | None:
     """Return the innermost call of Python around a stretch."""
     for place in range(bisect_right(starts, start) - 1, -1, -1):
         if stretch_of(frames[place])[1] >= end:
@@ -74,7 +74,7 @@ def _enclosing(frames: list[Event], starts: list[float], start: float, end: floa
     return None
 
 
-def _place(frame: Event | None, known: dict[Any, Event]) -> str:
+def _place(frame: TraceEvent | None, known: dict[Any, TraceEvent]) -> str:
     """Return our file and line that calls a frame, through others' code; "elsewhere" where none of ours does."""
     while frame is not None:
         called_from = str(frame["args"].get("CallFrom", ""))

@@ -24,10 +24,10 @@ PROFILE_FILE = "profile.json"
 SCATTERS = ("reduce_scatter", "all_reduce")
 SEEN = 0.01  # of a step: no smaller change is clear
 
-Record = dict[str, Any]
+ProfileRecord = dict[str, Any]
 
 
-def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: int, workers: int) -> Record:
+def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: int, workers: int) -> ProfileRecord:
     """Return the profile of a run. ranks: in order. workers: loader processes of a rank."""
     measured, busy = [rank.measured for rank in ranks], [rank.traced.busy for rank in ranks]
     slowest = slowest_rank(measured)
@@ -74,7 +74,7 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
     }
 
 
-def read_record(file: Path) -> Record:
+def read_record(file: Path) -> ProfileRecord:
     """Read a profile.json; raises UserError where it is none."""
     try:
         record = load_json(read_regular(file))
@@ -87,7 +87,7 @@ def read_record(file: Path) -> Record:
     return record
 
 
-def compared(before: Record, now: Record, file: Path) -> Record:
+def compared(before: ProfileRecord, now: ProfileRecord, file: Path) -> ProfileRecord:
     """Return what has changed since another profile, with its spread. file: of that profile.
 
     A change is clear where the middle halves of both measurements lie apart, and it is a hundredth of the step or more.
@@ -116,7 +116,7 @@ def compared(before: Record, now: Record, file: Path) -> Record:
     }
 
 
-def write_record(record: Record, folder: Path) -> None:
+def write_record(record: ProfileRecord, folder: Path) -> None:
     """Write profile.json into a folder that is there; raises UserError where it cannot be written."""
     replace_file(folder / PROFILE_FILE, json.dumps(record).encode())
 
@@ -133,13 +133,13 @@ def flat(section: Any, key: str = "") -> dict[str, Any]:
     return found
 
 
-def _change(before: Spread, now: Spread, least: float) -> Record:
+def _change(before: Spread, now: Spread, least: float) -> ProfileRecord:
     change = now.median / before.median - 1.0 if before.median > 0 else None
     clear = now.clear_of(before) and abs(now.median - before.median) >= least
     return {"before": before._asdict(), "change": change, "clear": clear}
 
 
-def _phase(row: PhaseRow, rows: Sequence[PhaseRow]) -> Record:
+def _phase(row: PhaseRow, rows: Sequence[PhaseRow]) -> ProfileRecord:
     whole = sum(each.device.median for each in rows)
     parts = []
     if row.reduction is not None:
@@ -160,7 +160,7 @@ def _phase(row: PhaseRow, rows: Sequence[PhaseRow]) -> Record:
     }
 
 
-def _throughput(config: RunConfig, ranks: Sequence[RankProfile], step_ms: float) -> Record:
+def _throughput(config: RunConfig, ranks: Sequence[RankProfile], step_ms: float) -> ProfileRecord:
     per_second = 1e3 * config.train.global_batch / step_ms
     needed = 1e3 * statistics.fmean(rank.flops for rank in ranks) / step_ms
     executed = 1e3 * statistics.fmean(rank.executed for rank in ranks) / step_ms
@@ -216,7 +216,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _loader(ranks: Sequence[RankProfile], samples: int, step_ms: float, workers: int) -> Record:
+def _loader(ranks: Sequence[RankProfile], samples: int, step_ms: float, workers: int) -> ProfileRecord:
     loaders = [rank.loader for rank in ranks]
     return {
         "ms_per_sample": statistics.fmean(loader.ms_per_sample for loader in loaders),
@@ -230,7 +230,7 @@ def _loader(ranks: Sequence[RankProfile], samples: int, step_ms: float, workers:
     }
 
 
-def _memory(ranks: Sequence[RankProfile]) -> Record | None:
+def _memory(ranks: Sequence[RankProfile]) -> ProfileRecord | None:
     """Return the memory of the rank that takes most."""
     lines = [(rank, rank.traced.memory) for rank in ranks if rank.traced.memory is not None]
     if not lines:

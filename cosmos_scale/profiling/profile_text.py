@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cosmos_scale.profiling.memory_timeline import BEFORE
-from cosmos_scale.profiling.profile_record import Record
+from cosmos_scale.profiling.profile_record import ProfileRecord
 from cosmos_scale.words import counted
 
 MIB, GIB = 2**20, 2**30
@@ -15,7 +15,7 @@ LEAST = 0.001  # of the peak: owners of less are left out
 LATE = 0.10  # a change by this part is pointed at
 
 
-def profile_lines(record: Record) -> Iterator[str]:
+def profile_lines(record: ProfileRecord) -> Iterator[str]:
     """Yield the lines of a profile."""
     yield from _head(record)
     yield from _phases(record)
@@ -31,7 +31,7 @@ def profile_lines(record: Record) -> Iterator[str]:
         yield f"other keys     {shown}"
 
 
-def _head(record: Record) -> Iterator[str]:
+def _head(record: ProfileRecord) -> Iterator[str]:
     setting, step, compared = record["setting"], record["step_ms"], record.get("compared")
     world, cost, added = record["world_size"], record["cost"], record["sum"]
     slowest = record["slowest_rank"]
@@ -65,7 +65,7 @@ def _head(record: Record) -> Iterator[str]:
     )
 
 
-def _phases(record: Record) -> Iterator[str]:
+def _phases(record: ProfileRecord) -> Iterator[str]:
     many, compared = record["world_size"] > 1, record.get("compared")
     head = f"{'where the step goes':{NAME}}{'device ms':>{WIDE}}{'%':>7}{'quartiles':>{PAIR}}{'host ms':>{WIDE}}"
     head += f"{'rank min .. max':>{PAIR + 11}}" if many else ""
@@ -88,7 +88,7 @@ def _phases(record: Record) -> Iterator[str]:
             )
 
 
-def _operators(record: Record) -> Iterator[str]:
+def _operators(record: ProfileRecord) -> Iterator[str]:
     kinds = "  ".join(f"{kind} {ms:.1f}" for kind, ms in record["operators"]["kinds"].items())
     name = "kernels" if record["device"]["type"] == "cuda" else "operators"
     yield f"{name:15}{kinds} ms a step, traced"
@@ -98,7 +98,7 @@ def _operators(record: Record) -> Iterator[str]:
         yield f"  {shown:62}{work['phase']:10}{times}"
 
 
-def _collectives(record: Record) -> Iterator[str]:
+def _collectives(record: ProfileRecord) -> Iterator[str]:
     if not record["collectives"]:
         return
     heads = ("calls", "MB each", "ms each", "GB/s bus", "exposed ms")
@@ -114,7 +114,7 @@ def _collectives(record: Record) -> Iterator[str]:
         yield f"  {row['phase'] + ', ' + row['kind']:{NAME - 2}}" + "".join(f"{number:>11}" for number in numbers)
 
 
-def _loader(record: Record) -> Iterator[str]:
+def _loader(record: ProfileRecord) -> Iterator[str]:
     loader = record["loader"]
     parts = "  ".join(f"{name} {ms:.2f}" for name, ms in loader["parts"].items())
     yield (
@@ -125,7 +125,7 @@ def _loader(record: Record) -> Iterator[str]:
     yield f"{'':15}{parts}"
 
 
-def _memory(record: Record) -> Iterator[str]:
+def _memory(record: ProfileRecord) -> Iterator[str]:
     memory = record["memory"]
     if memory is None:
         return
@@ -164,7 +164,7 @@ def _chart(points: Sequence[Sequence[float]], step_ms: float) -> Iterator[str]:
     yield f"{'':15}0 ms {'.' * (CHART_WIDE - 16)} {step_ms:.0f} ms"
 
 
-def _waits(record: Record) -> Iterator[str]:
+def _waits(record: ProfileRecord) -> Iterator[str]:
     waits = record["waits"][:MOST_ROWS]
     if waits:
         yield "host waits     (of a step traced with Python's stack: slower than others)"
@@ -173,7 +173,7 @@ def _waits(record: Record) -> Iterator[str]:
         yield f"  {place:62}{wait['what']:22}{wait['calls']:>5.0f} x {wait['ms']:>9.2f} ms"
 
 
-def _findings(record: Record) -> Iterator[str]:
+def _findings(record: ProfileRecord) -> Iterator[str]:
     if not record["findings"]:
         yield "findings       none that would gain 2 % of a step"
     for number, finding in enumerate(record["findings"], start=1):

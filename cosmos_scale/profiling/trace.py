@@ -17,7 +17,7 @@ DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 OUTSIDE = -1  # the number of no step
 
-Event = Mapping[str, Any]
+TraceEvent = Mapping[str, Any]
 Stretch = tuple[float, float]  # from, to
 
 
@@ -40,7 +40,7 @@ class TracedWork(NamedTuple):
 class Trace:
     """What a trace says of its steps. skip: the first steps, which are left out: the profiler warms up in them."""
 
-    def __init__(self, events: Iterable[Event], *, skip: int = 0) -> None:
+    def __init__(self, events: Iterable[TraceEvent], *, skip: int = 0) -> None:
         self.events = [event for event in events if "ts" in event]
         annotated = [event for event in self.events if event.get("cat") == "user_annotation"]
         phases = [event for event in annotated if event["name"].startswith(PREFIX)]
@@ -88,7 +88,7 @@ class Trace:
         return [kernel for kernel in kernels if kernel.step != OUTSIDE]
 
     def _operators(self) -> list[TracedWork]:
-        by_thread: dict[int, list[Event]] = {}
+        by_thread: dict[int, list[TraceEvent]] = {}
         for event in self.events:
             if event.get("cat") == "cpu_op":
                 by_thread.setdefault(event["tid"], []).append(event)
@@ -97,7 +97,7 @@ class Trace:
             found += self._of_thread(events)
         return [operator for operator in found if operator.step != OUTSIDE]
 
-    def _of_thread(self, events: list[Event]) -> list[TracedWork]:
+    def _of_thread(self, events: list[TraceEvent]) -> list[TracedWork]:
         events.sort(key=lambda event: (event["ts"], -event["dur"]))
         found: list[TracedWork] = []
         self_times: list[float] = []
@@ -115,7 +115,7 @@ class Trace:
         return [work._replace(self_time=time) for work, time in zip(found, self_times, strict=True)]
 
 
-def stretch_of(event: Event) -> Stretch:
+def stretch_of(event: TraceEvent) -> Stretch:
     """Return when an event begins and ends, in microseconds."""
     start = float(event["ts"])
     return start, start + float(event.get("dur", 0.0))

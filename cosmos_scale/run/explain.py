@@ -8,7 +8,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.order import steps_per_epoch
-from cosmos_scale.engine.memory import state_memory, total_bytes
+from cosmos_scale.engine.memory import gradients_in_flight, state_memory, total_bytes
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel, parameter_decays
@@ -58,13 +58,15 @@ def _recomputed(every: int) -> str:
 def _memory(config: RunConfig, world_size: int) -> str:
     """How much memory student, optimizer and teacher take by the formulas of engine/memory.py, part by part."""
     with torch.device("meta"):
-        rows = state_memory(CosmosModel(config.model), config, world_size)
+        model = CosmosModel(config.model)
+    rows, in_flight = state_memory(model, config, world_size), gradients_in_flight(model, config, world_size)
     parts: dict[str, int] = {}
     for row in rows:
         parts[row.part] = parts.get(row.part, 0) + row.nbytes
     shown = ", ".join(f"{part} {_size(nbytes)}" for part, nbytes in parts.items() if nbytes >= MIB / 10)
     host = f" and {_size(total_bytes(rows, on_host=True))} on the host" if config.zero.offload else ""
-    return f"{_size(total_bytes(rows, on_host=False))}{host} by formula ({shown}), and activations on top"
+    more = f", up to {_size(in_flight)} of gradients in the backward" if in_flight else ""
+    return f"{_size(total_bytes(rows, on_host=False))}{host} by formula ({shown}){more}, and activations on top"
 
 
 def _size(nbytes: int) -> str:

@@ -150,6 +150,14 @@ class Progress:
             self._tell_goodput()
         self._stack.__exit__(kind, error, trace)
 
+    def begin(self, text: str) -> None:
+        """Say what starts, and write that it does, on the main rank."""
+        if self._log is not None:
+            self._log.say(text)
+            device = self._ranks.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            self._log.started(self._ranks.world_size, name)
+
     def say(self, text: str) -> None:
         """Print a line, on the main rank."""
         if self._log is not None:

@@ -22,11 +22,11 @@ from cosmos_scale.engine.schedule import ema_momentum, learning_rate
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.flops import step_flops
+from cosmos_scale.profiling.planned_batch import GLOBAL_TOKENS, LOCAL_TOKENS
 from cosmos_scale.step import train_step
 from cosmos_scale.testing.batches import random_batch
 from cosmos_scale.testing.published_step import Losses, PublishedStep
 
-GLOBAL_TOKENS, LOCAL_TOKENS = (20, 75), (8, 28)  # of captions, both ends included
 TOLERANCE = 1e-4  # of each loss: float32 rounding is below 1e-5
 COMPARED_STEPS = 5  # after more steps, rounding may have grown past the tolerance
 MATRIX, PRODUCTS = 2048, 2

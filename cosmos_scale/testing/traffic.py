@@ -1,7 +1,6 @@
 """What a step moves between ranks, counted in one process that plays one of them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,66 +13,13 @@ from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.zero import layout_of
 from cosmos_scale.loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.collectives import Collective, CollectiveCounter
+from cosmos_scale.profiling.fake_ranks import start_fake_ranks
+from cosmos_scale.profiling.operators import META, Count, DeviceCounter
+from cosmos_scale.profiling.planned_batch import planned_batch
 from cosmos_scale.testing.batches import random_batch
-from cosmos_scale.testing.device_counts import META, Count, DeviceCounter, PhasedMode, meta_batch
-from cosmos_scale.testing.fake_ranks import start_fake_ranks
 
-PHASES = ("student", "teacher", "loss", "backward", "update", "refresh")
 NEARLY_OVER = 0.05  # of the backward's operations are left
-_KINDS = {
-    "allreduce": "all_reduce",
-    "allgather": "all_gather",
-    "_allgather_base": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "_reduce_scatter_base": "reduce_scatter",
-    "broadcast": "broadcast",
-}
-
-
-class Collective(NamedTuple):
-    """One collective.
-
-    phase: where it ran. kind: all_reduce, all_gather, reduce_scatter or broadcast. dtype, elements: of the largest
-    tensor that it is handed: the whole one, not a rank's share.
-    """
-
-    phase: str
-    kind: str
-    dtype: torch.dtype
-    elements: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the largest tensor."""
-        return self.elements * self.dtype.itemsize
-
-    def bytes_received(self, world_size: int) -> float:
-        """Return the bytes that a rank receives where ranks form a ring."""
-        share = (world_size - 1) / world_size
-        return self.nbytes * {"all_reduce": 2 * share, "broadcast": 1.0}.get(self.kind, share)
-
-
-class CollectiveCounter(PhasedMode):
-    """Notes every collective that runs inside it. A context manager. seen: in the order of the calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Collective] = []
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        namespace, _, name = str(func).partition(".")
-        kind = _KINDS.get(name.partition(".")[0].removesuffix("_"))
-        if namespace == "c10d" and kind is not None:
-            flat = [item for argument in args for item in _tensors(argument)]
-            largest = max(flat, key=lambda tensor: tensor.numel())
-            self.seen.append(Collective(self._phase, kind, largest.dtype, largest.numel()))
-        return func(*args, **(kwargs or {}))
 
 
 def count_traffic(rank: int, _: int, config: RunConfig, world_size: int) -> tuple[list[Collective], int]:
@@ -128,7 +74,7 @@ def exposed_share(config: RunConfig, lengths_KB: Tensor, world_size: int) -> flo
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(arrived)
-    features = model(meta_batch(config, lengths_KB))
+    features = model(planned_batch(config, lengths_KB, META))
     with counter, counter.phase("backward"):
         surrogate(features, features).backward()
     optimizer = build_optimizer(model.named_parameters(), config.optimizer, config.ema)
@@ -175,12 +121,3 @@ def _meta_features(config: RunConfig) -> tuple[Features, TeacherFeatures]:
     scales = [torch.empty(1, device=META) for _ in range(2)]
     features = Features(of(crops), of(captions.count), of(crops), of(captions.count), *scales)
     return features, TeacherFeatures(of(views.global_crops), of(captions.global_count))
-
-
-def _tensors(argument: object) -> Iterator[Tensor]:
-    """Yield the tensors of an argument, which may be a list of lists of them."""
-    if isinstance(argument, Tensor):
-        yield argument
-    elif isinstance(argument, list | tuple):
-        for item in argument:
-            yield from _tensors(item)

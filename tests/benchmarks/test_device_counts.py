@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.device_counts import ENGINE_PHASES, NARROW, block_counts, case_config, count, figures
-from cosmos_scale.testing.device_counts import count_update, total
+from cosmos_scale.profiling.operators import total
+from cosmos_scale.testing.device_counts import count_update
 from cosmos_scale.testing.ranks import run_ranks
 
 

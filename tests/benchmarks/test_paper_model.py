@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.device_counts import NARROW, caption_lengths, case_config
+from benchmarks.device_counts import NARROW, case_config
 from benchmarks.paper_model import HOPEFUL, Assumed, Chip, StepWork, attention_flops, paper_step
 from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.testing.device_counts import GROUPS, Count
+from cosmos_scale.profiling.collectives import Collective
+from cosmos_scale.profiling.operators import GROUPS, Count
+from cosmos_scale.profiling.planned_batch import planned_lengths
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.traffic import Collective, count_losses, count_traffic, exposed_share
+from cosmos_scale.testing.traffic import count_losses, count_traffic, exposed_share
 
 # 100 TFLOP/s, 1 TB/s, 100 GB/s inside a node, 10 GB/s between nodes, all of it reached.
 CHIP = Chip("chip", peak=200, products=100, memory=1, link=100, network=10)
@@ -115,7 +117,7 @@ def test_the_loss_grows_with_the_ranks() -> None:
 def test_little_traffic_is_left_when_the_backward_ends(run: str) -> None:
     """Of real sizes, so many gradients are in buckets that fill up only in the last 20th of the backward's products."""
     config = case_config(run, 1)
-    share = exposed_share(config, caption_lengths(config), 8)
+    share = exposed_share(config, planned_lengths(config, 1), 8)
     assert share <= 0.16
     assert HOPEFUL.exposed == pytest.approx(share, abs=0.01)
 
@@ -123,4 +125,4 @@ def test_little_traffic_is_left_when_the_backward_ends(run: str) -> None:
 def test_without_the_order_of_the_backward_more_would_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CosmosModel, "image_tower_parameters", lambda model: [])
     config = case_config("vitb32", 1)
-    assert exposed_share(config, caption_lengths(config), 8) > 0.25
+    assert exposed_share(config, planned_lengths(config, 1), 8) > 0.25

@@ -25,11 +25,10 @@ from cosmos_scale.profiling.flops import (
     teacher_flops,
     teacher_tokens,
 )
+from cosmos_scale.profiling.planned_batch import GLOBAL_TOKENS, LOCAL_TOKENS
 from cosmos_scale.testing.published_step import Losses, PublishedStep
 from cosmos_scale.testing.step_race import (
     CASES,
-    GLOBAL_TOKENS,
-    LOCAL_TOKENS,
     MATRIX,
     PRODUCTS,
     TOLERANCE,

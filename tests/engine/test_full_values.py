@@ -16,9 +16,10 @@ from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.model.cosmos import LOG_SCALES, CosmosModel
 from cosmos_scale.model.transformer import LayerNorm
+from cosmos_scale.profiling.collectives import Collective, CollectiveCounter
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import GLOBAL_BATCH, Tiny, build_tiny, tiny_config, whole
-from cosmos_scale.testing.traffic import Collective, CollectiveCounter, count_traffic
+from cosmos_scale.testing.traffic import count_traffic
 
 SMALL_LR = 1e-5  # an update of a gain of 1 is far below the 2^-8 that bfloat16 can tell from 1
 STEPS = 3

@@ -12,7 +12,7 @@ from cosmos_scale.engine.gradients import MOST_IN_FLIGHT, GradientBuckets, cut_g
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.loss import CosmosLoss
-from cosmos_scale.testing.fake_ranks import start_fake_ranks
+from cosmos_scale.profiling.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config
 

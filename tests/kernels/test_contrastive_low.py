@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosmos_scale.kernels import contrastive, contrastive_whole
-from cosmos_scale.testing.device_counts import DeviceCounter
+from cosmos_scale.profiling.operators import DeviceCounter
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.test_contrastive import Answer, Problem, _by_kernel, _oracle, _problem
 

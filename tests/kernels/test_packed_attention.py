@@ -11,7 +11,7 @@ from torch import Tensor
 from cosmos_scale.kernels import attention as kernel
 from cosmos_scale.kernels.pointwise import split_stacked
 from cosmos_scale.kernels.segments import Segments
-from cosmos_scale.testing.device_counts import META, DeviceCounter
+from cosmos_scale.profiling.operators import META, DeviceCounter
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import needs_triton
 from tests.kernels.test_attention import softmax_attention

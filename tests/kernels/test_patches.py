@@ -9,7 +9,8 @@ from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.kernels.patches import cut_patches, level_values, normalised_patches
-from cosmos_scale.testing.device_counts import Count, DeviceCounter, count_step
+from cosmos_scale.profiling.operators import Count, DeviceCounter
+from cosmos_scale.testing.device_counts import count_step
 from cosmos_scale.testing.tiny import tiny_config
 from tests.kernels.programs import json_lines, needs_triton
 

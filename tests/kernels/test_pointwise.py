@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
-from cosmos_scale.testing.device_counts import META, DeviceCounter
+from cosmos_scale.profiling.operators import META, DeviceCounter
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import json_lines, needs_triton
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cosmos_scale.kernels import adamw_ema
-from cosmos_scale.testing.device_counts import DeviceCounter
+from cosmos_scale.profiling.operators import DeviceCounter
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import json_lines, needs_triton
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cosmos_scale.loss import CosmosLoss
-from cosmos_scale.testing.fake_ranks import start_fake_ranks
+from cosmos_scale.profiling.collectives import Collective, CollectiveCounter
+from cosmos_scale.profiling.fake_ranks import start_fake_ranks
 from cosmos_scale.testing.ranks import run_ranks
-from cosmos_scale.testing.traffic import Collective, CollectiveCounter
 from tests.loss.reference import Counts, random_features
 
 W, GLOBAL_BATCH = 128, 4096

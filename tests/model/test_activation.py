@@ -8,7 +8,7 @@ from torch import Tensor
 from cosmos_scale.batch import Features
 from cosmos_scale.config import ModelConfig
 from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.testing.device_counts import META, DeviceCounter
+from cosmos_scale.profiling.operators import META, DeviceCounter
 from tests.model.models import SMALL, initialised, small_batch
 
 QUICK = SMALL.model_copy(update={"activation": "quick_gelu"})

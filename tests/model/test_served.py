@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cosmos_scale.model.cosmos import CosmosModel
-from cosmos_scale.testing.device_counts import META, DeviceCounter
+from cosmos_scale.profiling.operators import META, DeviceCounter
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import json_lines, needs_triton
 from tests.model.models import SMALL, small_batch

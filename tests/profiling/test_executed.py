@@ -25,7 +25,9 @@ from cosmos_scale.profiling.executed import (
     teacher_forward,
 )
 from cosmos_scale.profiling.flops import loss_flops, step_flops
-from cosmos_scale.testing.device_counts import META, count_step, meta_batch
+from cosmos_scale.profiling.operators import META
+from cosmos_scale.profiling.planned_batch import planned_batch
+from cosmos_scale.testing.device_counts import count_step
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import build_tiny, tiny_batch, tiny_config
 
@@ -122,7 +124,7 @@ def test_products_on_a_gpu_are_those_that_its_step_asks_for() -> None:
     changes = ["precision=bf16", "zero.stage=1", "train.schedule_steps=9999", "model.attention=torch_varlen"]
     config = load_config(shipped_file("cc3m_vitb16"), [*changes, "train.global_batch=8"])
     lengths = torch.randint(3, 70, (config.data.captions.count, 8), generator=torch.Generator().manual_seed(0))
-    batch, place = meta_batch(config, lengths), StepDevice(META, torch.bfloat16, math=False)
+    batch, place = planned_batch(config, lengths, META), StepDevice(META, torch.bfloat16, math=False)
     student = student_forward(batch, config, place)._replace(attention=0)
     teacher = teacher_forward(batch, config, place)._replace(attention=0)
     ours = student.forward() + student.backward(0.0) + teacher.forward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_scale.testing.device_counts import META, Count, DeviceCounter, total
+from cosmos_scale.profiling.operators import META, Count, DeviceCounter, total
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cosmos_scale.testing.device_counts import META, DeviceCounter, total
+from cosmos_scale.profiling.operators import META, DeviceCounter, total
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.programs import json_lines, needs_triton
 from tools.gpu_stages.kernels import _own_pointwise

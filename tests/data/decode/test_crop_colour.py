@@ -7,7 +7,7 @@ import torch
 
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode.crop_colour import colour_crops_
-from cosmos_scale.testing.device_counts import DeviceCounter
+from cosmos_scale.profiling.operators import DeviceCounter
 from cosmos_scale.testing.tolerances import tolerance
 from tests.data.decode.crop_plans import plan_fields, some_pixels
 from tests.kernels.programs import json_lines, needs_triton

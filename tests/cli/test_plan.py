@@ -1,0 +1,55 @@
+"""The command plan: what it refuses, and a plan of a tiny run from its command line to its last line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.cli.main import main
+from cosmos_scale.cli.plan import GPUS
+from cosmos_scale.config.load import dump_config
+from cosmos_scale.profiling.machine import MACHINES
+from cosmos_scale.testing.tiny import tiny_config
+
+SECONDS = 300.0
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    train = {"global_batch": 32, "schedule_steps": 100}
+    path.write_text(dump_config(tiny_config(precision="bf16", zero={"stage": 2}, train=train)))
+    return path
+
+
+def test_the_kinds_of_gpus_are_those_of_the_machines() -> None:
+    assert set(GPUS) == set(MACHINES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h100", "--nodes", "3", "--gpus", "5"], "train.global_batch"),
+        (["--gpu", "h100", "zero.stage=9"], "zero.stage"),
+        (["--machine", "nowhere.json"], "nowhere.json: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_line(
+    run_file: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(run_file), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cosmos-scale plan: ")
+    assert said in line
+
+
+@pytest.mark.slow
+def test_a_run_is_planned(run_file: Path) -> None:
+    command = [sys.executable, "-m", "cosmos_scale.cli", "plan", str(run_file), "--nodes", "2", "--gpu", "a100-40"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+    head, *_, last = found.stdout.splitlines()
+    assert head.startswith("run on 16 x A100 SXM 40 GB (2 x 8")
+    assert last.split()[0] == "total"
+    for said in ("batch 32 = 16 x 2", "memory of a rank", "fits: ", "largest batch a GPU: ", "TFLOP needed"):
+        assert said in found.stdout
