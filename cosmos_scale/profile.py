@@ -125,10 +125,14 @@ class ProfiledRun:
             self._counter.note(batch)
             self._watchdog.step_done()
 
-    def end(self) -> RankWork:
-        """Wait for the last step, and free the engine; returns what all steps did."""
+    def settle(self) -> None:
+        """Wait for all that the steps have begun, the teacher's refresh too."""
         self._read_pending()
         _ = self._pair.teacher.model  # waits for the refresh
+
+    def end(self) -> RankWork:
+        """Wait for the last step, and free the engine; returns what all steps did."""
+        self.settle()
         self._pair.close()
         return self._counter.take()
 
@@ -160,8 +164,8 @@ def profile(
                 run.take()
                 plain.append(1e3 * (time.perf_counter() - start))
     memory = read_gpu_memory(ranks.device)
-    trace = record_steps(run.take, TRACED, on_gpu=on_gpu, skip=UNREAD)
-    detailed = record_steps(run.take, DETAILED, on_gpu=on_gpu, skip=UNREAD, detailed=True)
+    trace = record_steps(run.take, run.settle, TRACED, on_gpu=on_gpu, skip=UNREAD)
+    detailed = record_steps(run.take, run.settle, DETAILED, on_gpu=on_gpu, skip=UNREAD, detailed=True)
     snapshot = _memory_snapshot(run) if plan.memory else None
     work, states = run.end(), _state_bytes(config, ranks)
     _write_files(plan, ranks, trace.file, snapshot)

@@ -34,7 +34,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> P
     folder = tmp_path_factory.mktemp("profiled")
     write_record(record_of([rank_profile(on_gpu=False)]), folder)
     run = write_run(folder, scenes, zero={"stage": 1})
-    argv = ("profile", str(run), "--steps", str(STEPS), "--warm-up", "2", "--trace")
+    argv = ("profile", str(run), "--steps", str(STEPS), "--warm-up", "2", "--trace", "--planned")
     with start_command(*argv, "--compare", str(folder / PROFILE_FILE), ranks=2) as process:
         finished = process.wait().require(0)
     record = json.loads((folder / "tiny" / "profile" / PROFILE_FILE).read_bytes())
@@ -79,6 +79,21 @@ def test_the_collectives_are_those_of_the_step(profiled: Profiled) -> None:
     parameters = sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
     assert 1e6 * scattered["mbytes"] * scattered["calls"] / 4 == pytest.approx(parameters, rel=1e-3)
     assert scattered["ms"] > 0.0
+
+
+def test_the_plan_is_what_was_measured(profiled: Profiled) -> None:
+    measured = {(row["phase"], row["kind"]): row for row in profiled.record["collectives"] if row["phase"] != "ranks"}
+    planned = {(row["phase"], row["kind"]): row for row in profiled.record["planned"]["collectives"]}
+    assert {place: row["calls"] for place, row in measured.items()} == {
+        place: row["calls"] for place, row in planned.items()
+    }
+    for place, row in measured.items():
+        if row["mbytes"] is not None:  # a trace does not tell a scalar's bytes
+            assert row["mbytes"] == pytest.approx(planned[place]["mbytes"]), place
+    # torch's allocator and the plan; what a step finds is by the formula in both.
+    peaks = profiled.record["memory"]["peak_bytes"], profiled.record["planned"]["peak_bytes"]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.05), peaks
+    assert "(planned " in profiled.output
 
 
 def test_loader_memory_and_waits_are_there(profiled: Profiled) -> None:

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import path, place, positive, with_examples
@@ -54,6 +53,9 @@ def add_profile_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument(
         "--memory", action="store_true", help="write each GPU's memory snapshot, for pytorch.org/memory_viz"
     )
+    parser.add_argument(
+        "--planned", action="store_true", help="count the step without running it, too, and print both; takes 10 s more"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.set_defaults(command="profile", run=_run, parser=parser)
 
@@ -89,7 +91,7 @@ def _profile_as(arguments: argparse.Namespace, noted: Sequence[int], this: ThisR
             measured, workers = profile(config, ranks, stop, watchdog, plan)
             everyone = from_all(measured, ranks)
         if ranks.is_main:
-            _report(config, everyone, workers, plan, arguments.compare, before)
+            _report(config, everyone, workers, plan, arguments, before)
     return 0
 
 
@@ -98,17 +100,20 @@ def _report(
     ranks: "Sequence[RankProfile]",
     workers: int,
     plan: "ProfilePlan",
-    compare: Path | None,
+    arguments: argparse.Namespace,
     before: "ProfileRecord | None",
 ) -> None:
     """Print what all ranks have measured, and write it. workers: loader processes of a rank."""
     from cosmos_scale.profiling.findings import findings
+    from cosmos_scale.profiling.planned_step import planned_step
     from cosmos_scale.profiling.profile_record import compared, profile_record, write_record
     from cosmos_scale.profiling.profile_text import profile_lines
 
     record = profile_record(config, ranks, warm_up=plan.warm_up, workers=workers)
     record["findings"] = findings(record)
-    record["compared"] = None if before is None or compare is None else compared(before, record, compare)
+    record["compared"] = None if before is None else compared(before, record, arguments.compare)
+    if arguments.planned:
+        record["planned"] = planned_step(config, len(ranks), on_gpu=ranks[0].gpu_memory is not None)
     record["files"] += plan.files(len(ranks))
     for line in profile_lines(record):
         print(line)

@@ -69,6 +69,7 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
         "collectives": [times._asdict() for times in _mean_times(ranks)],
         "loader": _loader(ranks, samples, step.median, workers),
         "memory": _memory(ranks),
+        "planned": None,
         "waits": [wait._asdict() for wait in ranks[slowest].traced.waits],
         "files": [PROFILE_FILE],
     }

@@ -101,16 +101,20 @@ def _operators(record: ProfileRecord) -> Iterator[str]:
 def _collectives(record: ProfileRecord) -> Iterator[str]:
     if not record["collectives"]:
         return
-    heads = ("calls", "MB each", "ms each", "GB/s bus", "exposed ms")
+    planned = record["planned"] and {(row["phase"], row["kind"]): row for row in record["planned"]["collectives"]}
+    heads = ("calls", "MB each", "ms each", "GB/s bus", "exposed ms", *(("planned", "MB each") if planned else ()))
     yield f"{'collectives':{NAME}}" + "".join(f"{head:>11}" for head in heads)
     for row in record["collectives"]:
-        numbers = (
+        numbers = [
             f"{row['calls']:.0f}",
             _known(row["mbytes"], ".3g"),
             _known(row["ms"], ".2f"),
             _known(row["bus_gbs"], ".2f"),
             _known(row["exposed_ms"], ".2f"),
-        )
+        ]
+        if planned:
+            plan = planned.get((row["phase"], row["kind"]))
+            numbers += ["-", "-"] if plan is None else [f"{plan['calls']}", f"{plan['mbytes']:.3g}"]
         yield f"  {row['phase'] + ', ' + row['kind']:{NAME - 2}}" + "".join(f"{number:>11}" for number in numbers)
 
 
@@ -139,11 +143,18 @@ def _memory(record: ProfileRecord) -> Iterator[str]:
     if memory["reserved_bytes"] is not None:
         reserved = f"; reserved {_size(memory['reserved_bytes'])}, retries {memory['retries']}"
     yield (
-        f"{'memory':15}peak {_size(memory['peak_bytes'])} at {memory['peak_ms']:.1f} ms, in {memory['peak_phase']}"
-        f"{formula}{reserved}; largest block {_size(memory['largest_block_bytes'])}"
+        f"{'memory':15}peak {_size(memory['peak_bytes'])}{_planned_peak(record)} at {memory['peak_ms']:.1f} ms, in "
+        f"{memory['peak_phase']}{formula}{reserved}; largest block {_size(memory['largest_block_bytes'])}"
     )
     yield f"{'':15}held there, by who took it: {owners}"
     yield from _chart(memory["timeline"], memory["step_ms"])
+
+
+def _planned_peak(record: ProfileRecord) -> str:
+    if not record["planned"]:
+        return ""
+    measured, planned = record["memory"]["peak_bytes"], record["planned"]["peak_bytes"]
+    return f" (planned {_size(planned)}; measured {100 * (measured / planned - 1):+.1f} %)"
 
 
 def _chart(points: Sequence[Sequence[float]], step_ms: float) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from cosmos_scale.files import read_regular
 from cosmos_scale.phases import listening
 from cosmos_scale.profiling.trace import PREFIX, STEP, Trace
+
+GLOO_SECONDS = 0.1  # in which gloo's threads have ended their records, after a wait has returned
 
 
 class _Annotations:
@@ -32,26 +35,40 @@ class Recording(NamedTuple):
 
 
 def record_steps(
-    take: Callable[[], object], steps: int, *, on_gpu: bool, detailed: bool = False, skip: int = 1
+    take: Callable[[], object],
+    settle: Callable[[], object],
+    steps: int,
+    *,
+    on_gpu: bool,
+    detailed: bool = False,
+    skip: int = 1,
 ) -> Recording:
     """Take `skip + steps` steps, and return the trace of the last ones; the first ones warm the profiler up.
 
-    detailed: with shapes and Python's stack, in which steps are far slower; else with memory.
+    settle: waits for all that steps have begun. torch's profiler breaks, and the process with it, where a collective of
+    gloo begins in one recording and ends outside of it. detailed: with shapes and Python's stack, in which steps are
+    far slower; else with memory.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints each start and stop
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    if on_gpu:
-        torch.cuda.synchronize()
+    _settle(settle, on_gpu=on_gpu)
     with profile(
         activities=activities, record_shapes=detailed, with_stack=detailed, profile_memory=not detailed
     ) as profiler:
         for _ in range(skip + steps):
             with listening(_Annotations()), record_function(PREFIX + STEP):
                 take()
-        if on_gpu:
-            torch.cuda.synchronize()
+        _settle(settle, on_gpu=on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(file))
         written = read_regular(file)
     return Recording(Trace(json.loads(written)["traceEvents"], skip=skip), written)
+
+
+def _settle(settle: Callable[[], object], *, on_gpu: bool) -> None:
+    settle()
+    if on_gpu:
+        torch.cuda.synchronize()
+    else:
+        time.sleep(GLOO_SECONDS)

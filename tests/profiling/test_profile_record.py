@@ -15,7 +15,7 @@ from cosmos_scale.profiling.profile_text import profile_lines
 from cosmos_scale.profiling.rank_profile import RankProfile
 from cosmos_scale.profiling.spread import Spread, spread_of
 from cosmos_scale.profiling.step_clock import StepTimes
-from tests.profiling.invented import rank_profile, record_of, times
+from tests.profiling.invented import GIB, rank_profile, record_of, times
 
 
 @pytest.mark.parametrize("busy", [{}, {"student": 18.0, "backward": 49.0, "teacher": 3.0}], ids=["cpu", "gpu"])
@@ -108,6 +108,19 @@ def test_memory_planned_and_measured_stand_side_by_side() -> None:
     assert "what the step finds: 10.00 GiB; planned for the states: 9.00 GiB" in text
     assert "reserved 32.00 GiB, retries 0" in text
     assert "held there, by who took it: student 20.00 GiB  before the step 10.00 GiB" in text
+
+
+def test_collectives_and_peak_stand_beside_the_plan() -> None:
+    record = record_of([rank_profile()])
+    assert record["planned"] is None
+    row = {"phase": "backward", "kind": "reduce_scatter", "calls": 9, "mbytes": 67.7}
+    record["planned"] = {"peak_bytes": 32 * GIB, "collectives": [row]}
+    text = "\n".join(profile_lines(record))
+    assert "peak 30.00 GiB (planned 32.00 GiB; measured -6.2 %)" in text
+    (line,) = (line for line in text.splitlines() if "backward, reduce_scatter" in line)
+    assert line.split()[-2:] == ["9", "67.7"]
+    (line,) = (line for line in text.splitlines() if "update, all_gather" in line)
+    assert line.split()[-2:] == ["-", "-"]
 
 
 def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_the_intervals_of_a_step_cover_it() -> None:
     expected = {"rest": 4, "data": 3, "data/decode": 1, "teacher": 2, "refresh": 1, "backward": 5}
     assert first.host == {key: 1e3 * seconds for key, seconds in (expected | {"backward/reduction": 2}).items()}
     assert first.device == first.host
-    # 16 marks a step. Two looks at the clock around 100 marks: 101 s for 100 marks.
-    assert clock.marks_ms() == pytest.approx(16e3 * 101 / 100)
+    # 16 marks a step. Two looks at the clock around 100 phases: 201 s for 200 marks.
+    assert clock.marks_ms() == pytest.approx(16e3 * 201 / 200)
 
 
 @pytest.mark.usefixtures("ticks")
