@@ -19,6 +19,7 @@ setup(
         "cosmos_scale": ["py.typed"],
         **{name: ["*.yaml"] for name in FOLDERS},
         "cosmos_scale.evaluation.prompts": ["*.txt"],
+        "cosmos_scale.report": ["templates/*"],
         "cosmos_scale.evaluation.segmentation": ["class_names/*"],
     },
 )

@@ -1,8 +1,8 @@
 """The demo, `python -m cosmos_scale.demo`: from nothing to a trained COSMOS model and its retrieval numbers.
 
 It paints scenes, trains on them under the deepspeed launcher as any user would, evaluates the checkpoints from before
-and after, and leaves `loss_curve.png`, `views.png`, `summary.json` and pictures of the evaluations behind. It needs no
-network.
+and after, and leaves `report.html`, `loss_curve.png`, `views.png`, `summary.json` and pictures of the evaluations
+behind. It needs no network.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -50,11 +50,13 @@ from cosmos_scale.demo_zero_shot import SCENES, SCENES_QUICK, show_zero_shot
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.bar import WorkBar
 from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.files import make_output_folder
 from cosmos_scale.host import usable_cores
+from cosmos_scale.report.page import write_report
 
 SAMPLES_SHOWN = 4
 MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
@@ -164,7 +166,10 @@ def run_demo(out: Path, quick: bool) -> bool:
     scenes = SCENES_QUICK if quick else SCENES
     found = show_zero_shot(last, MODELS, out / "data" / "gallery", layouts, out, scenes, console)
     (out / "summary.json").write_text(json.dumps({**summary, "zero_shot": found.numbers}, indent=2) + "\n")
-    left = {"checkpoint": last, "loss curve": out / "loss_curve.png", "views": out / "views.png", **found.pictures}
+    with WorkBar(show=True) as bar:
+        write_report([run_folder], out / "report.html", report=bar.report)
+    left = {"report": out / "report.html", "checkpoint": last, "loss curve": out / "loss_curve.png"}
+    left |= {"views": out / "views.png", **found.pictures}
     left |= {"numbers": out / "summary.json", "your own data": out / "data" / "layouts"}
     console.print("\n".join(f"{what:<13} {path}" for what, path in left.items()), highlight=False, soft_wrap=True)
     return learned(summary, REQUIRED_QUICK if quick else REQUIRED, console)

@@ -9,6 +9,7 @@ from cosmos_scale.engine.span import Span
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
+from cosmos_scale.phases import phase
 
 
 class StepOutput(NamedTuple):
@@ -44,16 +45,22 @@ def train_step(
     and in fp16.
     """
     forward = Span(on_gpu=batch.global_crops.is_cuda)
-    features = student(batch)
+    with phase("student"):
+        features = student(batch)
     forward.end()
-    teacher_features = teacher(batch)
-    exact = student.with_full_scales(features)
-    loss = cosmos_loss(exact, teacher_features)
-    # Copies, since at stage 0 these scales are the masters themselves, which the update changes in place.
-    scales = [scale.clone() for scale in (exact.logit_scale, exact.distill_logit_scale)]
-    student.backward(batch, features, loss.gradients)
-    update = student.update(lr=lr, momentum=momentum, finite=loss.finite)
-    teacher.refresh()
+    with phase("teacher"):
+        teacher_features = teacher(batch)
+    with phase("loss"):
+        exact = student.with_full_scales(features)
+        loss = cosmos_loss(exact, teacher_features)
+        # Copies, since at stage 0 these scales are the masters themselves, which the update changes in place.
+        scales = [scale.clone() for scale in (exact.logit_scale, exact.distill_logit_scale)]
+    with phase("backward"):
+        student.backward(batch, features, loss.gradients)
+    with phase("update"):
+        update = student.update(lr=lr, momentum=momentum, finite=loss.finite)
+    with phase("refresh"):
+        teacher.refresh()
     return StepOutput(
         total=loss.total,
         clip=loss.clip,

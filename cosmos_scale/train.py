@@ -25,7 +25,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
     step, last_step = run.first_step, run.last_step
 
     with run.opened.held, run.writer() as checkpoints, run.progress(checkpoints) as progress:
-        progress.say(run.describe())
+        progress.begin(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))
         if step > 0:

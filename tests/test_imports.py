@@ -23,6 +23,7 @@ FOUNDATION = {
     "host",
     "interfaces",
     "interrupt",
+    "phases",
     "set_names",
     "versions",
     "words",
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "host": set(),
     "interfaces": set(),
     "interrupt": {"exit_status"},
+    "phases": set(),
     "set_names": set(),
     "versions": set(),
     "words": set(),
@@ -58,9 +60,11 @@ MAY_IMPORT = {
     "profiling": {"kernels", "model", "loss", "engine", "step"} | FOUNDATION,
     "run": PARTS - {"kernels", "loss"} | {"profiling"},
     "train": PARTS - {"kernels"} | {"run", "profiling"},
+    "profile": PARTS - {"kernels"} | {"run", "profiling"},
     "launch": {"checkpoint", "data", "run"} | FOUNDATION,
-    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "launch", "profiling"},
-    "demo": PARTS | {"run", "cli", "demo_zero_shot"},
+    "report": {"checkpoint", "data", "evaluation", "model", "run"} | FOUNDATION,  # of run the names of its files
+    "cli": PARTS - {"kernels", "loss", "step"} | {"run", "train", "profile", "launch", "profiling", "report"},
+    "demo": PARTS | {"run", "cli", "demo_zero_shot", "report"},
     "demo_zero_shot": {"data", "evaluation"} | FOUNDATION,
     "testing": PARTS | {"run", "train", "launch", "cli", "profiling"},
 }
@@ -80,7 +84,7 @@ MAY_IMPORT_IN_DATA: dict[str, set[str]] = {
     "scenes": SAMPLE_WAY,
 }
 # Who may import cli and train; train's own guard (`if __name__ == "__main__":`) counts as cli.
-ONLY_FROM = {"cli": {"demo", "testing"}, "train": {"cli", "testing"}}
+ONLY_FROM = {"cli": {"demo", "testing"}, "train": {"cli", "testing"}, "profile": {"cli", "testing"}}
 
 # Packages that only the named places import: whole packages of ours, or single modules.
 ONLY_IN = {

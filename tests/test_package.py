@@ -65,7 +65,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def packaged() -> set[str]:
     """The files that an installed package needs, by their names in it."""
-    of_package = [*REPOSITORY.glob("cosmos_scale/**/*.py"), *REPOSITORY.glob("cosmos_scale/evaluation/prompts/*.txt")]
+    patterns = ("**/*.py", "evaluation/prompts/*.txt", "report/templates/*")
+    of_package = [path for pattern in patterns for path in REPOSITORY.glob(f"cosmos_scale/{pattern}")]
     of_package.append(REPOSITORY / "cosmos_scale" / "py.typed")  # without it type checkers see no types
     found = {path.relative_to(REPOSITORY).as_posix() for path in of_package}
     for folder, pattern in (("kernels", "**/*.py"), ("configs", "**/*.yaml")):

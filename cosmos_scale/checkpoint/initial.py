@@ -12,13 +12,12 @@ from typing import Protocol
 from torch import Tensor
 
 from cosmos_scale.checkpoint.interchange.names import Shape, is_of_heads, tensor_shapes
-from cosmos_scale.checkpoint.interchange.reading import is_public, open_public
+from cosmos_scale.checkpoint.interchange.reading import find_model, is_public, open_public
 from cosmos_scale.checkpoint.interchange.resize import can_resize, resize_tables, resizing
 from cosmos_scale.checkpoint.interchange.sizes import UNTOLD
 from cosmos_scale.checkpoint.interchange.weights import Which, read_stored, shape_of
 from cosmos_scale.checkpoint.state import (
     check_files,
-    find_checkpoint,
     load_weights,
     manifest_digest,
     read_manifest,
@@ -56,7 +55,7 @@ class _Ours:
     digests = "manifests"
 
     def __init__(self, path: Path) -> None:
-        self.path = find_checkpoint(path)
+        self.path = find_model(path)
         manifest = read_manifest(self.path)
         check_files(self.path, manifest)
         self.kind = f"checkpoint of step {manifest.state.step:,}"

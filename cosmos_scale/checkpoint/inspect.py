@@ -12,6 +12,7 @@ from torch import Size
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, TensorFile
 from cosmos_scale.checkpoint.interchange.names import HEAD_PREFIXES
+from cosmos_scale.checkpoint.interchange.reading import or_a_file
 from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_path
@@ -87,7 +88,8 @@ def find_folders(folder: Path) -> list[Path]:
         return [folder]
     found = saved_folders(folder) or saved_folders(folder / "checkpoints")
     if not found:
-        raise UserError(f"{whole_path(folder)}: no checkpoint; rule: name a step-* folder, or a run with one")
+        rule = f"name a step-* folder, or a run with one{or_a_file(folder)}"
+        raise UserError(f"{whole_path(folder)}: no checkpoint; rule: {rule}")
     return found
 
 

@@ -56,11 +56,12 @@ def add_attention_command(commands: "argparse._SubParsersAction[argparse.Argumen
 def _run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
+    from cosmos_scale.checkpoint.interchange.reading import find_model
     from cosmos_scale.console import make_console
     from cosmos_scale.evaluation.attention_maps import peak_of, require_heads, strongest
     from cosmos_scale.evaluation.attention_pictures import write_page, write_png
     from cosmos_scale.evaluation.bar import WorkBar
-    from cosmos_scale.evaluation.loading import find_model, load_encoder, models_of
+    from cosmos_scale.evaluation.loading import load_encoder, models_of
     from cosmos_scale.files import make_folder
 
     _check(arguments)

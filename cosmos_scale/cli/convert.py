@@ -47,7 +47,8 @@ def add_convert_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
         "--which",
         choices=("student", "teacher"),
         default="student",
-        help="the model to write (default: student); a COSMOS file holds both, whichever is named",
+        help="the model to write (default: student, though cosmos_scale.load takes the teacher); a COSMOS file holds "
+        "both, whichever is named",
     )
     parser.add_argument("folder", type=path, metavar="DIR", help="folder for the files; must be absent or empty")
     parser.add_argument(

@@ -67,9 +67,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
     """Measure the models on every set, and write what is known after each of them; returns the exit status."""
+    from cosmos_scale.checkpoint.interchange.reading import find_model
     from cosmos_scale.evaluation.bar import WorkBar
     from cosmos_scale.evaluation.comparison import MARKDOWN_FILE, Results
-    from cosmos_scale.evaluation.loading import find_model, models_of
+    from cosmos_scale.evaluation.loading import models_of
     from cosmos_scale.evaluation.together import EvaluationFailed
 
     prints = ranks is None or ranks.is_main

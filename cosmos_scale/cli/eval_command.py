@@ -132,8 +132,9 @@ def on_ranks(device: str, evaluate: Callable[["Ranks | None"], int]) -> int:
 
 def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: "Ranks | None") -> int:
     """Measure the models that the arguments name, and print what is found; ranks: None for this process alone."""
+    from cosmos_scale.checkpoint.interchange.reading import find_model
     from cosmos_scale.console import make_console
-    from cosmos_scale.evaluation.loading import find_model, models_of
+    from cosmos_scale.evaluation.loading import models_of
 
     prints = ranks is None or ranks.is_main
     with together(ranks):

@@ -1,4 +1,4 @@
-"""The command line: `cosmos-scale train | launch | plan | configs | eval | data | checkpoint | convert | ...`.
+"""The command line: `cosmos-scale train | launch | plan | profile | eval | report | data | checkpoint | ...`.
 
 Each command imports what it needs when it runs, so that `--help` and mistyped commands answer at once.
 """
@@ -14,7 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 from cosmos_scale import __version__
-from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, plan, train
+from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, plan, profile, report, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import CommandParser, say_repeats, with_examples
 from cosmos_scale.cli.leave import leave_after
@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_train_command(commands)
     launch.add_launch_command(commands)
     plan.add_plan_command(commands)
+    profile.add_profile_command(commands)
     configs.add_configs_command(commands)
 
     data_parser = commands.add_parser("data", help="build, index, inspect and verify webdataset shards")
@@ -156,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_eval_commands(eval_parser.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     attention.add_attention_command(commands)
+    report.add_report_command(commands)
 
     checkpoint_parser = commands.add_parser("checkpoint", help="look at checkpoints")
     with_examples(checkpoint_parser, checkpoint.EXAMPLES)

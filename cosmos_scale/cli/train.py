@@ -2,16 +2,15 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from cosmos_scale.cli.arguments import place, positive, run_file, with_examples
+from cosmos_scale.cli.arguments import place, positive, with_examples
+from cosmos_scale.cli.as_rank import ThisRank, as_rank, read_run
 from cosmos_scale.cli.output import lasting_output
 from cosmos_scale.errors import UserError
-from cosmos_scale.exit_status import FAILED, REFUSED
 
 EXAMPLES = """\
 examples:
@@ -80,59 +79,34 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, noted: Sequence[int]) -> int:
-    """Train, or print what a run would do; a UserError leaves this function only on a rank that is to print it.
+    """Train, or print what a run would do. noted: the signals that have come so far."""
+    return as_rank("train", partial(_train_as, arguments, noted))
 
-    noted: the signals that have come so far.
-    """
-    from cosmos_scale.config.load import load_config
-    from cosmos_scale.engine.messages import limit_messages
-    from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
+
+def _train_as(arguments: argparse.Namespace, noted: Sequence[int], this: ThisRank) -> int:
+    config = read_run(arguments.file, arguments.overrides)
+    this.when_lost = partial(_newest_checkpoint, config.output / config.name / "checkpoints")
+    from cosmos_scale.engine.collectives import describe_collectives
+    from cosmos_scale.run.dry_run import look_before_launch
+    from cosmos_scale.run.explain import explain
     from cosmos_scale.run.stop_request import StopRequest
+    from cosmos_scale.run.watchdog import Watchdog
+    from cosmos_scale.train import train
 
-    ranks = None
-    try:
-        adopt_rank_variables()
-        config = load_config(run_file(arguments.file), arguments.overrides)
-        limit_messages(config.log.level)
-        read_rank_variables()
-        # These imports take seconds. The config comes first, so that its mistakes are told at once.
-        from cosmos_scale.engine.collectives import describe_collectives
-        from cosmos_scale.engine.ranks import start_ranks
-        from cosmos_scale.run.dry_run import look_before_launch
-        from cosmos_scale.run.explain import explain
-        from cosmos_scale.run.watchdog import Watchdog
-        from cosmos_scale.train import train
-
-        if arguments.dry_run:
-            explain(config, arguments.world_size)
-            look_before_launch(config, arguments.world_size)
-            return 0
-        with lasting_output():
-            ranks = start_ranks(config.device, config.log.level)
-            if ranks.is_main:
-                _print_choices()
-            collectives = partial(describe_collectives, ranks.groups)
-            folder = config.output / config.name
-            watchdog = Watchdog(config.train.watchdog_seconds, folder, ranks.contact, collectives)
-            with ranks.contact, StopRequest(config.train.max_minutes, noted) as stop, watchdog:
-                train(config, ranks, stop, watchdog)
+    if arguments.dry_run:
+        explain(config, arguments.world_size)
+        look_before_launch(config, arguments.world_size)
         return 0
-    except WrongRankVariable:
-        raise
-    except UserError:
-        # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
-        # of one machine alone, so local rank 0 of each machine prints it.
-        prints = ranks.is_main if ranks else os.environ.get("LOCAL_RANK", "0") == "0"
-        if not prints:
-            return REFUSED
-        raise
-    except Exception as error:
-        from cosmos_scale.engine.ranks import lost_contact
-
-        if "RANK" not in os.environ or not lost_contact(error):
-            raise
-        _print_lost_contact(error, os.environ["RANK"], config.output / config.name / "checkpoints")
-        return FAILED
+    with lasting_output():
+        ranks = this.start(config)
+        if ranks.is_main:
+            _print_choices()
+        collectives = partial(describe_collectives, ranks.groups)
+        folder = config.output / config.name
+        watchdog = Watchdog(config.train.watchdog_seconds, folder, ranks.contact, collectives)
+        with ranks.contact, StopRequest(config.train.max_minutes, noted) as stop, watchdog:
+            train(config, ranks, stop, watchdog)
+    return 0
 
 
 def _print_choices() -> None:
@@ -148,11 +122,10 @@ class _PrintingHandler(logging.Handler):
         print(self.format(record), flush=True)
 
 
-def _print_lost_contact(error: Exception, rank: str, checkpoints: Path) -> None:
+def _newest_checkpoint(checkpoints: Path) -> str:
     from cosmos_scale.checkpoint import newest
-    from cosmos_scale.engine.ranks import tell_lost_contact
 
     known: Path | str | None = "unknown, since their folder cannot be listed"
     with suppress(UserError):
         known = newest(checkpoints)
-    tell_lost_contact(error, rank, f"newest checkpoint: {known or 'none'}")
+    return f"newest checkpoint: {known or 'none'}"

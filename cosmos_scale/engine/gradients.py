@@ -20,6 +20,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.loss.gather import reduce_scatter_flat
+from cosmos_scale.phases import phase
 
 SMALL = 8  # a small group has this part of another group's elements
 MOST_IN_FLIGHT = 2  # buckets reduced at one time: more would hold more memory, and no less time would be left
@@ -233,7 +234,8 @@ class _Bucket:
         assert self._on_the_way is not None
         work, share = self._on_the_way
         if work is not None:
-            work.wait()
+            with phase("reduction"):
+                work.wait()
         self._on_the_way = self.buffer = None
         self._shard = share.float() if self._shard is None else self._shard.add_(share)
 

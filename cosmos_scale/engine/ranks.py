@@ -207,15 +207,16 @@ def lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "onnection", "NCCL"))
 
 
-def tell_lost_contact(error: BaseException, rank: str, more: str) -> None:
+def tell_lost_contact(error: BaseException, rank: str, more: str, *, command: str = "train") -> None:
     """Print on one line which rank is lost, as far as this process learns it; from then on it keeps its groups.
 
-    error: one that is a `lost_contact`. rank: this one. more: the line's end. A process prints one such line.
+    error: one that is a `lost_contact`. rank: this one. more: the line's end. command: the one that lost
+    it. A process prints one such line.
     """
     contact = _contacts[0] if _contacts else Contact(int(rank), {})
     lost = contact.lost_within(NAMED_WITHIN)
     what = lost or f"it has ended or cannot be reached ({str(error).splitlines()[0]})"
-    contact.tell(f"cosmos-scale train: rank {rank} lost contact with another rank: {what}; {more}")
+    contact.tell(f"cosmos-scale {command}: rank {rank} lost contact with another rank: {what}; {more}")
 
 
 def maxima(values: Sequence[float], ranks: Ranks) -> list[float]:

@@ -12,6 +12,7 @@ from cosmos_scale.engine.accumulate import join
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher_graph import GraphedEncoder
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.phases import phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +37,8 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherFeatures:
         """Return normalised features of the global crops and captions of this rank's batch. Collective at stage 3."""
-        self._weights.wait()
+        with phase("refresh"):
+            self._weights.wait()
         return join([self._weights.forward(part) for part in batch.split(self._micro_batches)])
 
     @torch.no_grad()

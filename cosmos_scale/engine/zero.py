@@ -29,6 +29,7 @@ from cosmos_scale.engine.teacher_weights import CopiedTeacher, GatheredTeacher, 
 from cosmos_scale.fragments import Fragment
 from cosmos_scale.loss.gather import all_gather_flat
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.phases import phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIVE_WEIGHTS = 50_000_000
@@ -75,7 +76,8 @@ class Unsharded(Layout):
         self.engine.backward(scalar * self._loss_scale, scale_wrt_gas=False)
         # DeepSpeed's own reduction would make a second copy of all gradients, in one process too.
         if self.ranks.world_size > 1 and self.engine.is_gradient_accumulation_boundary():
-            self.engine.allreduce_gradients(bucket_size=self._bucket)
+            with phase("reduction"):
+                self.engine.allreduce_gradients(bucket_size=self._bucket)
 
     @override
     def gradients(self) -> list[Tensor]:
@@ -300,8 +302,9 @@ class ShardedWeights(_Sharded):
 
     @override
     def _share_weights(self) -> None:
-        if self._wrapper.persistent_parameters:  # small parameters, which stay gathered on every rank
-            self._wrapper.persistent_parameters[0].all_gather(self._wrapper.persistent_parameters)
+        kept = self._wrapper.persistent_parameters  # small parameters, which stay gathered on every rank
+        if kept:  # in one all-gather: `all_gather` has one for each parameter
+            kept[0].all_gather_coalesced(kept).wait()
 
     @override
     def publish(self) -> None:

@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from cosmos_scale.checkpoint import find_checkpoint, load_model, read_run_config
-from cosmos_scale.checkpoint.interchange.reading import files_of_weights, is_public, open_public, read_public
+from cosmos_scale.checkpoint import load_model, read_run_config
+from cosmos_scale.checkpoint.interchange.reading import is_public, open_public, read_public
 from cosmos_scale.checkpoint.interchange.weights import Activation, Which, refusal
 from cosmos_scale.checkpoint.state import manifest_digest
 from cosmos_scale.config import TOKENIZER_VOCABULARY, DataConfig
@@ -15,21 +15,6 @@ from cosmos_scale.evaluation.evaluator import Encoder, Setting
 from cosmos_scale.model.cosmos import CosmosModel
 
 ONE_MODEL = "model"  # what the one model of a public checkpoint is called beside student and teacher
-
-
-def find_model(path: Path) -> Path:
-    """Return the checkpoint that a path stands for: a public one as it is, a run by its newest.
-
-    Raises UserError where there is none. A public checkpoint is looked into when it is loaded.
-    """
-    if is_public(path):
-        return path
-    try:
-        return find_checkpoint(path)
-    except UserError as failure:
-        if files := files_of_weights(path):
-            raise UserError(f"{failure}, or a file in it, such as {files[0]}") from None
-        raise
 
 
 def models_of(checkpoint: Path, asked: Literal["student", "teacher", "both"]) -> dict[str, Which]:

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from cosmos_scale.checkpoint.interchange.reading import find_model
 from cosmos_scale.checkpoint.interchange.weights import Activation, Which
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
@@ -23,7 +24,7 @@ from cosmos_scale.evaluation.attention_maps import (
     word_weights,
 )
 from cosmos_scale.evaluation.evaluator import Encoder, one_process
-from cosmos_scale.evaluation.loading import find_model, load_encoder, models_of
+from cosmos_scale.evaluation.loading import load_encoder, models_of
 from cosmos_scale.evaluation.prompts.texts import DEFAULT_TEMPLATES, Names, imagenet_templates
 from cosmos_scale.evaluation.segmentation.segmenter import encode_queries, segment, usual_recipe
 from cosmos_scale.evaluation.text_weights import text_weights
@@ -225,8 +226,9 @@ def load(
 
     checkpoint: a run's folder (its newest checkpoint counts) or one of its step-N folders; or a public checkpoint: a
     COSMOS .pt, weights or a folder of OpenCLIP, a folder of Hugging Face's CLIPModel. which: the teacher, which is the
-    one to use after training, or the student; without meaning where there is one model. device: auto (CUDA where there
-    is a device), cpu, cuda or cuda:N. activation: of public weights that do not tell theirs; warns of what is assumed.
+    one to use after training, or the student, which is the default of `convert` and `eval`; without meaning where there
+    is one model. device: auto (CUDA where there is a device), cpu, cuda or cuda:N. activation: of public weights that
+    do not tell theirs; warns of what is assumed.
     Raises UserError where there is no such checkpoint or device.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import Ranks, from_all, maxima, raise_together
 from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.phases import phase
 from cosmos_scale.run.copy_stream import CopyStream
 from cosmos_scale.run.stop_request import StopRequest, encode_reason, name_reason
 
@@ -87,7 +88,8 @@ class Lookahead:
             self._enter(f"its wait for the other ranks before {next_step}")
             stop_here = encode_reason(self._stop.reason, self._ranks.rank, self._ranks.world_size)
             here = [error is not None, stop_here, bool(lost), self._unsaved()]
-            failed, stop, any_lost, unsaved = maxima(here, self._ranks)
+            with phase("ranks"):
+                failed, stop, any_lost, unsaved = maxima(here, self._ranks)
             try:
                 if failed:
                     raise_together(self._ranks, error)
@@ -117,7 +119,10 @@ class Lookahead:
     def _fetch(self) -> tuple[Batch | None, Mapping[str, str], UserError | None]:
         """This rank's next batch; or the shards that it found lost, or what prevents it."""
         try:
-            return self._copies.bring(next(self._batches)), {}, None
+            with phase("data"):
+                batch = next(self._batches)
+            with phase("copy"):
+                return self._copies.bring(batch), {}, None
         except ShardsToGiveUp as loss:
             return None, loss.shards, None
         except UserError as error:

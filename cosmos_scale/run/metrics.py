@@ -101,6 +101,11 @@ class MetricLog:
         """Print a line above the progress bar."""
         self._progress.console.print(text, highlight=False, soft_wrap=True)
 
+    def started(self, world_size: int, device: str) -> None:
+        """Write that a launch has started, with its first step; trackers have no place for that."""
+        facts = {"step": self._first_step, "world_size": world_size, "device": device}
+        self._file.append([json.dumps({"kind": "start", "time": round(time.time(), 3), **facts})])
+
     def training(self, record: dict[str, float]) -> None:
         """Write one training record (its keys are made in `progress.py`) and print its console line."""
         self._progress.update(self._task, loss=f"loss {record['loss']:.3f}")
@@ -137,7 +142,7 @@ class MetricLog:
     def evaluated_at(self, step: int) -> list[str]:
         """Return the names of the evaluators that have a record of a step, those that failed among them."""
         return [
-            _evaluator_of(entry)
+            evaluator_of(entry)
             for entry in _records_of(self._file.path)
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
         ]
@@ -194,7 +199,7 @@ def evaluations_at(path: Path, step: int) -> dict[str, dict[str, float | None]]:
     found = {}
     for entry in _records_of(path):
         if entry.get("kind") == "eval" and entry.get("step") == step:
-            found[_evaluator_of(entry)] = {key: value for key, value in entry.items() if "/" in key}
+            found[evaluator_of(entry)] = {key: value for key, value in entry.items() if "/" in key}
     return found
 
 
@@ -207,8 +212,11 @@ def _records_of(path: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
 
 
-def _evaluator_of(entry: Mapping[str, object]) -> str:
-    """Return whose record it is; older ones do not say it, and without a name before its numbers it is retrieval's."""
+def evaluator_of(entry: Mapping[str, object]) -> str:
+    """Return whose record of an evaluation it is.
+
+    Older records do not say it; without a name before its numbers such a record is retrieval's.
+    """
     first = next((key.partition("/")[0] for key in entry if "/" in key), "")
     return str(entry.get("evaluator", "retrieval" if first in ("student", "teacher") else first))
 

@@ -54,10 +54,10 @@ class _Measured(NamedTuple):
     work: RankWork
 
 
-class _Pending:
+class PendingStep:
     """A step whose figures are on their way to the host; measured is None where the step writes no record."""
 
-    def __init__(self, step: int, output: StepOutput, measured: _Measured | None) -> None:
+    def __init__(self, step: int, output: StepOutput, measured: _Measured | None = None) -> None:
         self.step = step
         self.measured = measured
         self.substituted = int(output.substituted)  # on the host already
@@ -128,7 +128,7 @@ class Progress:
                 error = failure
         raise_together(ranks, error)
         self._stack = ExitStack()
-        self._pending: _Pending | None = None
+        self._pending: PendingStep | None = None
         self._skipped = self._skipped_before = 0  # in this launch; up to the last record
         self._substituted = 0  # of this rank, since the last record
         self._data_wait = 0.0
@@ -149,6 +149,14 @@ class Progress:
         if error is None and self._step > self._first_step:
             self._tell_goodput()
         self._stack.__exit__(kind, error, trace)
+
+    def begin(self, text: str) -> None:
+        """Say what starts, and write that it does, on the main rank."""
+        if self._log is not None:
+            self._log.say(text)
+            device = self._ranks.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            self._log.started(self._ranks.world_size, name)
 
     def say(self, text: str) -> None:
         """Print a line, on the main rank."""
@@ -172,7 +180,7 @@ class Progress:
             means = (now - self._marked_time) / steps, self._data_wait / steps
             measured = _Measured(lr, momentum, steps, *means, self._counter.take())
             self._marked_time, self._marked_step, self._data_wait = now, step, 0.0
-        self._pending = _Pending(step, output, measured)
+        self._pending = PendingStep(step, output, measured)
 
     def read_pending(self) -> None:
         """Read the last step noted; collective. Raises UserError on all ranks where its loss was not finite."""

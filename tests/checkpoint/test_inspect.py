@@ -167,6 +167,8 @@ def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_broken(
 def test_what_is_no_checkpoint_is_wrong_use(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{tmp_path}: no checkpoint; rule: " in inspect(capsys, tmp_path, status=2)
     assert "nowhere: no checkpoint" in inspect(capsys, tmp_path / "nowhere", status=2)
+    (tmp_path / "cosmos.pt").touch()
+    assert ", or a file in it, such as cosmos.pt" in inspect(capsys, tmp_path, status=2)
 
 
 def test_the_table_of_a_large_model_is_whole_on_80_columns(

@@ -66,6 +66,13 @@ def test_what_is_there_is_replaced_with_force_only(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "cosmos.pt"]
 
 
+def test_a_folder_is_no_file_in_it(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", "--checkpoint", str(run), "--to", "cosmos", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    said = failure(capsys, tmp_path / "again", tmp_path / "out", "--to", "hf")
+    assert "none there; rule: name a step-* folder, or a run with one, or a file in it, such as cosmos.pt" in said
+
+
 def test_what_a_format_cannot_hold_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     changes: dict[str, dict[str, object]] = {

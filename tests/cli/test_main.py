@@ -16,6 +16,7 @@ from PIL import Image
 from cosmos_scale.cli import main as cli
 from cosmos_scale.cli import train
 from cosmos_scale.cli.output import lasting_output
+from cosmos_scale.engine.ranks import tell_lost_contact
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import write_shards
 from tests.conftest import REPOSITORY
@@ -43,6 +44,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("checkpoint", "inspect"),
         ("configs",),
         ("convert",),
+        ("profile",),
         ("setup",),
         ("train",),
     ],
@@ -328,7 +330,7 @@ def test_all_that_a_terminal_is_told_goes_on_without_it(capsys: pytest.CaptureFi
 def test_a_lost_contact_is_told_where_the_checkpoints_cannot_be_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train._print_lost_contact(RuntimeError("gloo: closed"), "1", tmp_path / ("n" * 300))
+    tell_lost_contact(RuntimeError("gloo: closed"), "1", train._newest_checkpoint(tmp_path / ("n" * 300)))
     said = capsys.readouterr().err
     assert said.startswith("cosmos-scale train: rank 1 lost contact with another rank")
     assert said.endswith("; newest checkpoint: unknown, since their folder cannot be listed\n")

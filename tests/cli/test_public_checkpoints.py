@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cosmos_scale.checkpoint.interchange.reading import find_model
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config import ClassificationConfig, DataConfig
 from cosmos_scale.data.scenes.layouts import write_layouts
@@ -16,7 +17,7 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.classification import Classification
 from cosmos_scale.evaluation.evaluator import Encoder, Numbers, Setting, measure
-from cosmos_scale.evaluation.loading import find_model, load_encoder, models_of
+from cosmos_scale.evaluation.loading import load_encoder, models_of
 from cosmos_scale.evaluation.published import PUBLISHED_ROWS, row_of_file
 from cosmos_scale.model.cosmos import CosmosModel
 from tests.checkpoint.interchange.made import SIZES, openclip_model, save_cosmos, state_of, towers

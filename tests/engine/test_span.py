@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.span import Span
-from cosmos_scale.run.progress import _Pending
+from cosmos_scale.run.progress import PendingStep
 from cosmos_scale.step import StepOutput
 
 
@@ -92,7 +92,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
-def step(device: Device, loss: float, forward_seconds: float) -> _Pending:
+def step(device: Device, loss: float, forward_seconds: float) -> PendingStep:
     """Launch a step: its forward, the rest, and the copy of its figures."""
     forward = Span(on_gpu=True)
     device.work(forward_seconds)
@@ -111,7 +111,7 @@ def step(device: Device, loss: float, forward_seconds: float) -> _Pending:
         substituted=torch.tensor(0),
         forward=forward,
     )
-    return _Pending(1, output, None)
+    return PendingStep(1, output, None)
 
 
 def test_the_time_of_a_step_is_read_without_waiting_for_the_newest(device: Device) -> None:

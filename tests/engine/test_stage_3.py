@@ -10,6 +10,7 @@ from cosmos_scale.engine import zero
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
+from tests.loss.reference import operations
 
 # Most sizes of the tiny model are powers of two: parts of three ranks are padded, some are padding altogether.
 WORLD_SIZE = 3
@@ -66,6 +67,9 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
         if case.stage == 3:
             kept = tiny.student.layout.engine.optimizer.persistent_parameters
             results[case]["gathered"] = len(list(tiny.student.model.parameters())) - len(kept)
+            names = operations(torch.no_grad()(tiny.student.layout.publish))
+            results[case]["kept"] = len(kept)
+            results[case]["gathers"] = [name for name in names if name.startswith("c10d::")]
         tiny.close()
     return results
 
@@ -100,5 +104,7 @@ def test_gathered_weights_and_several_shards_train_as_whole_ones() -> None:
         for case in CASES:
             assert results[case]["shards"] > 3
             assert results[case]["gathered"] > 30  # none of this model with the default threshold
+            assert results[case]["kept"] > 10 or not case.kept
+            assert len(results[case]["gathers"]) == bool(results[case]["kept"])  # all of them travel together
             assert results[case]["losses"] == pytest.approx(reference["losses"], abs=TOLERANCE), case
             assert results[case]["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE), case

@@ -14,7 +14,7 @@ from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.cli import main as program
 from cosmos_scale.engine import contact
 from cosmos_scale.evaluation.evaluator import Encoder
-from cosmos_scale.run.progress import Progress, _Pending
+from cosmos_scale.run.progress import PendingStep, Progress
 from cosmos_scale.step import train_step
 
 PLACE = "PLACE_TO_DIE_AT"  # environment variable: a key of PLACES
@@ -52,15 +52,15 @@ class NeverReady:
 def in_a_device_read(patch: pytest.MonkeyPatch, last: bool) -> None:
     """The others ask whether the device is ready."""
 
-    def read(self: _Pending, *args: Any) -> Any:
+    def read(self: PendingStep, *args: Any) -> Any:
         if self.step == STEP:
             self._copied = NeverReady()  # type: ignore[assignment]
             if last:
                 die()
         return reading(self, *args)
 
-    reading = _Pending.read
-    patch.setattr(_Pending, "read", read)
+    reading = PendingStep.read
+    patch.setattr(PendingStep, "read", read)
 
 
 def in_a_call_that_blocks(patch: pytest.MonkeyPatch, last: bool) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import maxima
-from cosmos_scale.run.progress import _Pending
+from cosmos_scale.run.progress import PendingStep
 from cosmos_scale.testing.runs import Launched, start, write_run
 from tests.run.losing_train import DESTROYED, PLACE, PLACES
 
@@ -67,12 +67,12 @@ def test_ranks_agree_before_they_read_a_step_of_the_device(run: Path, monkeypatc
         order.append("agree")
         return maxima(*args)
 
-    def read(self: _Pending, *args: Any) -> Any:
+    def read(self: PendingStep, *args: Any) -> Any:
         order.append(f"read {self.step}")
         return reading(self, *args)
 
-    reading = _Pending.read
+    reading = PendingStep.read
     monkeypatch.setattr("cosmos_scale.run.lookahead.maxima", agree)
-    monkeypatch.setattr(_Pending, "read", read)
+    monkeypatch.setattr(PendingStep, "read", read)
     assert main(["train", str(run), "checkpoint.every=0", "eval=[]"]) == 0
     assert order == ["agree", "agree", "read 1", "agree", "read 2", "agree", "read 3", "read 4"]

@@ -62,6 +62,23 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
+def test_each_launch_leaves_a_record_of_its_start(tmp_path: Path) -> None:
+    for first_step, ranks in ((0, 2), (2, 4)):
+        with opened(tmp_path, first_step=first_step) as log:
+            log.started(ranks, "cpu")
+            for step in (first_step + 1, first_step + 2, first_step + 3):
+                log.training(record(step))
+    assert steps(tmp_path) == [
+        ("start", 0),
+        ("train", 1),
+        ("train", 2),
+        ("start", 2),
+        *(("train", n) for n in (3, 4, 5)),
+    ]
+    starts = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "start" in line]
+    assert [(start["world_size"], start["device"]) for start in starts] == [(2, "cpu"), (4, "cpu")]
+
+
 def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = time.time() - 1e-3  # the file has milliseconds
     with opened(tmp_path) as log:

@@ -6,6 +6,7 @@ scalars of numpy are accepted: an optimizer's learning rate is often such a scal
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,11 +64,14 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 def _open_torch(path: Path, mapped: bool) -> Any:
     members = _members(path) if mapped else []
     if any(name.endswith("/constants.pkl") for name in members):
-        raise refusal(path, "found a TorchScript program, as OpenAI published its weights: save its state dict")
+        raise refusal(
+            path, "found a TorchScript program, as OpenAI published its weights: write its state_dict() with torch.save"
+        )
     if members and not any(name.endswith("/data.pkl") for name in members):
         raise refusal(path, "found a zip file that torch.save did not write")
     try:
-        with _four_globals():
+        with _four_globals(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in another protocol: what is wrong with one is told below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise refusal(path, _refused_pickle(str(error))) from None
@@ -102,11 +106,15 @@ def _four_globals() -> Iterator[None]:
 
 def _refused_pickle(said: str) -> str:
     """Return what was found in a pickle, from what torch says of it."""
-    if match := re.search(r"GLOBAL ([\w.]+)", said):
-        return f"found a pickle that calls {match[1]}, which was not executed: only tensors and plain values are read"
-    return f"found a pickle that is not of torch.save, or is cut off or damaged ({_first_line(said)})"
+    if match := re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>", said):
+        name = match[1] or match[2]
+        return f"found a pickle that calls {name}, which was not executed: only tensors and plain values are read"
+    reason = re.search(r"WeightsUnpickler error:\s*([^\n]+)", said)
+    shown = _first_line(reason[1] if reason else said)
+    return f"found a pickle that is not of torch.save, or is cut off or damaged ({shown})"
 
 
 def _first_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160].rstrip(" .") if lines else type(error).__name__
+    """Return the first sentence: the others of torch are advice that does not help here."""
+    lines = re.split(r"\n|\. ", str(error).strip())
+    return lines[0][:160].rstrip(" .") or type(error).__name__

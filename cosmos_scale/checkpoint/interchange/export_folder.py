@@ -33,6 +33,8 @@ def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
             raise UserError(f"{whole_path(folder)}: is no folder; rule: name a folder for the files")
         if Path.cwd().is_relative_to(folder.resolve()):  # another folder takes its place
             raise UserError(f"{whole_path(folder)}: the current folder lies in it; rule: name another folder")
+        if os.path.ismount(folder.resolve()):
+            raise UserError(f"{whole_path(folder)}: a disk is mounted there; rule: name a folder in it")
         present = sorted(os.listdir(folder))
     if not present:
         return
@@ -67,15 +69,16 @@ def write_export(
     files = [*files, text_file(CARD, f"{card.rstrip()}\n\n<!-- files of cosmos-scale convert: {own} -->\n")]
     with _told(folder):
         place = folder.resolve()  # a link to a folder stays a link
-        place.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(file.size for file in files) + _SPARE, free_bytes(place.parent)
-        if free < needed:
-            raise UserError(
-                f"{whole_path(folder)}: {free / 2**20:,.0f} MiB are free there, the files take {needed / 2**20:,.0f}; "
-                "rule: make room, or name another folder"
-            )
         part = place.with_name(f".{place.name}.{os.getpid()}.part")
-        part.mkdir()
+        with _told(place.parent):  # it may be that the folder itself can be written, and not the one above
+            place.parent.mkdir(parents=True, exist_ok=True)
+            needed, free = sum(file.size for file in files) + _SPARE, free_bytes(place.parent)
+            if free < needed:
+                raise UserError(
+                    f"{whole_path(folder)}: {free / 2**20:,.0f} MiB are free there, the files take "
+                    f"{needed / 2**20:,.0f}; rule: make room, or name another folder"
+                )
+            part.mkdir()
         try:
             for file in files:
                 with open(part / file.name, "wb", opener=regular_only) as out:

@@ -14,7 +14,7 @@ _KINDS = (
     (r"^(text\.)?transformer\.(embeddings|encoder)\.", "a CLIP model whose text tower is one of Hugging Face"),
     (r"\.ls_1\.|\.ls_2\.", "a model with layer scale"),
     (r"^model\.diffusion_model\.|^unet\.", "a diffusion model"),
-    (r"^(vision_model|text_model)\.", "a model of Hugging Face without its config.json"),
+    (r"^(vision_model|text_model)\.", "a model of Hugging Face without its config.json: name the folder that has both"),
 )
 
 

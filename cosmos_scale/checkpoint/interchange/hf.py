@@ -27,7 +27,7 @@ from cosmos_scale.config import TOKENIZER_VOCABULARY, ModelConfig, TextConfig, V
 HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
-HF_INDEX = "model.safetensors.index.json"  # in place of model.safetensors, where the tensors lie in several files
+HF_INDEX = ".index.json"  # after such a name, of the list of the files that stand in its place
 # What CLIPConfig takes where a key is not there.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "vision_config": {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5},
@@ -101,8 +101,8 @@ def _files(folder: Path) -> list[Path]:
     for name in HF_WEIGHTS:
         if (folder / name).is_file():
             return [folder / name]
-        index = folder / HF_INDEX
-        if name.endswith(".safetensors") and index.is_file():
+        index = folder / f"{name}{HF_INDEX}"
+        if index.is_file():
             names = set(map(str, object_of(index, read_settings(index), "weight_map").values()))
             return [folder / Path(name).name for name in sorted(names)]
     raise refusal(folder, f"found {HF_CONFIG}, but neither {' nor '.join(HF_WEIGHTS)}")

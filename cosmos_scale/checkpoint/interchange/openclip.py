@@ -23,7 +23,7 @@ QUICK_GELU_NAMES = re.compile(r"quick_?gelu|(?<![a-z])(openai|metaclip|dfn)", re
 def named(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the tensors of a state dict under our names; buffers and sizes that are no weights stay away.
 
-    Raises UserError where it holds anything but floating-point tensors.
+    Raises UserError where it holds anything but floating-point tensors, or two under one name.
     """
     prefix = WRAPPED if str(next(iter(state), "")).startswith(WRAPPED) else ""
     tensors: dict[str, Tensor] = {}
@@ -39,7 +39,10 @@ def named(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
             raise refusal(path, f"found {name} in {form}, not in plain floating-point numbers")
         if name == "logit_scale" and value.numel() == 1:
             value = value.reshape(())
-        tensors[name.removeprefix(TEXT)] = value.detach()
+        name = name.removeprefix(TEXT)
+        if name in tensors:
+            raise refusal(path, f"found two tensors for {name}, with a prefix and without")
+        tensors[name] = value.detach()
     return tensors
 
 

@@ -22,7 +22,8 @@ from cosmos_scale.checkpoint.interchange.weights import (
     read_stored,
     refusal,
 )
-from cosmos_scale.checkpoint.state import MANIFEST, newest
+from cosmos_scale.checkpoint.state import MANIFEST, find_checkpoint, newest, step_of
+from cosmos_scale.errors import UserError
 
 ADAPTER = "adapter_config.json"  # of a LoRA
 # A folder with one of these is another program's, whatever it turns out to be.
@@ -42,11 +43,28 @@ def is_public(path: Path) -> bool:
     return any((path / name).is_file() for name in SETTINGS)
 
 
-def files_of_weights(folder: Path) -> list[str]:
-    """Return the names of the files in a folder that may be public checkpoints, in order; none of a path without."""
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+def find_model(path: Path) -> Path:
+    """Return the checkpoint that a path stands for: a public one as it is, a run by its newest.
+
+    Raises UserError where there is none. A public checkpoint is looked into when it is opened.
+    """
+    if is_public(path):
+        return path
+    try:
+        return find_checkpoint(path)
+    except UserError as failure:
+        raise UserError(f"{failure}{or_a_file(path)}") from None
+
+
+def or_a_file(folder: Path) -> str:
+    """Return the end of a rule for a folder that is no checkpoint: name a file of weights in it, where there is one.
+
+    Empty for a path without, and for a folder of a run's step, whose files are parts of a checkpoint.
+    """
+    if not folder.is_dir() or step_of(folder) >= 0:
+        return ""
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    return f", or a file in it, such as {files[0]}" if files else ""
 
 
 def read_public(path: Path, which: Which, *, activation: Activation | None = None) -> PublicWeights:

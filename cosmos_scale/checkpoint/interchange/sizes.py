@@ -51,6 +51,8 @@ def infer_model(path: object, shapes: Mapping[str, Shape], known: Known, assumed
     """
     if missing := [name for name in _TELLING if name not in shapes]:
         found = foreign_model(shapes) or f"a model without {missing[0]}"
+        if len(missing) == len(_TELLING) and shapes:
+            found = foreign_model(shapes) or f"no CLIP model, but tensors such as {next(iter(shapes))}"
         raise refusal(path, f"found {found}")
     guessed = []
     vision_width, text_width = _sized(path, shapes, "visual.conv1.weight", 4)[0], _sized(path, shapes, *_TABLE)[1]

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cosmos_scale.checkpoint.interchange.reading import is_public, open_public
+from cosmos_scale.checkpoint.interchange.reading import find_model, is_public, open_public
 from cosmos_scale.checkpoint.interchange.weights import Activation, Which, read_stored
-from cosmos_scale.checkpoint.state import Manifest, find_checkpoint, load_weights, read_manifest, read_run_config
+from cosmos_scale.checkpoint.state import Manifest, load_weights, read_manifest, read_run_config
 from cosmos_scale.config import ModelConfig, RunConfig
 from cosmos_scale.errors import UserError
 
@@ -67,7 +67,7 @@ def open_source(path: Path, which: Sequence[Which], activation: Activation | Non
             guessed=first.guessed,
             read=lambda one: read_stored(opened[one], path).tensors,
         )
-    folder = find_checkpoint(path)
+    folder = find_model(path)
     training = Training(read_manifest(folder), read_run_config(folder))
     if activation is not None:
         raise UserError(f"--activation: {activation}; rule: is for files that do not say it; the run {folder} does")

@@ -16,6 +16,7 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import execute
 from cosmos_scale.data.samples.sample import SampleKey
 from cosmos_scale.data.samples.view_plan import ViewPlan, plan_views
+from cosmos_scale.phases import phase
 
 
 class Pictures(Protocol):
@@ -39,8 +40,10 @@ class Crops:
     def put(self, place: int, image_bytes: bytes, key: SampleKey) -> None:
         """Decode a picture and make its views."""
         views, side = self._config.data.views, self._config.model.vision.image_size
-        picture = decode_rgbx(image_bytes, self._config.data.max_pixels, self._config.data.background)
-        plan = plan_views(views, side, key, *picture.shape[:2])
+        with phase("decode"):
+            picture = decode_rgbx(image_bytes, self._config.data.max_pixels, self._config.data.background)
+        with phase("plan"):
+            plan = plan_views(views, side, key, *picture.shape[:2])
         execute(picture, plan, self._global_crops[:, place], self._local_crops[:, place])
 
     def block(self, others: Sequence[Tensor]) -> TensorBlock:
@@ -62,8 +65,10 @@ class EncodedPictures:
     def put(self, place: int, image_bytes: bytes, key: SampleKey) -> None:
         """Check a picture and plan its views."""
         data, side = self._config.data, self._config.model.vision.image_size
-        self._pictures[place], height, width = picture_for_dali(image_bytes, data.max_pixels, data.background)
-        self._plans[place] = plan_views(data.views, side, key, height, width)
+        with phase("decode"):
+            self._pictures[place], height, width = picture_for_dali(image_bytes, data.max_pixels, data.background)
+        with phase("plan"):
+            self._plans[place] = plan_views(data.views, side, key, height, width)
 
     def block(self, others: Sequence[Tensor]) -> TensorBlock:
         """Return a new block of the encoded pictures and other tensors."""

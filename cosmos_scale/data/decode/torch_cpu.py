@@ -12,6 +12,7 @@ from cosmos_scale.data.decode import colour
 from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
 from cosmos_scale.data.samples.view_plan import NO_JITTER, NO_SOLARISE, ViewPlan
+from cosmos_scale.phases import phase
 
 # For each channel, the normalised value of each of the 256 levels.
 TABLES = [
@@ -27,12 +28,19 @@ def execute(picture: Pixels, plan: ViewPlan, global_crops: Tensor, local_crops: 
     slices of a batch; they are overwritten.
     """
     for view, out in enumerate([*global_crops, *local_crops]):
-        split_channels(execute_view(picture, plan, view), out)
+        pixels = execute_view(picture, plan, view)
+        with phase("crops"):
+            split_channels(pixels, out)
 
 
 def execute_view(picture: Pixels, plan: ViewPlan, view: int) -> Pixels:
     """Make one view of a decoded [H, W, 4] picture: [side, side, 3] uint8."""
-    return blur_and_solarise(recolour(crop(picture, plan, view), plan, view), plan, view)
+    with phase("crops"):
+        pixels = crop(picture, plan, view)
+    with phase("colour"):
+        pixels = recolour(pixels, plan, view)
+    with phase("blur"):
+        return blur_and_solarise(pixels, plan, view)
 
 
 def evaluation_image(image_bytes: bytes, image_size: int, max_pixels: int, background: str = KEEP) -> Tensor:

@@ -107,9 +107,27 @@ def _row(views: Views, captions: list[str], global_captions: int, zoom: int, fon
 
 def _beside(row: Image.Image, original: Original, global_crops: int, font: Font, bold: Font) -> Image.Image:
     """Put a row's original before it, and its title above both."""
-    picture = Image.fromarray(np.ascontiguousarray(original.picture[..., :3]))
     highest = max(row.height - LABEL, ORIGINAL_WIDTH // 2)  # a row of small views has room for a larger original
-    scale = min(ORIGINAL_WIDTH / picture.width, highest / picture.height)
+    framed = framed_original(original, global_crops, ORIGINAL_WIDTH, highest)
+    height, width = original.picture.shape[:2]
+
+    title_lines = list(_wrap(original.title, bold, row.width + ORIGINAL_WIDTH))
+    top = LINE * len(title_lines) + GAP
+    whole_height = top + max(row.height, LABEL + framed.height)
+    whole = Image.new("RGB", (ORIGINAL_WIDTH + 2 * MARGIN + row.width, whole_height), PAPER)
+    pen = ImageDraw.Draw(whole)
+    for number, line in enumerate(title_lines):
+        pen.text((0, LINE * number), line, font=bold, fill=INK)
+    pen.text((0, top), f"original, {width} x {height} px", font=font, fill=INK)
+    whole.paste(framed, (0, top + LABEL))
+    whole.paste(row, (ORIGINAL_WIDTH + 2 * MARGIN, top))
+    return whole
+
+
+def framed_original(original: Original, global_crops: int, widest: int, highest: int) -> Image.Image:
+    """Return what a sample's views are made of, at most `widest` x `highest` pixels, with a frame for each view."""
+    picture = Image.fromarray(np.ascontiguousarray(original.picture[..., :3]))
+    scale = min(widest / picture.width, highest / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     framed = picture.resize(size, Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(framed)
@@ -119,18 +137,7 @@ def _beside(row: Image.Image, original: Original, global_crops: int, font: Font,
         frame = (corners[0], corners[1], max(right, corners[0]), max(bottom, corners[1]))
         pen.rectangle(frame, outline=PAPER, width=3)  # a white edge, so that the frame shows on dark ground too
         pen.rectangle(frame, outline=GLOBAL if view < global_crops else LOCAL, width=2)
-
-    title_lines = list(_wrap(original.title, bold, row.width + ORIGINAL_WIDTH))
-    top = LINE * len(title_lines) + GAP
-    height = top + max(row.height, LABEL + framed.height)
-    whole = Image.new("RGB", (ORIGINAL_WIDTH + 2 * MARGIN + row.width, height), PAPER)
-    pen = ImageDraw.Draw(whole)
-    for number, line in enumerate(title_lines):
-        pen.text((0, LINE * number), line, font=bold, fill=INK)
-    pen.text((0, top), f"original, {picture.width} x {picture.height} px", font=font, fill=INK)
-    whole.paste(framed, (0, top + LABEL))
-    whole.paste(row, (ORIGINAL_WIDTH + 2 * MARGIN, top))
-    return whole
+    return framed
 
 
 def _enlarge(view: Image.Image, zoom: int) -> Image.Image:

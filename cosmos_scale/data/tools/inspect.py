@@ -192,10 +192,29 @@ def picture_header(image_bytes: bytes, max_pixels: int) -> tuple[str, int, int]:
         raise DamagedSample(f"no picture header: {error}") from error
 
 
+class Visit(NamedTuple):
+    """A sample that training visits: what its views are made of, its views, and its captions, global ones first."""
+
+    original: Original
+    views: Views
+    captions: list[str]
+
+
 def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int, first: int, count: int) -> None:
     """Write a contact sheet of the samples that training visits from one position of an epoch on, with their views.
 
-    tokenize: needed by the loader alone; a sheet shows texts.
+    As `visits`, whose errors it raises.
+    """
+    shown = visits(config, tokenize, epoch=epoch, first=first, count=count)
+    zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of few pixels would be small on a screen
+    rows = [(visit.views, visit.captions) for visit in shown]
+    contact_sheet(rows, path, config.data.captions.global_count, zoom, [visit.original for visit in shown])
+
+
+def visits(config: RunConfig, tokenize: Tokenize, *, epoch: int, first: int, count: int) -> list[Visit]:
+    """Return the samples that training visits from one position of an epoch on, with their views and captions.
+
+    tokenize: needed by the loader alone; a visit has texts.
     Raises: UserError where there is no such position, a shard is missing or stale, or too many samples are damaged.
     """
     # In batches of one sample a step is a position. Everything else is as in the run, substitutes included.
@@ -209,17 +228,17 @@ def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int
             f"--first {first}: an epoch of this data has {counted(order.samples, 'position')}, counted from 0"
         )
     count = min(count, order.samples - first)
-    visits = order.visits(epoch, np.arange(first, first + count))
+    places = order.visits(epoch, np.arange(first, first + count))
     side = config.model.vision.image_size
     index.check_tables(range(len(index.shard_samples)))
     reader = ShardReader(data.remote)
     reader.check(index.shard_files())
-    rows, originals = [], []
+    found = []
     loader = TrainLoader(config, index, tokenize, 0, 1)
     with closing(loader.batches(epoch * order.samples + first)) as batches, _nothing_to_lose():
         for position, batch in enumerate(islice(batches, count)):
             sample = int(batch.sample_ids[0])
-            wanted, repeat = int(visits.samples[position]), int(visits.repeats[position])
+            wanted, repeat = int(places.samples[position]), int(places.repeats[position])
             key = SampleKey(config.seed, epoch, sample, repeat)
             location = index.locate(sample)
             image_bytes, document = reader.read(location)
@@ -230,11 +249,10 @@ def draw_visits(config: RunConfig, tokenize: Tokenize, path: Path, *, epoch: int
                 title += f", in place of damaged {index.locate(wanted).entry.key}"
             texts = draw_captions(data.captions, document, key)
             shown = [text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]} \u2026" for text in texts]
-            rows.append((Views(batch.global_crops[:, 0], batch.local_crops[:, 0]), shown))
-            originals.append(Original(title, picture, boxes))
+            views = Views(batch.global_crops[:, 0], batch.local_crops[:, 0])
+            found.append(Visit(Original(title, picture, boxes), views, shown))
     reader.close()
-    zoom = max(1, SHOWN_SIDE // config.model.vision.image_size)  # views of few pixels would be small on a screen
-    contact_sheet(rows, path, data.captions.global_count, zoom, originals)
+    return found
 
 
 @contextmanager

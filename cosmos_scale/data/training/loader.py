@@ -135,6 +135,15 @@ class TrainLoader:
             yield Batch(*made, *others)
         raise failures[0]
 
+    def make_here(self, step: int) -> Loaded:
+        """Make what a worker would make for a step, in this process; for measurements."""
+        return self._dataset[step]
+
+    @property
+    def workers(self) -> int:
+        """How many loader processes this rank has; 0: the training process loads."""
+        return self._workers
+
     def lose(self, found: Sequence[Mapping[str, str]], step: int) -> list[str]:
         """Give up shards from a step on; returns a line on each, for people.
 

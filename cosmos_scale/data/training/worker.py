@@ -29,6 +29,7 @@ from cosmos_scale.data.training.damage import Damage
 from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.phases import phase, stop_listening
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 PutPicture = Callable[[bytes, SampleKey], None]
@@ -109,7 +110,8 @@ class StepBatches(Dataset[Loaded]):
             samples.append(sample)
             texts.append(captions)
         # Captions first, samples second: [K, B, L].
-        ids_KBL = self._tokenizer([captions[k] for k in range(K) for captions in texts]).view(K, B, -1)
+        with phase("tokens"):
+            ids_KBL = self._tokenizer([captions[k] for k in range(K) for captions in texts]).view(K, B, -1)
         sample_ids = torch.tensor(samples)
         substituted = (sample_ids != torch.from_numpy(visits.samples)).sum()
         return pictures.block([ids_KBL, caption_lengths(ids_KBL), sample_ids, substituted])
@@ -146,9 +148,11 @@ class StepBatches(Dataset[Loaded]):
         )
 
     def _make(self, key: SampleKey, location: Location, put: PutPicture) -> list[str]:
-        image_bytes, document = self._reader.read(location)
+        with phase("read"):
+            image_bytes, document = self._reader.read(location)
         try:
-            captions = draw_captions(self._config.data.captions, document, key)
+            with phase("plan"):
+                captions = draw_captions(self._config.data.captions, document, key)
             put(image_bytes, key)
         except DamagedSample as damage:
             damage.origin = describe_origin(document)
@@ -161,6 +165,7 @@ def start_worker(worker: int) -> None:
     # Garbage from before the fork belongs to the training process. Its finalisers, such as those that end an older
     # loader's processes, must not run here. And memory that no garbage collection looks at stays shared.
     gc.freeze()
+    stop_listening()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_only_four_globals_are_allowed(tmp_path: Path) -> None:
     torch.save({"student": state_of(1), "epoch": np.float32(1)}, tmp_path / "float32.pt")
     try:
         torch.serialization.add_safe_globals([np.dtypes.Float32DType])
-        refused(tmp_path / "float32.pt", "found a pickle that")
+        said = "found a pickle that calls numpy.dtypes.Float32DType, which was not executed"
+        refused(tmp_path / "float32.pt", said)
         assert np.dtypes.Float32DType in torch.serialization.get_safe_globals()
     finally:
         torch.serialization.clear_safe_globals()
@@ -150,6 +152,14 @@ def with_nan(tensor: Tensor) -> Tensor:
         (lambda: {"epoch": 3, "teacher": state_of(1)}, "found a COSMOS checkpoint without a student, with a teacher"),
         (lambda: {"epoch": 3, "optimizer": {}}, "found a dict of epoch, optimizer, without tensors"),
         (dict, "found an empty dict, without tensors"),
+        (lambda: {"student": {}, "teacher": {}}, "found a dict of student, teacher, without tensors"),
+        (
+            lambda: {"student": state_of(1), "teacher": towers(state_of(2))},
+            "found a student and a teacher of different models: they differ in distill_logit_scale",
+        ),
+        (lambda: prefixed("module.") | towers(state_of(1)), "found two tensors for positional_embedding, with a"),
+        (lambda: prefixed("text.") | towers(state_of(1)), "found two tensors for positional_embedding, with a"),
+        (lambda: prefixed("_orig_mod."), "found no CLIP model, but tensors such as _orig_mod.positional_embedding"),
         (lambda: [torch.zeros(1)], "found a list, not a dict of tensors"),
         (lambda: {"base_model.model.visual.lora_A.weight": torch.zeros(1)}, "found a LoRA, which changes a model"),
         (
@@ -169,6 +179,10 @@ def with_nan(tensor: Tensor) -> Tensor:
 def test_contents_that_are_no_model_of_ours(tmp_path: Path, content: Callable[[], Any], said: str) -> None:
     torch.save(content(), tmp_path / "bad.pt")
     refused(tmp_path / "bad.pt", said)
+
+
+def prefixed(prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in towers(state_of(2)).items()}
 
 
 def without(name: str) -> dict[str, Tensor]:
@@ -197,6 +211,10 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
         refused(path, said)
     torch.jit.script(torch.nn.Linear(2, 2)).save(path)
     refused(path, "found a TorchScript program, as OpenAI published its weights")
+    path.write_bytes(pickle.dumps({"student": 1}, protocol=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(path, "found a pickle that is not of torch.save, or is cut off or damaged (Unsupported operand")
     np.savez(tmp_path / "arrays.npz", np.zeros(3))
     refused(tmp_path / "arrays.npz", "found a zip file that torch.save did not write")
     os.mkfifo(tmp_path / "fifo.pt")

@@ -47,6 +47,16 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
     assert held(tmp_path / "empty") == {"a": "1"}
 
 
+def test_a_folder_where_a_disk_is_mounted_cannot_be_replaced() -> None:
+    assert "/proc: a disk is mounted there; rule: name a folder in it" in refused(Path("/proc"), [], force=False)
+
+
+def test_the_folder_above_is_named_where_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file: cannot be written: File exists$"):
+        write(tmp_path / "file" / "out", {"a": "1"})
+
+
 def test_nothing_is_replaced_without_force(tmp_path: Path) -> None:
     write(tmp_path / "out", {"a": "1"})
     assert "with --force" in refused(tmp_path / "out", ["b"], force=False)

@@ -82,6 +82,14 @@ def test_hf_folder_in_parts_and_in_half(tmp_path: Path) -> None:
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
     whole = read_public(tmp_path / "whole", "student")
     assert read_public(tmp_path / "parts", "student").digest == whole.digest
+    # Older models have the same files as pickles.
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    index.with_name("pytorch_model.bin.index.json").write_text(index.read_text().replace(".safetensors", ".bin"))
+    index.unlink()
+    for part in (tmp_path / "parts").glob("model-*.safetensors"):
+        torch.save(load_file(part), part.with_suffix(".bin"))
+        part.unlink()
+    assert read_public(tmp_path / "parts", "student").digest == whole.digest
     path = tmp_path / "whole" / "model.safetensors"
     half = {name: tensor.half() for name, tensor in load_file(path).items()}
     path.unlink()  # it is mapped by `whole` no more

@@ -1,0 +1,76 @@
+"""What `train` and `profile` share: one process of a run, its start, and who prints where it fails."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.exit_status import FAILED, REFUSED
+
+if TYPE_CHECKING:  # functions import it, so that --help need not wait
+    from cosmos_scale.config import RunConfig
+    from cosmos_scale.engine.ranks import Ranks
+
+
+@dataclass
+class ThisRank:
+    """This process among the ranks. ranks: once all of them run together.
+
+    when_lost: says where the run stands, for the line that tells of a lost rank.
+    """
+
+    ranks: "Ranks | None" = None
+    when_lost: Callable[[], str] = str
+
+    def start(self, config: "RunConfig") -> "Ranks":
+        """Join the other ranks; raises UserError where that is impossible."""
+        from cosmos_scale.engine.ranks import start_ranks
+
+        self.ranks = start_ranks(config.device, config.log.level)
+        return self.ranks
+
+
+def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
+    """Do a rank's work and return the exit status.
+
+    A UserError leaves this function only on a rank that is to print it. A lost rank is told on one line.
+    """
+    from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables
+
+    rank = ThisRank()
+    try:
+        adopt_rank_variables()
+        return work(rank)
+    except WrongRankVariable:
+        raise
+    except UserError:
+        # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
+        # of one machine alone, so local rank 0 of each machine prints it.
+        prints = rank.ranks.is_main if rank.ranks else os.environ.get("LOCAL_RANK", "0") == "0"
+        if not prints:
+            return REFUSED
+        raise
+    except Exception as error:
+        from cosmos_scale.engine.ranks import lost_contact, tell_lost_contact
+
+        if "RANK" not in os.environ or not lost_contact(error):
+            raise
+        tell_lost_contact(error, os.environ["RANK"], rank.when_lost(), command=command)
+        return FAILED
+
+
+def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
+    """Return a run's config, once the launcher's variables are sound too; raises UserError.
+
+    The config comes before all imports that take seconds, so that its mistakes are told at once.
+    """
+    from cosmos_scale.cli.arguments import run_file
+    from cosmos_scale.config.load import load_config
+    from cosmos_scale.engine.messages import limit_messages
+    from cosmos_scale.engine.rank_variables import read_rank_variables
+
+    config = load_config(run_file(file), overrides)
+    limit_messages(config.log.level)
+    read_rank_variables()
+    return config

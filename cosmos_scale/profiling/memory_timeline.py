@@ -1,0 +1,96 @@
+"""The memory of a step over its time, from a trace: the peak, its moment, and what holds the memory there."""
+
+from typing import Any, NamedTuple
+
+from cosmos_scale.profiling.trace import OUTSIDE, Trace
+
+BEFORE = "before the step"  # the owner of what a step finds: weights and states
+MOST_POINTS = 240
+_CPU, _CUDA = 0, 1  # device types, as torch numbers them
+
+
+class MemoryTimeline(NamedTuple):
+    """The memory of one step, the one that takes most. Bytes; milliseconds from the step's begin.
+
+    owners: what is held at the peak, by the phase that has taken it, or BEFORE. largest: the largest block taken.
+    points: (time, bytes held), the peak among them. step_ms: the step's length. phases: (name, begin, end). known:
+    whether what the step found is counted, as on GPUs: torch does not count a CPU's memory outside a profile.
+    """
+
+    peak: int
+    peak_ms: float
+    peak_phase: str
+    owners: dict[str, int]
+    largest: int
+    points: list[tuple[float, int]]
+    step_ms: float
+    phases: list[tuple[str, float, float]]
+    known: bool
+
+
+def memory_timeline(trace: Trace, *, found: int) -> MemoryTimeline | None:
+    """Return the timeline of the trace's step that takes most memory; None where no memory was recorded.
+
+    found: bytes that a step finds on a CPU, where the trace does not know them: by the formula of engine/memory.py.
+    """
+    events = [event for event in trace.events if event["name"] == "[memory]"]
+    device = _CUDA if any(event["args"]["Device Type"] == _CUDA for event in events) else _CPU
+    events = sorted((event for event in events if event["args"]["Device Type"] == device), key=lambda each: each["ts"])
+    of_steps: dict[int, list[Any]] = {}
+    for event in events:
+        if (step := trace.step_at(float(event["ts"]))) != OUTSIDE:
+            of_steps.setdefault(step, []).append(event)
+    lines = [_of_step(trace, step, own, None if device == _CUDA else found) for step, own in of_steps.items()]
+    return max(lines, key=lambda line: line.peak, default=None)
+
+
+def _of_step(trace: Trace, step: int, events: list[Any], found: int | None) -> MemoryTimeline:
+    first = events[0]["args"]
+    at_start = int(first["Total Allocated"]) - int(first["Bytes"]) if found is None else found
+    begin = trace.steps[step][0]
+    live: dict[int, tuple[int, str]] = {}  # bytes and phase by address
+    freed_older = 0  # bytes of what the step found, and has given back
+    held, largest, peak = at_start, 0, (at_start, begin, {BEFORE: at_start})
+    points = [(0.0, at_start)]
+    for event in events:
+        details, time = event["args"], float(event["ts"])
+        nbytes, address = int(details["Bytes"]), int(details["Addr"])
+        held += nbytes
+        if nbytes > 0:
+            held -= live.get(address, (0, ""))[0]  # given back unseen
+            live[address] = (nbytes, trace.phase_at(time))
+            largest = max(largest, nbytes)
+        elif address in live:
+            del live[address]
+        else:
+            freed_older -= nbytes
+        points.append(((time - begin) / 1e3, held))
+        if held > peak[0]:
+            owners = {BEFORE: at_start - freed_older}
+            for size, phase in live.values():
+                owners[phase] = owners.get(phase, 0) + size
+            peak = (held, time, owners)
+    nbytes, time, owners = peak
+    owners = dict(sorted(owners.items(), key=lambda owner: -owner[1]))
+    end = trace.steps[step][1]
+    return MemoryTimeline(
+        peak=nbytes,
+        peak_ms=(time - begin) / 1e3,
+        peak_phase=trace.phase_at(time),
+        owners=owners,
+        largest=largest,
+        points=_thinned(points),
+        step_ms=(end - begin) / 1e3,
+        phases=[
+            (name, (start - begin) / 1e3, (stop - begin) / 1e3)
+            for start, stop, name in trace.phase_stretches
+            if begin <= start and stop <= end
+        ],
+        known=found is None,
+    )
+
+
+def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Return at most about MOST_POINTS points: of each stretch of them the highest."""
+    each = -(-len(points) // MOST_POINTS)
+    return [max(points[start : start + each], key=lambda point: point[1]) for start in range(0, len(points), each)]

@@ -1,0 +1,224 @@
+"""A profile for people: the table that `cosmos-scale profile` prints."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cosmos_scale.profiling.memory_timeline import BEFORE
+from cosmos_scale.profiling.profile_record import ProfileRecord
+from cosmos_scale.words import counted
+
+MIB, GIB = 2**20, 2**30
+NAME, WIDE, PAIR = 29, 10, 20  # columns
+CHART_WIDE, CHART_HIGH = 60, 4
+MOST_ROWS = 6  # of lists
+LEAST = 0.001  # of the peak: owners of less are left out
+LATE = 0.10  # a change by this part is pointed at
+
+
+def profile_lines(record: ProfileRecord) -> Iterator[str]:
+    """Yield the lines of a profile."""
+    yield from _head(record)
+    yield from _phases(record)
+    yield from _operators(record)
+    yield from _collectives(record)
+    yield from _loader(record)
+    yield from _memory(record)
+    yield from _waits(record)
+    yield from _findings(record)
+    compared = record.get("compared")
+    if compared and compared["keys"]:
+        shown = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in list(compared["keys"].items())[:MOST_ROWS])
+        yield f"other keys     {shown}"
+
+
+def _head(record: ProfileRecord) -> Iterator[str]:
+    setting, step, compared = record["setting"], record["step_ms"], record.get("compared")
+    world, cost, added = record["world_size"], record["cost"], record["sum"]
+    slowest = record["slowest_rank"]
+    slow = f", rank {slowest} on {record['hosts'][slowest]} slowest" if world > 1 else ""
+    yield (
+        f"{record['run']}: {counted(setting['steps'], 'step')} after {setting['warm_up']} of warm-up, "
+        f"{counted(world, 'rank')}, {record['device']['name']}, {setting['precision']}, ZeRO {setting['zero_stage']}, "
+        f"{counted(setting['samples_per_rank'], 'sample')} a rank{slow}"
+    )
+    yield (
+        f"profiling itself cost {_percent(cost['marks'], 2)} of a step, by its marks (steps with and without them "
+        f"differ by {_percent(cost['low'])} .. {_percent(cost['high'])}); the phases add up to "
+        f"{_percent(1.0 - added['difference'])} of a step"
+    )
+    if compared:
+        yield f"before: {compared['file']} (!: changed by a tenth or more; ~: no more than the noise)"
+    head = f"{'':{NAME}}{'median':>{WIDE}}{'quartiles':>{PAIR}}{'p95':>{WIDE}}"
+    yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
+    row = (
+        f"{'step, ms':{NAME}}{_ms(step['median']):>{WIDE}}{_quartiles(step):>{PAIR}}{_ms(step['p95']):>{WIDE}}"
+        f"{_change(compared['step_ms']) if compared else ''}"
+    )
+    yield row
+    speed = record["throughput"]
+    tera = f"{speed['needed_tflops_per_rank']:.3g} needed TFLOP/s a rank"
+    mfu, hfu = ("n/a" if speed[key] is None else _percent(speed[key]) for key in ("mfu", "hfu"))
+    before = f", before {compared['samples_per_second']:,.1f}" if compared else ""
+    yield (
+        f"{speed['samples_per_second']:,.1f} samples/s ({speed['samples_per_second_per_rank']:,.1f} a rank{before}), "
+        f"{tera}, MFU {mfu}, HFU {hfu}"
+    )
+
+
+def _phases(record: ProfileRecord) -> Iterator[str]:
+    many, compared = record["world_size"] > 1, record.get("compared")
+    head = f"{'where the step goes':{NAME}}{'device ms':>{WIDE}}{'%':>7}{'quartiles':>{PAIR}}{'host ms':>{WIDE}}"
+    head += f"{'rank min .. max':>{PAIR + 11}}" if many else ""
+    yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
+    for phase in record["phases"]:
+        device, host = phase["device_ms"], phase["host_ms"]
+        line = (
+            f"  {phase['label']:{NAME - 2}}{_ms(device['median']):>{WIDE}}{100 * phase['share']:>7.1f}"
+            f"{_quartiles(device):>{PAIR}}{'' if host is None else _ms(host['median']):>{WIDE}}"
+        )
+        if many:
+            ranks = f"{_ms(phase['rank_min_ms'])} .. {_ms(phase['rank_max_ms'])} (rank {phase['rank_max']})"
+            line += f"{ranks:>{PAIR + 11}}"
+        yield line + (_change(compared["phases"][phase["name"]]) if compared else "")
+        for part in phase["parts"]:
+            own = part["device_ms"]
+            yield (
+                f"    {part['label']:{NAME - 4}}{_ms(own['median']):>{WIDE}}{100 * part['share']:>7.1f}"
+                f"{_quartiles(own):>{PAIR}}"
+            )
+
+
+def _operators(record: ProfileRecord) -> Iterator[str]:
+    kinds = "  ".join(f"{kind} {ms:.1f}" for kind, ms in record["operators"]["kinds"].items())
+    name = "kernels" if record["device"]["type"] == "cuda" else "operators"
+    yield f"{name:15}{kinds} ms a step, traced"
+    for work in record["operators"]["top"][:MOST_ROWS]:
+        shown = work["name"] if len(work["name"]) <= 60 else f"{work['name'][:57]}..."
+        times = f"{work['calls']:>7.0f} x {work['ms']:>9.2f} ms {100 * work['share']:>5.1f} %"
+        yield f"  {shown:62}{work['phase']:10}{times}"
+
+
+def _collectives(record: ProfileRecord) -> Iterator[str]:
+    if not record["collectives"]:
+        return
+    planned = record["planned"] and {(row["phase"], row["kind"]): row for row in record["planned"]["collectives"]}
+    heads = ("calls", "MB each", "ms each", "GB/s bus", "exposed ms", *(("planned", "MB each") if planned else ()))
+    yield f"{'collectives':{NAME}}" + "".join(f"{head:>11}" for head in heads)
+    for row in record["collectives"]:
+        numbers = [
+            f"{row['calls']:.0f}",
+            _known(row["mbytes"], ".3g"),
+            _known(row["ms"], ".2f"),
+            _known(row["bus_gbs"], ".2f"),
+            _known(row["exposed_ms"], ".2f"),
+        ]
+        if planned:
+            plan = planned.get((row["phase"], row["kind"]))
+            numbers += ["-", "-"] if plan is None else [f"{plan['calls']}", f"{plan['mbytes']:.3g}"]
+        yield f"  {row['phase'] + ', ' + row['kind']:{NAME - 2}}" + "".join(f"{number:>11}" for number in numbers)
+
+
+def _loader(record: ProfileRecord) -> Iterator[str]:
+    loader = record["loader"]
+    parts = "  ".join(f"{name} {ms:.2f}" for name, ms in loader["parts"].items())
+    yield (
+        f"{'loader':15}{loader['ms_per_sample']:.2f} ms a sample and core: a step needs {loader['cores_needed']:.2f} "
+        f"cores a rank; {counted(loader['workers'], 'worker')} a rank, {counted(loader['cores'], 'core')} for "
+        f"{counted(loader['ranks_on_host'], 'rank')} of this host"
+    )
+    yield f"{'':15}{parts}"
+
+
+def _memory(record: ProfileRecord) -> Iterator[str]:
+    memory = record["memory"]
+    if memory is None:
+        return
+    large = {owner: size for owner, size in memory["owners"].items() if size >= LEAST * memory["peak_bytes"]}
+    owners = "  ".join(f"{owner} {_size(nbytes)}" for owner, nbytes in large.items())
+    planned, found = memory["planned_states_bytes"], memory["owners"].get(BEFORE, 0)
+    formula = f" (what the step finds: {_size(found)}; planned for the states: {_size(planned)})"
+    if memory["states_by_formula"]:
+        formula = " (what the step finds: by formula)"
+    reserved = ""
+    if memory["reserved_bytes"] is not None:
+        reserved = f"; reserved {_size(memory['reserved_bytes'])}, retries {memory['retries']}"
+    yield (
+        f"{'memory':15}peak {_size(memory['peak_bytes'])}{_planned_peak(record)} at {memory['peak_ms']:.1f} ms, in "
+        f"{memory['peak_phase']}{formula}{reserved}; largest block {_size(memory['largest_block_bytes'])}"
+    )
+    yield f"{'':15}held there, by who took it: {owners}"
+    yield from _chart(memory["timeline"], memory["step_ms"])
+
+
+def _planned_peak(record: ProfileRecord) -> str:
+    if not record["planned"]:
+        return ""
+    measured, planned = record["memory"]["peak_bytes"], record["planned"]["peak_bytes"]
+    return f" (planned {_size(planned)}; measured {100 * (measured / planned - 1):+.1f} %)"
+
+
+def _chart(points: Sequence[Sequence[float]], step_ms: float) -> Iterator[str]:
+    """Draw the memory over a step in lines of signs."""
+    columns = [0.0] * CHART_WIDE
+    for time, nbytes in points:
+        place = min(CHART_WIDE - 1, max(0, int(CHART_WIDE * time / step_ms)))
+        columns[place] = max(columns[place], nbytes)
+    held = points[0][1]
+    for place in range(CHART_WIDE):  # where nothing was taken, all is as before
+        held = columns[place] = columns[place] or held
+    low, high = min(columns), max(columns)
+    rows = [round((CHART_HIGH - 1) * (value - low) / ((high - low) or 1.0)) for value in columns]
+    for level in range(CHART_HIGH - 1, -1, -1):
+        edge = {CHART_HIGH - 1: _size(high), 0: _size(low)}.get(level, "")
+        signs = "".join("#" if row >= level else " " for row in rows)
+        yield f"{edge:>14} |{signs.rstrip()}"
+    yield f"{'':15}0 ms {'.' * (CHART_WIDE - 16)} {step_ms:.0f} ms"
+
+
+def _waits(record: ProfileRecord) -> Iterator[str]:
+    waits = record["waits"][:MOST_ROWS]
+    if waits:
+        yield "host waits     (of a step traced with Python's stack: slower than others)"
+    for wait in waits:
+        place = f"{wait['place']} ({wait['phase']})"
+        yield f"  {place:62}{wait['what']:22}{wait['calls']:>5.0f} x {wait['ms']:>9.2f} ms"
+
+
+def _findings(record: ProfileRecord) -> Iterator[str]:
+    if not record["findings"]:
+        yield "findings       none that would gain 2 % of a step"
+    for number, finding in enumerate(record["findings"], start=1):
+        key = f": {finding['key']}" if finding["key"] else ""
+        gain = ""
+        if finding["gain_ms"] is not None:
+            gain = f" (up to {finding['gain_ms']:.1f} ms, {_percent(finding['gain_share'])})"
+        yield f"{'findings' if number == 1 else '':15}{number}. {finding['text']}{key}{gain}"
+
+
+def _change(change: dict[str, Any]) -> str:
+    """Return two columns: the value before, and the change, with ! where it is large and no noise."""
+    share = change["change"]
+    if share is None:
+        return f"{'-':>{WIDE}}"
+    mark = " !" if change["clear"] and abs(share) >= LATE else "  " if change["clear"] else " ~"
+    return f"{_ms(change['before']['median']):>{WIDE}}{100 * share:>+{WIDE - 2}.0f} %{mark}"
+
+
+def _quartiles(spread: dict[str, float]) -> str:
+    return f"{_ms(spread['low'])} .. {_ms(spread['high'])}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _known(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"
