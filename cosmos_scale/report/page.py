@@ -17,6 +17,7 @@ from cosmos_scale.report.evaluation_part import attention_of, evaluator_tables, 
 from cosmos_scale.report.figures import AXES, Drawn, draw_plot
 from cosmos_scale.report.final_numbers import final_numbers
 from cosmos_scale.report.head import head_of, moment
+from cosmos_scale.report.plan_part import plans_of
 from cosmos_scale.report.plots import Plot, curve_plots, memory_plots, speed_plots
 from cosmos_scale.report.profile_part import profiles_of
 from cosmos_scale.report.records import RunRecords, read_runs
@@ -45,7 +46,9 @@ def write_report(
     parts: dict[str, Any] = {"samples": [], "lengths": None, "retrieved": None, "maps": []}
     if pictures:
         parts |= _pictures(runs[0], device, report, notes)
-    parts["profiled"] = profiles_of(runs, notes)
+    profiled = profiles_of(runs, notes)
+    profiled.speed = [*plans_of(runs, notes), *profiled.speed]
+    parts["profiled"] = profiled
     parts["all_sets"] = [table for run in runs for table in of_all_sets(run, notes)]
     replace_file(out, _page(runs, parts, notes).encode(errors="replace"))
     return notes

@@ -19,7 +19,10 @@ from cosmos_scale.profiling.plan_time_text import PlannedRun, remedy_lines, scal
 from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, KERNEL_SECONDS, UNCALIBRATED, Assumed, AssumedRates
 from cosmos_scale.profiling.remedies import count_variants, remedies, scaling
 from cosmos_scale.profiling.scaled_counts import scaled_counts
+from cosmos_scale.report.plan_part import PLAN_FILE, plans_of
+from cosmos_scale.report.records import read_runs
 from cosmos_scale.testing.tiny import tiny_config
+from tests.report.run_folders import train_record, write_run
 
 # 100 TFLOP/s, 1 TB/s, 100 GB/s inside a node, 10 GB/s between nodes, all of it reached.
 MACHINE = Machine("GPU", 10.0, 200.0, 100.0, 1.0, 100.0, 10.0, "made up", cores=5.0, pcie=1.0)
@@ -188,6 +191,25 @@ def test_remedies_are_ranked_by_gain(run: PlannedRun) -> None:
     assert [remedy.gain for remedy in run.remedies] == sorted((remedy.gain for remedy in run.remedies), reverse=True)
     small = replace(run.plan.cluster, machine=replace(MACHINE, memory_gib=1.0))
     assert not replace(fewer.outlook, cluster=small).fits
+
+
+def test_a_report_shows_a_plan_beside_the_runs_steps(run: PlannedRun, tmp_path: Path) -> None:
+    times = [0.1, 0.2, 0.3]
+    records = [train_record(step, step_seconds_max=times[step - 1], peak_memory_gib=3.0) for step in (1, 2, 3)]
+    folder = write_run(tmp_path / "run", records)
+    (folder / PLAN_FILE).write_text(json.dumps(plan_tree(run)))
+    notes: list[str] = []
+    (table,) = plans_of(read_runs([folder]), notes)
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    planned = 1e3 * run.time.expected.seconds
+    assert rows["step, ms"][0] == f"{planned:,.4g}"
+    assert rows["step, ms"][2:] == ["200", f"{200 / planned - 1:+.1%}"]
+    assert rows["MFU, %"][2:] == ["", ""]  # a CPU's records have none
+    assert rows["peak memory of a rank, GiB"][2] == "3"
+    assert "8 x " in table.note
+    (folder / PLAN_FILE).write_text('{"time": {}}')
+    assert plans_of(read_runs([folder]), notes) == []
+    assert notes == ["some_run: plan.json cannot be used: KeyError: 'expected'."]
 
 
 def test_plans_are_told_in_lines_and_files(run: PlannedRun, tmp_path: Path) -> None:
