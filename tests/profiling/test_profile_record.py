@@ -102,6 +102,14 @@ def test_findings_name_ranks_and_lines() -> None:
     assert any(text.startswith("update: 200 small collectives (all_gather, 10.0 kB each)") for text in texts)
 
 
+def test_a_traced_wait_gains_no_more_than_its_phases_take() -> None:
+    # Traced steps are slower: 5 ms of waiting in the loss, which takes 3 ms of a step; 9 ms in an update of 4 ms.
+    found = record_of([rank_profile(ranks=0.5, loss=3.0, on_gpu=False)] * 2)["findings"]
+    gains = {finding["text"].split(": ")[0]: finding["gain_ms"] for finding in found}
+    assert gains["ranks wait 3.5 ms for each other before and in the loss, in messages of a few kB"] == 3.5
+    assert gains["update"] == 4.0
+
+
 def test_memory_planned_and_measured_stand_side_by_side() -> None:
     text = "\n".join(profile_lines(record_of([rank_profile()])))
     assert "peak 30.00 GiB at 40.0 ms, in teacher" in text
