@@ -29,6 +29,7 @@ from cosmos_scale.profiling.collectives import Collective
 from cosmos_scale.profiling.flops import Tokens, loss_flops, step_flops, student_tokens, teacher_tokens, visible_pairs
 from cosmos_scale.profiling.operators import META, Count, total
 from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
+from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, Assumed
 from cosmos_scale.testing.device_counts import count_update
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.traffic import count_losses, count_traffic
@@ -61,31 +62,6 @@ CHIPS = (
     Chip("H100", 989, 795, 3.35, 450, 50),
     Chip("H200", 989, 795, 4.8, 450, 50),
     Chip("B200", 2250, 1745, 8.0, 900, 50),
-)
-
-
-class Assumed(NamedTuple):
-    """Which shares of a chip's rates are reached.
-
-    products, attention: of the most measured rate of products. memory, traffic: of the data sheets' rates. launch_us:
-    the host's time for an operator, in microseconds. collective_us: what a collective takes beside its bytes. exposed:
-    the share of the gradients' traffic that the backward does not hide; at least that of traffic.exposed_share.
-    """
-
-    products: float
-    attention: float
-    memory: float
-    traffic: float
-    launch_us: float
-    collective_us: float
-    exposed: float
-
-
-HOPEFUL = Assumed(
-    products=0.95, attention=0.6, memory=0.9, traffic=0.8, launch_us=8.0, collective_us=20.0, exposed=0.15
-)
-CAUTIOUS = Assumed(
-    products=0.65, attention=0.3, memory=0.7, traffic=0.5, launch_us=18.0, collective_us=60.0, exposed=1.0
 )
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 META = torch.device("meta")
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"}
 LOOKUPS = {"embedding", "index_select", "gather", "index"}
 # Operators whose first operand is written, not read.
 FILLS = {"copy_", "fill_", "zero_", "index_copy_", "index_put_", "write_patches_"}

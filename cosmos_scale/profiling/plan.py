@@ -120,7 +120,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     sizes = _two_sizes(samples, config.train.micro_batches)
     variants = {every: _with_recompute(config, every) for every in RECOMPUTES}
     runs = [(config, samples)] + [(variant, size) for variant in variants.values() for size in sizes]
-    counts, *others = count_runs(runs, cluster.world_size)
+    counts, *others = count_runs(runs, cluster.world_size, as_gpu=cluster.machine.is_gpu)
     free = cluster.machine.memory_gib * GIB - OUTSIDE_TORCH
     largest = {
         every: _largest(others[2 * place : 2 * place + 2], free, config.train.micro_batches)
@@ -181,16 +181,21 @@ def _purpose(exchange: Exchange, counts: Counts) -> str:
     return "student's weights, gathered for forward and backward"
 
 
-def _hidden(exchange: Exchange, stage: int) -> float:
-    """Return the share of a collective's calls that run beside other work of the device.
+def may_overlap(exchange: Exchange, stage: int) -> bool:
+    """Tell whether a collective runs beside other work of the device; all others are waited for at once.
 
     Gradients and gathers of stage 3 are begun while the phase's products go on, and so have the rest of them. The
-    teacher's refresh runs until the teacher's next use. All others are waited for at once.
+    teacher's refresh runs until the teacher's next use.
     """
-    if exchange.phase == "refresh":
-        return 1.0
     gathers = stage == 3 and exchange.kind == "all_gather" and exchange.phase in ("student", "teacher", "backward")
     gradients = stage > 0 and exchange.phase == "backward"
-    if not (gathers or gradients) or not exchange.done:
+    return exchange.phase == "refresh" or gathers or gradients
+
+
+def _hidden(exchange: Exchange, stage: int) -> float:
+    """Return the share of a collective's calls that run beside other work of the device."""
+    if exchange.phase == "refresh":
+        return 1.0
+    if not may_overlap(exchange, stage) or not exchange.done:
         return 0.0
     return sum(done < NEARLY_OVER for done in exchange.done) / len(exchange.done)

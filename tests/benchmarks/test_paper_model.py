@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from benchmarks.device_counts import NARROW, case_config
-from benchmarks.paper_model import HOPEFUL, Assumed, Chip, StepWork, attention_flops, paper_step
+from benchmarks.paper_model import Chip, StepWork, attention_flops, paper_step
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.collectives import Collective
 from cosmos_scale.profiling.operators import GROUPS, Count
 from cosmos_scale.profiling.planned_batch import planned_lengths
+from cosmos_scale.profiling.rates import HOPEFUL, Assumed
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.traffic import count_losses, count_traffic, exposed_share
 

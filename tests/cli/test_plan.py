@@ -51,6 +51,23 @@ def test_a_run_is_planned(run_file: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
     head, *_, last = found.stdout.splitlines()
     assert head.startswith("run on 16 x A100 SXM 40 GB (2 x 8")
-    assert last.split()[0] == "total"
+    assert last.startswith("  at 1,024 GPUs the loss is ")
     for said in ("batch 32 = 16 x 2", "memory of a rank", "fits: ", "largest batch a GPU: ", "TFLOP needed"):
         assert said in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h100", "--out", "folder"], "--out: names the folder of --sweep's files"),
+        (["--calibrate", "machine.json", "--sweep"], "--calibrate: plans nothing"),
+        (["--calibrate", "machine.json", "--gpu", "h100"], "not allowed with argument"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    run_file: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(run_file), *arguments])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err

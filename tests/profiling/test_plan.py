@@ -50,7 +50,7 @@ def counts_of(samples: int, recompute: int) -> Counts:
 def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     """A plan of known counts, on 2 nodes of 4 GPUs."""
 
-    def counted(runs: list[tuple[object, int]], world_size: int) -> list[Counts]:
+    def counted(runs: list[tuple[object, int]], world_size: int, *, as_gpu: bool) -> list[Counts]:
         return [counts_of(samples, config.train.recompute) for config, samples in runs]  # type: ignore[attr-defined]
 
     monkeypatch.setattr(plan_module, "count_runs", counted)

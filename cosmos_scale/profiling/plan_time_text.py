@@ -1,0 +1,106 @@
+"""The time of a planned step in words and numbers, section by section."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cosmos_scale.profiling.plan import GIB, Plan
+from cosmos_scale.profiling.plan_time import PlannedTime, loaders
+from cosmos_scale.profiling.remedies import Outlook, Remedy
+
+SHARD_BYTES = 60_000
+"""Assumed bytes of a sample in the shards: its JPEG and its captions."""
+SHOWN = 0.005  # of a gain: less is shown as 0%
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A plan with its time. steps: of the whole run; None where the config does not say how long an epoch is."""
+
+    plan: Plan
+    time: PlannedTime
+    steps: int | None
+    remedies: Sequence[Remedy]
+    scaling: Sequence[Outlook]
+
+    @property
+    def hours(self) -> float | None:
+        """The run's length, without restarts, evaluations and checkpoints."""
+        return None if self.steps is None else self.steps * self.time.expected.seconds / 3600
+
+
+def time_lines(run: PlannedRun) -> Iterator[str]:
+    """Yield what a step takes, part by part, and what it waits for."""
+    time, plan = run.time, run.plan
+    calibration = plan.cluster.machine.calibration
+    known = f"calibrated on {calibration.device}" if calibration else "NOT calibrated"
+    yield f"{f'time of a step, ms; rates {known}':<54}{'expected':>10}   {'at best .. worst':>16}"
+    for part, seconds in time.expected.device.items():
+        yield _row(f"  {part}", seconds, time.fastest.device[part], time.slowest.device[part])
+    steps = (time.expected, time.fastest, time.slowest)
+    yield _row("GPU computes", *(step.computed for step in steps))
+    yield _row("network, alone", *(step.network for step in steps))
+    yield _row("  of it hidden", *(step.hidden for step in steps))
+    yield _row("host dispatch", *(step.host for step in steps))
+    cores = loaders(plan.config, plan.cluster.machine)
+    yield _row(f"data CPUs: {cores:g} loaders a GPU", time.expected.data)
+    yield _row("PCIe", time.expected.copy)
+    yield _row("a step", *(step.seconds for step in steps))
+    low, high = time.rates
+    yield (
+        f"bottleneck: {time.expected.limit}   {time.rate:,.0f} samples/s/GPU [{low:,.0f} .. {high:,.0f}] = "
+        f"{time.rate * plan.cluster.world_size:,.0f}/s = MFU {time.mfu:.0%} [{time.mfus[0]:.0%} .. {time.mfus[1]:.0%}]"
+    )
+    yield from _run_lines(run)
+
+
+def _run_lines(run: PlannedRun) -> Iterator[str]:
+    world_size = run.plan.cluster.world_size
+    reads = run.time.rate * world_size * SHARD_BYTES / 1e9
+    reading = f"reads {reads:,.2f} GB/s of shards at {SHARD_BYTES / 1e3:g} kB a sample (assumed)"
+    if run.steps is None or run.hours is None:
+        yield f"the run: its length is unknown (set data.samples or train.schedule_steps); {reading}"
+        return
+    fastest, slowest = (step.seconds * run.steps / 3600 for step in (run.time.fastest, run.time.slowest))
+    yield (
+        f"the run: {run.steps:,} steps, {_duration(run.hours)} [{_duration(fastest)} .. {_duration(slowest)}], "
+        f"{run.hours * world_size:,.0f} GPU-hours; {reading}"
+    )
+
+
+def remedy_lines(run: PlannedRun) -> Iterator[str]:
+    """Yield what would help, what gains most first."""
+    yield f"{'what would help':<59}{'samples/s/GPU':>14}{'gain':>7}{'GiB':>7}{'step ms':>9}  waits for"
+    for remedy in run.remedies:
+        outlook = remedy.outlook
+        yield (
+            f"  {remedy.verdict + ':':<9}{outlook.change:<48}{outlook.time.rate:>14,.0f}{_gain(remedy.gain):>7}"
+            f"{outlook.memory / GIB:>7.1f}{1e3 * outlook.time.expected.seconds:>9.1f}  {outlook.time.expected.limit}"
+        )
+
+
+def scaling_lines(run: PlannedRun) -> Iterator[str]:
+    """Yield samples a second and GPU by ZeRO stage and number of GPUs."""
+    sizes = list(dict.fromkeys(outlook.cluster.world_size for outlook in run.scaling))
+    heads = "".join(f"{f'{size:,} GPU' + 's' * (size > 1):>12}" for size in sizes)
+    yield f"samples/s/GPU at {run.time.samples:,} a GPU (the global batch grows)"
+    yield f"{'':<14}{heads}"
+    for stage in dict.fromkeys(outlook.stage for outlook in run.scaling):
+        row = {outlook.cluster.world_size: outlook for outlook in run.scaling if outlook.stage == stage}
+        cells = (f"{row[size].time.rate:,.0f}" if row[size].fits else "no room" for size in sizes)
+        yield f"  ZeRO stage {stage}" + "".join(f"{cell:>12}" for cell in cells)
+    largest = max(run.scaling, key=lambda outlook: outlook.cluster.world_size).time.expected
+    share = largest.device["loss"] / largest.computed
+    yield f"  at {sizes[-1]:,} GPUs the loss is {share:.0%} of what the GPU computes"
+
+
+def _gain(gain: float) -> str:
+    return "0%" if abs(gain) < SHOWN else f"{gain:+.0%}"
+
+
+def _row(name: str, expected: float, *ends: float) -> str:
+    text = f"{name:<54}{expected * 1e3:>10.1f}"
+    return f"{text}   {f'{ends[0] * 1e3:.1f} .. {ends[1] * 1e3:.1f}':>16}" if ends else text
+
+
+def _duration(hours: float) -> str:
+    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} h"

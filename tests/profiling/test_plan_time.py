@@ -1,0 +1,210 @@
+"""A planned step's time is that of its counts at the machine's rates, worked out by hand."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.config import RunConfig
+from cosmos_scale.profiling import remedies as remedies_module
+from cosmos_scale.profiling.counts import Counts, Exchange, OperatorCount, PhaseMemory
+from cosmos_scale.profiling.machine import MACHINES, Machine
+from cosmos_scale.profiling.plan import GIB, Cluster, Plan, StepOperations
+from cosmos_scale.profiling.plan_files import PICTURE, TABLE, plan_tree, write_sweep
+from cosmos_scale.profiling.plan_time import CORE_SAMPLES, batch_bytes, planned_time, step_time
+from cosmos_scale.profiling.plan_time_text import PlannedRun, remedy_lines, scaling_lines, time_lines
+from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, KERNEL_SECONDS, UNCALIBRATED, Assumed, AssumedRates
+from cosmos_scale.profiling.remedies import count_variants, remedies, scaling
+from cosmos_scale.profiling.scaled_counts import scaled_counts
+from cosmos_scale.testing.tiny import tiny_config
+
+# 100 TFLOP/s, 1 TB/s, 100 GB/s inside a node, 10 GB/s between nodes, all of it reached.
+MACHINE = Machine("GPU", 10.0, 200.0, 100.0, 1.0, 100.0, 10.0, "made up", cores=5.0, pcie=1.0)
+REACHED = Assumed(products=1, attention=1, memory=1, traffic=1, launch_us=10, collective_us=0, exposed=0.0)
+CLUSTER = Cluster(2, 4, MACHINE)
+MS_PRODUCT, MS_BYTES = 10**11, 10**9  # operations and bytes of a ms
+
+
+def product(phase: str, ms: float, dtype: str = "bfloat16") -> OperatorCount:
+    return OperatorCount(phase, "products", "mm", (1, 8, 8, 8), dtype, 1, 0, 0, round(ms * MS_PRODUCT))
+
+
+def moved(phase: str, ms: float) -> OperatorCount:
+    return OperatorCount(phase, "copies", "cat", (), "bfloat16", 1, round(ms * MS_BYTES), 0, 0)
+
+
+def counts_of(
+    *operators: OperatorCount, exchanges: tuple[Exchange, ...] = (), stage: int = 1, samples: int = 4
+) -> Counts:
+    return Counts(
+        world_size=8,
+        rank=0,
+        samples=samples,
+        stage=stage,
+        precision="bf16",
+        recompute=0,
+        micro_batches=1,
+        as_gpu=True,
+        elements=1000,
+        exchanges=exchanges,
+        operators=operators,
+        memory=(PhaseMemory("student", samples * GIB // 4, {"activations": samples * GIB // 4}, {}),),
+        host_calls={"student": 10},
+        seconds=1.0,
+    )
+
+
+def config_of(**changes: object) -> RunConfig:
+    train = {"global_batch": 32, "schedule_steps": 100}
+    return tiny_config(precision="bf16", zero={"stage": 1}, train=train, **changes)
+
+
+def test_parts_are_counts_at_rates() -> None:
+    counts = counts_of(
+        product("student", 3),
+        moved("backward", 2),
+        product("loss", 1),
+        moved("update", 0.5),
+        product("teacher", 1, "float32"),
+    )
+    time = step_time(config_of(), counts, CLUSTER, AssumedRates(MACHINE, REACHED))
+    expected = {"products": 5e-3, "attention": 0.0, "element-wise": 2e-3, "loss": 1e-3, "update": 0.5e-3}
+    assert time.device == pytest.approx(expected)  # TF32's rate is half of bf16's
+    assert time.computed == pytest.approx(8.5e-3)
+    assert time.host == pytest.approx(5 * 10e-6)
+    assert time.data == pytest.approx(4 / CORE_SAMPLES / 4)  # four loaders: 5 cores less one
+    assert time.copy == pytest.approx(4 * batch_bytes(config_of()) / 1e9)
+    assert time.limit == "GPU"
+
+
+def test_a_kernel_takes_its_least_time() -> None:
+    time = step_time(config_of(), counts_of(moved("student", 0)), CLUSTER, AssumedRates(MACHINE, REACHED))
+    assert time.device["element-wise"] == KERNEL_SECONDS
+
+
+def test_a_collective_goes_inside_and_across() -> None:
+    rates = AssumedRates(MACHINE, REACHED)
+    inside, across = 0.75 * 8e8 / 100e9, 8e8 / 4 * 0.5 / 10e9
+    assert rates.exchange_seconds("all_gather", 800_000_000, 2, 4) == pytest.approx(inside + across)
+    assert rates.exchange_seconds("all_reduce", 800_000_000, 2, 4) == pytest.approx(2 * (inside + across))
+    assert rates.exchange_seconds("all_reduce", 800_000_000, 1, 1) == 0.0
+    late = AssumedRates(MACHINE, REACHED._replace(collective_us=100))
+    assert late.exchange_seconds("all_gather", 0, 4, 4) == pytest.approx(200e-6)  # two doublings of the nodes
+
+
+@pytest.mark.parametrize(
+    ("phase", "done", "hidden_ms"),
+    [
+        ("backward", (0.0,), 8.0),  # begins with the backward's 10 ms and ends before them
+        ("backward", (0.5,), 5.0),
+        ("backward", (1.0,), 0.0),
+        ("backward", (0.5, 0.5), 5.0),  # the second waits for the first
+        ("refresh", (1.0,), 4.0),  # beside the student's 4 ms
+        ("update", (0.0,), 0.0),
+    ],
+)
+def test_other_work_hides_collectives(phase: str, done: tuple[float, ...], hidden_ms: float) -> None:
+    nbytes = round(8e-3 / (0.75 / 100e9 + 0.125 / 10e9))  # of 8 ms
+    exchange = Exchange(phase, "all_gather", "bfloat16", nbytes, len(done), done)
+    counts = counts_of(product("backward", 10), product("student", 4), exchanges=(exchange,))
+    time = step_time(config_of(), counts, CLUSTER, AssumedRates(MACHINE, REACHED))
+    assert time.network == pytest.approx(len(done) * 8e-3, rel=1e-4)
+    assert time.hidden == pytest.approx(hidden_ms * 1e-3, rel=1e-3, abs=1e-9)
+    half = step_time(config_of(), counts, CLUSTER, AssumedRates(MACHINE, REACHED._replace(exposed=0.5)))
+    assert half.hidden == pytest.approx(time.hidden / 2)
+
+
+def test_a_step_takes_as_long_as_the_longest() -> None:
+    time = step_time(config_of(), counts_of(product("student", 30)), CLUSTER, AssumedRates(MACHINE, REACHED))
+    assert replace(time, host=1.0).limit == "host dispatch"
+    assert replace(time, data=1.0).limit == "data CPUs"
+    assert replace(time, copy=1.0, host=0.5).limit == "PCIe"
+    assert replace(time, network=1.0).limit == "network"
+    assert replace(time, network=1.0, hidden=1.0).limit == "GPU"
+    assert replace(time, host=1.0, serial=True).seconds == pytest.approx(1.0 + time.computed)
+
+
+def test_the_range_holds_what_is_expected() -> None:
+    for machine in MACHINES.values():
+        time = planned_time(config_of(), counts_of(product("student", 300)), Cluster(1, 8, machine))
+        assert time.rates[0] < time.rate < time.rates[1]
+        assert time.fastest.computed == pytest.approx(30.0 / machine.products / HOPEFUL.products)
+        assert time.slowest.computed == pytest.approx(UNCALIBRATED * 30.0 / machine.products / CAUTIOUS.products)
+
+
+def test_counts_scale_with_the_ranks() -> None:
+    counts = counts_of(
+        product("student", 3),
+        product("loss", 1),
+        moved("update", 1),
+        exchanges=(
+            Exchange("loss", "all_gather", "bfloat16", 80_000, 1),
+            Exchange("loss", "all_reduce", "float64", 40, 1),
+            Exchange("backward", "reduce_scatter", "float32", 80_000, 1, (0.5,)),
+        ),
+    )
+    more = scaled_counts(counts, 32)
+    assert [found.nbytes for found in more.exchanges] == [320_000, 40, 80_000]
+    assert [found.flops // MS_PRODUCT for found in more.operators[:2]] == [3, 4]
+    assert more.operators[2].nbytes == MS_BYTES // 4
+    assert scaled_counts(replace(counts, stage=0), 32).operators[2].nbytes == MS_BYTES
+    assert scaled_counts(counts, 1).exchanges == ()
+    assert scaled_counts(more, 8) == counts
+    with pytest.raises(ValueError, match="1 rank exchanges nothing"):
+        scaled_counts(replace(counts, world_size=1), 8)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> PlannedRun:
+    """A planned run: 4 samples a GPU take 8 ms at every stage but 3, where they take 16."""
+
+    def counted(runs: list[tuple[RunConfig, int]], world_size: int, *, as_gpu: bool) -> list[Counts]:
+        found = []
+        for config, samples in runs:
+            ms = 4 + samples * (3 if config.zero.stage == 3 else 1)
+            found.append(counts_of(product("student", ms), stage=config.zero.stage, samples=samples))
+        return found
+
+    monkeypatch.setattr(remedies_module, "count_runs", counted)
+    config = config_of()
+    plan = Plan(config, CLUSTER, counts_of(product("student", 8)), {0: 8}, StepOperations(10**12, 0, 0, 10**12))
+    variants = count_variants(plan)
+    time = planned_time(config, plan.counts, CLUSTER)
+    return PlannedRun(plan, time, 1000, remedies(plan, time, variants), scaling(plan, variants, (1, 8, 12, 1024)))
+
+
+def test_remedies_are_ranked_by_gain(run: PlannedRun) -> None:
+    found = {remedy.outlook.change: remedy for remedy in run.remedies}
+    assert "zero.stage=1" not in found  # the run itself
+    assert found["zero.stage=3"].verdict == "don't"
+    assert found["zero.stage=3"].gain == pytest.approx(-0.5)
+    assert found["zero.stage=2"].verdict == "no gain"
+    fewer = found["the same batch on 4 GPUs, 8 a GPU"]
+    assert fewer.verdict == "do"
+    assert fewer.gain == pytest.approx(2 * 8 / 12 - 1)
+    assert [remedy.gain for remedy in run.remedies] == sorted((remedy.gain for remedy in run.remedies), reverse=True)
+    small = replace(run.plan.cluster, machine=replace(MACHINE, memory_gib=1.0))
+    assert not replace(fewer.outlook, cluster=small).fits
+
+
+def test_plans_are_told_in_lines_and_files(run: PlannedRun, tmp_path: Path) -> None:
+    sizes = sorted({outlook.cluster.world_size for outlook in run.scaling})
+    assert sizes == [1, 8, 12, 1024]
+    text = "\n".join(line for section in (time_lines, remedy_lines, scaling_lines) for line in section(run))
+    assert "bottleneck: GPU" in text
+    assert "1,000 steps" in text
+    assert "zero.stage=3" in text
+    assert "unknown" in "\n".join(time_lines(replace(run, steps=None)))
+    tree = json.loads(json.dumps(plan_tree(run)))
+    assert tree["time"]["expected"]["device_ms"]["products"] == pytest.approx(1e3 * run.time.expected.computed)
+    assert tree["run"]["gpu_hours"] == pytest.approx(1000 * run.time.expected.seconds / 3600 * 8)
+    write_sweep(run.scaling, "a title", tmp_path)
+    with (tmp_path / TABLE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(run.scaling)
+    assert {int(row["gpus"]) for row in rows} == set(sizes)
+    assert all(math.isfinite(float(row["step_ms"])) for row in rows)
+    assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
