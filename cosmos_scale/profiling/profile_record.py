@@ -76,7 +76,7 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
 
 
 def read_record(file: Path) -> ProfileRecord:
-    """Read a profile.json; raises UserError where it is none."""
+    """Read a profile.json; raises UserError where it is none, or lacks what is compared."""
     try:
         record = load_json(read_regular(file))
     except OSError as error:
@@ -85,6 +85,10 @@ def read_record(file: Path) -> ProfileRecord:
         raise UserError(f"{file}: is no JSON; rule: the {PROFILE_FILE} of an earlier profile") from error
     if not isinstance(record, dict) or (record.get("kind"), record.get("format")) != (KIND, FORMAT):
         raise UserError(f"{file}: is no profile of this version; rule: the {PROFILE_FILE} of an earlier profile")
+    try:
+        compared(record, record, file)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: is no whole profile; rule: the {PROFILE_FILE} of an earlier profile") from error
     return record
 
 
@@ -101,11 +105,8 @@ def compared(before: ProfileRecord, now: ProfileRecord, file: Path) -> ProfileRe
     phases = {
         name: _change(old.get(name, nothing), new.get(name, nothing), least) for name in LABELS if name in old | new
     }
-    keys = sorted(
-        key
-        for key, value in flat(now["config"]).items()
-        if flat(before["config"]).get(key) != value and key not in ("name", "output")
-    )
+    was, is_now = flat(before["config"]), flat(now["config"])
+    keys = sorted(key for key in was | is_now if was.get(key) != is_now.get(key) and key not in ("name", "output"))
     return {
         "file": str(file),
         "step_ms": _change(steps[0], steps[1], least),
@@ -113,7 +114,7 @@ def compared(before: ProfileRecord, now: ProfileRecord, file: Path) -> ProfileRe
         "world_size": before["world_size"],
         "device": before["device"]["name"],
         "phases": phases,
-        "keys": {key: [flat(before["config"]).get(key), flat(now["config"]).get(key)] for key in keys},
+        "keys": {key: [was.get(key), is_now.get(key)] for key in keys},
     }
 
 

@@ -47,7 +47,8 @@ def _head(record: ProfileRecord) -> Iterator[str]:
         f"{_percent(1.0 - added['difference'])} of a step"
     )
     if compared:
-        yield f"before: {compared['file']} (!: changed by a tenth or more; ~: no more than the noise)"
+        on = f"{counted(compared['world_size'], 'rank')}, {compared['device']}"
+        yield f"before: {compared['file']}, {on} (!: changed by a tenth or more; ~: no more than the noise)"
     head = f"{'':{NAME}}{'median':>{WIDE}}{'quartiles':>{PAIR}}{'p95':>{WIDE}}"
     yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
     row = (

@@ -142,10 +142,27 @@ def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:
     text = "\n".join(profile_lines(now))
     assert "-60 % !" in text
     assert "other keys     zero.stage 1 -> 2" in text
+    assert f"before: {tmp_path / PROFILE_FILE}, 1 rank, NVIDIA H100 80GB HBM3 (" in text
     json.dumps(now)  # what is written has no types of ours
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "profile", "format": 0}'])
+def test_a_comparison_names_keys_that_one_of_both_has() -> None:
+    sources = [{"name": name, "shards": name} for name in ("a", "b")]
+    before, now = (record_of([rank_profile()], data={"sources": sources[:number]}) for number in (2, 1))
+    for old, new, pair in ((before, now, ["b", None]), (now, before, [None, "b"])):
+        assert compared(old, new, Path("before.json"))["keys"]["data.sources.1.name"] == pair
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"kind": "profile", "format": 0}',
+        '{"kind": "profile", "format": 1}',
+        '{"kind": "profile", "format": 1, "phases": [1]}',
+    ],
+)
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "before.json"
     file.write_text(content)
