@@ -15,6 +15,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, replace_file
 from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.collective_times import CollectiveTimes
+from cosmos_scale.profiling.machine import link_rate
 from cosmos_scale.profiling.phase_rows import LABELS, PhaseRow, phase_rows, phase_sum, slowest_rank
 from cosmos_scale.profiling.rank_profile import RankProfile
 from cosmos_scale.profiling.spread import Spread, spread_of
@@ -36,6 +37,8 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
     step = spread_of(plain)
     rows = phase_rows(measured, busy, _reduction(ranks))
     samples = config.samples_per_rank(len(ranks))
+    # Between hosts collectives go at the network's rate, which no name tells.
+    link = link_rate(ranks[0].device) if ranks[0].gpu_memory and len({rank.host for rank in ranks}) == 1 else None
     return {
         "kind": KIND,
         "format": FORMAT,
@@ -66,7 +69,11 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
             "kinds": ranks[slowest].traced.kinds,
             "top": [work._asdict() for work in ranks[slowest].traced.top],
         },
-        "collectives": [times._asdict() for times in _mean_times(ranks)],
+        "link_gbs": link,
+        "collectives": [
+            {**times._asdict(), "link_share": times.bus_gbs / link if link and times.bus_gbs else None}
+            for times in _mean_times(ranks)
+        ],
         "loader": _loader(ranks, samples, step.median, workers),
         "memory": _memory(ranks),
         "planned": None,

@@ -103,7 +103,9 @@ def _collectives(record: ProfileRecord) -> Iterator[str]:
     if not record["collectives"]:
         return
     planned = record["planned"] and {(row["phase"], row["kind"]): row for row in record["planned"]["collectives"]}
-    heads = ("calls", "MB each", "ms each", "GB/s bus", "exposed ms", *(("planned", "MB each") if planned else ()))
+    link = record["link_gbs"]
+    heads = ["calls", "MB each", "ms each", "GB/s bus", *(["of link"] if link else []), "exposed ms"]
+    heads += ["planned", "MB each"] if planned else []
     yield f"{'collectives':{NAME}}" + "".join(f"{head:>11}" for head in heads)
     for row in record["collectives"]:
         numbers = [
@@ -111,6 +113,7 @@ def _collectives(record: ProfileRecord) -> Iterator[str]:
             _known(row["mbytes"], ".3g"),
             _known(row["ms"], ".2f"),
             _known(row["bus_gbs"], ".2f"),
+            *([_known(row["link_share"], ".1%")] if link else []),
             _known(row["exposed_ms"], ".2f"),
         ]
         if planned:

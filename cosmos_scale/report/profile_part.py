@@ -116,11 +116,14 @@ def _collectives(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
     if collectives:
         plan = profile.get("planned")
         planned = {(row["phase"], row["kind"]): row for row in plan["collectives"]} if plan else {}
+        link = profile.get("link_gbs")
         columns = ["phase", "kind", "calls", "MB each", "ms each", "GB/s (bus)", "exposed ms"]
+        columns += ["of the link"] if link else []
         rows = []
         for one in collectives:
             row = [str(one["phase"]), str(one["kind"]).replace("_", "-")]
             row += [_number(one.get(key)) for key in ("calls", "mbytes", "ms", "bus_gbs", "exposed_ms")]
+            row += [_percent(one.get("link_share"))] if link else []
             if plan:
                 counted = planned.get((one["phase"], one["kind"]), {})
                 row += [_number(counted.get(key)) for key in ("calls", "mbytes")]

@@ -9,6 +9,7 @@ import pytest
 from cosmos_scale.errors import UserError
 from cosmos_scale.phases import phase
 from cosmos_scale.profiling.loader_times import time_loader
+from cosmos_scale.profiling.machine import link_rate
 from cosmos_scale.profiling.phase_rows import phase_rows, phase_sum
 from cosmos_scale.profiling.profile_record import PROFILE_FILE, compared, read_record, write_record
 from cosmos_scale.profiling.profile_text import profile_lines
@@ -116,6 +117,33 @@ def test_memory_planned_and_measured_stand_side_by_side() -> None:
     assert "what the step finds: 10.00 GiB; planned for the states: 9.00 GiB" in text
     assert "reserved 32.00 GiB, retries 0" in text
     assert "held there, by who took it: student 20.00 GiB  before the step 10.00 GiB" in text
+
+
+def test_collectives_are_compared_with_the_link() -> None:
+    record = record_of([rank_profile(), rank_profile()])
+    assert record["link_gbs"] == 450.0
+    (line,) = (line for line in profile_lines(record) if "backward, reduce_scatter" in line)
+    assert line.split()[-3:] == ["70.00", "15.6%", "7.00"]
+    on_two_hosts = record_of([rank_profile(), rank_profile()._replace(host="b")])
+    on_cpus = record_of([rank_profile(on_gpu=False)])
+    for other in (on_two_hosts, on_cpus):
+        assert other["link_gbs"] is None
+        assert "of link" not in "\n".join(profile_lines(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 300.0),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200", 450.0),
+        ("NVIDIA B200", 900.0),
+        ("avx512", None),
+    ],
+)
+def test_links_are_known_by_the_name_of_a_gpu(name: str, rate: float | None) -> None:
+    assert link_rate(name) == rate
 
 
 def test_collectives_and_peak_stand_beside_the_plan() -> None:
