@@ -3,7 +3,7 @@
 A gain is the time that the change could take away at most. It is no promise: what is hidden today may show then.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from cosmos_scale.profiling.profile_record import ProfileRecord
@@ -76,7 +76,9 @@ def _slow_ranks(record: ProfileRecord) -> Iterator[Finding]:
 def _late_ranks(record: ProfileRecord) -> Iterator[Finding]:
     """The loss's first collectives come after the forward: they last as long as the latest rank needs."""
     rows = [row for row in record["collectives"] if row["phase"] in ("ranks", "loss") and row["mbytes"] is not None]
-    waited = sum(row["exposed_ms"] or 0.0 for row in rows if row["mbytes"] < SMALL_MB)
+    waited = _at_most(
+        record, ("ranks", "loss"), sum(row["exposed_ms"] or 0.0 for row in rows if row["mbytes"] < SMALL_MB)
+    )
     text = f"ranks wait {waited:.1f} ms for each other before and in the loss, in messages of a few kB: some come late"
     yield Finding(text, None, waited)
 
@@ -84,6 +86,7 @@ def _late_ranks(record: ProfileRecord) -> Iterator[Finding]:
 def _reduction(record: ProfileRecord) -> Iterator[Finding]:
     backward = next((phase for phase in record["phases"] if phase["name"] == "backward"), None)
     exposed = sum(part["device_ms"]["median"] for part in backward["parts"]) if backward else 0.0
+    exposed = _at_most(record, ("backward",), exposed)  # at stage 3 it is the trace's
     zero, train = record["config"]["zero"], record["config"]["train"]
     text = f"nothing hides {exposed:.1f} ms of the gradients' reduction"
     if zero["gradient_dtype"] == "fp32" and zero["stage"] in (1, 2) and record["config"]["precision"] == "bf16":
@@ -103,7 +106,8 @@ def _refresh(record: ProfileRecord) -> Iterator[Finding]:
 def _gathered_weights(record: ProfileRecord) -> Iterator[Finding]:
     if record["config"]["zero"]["stage"] == 3:
         phases = ("student", "teacher", "backward")
-        exposed = sum(row["exposed_ms"] or 0.0 for row in _collectives(record, "all_gather") if row["phase"] in phases)
+        rows = [row for row in _collectives(record, "all_gather") if row["phase"] in phases]
+        exposed = sum(_at_most(record, (row["phase"],), row["exposed_ms"] or 0.0) for row in rows)
         text = f"nothing hides {exposed:.1f} ms of gathering weights: stage 2 keeps them whole, if memory has room"
         yield Finding(text, "zero.stage=2", exposed)
 
@@ -112,7 +116,8 @@ def _small_collectives(record: ProfileRecord) -> Iterator[Finding]:
     for row in record["collectives"]:
         if row["calls"] >= MANY and row["mbytes"] is not None and row["mbytes"] < SMALL_MB:
             what = f"{row['calls']:.0f} small collectives ({row['kind']}, {1e3 * row['mbytes']:.1f} kB each)"
-            yield Finding(f"{row['phase']}: {what} cost more than their bytes do", None, row["exposed_ms"])
+            gain = _at_most(record, (row["phase"],), row["exposed_ms"] or 0.0)
+            yield Finding(f"{row['phase']}: {what} cost more than their bytes do", None, gain)
 
 
 def _idle(record: ProfileRecord) -> Iterator[Finding]:
@@ -188,3 +193,8 @@ def _collectives(record: ProfileRecord, kind: str) -> list[ProfileRecord]:
 
 def _ms(record: ProfileRecord, name: str) -> float:
     return sum(float(phase["device_ms"]["median"]) for phase in record["phases"] if phase["name"] == name)
+
+
+def _at_most(record: ProfileRecord, phases: Sequence[str], traced_ms: float) -> float:
+    """Return a time of the trace, no longer than its phases take: traced steps are slower than others."""
+    return min(traced_ms, sum(_ms(record, name) for name in phases))

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, reason_of
 from cosmos_scale.profiling.calibration import Calibration
+from cosmos_scale.profiling.chips import find_chip
 
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -59,6 +60,17 @@ MACHINES = {
     "h200": Machine("H200 SXM 141 GB", 139.8, 989, 795, 4.8, 450, 50, _SOURCE, cores=12, pcie=55),
     "b200": Machine("B200 SXM 180 GB", 178.3, 2250, 1745, 8.0, 900, 50, _SOURCE, cores=14, pcie=55),
 }
+
+
+def link_rate(device_name: str) -> float | None:
+    """Return the GB/s of a GPU's link in one direction inside a node, by its driver's name; None where not known.
+
+    The link is that of SXM modules. A100s of both forms are one chip: the name must say SXM.
+    """
+    chip = find_chip(device_name)
+    if chip is None or (chip.name == "A100" and "SXM" not in device_name.upper()):
+        return None
+    return next((machine.link for machine in MACHINES.values() if machine.name.startswith(chip.name)), None)
 
 
 def calibrated_machine(calibration: Calibration) -> Machine:

@@ -15,6 +15,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, replace_file
 from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.collective_times import CollectiveTimes
+from cosmos_scale.profiling.machine import link_rate
 from cosmos_scale.profiling.phase_rows import LABELS, PhaseRow, phase_rows, phase_sum, slowest_rank
 from cosmos_scale.profiling.rank_profile import RankProfile
 from cosmos_scale.profiling.spread import Spread, spread_of
@@ -36,6 +37,8 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
     step = spread_of(plain)
     rows = phase_rows(measured, busy, _reduction(ranks))
     samples = config.samples_per_rank(len(ranks))
+    # Between hosts collectives go at the network's rate, which no name tells.
+    link = link_rate(ranks[0].device) if ranks[0].gpu_memory and len({rank.host for rank in ranks}) == 1 else None
     return {
         "kind": KIND,
         "format": FORMAT,
@@ -66,7 +69,11 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
             "kinds": ranks[slowest].traced.kinds,
             "top": [work._asdict() for work in ranks[slowest].traced.top],
         },
-        "collectives": [times._asdict() for times in _mean_times(ranks)],
+        "link_gbs": link,
+        "collectives": [
+            {**times._asdict(), "link_share": times.bus_gbs / link if link and times.bus_gbs else None}
+            for times in _mean_times(ranks)
+        ],
         "loader": _loader(ranks, samples, step.median, workers),
         "memory": _memory(ranks),
         "planned": None,
@@ -76,7 +83,7 @@ def profile_record(config: RunConfig, ranks: Sequence[RankProfile], *, warm_up: 
 
 
 def read_record(file: Path) -> ProfileRecord:
-    """Read a profile.json; raises UserError where it is none."""
+    """Read a profile.json; raises UserError where it is none, or lacks what is compared."""
     try:
         record = load_json(read_regular(file))
     except OSError as error:
@@ -85,6 +92,10 @@ def read_record(file: Path) -> ProfileRecord:
         raise UserError(f"{file}: is no JSON; rule: the {PROFILE_FILE} of an earlier profile") from error
     if not isinstance(record, dict) or (record.get("kind"), record.get("format")) != (KIND, FORMAT):
         raise UserError(f"{file}: is no profile of this version; rule: the {PROFILE_FILE} of an earlier profile")
+    try:
+        compared(record, record, file)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: is no whole profile; rule: the {PROFILE_FILE} of an earlier profile") from error
     return record
 
 
@@ -101,11 +112,8 @@ def compared(before: ProfileRecord, now: ProfileRecord, file: Path) -> ProfileRe
     phases = {
         name: _change(old.get(name, nothing), new.get(name, nothing), least) for name in LABELS if name in old | new
     }
-    keys = sorted(
-        key
-        for key, value in flat(now["config"]).items()
-        if flat(before["config"]).get(key) != value and key not in ("name", "output")
-    )
+    was, is_now = flat(before["config"]), flat(now["config"])
+    keys = sorted(key for key in was | is_now if was.get(key) != is_now.get(key) and key not in ("name", "output"))
     return {
         "file": str(file),
         "step_ms": _change(steps[0], steps[1], least),
@@ -113,7 +121,7 @@ def compared(before: ProfileRecord, now: ProfileRecord, file: Path) -> ProfileRe
         "world_size": before["world_size"],
         "device": before["device"]["name"],
         "phases": phases,
-        "keys": {key: [flat(before["config"]).get(key), flat(now["config"]).get(key)] for key in keys},
+        "keys": {key: [was.get(key), is_now.get(key)] for key in keys},
     }
 
 

@@ -47,7 +47,8 @@ def _head(record: ProfileRecord) -> Iterator[str]:
         f"{_percent(1.0 - added['difference'])} of a step"
     )
     if compared:
-        yield f"before: {compared['file']} (!: changed by a tenth or more; ~: no more than the noise)"
+        on = f"{counted(compared['world_size'], 'rank')}, {compared['device']}"
+        yield f"before: {compared['file']}, {on} (!: changed by a tenth or more; ~: no more than the noise)"
     head = f"{'':{NAME}}{'median':>{WIDE}}{'quartiles':>{PAIR}}{'p95':>{WIDE}}"
     yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
     row = (
@@ -102,7 +103,9 @@ def _collectives(record: ProfileRecord) -> Iterator[str]:
     if not record["collectives"]:
         return
     planned = record["planned"] and {(row["phase"], row["kind"]): row for row in record["planned"]["collectives"]}
-    heads = ("calls", "MB each", "ms each", "GB/s bus", "exposed ms", *(("planned", "MB each") if planned else ()))
+    link = record["link_gbs"]
+    heads = ["calls", "MB each", "ms each", "GB/s bus", *(["of link"] if link else []), "exposed ms"]
+    heads += ["planned", "MB each"] if planned else []
     yield f"{'collectives':{NAME}}" + "".join(f"{head:>11}" for head in heads)
     for row in record["collectives"]:
         numbers = [
@@ -110,6 +113,7 @@ def _collectives(record: ProfileRecord) -> Iterator[str]:
             _known(row["mbytes"], ".3g"),
             _known(row["ms"], ".2f"),
             _known(row["bus_gbs"], ".2f"),
+            *([_known(row["link_share"], ".1%")] if link else []),
             _known(row["exposed_ms"], ".2f"),
         ]
         if planned:

@@ -114,17 +114,21 @@ def _waits(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
 def _collectives(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
     collectives = profile.get("collectives")
     if collectives:
-        columns = ["phase", "kind", "calls", "MB each", "ms each", "GB/s (bus)", "of the link", "exposed ms"]
-        rows = [
-            [
-                str(one["phase"]),
-                str(one["kind"]).replace("_", "-"),
-                *(_number(one.get(key)) for key in ("calls", "mbytes", "ms", "bus_gbs")),
-                _percent(one.get("link_share")),
-                _number(one.get("exposed_ms")),
-            ]
-            for one in collectives
-        ]
+        plan = profile.get("planned")
+        planned = {(row["phase"], row["kind"]): row for row in plan["collectives"]} if plan else {}
+        link = profile.get("link_gbs")
+        columns = ["phase", "kind", "calls", "MB each", "ms each", "GB/s (bus)", "exposed ms"]
+        columns += ["of the link"] if link else []
+        rows = []
+        for one in collectives:
+            row = [str(one["phase"]), str(one["kind"]).replace("_", "-")]
+            row += [_number(one.get(key)) for key in ("calls", "mbytes", "ms", "bus_gbs", "exposed_ms")]
+            row += [_percent(one.get("link_share"))] if link else []
+            if plan:
+                counted = planned.get((one["phase"], one["kind"]), {})
+                row += [_number(counted.get(key)) for key in ("calls", "mbytes")]
+            rows.append(row)
+        columns += ["planned calls", "planned MB"] if plan else []
         yield TextTable(f"{of}Collectives of a step and rank", columns, rows)
 
 
@@ -133,8 +137,9 @@ def _owners(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
     if memory:
         rows = [[owner, f"{size / MIB:,.1f}"] for owner, size in memory["owners"].items()]
         note = f"Peak {memory['peak_bytes'] / MIB:,.1f} MiB in the phase {memory['peak_phase']}"
-        if planned := memory.get("planned_peak_bytes"):
-            note += f"; planned {planned / MIB:,.1f} MiB, measured {_signed(memory['peak_bytes'] / planned - 1)}"
+        if plan := profile.get("planned"):
+            against = _signed(memory["peak_bytes"] / plan["peak_bytes"] - 1)
+            note += f"; planned {plan['peak_bytes'] / MIB:,.1f} MiB, measured {against}"
         yield TextTable(f"{of}Whose memory it is at the peak", ["part", "MiB"], rows, f"{note}.")
 
 

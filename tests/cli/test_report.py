@@ -15,6 +15,7 @@ from cosmos_scale.evaluation.evaluator import no_report
 from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.report.page import write_report
 from cosmos_scale.report.retrieval_part import FOUND, QUERIES, WORST, retrieve
+from tests.profiling.invented import GIB, rank_profile, record_of
 from tests.report.browser import BROWSER, Page, browser_page
 from tests.report.run_folders import evaluation_record, start_record, train_record, write_run
 
@@ -26,6 +27,8 @@ SIZES = """[...document.querySelectorAll('figure svg, figure svg g[id*="-run"], 
   .map((one) => [one.id || one.alt || one.tagName, one.getBoundingClientRect()])
   .map(([name, box]) => [name, box.width, box.height])"""
 SCROLLS = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+CUT = """[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth)
+  .map((one) => one.ariaLabel)"""
 BOTH = [(PHONE, False), (DESKTOP, True)]
 
 
@@ -61,26 +64,12 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def profile() -> dict[str, Any]:
-    """A profile of one phase, in the form that `cosmos-scale profile` writes."""
-    spread = {"median": 80.0, "low": 79.0, "high": 81.0}
-    phase = {"name": "student", "label": "student forward", "device_ms": spread, "host_ms": spread, "share": 0.9}
-    part = {"label": "of which reduction exposed", "device_ms": spread, "share": 0.1}
-    return {
-        "step_ms": {**spread, "p95": 91.0},
-        "throughput": {"samples_per_second_per_rank": 770.0, "mfu": 0.34},
-        "sum": {"difference": 0.004},
-        "cost": {"median": 0.018},
-        "phases": [{**phase, "rank_min_ms": 78.0, "rank_max_ms": 82.0, "rank_max": 5, "parts": [part]}],
-        "collectives": [{"phase": "backward", "kind": "reduce_scatter", "calls": 9, "mbytes": 67.7, "ms": 0.85}],
-        "memory": {
-            "peak_bytes": 2**30,
-            "peak_phase": "teacher",
-            "owners": {HOSTILE: 2**29},
-            "timeline": [[0.0, 2**20], [40.0, 2**30], [80.0, 2**20]],
-            "planned_peak_bytes": 2**30,
-        },
-        "findings": [{"text": "the host is late", "key": "train.graph=true", "gain_ms": 8.0, "gain_share": 0.1}],
-    }
+    """A profile as `cosmos-scale profile --planned` writes it, with an operator of a long name."""
+    record = record_of([rank_profile()])
+    record["operators"]["top"][0]["name"] = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
+    record["memory"]["owners"][HOSTILE] = GIB
+    row = {"phase": "backward", "kind": "reduce_scatter", "calls": 8, "mbytes": 76.1}
+    return record | {"planned": {"peak_bytes": 32 * GIB, "collectives": [row]}}
 
 
 def look(browser: Page, file: Path, width: int, *, dark: bool) -> list[tuple[str, float, float]]:
@@ -138,12 +127,15 @@ def test_runs_over_each_other_are_drawn_and_signs_stay_signs(
     browser: Page, compared: Path, width: int, dark: bool
 ) -> None:
     drawn = look(browser, compared, width, dark=dark)
+    if width == DESKTOP:
+        assert browser.value(CUT) == [], "tables are cut at the right"
     names = [name for name, _, _ in drawn]
     for run, mark in (("run0", "resume"), ("run0", "skip"), ("run0", "loss"), ("run1", "loss")):
         assert f"loss-steps-{run}-{mark}" in names
     assert browser.value("document.querySelectorAll('main script, header script').length") == 0
     assert browser.value("document.body.innerText.includes('<script>alert(1)</script>&')")
-    for text in ("student forward", "reduce-scatter", "the host is late (train.graph=true)", "Where they ended"):
+    texts = ("student forward", "reduce-scatter", "launches too slowly (model.compile=true)", "Where they ended")
+    for text in (*texts, "planned 32,768.0 MiB, measured -6.2 %", "planned calls", "76.1", "15.6 %"):
         assert browser.value(f"document.body.textContent.includes({json.dumps(text)})"), text
 
 

@@ -9,6 +9,7 @@ import pytest
 from cosmos_scale.errors import UserError
 from cosmos_scale.phases import phase
 from cosmos_scale.profiling.loader_times import time_loader
+from cosmos_scale.profiling.machine import link_rate
 from cosmos_scale.profiling.phase_rows import phase_rows, phase_sum
 from cosmos_scale.profiling.profile_record import PROFILE_FILE, compared, read_record, write_record
 from cosmos_scale.profiling.profile_text import profile_lines
@@ -102,12 +103,47 @@ def test_findings_name_ranks_and_lines() -> None:
     assert any(text.startswith("update: 200 small collectives (all_gather, 10.0 kB each)") for text in texts)
 
 
+def test_a_traced_wait_gains_no_more_than_its_phases_take() -> None:
+    # Traced steps are slower: 5 ms of waiting in the loss, which takes 3 ms of a step; 9 ms in an update of 4 ms.
+    found = record_of([rank_profile(ranks=0.5, loss=3.0, on_gpu=False)] * 2)["findings"]
+    gains = {finding["text"].split(": ")[0]: finding["gain_ms"] for finding in found}
+    assert gains["ranks wait 3.5 ms for each other before and in the loss, in messages of a few kB"] == 3.5
+    assert gains["update"] == 4.0
+
+
 def test_memory_planned_and_measured_stand_side_by_side() -> None:
     text = "\n".join(profile_lines(record_of([rank_profile()])))
     assert "peak 30.00 GiB at 40.0 ms, in teacher" in text
     assert "what the step finds: 10.00 GiB; planned for the states: 9.00 GiB" in text
     assert "reserved 32.00 GiB, retries 0" in text
     assert "held there, by who took it: student 20.00 GiB  before the step 10.00 GiB" in text
+
+
+def test_collectives_are_compared_with_the_link() -> None:
+    record = record_of([rank_profile(), rank_profile()])
+    assert record["link_gbs"] == 450.0
+    (line,) = (line for line in profile_lines(record) if "backward, reduce_scatter" in line)
+    assert line.split()[-3:] == ["70.00", "15.6%", "7.00"]
+    on_two_hosts = record_of([rank_profile(), rank_profile()._replace(host="b")])
+    on_cpus = record_of([rank_profile(on_gpu=False)])
+    for other in (on_two_hosts, on_cpus):
+        assert other["link_gbs"] is None
+        assert "of link" not in "\n".join(profile_lines(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 300.0),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200", 450.0),
+        ("NVIDIA B200", 900.0),
+        ("avx512", None),
+    ],
+)
+def test_links_are_known_by_the_name_of_a_gpu(name: str, rate: float | None) -> None:
+    assert link_rate(name) == rate
 
 
 def test_collectives_and_peak_stand_beside_the_plan() -> None:
@@ -134,10 +170,27 @@ def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:
     text = "\n".join(profile_lines(now))
     assert "-60 % !" in text
     assert "other keys     zero.stage 1 -> 2" in text
+    assert f"before: {tmp_path / PROFILE_FILE}, 1 rank, NVIDIA H100 80GB HBM3 (" in text
     json.dumps(now)  # what is written has no types of ours
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "profile", "format": 0}'])
+def test_a_comparison_names_keys_that_one_of_both_has() -> None:
+    sources = [{"name": name, "shards": name} for name in ("a", "b")]
+    before, now = (record_of([rank_profile()], data={"sources": sources[:number]}) for number in (2, 1))
+    for old, new, pair in ((before, now, ["b", None]), (now, before, [None, "b"])):
+        assert compared(old, new, Path("before.json"))["keys"]["data.sources.1.name"] == pair
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"kind": "profile", "format": 0}',
+        '{"kind": "profile", "format": 1}',
+        '{"kind": "profile", "format": 1, "phases": [1]}',
+    ],
+)
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "before.json"
     file.write_text(content)
