@@ -20,7 +20,7 @@ from cosmos_scale.evaluation.prompts.texts import filled_in
 from cosmos_scale.evaluation.ranking import RECALL_AT, best_ranks
 from cosmos_scale.evaluation.text_weights import text_weights
 from cosmos_scale.kernels.unit_length import normalise
-from tools.golden_numbers import EQUAL, Compared, EvaluationGolden, compare, compare_number
+from tools.golden_numbers import EQUAL, Compared, EvaluationGolden, compare, compare_number, compare_softmax
 from tools.golden_segmentation import check_dense, check_overlap, check_refinement, check_segmentation
 
 
@@ -122,13 +122,16 @@ def check_attention(golden: EvaluationGolden, case: str) -> Iterator[Compared]:
         from_image = model.visual.attn_cross_pool(text[None], patches, [len(pair.patches) for pair in pairs])[0]
     image_BHP = torch.stack([one.image_weights.flatten(1) for one in maps])
     text_BHL = torch.stack([one.text_weights for one in maps])
+    for name, ours in (
+        ("image_weights_per_head", image_BHP),
+        ("image_weights", image_BHP.mean(1)),
+        ("text_weights_per_head", text_BHL),
+        ("text_weights", text_BHL.mean(1)),
+    ):
+        yield compare_softmax(golden, f"{case}.{name}", ours, 2e-5)
     for name, ours, tolerance in (
         ("image_features_raw", image, 2e-5),
         ("text_features_raw", text, 2e-5),
-        ("image_weights_per_head", image_BHP, 2e-5),
-        ("image_weights", image_BHP.mean(1), 2e-5),
-        ("text_weights_per_head", text_BHL, 2e-5),
-        ("text_weights", text_BHL.mean(1), 2e-5),
         ("img_crossmodal_features", normalise(image + from_text), 2e-5),
         ("txt_crossmodal_features", normalise(text + from_image), 2e-5),
         ("image_map_unit", torch.stack([one.image_map.flatten() for one in maps]), 5e-5),

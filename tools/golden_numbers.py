@@ -16,6 +16,9 @@ from cosmos_scale.model.tokenizer import Tokenizer
 from tools.check_golden import Golden
 
 EQUAL = 0.0  # the tolerance of whole numbers
+# Weights and probabilities of a softmax are compared in parts of themselves too, since most of them are small. Rounding
+# changes them by up to 2.4e-5 of themselves. Smaller numbers than LEAST may differ by 1e-9.
+OF_ITSELF, LEAST = 5e-4, 2e-6
 
 
 class Compared(NamedTuple):
@@ -104,6 +107,18 @@ class EvaluationGolden(Golden):
         names = [name.split(".") for name in self.names() if name.split(".")[0] == part]
         single = part in ("cls", "attention")
         return sorted({part if single else ".".join(name[:2]) for name in names})
+
+
+def compare_softmax(golden: Golden, name: str, ours: Tensor, tolerance: float) -> Compared:
+    """Compare weights or probabilities: each within the tolerance, and within OF_ITSELF of the file's number."""
+    whole = compare(golden, name, ours, tolerance)
+    theirs = golden.tensor(name).double()
+    allowed = (OF_ITSELF * theirs.abs().clamp(min=LEAST)).clamp(max=tolerance)
+    difference = (ours.detach().cpu().double() - theirs).abs()
+    if not whole.good or not theirs.numel():
+        return whole
+    worst = int((difference / allowed).argmax())
+    return Compared(name, difference.flatten()[worst].item(), allowed.flatten()[worst].item())
 
 
 def compare(golden: Golden, name: str, ours: Tensor, tolerance: float) -> Compared:

@@ -21,7 +21,7 @@ from cosmos_scale.evaluation.segmentation.segmenter import (
 )
 from cosmos_scale.evaluation.segmentation.windows import cut_windows
 from cosmos_scale.evaluation.text_weights import text_weights
-from tools.golden_numbers import EQUAL, Compared, EvaluationGolden, compare, compare_number
+from tools.golden_numbers import EQUAL, Compared, EvaluationGolden, compare, compare_number, compare_softmax
 
 DENSE, INPUT, FEATURES, PROBABILITIES, REFINED, SHARE = 5e-5, 1e-6, 1e-5, 2e-5, 2e-5, 1e-6
 NEAR = 1e-4  # pixels whose two best classes are nearer may have either label
@@ -74,7 +74,7 @@ def check_segmentation(golden: EvaluationGolden, case: str) -> Iterator[Compared
     if f"{case}.logits" in golden.names():
         yield compare(golden, f"{case}.logits", torch.cat([band for _, band in logits.bands()], dim=1), FEATURES)
     bands = [band for _, band in probability_bands(logits, queries, recipe)]
-    yield compare(golden, f"{case}.probabilities", torch.cat(bands, dim=1), PROBABILITIES)
+    yield compare_softmax(golden, f"{case}.probabilities", torch.cat(bands, dim=1), PROBABILITIES)
 
     first, second = golden.shaped(f"{case}.probabilities", len(names), *pixels.shape[:2]).topk(2, dim=0).values
     published = golden.shaped(f"{case}.label_map", *pixels.shape[:2]).long()

@@ -4,6 +4,7 @@ Every rank encodes its slice of the gallery, receives the features of all slices
 The form of the collective is handed in, so that this module knows nothing of process groups.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -94,7 +95,11 @@ class Retrieval(Evaluator):
         setting = self.setting
         self.require_same_data(gather, SAME_GALLERY)
         cache = setting.cache if encoder.weights else None
-        made_of = json.dumps(["retrieval", encoder.weights, self._gallery.contents()]) if cache is not None else ""
+        made_of = (
+            json.dumps(["retrieval, equal texts as one", encoder.weights, self._gallery.contents()])
+            if cache is not None
+            else ""
+        )
         kept = cache.load(made_of) if cache is not None else None
         # All ranks go on with what is kept, or none does: their hosts may see different folders.
         if bool(gather(torch.tensor([kept is not None], device=setting.device)).all()) and kept is not None:
@@ -172,10 +177,12 @@ def encoded_together(
 ) -> GalleryFeatures:
     """Return the features of a whole gallery of which `batches` is this rank's slice; every rank returns the same.
 
-    Slices may differ in length, and some may be empty. The features lie on `device` (default: CPU).
+    Slices may differ in length, and some may be empty. The features lie on `device` (default: CPU). Equal texts have
+    equal features, to the last bit, whatever batches they were in: so their scores are ties at any batch size.
     Raises EmptyGallery, on every rank, if the whole gallery has no text.
     """
-    return _gather_features(_encode(encode_images, encode_texts, batches, device or torch.device("cpu")), gather)
+    own, keys = _encode(encode_images, encode_texts, batches, device or torch.device("cpu"))
+    return _gather_features(own, keys, gather)
 
 
 @torch.no_grad()
@@ -213,32 +220,50 @@ def ranked(
 
 def _encode(
     encode_images: EncodeImages, encode_texts: EncodeTexts, batches: Iterable[GalleryBatch], device: torch.device
-) -> GalleryFeatures:
-    """Encode this rank's slice; without any batch the width is 0."""
-    image, image_sample, text, text_sample = [], [], [], []
+) -> tuple[GalleryFeatures, Tensor]:
+    """Encode this rank's slice; without any batch the width is 0. The keys [texts] of equal texts are equal."""
+    image, image_sample, text, text_sample, keys = [], [], [], [], []
     for batch in batches:
         image.append(encode_images(batch.images))
         image_sample.append(batch.sample_ids)
         texts = [text for texts in batch.texts for text in texts]
         if texts:
             text.append(encode_texts(texts))
+            keys.append(torch.tensor([_key(text) for text in texts]))
             text_sample.append(batch.sample_ids.repeat_interleave(torch.tensor([len(texts) for texts in batch.texts])))
     width = image[0].shape[1] if image else 0
 
     def joined(parts: list[Tensor], *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.cat(parts).to(device, dtype) if parts else torch.zeros(0, *shape, dtype=dtype, device=device)
 
-    return GalleryFeatures(
+    features = GalleryFeatures(
         joined(image, width, dtype=torch.float32),
         joined(image_sample, dtype=torch.int64),
         joined(text, width, dtype=torch.float32),
         joined(text_sample, dtype=torch.int64),
     )
+    return features, joined(keys, dtype=torch.int64)
 
 
-def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
+def _key(text: str) -> int:
+    """A digest of a text that fits an int64."""
+    return int.from_bytes(
+        hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )
+
+
+def _first_of_equals(rows: Tensor, keys: Tensor) -> Tensor:
+    """Return rows [N, E] in which each row is the first one of its key [N]."""
+    _, group_N = keys.unique(return_inverse=True)
+    place_N = torch.arange(len(keys), device=keys.device)
+    first = place_N.new_full((len(keys),), len(keys)).scatter_reduce(0, group_N, place_N, "amin")
+    return rows[first[group_N]]
+
+
+def _gather_features(own: GalleryFeatures, keys: Tensor, gather: Gather) -> GalleryFeatures:
     """The features of all ranks. Slices are padded to the longest one, as collectives want equal shapes.
 
+    keys: of the rank's texts; all texts of one key receive the feature of the first of them.
     Raises EmptyGallery, on every rank, if there is no image or no text.
     """
     sizes = torch.tensor([[*own.image.shape, len(own.text)]], device=own.image.device)
@@ -258,6 +283,6 @@ def _gather_features(own: GalleryFeatures, gather: Gather) -> GalleryFeatures:
     return GalleryFeatures(
         from_all(own.image, images_W),
         from_all(own.image_sample, images_W),
-        from_all(own.text, texts_W),
+        _first_of_equals(from_all(own.text, texts_W), from_all(keys, texts_W)),
         from_all(own.text_sample, texts_W),
     )

@@ -59,6 +59,21 @@ def test_one_number_changed_by_a_thousandth_is_noticed(part: str, case: str, tmp
         assert name in past, f"{name}: not noticed"
 
 
+@pytest.mark.parametrize("part", ["attention", "seg"])
+def test_small_weights_and_probabilities_changed_by_a_thousandth_are_noticed(part: str, tmp_path: Path) -> None:
+    """The smallest number of each tensor, far below the absolute tolerance; of those above 2e-6."""
+    case = GOLDEN.cases(part)[0]
+    for name in (one.name for one in compared_in(part, case)):
+        if not re.search("weights|probabilities", name):
+            continue
+        tensor = GOLDEN.tensor(name).clone()
+        flat = tensor.view(-1)
+        place = int(flat.masked_fill(flat < 2e-6, 1.0).argmin())
+        flat[place] *= 1.001
+        golden = EvaluationGolden(changed_file(tmp_path / "changed.safetensors", {name: tensor}))
+        assert [one.name for one in compared_in(part, case, golden) if not one.good] == [name]
+
+
 @pytest.mark.parametrize(
     ("case", "keys"),
     [

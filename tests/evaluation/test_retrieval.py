@@ -101,6 +101,37 @@ def test_ranks_with_uneven_slices_agree_with_one_process(bounds: list[int]) -> N
     assert in_ranks(gallery, slices) == [alone] * len(slices)
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_equal_texts_are_ties_however_rounding_differs_from_batch_to_batch(size: int, ranks: int) -> None:
+    """Two pictures share a caption. Rounding as of other batch sizes never decides which of the two is found."""
+    image = torch.nn.functional.normalize(torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(2)), dim=1)
+    texts = ["a dog", "1", "2", "3", "4", "a dog", "6", "7"]
+
+    def encode_texts(batch: Sequence[str]) -> Tensor:
+        feature = torch.stack([image[0] if text == "a dog" else image[int(text)] for text in batch])
+        return feature + 1e-7 * torch.randn(feature.shape, generator=torch.Generator().manual_seed(len(batch)))
+
+    def evaluate(rank: int, gather: Gather) -> RetrievalResult:
+        own = range(8 * rank // ranks, 8 * (rank + 1) // ranks)
+        parts = [list(own[first : first + size]) for first in range(0, len(own), size)]
+        batches = [
+            GalleryBatch(
+                image[part][:, None, None].expand(-1, 3, 1, -1), [[texts[at]] for at in part], torch.tensor(part)
+            )
+            for part in parts
+        ]
+        features = encoded_together(lambda pictures: pictures[:, 0, 0], encode_texts, batches, gather)
+        assert torch.equal(features.text[0], features.text[5])
+        return ranked(features, rank, ranks, gather)
+
+    image[5] = image[0]
+    for result in in_threads(ranks, evaluate):
+        # The six others are found at once. Of the two, the wrong one that scores the same comes first.
+        assert result.image_to_text.recalls[1] == result.text_to_image.recalls[1] == 6 / 8
+        assert result.image_to_text.mean_rank == result.text_to_image.mean_rank == 1 + 2 / 8
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_scores_are_ranked_in_blocks_shared_by_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery = RandomGallery([2] * 30, seed=6)

@@ -4,6 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
 from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
-from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels
+from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels, greatest_label
 from cosmos_scale.evaluation.segmentation.names import public_names
 from cosmos_scale.evaluation.segmentation.overlap import IGNORED, Scores, constant_counts, count_overlap
 from cosmos_scale.evaluation.segmentation.overlays import draw_overlay, overlay_file
@@ -37,6 +38,7 @@ from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
 
 SAME_MASKS = "rule: every host has the same pictures and masks"
+_LOOKED_AT = 16  # masks, spread over the set, that tell whether the classes are theirs
 _AHEAD = 4  # pictures in memory that are read before their turn
 
 
@@ -50,6 +52,7 @@ class Segmentation(Evaluator):
         self._pictures = find_pictures(config)
         self._lone_masks = lone_masks(config)
         self._names = _names(config)
+        self._require_classes()
         self._titles = [
             "background" if config.has_background and not label else names[0] for label, names in enumerate(self._names)
         ]
@@ -157,6 +160,24 @@ class Segmentation(Evaluator):
         except OSError as error:
             raise DamagedSample(f"{error.filename or picture.name} cannot be read: {reason_of(error)}") from error
         return pixels, checked_labels(labels, pixels.shape[:2], len(self._names))
+
+    def _require_classes(self) -> None:
+        """Raise UserError where most of some masks hold labels that no class has; single ones cost their picture."""
+        greatest: list[tuple[int, Path]] = []
+        for place in sorted({len(self._pictures) * part // _LOOKED_AT for part in range(_LOOKED_AT)}):
+            picture = self._pictures[place]
+            with suppress(OSError, DamagedSample):  # which `measure` names
+                labels = picture.law(read_regular(picture.mask), self.setting.max_pixels)
+                greatest.append((greatest_label(labels), picture.mask))
+        classes = len(self._names)
+        beyond = [found for found in greatest if found[0] >= classes]
+        if 2 * len(beyond) > len(greatest):
+            most, mask = max(beyond)
+            raise UserError(
+                f"{self._config.classes or self._config.dataset}: has {counted(classes, 'class', 'classes')}, 0 to "
+                f"{classes - 1}, but {len(beyond)} of {counted(len(greatest), 'mask')} that were looked at hold "
+                f"greater labels, such as {most} in {mask}; rule: a class for each label, in the order of the labels"
+            )
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of percentages, a row a model, with the trivial answer's mIoU beside the model's."""

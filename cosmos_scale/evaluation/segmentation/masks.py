@@ -130,7 +130,12 @@ def checked_labels(labels: Labels, size: tuple[int, int], classes: int) -> Label
     if labels.shape != size:
         mask, picture = (f"{width} x {height}" for height, width in (labels.shape, size))
         raise DamagedSample(f"the mask has {mask} pixels, the picture, turned upright, {picture}")
-    counted = labels[labels != IGNORED]
-    if counted.size and (most := int(counted.max())) >= classes:
+    if (most := greatest_label(labels)) >= classes:
         raise DamagedSample(f"the mask holds label {most}, but there are {classes} classes, 0 to {classes - 1}")
     return labels
+
+
+def greatest_label(labels: Labels) -> int:
+    """Return the greatest label that counts, -1 where none does."""
+    counted = labels[labels != IGNORED]
+    return int(counted.max()) if counted.size else -1

@@ -136,6 +136,15 @@ def test_broken_files_cost_a_picture_each_and_are_named(own_set: OwnSet, capsys:
     assert in_ranks(own_set.section(), 2) == [alone] * 2
 
 
+def test_classes_of_other_masks_are_refused_before_anything_is_measured(own_set: OwnSet) -> None:
+    (own_set.folder / "names.txt").write_text("\n".join(LINES[:3]) + "\n")
+    said = (
+        r"names.txt: has 3 classes, 0 to 2, but 5 of 5 masks that were looked at hold greater labels, such as 4 in .*"
+    )
+    with pytest.raises(UserError, match=said + r"masks/4\.png; rule: a class for each label"):
+        make_evaluator(own_set.section(), golden_encoder().setting)
+
+
 def test_sets_without_a_label_that_counts_are_refused(own_set: OwnSet) -> None:
     for place, (height, width) in enumerate(SIZES):
         Image.fromarray(np.full((height, width), 255, dtype=np.uint8)).save(own_set.folder / "masks" / f"{place}.png")
