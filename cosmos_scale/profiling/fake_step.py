@@ -26,7 +26,7 @@ from cosmos_scale.profiling.fake_device import FakeDevice
 from cosmos_scale.profiling.operators import META, group_of
 from cosmos_scale.profiling.phased_step import step_in_phases
 from cosmos_scale.profiling.planned_batch import planned_batch
-from cosmos_scale.profiling.states import tensors_by_part
+from cosmos_scale.profiling.states import elements_of, tensors_by_part
 
 WARM_UP = 3  # steps: DeepSpeed makes some of its buffers in the first, and learns the order of gathers until the third
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def count_fake_step(config: RunConfig, ranks: Ranks, lengths_KB: Tensor, *, as_g
         device.begin()
         step_in_phases(student, teacher, loss, batch, device.enter_phase)
         memory = device.allocations.peaks()
-        elements = sum(getattr(weight, "ds_numel", weight.numel()) for weight in student.model.parameters())
+        elements = elements_of(student.model)
     pair.close()
     return Counts(
         world_size=ranks.world_size,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
@@ -26,6 +26,11 @@ def tensors_by_part(student: Student, teacher: Teacher) -> dict[str, list[Tensor
         "gradients": [*(tensor.grad for tensor in (*weights, *shards)), *averaged, flat],
     }
     return {part: [tensor for tensor in tensors if tensor is not None] for part, tensors in parts.items()}
+
+
+def elements_of(model: nn.Module) -> int:
+    """Return how many elements a model's whole parameters have, those of which a rank holds a part too."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def _values(wrapper: Any, name: str) -> Iterator[Any]:

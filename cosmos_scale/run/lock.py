@@ -32,6 +32,7 @@ LOCK_FILE = "launch.lock"
 RANKS_LOCK_FILE = "ranks.lock"
 LAUNCH_TOKEN = "COSMOS_SCALE_LAUNCH"  # environment variable of the ranks of a launch: its lock's token
 TOUCHED_EVERY = 10.0  # seconds
+NAMED_AFTER = 2.0  # seconds within which a launch that has the lock writes its name
 DEAD_AFTER = 45.0  # seconds without a touch
 LAST_TOUCH = 5.0  # seconds: the file server may be away
 RANKS_END_WITHIN = 600.0  # seconds that ranks of a dead launch get for their step and their checkpoint
@@ -118,8 +119,15 @@ class RunLock:
                 return False
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            self._refuse(_holder(self._descriptor) or {})
+            self._refuse(self._holder_soon())
         return True
+
+    def _holder_soon(self) -> dict[str, Any]:
+        """Return what the file says of the launch that has the lock, which may be about to write its name."""
+        until = time.monotonic() + NAMED_AFTER
+        while (holder := _holder(self._descriptor)) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return holder or {}
 
     def _lives(self, holder: dict[str, Any], locks: bool) -> bool:
         """Tell whether the launch that the file names still runs; waits for its next touch where only that can tell."""

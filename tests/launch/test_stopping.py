@@ -79,7 +79,11 @@ def test_an_output_that_nobody_takes_ends_nothing(tmp_path: Path, reads: bool) -
         assert process.stdout is not None
         if reads:
             process.stdout.close()
-        assert process.wait(60) == FINISHED, (folder / "err").read_text()
+        try:
+            assert process.wait(150) == FINISHED, (folder / "err").read_text()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"does not end: {(folder / 'err').read_text()}")
         process.stdout.close()
     assert len((folder / "logs" / "localhost-0.log").read_text()) > 1_000_000
 
