@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_an_output_that_nobody_takes_ends_nothing(tmp_path: Path, reads: bool) -
     folder.mkdir()
     words = [*(["0:say~" + "x" * 5000] * 200), "*:step~1"]
     fields = '{"hosts": [[["localhost", 2]]]}'
-    command = [sys.executable, "-m", "tests.launch.driver", str(folder), fields, *words]
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.launch.driver", str(folder), fields, *words]
     with (folder / "err").open("wb") as err:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, start_new_session=True)
         assert process.stdout is not None
@@ -88,7 +89,10 @@ def test_an_output_that_nobody_takes_ends_nothing(tmp_path: Path, reads: bool) -
         try:
             assert process.wait(60) == FINISHED, (folder / "err").read_text()
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.send_signal(signal.SIGABRT)  # it prints its threads' stacks
+            process.wait(10)
+            with suppress(ProcessLookupError):  # nobody is left of its group
+                os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"does not end: {(folder / 'err').read_text()}")
         process.stdout.close()
     assert len((folder / "logs" / "localhost-0.log").read_text()) > 1_000_000
