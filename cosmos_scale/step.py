@@ -42,7 +42,7 @@ def train_step(
 
     batch: this rank's share, on the device. lr: learning rate. momentum: the share of itself that the teacher keeps.
     Nothing here makes the host wait for the device. DeepSpeed (0.19) makes it wait around the update with offloading
-    and in fp16.
+    and in fp16, and at stage 3 on a GPU at the backward's end.
     """
     forward = Span(on_gpu=batch.global_crops.is_cuda)
     with phase("student"):

@@ -305,6 +305,9 @@ class ShardedWeights(_Sharded):
         kept = self._wrapper.persistent_parameters  # small parameters, which stay gathered on every rank
         if kept:  # in one all-gather: `all_gather` has one for each parameter
             kept[0].all_gather_coalesced(kept).wait()
+        gathers = self._wrapper.parameter_offload._DeepSpeedZeRoOffload__allgather_stream  # None on a CPU
+        if gathers is not None:  # DeepSpeed (0.19) does not let its gathers wait for what this stream writes
+            gathers.wait_stream(torch.cuda.current_stream(self.ranks.device))
 
     @override
     def publish(self) -> None:

@@ -1,5 +1,6 @@
 """ZeRO's stage 3 as large models have it: few weights kept whole, several shards a group, uneven shares."""
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -70,8 +71,21 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
             names = operations(torch.no_grad()(tiny.student.layout.publish))
             results[case]["kept"] = len(kept)
             results[case]["gathers"] = [name for name in names if name.startswith("c10d::")]
+            results[case]["awaited"] = awaited_by_gathers(tiny)
         tiny.close()
     return results
+
+
+def awaited_by_gathers(tiny: Tiny) -> list[object]:
+    """Return the streams that DeepSpeed's stream of gathers is told to wait for once weights were written."""
+    offload, awaited = tiny.student.layout.engine.optimizer.parameter_offload, []
+    name = "_DeepSpeedZeRoOffload__allgather_stream"
+    assert getattr(offload, name) is None  # on a CPU
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, name, SimpleNamespace(wait_stream=awaited.append))
+        patch.setattr(torch.cuda, "current_stream", lambda device: f"of the writes on {device}")
+        tiny.student.publish()
+    return awaited
 
 
 def run_case(tiny: Tiny, rank: int) -> dict[str, Any]:
@@ -106,5 +120,6 @@ def test_gathered_weights_and_several_shards_train_as_whole_ones() -> None:
             assert results[case]["gathered"] > 30  # none of this model with the default threshold
             assert results[case]["kept"] > 10 or not case.kept
             assert len(results[case]["gathers"]) == bool(results[case]["kept"])  # all of them travel together
+            assert results[case]["awaited"] == ["of the writes on cpu"]
             assert results[case]["losses"] == pytest.approx(reference["losses"], abs=TOLERANCE), case
             assert results[case]["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE), case
