@@ -6,6 +6,7 @@ where they are: an update of the average is copied into them. So what the GPU wa
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -51,13 +52,19 @@ class GraphedEncoder:
 
     def _capture(self, images: Tensor) -> None:
         self._images = images.clone()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        current = torch.cuda.current_stream(images.device)
         try:
             # Other threads may pin memory meanwhile, and NCCL's asks for its events.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._features = self._encode(self._images)
         except RuntimeError as error:
             self._failed = True
+            # Where the capture itself is broken, torch (2.14) cannot end it: its stream would stay the current one, and
+            # the allocator would wait for the capture's end before it reuses any memory that two streams have used.
+            torch.cuda.set_stream(current)
+            with suppress(RuntimeError):  # of a capture that was ended
+                torch._C._cuda_endAllocateToPool(images.device.index, pool)
             _LOG.info(
                 "teacher: no CUDA graph of the image tower, each kernel is launched: %s", str(error).split("\n")[0]
             )

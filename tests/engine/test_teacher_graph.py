@@ -21,8 +21,13 @@ class FakeGraphs:
         self.eager = self.captures = self.replays = 0
         self._error = error
         self._capturing = False
+        self.stream, self.pools = "training", ["pool"] if error else []  # current stream; pools that take memory
         patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         patch.setattr(torch.cuda, "graph", self._capture)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        patch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: self.pools.remove(pool))
 
     def encode(self, images: Tensor) -> Tensor:
         if self._capturing:
@@ -36,9 +41,10 @@ class FakeGraphs:
         self._features.copy_(self.weight * self._images)
 
     @contextmanager
-    def _capture(self, graph: object, capture_error_mode: str) -> Iterator[None]:
-        assert (graph, capture_error_mode) == (self, "thread_local")
+    def _capture(self, graph: object, pool: str, capture_error_mode: str) -> Iterator[None]:
+        assert (graph, pool, capture_error_mode) == (self, "pool", "thread_local")
         if self._error:
+            self.stream = "capture"  # torch leaves it so where it cannot end the capture
             raise RuntimeError(self._error)
         self._capturing = True
         yield
@@ -82,6 +88,7 @@ def test_where_no_graph_can_be_made_it_is_said_once(
         for _ in range(WARM_UP + 3):
             encoder(torch.ones(2, 3))
     assert (fake.eager, fake.replays) == (WARM_UP + 3, 0)
+    assert (fake.stream, fake.pools) == ("training", [])
     assert [message.endswith("operation not permitted when stream is capturing") for message in caplog.messages] == [
         True
     ]
@@ -110,3 +117,15 @@ def test_the_replay_equals_the_tower_on_a_gpu(dtype: torch.dtype) -> None:
     assert encoder.replays
     for replayed, expected in kept:  # no result is overwritten by a later replay
         assert torch.equal(replayed, expected)
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_broke_training_goes_on_in_its_own_stream() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = torch.cuda.current_stream()
+    encoder = GraphedEncoder(lambda images: images * float(images.sum()))  # the host waits, which no capture allows
+    for number in range(WARM_UP + 3):
+        images = torch.full((2, 3), float(number), device=device)
+        assert torch.equal(encoder(images), images * images.sum())
+    assert not encoder.replays
+    assert torch.cuda.current_stream() == before
