@@ -8,6 +8,7 @@ none of them, and the GPU's next update waits until they are done.
 import logging
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -36,10 +37,11 @@ class Snapshot:
             parts = buffer.split([part.weight.numel() for part in self._fragments])
             self.tensors |= {f"{part.name}|{kind}": own for part, own in zip(self._fragments, parts, strict=True)}
             self.copies += _joined([part.tensors()[kind] for part in self._fragments], buffer)
+        self._locked: list[Tensor] = []
         if on_gpu:
-            for buffer in self.buffers.values():
-                _lock(buffer)
-            self._stream = torch.cuda.Stream(self._fragments[0].weight.device)
+            device = self._fragments[0].weight.device
+            self._locked = [buffer for buffer in self.buffers.values() if _lock(buffer, device)]
+            self._stream = torch.cuda.Stream(device)
             self._taken = torch.cuda.Event()
 
     def take(self) -> None:
@@ -63,10 +65,9 @@ class Snapshot:
 
     def free(self) -> None:
         """Give the memory back, when the last copy is whole and nobody reads it any more."""
-        if self._on_gpu:
-            for buffer in self.buffers.values():
-                torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-        self.tensors, self.copies, self.buffers = {}, [], {}
+        for buffer in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        self.tensors, self.copies, self.buffers, self._locked = {}, [], {}, []
 
 
 def _pages(elements: int) -> Tensor:
@@ -79,13 +80,15 @@ def _pages(elements: int) -> Tensor:
     return pages.fill_(0.0)
 
 
-def _lock(buffer: Tensor) -> None:
-    """Lock a buffer in its pages, so that copies from a GPU run beside the host."""
+def _lock(buffer: Tensor, device: torch.device) -> bool:
+    """Lock a buffer in its pages, so that copies from a GPU run beside the host; return whether it could be."""
     error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-    if int(error):
-        _LOG.warning(
-            "checkpoints: %d bytes cannot be locked in memory (%s): saving stalls longer", buffer.nbytes, error
-        )
+    if not int(error):
+        return True
+    _LOG.warning("checkpoints: %d bytes cannot be locked in memory (%s): saving stalls longer", buffer.nbytes, error)
+    with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next: torch does, at each kernel's launch
+        torch.zeros(1, device=device).add_(1.0)
+    return False
 
 
 def _joined(sources: Sequence[Tensor], buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
