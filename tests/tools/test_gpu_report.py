@@ -67,6 +67,26 @@ def test_a_rehearsal_runs_every_stage_and_finds_nothing_wrong(tmp_path: Path) ->
     assert "Nothing wrong was found." in (out / "report.md").read_text()
 
 
+def test_the_report_and_training_need_no_library_that_draws_or_tracks(tmp_path: Path) -> None:
+    """A machine for an hour, without a network, has few packages."""
+    program = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jinja2", "matplotlib", "tensorboard", "wandb", "pytest", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import cosmos_scale.train
+import tools.gpu_report
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_a_stage_that_cannot_run_costs_itself_only(tmp_path: Path) -> None:
     finished = report(tmp_path / "out", "--device", "cuda", "--only", "graph,machine", timeout=100)
     assert finished.returncode == 1

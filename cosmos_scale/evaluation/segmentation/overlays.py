@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -129,4 +128,6 @@ def _side_by_side(
 @lru_cache(maxsize=1)
 def _font() -> ImageFont.FreeTypeFont:
     """Return DejaVu Sans, which has more scripts than Pillow's built-in font."""
+    import matplotlib  # here: training needs no library that draws
+
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)
