@@ -214,7 +214,8 @@ def _kernels(recorder: Recorder, setting: Setting, resident: list[Batch]) -> Non
     spent: dict[str, float] = {}
     spans = []
     for event in recorded.events():
-        if event.device_type.name == "CUDA":
+        # A mark of the host's, such as the optimizer's step, spans all kernels that were launched inside it.
+        if event.device_type.name == "CUDA" and not event.is_user_annotation:
             calls[event.name] += 1
             spent[event.name] = spent.get(event.name, 0.0) + event.time_range.elapsed_us()
             spans.append((event.time_range.start, event.time_range.end))
