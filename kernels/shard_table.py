@@ -8,10 +8,13 @@ shard in the table.
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cosmos_scale.kernels.segments import to_device
 
 # Rows of a table before its addresses: a shard's first program and its elements.
 FIRST_PROGRAM, ELEMENTS, ADDRESSES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -74,4 +77,4 @@ def _table(sizes: tuple[int, ...], addresses: tuple[tuple[int, ...], ...], block
     padding = triton.next_power_of_2(len(sizes)) - len(sizes)
     rows = [[*first_programs, *[NO_PROGRAM] * padding]]
     rows += [[*row, *[0] * padding] for row in (sizes, *addresses)]
-    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    return to_device(np.array(rows, dtype=np.int64), device)
