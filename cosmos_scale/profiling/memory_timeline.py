@@ -46,7 +46,7 @@ def memory_timeline(trace: Trace, *, found: int) -> MemoryTimeline | None:
         begin, first = trace.steps[step][0], own[0]["args"]
         at_start = int(first["Total Allocated"]) - int(first["Bytes"])
         if device == _CPU:
-            at_start = found + sum(int(event["args"]["Bytes"]) for event in events if float(event["ts"]) < begin)
+            at_start = found + _still_held(events, begin)
         lines.append(_of_step(trace, step, own, at_start, known=device == _CUDA))
     return max(lines, key=lambda line: line.peak, default=None)
 
@@ -93,6 +93,24 @@ def _of_step(trace: Trace, step: int, events: list[Any], at_start: int, *, known
         ],
         known=known,
     )
+
+
+def _still_held(events: list[Any], moment: float) -> int:
+    """Return the bytes taken before a moment and given back after it.
+
+    Of what else was taken before it torch may not have seen the end, where gloo's threads give memory back.
+    """
+    taken: dict[int, int] = {}  # by address
+    held = 0
+    for event in events:
+        address, nbytes = event["args"]["Addr"], int(event["args"]["Bytes"])
+        before = taken.pop(address, 0)
+        if float(event["ts"]) < moment:
+            if nbytes > 0:
+                taken[address] = nbytes
+        elif nbytes < 0:
+            held += before
+    return held
 
 
 def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
