@@ -26,7 +26,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.data.training.order import steps_per_epoch
-from cosmos_scale.engine.memory import state_memory, total_bytes
+from cosmos_scale.engine.memory import between_steps, state_memory, total_bytes
 from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
@@ -244,9 +244,11 @@ def _write_files(plan: ProfilePlan, ranks: Ranks, trace: bytes, snapshot: bytes 
 
 
 def _state_bytes(config: RunConfig, ranks: Ranks) -> int:
+    """Return the bytes that a step finds on its device by formula. Where that is the host, what is offloaded counts."""
     with torch.device("meta"):
         model = CosmosModel(config.model)
-    return total_bytes(state_memory(model, config, ranks.world_size), on_host=False)
+    rows = between_steps(state_memory(model, config, ranks.world_size), config)
+    return total_bytes(rows, on_host=False if ranks.device.type == "cuda" else None)
 
 
 def _say_nothing(text: str) -> None:

@@ -17,7 +17,8 @@ from cosmos_scale.profiling.profile_record import PROFILE_FILE, write_record
 from cosmos_scale.testing.runs import start_command, write_run
 from tests.profiling.invented import rank_profile, record_of
 
-STEPS = 6
+STEPS, SECONDS = 6, 300.0
+PEAK_TOLERANCE = 0.03
 MOST_UNNAMED, MOST_COST = 0.03, 0.02  # of a step
 
 
@@ -26,6 +27,7 @@ class Profiled(NamedTuple):
 
     folder: Path
     output: str
+    errors: str
     record: dict[str, Any]
 
 
@@ -34,11 +36,11 @@ def profiled(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> P
     folder = tmp_path_factory.mktemp("profiled")
     write_record(record_of([rank_profile(on_gpu=False)]), folder)
     run = write_run(folder, scenes, zero={"stage": 1})
-    argv = ("profile", str(run), "--steps", str(STEPS), "--warm-up", "2", "--trace", "--planned")
-    with start_command(*argv, "--compare", str(folder / PROFILE_FILE), ranks=2) as process:
-        finished = process.wait().require(0)
+    argv = ("profile", str(run), "--ranks", "2", "--steps", str(STEPS), "--warm-up", "2", "--trace", "--planned")
+    with start_command(*argv, "--compare", str(folder / PROFILE_FILE)) as process:
+        finished = process.wait(SECONDS).require(0)
     record = json.loads((folder / "tiny" / "profile" / PROFILE_FILE).read_bytes())
-    return Profiled(folder / "tiny", finished.output, record)
+    return Profiled(folder / "tiny", finished.output, finished.errors, record)
 
 
 def test_the_phases_add_up_to_the_step(profiled: Profiled) -> None:
@@ -90,8 +92,18 @@ def test_the_plan_is_what_was_measured(profiled: Profiled) -> None:
     for place, row in measured.items():
         if row["mbytes"] is not None:  # a trace does not tell a scalar's bytes
             assert row["mbytes"] == pytest.approx(planned[place]["mbytes"]), place
-    assert profiled.record["planned"]["peak_bytes"] > 0
+    peak = profiled.record["planned"]["peak_bytes"]
+    assert profiled.record["memory"]["peak_bytes"] == pytest.approx(peak, rel=PEAK_TOLERANCE)
     assert "(planned " in profiled.output
+
+
+def test_one_rank_holds_what_is_planned(tmp_path: Path, scenes: SceneShards) -> None:
+    """Where no gradient is sent, all of them are held at once."""
+    run = write_run(tmp_path, scenes, zero={"stage": 1})
+    with start_command("profile", str(run), "--steps", "1", "--warm-up", "1", "--planned") as process:
+        process.wait(SECONDS).require(0)
+    record = json.loads((tmp_path / "tiny" / "profile" / PROFILE_FILE).read_bytes())
+    assert record["memory"]["peak_bytes"] == pytest.approx(record["planned"]["peak_bytes"], rel=PEAK_TOLERANCE)
 
 
 def test_loader_memory_and_waits_are_there(profiled: Profiled) -> None:
@@ -108,8 +120,13 @@ def test_loader_memory_and_waits_are_there(profiled: Profiled) -> None:
 def test_the_run_is_not_touched(profiled: Profiled) -> None:
     assert [path.name for path in profiled.folder.iterdir()] == ["profile"]
     written = {path.name for path in (profiled.folder / "profile").iterdir()}
-    assert written == {PROFILE_FILE, "trace.rank0.json.gz", "trace.rank1.json.gz"}
-    assert set(profiled.record["files"]) == written
+    assert written == {PROFILE_FILE, "trace.rank0.json.gz", "trace.rank1.json.gz", "logs"}
+    assert set(profiled.record["files"]) == written - {"logs"}
+
+
+def test_the_launch_says_where_its_ranks_are(profiled: Profiled) -> None:
+    assert "cosmos-scale profile: 2 ranks on " in profiled.errors
+    assert len(list((profiled.folder / "profile" / "logs").glob("*.log"))) == 2
 
 
 def test_a_trace_has_the_phases_of_its_steps(profiled: Profiled) -> None:
@@ -128,6 +145,7 @@ def test_the_comparison_is_printed(profiled: Profiled) -> None:
     ("arguments", "said"),
     [
         (("--compare", "none.json"), "none.json: cannot be read"),
+        (("--ranks", "3"), "ranks that would do: "),
         (("--steps", "0"), "must be a whole number of at least 1"),
     ],
 )

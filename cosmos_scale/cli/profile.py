@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import path, place, positive, with_examples
+from cosmos_scale.cli.arguments import path, place, positive, run_file, with_examples
 from cosmos_scale.cli.as_rank import ThisRank, as_rank, read_run
 from cosmos_scale.cli.output import lasting_output
 
@@ -21,6 +22,8 @@ examples:
   cosmos-scale profile my_run.yaml
   cosmos-scale profile my_run.yaml --steps 50 --trace
   cosmos-scale profile my_run.yaml data.workers=4 --out other --compare runs/my_run/profile/profile.json
+  cosmos-scale profile my_run.yaml --ranks 8
+  cosmos-scale profile my_run.yaml --hostfile hosts --planned
   deepspeed --num_accelerators 8 --module cosmos_scale.profile my_run.yaml
 """
 
@@ -28,18 +31,23 @@ examples:
 def add_profile_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command; the defaults of its parser are its name (`command`) and its function (`run`)."""
     parser = with_examples(
-        commands.add_parser(
-            "profile", help="measure where a run's steps spend their time (many ranks: --module cosmos_scale.profile)"
-        ),
+        commands.add_parser("profile", help="measure where a run's steps spend their time, on one rank or many"),
         EXAMPLES,
     )
     parser.description = (
         "Take some steps of a run, from freshly drawn weights, and print where their time and memory go, and what may\n"
-        "be changed. No checkpoint is written, and nothing of the run's folder is touched but the folder `profile`."
+        "be changed. No checkpoint is written, and nothing of the run's folder is touched but the folder `profile`.\n"
+        "--ranks and --hostfile start the ranks as `cosmos-scale launch` does; without them this process is a rank:\n"
+        "the only one, or one of those that deepspeed, torchrun or srun has started."
     )
     parser.add_argument("file", type=place, metavar="RUN.yaml", help="the run's YAML file, or a shipped run's name")
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ranks", type=positive, metavar="N", help="start so many ranks on this host")
+    where.add_argument(
+        "--hostfile", type=path, metavar="FILE", help="start the ranks of these hosts, a line each: NAME slots=N"
     )
     parser.add_argument(
         "--steps", type=positive, default=20, metavar="N", help="measured, and as many beside them; default: 20"
@@ -61,12 +69,50 @@ def add_profile_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.ranks or arguments.hostfile:
+        return _launch(arguments)
     from cosmos_scale.run.stop_request import noted_terminations
     from cosmos_scale.run.supervisor import stop_with_launcher
 
     with noted_terminations() as noted:
         stop_with_launcher()
         return as_rank("profile", partial(_profile_as, arguments, noted))
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Start the ranks that profile, here or on hosts, and follow them to their end."""
+    from cosmos_scale.config.load import load_config
+    from cosmos_scale.launch.fit import check_world_size
+    from cosmos_scale.launch.hostfile import read_hostfile, this_host
+    from cosmos_scale.launch.once import launch_once
+    from cosmos_scale.launch.supervise import LOGS, LaunchedRun
+    from cosmos_scale.profiling.profile_record import read_record
+
+    config = load_config(run_file(arguments.file), arguments.overrides)
+    if arguments.compare:
+        read_record(arguments.compare)  # refused before anything starts
+    if arguments.ranks:
+        check_world_size(config, arguments.ranks)
+    hosts = [this_host(arguments.ranks)] if arguments.ranks else read_hostfile(arguments.hostfile)
+    options = [f"--steps={arguments.steps}", f"--warm-up={arguments.warm_up}"]
+    options += [f"--{name}={value}" for name in ("compare", "out") if (value := getattr(arguments, name)) is not None]
+    options += [f"--{name}" for name in ("trace", "memory", "planned") if getattr(arguments, name)]
+    run = LaunchedRun(
+        arguments.file,
+        tuple(arguments.overrides),
+        config,
+        program="cosmos_scale.profile",
+        options=tuple(options),
+        logs=_folder(arguments, config) / LOGS,
+    )
+    with lasting_output():
+        return launch_once(run, hosts, "cosmos-scale profile")
+
+
+def _folder(arguments: argparse.Namespace, config: "RunConfig") -> Path:
+    """Return the profile's folder."""
+    out: Path | None = arguments.out
+    return out or config.output / config.name / FOLDER
 
 
 def _profile_as(arguments: argparse.Namespace, noted: Sequence[int], this: ThisRank) -> int:
@@ -81,7 +127,7 @@ def _profile_as(arguments: argparse.Namespace, noted: Sequence[int], this: ThisR
     from cosmos_scale.run.watchdog import Watchdog
 
     before = read_record(arguments.compare) if arguments.compare else None
-    folder = arguments.out or config.output / config.name / FOLDER
+    folder = _folder(arguments, config)
     plan = ProfilePlan(arguments.steps, arguments.warm_up, folder, arguments.trace, arguments.memory)
     with lasting_output():
         ranks = this.start(config)

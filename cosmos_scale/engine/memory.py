@@ -89,6 +89,16 @@ def state_memory(model: CosmosModel, config: RunConfig, world_size: int) -> list
     return rows
 
 
+def between_steps(rows: list[MemoryRow], config: RunConfig) -> list[MemoryRow]:
+    """Return those rows of `state_memory` that a rank holds from an update to the next backward too.
+
+    Each backward makes its gradients anew, and the update gives them back. At stage 3 and with `zero.offload` DeepSpeed
+    keeps their memory.
+    """
+    keeps_gradients = layout_of(config) in (ShardedWeights, OffloadedStates)
+    return [row for row in rows if keeps_gradients or row.part != "gradients"]
+
+
 def fullest_share_of_values(model: CosmosModel, config: RunConfig, world_size: int) -> int:
     """Return how many of the float32 values of full_values.py the rank holds that holds most; each rank gives as many.
 

@@ -26,7 +26,9 @@ class Printer:
     A line that ranks repeat, with other numbers in it, is printed for the first of them; the ranks' files have it each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: str = "cosmos-scale launch") -> None:
+        """command: how the launcher's own lines begin."""
+        self._command = command
         self._waiting: deque[tuple[str, str]] = deque(maxlen=_MOST_WAITING)
         self._came = threading.Event()
         self._ends = threading.Event()
@@ -56,7 +58,7 @@ class Printer:
 
     def say(self, line: str) -> None:
         """Print a line of the launcher itself, on standard error."""
-        self._put("err", f"cosmos-scale launch: {line}")
+        self._put("err", f"{self._command}: {line}")
 
     def close(self, seconds: float = 5.0) -> None:
         """Print what waits, and end; after some seconds give up an output that nobody reads.

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED
 from cosmos_scale.files import regular_only
-from cosmos_scale.launch.attempt import Attempt, Job, Outcome, RankFailure
+from cosmos_scale.launch.attempt import Attempt, HostRanks, Job, Outcome, RankFailure
 from cosmos_scale.launch.connection import passed_environment
 from cosmos_scale.launch.fit import first_world_size, fit_ranks, place_ranks, slots_of
 from cosmos_scale.launch.hostfile import Host
@@ -34,8 +34,10 @@ _TAIL = 1 << 16  # bytes of metrics.jsonl that are looked at
 
 @dataclass(frozen=True)
 class LaunchedRun:
-    """The run to launch, and how. program: the module that each rank runs. link_limit, stop_limit: see Job.
+    """The run to launch, and how. link_limit, stop_limit: see Job.
 
+    program: the module that each rank runs. options: what its command line has behind file and keys. logs: the folder
+    of the ranks' output; by default `logs` in the run's folder.
     restarts: how many at most. back_off: seconds before a restart, twice as many before each one that follows without
     a further step.
     least_ranks: fewer ranks than that are not started.
@@ -45,6 +47,8 @@ class LaunchedRun:
     overrides: tuple[str, ...]
     config: RunConfig
     program: str = "cosmos_scale.train"
+    options: tuple[str, ...] = ()
+    logs: Path | None = None
     restarts: int = 3
     back_off: float = 5.0
     least_ranks: int = 1
@@ -122,17 +126,8 @@ class Supervisor:
                 f"{run.config.train.global_batch} ({counted(fit.micro_batches, 'micro-batch', 'micro-batches')} a rank)"
                 f"{'; idle: ' if idle else ''}{', '.join(idle)}"
             )
-        command = (sys.executable, "-m", run.program, run.file, *run.overrides, *own)
-        environment = passed_environment() | {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
-        job = Job(command, Path.cwd(), environment, run.folder / LOGS, run.link_limit, run.stop_limit)
-        where = ", ".join(f"{place.host.name} ({len(place.ranks)})" for place in places)
-        interfaces = sorted({f"{name}={value}" for place in places for name, value in place.environment.items()})
-        self._printer.say(
-            f"{counted(fit.world_size, 'rank')} on {where}; they meet at {meeting.address}:{meeting.port}"
-            f"{'; ' if interfaces else ''}{' '.join(interfaces)}; output in {job.logs}"
-        )
-        title = f"--- {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, start {number + 1}: {shlex.join(command)}"
-        return Attempt(job, places, title, self._printer, self._stop).run()
+        with_own = replace(run, overrides=(*run.overrides, *own))
+        return one_attempt(with_own, meeting, places, number + 1, self._printer, self._stop)
 
     def _judge(self, outcome: Outcome, before: int) -> int | None:
         """Return the launch's exit status after an attempt, None where a restart may help; says why."""
@@ -224,6 +219,29 @@ class Supervisor:
                 if record["kind"] == "train":
                     return int(record["step"])
         return 0
+
+
+def one_attempt(
+    run: LaunchedRun,
+    meeting: Meeting,
+    places: Sequence[HostRanks],
+    number: int,
+    printer: Printer,
+    stop: StopSignals,
+) -> Outcome:
+    """Start the run's program on all places, and follow it to its end; number: of the start, from 1."""
+    command = (sys.executable, "-m", run.program, run.file, *run.overrides, *run.options)
+    environment = passed_environment() | {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
+    logs = (run.logs or run.folder / LOGS).absolute()
+    job = Job(command, Path.cwd(), environment, logs, run.link_limit, run.stop_limit)
+    where = ", ".join(f"{place.host.name} ({len(place.ranks)})" for place in places)
+    interfaces = sorted({f"{name}={value}" for place in places for name, value in place.environment.items()})
+    printer.say(
+        f"{counted(sum(len(place.ranks) for place in places), 'rank')} on {where}; they meet at "
+        f"{meeting.address}:{meeting.port}{'; ' if interfaces else ''}{' '.join(interfaces)}; output in {logs}"
+    )
+    title = f"--- {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, start {number}: {shlex.join(command)}"
+    return Attempt(job, places, title, printer, stop).run()
 
 
 def _way(failure: RankFailure) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -63,6 +64,14 @@ class AllocationLog:
             if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
                 self._enter(leaf, phase)
 
+    def note_copy(self, tensors: Any, phase: str, *, lasts: bool) -> None:
+        """Note the copies that an operator makes of tensors: until these are given up (`lasts`), or for the call."""
+        for tensor in tree_leaves(tensors):
+            copies = [torch.empty_like(tensor)]
+            self._enter(copies[0], phase, "scratch")
+            if lasts:
+                weakref.finalize(tensor.untyped_storage(), copies.clear)
+
     def own(self, tensors: Iterable[Tensor | None], owner: str) -> None:
         """Say who holds the storages of tensors; the first who is named stays."""
         for tensor in tensors:
@@ -106,7 +115,7 @@ class AllocationLog:
             found.append(PhasePeak(phase, peak, _in_order(parts), _in_order(held), _in_order(most)))
         return found
 
-    def _enter(self, tensor: Tensor, phase: str) -> _Piece | None:
+    def _enter(self, tensor: Tensor, phase: str, owner: str | None = None) -> _Piece | None:
         storage = tensor.untyped_storage()
         key, nbytes = storage._cdata, storage.nbytes()
         if key in self._live:
@@ -114,8 +123,7 @@ class AllocationLog:
         if not nbytes:
             return None
         self._time += 1
-        owner = None
-        if self._recording:
+        if owner is None and self._recording:
             owner = _owner_by_caller(phase)
         piece = _Piece(-(-nbytes // self._granule) * self._granule, phase, self._time, owner)
         self._live[key] = piece, weakref.ref(storage, lambda _: self._leave(key, piece))

@@ -36,7 +36,7 @@ class FakeDevice(PhasedMode):
 
     def __init__(self, *, as_gpu: bool, most: int) -> None:
         super().__init__()
-        self._most = most
+        self._as_gpu, self._most = as_gpu, most
         self.allocations = AllocationLog(512 if as_gpu else 1)
         self.operators: dict[tuple[str, str, OperatorShape, str], Count] = {}
         self.collectives: list[Collective] = []
@@ -85,6 +85,10 @@ class FakeDevice(PhasedMode):
             self.flops_before.append(self.flops.get(self._phase, 0))
         if found is not None and (found.kind, found.dtype, found.elements) == ("all_reduce", torch.int64, 1):
             args[0][0].fill_(self._most)
+        if found is not None and found.kind == "reduce_scatter" and not self._as_gpu:
+            # gloo, which CPUs have, adds up in a copy of what it is handed.
+            asynchronous = args[4] if len(args) > 4 else kwargs.get("async_op", True)
+            self.allocations.note_copy(args[1], self._phase, lasts=bool(asynchronous))
         there = tree_map_only(Tensor, _on_meta, (args, kwargs))
         output = func(*there[0], **there[1])
         if isinstance(output, tuple):  # the tensors and the handle to wait for

@@ -31,7 +31,8 @@ class MemoryTimeline(NamedTuple):
 def memory_timeline(trace: Trace, *, found: int) -> MemoryTimeline | None:
     """Return the timeline of the trace's step that takes most memory; None where no memory was recorded.
 
-    found: bytes that a step finds on a CPU, where the trace does not know them: by the formula of engine/memory.py.
+    found: bytes that are held on a CPU as the recording begins, which the trace does not know: by the formula of
+    engine/memory.py. A step finds what the steps before it have left too, such as a collective that still runs.
     """
     events = [event for event in trace.events if event["name"] == "[memory]"]
     device = _CUDA if any(event["args"]["Device Type"] == _CUDA for event in events) else _CPU
@@ -40,13 +41,17 @@ def memory_timeline(trace: Trace, *, found: int) -> MemoryTimeline | None:
     for event in events:
         if (step := trace.step_at(float(event["ts"]))) != OUTSIDE:
             of_steps.setdefault(step, []).append(event)
-    lines = [_of_step(trace, step, own, None if device == _CUDA else found) for step, own in of_steps.items()]
+    lines = []
+    for step, own in of_steps.items():
+        begin, first = trace.steps[step][0], own[0]["args"]
+        at_start = int(first["Total Allocated"]) - int(first["Bytes"])
+        if device == _CPU:
+            at_start = found + _still_held(events, begin)
+        lines.append(_of_step(trace, step, own, at_start, known=device == _CUDA))
     return max(lines, key=lambda line: line.peak, default=None)
 
 
-def _of_step(trace: Trace, step: int, events: list[Any], found: int | None) -> MemoryTimeline:
-    first = events[0]["args"]
-    at_start = int(first["Total Allocated"]) - int(first["Bytes"]) if found is None else found
+def _of_step(trace: Trace, step: int, events: list[Any], at_start: int, *, known: bool) -> MemoryTimeline:
     begin = trace.steps[step][0]
     live: dict[int, tuple[int, str]] = {}  # bytes and phase by address
     freed_older = 0  # bytes of what the step found, and has given back
@@ -86,8 +91,26 @@ def _of_step(trace: Trace, step: int, events: list[Any], found: int | None) -> M
             for start, stop, name in trace.phase_stretches
             if begin <= start and stop <= end
         ],
-        known=found is None,
+        known=known,
     )
+
+
+def _still_held(events: list[Any], moment: float) -> int:
+    """Return the bytes taken before a moment and given back after it.
+
+    Of what else was taken before it torch may not have seen the end, where gloo's threads give memory back.
+    """
+    taken: dict[int, int] = {}  # by address
+    held = 0
+    for event in events:
+        address, nbytes = event["args"]["Addr"], int(event["args"]["Bytes"])
+        before = taken.pop(address, 0)
+        if float(event["ts"]) < moment:
+            if nbytes > 0:
+                taken[address] = nbytes
+        elif nbytes < 0:
+            held += before
+    return held
 
 
 def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:

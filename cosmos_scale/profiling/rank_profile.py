@@ -44,7 +44,7 @@ class RankProfile(NamedTuple):
     device: its name. measured: the steps with marks. plain_ms: the steps beside them, without. marks_ms: what
     the marks of a step take of the host. flops, executed: operations that a step needs, and those with what is computed
     again; means. peak_flops: of the device, per second; None where it is not known.
-    planned_states: bytes of student, optimizer and teacher by the formula of engine/memory.py.
+    planned_states: bytes of student, optimizer and teacher that a step finds, by the formula of engine/memory.py.
     """
 
     host: str

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cosmos_scale.config import RunConfig
-from cosmos_scale.engine.memory import gradients_in_flight, state_memory, total_bytes
+from cosmos_scale.engine.memory import between_steps, gradients_in_flight, state_memory, total_bytes
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.counts import PHASES, Counts, counts_of_json
 from cosmos_scale.profiling.planned_batch import planned_lengths
@@ -57,14 +57,15 @@ def test_collectives_are_those_of_real_ranks(counted: Sequence[Counts]) -> None:
 
 
 def test_states_are_those_of_the_formula(counted: Sequence[Counts]) -> None:
-    """Within 2 % between backward and update, at each stage."""
+    """Within 2 % between backward and update, and between two steps, at each stage."""
     for counts in counted:
         config = config_of(counts.world_size, precision="bf16", zero={"stage": counts.stage})
         with torch.device("meta"):
-            expected = total_bytes(state_memory(CosmosModel(config.model), config, counts.world_size))
-        left = counts.memory_of("backward").left
-        states = sum(nbytes for owner, nbytes in left.items() if owner not in NOT_STATES)
-        assert states == pytest.approx(expected, rel=STATES_TOLERANCE), counts.stage
+            rows = state_memory(CosmosModel(config.model), config, counts.world_size)
+        for phase, held in (("backward", rows), ("refresh", between_steps(rows, config))):
+            left = counts.memory_of(phase).left
+            states = sum(nbytes for owner, nbytes in left.items() if owner not in NOT_STATES)
+            assert states == pytest.approx(total_bytes(held), rel=STATES_TOLERANCE), (counts.stage, phase)
 
 
 def test_gradients_in_flight_are_those_of_the_formula(counted: Sequence[Counts]) -> None:

@@ -90,6 +90,21 @@ def test_memory_of_a_cpu_begins_with_the_formula() -> None:
     assert (line.peak, line.owners[BEFORE], line.known) == (6100, 5000, False)
 
 
+def test_a_step_of_a_cpu_finds_what_the_steps_before_it_left() -> None:
+    """A block that is taken before the step, and given back in it, counts until then."""
+    taken = {"Device Type": 0, "Addr": 7, "Total Allocated": 0}
+    events = [
+        host("phase:step", "user_annotation", 0, 100),
+        {"name": "[memory]", "ts": 50.0, "args": {**taken, "Bytes": 300}},
+        host("phase:step", "user_annotation", 200, 300),
+        {"name": "[memory]", "ts": 220.0, "args": {**taken, "Bytes": 40, "Addr": 8}},
+        {"name": "[memory]", "ts": 240.0, "args": {**taken, "Bytes": -300}},
+    ]
+    line = memory_timeline(Trace(events, skip=1), found=1000)
+    assert line is not None
+    assert (line.peak, line.owners[BEFORE], line.points[-1][1]) == (1340, 1300, 1040)
+
+
 def test_host_waits_have_our_file_and_line(trace: Trace) -> None:
     (wait,) = host_waits(trace)
     assert wait == HostWait("cosmos_scale/engine/optimizer.py:77", "cudaStreamSynchronize", "backward", 1.0, 0.07)
