@@ -12,12 +12,13 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Report, no_report
 from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.files import replace_file
+from cosmos_scale.report.code import note_on_code
 from cosmos_scale.report.data_part import caption_lengths_of, seen_samples, substitutes_of, waits_by_rank
 from cosmos_scale.report.evaluation_part import attention_of, evaluator_tables, of_all_sets, pictures_left
 from cosmos_scale.report.figures import AXES, Drawn, draw_plot
 from cosmos_scale.report.final_numbers import final_numbers
 from cosmos_scale.report.head import head_of, moment
-from cosmos_scale.report.plan_part import plans_of
+from cosmos_scale.report.plan_part import add_plans
 from cosmos_scale.report.plots import Plot, curve_plots, memory_plots, speed_plots
 from cosmos_scale.report.profile_part import profiles_of
 from cosmos_scale.report.records import RunRecords, read_runs
@@ -42,12 +43,12 @@ def write_report(
     if len(unique) > MOST_RUNS:
         raise UserError(f"{len(unique)} runs; rule: at most {MOST_RUNS} on one page")
     runs = read_runs(unique)
-    notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
+    notes = [f"{run.label}: {note}" for run in runs for note in (*run.notes, note_on_code(run)) if note]
     parts: dict[str, Any] = {"samples": [], "lengths": None, "retrieved": None, "maps": []}
     if pictures:
         parts |= _pictures(runs[0], device, report, notes)
     profiled = profiles_of(runs, notes)
-    profiled.speed = [*plans_of(runs, notes), *profiled.speed]
+    add_plans(profiled, runs, notes)
     parts["profiled"] = profiled
     parts["all_sets"] = [table for run in runs for table in of_all_sets(run, notes)]
     replace_file(out, _page(runs, parts, notes).encode(errors="replace"))

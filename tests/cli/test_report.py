@@ -29,6 +29,8 @@ SIZES = """[...document.querySelectorAll('figure svg, figure svg g[id*="-run"], 
 SCROLLS = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 CUT = """[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth)
   .map((one) => one.ariaLabel)"""
+ROWS = """((part) => [...document.querySelectorAll('#memory tr')].map((row) => [...row.cells].map((cell) =>
+  cell.textContent).join(' ')).find((row) => row.startsWith(part + ' ')))"""
 BOTH = [(PHONE, False), (DESKTOP, True)]
 
 
@@ -69,7 +71,8 @@ def profile() -> dict[str, Any]:
     record["operators"]["top"][0]["name"] = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
     record["memory"]["owners"][HOSTILE] = GIB
     row = {"phase": "backward", "kind": "reduce_scatter", "calls": 8, "mbytes": 76.1}
-    return record | {"planned": {"peak_bytes": 32 * GIB, "collectives": [row]}}
+    peaks = {"student": {"student": 32 * GIB}, "teacher": {"student": 21 * GIB, "teacher": 5 * GIB}}
+    return record | {"planned": {"peak_bytes": 32 * GIB, "phase_peaks": peaks, "collectives": [row]}}
 
 
 def look(browser: Page, file: Path, width: int, *, dark: bool) -> list[tuple[str, float, float]]:
@@ -134,6 +137,9 @@ def test_runs_over_each_other_are_drawn_and_signs_stay_signs(
         assert f"loss-steps-{run}-{mark}" in names
     assert browser.value("document.querySelectorAll('main script, header script').length") == 0
     assert browser.value("document.body.innerText.includes('<script>alert(1)</script>&')")
+    bars = "document.querySelectorAll('figure svg [id^=\"memory-parts-1-stacks-patch\"]').length"
+    assert browser.value(bars) > 3
+    assert browser.value(f"{ROWS}('student')").endswith("20,480.0 21,504.0")  # in the phase teacher, as measured
     texts = ("student forward", "reduce-scatter", "launches too slowly (model.compile=true)", "Where they ended")
     for text in (*texts, "planned 32,768.0 MiB, measured -6.2 %", "planned calls", "76.1", "15.6 %"):
         assert browser.value(f"document.body.textContent.includes({json.dumps(text)})"), text
