@@ -1,12 +1,17 @@
-"""What must be equal on all hosts of a run besides its config and data: this package's files, and the packages."""
+"""Which code this is: this package's files, and the packages. Both must be equal on all hosts of a run."""
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from cosmos_scale import __version__
+
+GIT_SECONDS = 10.0  # for one answer of git
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -18,6 +23,36 @@ def sources_digest() -> str:
             if path.suffix in (".py", ".yaml", ".cu", ".cuh", ".cpp", ".h") and path.is_file():
                 digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def code_facts() -> dict[str, str | bool]:
+    """Return the version of this package and the digest of its files; of a git checkout its commit too.
+
+    modified: whether files of the package differ from the commit. Without git, or where the package's files belong to
+    no checkout, neither commit nor modified is there.
+    """
+    facts: dict[str, str | bool] = {"version": __version__, "sources": sources_digest()}
+    # A package that is installed into a folder of some other project's checkout has nothing to do with its commit.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) and (commit := _git("rev-parse", "HEAD")):
+        folders = [str((_PACKAGE / name).resolve()) for name in (".", "kernels", "configs")]
+        changed = _git("status", "--porcelain", "--", *folders)
+        if changed is not None:
+            facts |= {"commit": commit, "modified": bool(changed)}
+    return facts
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says of the package's folder; None where it cannot tell."""
+    # The environment of a git hook names another checkout. Whose files they are does not matter to who reads them.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "-c", "safe.directory=*", "--no-optional-locks", "-C", str(_PACKAGE), *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=GIT_SECONDS, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def package_versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ def add_report_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument(
         "--no-pictures",
         action="store_true",
-        help="leave out what needs the data or a checkpoint of the first run: samples, retrieval, attention",
+        help="leave out what needs the data or a checkpoint: samples, retrieval, attention",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.set_defaults(command="report", run=_run)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from cosmos_scale.profiling.memory_timeline import BEFORE
+
 OWNERS = (
     *("weights", "gathered weights", "teacher", "masters", "moments", "average", "gradients", "buffers"),
     *("batch", "activations", "scratch"),
@@ -20,7 +22,8 @@ OWNERS = (
 class PhasePeak(NamedTuple):
     """The memory of a phase, in bytes. peak: the most at one time. parts: of that moment, by owner. left: at the end.
 
-    most: of each owner, its most at one time, which may be another moment. Owners are those of OWNERS.
+    most: of each owner, its most at one time, which may be another moment. Owners are those of OWNERS. taken: the peak
+    by the phase that has taken it, as in a profile: what the step finds is BEFORE's, and the batch is that of "data".
     """
 
     phase: str
@@ -28,6 +31,7 @@ class PhasePeak(NamedTuple):
     parts: dict[str, int]
     left: dict[str, int]
     most: dict[str, int]
+    taken: dict[str, int]
 
 
 class _Piece:
@@ -100,19 +104,23 @@ class AllocationLog:
         ends = {phase: end for (_, phase), end in zip(self._marks, limits, strict=True)}
         changes = sorted(_changes(self._pieces, ends, self._time))
         held: dict[str, int] = {}
+        taken: dict[str, int] = {}
         found, place, total = [], 0, 0
         for start, phase in self._marks:
-            peak, parts, most = total, dict(held), dict(held)
-            for time, nbytes, owner in changes[place:]:
+            peak, parts, most, by_phase = total, dict(held), dict(held), dict(taken)
+            for time, nbytes, owner, born in changes[place:]:
                 if time >= ends[phase]:
                     break
                 place += 1
                 held[owner] = held.get(owner, 0) + nbytes
+                taken[born] = taken.get(born, 0) + nbytes
                 most[owner] = max(most.get(owner, 0), held[owner])
                 total += nbytes
                 if time >= start and total > peak:
-                    peak, parts = total, dict(held)
-            found.append(PhasePeak(phase, peak, _in_order(parts), _in_order(held), _in_order(most)))
+                    peak, parts, by_phase = total, dict(held), dict(taken)
+            by_size = {born: by_phase[born] for born in sorted(by_phase, key=lambda born: -by_phase[born])}
+            known = {born: nbytes for born, nbytes in by_size.items() if nbytes}
+            found.append(PhasePeak(phase, peak, _in_order(parts), _in_order(held), _in_order(most), known))
         return found
 
     def _enter(self, tensor: Tensor, phase: str, owner: str | None = None) -> _Piece | None:
@@ -143,14 +151,15 @@ def _in_order(parts: Mapping[str, int]) -> dict[str, int]:
     return {owner: parts[owner] for owner in OWNERS if parts.get(owner)}
 
 
-def _changes(pieces: Iterable[_Piece], ends: Mapping[str, int], now: int) -> Iterator[tuple[int, int, str]]:
-    """Yield when memory came and went, its bytes, and its owner."""
+def _changes(pieces: Iterable[_Piece], ends: Mapping[str, int], now: int) -> Iterator[tuple[int, int, str, str]]:
+    """Yield when memory came and went, its bytes, its owner, and the phase that has taken it: see `PhasePeak`."""
     for piece in pieces:
         died = now + 1 if piece.died is None else piece.died
         owner = piece.owner or ("activations" if piece.phase == "student" and died > ends["student"] else "scratch")
-        yield piece.born if piece.phase else 0, piece.nbytes, owner
+        taken = piece.phase or ("data" if owner == "batch" else BEFORE)
+        yield piece.born if piece.phase else 0, piece.nbytes, owner, taken
         if piece.died is not None:
-            yield died, -piece.nbytes, owner
+            yield died, -piece.nbytes, owner, taken
 
 
 def _owner_by_caller(phase: str) -> str | None:

@@ -65,7 +65,7 @@ class PhaseMemory:
 
     parts: the peak by owner. left: what is held at the end of the phase, by owner. most: the most of each owner at one
     time, which may be another moment. Owners are those of `allocations.OWNERS`; "activations" is what the student's
-    forward keeps for the backward.
+    forward keeps for the backward. taken: the peak by the phase that has taken it, see `allocations.PhasePeak`.
     """
 
     phase: str
@@ -73,6 +73,7 @@ class PhaseMemory:
     parts: dict[str, int]
     left: dict[str, int]
     most: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

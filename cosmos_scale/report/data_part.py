@@ -52,8 +52,8 @@ def seen_samples(config: RunConfig) -> list[SeenSample]:
     return found
 
 
-def caption_lengths_of(config: RunConfig) -> Drawn:
-    """Return a histogram of the captions' lengths in tokens, of some samples drawn at random."""
+def caption_lengths_of(config: RunConfig, name: str) -> Drawn:
+    """Return a histogram of the captions' lengths in tokens, of some samples drawn at random. name: in the page."""
     found = survey(config, Tokenizer(LONGEST_CAPTION), samples=SAMPLES_COUNTED, workers=1, progress=False)
     both = found.tally.global_tokens + found.tally.local_tokens
     bins = histogram(both)
@@ -72,7 +72,7 @@ def caption_lengths_of(config: RunConfig) -> Drawn:
         f"{counted(both.total(), 'caption')} of {counted(found.tally.samples, 'sample')}; the text tower reads "
         f"{read} tokens, so that {100 * cut / max(1, both.total()):.1f} % are cut."
     )
-    return draw_bars("caption-lengths", "Length of captions", bars, "tokens, start and end included", "captions", note)
+    return draw_bars(name, "Length of captions", bars, "tokens, start and end included", "captions", note)
 
 
 def substitutes_of(run: RunRecords) -> list[str]:
@@ -90,8 +90,11 @@ def substitutes_of(run: RunRecords) -> list[str]:
     return said
 
 
-def waits_by_rank(run: RunRecords) -> Drawn | None:
-    """Return which rank waited longest for data how often; None for one rank."""
+def waits_by_rank(run: RunRecords, number: int, of: str) -> Drawn | None:
+    """Return which rank waited longest for data how often; None for one rank.
+
+    number: of the run, in the picture's name. of: what stands before the title.
+    """
     ranks = Counter(int(rank) for record in run.train if (rank := number_of(record, "data_wait_rank")) is not None)
     world_size = run.world_size or max(ranks, default=0) + 1
     if world_size < LEAST_WAITED or not ranks:
@@ -99,4 +102,4 @@ def waits_by_rank(run: RunRecords) -> Drawn | None:
     shown = range(world_size) if world_size <= MOST_RANKS else [rank for rank, _ in ranks.most_common(MOST_RANKS)]
     bars = [Bar(str(rank), {"records": float(ranks[rank])}) for rank in shown]
     note = "Equal bars are chance. One high bar: that rank's host reads its data more slowly."
-    return draw_bars("data-wait-ranks", "Who waited longest for data", bars, "rank", "records", note)
+    return draw_bars(f"data-wait-ranks-{number}", f"{of}Who waited longest for data", bars, "rank", "records", note)

@@ -89,6 +89,30 @@ def draw_bars(name: str, title: str, bars: Sequence[Bar], x_label: str, y_label:
     return Drawn(name, title, {"steps": _svg(figure, f"{name}-bars")}, said, note)
 
 
+def draw_stacks(name: str, title: str, bars: Sequence[Bar], unit: str) -> Drawn:
+    """Draw a lying bar for each of some stacks, the first one at the top; parts of equal names have equal colours."""
+    figure, axes = _new_figure((0.2, 0.18, 0.76, 0.42))
+    places = range(len(bars))
+    names = list(dict.fromkeys(part for bar in bars for part in bar.parts))
+    left = [0.0] * len(bars)
+    for number, part in enumerate(names):
+        widths = [bar.parts.get(part, 0.0) for bar in bars]
+        axes.barh(places, widths, 0.7, left, color=_RUN.format(number), label=_plain(part))
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    axes.set_yticks(places, [_plain(bar.label) for bar in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel(_plain(unit))
+    axes.grid(visible=False, axis="y")
+    axes.legend(
+        frameon=False, fontsize=LETTERS, labelcolor=INK, loc="lower left", bbox_to_anchor=(-0.25, 1.0), ncols=2,
+        handlelength=1.0, columnspacing=1.2, labelspacing=0.25, borderpad=0.0,
+    )  # fmt: skip
+    said = "; ".join(
+        f"{bar.label}: " + ", ".join(f"{part} {size:,.1f} {unit}" for part, size in bar.parts.items()) for bar in bars
+    )
+    return Drawn(name, title, {"steps": _svg(figure, f"{name}-stacks")}, f"{title}: {said}")
+
+
 def draw_lines_over(
     name: str, title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str
 ) -> Drawn:
@@ -208,12 +232,13 @@ def _place(step: int, by_step: dict[int, Any], axis: str, batch: int | None) -> 
     return _x_of(step, hours, axis, batch)
 
 
-def _new_figure() -> "tuple[Figure, Axes]":
+def _new_figure(place: tuple[float, float, float, float] = (0.15, 0.18, 0.81, 0.79)) -> "tuple[Figure, Axes]":
+    """Return a figure and its axes. place: of the axes, left, bottom, width and height in shares of the figure."""
     from matplotlib.figure import Figure  # here: it takes half a second
 
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=POINTS_PER_INCH, facecolor="none")
     # Fixed: matplotlib would take half of the time to find how much room the letters need.
-    axes = figure.add_axes((0.15, 0.18, 0.81, 0.79), facecolor="none")
+    axes = figure.add_axes(place, facecolor="none")
     axes.grid(visible=True, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Literal, NamedTuple
 
+from cosmos_scale.report.code import last_code_of
 from cosmos_scale.report.plots import HEADLINES, MODELS, numbers_of_models
 from cosmos_scale.report.records import RunRecords, number_of
 from cosmos_scale.report.series import rank_seconds, start_of, training_seconds
@@ -107,6 +108,8 @@ def _facts(run: RunRecords) -> Iterator[tuple[str, str]]:
         yield "device", device
     if run.train and (goodput := number_of(run.train[-1], "goodput")) is not None:
         yield "goodput", f"{100 * goodput:.1f} %"
+    if code := last_code_of(run):
+        yield "code", code
     if run.saved:
         newest = run.saved[-1]
         yield "newest checkpoint", f"{newest.folder.name}, {moment(newest.written)}"

@@ -8,6 +8,8 @@ from typing import Any
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, reason_of
 from cosmos_scale.report.final_numbers import TextTable
+from cosmos_scale.report.memory_part import planned_memory
+from cosmos_scale.report.profile_part import Profiled
 from cosmos_scale.report.records import RunRecords, number_of
 
 PLAN_FILE = Path("plan.json")
@@ -22,20 +24,25 @@ MEASURES: Sequence[Measure] = (
 )
 
 
-def plans_of(runs: Sequence[RunRecords], notes: list[str]) -> list[TextTable]:
-    """Return a table for each run with a plan in its folder; notes say which cannot be used."""
-    found = []
-    for run in runs:
+def add_plans(found: Profiled, runs: Sequence[RunRecords], notes: list[str]) -> None:
+    """Put what was planned for the runs before what their profiles say; notes say which plan cannot be used."""
+    speed, memory = [], []
+    for number, run in enumerate(runs):
         path = run.folder / PLAN_FILE
         if not path.exists():
             continue
         try:
             plan = load_json(read_regular(path))
-            found.append(_table(plan, run, f"{run.label}: " if len(runs) > 1 else ""))
+            of = f"{run.label}: " if len(runs) > 1 else ""
+            table, planned = _table(plan, run, of), planned_memory(plan, of, number)
+            speed.append(table)
+            memory.append(planned)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             said = reason_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             notes.append(f"{run.label}: {PLAN_FILE} cannot be used: {said}.")
-    return found
+    found.speed = [*speed, *found.speed]
+    found.memory = [*(table for _, table in memory), *found.memory]
+    found.memory_figures = [*(figure for figure, _ in memory), *found.memory_figures]
 
 
 def _table(plan: Mapping[str, Any], run: RunRecords, of: str) -> TextTable:

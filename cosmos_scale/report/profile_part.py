@@ -1,4 +1,4 @@
-"""What a run's profile says, as tables and a timeline: where a step goes, what travels, what memory holds."""
+"""What a run's profile says, as tables and pictures: where a step goes, what travels, what memory holds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,13 @@ from typing import Any
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, reason_of
-from cosmos_scale.report.figures import Drawn, draw_lines_over
+from cosmos_scale.report.figures import Drawn
 from cosmos_scale.report.final_numbers import TextTable
+from cosmos_scale.report.memory_part import measured_memory, memory_timeline_of
 from cosmos_scale.report.records import RunRecords
 
 PROFILE_FILE = Path("profile") / "profile.json"
-MIB, CENT = 2.0**20, 100.0
+CENT = 100.0
 MOST_ROWS = 15
 LEAST = 0.001  # a smaller number is told as smaller than that
 
@@ -24,7 +25,7 @@ class Profiled:
     speed: list[TextTable] = field(default_factory=list)
     memory: list[TextTable] = field(default_factory=list)
     traffic: list[TextTable] = field(default_factory=list)
-    timelines: list[Drawn] = field(default_factory=list)
+    memory_figures: list[Drawn] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
 
 
@@ -48,13 +49,13 @@ def _add(found: Profiled, profile: Mapping[str, Any], of: str, number: int) -> N
     """Add one profile; nothing is added where a part of it cannot be read."""
     speed = [_phases(profile, of), *_loader(profile, of), *_operators(profile, of), *_waits(profile, of)]
     traffic = list(_collectives(profile, of))
-    memory = list(_owners(profile, of))
-    timelines = list(_timeline(profile, of, number))
+    memory = list(measured_memory(profile, of, number))
+    timelines = list(memory_timeline_of(profile, of, number))
     findings = [f"{of}{_finding(one)}" for one in profile.get("findings") or ()]
     found.speed += speed
     found.traffic += traffic
-    found.memory += memory
-    found.timelines += timelines
+    found.memory += [table for _, table in memory]
+    found.memory_figures += [*(figure for figure, _ in memory), *timelines]
     found.findings += findings
 
 
@@ -132,26 +133,6 @@ def _collectives(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
         yield TextTable(f"{of}Collectives of a step and rank", columns, rows)
 
 
-def _owners(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
-    memory = profile.get("memory")
-    if memory:
-        rows = [[owner, f"{size / MIB:,.1f}"] for owner, size in memory["owners"].items()]
-        note = f"Peak {memory['peak_bytes'] / MIB:,.1f} MiB in the phase {memory['peak_phase']}"
-        if plan := profile.get("planned"):
-            against = _signed(memory["peak_bytes"] / plan["peak_bytes"] - 1)
-            note += f"; planned {plan['peak_bytes'] / MIB:,.1f} MiB, measured {against}"
-        yield TextTable(f"{of}Whose memory it is at the peak", ["part", "MiB"], rows, f"{note}.")
-
-
-def _timeline(profile: Mapping[str, Any], of: str, number: int) -> Iterator[Drawn]:
-    timeline = (profile.get("memory") or {}).get("timeline")
-    if timeline:
-        step = -(-len(timeline) // 600)
-        points = timeline[::step]
-        lines = {"held": ([float(at) for at, _ in points], [size / MIB for _, size in points])}
-        yield draw_lines_over(f"memory-{number}", f"{of}Memory over a step", lines, "ms of the step", "MiB")
-
-
 def _finding(one: Mapping[str, Any]) -> str:
     said = str(one["text"])
     if one.get("key"):
@@ -175,7 +156,3 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{CENT * share:.1f} %"
-
-
-def _signed(share: float) -> str:
-    return f"{CENT * share:+.1f} %"

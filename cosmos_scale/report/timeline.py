@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from cosmos_scale.report.code import NOT_RECORDED, code_of
 from cosmos_scale.report.plots import HEADLINES, MODELS, numbers_of_models
 from cosmos_scale.report.records import Record, RunRecords, number_of
 from cosmos_scale.report.series import skipped_steps
@@ -40,11 +41,15 @@ def shortened(events: Sequence[Event]) -> tuple[list[Event], int]:
 
 
 def _starts(run: RunRecords) -> Iterator[Event]:
+    before = ""
     for record in run.starts:
         step, ranks = int(record["step"]), number_of(record, "world_size")
         said = "" if ranks is None else counted(int(ranks), "rank")
         if isinstance(device := record.get("device"), str):
             said += f", {device}" if said else device
+        if (code := code_of(record)) != before:  # of older records it is not known
+            said += f"; {code or NOT_RECORDED}"
+            before = code
         yield Event(_time(record), step, "resume" if step else "start", said)
 
 

@@ -18,6 +18,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE
 from cosmos_scale.run.trackers import EvaluationTable, KeptRecords, TrackerEntry, open_trackers, pictures_in
+from cosmos_scale.versions import code_facts
 from cosmos_scale.words import counted
 
 
@@ -102,8 +103,8 @@ class MetricLog:
         self._progress.console.print(text, highlight=False, soft_wrap=True)
 
     def started(self, world_size: int, device: str) -> None:
-        """Write that a launch has started, with its first step; trackers have no place for that."""
-        facts = {"step": self._first_step, "world_size": world_size, "device": device}
+        """Write that a launch has started, with its first step and its code; trackers have no place for that."""
+        facts = {"step": self._first_step, "world_size": world_size, "device": device, **code_facts()}
         self._file.append([json.dumps({"kind": "start", "time": round(time.time(), 3), **facts})])
 
     def training(self, record: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cosmos_scale.cli import main as cli
 from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.evaluation.evaluator import no_report
 from cosmos_scale.evaluation.loading import load_encoder
+from cosmos_scale.report import page
 from cosmos_scale.report.page import write_report
 from cosmos_scale.report.retrieval_part import FOUND, QUERIES, WORST, retrieve
 from tests.profiling.invented import GIB, rank_profile, record_of
@@ -29,6 +31,8 @@ SIZES = """[...document.querySelectorAll('figure svg, figure svg g[id*="-run"], 
 SCROLLS = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 CUT = """[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth)
   .map((one) => one.ariaLabel)"""
+ROWS = """((part) => [...document.querySelectorAll('#memory tr')].map((row) => [...row.cells].map((cell) =>
+  cell.textContent).join(' ')).find((row) => row.startsWith(part + ' ')))"""
 BOTH = [(PHONE, False), (DESKTOP, True)]
 
 
@@ -38,6 +42,14 @@ def real(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
     assert cli.main(["report", str(checkpoints.parent), "--out", str(out), "--device", "cpu"]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def two_real(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same run in two folders."""
+    copy = tmp_path_factory.mktemp("copied") / "run"
+    shutil.copytree(checkpoints.parent, copy)
+    return [checkpoints.parent, copy]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +81,8 @@ def profile() -> dict[str, Any]:
     record["operators"]["top"][0]["name"] = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
     record["memory"]["owners"][HOSTILE] = GIB
     row = {"phase": "backward", "kind": "reduce_scatter", "calls": 8, "mbytes": 76.1}
-    return record | {"planned": {"peak_bytes": 32 * GIB, "collectives": [row]}}
+    peaks = {"student": {"student": 32 * GIB}, "teacher": {"student": 21 * GIB, "teacher": 5 * GIB}}
+    return record | {"planned": {"peak_bytes": 32 * GIB, "phase_peaks": peaks, "collectives": [row]}}
 
 
 def look(browser: Page, file: Path, width: int, *, dark: bool) -> list[tuple[str, float, float]]:
@@ -92,6 +105,34 @@ def test_every_picture_of_a_real_run_is_drawn(browser: Page, real: Path, width: 
     headings = browser.value("[...document.querySelectorAll('h2')].map((one) => one.textContent)")
     wanted = {"Curves", "Speed", "Data", "Evaluation", "What captions find", "Where it is worst", "Where it looks"}
     assert wanted | {"Config", "Events"} <= set(headings)
+
+
+def test_each_of_some_runs_has_its_gallery_and_is_hidden_with_it(
+    browser: Page, two_real: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "two.html"
+    assert write_report(two_real, out, device="cpu") == []
+    look(browser, out, DESKTOP, dark=False)
+    seen = "[...document.querySelectorAll('h2, h3')].filter((one) => one.offsetHeight).map((one) => one.textContent)"
+    first, second = (f"{place}. {folder}" for place, folder in enumerate(two_real, start=1))
+    finds = [f"What captions find: {first}", f"What captions find: {second}"]
+    assert [text for text in browser.value(seen) if "What captions find" in text] == finds
+    # Both see the same data, which is shown once.
+    assert [text for text in browser.value(seen) if "towers see" in text] == [
+        f"What the towers see of the first samples: {first}, {second}"
+    ]
+    browser.value("document.querySelector('input[data-run=\"0\"]').click()")
+    assert [text for text in browser.value(seen) if "captions find" in text] == finds[1:]
+    assert sum("towers see" in text for text in browser.value(seen)) == 1
+    browser.value("document.querySelector('input[data-run=\"1\"]').click()")
+    assert sum("captions find" in text or "towers see" in text for text in browser.value(seen)) == 0
+    whole = out.stat().st_size
+    monkeypatch.setattr(page, "MOST_BYTES", whole - 10_000)
+    (note,) = write_report(two_real, out, device="cpu")
+    assert note.startswith("Fewer pictures of each run are shown")
+    assert note in out.read_text()
+    assert out.stat().st_size <= whole - 10_000
+    look(browser, out, PHONE, dark=True)
 
 
 def test_found_pictures_are_framed_where_the_rank_says_so(checkpoints: Path) -> None:
@@ -134,6 +175,9 @@ def test_runs_over_each_other_are_drawn_and_signs_stay_signs(
         assert f"loss-steps-{run}-{mark}" in names
     assert browser.value("document.querySelectorAll('main script, header script').length") == 0
     assert browser.value("document.body.innerText.includes('<script>alert(1)</script>&')")
+    bars = "document.querySelectorAll('figure svg [id^=\"memory-parts-1-stacks-patch\"]').length"
+    assert browser.value(bars) > 3
+    assert browser.value(f"{ROWS}('student')").endswith("20,480.0 21,504.0")  # in the phase teacher, as measured
     texts = ("student forward", "reduce-scatter", "launches too slowly (model.compile=true)", "Where they ended")
     for text in (*texts, "planned 32,768.0 MiB, measured -6.2 %", "planned calls", "76.1", "15.6 %"):
         assert browser.value(f"document.body.textContent.includes({json.dumps(text)})"), text

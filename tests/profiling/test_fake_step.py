@@ -11,6 +11,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.memory import between_steps, gradients_in_flight, state_memory, total_bytes
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.counts import PHASES, Counts, counts_of_json
+from cosmos_scale.profiling.memory_timeline import BEFORE
 from cosmos_scale.profiling.planned_batch import planned_lengths
 from cosmos_scale.testing.counted_steps import fake_counts, real_and_counted_peaks, real_exchanges
 from cosmos_scale.testing.ranks import run_ranks
@@ -54,6 +55,17 @@ def test_collectives_are_those_of_real_ranks(counted: Sequence[Counts]) -> None:
     for stage, exchanges, counts in zip(STAGES, real, counted, strict=True):
         assert Counter(counts.exchanges) == Counter(exchanges), stage
         assert exchanges, stage
+
+
+def test_the_peak_by_phases_adds_up_to_the_peak(counted: Sequence[Counts]) -> None:
+    for counts in counted:
+        for memory in counts.memory:
+            assert sum(memory.taken.values()) == memory.peak == sum(memory.parts.values())
+        states = {owner for owner in counts.memory_of("student").parts if owner not in NOT_STATES}
+        found = counts.memory_of("student").taken
+        assert found[BEFORE] <= sum(counts.memory_of("student").parts[owner] for owner in states)
+        assert found["student"] >= counts.memory_of("student").parts["activations"]
+        assert counts.memory_of("backward").taken["backward"] > 0
 
 
 def test_states_are_those_of_the_formula(counted: Sequence[Counts]) -> None:

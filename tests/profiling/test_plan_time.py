@@ -19,7 +19,8 @@ from cosmos_scale.profiling.plan_time_text import PlannedRun, remedy_lines, scal
 from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, KERNEL_SECONDS, UNCALIBRATED, Assumed, AssumedRates
 from cosmos_scale.profiling.remedies import count_variants, remedies, scaling
 from cosmos_scale.profiling.scaled_counts import scaled_counts
-from cosmos_scale.report.plan_part import PLAN_FILE, plans_of
+from cosmos_scale.report.plan_part import PLAN_FILE, add_plans
+from cosmos_scale.report.profile_part import Profiled
 from cosmos_scale.report.records import read_runs
 from cosmos_scale.testing.tiny import tiny_config
 from tests.report.run_folders import train_record, write_run
@@ -199,7 +200,9 @@ def test_a_report_shows_a_plan_beside_the_runs_steps(run: PlannedRun, tmp_path: 
     folder = write_run(tmp_path / "run", records)
     (folder / PLAN_FILE).write_text(json.dumps(plan_tree(run)))
     notes: list[str] = []
-    (table,) = plans_of(read_runs([folder]), notes)
+    found = Profiled()
+    add_plans(found, read_runs([folder]), notes)
+    (table,) = found.speed
     rows = {row[0]: list(row[1:]) for row in table.rows}
     planned = 1e3 * run.time.expected.seconds
     assert rows["step, ms"][0] == f"{planned:,.4g}"
@@ -207,8 +210,13 @@ def test_a_report_shows_a_plan_beside_the_runs_steps(run: PlannedRun, tmp_path: 
     assert rows["MFU, %"][2:] == ["", ""]  # a CPU's records have none
     assert rows["peak memory of a rank, GiB"][2] == "3"
     assert "8 x " in table.note
+    (held,), (bars,) = found.memory, found.memory_figures
+    assert [row[0] for row in held.rows] == ["activations", "outside torch", "all"]
+    assert "activations" in bars.said
     (folder / PLAN_FILE).write_text('{"time": {}}')
-    assert plans_of(read_runs([folder]), notes) == []
+    without = Profiled()
+    add_plans(without, read_runs([folder]), notes)
+    assert without == Profiled()
     assert notes == ["some_run: plan.json cannot be used: KeyError: 'expected'."]
 
 

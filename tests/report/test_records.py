@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.report.code import note_on_code
 from cosmos_scale.report.head import head_of
 from cosmos_scale.report.records import RunRecords, number_of, read_runs
 from cosmos_scale.report.series import Point, curve_of, rank_seconds, skipped_steps, thinned, training_seconds
@@ -173,6 +174,23 @@ def test_events_tell_what_happened(tmp_path: Path) -> None:
     assert said["resume"] == "4 ranks, cuda"
     assert said["damaged samples"] == "2 samples replaced: no JPEG"
     assert said["evaluation"].startswith("retrieval: R@1, image to text: student 25.0 %, teacher 12.5 %")
+
+
+def test_the_code_of_each_launch_is_told(tmp_path: Path) -> None:
+    first = {"version": "0.1.0", "sources": "aaaa", "commit": "0123456789abcdef", "modified": True}
+    other = {"version": "0.1.0", "sources": "bbbb"}
+    same = write_run(tmp_path / "same", [start_record(0, 2) | first, start_record(10, 2) | first])
+    said = "cosmos-scale 0.1.0, commit 0123456789ab with changes, sources aaaa"
+    assert ("code", said) in head_of(only(same)).facts
+    assert note_on_code(only(same)) == ""
+    assert [event.said for event in events_of(only(same))] == [f"2 ranks, cuda; {said}", "2 ranks, cuda"]
+    records = [start_record(0, 2), start_record(10, 2) | first, start_record(20, 2) | other]
+    changed = only(write_run(tmp_path / "changed", records))
+    assert ("code", "cosmos-scale 0.1.0, sources bbbb") in head_of(changed).facts
+    assert note_on_code(changed) == (
+        f"its launches ran different code: after step 0: not recorded; after step 10: {said}; "
+        "after step 20: cosmos-scale 0.1.0, sources bbbb."
+    )
 
 
 def test_older_records_without_starts_show_pauses(tmp_path: Path) -> None:

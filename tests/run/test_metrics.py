@@ -21,6 +21,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.run.trackers import check_trackers, record_name
 from cosmos_scale.testing.runs import records, train_to_end, write_run
+from cosmos_scale.versions import code_facts
 from tests.test_files import files_of_at_most
 
 NUMBERS = [
@@ -77,6 +78,8 @@ def test_each_launch_leaves_a_record_of_its_start(tmp_path: Path) -> None:
     ]
     starts = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "start" in line]
     assert [(start["world_size"], start["device"]) for start in starts] == [(2, "cpu"), (4, "cpu")]
+    for start in starts:
+        assert {key: start[key] for key in code_facts()} == code_facts()
 
 
 def test_a_line_a_record_is_on_disk_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,9 @@
     const rules = [...hidden].map((run) => `.plot [id*="-run${run}-"]`);
     style.textContent = rules.length ? `${rules.join(", ")} { display: none; }` : "";
     document.querySelectorAll(".plot[data-name]").forEach(leave);
+    for (const one of document.querySelectorAll("[data-of]")) {
+      one.hidden = one.dataset.of.split(" ").every((run) => hidden.has(Number(run)));
+    }
   }
 
   function xOf(curve, place, over) {
