@@ -98,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.check:
         found = Preflight(run, hosts)
         found.look()
-        found.print()
+        print(found.table())
         found.require()
         return FINISHED
     return _supervise(run, hosts)
@@ -116,7 +116,7 @@ def _supervise(run: "LaunchedRun", hosts: "list[Host]") -> int:
         try:
             with RunLock(run.folder, printer.say) as lock, StopSignals() as stop:
                 os.environ[LAUNCH_TOKEN] = lock.token  # the ranks' environment is this one
-                return Supervisor(run, hosts, look_at(run, printer.say, stop), printer, stop).run()
+                return Supervisor(run, hosts, look_at(run, printer.say, printer.show, stop), printer, stop).run()
         finally:
             printer.close()
 
