@@ -43,7 +43,13 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     where.add_argument("--hostfile", type=path, metavar="FILE", help="hosts, a line each: NAME slots=N")
     parser.add_argument("--check", action="store_true", help="look at all hosts, print what was found, start nothing")
-    parser.add_argument("--restarts", type=natural, default=3, metavar="N", help="at most; default: 3")
+    parser.add_argument(
+        "--restarts",
+        type=natural,
+        default=3,
+        metavar="N",
+        help="at most, and counted anew after each further checkpoint; default: 3",
+    )
     parser.add_argument(
         "--back-off",
         type=seconds,

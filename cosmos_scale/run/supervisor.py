@@ -3,8 +3,8 @@
 DeepSpeed's launcher and torchrun leave their ranks behind where they are killed: such ranks would train on, and hold
 the port and the run's folder. The agents of `cosmos-scale launch` have a signal of the kernel instead.
 
-`deepspeed --hostfile` starts pdsh, which starts an ssh for each host. Where `deepspeed` alone is killed, nothing ends on
-the hosts. But a rank of the host that it ran on finds it above the ssh at the other end of the rank's connection.
+`deepspeed --hostfile` starts pdsh, which starts an ssh for each host. Where `deepspeed` alone is killed, nothing ends
+on the hosts. But a rank of the host that it ran on finds it above the ssh at the other end of the rank's connection.
 """
 
 import os
