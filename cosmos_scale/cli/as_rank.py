@@ -61,7 +61,7 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
 
 
 def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
-    """Return a run's config, once the launcher's variables are sound too; raises UserError.
+    """Return a run's config, once the launcher's variables and hostfile are sound too; raises UserError.
 
     The config comes before all imports that take seconds, so that its mistakes are told at once.
     """
@@ -69,7 +69,9 @@ def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
     from cosmos_scale.config.load import load_config
     from cosmos_scale.engine.messages import limit_messages
     from cosmos_scale.engine.rank_variables import read_rank_variables
+    from cosmos_scale.run.supervisor import refuse_missing_hostfile
 
+    refuse_missing_hostfile()
     config = load_config(run_file(file), overrides)
     limit_messages(config.log.level)
     read_rank_variables()

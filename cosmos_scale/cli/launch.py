@@ -29,9 +29,9 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     parser.description = (
         "Look at all hosts, start a run's ranks, follow them, and start them again from the last whole checkpoint\n"
-        "where that may help. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C stop after a step, with a checkpoint; a second\n"
-        "Ctrl-C ends all at once. Exit status: 0 finished, 3 stopped with a checkpoint, 1 failed (a restart may\n"
-        "cure it), 2 refused or failed (a restart will not cure it), 130 ended at once."
+        "where that may help. SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU and Ctrl-C stop after a step, with a\n"
+        "checkpoint; a second Ctrl-C ends all at once. Exit status: 0 finished, 3 stopped with a checkpoint, 1 failed\n"
+        "(a restart may cure it), 2 refused or failed (a restart will not cure it), 130 ended at once."
     )
     parser.add_argument("file", type=place, metavar="RUN.yaml", help="the run's YAML file, or a shipped run's name")
     parser.add_argument(

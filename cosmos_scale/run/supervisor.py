@@ -14,13 +14,17 @@ import threading
 import time
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import pairwise
 from pathlib import Path
+
+from cosmos_scale.errors import UserError
 
 LOOK = 1.0  # seconds between looks
 
 _LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed.run")  # in their command lines
 _OVER_SSH = b"@notty"  # how the command line of the sshd ends whose client runs one command
 _LEVELS = 16  # of processes above this one, at most
+_HOSTFILE = (b"-H", b"--hostfile")  # of deepspeed
 _SHELLS = (b"sh", b"bash", b"csh", b"dash", b"fish", b"ksh", b"tcsh", b"zsh")
 
 
@@ -31,6 +35,27 @@ def stop_with_launcher() -> None:
     """
     if "RANK" in os.environ and (launchers := _launchers()):
         threading.Thread(target=_watch, args=(launchers,), name="supervisor", daemon=True).start()
+
+
+def refuse_missing_hostfile() -> None:
+    """Raise UserError where deepspeed above this rank was given a hostfile that is missing.
+
+    deepspeed itself warns, and starts ranks on its own host alone.
+    """
+    for pid in _launchers_from(os.getppid()) if "RANK" in os.environ else ():
+        words = _command(pid).split(b"\0")
+        for word, following in pairwise(words):
+            name, _, value = word.partition(b"=")
+            if name not in _HOSTFILE:
+                continue
+            hostfile = os.fsdecode(value or following)
+            with suppress(OSError):  # of a launcher that has ended
+                hostfile = os.path.join(os.readlink(f"/proc/{pid}/cwd"), hostfile)
+            if not os.path.isfile(hostfile):
+                raise UserError(
+                    f"deepspeed --hostfile: {hostfile} is no file, so that deepspeed has started ranks on this host "
+                    "alone; rule: the file is there until the ranks have started, or leave --hostfile out"
+                )
 
 
 def _watch(launchers: dict[int, str]) -> None:

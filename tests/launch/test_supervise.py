@@ -165,7 +165,7 @@ def test_too_few_ranks_are_refused_with_the_sizes_that_would_do(tmp_path: Path) 
     assert said in ended.errors
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_to_the_launch_stops_all_ranks_with_a_checkpoint(tmp_path: Path, name: str) -> None:
     with launched(tmp_path / "run", "*:wait") as launch:
         pids = [launch.pid_of(rank) for rank in range(2)]

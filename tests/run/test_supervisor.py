@@ -34,6 +34,9 @@ stop_with_launcher()
 print("watches", flush=True)
 signal.pause()
 """
+# Either runs what stands after its --.
+ABOVE = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[sys.argv.index('--') + 1 :]).returncode)"
+ASKS = "from cosmos_scale.run.supervisor import refuse_missing_hostfile; refuse_missing_hostfile()"
 
 
 @pytest.fixture
@@ -123,3 +126,26 @@ def test_a_rank_finds_the_launcher_at_the_other_end_of_its_ssh_connection(addres
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
                 launcher.wait()
+
+
+@pytest.mark.parametrize("words", [["--hostfile", "hosts"], ["--hostfile=hosts"], ["-H", "hosts"]])
+def test_a_hostfile_that_is_missing_is_refused(tmp_path: Path, words: list[str]) -> None:
+    """deepspeed warns, and trains on its own host alone."""
+
+    def asked() -> "subprocess.CompletedProcess[str]":
+        python = [sys.executable, "-c"]
+        rank = [*python, ABOVE, "deepspeed.launcher.launch", "--", *python, ASKS]
+        return subprocess.run(
+            [*python, ABOVE, "deepspeed", *words, "--", *rank],
+            cwd=tmp_path,
+            env=os.environ | {"RANK": "0", "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    assert (
+        f"UserError: deepspeed --hostfile: {tmp_path}/hosts is no file, so that deepspeed has started" in asked().stderr
+    )
+    (tmp_path / "hosts").write_text("worker-a slots=1\n")
+    assert (asked().returncode, asked().stderr) == (0, "")
