@@ -21,6 +21,7 @@ from cosmos_scale.errors import UserError
 
 LOOK = 1.0  # seconds between looks
 
+_DEEPSPEED = b"deepspeed.launcher.launch"  # in the command line of what deepspeed runs on each host
 _LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed.run")  # in their command lines
 _OVER_SSH = b"@notty"  # how the command line of the sshd ends whose client runs one command
 _LEVELS = 16  # of processes above this one, at most
@@ -35,6 +36,11 @@ def stop_with_launcher() -> None:
     """
     if "RANK" in os.environ and (launchers := _launchers()):
         threading.Thread(target=_watch, args=(launchers,), name="supervisor", daemon=True).start()
+
+
+def is_child_of_deepspeed() -> bool:
+    """Whether deepspeed has started this process."""
+    return _DEEPSPEED in _command(os.getppid())
 
 
 def refuse_missing_hostfile() -> None:
