@@ -12,12 +12,17 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def print_row(label: str, text: str) -> None:
-    """Print a label and beside it a text, broken between words into lines of COLUMNS; a long path stays whole.
+    """Print the row of a table, as `table_row` makes it."""
+    print(table_row(label, text))
 
-    Signs that the output lacks become codes.
+
+def table_row(label: str, text: str) -> str:
+    """Return a label and beside it a text, broken between words into lines of COLUMNS; a long path stays whole.
+
+    Signs that standard output lacks become codes.
     """
     encoding = sys.stdout.encoding or "ascii"
     shown = text.encode(encoding, "backslashreplace").decode(encoding)
     width = COLUMNS - len(label)
     lines = textwrap.wrap(shown, width, break_on_hyphens=False, break_long_words=False) or [""]
-    print("\n".join([f"{label}{lines[0]}", *(" " * len(label) + line for line in lines[1:])]))
+    return "\n".join([f"{label}{lines[0]}", *(" " * len(label) + line for line in lines[1:])])

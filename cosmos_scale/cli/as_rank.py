@@ -15,18 +15,20 @@ if TYPE_CHECKING:  # functions import it, so that --help need not wait
 
 @dataclass
 class ThisRank:
-    """This process among the ranks. ranks: once all of them run together.
+    """This process among the ranks. ranks: once all of them run together. comes: whether it has gone to meet them.
 
     when_lost: says where the run stands, for the line that tells of a lost rank.
     """
 
     ranks: "Ranks | None" = None
+    comes: bool = False
     when_lost: Callable[[], str] = str
 
     def start(self, config: "RunConfig") -> "Ranks":
         """Join the other ranks; raises UserError where that is impossible."""
         from cosmos_scale.engine.ranks import start_ranks
 
+        self.comes = True
         self.ranks = start_ranks(config.device, config.log.level)
         return self.ranks
 
@@ -44,7 +46,9 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
         return work(rank)
     except WrongRankVariable:
         raise
-    except UserError:
+    except UserError as error:
+        if not rank.comes:
+            _tell_other_hosts(error)
         # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
         # of one machine alone, so local rank 0 of each machine prints it.
         prints = rank.ranks.is_main if rank.ranks else os.environ.get("LOCAL_RANK", "0") == "0"
@@ -60,8 +64,28 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
         return FAILED
 
 
+def _tell_other_hosts(refusal: UserError) -> None:
+    """Tell the ranks of other hosts of a refusal that may be of this host alone, where nothing else ends them.
+
+    That is deepspeed over several hosts. A rank of each host does it, after which the process may end.
+    """
+    from cosmos_scale.engine.rank_variables import WrongRankVariable, read_rank_variables
+    from cosmos_scale.engine.refusal import tell_refusal
+    from cosmos_scale.run.supervisor import is_child_of_deepspeed
+
+    try:
+        place = read_rank_variables()
+    except WrongRankVariable:
+        return
+    if place is None or place.local_rank > 0 or not is_child_of_deepspeed():
+        return
+    ranks_here = int(os.environ.get("LOCAL_SIZE", place.world_size))
+    if place.rank > 0 or ranks_here < place.world_size:
+        tell_refusal(place, str(refusal), ranks_here)
+
+
 def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
-    """Return a run's config, once the launcher's variables are sound too; raises UserError.
+    """Return a run's config, once the launcher's variables and hostfile are sound too; raises UserError.
 
     The config comes before all imports that take seconds, so that its mistakes are told at once.
     """
@@ -69,7 +93,9 @@ def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
     from cosmos_scale.config.load import load_config
     from cosmos_scale.engine.messages import limit_messages
     from cosmos_scale.engine.rank_variables import read_rank_variables
+    from cosmos_scale.run.supervisor import refuse_missing_hostfile
 
+    refuse_missing_hostfile()
     config = load_config(run_file(file), overrides)
     limit_messages(config.log.level)
     read_rank_variables()

@@ -29,9 +29,9 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     parser.description = (
         "Look at all hosts, start a run's ranks, follow them, and start them again from the last whole checkpoint\n"
-        "where that may help. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C stop after a step, with a checkpoint; a second\n"
-        "Ctrl-C ends all at once. Exit status: 0 finished, 3 stopped with a checkpoint, 1 failed (a restart may\n"
-        "cure it), 2 refused or failed (a restart will not cure it), 130 ended at once."
+        "where that may help. SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU and Ctrl-C stop after a step, with a\n"
+        "checkpoint; a second Ctrl-C ends all at once. Exit status: 0 finished, 3 stopped with a checkpoint, 1 failed\n"
+        "(a restart may cure it), 2 refused or failed (a restart will not cure it), 130 ended at once."
     )
     parser.add_argument("file", type=place, metavar="RUN.yaml", help="the run's YAML file, or a shipped run's name")
     parser.add_argument(
@@ -43,7 +43,13 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     )
     where.add_argument("--hostfile", type=path, metavar="FILE", help="hosts, a line each: NAME slots=N")
     parser.add_argument("--check", action="store_true", help="look at all hosts, print what was found, start nothing")
-    parser.add_argument("--restarts", type=natural, default=3, metavar="N", help="at most; default: 3")
+    parser.add_argument(
+        "--restarts",
+        type=natural,
+        default=3,
+        metavar="N",
+        help="at most, and counted anew after each further checkpoint; default: 3",
+    )
     parser.add_argument(
         "--back-off",
         type=seconds,
@@ -98,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.check:
         found = Preflight(run, hosts)
         found.look()
-        found.print()
+        print(found.table())
         found.require()
         return FINISHED
     return _supervise(run, hosts)
@@ -116,7 +122,7 @@ def _supervise(run: "LaunchedRun", hosts: "list[Host]") -> int:
         try:
             with RunLock(run.folder, printer.say) as lock, StopSignals() as stop:
                 os.environ[LAUNCH_TOKEN] = lock.token  # the ranks' environment is this one
-                return Supervisor(run, hosts, look_at(run, printer.say, stop), printer, stop).run()
+                return Supervisor(run, hosts, look_at(run, printer.say, printer.show, stop), printer, stop).run()
         finally:
             printer.close()
 

@@ -24,6 +24,9 @@ LONGEST_LINE = 4000  # bytes
 LOOK = 0.5  # seconds between looks whether the contact has ended
 PAUSE = 0.0005  # seconds between questions whether the device is ready
 GOODBYE, LOST, WATCH = "goodbye", "lost", "watch"
+# What ranks say as they meet, each on a line of its own; a refusal is of a rank that does not come.
+GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go", "refused: "
+REFUSAL = "cosmos-scale refusal: "
 
 
 class LostRank(Exception):

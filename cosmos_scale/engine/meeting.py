@@ -3,7 +3,8 @@
 Rank 0 listens at the port. Every other rank connects and names itself, and hears at once that it is at the right place;
 another program at the port does not answer so. When all ranks have come, rank 0 tells each to go on, and torch's store
 takes over the port. Where two ranks contradict each other, or have other sources or packages, rank 0 tells all of
-them: such ranks would hang in a collective, or train a mixture. The connections stay: see `engine.contact`.
+them: such ranks would hang in a collective, or train a mixture. A rank that is refused before it comes here says so by
+`engine.refusal`. The connections stay: see `engine.contact`.
 """
 
 import errno
@@ -20,7 +21,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from cosmos_scale.engine.contact import Contact, Peer, read_line
+from cosmos_scale.engine.contact import GO, GREETING, REFUSAL, REFUSED, WELCOME, Contact, Peer, read_line
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.errors import UserError
 from cosmos_scale.interfaces import interface_of
@@ -32,7 +33,6 @@ ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 GREETS = 1.0  # seconds in which a visitor that has begun its greeting ends it: short, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
 LOOPBACK = "lo"
-GREETING, WELCOME, GO, REFUSED = "cosmos-scale rank ", "cosmos-scale welcome to ", "go", "refused: "
 
 
 def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "tuple[dist.Store, Contact]":  # type: ignore[name-defined]
@@ -106,7 +106,10 @@ def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict
     visitors, began = _speaking_visitors(listener, wait), time.monotonic()
     while len(here) < place.world_size - 1:
         visitor = next(visitors)
-        named = None if visitor is None else _named(visitor)
+        try:
+            named = None if visitor is None else _named(visitor)
+        except UserError as refusal:
+            _refuse(here, str(refusal))
         if visitor is None:
             missing = sorted({*range(1, place.world_size)} - here.keys())
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -188,9 +191,14 @@ def _different(rank: int, host: str, build: dict[str, str], own: dict[str, str])
 
 
 def _named(visitor: socket.socket) -> tuple[int, int, str, dict[str, str]] | None:
-    """Welcome a visitor, and return its rank, its world size, its host and its build; None where it is no rank."""
+    """Welcome a visitor, and return its rank, its world size, its host and its build; None where it is no rank.
+
+    Raises UserError where the visitor says that a rank does not come.
+    """
     try:
         line = read_line(visitor, GREETS)
+        if line.startswith(REFUSAL):
+            raise UserError(line.removeprefix(REFUSAL))
         if not line.startswith(GREETING):
             return None
         rank, world_size, host, *build = line.removeprefix(GREETING).split(maxsplit=3)

@@ -1,12 +1,18 @@
 """The world size that fits: ranks that share the global batch evenly, on the hosts that are there."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import load_json, read_regular, whole_file
 from cosmos_scale.launch.attempt import HostRanks
 from cosmos_scale.launch.hostfile import Host
+
+MICRO_BATCH_FILE = "micro_batch.json"  # in the run's folder
 
 
 class Fit(NamedTuple):
@@ -41,22 +47,44 @@ def first_world_size(config: RunConfig, slots: int) -> int:
     return sizes[-1]
 
 
-def fit_ranks(config: RunConfig, slots: int, started: int, least: int) -> Fit:
-    """Return the largest world size on some slots that shares the global batch evenly.
+def fit_ranks(config: RunConfig, slots: int, most: int, least: int) -> Fit:
+    """Return the largest world size on some slots that shares the global batch evenly, and how it is cut.
 
-    Micro-batches keep the memory of a rank: they are no larger than they were with `started` ranks.
-    Raises UserError where fewer ranks than `least` would be left.
+    Micro-batches keep the memory of a rank: they have at most `most` samples. They are as many as the config says where
+    that does it, else as few as possible. Raises UserError where fewer ranks than `least` would be left.
     """
-    batch = config.train.global_batch
+    batch, parts = config.train.global_batch, config.train.micro_batches
     world_size = max(size for size in range(1, slots + 1) if batch % size == 0)
     if world_size < least:
         raise UserError(
             f"--min-ranks: {least}, but {world_size} of the {slots} ranks that are left can share train.global_batch "
             f"{batch}; {_sizes_near(config, least)}"
         )
-    share, most = batch // world_size, config.samples_per_rank(started) // config.train.micro_batches
-    cuts = (cut for cut in range(1, share + 1) if share % cut == 0 and share // cut <= most)
-    return Fit(world_size, config.train.micro_batches if world_size == started else next(cuts))
+    share = batch // world_size
+    cuts = (cut for cut in (parts, *range(1, share + 1)) if share % cut == 0 and share // cut <= most)
+    return Fit(world_size, next(cuts))
+
+
+def remember_micro_batch(config: RunConfig, samples: int, folder: Path) -> None:
+    """Leave in a run's folder how many samples a micro-batch has under these keys; a failure changes nothing."""
+    with suppress(OSError), whole_file(folder / MICRO_BATCH_FILE) as part:
+        part.write_text(json.dumps(_keys(config) | {"samples": samples}) + "\n")
+
+
+def remembered_micro_batch(config: RunConfig, folder: Path) -> int | None:
+    """Return how many samples a micro-batch had in an earlier launch with the same keys, None where that is unknown."""
+    with suppress(OSError, ValueError):
+        found = load_json(read_regular(folder / MICRO_BATCH_FILE))
+        if isinstance(found, dict) and isinstance(samples := found.pop("samples", None), int):
+            return samples if found == _keys(config) and samples > 0 else None
+    return None
+
+
+def _keys(config: RunConfig) -> dict[str, int]:
+    return {
+        "train.global_batch": config.train.global_batch,
+        "train.micro_batches": config.train.micro_batches,
+    }
 
 
 def place_ranks(

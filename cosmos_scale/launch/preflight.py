@@ -17,7 +17,7 @@ from cosmos_scale.launch.signals import StoppedEarly, StopSignals
 from cosmos_scale.launch.supervise import LaunchedRun, Meeting
 from cosmos_scale.launch.wire import Message
 from cosmos_scale.run.folder import CHECKPOINTS
-from cosmos_scale.words import counted, print_row
+from cosmos_scale.words import counted, table_row
 
 LOOKER = "cosmos_scale.launch.look"
 FACTS_SECONDS = 120.0  # for the slowest host: the imports, from a file server that all hosts ask at once
@@ -85,10 +85,9 @@ class Preflight:
                 0, Row("hosts", OK, f"{counted(len(self._hosts), 'host')} answered; looked at in {took:.1f} s")
             )
 
-    def print(self) -> None:
-        """Print the table of what was found, on standard output."""
-        for row in self.rows:
-            print_row(f"  {row.name:<14}{row.verdict:<10}", row.text)
+    def table(self) -> str:
+        """Return the table of what was found."""
+        return "\n".join(table_row(f"  {row.name:<14}{row.verdict:<10}", row.text) for row in self.rows)
 
     def require(self) -> Meeting:
         """Return where the ranks meet; raises UserError where anything was refused."""
@@ -317,15 +316,15 @@ class Preflight:
 
 
 def look_at(
-    run: LaunchedRun, say: Callable[[str], None], stop: StopSignals
+    run: LaunchedRun, say: Callable[[str], None], show: Callable[[str], None], stop: StopSignals
 ) -> Callable[[Sequence[Host], bool], Meeting]:
-    """Return what a supervisor looks at hosts with; the first look is printed as a table."""
+    """Return what a supervisor looks at hosts with; say gets lines, and show the first look's table."""
 
     def look(hosts: Sequence[Host], is_first: bool) -> Meeting:
         found = Preflight(run, hosts, stop)
         found.look()
         if is_first:
-            found.print()
+            show(found.table())
         if not is_first and found.gone and len(found.gone) < len(hosts):
             for name, reason in found.gone.items():
                 say(f"host {name} is gone: {reason}")

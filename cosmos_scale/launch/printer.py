@@ -5,23 +5,27 @@ import re
 import select
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
 from typing import TextIO
+
+from cosmos_scale.words import counted
 
 _MOST_WAITING = 10_000  # lines, where nobody takes the output: the ranks' files have all of them
 _MOST_KNOWN = 10_000  # lines to compare with
 _NUMBER = re.compile(r"\d+")
 _PIECE = 4096  # bytes: a pipe that can be written to has room for as many (PIPE_BUF)
+_LOOK = 0.2  # seconds
+_SEE_FILES = "the ranks' files in logs/ have theirs"
 
 
 class Printer:
-    """Prints lines from a thread of its own, so that an output which nobody reads holds nothing up.
+    """Prints lines from threads of its own, so that an output which nobody reads holds nothing up.
 
-    The thread writes to the descriptors and leaves Python's streams alone: a write that waits holds its stream's lock,
-    and the program's last flush would wait for that lock without limit. An output that cannot be written is left out,
-    and the other one says so.
+    Each output has a thread, so that one which nobody reads does not silence the other. The threads write to the
+    descriptors and leave Python's streams alone: a write that waits holds its stream's lock, and the program's last
+    flush would wait for that lock without limit. An output that cannot be written is left out, and the other one says
+    so.
 
     A line that ranks repeat, with other numbers in it, is printed for the first of them; the ranks' files have it each.
     """
@@ -29,18 +33,17 @@ class Printer:
     def __init__(self, command: str = "cosmos-scale launch") -> None:
         """command: how the launcher's own lines begin."""
         self._command = command
-        self._waiting: deque[tuple[str, str]] = deque(maxlen=_MOST_WAITING)
-        self._came = threading.Event()
-        self._ends = threading.Event()
-        self._gives_up = threading.Event()
-        self._outputs = {
-            "out": _Output("standard output", sys.stdout, self._gives_up.is_set),
-            "err": _Output("standard error", sys.stderr, self._gives_up.is_set),
-        }
+        out, err = _Output("standard output", sys.stdout), _Output("standard error", sys.stderr)
+        self._descriptors = {out.descriptor, err.descriptor}
+        if os.path.sameopenfile(out.descriptor, err.descriptor):
+            err = out  # one thread keeps the order of the lines
+        else:
+            out.other, err.other = err, out
+        self._outputs = {"out": out, "err": err}
         self._known: dict[str, int] = {}
         self.repeated = 0
-        self._thread = threading.Thread(target=self._print_all, daemon=True)
-        self._thread.start()
+        for output in self._distinct():
+            output.start()
 
     def rank_line(self, line: str, rank: int, host: str, kind: str) -> None:
         """Print a line of a rank on the stream that it came from, "out" or "err"."""
@@ -50,74 +53,110 @@ class Printer:
             self._known.clear()
         first = self._known.setdefault(_NUMBER.sub("#", line), rank)
         if rank == 0:
-            self._put(kind, line)
+            self._outputs[kind].put(line)
         elif first == rank:
-            self._put(kind, f"{host}:{rank}: {line}")
+            self._outputs[kind].put(f"{host}:{rank}: {line}")
         else:
             self.repeated += 1
 
     def say(self, line: str) -> None:
         """Print a line of the launcher itself, on standard error."""
-        self._put("err", f"{self._command}: {line}")
+        self._outputs["err"].put(f"{self._command}: {line}")
+
+    def show(self, line: str) -> None:
+        """Print a line of the launcher itself, on standard output."""
+        self._outputs["out"].put(line)
 
     def close(self, seconds: float = 5.0) -> None:
-        """Print what waits, and end; after some seconds give up an output that nobody reads.
+        """Print what waits, and end; an output is given up of which nobody has taken anything for some seconds.
 
         What the program prints afterwards to such an output is dropped too, since it would wait without limit.
         """
-        self._ends.set()
-        self._came.set()
-        self._thread.join(seconds)
-        self._gives_up.set()
-        for output in self._outputs.values():
-            if output.is_full():
-                os.dup2(os.open(os.devnull, os.O_WRONLY), output.descriptor)
+        for output in self._distinct():
+            output.end(seconds)
+        for descriptor in self._descriptors:
+            if not _has_room(descriptor, seconds):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
-    def _put(self, kind: str, text: str) -> None:
-        self._waiting.append((kind, text))
-        self._came.set()
-
-    def _print_all(self) -> None:
-        while not (self._ends.is_set() and not self._waiting):
-            self._came.wait()
-            self._came.clear()
-            while self._waiting and not self._gives_up.is_set():
-                kind, text = self._waiting.popleft()
-                self._print(kind, text)
-
-    def _print(self, kind: str, text: str) -> None:
-        try:
-            self._outputs[kind].write(f"{text}\n")
-        except OSError as error:
-            name = self._outputs[kind].leave()
-            other = self._outputs["out" if kind == "err" else "err"]
-            with suppress(OSError):  # neither can be written
-                other.write(f"warning: {name}: {error.strerror or error}; the run goes on without it\n")
+    def _distinct(self) -> list["_Output"]:
+        return list(dict.fromkeys(self._outputs.values()))
 
 
 class _Output:
-    """A descriptor that lines are written to, piece by piece as there is room."""
+    """A descriptor, and the thread that writes lines to it, piece by piece as there is room.
 
-    def __init__(self, name: str, stream: TextIO, gives_up: Callable[[], bool]) -> None:
+    other: the output that is told where this one cannot be written.
+    """
+
+    def __init__(self, name: str, stream: TextIO) -> None:
         stream.flush()  # what was printed before stands before the lines
         self.descriptor = stream.fileno()
-        self._name, self._encoding, self._gives_up = name, stream.encoding, gives_up
-        self._is_left = False
+        self.other: _Output | None = None
+        self._name, self._encoding = name, stream.encoding
+        self._waiting: deque[str] = deque(maxlen=_MOST_WAITING)
+        self._dropped = 0  # lines
+        self._is_left = False  # since it cannot be written
+        self._taken = 0  # bytes so far
+        self._came, self._ends, self._gives_up = threading.Event(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._write_all, daemon=True)
 
-    def write(self, text: str) -> None:
-        """Write a text, as far as its reader takes it before the printer gives up."""
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def put(self, line: str) -> None:
+        """Let a line wait for its turn; of too many that wait the oldest is dropped."""
+        if not self._is_left:
+            self._dropped += len(self._waiting) == _MOST_WAITING
+            self._waiting.append(line)
+            self._came.set()
+
+    def end(self, seconds: float) -> None:
+        """Write what waits, and end; give up where nothing is taken for some seconds."""
+        self._ends.set()
+        self._came.set()
+        taken, since = -1, time.monotonic()
+        while self._thread.is_alive() and time.monotonic() - since < seconds:
+            if self._taken != taken:
+                taken, since = self._taken, time.monotonic()
+            self._thread.join(_LOOK)
+        self._gives_up.set()
+
+    def _write_all(self) -> None:
+        try:
+            while not (self._ends.is_set() and not self._waiting):
+                self._came.wait()
+                self._came.clear()
+                while self._waiting and not self._gives_up.is_set():
+                    line = self._waiting.popleft()
+                    if self._dropped:
+                        dropped, self._dropped = counted(self._dropped, "line"), 0
+                        self._write(f"cosmos-scale launch: {dropped} left out, which nobody took; {_SEE_FILES}\n")
+                    self._write(f"{line}\n")
+                if self._gives_up.is_set():
+                    return
+        except OSError as error:
+            self._is_left = True
+            self._waiting.clear()
+            if self.other is not None:
+                reason = error.strerror or error
+                self.other.put(f"warning: {self._name}: {reason}; the run goes on without it")
+
+    def _write(self, text: str) -> None:
+        """Write a text, as far as its reader takes it before this output is given up."""
         data = text.encode(self._encoding, "backslashreplace")
-        while data and not self._is_left and not self._gives_up():
-            if not self.is_full(wait=0.2):
-                data = data[os.write(self.descriptor, data[:_PIECE]) :]
+        while data and not self._gives_up.is_set():
+            if _has_room(self.descriptor, _LOOK):
+                try:
+                    written = os.write(self.descriptor, data[:_PIECE])
+                except BlockingIOError:  # of a terminal or a socket with room for less than a piece, that does not wait
+                    time.sleep(_LOOK / 10)
+                    continue
+                data, self._taken = data[written:], self._taken + written
 
-    def is_full(self, wait: float = 0.0) -> bool:
-        """Whether there is no room for a piece within some seconds; an output that cannot be written is not full."""
-        poll = select.poll()
-        poll.register(self.descriptor, select.POLLOUT)
-        return not poll.poll(wait * 1000)
 
-    def leave(self) -> str:
-        """Write nothing any more; return the output's name."""
-        self._is_left = True
-        return self._name
+def _has_room(descriptor: int, wait: float = 0.0) -> bool:
+    """Whether there is room for a piece within some seconds; an output that cannot be written has room."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(wait * 1000))

@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-_ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _ONE_WISH = 1.0  # seconds: programs that wrap this one pass on the Ctrl-C that the terminal sends to all
 
 
@@ -16,7 +16,7 @@ class StoppedEarly(Exception):
 
 
 class StopSignals:
-    """A context inside which SIGTERM, SIGINT, SIGHUP and SIGUSR1 only ask to stop; one that is ignored stays so.
+    """A context inside which the signals that end programs only ask to stop; one that is ignored stays so.
 
     first: the name of the first signal, None before it. at_once: whether a second SIGINT has come.
     """

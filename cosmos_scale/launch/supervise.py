@@ -19,7 +19,14 @@ from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, REFUSED, STO
 from cosmos_scale.files import regular_only
 from cosmos_scale.launch.attempt import Attempt, HostRanks, Job, Outcome, RankFailure
 from cosmos_scale.launch.connection import passed_environment
-from cosmos_scale.launch.fit import first_world_size, fit_ranks, place_ranks, slots_of
+from cosmos_scale.launch.fit import (
+    first_world_size,
+    fit_ranks,
+    place_ranks,
+    remember_micro_batch,
+    remembered_micro_batch,
+    slots_of,
+)
 from cosmos_scale.launch.hostfile import Host
 from cosmos_scale.launch.printer import Printer
 from cosmos_scale.launch.signals import StoppedEarly, StopSignals
@@ -38,8 +45,8 @@ class LaunchedRun:
 
     program: the module that each rank runs. options: what its command line has behind file and keys. logs: the folder
     of the ranks' output; by default `logs` in the run's folder.
-    restarts: how many at most. back_off: seconds before a restart, twice as many before each one that follows without
-    a further step.
+    restarts: how many at most until a further checkpoint is written. back_off: seconds before a restart, twice as many
+    before each one that follows without a further step.
     least_ranks: fewer ranks than that are not started.
     """
 
@@ -85,13 +92,19 @@ class Supervisor:
         self._run, self._hosts, self._look = run, list(hosts), look
         self._printer, self._stop = printer, stop
         self._started_with = first_world_size(run.config, slots_of(hosts))
+        self._known = self._known_micro_batch()
+        # Samples of a micro-batch, at most.
+        self._most = self._known or run.config.samples_per_rank(self._started_with) // run.config.train.micro_batches
         self._last: tuple[int, str] | None = None  # the step and the way of the last failure
         self._in_a_row = 0  # restarts since a further step was done
+        self._restarts = 0  # since a further checkpoint was written
+        self._saved = self._newest_step()  # the step of the newest checkpoint there ever was
 
     def run(self) -> int:
         """Launch until the end; returns the launch's exit status. Raises UserError where the first look refuses."""
-        for number in range(self._run.restarts + 1):
-            if number and not self._wait(number):
+        number = 0
+        while True:
+            if number and not self._wait():
                 return self._stopped_status(False)
             before = self._reached()
             try:
@@ -102,20 +115,32 @@ class Supervisor:
             except UserError as error:
                 if number == 0:
                     raise
-                self._printer.say(f"restart {number}: {error}")
-                continue
-            ended = self._judge(outcome, before)
-            if ended is not None:
-                return ended
-            if self._reached() > before:
-                self._in_a_row = 0
-        self._printer.say(f"{counted(self._run.restarts, 'restart')} did not help; {self._newest()}")
-        return FAILED
+                self._printer.say(f"restart {self._restarts}: {error}")
+            else:
+                ended = self._judge(outcome, before)
+                if ended is not None:
+                    return ended
+                self._note_progress(before)
+            if self._restarts == self._run.restarts:
+                self._printer.say(f"{counted(self._run.restarts, 'restart')} did not help; {self._newest()}")
+                return FAILED
+            number += 1
+            self._restarts += 1
+
+    def _note_progress(self, before: int) -> None:
+        """Let a further step end the growth of the back-off, and a further checkpoint the count of restarts."""
+        if self._reached() > before:
+            self._in_a_row = 0
+        if self._newest_step() > self._saved:
+            self._saved = self._newest_step()
+            self._restarts = 0
 
     def _attempt(self, number: int, meeting: Meeting) -> Outcome:
         run = self._run
-        fit = fit_ranks(run.config, slots_of(meeting.hosts), self._started_with, run.least_ranks)
+        fit = fit_ranks(run.config, slots_of(meeting.hosts), self._most, run.least_ranks)
         places, idle = place_ranks(meeting.hosts, fit.world_size, meeting.interfaces)
+        if number == 0:
+            remember_micro_batch(run.config, self._most, run.folder)
         own = (
             () if fit.micro_batches == run.config.train.micro_batches else (f"train.micro_batches={fit.micro_batches}",)
         )
@@ -125,6 +150,11 @@ class Supervisor:
                 f"{fit.world_size} of {all_ranks} ranks {'go on' if number else 'train'}, the global batch stays "
                 f"{run.config.train.global_batch} ({counted(fit.micro_batches, 'micro-batch', 'micro-batches')} a rank)"
                 f"{'; idle: ' if idle else ''}{', '.join(idle)}"
+            )
+        if own and self._known is not None and number == 0:
+            self._printer.say(
+                f"{own[0]} in the place of {run.config.train.micro_batches}, so that a micro-batch has no more samples "
+                f"than in earlier launches ({self._known}); the key on the command line is taken as it is"
             )
         with_own = replace(run, overrides=(*run.overrides, *own))
         return one_attempt(with_own, meeting, places, number + 1, self._printer, self._stop)
@@ -155,11 +185,16 @@ class Supervisor:
         self._last = way
         return None
 
-    def _wait(self, number: int) -> bool:
+    def _known_micro_batch(self) -> int | None:
+        """Return the samples of a micro-batch with which earlier launches have trained, None where others are asked."""
+        asked = any(word.startswith("train.micro_batches=") for word in self._run.overrides)
+        return None if asked or not self._reached() else remembered_micro_batch(self._run.config, self._run.folder)
+
+    def _wait(self) -> bool:
         """Wait before a restart; returns False where a signal ends the wait."""
         seconds = min(LONGEST_BACK_OFF, self._run.back_off * 2.0 ** min(self._in_a_row, MOST_DOUBLINGS))
         self._in_a_row += 1
-        self._printer.say(f"restart {number} of {self._run.restarts} in {seconds:g} s; {self._newest()}")
+        self._printer.say(f"restart {self._restarts} of {self._run.restarts} in {seconds:g} s; {self._newest()}")
         deadline = time.monotonic() + seconds
         while self._stop.first is None and (left := deadline - time.monotonic()) > 0:
             select.select([self._stop.wakes], [], [], left)
@@ -194,6 +229,11 @@ class Supervisor:
 
     def _any_checkpoint(self) -> bool:
         return any((self._run.folder / CHECKPOINTS).glob("step-*"))
+
+    def _newest_step(self) -> int:
+        """Return the step of the newest checkpoint by the folders' names, -1 where there is none."""
+        names = (folder.name.removeprefix("step-") for folder in (self._run.folder / CHECKPOINTS).glob("step-*"))
+        return max((int(name) for name in names if name.isdecimal()), default=-1)
 
     def _newest(self) -> str:
         if not self._any_checkpoint():

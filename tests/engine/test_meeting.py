@@ -18,6 +18,7 @@ from cosmos_scale.engine.contact import read_line
 from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
 from cosmos_scale.engine.ranks import free_port
+from cosmos_scale.engine.refusal import tell_refusal
 from cosmos_scale.errors import UserError
 from cosmos_scale.interfaces import interface_of, own_addresses
 from cosmos_scale.versions import build_of_this_rank
@@ -155,6 +156,24 @@ def test_ranks_of_other_sources_or_packages_are_refused(change: dict[str, str], 
             assert read_line(visitor, SECONDS) == f"refused: {text}"
     here = rf"rank 0 on host {re.escape(socket.gethostname())} has {own}"
     assert re.match(rf"rank 1 on host elsewhere has {has}, {here}.*; rule: the same files of cosmos_scale", text)
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_a_rank_that_is_refused_on_its_host_ends_the_wait_of_all(refused: int) -> None:
+    port = free_port()
+    telling = tell_refusal(place(refused, 3, port), "no such file\nas that", ranks_here=1, seconds=SECONDS)
+    told = f"rank {refused} on host {socket.gethostname()}: no such file as that"
+    assert said([place(rank, 3, port) for rank in range(3) if rank != refused]) == [told] * 2
+    telling.join(SECONDS)
+    assert not telling.is_alive()
+
+
+def test_hosts_that_are_all_refused_wait_for_nobody() -> None:
+    port = free_port()
+    threads = [tell_refusal(place(rank, 4, port), "no such key", ranks_here=2, seconds=3 * SECONDS) for rank in (0, 2)]
+    for thread in threads:
+        thread.join(SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_ranks_that_do_not_come_are_named() -> None:

@@ -41,6 +41,13 @@ def step(text: str) -> None:
         file.write(json.dumps({"kind": "train", "step": int(text)}) + "\n")
 
 
+def save(most: int) -> None:
+    """Leave a further checkpoint in each of the first attempts."""
+    number = len(list(FOLDER.glob(f"attempt-*-{RANK}")))
+    if number <= most:
+        (FOLDER / "checkpoints" / f"step-{number:08d}").mkdir(parents=True)
+
+
 def variables() -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     (FOLDER / f"variables-{RANK}").write_text(json.dumps({name: os.environ.get(name) for name in names}))
@@ -60,6 +67,7 @@ ACTIONS: dict[str, Callable[[str], object]] = {
     "sleep": lambda text: time.sleep(float(text)),
     "step": step,
     "further": lambda text: step(str(len(list(FOLDER.glob(f"attempt-*-{RANK}"))))),
+    "save": lambda text: save(int(text)),
     "wait": lambda text: wait(),
     "ignore": lambda text: ignore(),
     "variables": lambda text: variables(),

@@ -120,7 +120,7 @@ def test_a_restart_does_without_hosts_that_are_gone(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PATH", f"{write_ssh(tmp_path / 'bin', {'a': {}, 'c': {}})}:{os.environ['PATH']}")
     said: list[str] = []
     with StopSignals() as stop:
-        look = look_at(LaunchedRun(str(run), (), load_config(run)), said.append, stop)
+        look = look_at(LaunchedRun(str(run), (), load_config(run)), said.append, said.append, stop)
         meeting = look([Host("a", 8), Host("b", 8), Host("c", 8)], False)
         assert meeting.hosts == [Host("a", 8), Host("c", 8)]
         assert set(meeting.interfaces) == {"a", "c"}

@@ -122,6 +122,32 @@ def test_a_lost_host_is_done_without_at_the_size_that_divides(tmp_path: Path) ->
     assert "train.micro_batches=2" in (tmp_path / "run" / "attempt-1-0").read_text()
 
 
+def test_a_new_launch_on_fewer_ranks_keeps_the_size_of_a_micro_batch(tmp_path: Path) -> None:
+    """Four ranks had 2 of 8 samples each; one rank has them in four parts, unless the command line says how many."""
+    folder = tmp_path / "run"
+
+    def launched_on(ranks: int, *keys: str) -> tuple[str, str]:
+        for file in folder.glob("attempt-*"):
+            file.unlink()
+        errors = run_to_end(folder, *keys, "0:step~3", hosts=[[[HERE, ranks]]]).require(FINISHED).errors
+        return (folder / "attempt-0-0").read_text(), errors
+
+    assert launched_on(4)[0] == "0:step~3"
+    words, said = launched_on(1)
+    assert words == "0:step~3 train.micro_batches=4"
+    assert "train.micro_batches=4 in the place of 1, so that a micro-batch has no more samples than in earlier" in said
+    assert launched_on(4)[0] == "0:step~3"  # the hosts are back
+    assert launched_on(1, "train.micro_batches=1")[0] == "train.micro_batches=1 0:step~3"
+
+
+def test_restarts_are_counted_anew_after_a_further_checkpoint(tmp_path: Path) -> None:
+    """A run of days may lose more ranks than one that gets nowhere."""
+    ended = run_to_end(tmp_path / "run", "*:save~2", "0:kill~9", ranks=1, restarts=1).require(FAILED)
+    assert ended.errors.count("restart 1 of 1 in ") == 2
+    assert len(list((tmp_path / "run").glob("attempt-*-0"))) == 3
+    assert "1 restart did not help" in ended.errors
+
+
 def test_slots_that_do_not_share_the_batch_stay_idle_and_are_named(tmp_path: Path) -> None:
     ended = run_to_end(tmp_path / "run", "*:variables", hosts=[[[HERE, 2], ["localhost", 1]]], batch=8)
     ended.require(FINISHED)
@@ -139,7 +165,7 @@ def test_too_few_ranks_are_refused_with_the_sizes_that_would_do(tmp_path: Path) 
     assert said in ended.errors
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_to_the_launch_stops_all_ranks_with_a_checkpoint(tmp_path: Path, name: str) -> None:
     with launched(tmp_path / "run", "*:wait") as launch:
         pids = [launch.pid_of(rank) for rank in range(2)]

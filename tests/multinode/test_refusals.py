@@ -38,3 +38,17 @@ def test_hosts_with_other_keys_and_another_index_are_refused(hosts: TwoHosts, tm
     assert "index REFUSED worker-b has " in table
     assert "rank 1 and rank 0 differ in log.every; rule: all ranks share one run's keys" in trained.errors
     hosts.require_none_left()
+
+
+def test_what_one_host_alone_is_refused_for_ends_deepspeed_on_all(hosts: TwoHosts, tmp_path: Path) -> None:
+    """Before the ranks have met: the other hosts would wait for half an hour."""
+    for host, rank in ((hosts.b, 1), (hosts.a, 0)):
+        broken = tmp_path / f"broken-{rank}.yaml"
+        broken.write_text("name: [\n")
+        with host.own_file(hosts.run, broken):
+            trained = hosts.deepspeed("name=broken")
+            assert trained.wait(START) == REFUSED, trained.errors
+        other = "worker-a" if rank else "worker-b"
+        said = f"{other}: cosmos-scale train: rank {rank} on host {host.name}: {hosts.run}: line 2 is not valid YAML"
+        assert said in trained.errors
+        hosts.require_none_left()

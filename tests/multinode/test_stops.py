@@ -50,7 +50,7 @@ def test_each_stop_saves_and_leaves_no_process(hosts: TwoHosts) -> None:
 
 
 def test_deepspeed_is_stopped_with_a_checkpoint(hosts: TwoHosts) -> None:
-    """By signals to it, whose exit status is 1 all the same, and where its part on the other host is killed."""
+    """By signals to it, whose exit status is 1 all the same, and where it or its part on the other host is killed."""
 
     def launched() -> HostProgram:
         launch = hosts.deepspeed("name=ended", "zero.stage=1", "train.schedule_steps=100000")  # it stops slowly
@@ -62,6 +62,11 @@ def test_deepspeed_is_stopped_with_a_checkpoint(hosts: TwoHosts) -> None:
         launch.signal(number, whole_group=number == signal.SIGINT)
         assert launch.wait(START) == 1, launch.output + launch.errors
         require_saved(hosts, "ended")
+
+    launch = launched()
+    launch.signal(signal.SIGKILL)  # pdsh and what it has started live on
+    assert launch.wait(ENDS_WITHIN) == -signal.SIGKILL
+    require_saved(hosts, "ended")
 
     launch = launched()
     rank = hosts.b.rank_pid(1)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,26 @@ from cosmos_scale.testing.runs import last_checkpoint, launch, records, wait_for
 from tests.conftest import REPOSITORY
 
 # Its command line names a launcher, and so does that of DeepSpeed's.
-LAUNCHER = "import subprocess, sys; subprocess.run(sys.argv[2:]) if sys.argv[1] == 'deepspeed.launcher.launch' else 0"
+LAUNCHER = "import subprocess, sys; assert sys.argv[1]; sys.exit(subprocess.run(sys.argv[2:]).returncode)"
+
+
+# In the place of `deepspeed --hostfile` with its ssh, and of a rank that it has started.
+RUNNER = """
+import socket, sys, time
+connection = socket.create_connection((sys.argv[2], int(sys.argv[3])))
+time.sleep(60)
+"""
+RANK = """
+import signal, sys
+from cosmos_scale.run.supervisor import stop_with_launcher
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+stop_with_launcher()
+print("watches", flush=True)
+signal.pause()
+"""
+# Either runs what stands after its --.
+ABOVE = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[sys.argv.index('--') + 1 :]).returncode)"
+ASKS = "from cosmos_scale.run.supervisor import refuse_missing_hostfile; refuse_missing_hostfile()"
 
 
 @pytest.fixture
@@ -71,3 +91,61 @@ def test_ranks_of_deepspeed_stop_when_it_is_killed(run: Path, killed: str) -> No
         wait_for_release(run)
         process.wait()
     assert last_checkpoint(run).name == f"step-{records(run)[-1]['step']:08d}"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_rank_finds_the_launcher_at_the_other_end_of_its_ssh_connection(address: str) -> None:
+    """deepspeed --hostfile alone is killed: pdsh, ssh and all that is above the rank on its host live on."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        server = socket.create_server((address, 0), family=family)
+    except OSError as error:
+        pytest.skip(f"{address}: {error.strerror}")
+    with server:
+        port = server.getsockname()[1]
+        runner = subprocess.Popen([sys.executable, "-c", RUNNER, "deepspeed", address, str(port)])
+        connection, (client, client_port, *_) = server.accept()
+        variables = {"RANK": "1", "SSH_CONNECTION": f"{client} {client_port} {address} {port}"}
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", sys.executable, "-c", RANK],
+            env=os.environ | variables | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert launcher.stdout is not None
+        try:
+            assert launcher.stdout.readline() == b"watches\n"
+            assert launcher.poll() is None
+            runner.kill()
+            assert launcher.wait(30) == 7
+        finally:
+            runner.kill()
+            runner.wait()
+            connection.close()
+            launcher.stdout.close()
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+                launcher.wait()
+
+
+@pytest.mark.parametrize("words", [["--hostfile", "hosts"], ["--hostfile=hosts"], ["-H", "hosts"]])
+def test_a_hostfile_that_is_missing_is_refused(tmp_path: Path, words: list[str]) -> None:
+    """deepspeed warns, and trains on its own host alone."""
+
+    def asked() -> "subprocess.CompletedProcess[str]":
+        python = [sys.executable, "-c"]
+        rank = [*python, ABOVE, "deepspeed.launcher.launch", "--", *python, ASKS]
+        return subprocess.run(
+            [*python, ABOVE, "deepspeed", *words, "--", *rank],
+            cwd=tmp_path,
+            env=os.environ | {"RANK": "0", "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    assert (
+        f"UserError: deepspeed --hostfile: {tmp_path}/hosts is no file, so that deepspeed has started" in asked().stderr
+    )
+    (tmp_path / "hosts").write_text("worker-a slots=1\n")
+    assert (asked().returncode, asked().stderr) == (0, "")
