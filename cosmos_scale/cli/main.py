@@ -44,6 +44,11 @@ examples:
 
 # What ends any command and is no fault of the program: too few open files allowed, and a full disk or quota.
 _OF_THE_MACHINE = (errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
+# What the system says of a path that may not be looked at, cannot be one, or lies on a disk that does not answer.
+_OF_A_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+)
 
 
 def program() -> NoReturn:
@@ -80,8 +85,8 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
     """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
 
     The command's own status; 2 where it raises UserError, which is printed on one line after the label, where too few
-    open files are allowed, a disk is full, or its output cannot be written; 130 where it is interrupted, which is
-    printed too; 141 where the reader of its output leaves early.
+    open files are allowed, a disk is full, a path is closed to the user or cannot be one, or its output cannot be
+    written; 130 where it is interrupted, which is printed too; 141 where the reader of its output leaves early.
     """
     spell_out()
     try:
@@ -94,7 +99,7 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return CLOSED_PIPE
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+        if error.errno not in _OF_THE_MACHINE and not (error.errno in _OF_A_PATH and error.filename):
             raise
         where = "" if error.errno == errno.EMFILE or not error.filename else f"{error.filename}: "
         _tell(f"{label}: {where}{reason_of(error)}")

@@ -41,6 +41,7 @@ from cosmos_scale.data.shards.summary import (
     ShardRow,
     Summary,
     alike_shards,
+    lacks_summary,
     read_index_summary,
     summary_before,
     write_index_summary,
@@ -301,7 +302,7 @@ def open_index(source: SourceConfig, remote: RemoteConfig | None = None) -> Sour
     names, missing = shards.known_names()
     refuse_unfinished(_local_folders(shards, names))
     summary = _place(folder, SUMMARY)
-    if not is_remote(folder) and not os.path.lexists(summary):
+    if not is_remote(folder) and lacks_summary(summary):
         if not names and not is_remote(source.shards):
             raise UserError(f"data source {source.name}: no .tar shards match {whole_path(source.shards)}")
         raise UserError(f"data source {source.name}: no index at {whole_path(summary)}; {hint}")

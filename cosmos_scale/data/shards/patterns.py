@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 
 from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join_url, list_filesystem, redact
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import whole_path
+from cosmos_scale.files import reason_of, whole_path
 
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
@@ -123,6 +123,7 @@ class _Paths(ShardPattern):
         return sorted(names), missing
 
     def list_names(self) -> list[str]:
+        self._require_folders()
         names, missing = self.known_names()
         if missing and not names and self._paths() == [self.pattern]:
             raise UserError(f"{whole_path(self.pattern)}: no such shard or folder of shards")
@@ -133,6 +134,14 @@ class _Paths(ShardPattern):
                 f"{self.pattern}: {len(missing)} of its shards {do} not exist, the first is {whole_path(first)}"
             )
         return names
+
+    def _require_folders(self) -> None:
+        """Raise UserError where a folder cannot be listed that wildcards mean: `glob` would leave out its shards."""
+        for path in [] if os.path.isdir(self.pattern) else self._paths():
+            below = Path(_plain_root(path, self.folder)).parts
+            for depth in range(1, len(below)):
+                for name in glob.glob(os.path.join(*below[:depth]), root_dir=self.folder):
+                    _require_folder(os.path.join(self.folder, name))
 
     def means(self) -> Callable[[str], bool]:
         if Path(self.pattern).is_dir():
@@ -258,6 +267,19 @@ def _refuse_parents(shown: str, names: Iterable[str]) -> None:
 def _show_command(command: str) -> str:
     words = _TAR_WORD.findall(command[len(PIPE) :])
     return f"{PIPE} ... {redact(words[-1])}"
+
+
+def _require_folder(path: str) -> None:
+    """Raise UserError where a path is neither a folder that can be listed nor a plain file."""
+    try:
+        os.scandir(path).close()
+    except NotADirectoryError:
+        return
+    except OSError as error:
+        leads_nowhere = os.path.islink(path) and not os.path.exists(path)
+        reason = "it is a link that leads nowhere" if leads_nowhere else reason_of(error)
+        rule = "mend it, or name the folders that are meant, as in {a,b}/*.tar"
+        raise UserError(f"{whole_path(path)}: cannot be listed: {reason}; {rule}") from error
 
 
 def _root(pattern: str) -> Path:

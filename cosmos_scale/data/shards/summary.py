@@ -1,6 +1,7 @@
 """An index's summary, `index.json`: how many samples each shard has, how long it is, and its mark."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,6 +48,8 @@ def read_index_summary(path: str, remote: RemoteConfig | None = None) -> Summary
         return _parse_summary(read_whole(path, remote))
     except Transient as failure:
         raise UserError(f"{redact(path)}: index cannot be read: {failure}") from failure
+    except PermissionError as error:
+        raise UserError(f"{redact(path)}: index cannot be read: {error.strerror}") from error
     except _UNREADABLE as error:
         raise UserError(f"{redact(path)}: not a shard index ({error}); run `cosmos-scale data index` again") from error
 
@@ -63,6 +66,15 @@ def _parse_summary(data: bytes) -> Summary:
         raise ValueError("a shard stands twice in it, whose samples would count twice")
     marks = {str(name): str(mark) for name, mark in summary.get("marks", {}).items()}
     return Summary(rows, marks)
+
+
+def lacks_summary(path: str) -> bool:
+    """Return whether there is no summary at a path; False where the path is closed to the user: reading says so."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return not isinstance(error, PermissionError)
+    return False
 
 
 def write_index_summary(path: Path, summary: Summary) -> None:
