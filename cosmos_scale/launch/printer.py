@@ -131,7 +131,7 @@ class _Output:
                     line = self._waiting.popleft()
                     if self._dropped:
                         dropped, self._dropped = counted(self._dropped, "line"), 0
-                        self._write(f"cosmos-scale launch: {dropped} left out, which nobody took; {_SEE_FILES}\n")
+                        self._write(f"warning: {dropped} left out, which nobody took; {_SEE_FILES}\n")
                     self._write(f"{line}\n")
                 if self._gives_up.is_set():
                     return
