@@ -47,6 +47,8 @@ STAGES = {
     "kernels": Stage(kernels.measure, 60),
     "products": Stage(products.measure, 45),
     "graph": Stage(graph.measure, 45),
+    # Without what `auto` may take on a GPU that nobody has tried: where the steps above fail, these two tell why.
+    "varlen64": Stage(step.of(64, on_gpu=("model.attention=torch_varlen",)), 80),
     "torch64": Stage(step.of(64, "kernels=torch"), 100),
     "compile64": Stage(step.of(64, "model.compile=true"), 150),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.device_counts import NARROW, case_config
-from benchmarks.paper_model import Chip, StepWork, attention_flops, paper_step
+from benchmarks.paper_model import CHIPS, Chip, StepWork, attention_flops, fp8_figures, paper_step
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.collectives import Collective
 from cosmos_scale.profiling.operators import GROUPS, Count
@@ -87,6 +87,17 @@ def test_attention_counts_pairs_of_tokens() -> None:
     student = 768 * (2 * 197**2 + 6 * 37**2) + 512 * sum(length * (length + 1) // 2 for length in captions)
     teacher = 768 * 2 * 197**2 + 512 * 2 * 55
     assert attention_flops(config, lengths) == 4 * 12 * (3.5 * student + teacher)
+
+
+def test_fp8_halves_the_products_of_blocks_and_rounds_their_inputs() -> None:
+    """The teacher of a sample has 2 crops of 197 tokens; a block has 12 width^2 weights and inputs of 7 widths."""
+    found = {figure.name: figure.value for figure in fp8_figures("vitb16", 1)}
+    chip, tokens = CHIPS[1], 2 * 197
+    saved = 12 * 12 * 2 * tokens * 768**2 / (chip.products * 1e9 * HOPEFUL.products) / 2
+    assert found["fp8_saved_teacher_vitb16_1_hopeful"] == pytest.approx(saved)
+    rounding = 12 * tokens * 7 * 768 * 3 / (chip.memory * 1e9 * HOPEFUL.memory)
+    assert found["fp8_rounding_teacher_vitb16_1_hopeful"] == pytest.approx(rounding)
+    assert found["fp8_share_teacher_vitb16_1"] < found["fp8_share_student_vitb16_1"] < 0.6
 
 
 def test_counted_traffic_is_that_of_the_code() -> None:

@@ -78,7 +78,8 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
 
 def awaited_by_gathers(tiny: Tiny) -> list[object]:
     """Return the streams that DeepSpeed's stream of gathers is told to wait for once weights were written."""
-    offload, awaited = tiny.student.layout.engine.optimizer.parameter_offload, []
+    offload = tiny.student.layout.engine.optimizer.parameter_offload
+    awaited: list[object] = []
     name = "_DeepSpeedZeRoOffload__allgather_stream"
     assert getattr(offload, name) is None  # on a CPU
     with pytest.MonkeyPatch.context() as patch:

@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -31,6 +33,7 @@ def measure(recorder: Recorder) -> None:
         cores=len(os.sched_getaffinity(0)),
         shm_gb=shutil.disk_usage("/dev/shm").total / 1e9,
         compiler=shutil.which("g++"),
+        headers=(Path(sysconfig.get_path("include")) / "Python.h").is_file(),  # Triton compiles a launcher with them
         packages={name: installed.get(name) for name in PACKAGES},
     )
     elements = 2**20 if recorder.tiny else 2**28

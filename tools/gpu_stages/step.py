@@ -5,7 +5,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 
 
 def measure(recorder: Recorder, samples: int, *overrides: str) -> None:
-    """Write what a step of `samples` samples does; a rehearsal takes 2."""
+    """Write what a step of `samples` samples does; a rehearsal takes 2. A trace is kept of the shipped run alone."""
     samples = 2 if recorder.tiny else samples
     setting = _setting(recorder, samples, overrides)
     began = time.perf_counter()
@@ -69,7 +69,7 @@ def measure(recorder: Recorder, samples: int, *overrides: str) -> None:
         _memory_and_waits(recorder, setting, resident)
     _parts(recorder, setting, resident)
     if recorder.on_gpu:
-        _kernels(recorder, setting, resident)
+        _kernels(recorder, setting, resident, keep_trace=not overrides)
     setting.pair.close()
 
 
@@ -203,8 +203,8 @@ def _parts(recorder: Recorder, setting: Setting, resident: list[Batch]) -> None:
     recorder.write(what="parts", parts_ms={name: round(statistics.median(of), 3) for name, of in spent.items()})
 
 
-def _kernels(recorder: Recorder, setting: Setting, resident: list[Batch]) -> None:
-    """Write how many kernels a step launches, how long any of them runs, and the kernels by time; keep a trace."""
+def _kernels(recorder: Recorder, setting: Setting, resident: list[Batch], *, keep_trace: bool) -> None:
+    """Write how many kernels a step launches, how long any of them runs, and the kernels by time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
@@ -231,9 +231,10 @@ def _kernels(recorder: Recorder, setting: Setting, resident: list[Batch]) -> Non
         span_ms=(spans[-1][1] - spans[0][0]) / 1e3,
         by_time=[(name[:90], calls[name], spent[name] / 1e3) for name in sorted(spent, key=spent.__getitem__)[:-41:-1]],
     )
-    recorded.export_chrome_trace(str(recorder.out / f"trace_{recorder.stage}.json.gz"))
+    if keep_trace:
+        recorded.export_chrome_trace(str(recorder.out / f"trace_{recorder.stage}.json.gz"))
 
 
-def of(samples: int, *overrides: str) -> Callable[[Recorder], None]:
-    """Return the stage of so many samples."""
-    return lambda recorder: measure(recorder, samples, *overrides)
+def of(samples: int, *overrides: str, on_gpu: Sequence[str] = ()) -> Callable[[Recorder], None]:
+    """Return the stage of so many samples. on_gpu: overrides that a CPU cannot run: a rehearsal goes without them."""
+    return lambda recorder: measure(recorder, samples, *overrides, *(on_gpu if recorder.on_gpu else ()))
