@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cosmos_scale.evaluation.segmentation.labels import pixels_side_by_side
+
 _CHUNK = 4 * 2**20  # values of logits that are refined at a time
 _OFFSETS = [place for place in itertools.product((-1, 0, 1), repeat=2) if place != (0, 0)]
 
@@ -24,10 +26,10 @@ def refine(logits_QHW: Tensor, picture_CHW: Tensor, dilations: Sequence[int], st
         logits_QHW = functional.interpolate(logits_QHW[None], size, mode="bilinear", align_corners=True)[0]
     weights_PHW = neighbour_weights(picture_CHW, dilations)
     # Queries do not touch one another: a part of them at a time bounds the memory.
-    refined_QHW = torch.empty_like(logits_QHW)
+    refined_QHW = torch.empty_like(logits_QHW, memory_format=torch.contiguous_format)
     number = max(1, _CHUNK // max(1, size.numel()))
     for part, out in zip(logits_QHW.split(number), refined_QHW.split(number), strict=True):
-        out.copy_(_average(part, weights_PHW, dilations, steps))
+        out.copy_(_average(pixels_side_by_side(part), weights_PHW, dilations, steps))
     return refined_QHW
 
 

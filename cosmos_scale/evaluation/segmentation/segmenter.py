@@ -22,7 +22,9 @@ OWN_SHORT_SIDE = 336
 """Pixels of the shorter side of pictures that belong to no public set, for models of image size 224."""
 
 _PUBLISHED_SIZE = 224  # of the models that the sizes are for
-_BAND = 4 * 2**20  # values of logits that are formed at a time: 16 MiB, of which about six copies live at once
+_BAND = (
+    2**20
+)  # values of logits that are formed at a time: 4 MiB, which stay in a CPU's caches; six copies live at once
 
 
 class Queries(NamedTuple):
@@ -97,7 +99,7 @@ def window_logits(tower: VisionTower, picture_CHW: Tensor, queries_QE: Tensor, r
     if not rows or not columns:
         raise DamagedSample(f"{width} x {height} pixels after resizing hold no patch of {patch} x {patch}")
     logits_NPQ = unit_patches(tower, crops, recipe) @ queries_QE.T
-    grids = logits_NPQ.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+    grids = logits_NPQ.transpose(1, 2).unflatten(2, (rows, columns))
     return WindowLogits(grids, windows, height, width)
 
 

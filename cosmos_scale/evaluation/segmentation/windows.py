@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 Rows = Callable[[int, int], Tensor]
-"""From a first row to the row after the last, the logits of these rows: [Q, rows, W]."""
+"""From a first row to the row after the last, the logits of these rows: [Q, rows, W].
+
+Queries come last in memory: a pixel's logits lie side by side, where their largest is found soonest.
+"""
 
 
 class Window(NamedTuple):
@@ -87,12 +90,22 @@ class WindowLogits(NamedTuple):
         """Return rows of by_row @ grids @ by_column.T, the grids of all windows joined into one for each query.
 
         Enlarging, the mean and resizing are linear, and each goes by rows and by columns alone: two products do it all.
+        Few of the patches' rows touch a band of rows: the others, whose weights are zero, are left out.
         """
         windows_in_row = by_column.shape[1] // self.grids.shape[3]
         by_place = self.grids.unflatten(0, (-1, windows_in_row))
-        joined_Qrc = by_place.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2).contiguous()
-        by_row, by_column = (matrix.to(joined_Qrc.device, joined_Qrc.dtype) for matrix in (by_row, by_column))
-        return lambda first, last: (by_row[first:last] @ joined_Qrc) @ by_column.T
+        joined_rcQ = by_place.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).contiguous()
+        device, dtype = joined_rcQ.device, joined_rcQ.dtype
+        by_column = by_column.to(device, dtype)
+
+        def rows(first: int, last: int) -> Tensor:
+            weights = by_row[first:last]
+            (touching,) = weights.any(0).nonzero(as_tuple=True)
+            widened_tWQ = by_column @ joined_rcQ[touching.to(device)]
+            band = weights[:, touching].to(device, dtype) @ widened_tWQ.flatten(1)
+            return band.unflatten(1, widened_tWQ.shape[1:]).permute(2, 0, 1)
+
+        return rows
 
 
 def bilinear_matrix(source: int, target: int) -> Tensor:
