@@ -40,7 +40,9 @@ def add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "overrides", nargs="*", default=(), metavar="key=value", help="dotted keys that replace the file's"
     )
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--gpus", type=positive, default=8, metavar="M", help="GPUs of a node (default: 8)")
+    parser.add_argument(
+        "--gpus", type=positive, default=8, metavar="M", help="GPUs of a node, or ranks of a host of CPUs (default: 8)"
+    )
     kinds = parser.add_mutually_exclusive_group(required=True)
     kinds.add_argument("--gpu", choices=GPUS, help="kind of GPU")
     kinds.add_argument("--machine", type=path, metavar="FILE", help="instead: a machine's JSON file")
@@ -95,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_plan(run, arguments.json)
     if arguments.sweep:
-        title = f"{config.name}, {plan.counts.samples:,} samples a GPU, {machine.name}"
+        title = f"{config.name}, {plan.counts.samples:,} samples a {machine.unit}, {machine.name}"
         write_sweep(scaling(plan, variants, SWEEP_GPUS), title, arguments.out or Path())
     return 0
 

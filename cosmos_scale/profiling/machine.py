@@ -44,6 +44,16 @@ class Machine:
         """Whether steps run as on a GPU."""
         return self.calibration is None or self.calibration.device != "cpu"
 
+    @property
+    def chip(self) -> str:
+        """What computes a rank's step, in a word."""
+        return "GPU" if self.is_gpu else "CPU"
+
+    @property
+    def unit(self) -> str:
+        """What a cluster is counted in: GPUs, one rank each, or the ranks that share CPUs."""
+        return "GPU" if self.is_gpu else "rank"
+
     def to_json(self) -> str:
         """Return the machine as the text of a file that `read_machine` reads."""
         return json.dumps(asdict(self), indent=1) + "\n"

@@ -15,6 +15,8 @@ from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
 GIB = 2**30
 OUTSIDE_TORCH = round(2.3 * GIB)
 """Assumed bytes of a GPU that torch's allocator does not see: CUDA's context, NCCL's buffers, cuBLAS's workspace."""
+OUTSIDE_TORCH_ON_CPU = round(0.85 * GIB)
+"""Bytes of a process beside its tensors: Python, libraries, gloo. Measured: a rank of a tiny run holds 0.89 GiB."""
 RECOMPUTES = (0, 2, 1)
 FEWEST = 8  # samples a GPU of the smaller of the two counts that a largest batch is found from
 NEARLY_OVER = 0.95  # of a phase's products: a collective that comes later is hidden by nothing
@@ -32,6 +34,16 @@ class Cluster:
     def world_size(self) -> int:
         """All GPUs, one rank each."""
         return self.nodes * self.gpus
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a rank may have: a GPU's, or its share of a host's."""
+        return self.machine.memory_gib * GIB / (1 if self.machine.is_gpu else self.gpus)
+
+    @property
+    def outside_torch(self) -> int:
+        """Bytes of a rank that torch's allocator does not see."""
+        return OUTSIDE_TORCH if self.machine.is_gpu else OUTSIDE_TORCH_ON_CPU
 
     def across(self, nbytes: float, kind: str) -> float:
         """Return the bytes that a GPU takes in from other nodes for a collective on a tensor of so many bytes.
@@ -88,8 +100,8 @@ class Plan:
 
     @property
     def free(self) -> float:
-        """Bytes that torch may take on a GPU."""
-        return self.cluster.machine.memory_gib * GIB - OUTSIDE_TORCH
+        """Bytes that torch may take for a rank."""
+        return self.cluster.memory - self.cluster.outside_torch
 
     def traffic(self) -> list[Traffic]:
         """Return what a rank exchanges, by purpose, in the order of a step."""
@@ -121,7 +133,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     variants = {every: _with_recompute(config, every) for every in RECOMPUTES}
     runs = [(config, samples)] + [(variant, size) for variant in variants.values() for size in sizes]
     counts, *others = count_runs(runs, cluster.world_size, as_gpu=cluster.machine.is_gpu)
-    free = cluster.machine.memory_gib * GIB - OUTSIDE_TORCH
+    free = cluster.memory - cluster.outside_torch
     largest = {
         every: _largest(others[2 * place : 2 * place + 2], free, config.train.micro_batches)
         for place, every in enumerate(variants)
@@ -157,7 +169,7 @@ def _largest(counts: Sequence[Counts], free: float, micro_batches: int) -> int |
     small, large = counts
     growth = (large.peak.peak - small.peak.peak) / (large.samples - small.samples)
     if growth <= 0:
-        raise UserError(f"plan: the peak does not grow from {small.samples} to {large.samples} samples a GPU")
+        raise UserError(f"plan: the peak does not grow from {small.samples} to {large.samples} samples a rank")
     most = int(small.samples + (free - small.peak.peak) / growth) // micro_batches * micro_batches
     return most if most > 0 else None
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_scale.files import replace_file, whole_file, writing
-from cosmos_scale.profiling.plan import GIB, OUTSIDE_TORCH
 from cosmos_scale.profiling.plan_time import PlannedTime, StepTime
 from cosmos_scale.profiling.plan_time_text import PlannedRun
 from cosmos_scale.profiling.remedies import Outlook
@@ -45,8 +44,8 @@ def plan_tree(run: PlannedRun) -> dict[str, Any]:
             "peak_bytes": peak.peak,
             "phase": peak.phase,
             "parts": peak.parts,
-            "outside_torch_bytes": OUTSIDE_TORCH,
-            "gpu_bytes": round(cluster.machine.memory_gib * GIB),
+            "outside_torch_bytes": cluster.outside_torch,
+            "gpu_bytes": round(cluster.memory),
             "phases": {memory.phase: memory.peak for memory in counts.memory},
             "largest_batch_by_recompute": {str(every): most for every, most in plan.largest.items()},
         },
@@ -154,7 +153,7 @@ def _step_tree(step: StepTime) -> dict[str, Any]:
 
 
 def _draw(outlooks: Sequence[Outlook], title: str, path: Path) -> None:
-    """Draw samples a second and GPU by number of GPUs, a line and its range for each stage."""
+    """Draw samples a second and rank by number of ranks, a line and its range for each stage."""
     from matplotlib.figure import Figure  # here: it takes half a second
 
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
@@ -168,7 +167,8 @@ def _draw(outlooks: Sequence[Outlook], title: str, path: Path) -> None:
         axes.fill_between(sizes, least, most, alpha=0.1)
         axes.plot(sizes, [point.time.rate for point in points], marker="o", label=f"ZeRO stage {stage}")
     gpus = sorted({outlook.cluster.world_size for outlook in outlooks})
-    axes.set(title=title, xscale="log", xlabel="GPUs", ylabel="samples a second and GPU, planned")
+    unit = outlooks[0].cluster.machine.unit
+    axes.set(title=title, xscale="log", xlabel=f"{unit}s", ylabel=f"samples a second and {unit}, planned")
     axes.set_xticks(gpus, [f"{size:,}" for size in gpus])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)

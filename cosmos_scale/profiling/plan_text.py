@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from cosmos_scale.profiling.plan import GIB, OUTSIDE_TORCH, Plan, states_of
+from cosmos_scale.profiling.plan import GIB, Plan, states_of
 
 SHOWN = 0.005  # GiB: parts of less are added up
 
@@ -12,7 +12,7 @@ def head_lines(plan: Plan) -> Iterator[str]:
     cluster, counts, machine = plan.cluster, plan.counts, plan.cluster.machine
     yield (
         f"{plan.config.name} on {cluster.world_size:,} x {machine.name} ({cluster.nodes:,} x {cluster.gpus}; "
-        f"{machine.link:g} GB/s inside a node, {machine.network:g} GB/s a GPU across)"
+        f"{machine.link:g} GB/s inside a node, {machine.network:g} GB/s a {machine.unit} across)"
     )
     train = plan.config.train
     yield (
@@ -33,14 +33,18 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     kept = counts.memory_of("student").left.get("activations", 0)
     if counts.micro_batches == 1:
         yield f"  activations {kept / counts.samples / 2**20:,.1f} MiB a sample"
-    memory = plan.cluster.machine.memory_gib
-    whole = peak.peak + OUTSIDE_TORCH
+    cluster, machine = plan.cluster, plan.cluster.machine
+    whole = peak.peak + cluster.outside_torch
     offloaded = "; masters, moments and average are on the host, and counted here" if plan.config.zero.offload else ""
-    yield f"  CUDA context, NCCL, cuBLAS, outside torch (assumed) {OUTSIDE_TORCH / GIB:>23.2f}{offloaded}"
-    share = whole / GIB / memory
+    what = "CUDA context, NCCL, cuBLAS, outside torch (assumed)"
+    if not machine.is_gpu:
+        offloaded, what = "", "Python, libraries, gloo, outside torch (measured)"
+    yield f"  {what:<52}{cluster.outside_torch / GIB:>23.2f}{offloaded}"
+    share = whole / cluster.memory
     verdict = f"fits: {share:.0%}" if share <= 1.0 else f"DOES NOT FIT: {share:.0%}"
-    yield f"  of {memory:g} GiB {whole / GIB:>62.2f}  {verdict}"
-    yield "  largest batch a GPU: " + "; ".join(
+    shared = "" if machine.is_gpu else f", a rank's share of a host's {machine.memory_gib:.4g}"
+    yield f"  {f'of {cluster.memory / GIB:.4g} GiB{shared}':<52}{whole / GIB:>23.2f}  {verdict}"
+    yield f"  largest batch a {machine.unit}: " + "; ".join(
         f"{'none' if most is None else f'{most:,}'}{f' with recompute {every}' if every else ''}"
         for every, most in plan.largest.items()
     )

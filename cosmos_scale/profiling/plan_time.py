@@ -13,7 +13,7 @@ from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, MIDDLE, UNCALIBRATED
 
 PARTS = ("products", "attention", "element-wise", "loss", "update")
 """What the device computes in a step."""
-LIMITS = ("GPU", "network", "host dispatch", "data CPUs", "PCIe")
+LIMITS = ("GPU", "CPU", "network", "host dispatch", "data CPUs", "PCIe")
 CORE_SAMPLES = 190
 """Samples that one core decodes and crops in a second: benchmarks/loader_workers.py on a quiet EPYC of 2 cores."""
 MOST_WORKERS = 8  # loader processes of a rank where data.workers is null
@@ -51,7 +51,7 @@ class StepTime:
         """What runs side by side: the step takes as long as the longest of these."""
         device = self.computed + self.exposed + (self.host if self.serial else 0.0)
         return {
-            "GPU" if self.computed >= self.exposed else "network": device,
+            ("CPU" if self.serial else "GPU") if self.computed >= self.exposed else "network": device,
             "host dispatch": 0.0 if self.serial else self.host,
             "data CPUs": self.data,
             "PCIe": self.copy,

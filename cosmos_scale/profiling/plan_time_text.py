@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cosmos_scale.profiling.plan import GIB, Plan
 from cosmos_scale.profiling.plan_time import PlannedTime, loaders
 from cosmos_scale.profiling.remedies import Outlook, Remedy
+from cosmos_scale.words import counted
 
 SHARD_BYTES = 60_000
 """Assumed bytes of a sample in the shards: its JPEG and its captions."""
@@ -31,30 +32,31 @@ class PlannedRun:
 def time_lines(run: PlannedRun) -> Iterator[str]:
     """Yield what a step takes, part by part, and what it waits for."""
     time, plan = run.time, run.plan
-    calibration = plan.cluster.machine.calibration
+    machine = plan.cluster.machine
+    calibration = machine.calibration
     known = f"calibrated on {calibration.device}" if calibration else "NOT calibrated"
     yield f"{f'time of a step, ms; rates {known}':<54}{'expected':>10}   {'at best .. worst':>16}"
     for part, seconds in time.expected.device.items():
         yield _row(f"  {part}", seconds, time.fastest.device[part], time.slowest.device[part])
     steps = (time.expected, time.fastest, time.slowest)
-    yield _row("GPU computes", *(step.computed for step in steps))
+    yield _row(f"{machine.chip} computes", *(step.computed for step in steps))
     yield _row("network, alone", *(step.network for step in steps))
     yield _row("  of it hidden", *(step.hidden for step in steps))
     yield _row("host dispatch", *(step.host for step in steps))
-    cores = loaders(plan.config, plan.cluster.machine)
-    yield _row(f"data CPUs: {cores:g} loaders a GPU", time.expected.data)
+    cores = loaders(plan.config, machine)
+    yield _row(f"data CPUs: {cores:g} loaders a {machine.unit}", time.expected.data)
     yield _row("PCIe", time.expected.copy)
     yield _row("a step", *(step.seconds for step in steps))
     low, high = time.rates
     yield (
-        f"bottleneck: {time.expected.limit}   {time.rate:,.0f} samples/s/GPU [{low:,.0f} .. {high:,.0f}] = "
+        f"bottleneck: {time.expected.limit}   {time.rate:,.0f} samples/s/{machine.unit} [{low:,.0f} .. {high:,.0f}] = "
         f"{time.rate * plan.cluster.world_size:,.0f}/s = MFU {time.mfu:.0%} [{time.mfus[0]:.0%} .. {time.mfus[1]:.0%}]"
     )
     yield from _run_lines(run)
 
 
 def _run_lines(run: PlannedRun) -> Iterator[str]:
-    world_size = run.plan.cluster.world_size
+    world_size, unit = run.plan.cluster.world_size, run.plan.cluster.machine.unit
     reads = run.time.rate * world_size * SHARD_BYTES / 1e9
     reading = f"reads {reads:,.2f} GB/s of shards at {SHARD_BYTES / 1e3:g} kB a sample (assumed)"
     if run.steps is None or run.hours is None:
@@ -63,13 +65,14 @@ def _run_lines(run: PlannedRun) -> Iterator[str]:
     fastest, slowest = (step.seconds * run.steps / 3600 for step in (run.time.fastest, run.time.slowest))
     yield (
         f"the run: {run.steps:,} steps, {_duration(run.hours)} [{_duration(fastest)} .. {_duration(slowest)}], "
-        f"{run.hours * world_size:,.0f} GPU-hours; {reading}"
+        f"{run.hours * world_size:,.0f} {unit}-hours; {reading}"
     )
 
 
 def remedy_lines(run: PlannedRun) -> Iterator[str]:
     """Yield what would help, what gains most first."""
-    yield f"{'what would help':<59}{'samples/s/GPU':>14}{'gain':>7}{'GiB':>7}{'step ms':>9}  waits for"
+    rate = f"samples/s/{run.plan.cluster.machine.unit}"
+    yield f"{'what would help':<59}{rate:>14}{'gain':>7}{'GiB':>7}{'step ms':>9}  waits for"
     for remedy in run.remedies:
         outlook = remedy.outlook
         yield (
@@ -81,8 +84,9 @@ def remedy_lines(run: PlannedRun) -> Iterator[str]:
 def scaling_lines(run: PlannedRun) -> Iterator[str]:
     """Yield samples a second and GPU by ZeRO stage and number of GPUs."""
     sizes = list(dict.fromkeys(outlook.cluster.world_size for outlook in run.scaling))
-    heads = "".join(f"{f'{size:,} GPU' + 's' * (size > 1):>12}" for size in sizes)
-    yield f"samples/s/GPU at {run.time.samples:,} a GPU (the global batch grows)"
+    machine = run.plan.cluster.machine
+    heads = "".join(f"{counted(size, machine.unit):>12}" for size in sizes)
+    yield f"samples/s/{machine.unit} at {run.time.samples:,} a {machine.unit} (the global batch grows)"
     yield f"{'':<14}{heads}"
     for stage in dict.fromkeys(outlook.stage for outlook in run.scaling):
         row = {outlook.cluster.world_size: outlook for outlook in run.scaling if outlook.stage == stage}
@@ -90,7 +94,7 @@ def scaling_lines(run: PlannedRun) -> Iterator[str]:
         yield f"  ZeRO stage {stage}" + "".join(f"{cell:>12}" for cell in cells)
     largest = max(run.scaling, key=lambda outlook: outlook.cluster.world_size).time.expected
     share = largest.device["loss"] / largest.computed
-    yield f"  at {sizes[-1]:,} GPUs the loss is {share:.0%} of what the GPU computes"
+    yield f"  at {counted(sizes[-1], machine.unit)} the loss is {share:.0%} of what the {machine.chip} computes"
 
 
 def _gain(gain: float) -> str:

@@ -16,9 +16,10 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.counts import Counts
 from cosmos_scale.profiling.fake_run import count_runs
-from cosmos_scale.profiling.plan import GIB, OUTSIDE_TORCH, RECOMPUTES, Cluster, Plan
+from cosmos_scale.profiling.plan import RECOMPUTES, Cluster, Plan
 from cosmos_scale.profiling.plan_time import PlannedTime, planned_time
 from cosmos_scale.profiling.scaled_counts import scaled_counts
+from cosmos_scale.words import counted
 
 COUNTED_RANKS = 8
 STAGES = (0, 1, 2, 3)
@@ -49,8 +50,8 @@ class Outlook:
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has so much memory."""
-        return self.memory <= self.cluster.machine.memory_gib * GIB
+        """Whether a rank may have so much memory."""
+        return self.memory <= self.cluster.memory
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def count_variants(plan: Plan) -> list[Variant]:
 
 def _asked(plan: Plan) -> Iterator[tuple[str, RunConfig, int]]:
     config, samples, train = plan.config, plan.counts.samples, plan.config.train
+    unit = plan.cluster.machine.unit
     for stage in STAGES:
         if (changed := _changed(config, {"zero": {"stage": stage}})) is not None:
             yield f"zero.stage={stage}", changed, samples
@@ -93,9 +95,9 @@ def _asked(plan: Plan) -> Iterator[tuple[str, RunConfig, int]]:
         wanted = parts != train.micro_batches and (parts < train.micro_batches) == fits
         if wanted and samples % parts == 0 and changed is not None:
             yield f"train.micro_batches={parts}", changed, samples
-    yield f"{2 * samples:,} samples a GPU", config, 2 * samples
+    yield f"{2 * samples:,} samples a {unit}", config, 2 * samples
     if samples % (2 * train.micro_batches) == 0:
-        yield f"{samples // 2:,} samples a GPU", config, samples // 2
+        yield f"{samples // 2:,} samples a {unit}", config, samples // 2
 
 
 def _changed(config: RunConfig, sections: dict[str, dict[str, Any]]) -> RunConfig | None:
@@ -138,7 +140,8 @@ def _clusters(variant: Variant, plan: Plan) -> Iterator[tuple[str, Cluster]]:
             else replace(cluster, nodes=1, gpus=int(size))
         )
         if other.world_size == size and other.gpus <= cluster.gpus:
-            yield f"the same batch on {int(size):,} GPUs, {variant.samples:,} a GPU", other
+            unit = cluster.machine.unit
+            yield f"the same batch on {counted(int(size), unit)}, {variant.samples:,} a {unit}", other
     if ratio > 1:
         batch = variant.samples * cluster.world_size
         yield f"train.global_batch={batch} (another training)", cluster
@@ -155,7 +158,7 @@ def _relieved(plan: Plan, time: PlannedTime) -> Iterator[Remedy]:
         slowest=replace(time.slowest, data=0.0),
     )
     change = "more cores and data.workers, or data.decoder=dali"
-    memory = plan.counts.peak.peak + OUTSIDE_TORCH
+    memory = plan.counts.peak.peak + plan.cluster.outside_torch
     outlook = Outlook(change, plan.cluster, plan.counts.stage, relieved, memory)
     yield Remedy(outlook, relieved.rate / time.rate - 1)
 
@@ -170,7 +173,7 @@ def outlook_of(variant: Variant, cluster: Cluster) -> Outlook:
         total_bytes(state_memory(model, variant.config, ranks), on_host=False)
         for ranks in (variant.counts.world_size, cluster.world_size)
     )
-    memory = counts.peak.peak + there - here + OUTSIDE_TORCH
+    memory = counts.peak.peak + there - here + cluster.outside_torch
     return Outlook(variant.change, cluster, variant.counts.stage, time, memory)
 
 

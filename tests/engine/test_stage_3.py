@@ -9,6 +9,8 @@ import torch
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine import zero
 from cosmos_scale.engine.ranks import start_ranks
+from cosmos_scale.profiling.collectives import CollectiveCounter
+from cosmos_scale.profiling.phased_step import step_in_phases
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.tiny import Tiny, build_tiny, tiny_batch, tiny_config
 from tests.loss.reference import operations
@@ -59,6 +61,8 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
 
         def smaller(config: RunConfig, elements: int, case: Case = case) -> dict[str, Any]:
             own = {"sub_group_size": case.shard, "stage3_param_persistence_threshold": case.kept}
+            if not case.kept:  # each module's weights by themselves, for each use anew
+                own |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
             return full(config, elements) | own
 
         zero.ShardedWeights.zero_keys = staticmethod(smaller)  # type: ignore[method-assign]
@@ -72,6 +76,7 @@ def run_cases(rank: int, world_size: int) -> dict[Case, dict[str, Any]]:
             results[case]["kept"] = len(kept)
             results[case]["gathers"] = [name for name in names if name.startswith("c10d::")]
             results[case]["awaited"] = awaited_by_gathers(tiny)
+            results[case]["tables"] = gathered_tables(tiny, rank)
         tiny.close()
     return results
 
@@ -111,6 +116,18 @@ def run_case(tiny: Tiny, rank: int) -> dict[str, Any]:
     return {"losses": losses, "norms": norms}
 
 
+def gathered_tables(tiny: Tiny, rank: int) -> int:
+    """Take a step, and return how often it gathers the student's token embedding by itself."""
+    text = tiny_config().model.text
+    padded = WORLD_SIZE * -(-text.vocab_size * text.width // WORLD_SIZE)
+    counter = CollectiveCounter()
+    with counter:
+        share = tiny_batch(STEPS, GLOBAL_BATCH).split(WORLD_SIZE)[rank]
+        step_in_phases(tiny.student, tiny.teacher, tiny.loss, share, counter.enter_phase)
+    student = [found for found in counter.seen if found.phase != "teacher" and found.kind == "all_gather"]
+    return sum(found.elements == padded for found in student)
+
+
 @pytest.mark.slow  # five engines in three processes
 def test_gathered_weights_and_several_shards_train_as_whole_ones() -> None:
     for results in run_ranks(run_cases, WORLD_SIZE, timeout=200):
@@ -122,5 +139,7 @@ def test_gathered_weights_and_several_shards_train_as_whole_ones() -> None:
             assert results[case]["kept"] > 10 or not case.kept
             assert len(results[case]["gathers"]) == bool(results[case]["kept"])  # all of them travel together
             assert results[case]["awaited"] == ["of the writes on cpu"]
+            if not case.kept:  # two micro-batches, each without a graph and with one; not for the backward
+                assert results[case]["tables"] == 2 * case.micro_batches
             assert results[case]["losses"] == pytest.approx(reference["losses"], abs=TOLERANCE), case
             assert results[case]["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE), case

@@ -12,8 +12,9 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.profiling import remedies as remedies_module
 from cosmos_scale.profiling.counts import Counts, Exchange, OperatorCount, PhaseMemory
 from cosmos_scale.profiling.machine import MACHINES, Machine
-from cosmos_scale.profiling.plan import GIB, Cluster, Plan, StepOperations
+from cosmos_scale.profiling.plan import GIB, OUTSIDE_TORCH_ON_CPU, Cluster, Plan, StepOperations
 from cosmos_scale.profiling.plan_files import PICTURE, TABLE, plan_tree, write_sweep
+from cosmos_scale.profiling.plan_text import head_lines, memory_lines, traffic_lines, work_lines
 from cosmos_scale.profiling.plan_time import CORE_SAMPLES, batch_bytes, planned_time, step_time
 from cosmos_scale.profiling.plan_time_text import PlannedRun, remedy_lines, scaling_lines, time_lines
 from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, KERNEL_SECONDS, UNCALIBRATED, Assumed, AssumedRates
@@ -23,6 +24,7 @@ from cosmos_scale.report.plan_part import PLAN_FILE, add_plans
 from cosmos_scale.report.profile_part import Profiled
 from cosmos_scale.report.records import read_runs
 from cosmos_scale.testing.tiny import tiny_config
+from tests.profiling.test_calibration import CALIBRATION
 from tests.report.run_folders import train_record, write_run
 
 # 100 TFLOP/s, 1 TB/s, 100 GB/s inside a node, 10 GB/s between nodes, all of it reached.
@@ -161,9 +163,8 @@ def test_counts_scale_with_the_ranks() -> None:
         scaled_counts(replace(counts, world_size=1), 8)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> PlannedRun:
-    """A planned run: 4 samples a GPU take 8 ms at every stage but 3, where they take 16."""
+def planned_run(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> PlannedRun:
+    """Return a planned run: 4 samples a rank take 8 ms at every stage but 3, where they take 16."""
 
     def counted(runs: list[tuple[RunConfig, int]], world_size: int, *, as_gpu: bool) -> list[Counts]:
         found = []
@@ -174,10 +175,16 @@ def run(monkeypatch: pytest.MonkeyPatch) -> PlannedRun:
 
     monkeypatch.setattr(remedies_module, "count_runs", counted)
     config = config_of()
-    plan = Plan(config, CLUSTER, counts_of(product("student", 8)), {0: 8}, StepOperations(10**12, 0, 0, 10**12))
+    plan = Plan(config, cluster, counts_of(product("student", 8)), {0: 8}, StepOperations(10**12, 0, 0, 10**12))
     variants = count_variants(plan)
-    time = planned_time(config, plan.counts, CLUSTER)
+    time = planned_time(config, plan.counts, cluster)
     return PlannedRun(plan, time, 1000, remedies(plan, time, variants), scaling(plan, variants, (1, 8, 12, 1024)))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> PlannedRun:
+    """A planned run on 8 GPUs."""
+    return planned_run(monkeypatch, CLUSTER)
 
 
 def test_remedies_are_ranked_by_gain(run: PlannedRun) -> None:
@@ -218,6 +225,25 @@ def test_a_report_shows_a_plan_beside_the_runs_steps(run: PlannedRun, tmp_path: 
     add_plans(without, read_runs([folder]), notes)
     assert without == Profiled()
     assert notes == ["some_run: plan.json cannot be used: KeyError: 'expected'."]
+
+
+def test_a_plan_for_cpus_names_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a host share its memory, and hold Python and its libraries beside their tensors."""
+    machine = replace(MACHINE, name="a CPU, 2 threads", memory_gib=20.0, calibration=CALIBRATION)
+    run = planned_run(monkeypatch, Cluster(2, 4, machine))
+    plan_sections = (head_lines, memory_lines, work_lines, traffic_lines)
+    lines = [line for section in plan_sections for line in section(run.plan)]
+    lines += [line for section in (time_lines, remedy_lines, scaling_lines) for line in section(run)]
+    text = "\n".join(lines)
+    assert "GPU" not in text, text
+    assert "CUDA" not in text, text
+    assert "bottleneck: CPU" in text
+    assert "of 5 GiB, a rank's share of a host's 20" in text
+    assert "the same batch on 4 ranks, 8 a rank" in text
+    outside = next(line for line in lines if "outside torch" in line)
+    assert float(outside.split()[-1]) == pytest.approx(OUTSIDE_TORCH_ON_CPU / GIB, abs=0.01)
+    assert run.plan.free == 5 * GIB - OUTSIDE_TORCH_ON_CPU
+    assert plan_tree(run)["memory"]["outside_torch_bytes"] == OUTSIDE_TORCH_ON_CPU
 
 
 def test_plans_are_told_in_lines_and_files(run: PlannedRun, tmp_path: Path) -> None:
