@@ -225,10 +225,10 @@ def test_many_long_runs_stay_a_small_page(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_data_is_gone_has_a_page_that_says_so(
-    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    browser: Page, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
-    source = {"name": "gone", "shards": str(tmp_path / "gone")}
+    source = {"name": "gone", "shards": str(tmp_path / ("gone" * 40))}
     folder = write_run(tmp_path / "run", records, data={"sources": [source]})
     (folder / "profile").mkdir()
     (folder / "profile" / "profile.json").write_text('{"phases": [{}]}')
@@ -238,6 +238,7 @@ def test_a_run_whose_data_is_gone_has_a_page_that_says_so(
     assert "samples left out" in printed
     assert "profile/profile.json cannot be used: KeyError" in printed
     assert "samples left out" in out.read_text()
+    look(browser, out, PHONE, dark=False)  # also where a path is longer than a line
 
 
 @pytest.mark.parametrize(("name", "said"), [("none", "no such folder"), ("empty", "no run")])
