@@ -58,7 +58,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
                 with progress.pause(), watchdog.longer(f"the evaluation of step {step}") as goes_on:
                     run.opened.evaluations.run_due(step, student, teacher, progress, goes_on)
         if ahead.stopped_by is not None and ahead.failure is None:
-            progress.say(f"stopping after step {step} of {last_step}: {ahead.stopped_by}")
+            progress.stopping(step, ahead.stopped_by)
         progress.read_pending()
         if step > run.first_step:
             with watchdog.longer(f"the last checkpoint, after step {step}"):

@@ -46,7 +46,9 @@ def _state(run: RunRecords) -> tuple[str, Literal["good", "running", "warning"]]
         return f"Ended at {of}, where the loss was not finite", "warning"
     if run.died:
         return f"Died at {of}: its launch ended without leaving the folder", "warning"
-    return f"Stopped at {of}", "warning" if planned else "good"
+    asked = next((stop.get("reason") for stop in reversed(run.stops) if stop["step"] == step), None)
+    by = f", asked for by {asked}" if asked else ""
+    return f"Stopped at {of}{by}", "warning" if planned else "good"
 
 
 def _seconds_left(run: RunRecords) -> float | None:

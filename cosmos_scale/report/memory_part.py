@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cosmos_scale.profiling.memory_timeline import BEFORE
 from cosmos_scale.report.figures import Bar, Drawn, draw_lines_over, draw_stacks
 from cosmos_scale.report.final_numbers import TextTable
 
@@ -28,7 +27,7 @@ def measured_memory(profile: Mapping[str, Any], of: str, number: int) -> Iterato
     note = f"Peak {memory['peak_bytes'] / MIB:,.1f} MiB in the phase {phase}"
     if plan:
         note += f"; planned {plan['peak_bytes'] / MIB:,.1f} MiB, measured {_against(memory, plan):+.1f} %"
-    note += f". A part is what a phase has taken; what a step finds is there {BEFORE}."
+    note += ". A part is what a phase has taken; what a step finds is there before it."
     planned = (plan or {}).get("phase_peaks") or {}  # profiles of older versions have the peak alone
     if planned.get(phase):
         stacks["planned"] = _whole(planned[phase])

@@ -41,7 +41,7 @@ class SavedCheckpoint:
 class RunRecords:
     """What was read of a run. tree: the config as plain data, config: the same typed; each None where it is not there.
 
-    train, evaluations, failures, starts: records in the order of their steps. running: whether a launch holds the
+    train, evaluations, failures, starts, stops: records in the order of steps. running: whether a launch holds the
     folder now; died: whether the last launch left without giving the folder back. notes: what is missing, in sentences.
     """
 
@@ -51,6 +51,7 @@ class RunRecords:
     evaluations: Sequence[Record] = ()
     failures: Sequence[Record] = ()
     starts: Sequence[Record] = ()
+    stops: Sequence[Record] = ()
     damages: Sequence[Record] = ()
     saved: Sequence[SavedCheckpoint] = ()
     tree: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +138,7 @@ def _read_run(folder: Path) -> RunRecords:
         evaluations=[record for record in records if record["kind"] == "eval"],
         failures=[record for record in records if record["kind"] == "eval_failed"],
         starts=[record for record in records if record["kind"] == "start"],
+        stops=[record for record in records if record["kind"] == "stop"],
         damages=damages,
         saved=saved,
         tree=tree,

@@ -28,7 +28,7 @@ class Event(NamedTuple):
 
 def events_of(run: RunRecords) -> list[Event]:
     """Return all that is known to have happened, by step and time."""
-    found = [*_starts(run), *_evaluations(run), *_checkpoints(run), *_skipped(run), *_damage(run)]
+    found = [*_starts(run), *_stops(run), *_evaluations(run), *_checkpoints(run), *_skipped(run), *_damage(run)]
     if not run.starts:
         found += _pauses(run)
     return sorted(found, key=lambda event: (event.step, math.inf if math.isnan(event.time) else event.time))
@@ -51,6 +51,11 @@ def _starts(run: RunRecords) -> Iterator[Event]:
             said += f"; {code or NOT_RECORDED}"
             before = code
         yield Event(_time(record), step, "resume" if step else "start", said)
+
+
+def _stops(run: RunRecords) -> Iterator[Event]:
+    for record in run.stops:
+        yield Event(_time(record), int(record["step"]), "stop", f"asked for by {record.get('reason', 'nobody known')}")
 
 
 def _evaluations(run: RunRecords) -> Iterator[Event]:

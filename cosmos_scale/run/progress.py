@@ -163,6 +163,12 @@ class Progress:
         if self._log is not None:
             self._log.say(text)
 
+    def stopping(self, step: int, reason: str) -> None:
+        """Say after which step the run stops and what asked for it, and write both, on the main rank."""
+        if self._log is not None:
+            self._log.say(f"stopping after step {step} of {self._last_step}: {reason}")
+            self._log.stopped(step, reason)
+
     def after_step(
         self, step: int, output: StepOutput, batch: Batch, *, lr: float, momentum: float, wait_seconds: float
     ) -> None:

@@ -18,7 +18,7 @@ from cosmos_scale.report import page
 from cosmos_scale.report.page import write_report
 from cosmos_scale.report.retrieval_part import FOUND, QUERIES, WORST, retrieve
 from tests.profiling.invented import GIB, rank_profile, record_of
-from tests.report.browser import BROWSER, Page, browser_page
+from tests.report.browser import SCROLLS, Page, browser_page
 from tests.report.run_folders import evaluation_record, start_record, train_record, write_run
 
 PHONE, DESKTOP, HEIGHT = 390, 1280, 900
@@ -28,7 +28,6 @@ SIZES = """[...document.querySelectorAll('figure svg, figure svg g[id*="-run"], 
   .filter((one) => !one.closest('[hidden]') && !one.closest('details:not([open])'))
   .map((one) => [one.id || one.alt || one.tagName, one.getBoundingClientRect()])
   .map(([name, box]) => [name, box.width, box.height])"""
-SCROLLS = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 CUT = """[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth)
   .map((one) => one.ariaLabel)"""
 ROWS = """((part) => [...document.querySelectorAll('#memory tr')].map((row) => [...row.cells].map((cell) =>
@@ -54,8 +53,6 @@ def two_real(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    if BROWSER is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
     with browser_page(tmp_path_factory.mktemp("browser")) as page:
         yield page
 
@@ -228,10 +225,10 @@ def test_many_long_runs_stay_a_small_page(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_data_is_gone_has_a_page_that_says_so(
-    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    browser: Page, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
-    source = {"name": "gone", "shards": str(tmp_path / "gone")}
+    source = {"name": "gone", "shards": str(tmp_path / ("gone" * 40))}
     folder = write_run(tmp_path / "run", records, data={"sources": [source]})
     (folder / "profile").mkdir()
     (folder / "profile" / "profile.json").write_text('{"phases": [{}]}')
@@ -241,6 +238,7 @@ def test_a_run_whose_data_is_gone_has_a_page_that_says_so(
     assert "samples left out" in printed
     assert "profile/profile.json cannot be used: KeyError" in printed
     assert "samples left out" in out.read_text()
+    look(browser, out, PHONE, dark=False)  # also where a path is longer than a line
 
 
 @pytest.mark.parametrize(("name", "said"), [("none", "no such folder"), ("empty", "no run")])

@@ -150,6 +150,7 @@ def test_events_tell_what_happened(tmp_path: Path) -> None:
         train_record(20, loss=None, skipped_steps=1),
         train_record(30, skipped_steps=1),
         evaluation_record(30, 0.25),
+        {"kind": "stop", "time": BEGAN + 100, "step": 40, "reason": "SIGTERM at rank 1"},
         {"kind": "eval_failed", "time": BEGAN, "step": 40, "evaluator": "voc", "voc/failures": 1},
     ]
     folder = write_run(tmp_path / "run", records)
@@ -169,8 +170,10 @@ def test_events_tell_what_happened(tmp_path: Path) -> None:
         (25, "lost shard"),
         (30, "evaluation"),
         (40, "evaluation failed"),
+        (40, "stop"),
     ]
     said = {event.kind: event.said for event in events_of(run)}
+    assert said["stop"] == "asked for by SIGTERM at rank 1"
     assert said["resume"] == "4 ranks, cuda"
     assert said["damaged samples"] == "2 samples replaced: no JPEG"
     assert said["evaluation"].startswith("retrieval: R@1, image to text: student 25.0 %, teacher 12.5 %")
