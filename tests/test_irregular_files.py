@@ -47,9 +47,9 @@ MAY_OPEN = {
     "cosmos_scale/evaluation/prompts/texts.py",  # the package's own names and templates
     "cosmos_scale/files.py",
     "cosmos_scale/host.py",
-    "cosmos_scale/launch/printer.py",  # /dev/null
     "cosmos_scale/interfaces.py",  # /proc
     "cosmos_scale/launch/look.py",  # /proc
+    "cosmos_scale/launch/printer.py",  # /dev/null
     "cosmos_scale/run/lock.py",  # /proc
     "cosmos_scale/run/supervisor.py",  # /proc
     "cosmos_scale/versions.py",  # the package's own sources
