@@ -63,7 +63,9 @@ def place(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """Return a path with ~ and $VARIABLES put in; an unset variable is refused."""
+    """Return a path with ~ and $VARIABLES put in; an unset variable is refused, and a URL, which would be a folder."""
+    if "://" in text:  # not shown: it may hold secrets
+        raise argparse.ArgumentTypeError("a URL is given; rule: a path of this machine")
     return Path(place(text))
 
 

@@ -89,8 +89,6 @@ def raising(error: BaseException) -> Callable[[], int]:
         (raising(KeyboardInterrupt()), 130, "cosmos-scale data: interrupted\n"),
         (raising(OSError(errno.ENOSPC, "No space left")), 2, "cosmos-scale data: No space left\n"),
         (raising(OSError(errno.EDQUOT, "Quota exceeded", "a/b")), 2, "cosmos-scale data: a/b: Quota exceeded\n"),
-        (raising(OSError(errno.EACCES, "Permission denied", "a")), 2, "cosmos-scale data: a: Permission denied\n"),
-        (raising(OSError(errno.ESTALE, "Stale file handle", "a")), 2, "cosmos-scale data: a: Stale file handle\n"),
     ],
 )
 def test_one_place_turns_errors_into_exit_statuses(
@@ -101,43 +99,8 @@ def test_one_place_turns_errors_into_exit_statuses(
 
 
 def test_mistakes_in_the_program_keep_their_traceback() -> None:
-    of_no_path = OSError(errno.EACCES, "Permission denied")
-    of_a_lost_file = FileNotFoundError(errno.ENOENT, "No such file", "a")
-    for error in (ZeroDivisionError(), of_no_path, of_a_lost_file):
-        with pytest.raises(type(error)):
-            cli.exit_status("cosmos-scale data", raising(error))
-
-
-LONG = "a" * 5000
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        f"data index {LONG}",
-        f"data index {LONG}/*.tar --out index",
-        f"data verify {LONG}",
-        f"data inspect {LONG}",
-        f"data build --images {LONG} --captions c.csv --out out",
-        f"data build --images . --captions {LONG}.csv --out out",
-        f"data prepare dreamlip --captions {LONG}.csv --images . --out out",
-        f"checkpoint inspect {LONG}",
-        f"report {LONG}",
-        f"train {LONG}.yaml --dry-run",
-        f"train {LONG} --dry-run",
-        f"eval retrieval --checkpoint {LONG} --data shards",
-        f"convert --checkpoint {LONG} --which teacher --to hf out",
-    ],
-)
-def test_a_path_that_no_file_system_takes_is_one_line(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """So is a path that leads through a folder which is closed to the user, where pathlib raises alike."""
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(command.split()) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    assert "File name too long" in errors
+    with pytest.raises(ZeroDivisionError):
+        cli.exit_status("cosmos-scale data", raising(ZeroDivisionError()))
 
 
 def test_every_command_says_that_it_was_interrupted(

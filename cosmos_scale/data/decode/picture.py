@@ -94,6 +94,16 @@ def is_transparent(image_bytes: bytes, max_pixels: int) -> bool:
         return False
 
 
+def is_animated(image_bytes: bytes, max_pixels: int) -> bool:
+    """Return whether a picture that decodes is a PNG or WebP of several frames, of which the first is read."""
+    if picture_format(image_bytes[:12]) == "jpeg":
+        return False
+    try:
+        return bool(getattr(open_picture(image_bytes, max_pixels), "is_animated", False))
+    except Exception:  # of any type, as in decode_rgbx, which says what is wrong
+        return False
+
+
 def open_picture(image_bytes: bytes, max_pixels: int) -> Image.Image:
     """Read a picture's header; pixels are read when they are asked for.
 

@@ -1,5 +1,6 @@
 """The whole preparation of a published dataset, stage by stage."""
 
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,8 @@ def prepare_dataset(
     goes on where it was. The bytes of its output are those of an unbroken one, and do not depend on `workers`.
     Raises: UserError where an input is missing or unusable, nothing can be joined, or `out` is of another preparation.
     """
+    if inside := next((path for path in images if path.is_dir() and out.exists() and path.samefile(out)), None):
+        raise UserError(f"--out {inside}: is the folder of the images; name another folder for the shards")
     task = Task(dataset.name, caption_files(captions), list_images(images), out, join, split)
     options = task.options()
     if (done := read_prepare_manifest(task, options)) is not None:
@@ -60,7 +63,7 @@ def prepare_dataset(
         for name in (SUMMARY, REJECTED):  # lines that a stopped run left would stay in the new files
             (out / name).unlink(missing_ok=True)
         if samples:
-            index_shards(str(out), None, finishing=True, workers=workers, progress=progress)
+            index_shards(os.path.abspath(out), None, finishing=True, workers=workers, progress=progress)
         rejected = write_rejected(task)
         if not samples:
             raise UserError(f"{out}: no image could be used; see {out / REJECTED}")

@@ -21,6 +21,8 @@ KNOWN_NAMES = {name.lower(): name for name in DREAMLIP_KEYS} | {
 }
 # Names of captions in other datasets, in order of preference: read only where there is no known key.
 OTHER_NAMES = ("captions", "text", "title")
+# Signs that show nothing, and that `strip` leaves: a zero-width space, joiners, the byte order mark, a soft hyphen.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 
 
 def plain_column(name: str) -> str:
@@ -108,7 +110,7 @@ def _lacks_sentence(name: str, value: object) -> bool:
     if not isinstance(value, str) or plain_column(name) in WHOLE_KEYS:
         return False
     has_letter = any(map(str.isalnum, value.replace(END_TOKEN, "")))  # the first letter settles most texts
-    return not has_letter and not split_sentences(value)
+    return not has_letter and not split_sentences(value.translate(_INVISIBLE))
 
 
 def _called_caption(name: str) -> bool:

@@ -134,10 +134,15 @@ class Stores:
         self._pid = os.getpid()
 
     def of(self, address: str) -> Store:
-        """Return the store that an address belongs to."""
+        """Return the store that an address belongs to; raises UserError where a web address is none."""
         if self._pid != os.getpid():  # two processes must not talk over one connection
             self._stores, self._pid = {}, os.getpid()
         kind = PIPE if address.startswith(PIPE) else "web" if is_web(address) else "fsspec"
+        if kind == "web":
+            try:
+                urlsplit(address)
+            except ValueError as error:  # of brackets that do not enclose a number
+                raise UserError(f"{redact(address)}: not a valid URL: {error}") from error
         if kind not in self._stores:
             self._stores[kind] = self._open(kind)
         return self._stores[kind]

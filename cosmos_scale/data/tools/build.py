@@ -28,6 +28,7 @@ from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
+from cosmos_scale.data.tools.near_names import near_names
 from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
 from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
@@ -39,8 +40,9 @@ class BuildReport(NamedTuple):
     """What `build_shards` made; `rejected` counts rows by reason.
 
     transparent, turned: pictures with transparent pixels, and those whose EXIF tag says to turn them.
-    rules: what became of both. repeated: rows whose picture an earlier row named. joined: whether their captions are in
-    the sample of the earlier row. unread: rows by a column called as captions are called, whose text is not read.
+    rules: what became of both. animated: pictures of several frames, of which the first is packed. repeated: rows whose
+    picture an earlier row named. joined: whether their captions are in the sample of the earlier row. unread: rows by a
+    column called as captions are called, whose text is not read.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class BuildReport(NamedTuple):
     repeated: int
     joined: bool
     unread: Counter[str]
+    animated: int
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
@@ -67,6 +70,9 @@ class BuildReport(NamedTuple):
             kept = f"with a tag that says to turn {them}, which training ignores (--orientation upright does it)"
             how = upright if self.rules.orientation == "upright" else kept
             lines.append(f"{counted(self.turned, 'picture')} {how}")
+        if self.animated:
+            frame = "its first frame is" if self.animated == 1 else "the first frame of each is"
+            lines.append(f"{counted(self.animated, 'animated picture')}: {frame} packed")
         if self.repeated and self.joined:
             lines.append(f"{counted(self.repeated, 'row')} joined to an earlier row's sample of the same picture")
         elif self.repeated:
@@ -123,6 +129,7 @@ class _Written(NamedTuple):
     named: list[int]
     size: int
     pictures: str
+    animated: int = 0  # noted last: reports of older versions have no such number
 
 
 def build_shards(
@@ -163,7 +170,7 @@ def build_shards(
     refuse_foreign_summary(out / SUMMARY)
     rejected: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    samples = transparent = turned = 0
+    samples = transparent = turned = animated = 0
     named = array("Q")
     with open_work(work, options):
         rows = read_rows(captions, columns)
@@ -181,20 +188,23 @@ def build_shards(
                 samples += written.samples
                 transparent += written.transparent
                 turned += written.turned
+                animated += written.animated
                 named.extend(written.named)
                 for reject in written.rejected:
                     rejected[reason_class(reject.reason)] += 1
                     log.write(json.dumps(reject._asdict()) + "\n")
                 advance(written.rows)
+        if _digest(captions) != options["captions_digest"]:
+            raise UserError(f"{captions}: has changed while it was read; delete {out} and build anew")
         if samples:
-            index = index_shards(str(out), None, finishing=True, workers=workers, progress=progress)
+            index = index_shards(os.path.abspath(out), None, finishing=True, workers=workers, progress=progress)
             rejected.update(index.rejected)
     close_work(work)
     if not samples:
         raise _nothing_left(captions, rejected, out / REJECTED)
     repeated = len(named) - len(np.unique(np.asarray(named)))
     return BuildReport(
-        *(out, index.shards, index.samples, rejected, transparent, turned, rules, repeated, join_rows, unread)
+        *(out, index.shards, index.samples, rejected, transparent, turned, rules, repeated, join_rows, unread, animated)
     )
 
 
@@ -250,8 +260,9 @@ def _write_shard(images: Path, rules: PictureRules, job: _Job) -> _Written:
         return standing
     job.work.claim(job.shard)
     with writing(job.path), whole_file(job.path) as part:
+        # Opened here: webdataset takes a name with a colon for a URL.
         # A fixed time: the same input gives the same bytes.
-        with TarWriter(str(part), encoder=False, mtime=0) as shard:
+        with open(part, "wb", opener=regular_only) as file, TarWriter(file, encoder=False, mtime=0) as shard:
             written = _write_rows(images, rules, job, shard)
         size = part.stat().st_size if written.samples else 0
         if not written.samples:
@@ -291,7 +302,7 @@ def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) 
     """Write a job's samples; return the report without what concerns the whole shard."""
     rejected = []
     named = []
-    samples = transparent = turned = 0
+    samples = transparent = turned = animated = 0
     for row in job.rows:
         key = f"{row.number:09d}"
         document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image, row.joined)}
@@ -307,9 +318,10 @@ def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) 
         samples += 1
         transparent += picture.transparent
         turned += picture.turned
+        animated += picture.animated
         named += [digest] * (1 + len(row.joined))
     rows = sum(1 + len(row.joined) for row in job.rows)
-    return _Written(rows, samples, rejected, transparent, turned, named, size=0, pictures="")
+    return _Written(rows, samples, rejected, transparent, turned, named, size=0, pictures="", animated=animated)
 
 
 def _packed(images: Path, rules: PictureRules, row: CaptionRow) -> PackedPicture:
@@ -353,7 +365,15 @@ def _picture_path(images: Path, name: str) -> Path:
             if (near := f"{place}{slash}{other}") != name and _named_picture(images, near) is not None:
                 form = (other_forms(file) | other_forms(folder))[other if other != file else place]
                 raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
-    raise DamagedSample("picture not found")
+    meant = next((other for other in near_names(name) if _is_there(images, other)), None)
+    raise DamagedSample(f"picture not found{f': {meant} is there; change the row or --images' if meant else ''}")
+
+
+def _is_there(images: Path, name: str) -> bool:
+    try:
+        return _named_picture(images, name) is not None
+    except DamagedSample:
+        return False
 
 
 def _named_picture(images: Path, name: str) -> Path | None:

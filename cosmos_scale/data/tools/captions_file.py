@@ -158,6 +158,9 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     if image is None:
         wanted = ", ".join(columns.image_names)
         return CaptionRow(number, None, {}, f"no picture named: expected one of {wanted}; the row has {shown}")
+    if image.startswith(("[", "{")) and not isinstance(named := _first_named(plain, columns), str):
+        kind = "list" if isinstance(named, list) else "object"
+        return CaptionRow(number, image, {}, f"wrong type: the picture is named by a json {kind}, not by a text")
     used = {*columns.image_names, *columns.caption_keys(plain)}
     if len(plain) < len(values) and (twice := next(filter(used.__contains__, _twice(values)), None)):
         return CaptionRow(number, image, {}, f"two keys of one name: {twice}; the row has {shown}")
@@ -196,8 +199,14 @@ def _no_caption(plain: dict[str, Any], columns: Columns, shown: str) -> str:
 
 def _named(plain: dict[str, Any], columns: Columns) -> str | None:
     """The picture that a row names, by its plain columns."""
+    value = _first_named(plain, columns)
+    return None if value is None else str(value)
+
+
+def _first_named(plain: dict[str, Any], columns: Columns) -> Any:
+    """The value of the first column of pictures that has one; None where none has."""
     values = (plain.get(name) for name in columns.image_names)
-    return next((str(value) for value in values if value != "" and not is_missing(value)), None)
+    return next((value for value in values if value != "" and not is_missing(value)), None)
 
 
 def _undecoded(cell: str) -> str | None:

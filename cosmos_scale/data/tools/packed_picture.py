@@ -7,7 +7,13 @@ import numpy as np
 from PIL import Image
 
 from cosmos_scale.data.decode.orientation import UPRIGHT, orientation_of, orientation_tag, turned_upright
-from cosmos_scale.data.decode.picture import DEFAULT_MAX_PIXELS, decode_rgbx, is_transparent, picture_format
+from cosmos_scale.data.decode.picture import (
+    DEFAULT_MAX_PIXELS,
+    decode_rgbx,
+    is_animated,
+    is_transparent,
+    picture_format,
+)
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
 
@@ -26,11 +32,12 @@ class PictureRules(NamedTuple):
 
 
 class PackedPicture(NamedTuple):
-    """A JPEG. transparent: whether it was made of a transparent picture. turned: whether its tag said to turn it."""
+    """A JPEG. transparent, animated: what it was made of. turned: whether its tag said to turn it."""
 
     data: bytes
     transparent: bool
     turned: bool
+    animated: bool = False
 
 
 def pack_picture(data: bytes, rules: PictureRules) -> PackedPicture:
@@ -48,4 +55,5 @@ def pack_picture(data: bytes, rules: PictureRules) -> PackedPicture:
     buffer = io.BytesIO()
     # Empty EXIF writes no byte.
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=tag.tobytes() if len(tag) else b"")
-    return PackedPicture(buffer.getvalue(), not is_jpeg and is_transparent(data, DEFAULT_MAX_PIXELS), turned)
+    transparent, animated = (tells(data, DEFAULT_MAX_PIXELS) for tells in (is_transparent, is_animated))
+    return PackedPicture(buffer.getvalue(), transparent, turned, animated)

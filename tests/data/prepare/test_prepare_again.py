@@ -233,6 +233,17 @@ def test_wrong_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     fails(f"1 image, but none has captions in cc3m.csv: urls there are such as {there}, here such as {here}")
 
 
+def test_the_folder_of_the_images_is_no_place_for_the_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a folder 00000 of images, 00000.tar would be a second shard of images of its name."""
+    (tmp_path / "images" / "00000").mkdir(parents=True)
+    (tmp_path / "captions").mkdir()
+    assert cli.main(arguments(tmp_path, "images")) == 2
+    assert "images: is the folder of the images; name another folder for the shards\n" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["00000"]
+
+
 def test_wrong_files_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "a.parquet").write_bytes(b"PAR1 broken")

@@ -1,14 +1,11 @@
 """Indexes on disk: patterns, reports, several sources, and what is refused."""
 
-import errno
 import io
 import json
-import os
 import shutil
 import tarfile
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -226,23 +223,6 @@ def test_missing_and_stale_indexes_are_errors(tmp_path: Path) -> None:
     shutil.copy(write_shards(tmp_path / "other", [5]) / "00000.index.npy", tmp_path / "0.index.npy")
     with pytest.raises(UserError, match=r"holds 5 samples, but index\.json says 2"):
         open_folder(tmp_path).locate(0)
-
-
-def test_an_index_that_is_closed_to_the_user_is_not_called_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_shard(tmp_path / "0.tar", [sample(0)])
-    out = tmp_path / "closed"
-    index_shards(str(tmp_path), out, workers=1, progress=False)
-
-    def closed(path: str, *_: object) -> Any:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "lstat", closed)
-        patch.setattr("cosmos_scale.data.shards.summary.read_whole", closed)
-        with pytest.raises(UserError, match=r"closed/index\.json: index cannot be read: Permission denied$"):
-            open_index(source(tmp_path, out))
 
 
 def test_keys_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:

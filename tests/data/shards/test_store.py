@@ -229,6 +229,12 @@ def test_secrets_are_left_out(text: str, address: str, shown: str) -> None:
     assert redact(text, address) == shown
 
 
+def test_a_web_address_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^http://\[::1/a\.tar: not a valid URL: Invalid IPv6 URL$"):
+        Stores(1.0).of("http://[::1/a.tar")
+    assert Stores(1.0).of("http://[::1]/a.tar")
+
+
 def test_a_folders_query_stays_at_the_end() -> None:
     assert join_url("https://h/a/?t=1", "b.tar") == "https://h/a/b.tar?t=1"
     assert join_url("s3://b/a", "b.tar") == "s3://b/a/b.tar"

@@ -1,0 +1,20 @@
+"""Names that a row of a captions file may have meant, where no picture has its name: for the reason of its reject."""
+
+from collections.abc import Iterator
+from urllib.parse import unquote
+
+
+def near_names(name: str) -> Iterator[str]:
+    """Yield other spellings of a picture's path, the likeliest first.
+
+    Blanks at the ends are left out (`a.csv, b`), backslashes are those of Windows, %20 is a URL's blank, a URL may be
+    of a downloaded file, and a path may start from a folder above the folder of pictures.
+    """
+    seen = {name, ""}
+    plain = name.strip().replace("\\", "/")
+    for spelling in (plain, unquote(plain)):
+        folders = spelling.split("/")
+        for first in range(len(folders)):
+            if (other := "/".join(folders[first:])) not in seen:
+                seen.add(other)
+                yield other

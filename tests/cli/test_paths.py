@@ -1,0 +1,58 @@
+"""Paths on the command line that no file system takes, for every command."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.cli import main as cli
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"data index {LONG}",
+        f"data index {LONG}/*.tar --out index",
+        f"data verify {LONG}",
+        f"data inspect {LONG}",
+        f"data build --images {LONG} --captions c.csv --out out",
+        f"data build --images . --captions {LONG}.csv --out out",
+        f"data prepare dreamlip --captions {LONG}.csv --images . --out out",
+        f"checkpoint inspect {LONG}",
+        f"report {LONG}",
+        f"train {LONG}.yaml --dry-run",
+        f"train {LONG} --dry-run",
+        f"eval retrieval --checkpoint {LONG} --data shards",
+        f"convert --checkpoint {LONG} --which teacher --to hf out",
+    ],
+)
+def test_a_path_that_no_file_system_takes_is_one_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So is a path that leads through a folder which is closed to the user, where pathlib raises alike."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command.split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "File name too long" in errors
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.ENOTCONN])
+def test_what_the_system_says_of_a_path_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        raise OSError(number, os.strerror(number), "a/b")
+
+    assert cli.exit_status("cosmos-scale data", command) == 2
+    assert capsys.readouterr().err == f"cosmos-scale data: a/b: {os.strerror(number)}\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "denied"), FileNotFoundError(errno.ENOENT, "none", "a")])
+def test_other_errors_of_the_system_keep_their_traceback(error: OSError) -> None:
+    def command() -> int:
+        raise error
+
+    with pytest.raises(type(error)):
+        cli.exit_status("cosmos-scale data", command)

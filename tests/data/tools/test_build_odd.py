@@ -1,0 +1,129 @@
+"""Rows that nearly name a picture, folders with a colon in their names, animated pictures, captions of no sign."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cosmos_scale.cli.main import main
+from cosmos_scale.data.samples.caption_keys import caption_fault
+from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.captions_file import read_rows
+from cosmos_scale.data.tools.near_names import near_names
+from cosmos_scale.errors import UserError
+from cosmos_scale.testing.shard_files import picture
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "my cats").mkdir(parents=True)
+    for name in ("0.jpg", "1.jpg", "my cats/2.jpg"):
+        (folder / name).write_bytes(picture(ord(name[-5])))
+    return folder
+
+
+def build(images: Path, rows: list[dict[str, object]], out: Path) -> BuildReport:
+    captions = images.parent / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"caption": "x", **row}) + "\n" for row in rows))
+    return build_shards(images, captions, out, samples_per_shard=9, workers=1, progress=False)
+
+
+def reasons(out: Path) -> list[str]:
+    return [json.loads(line)["reason"] for line in (out / "rejected.jsonl").read_text().splitlines()]
+
+
+def test_a_row_that_nearly_names_a_picture_says_which(images: Path, tmp_path: Path) -> None:
+    near = {
+        " 0.jpg": "0.jpg",  # a blank behind the comma
+        "my cats\\2.jpg": "my cats/2.jpg",
+        "my%20cats/2.jpg": "my cats/2.jpg",
+        "photos/1.jpg": "1.jpg",  # from the folder above --images
+        "https://host/photos/my%20cats/2.jpg": "my cats/2.jpg",
+        "C:\\photos\\my cats\\2.jpg": "my cats/2.jpg",
+    }
+    report = build(images, [{"image": name} for name in ("0.jpg", "3.jpg", *near)], tmp_path / "out")
+    assert report.samples == 1
+    assert dict(report.rejected) == {"picture not found": 1 + len(near)}
+    found = [f"picture not found: {name} is there; change the row or --images" for name in near.values()]
+    assert reasons(tmp_path / "out") == ["picture not found", *found]
+    assert list(near_names("a/b.jpg")) == ["b.jpg"]
+
+
+@pytest.mark.parametrize(("value", "kind"), [({"path": "0.jpg"}, "object"), (["0.jpg"], "list")])
+def test_a_picture_that_is_named_by_no_text_is_of_a_wrong_type(
+    images: Path, tmp_path: Path, value: object, kind: str
+) -> None:
+    build(images, [{"image": "0.jpg"}, {"image": value}], tmp_path / "out")
+    assert reasons(tmp_path / "out") == [f"wrong type: the picture is named by a json {kind}, not by a text"]
+
+
+@pytest.mark.parametrize("name", ["data:v2", "pipe:touch never"])
+def test_a_folder_with_a_colon_is_no_url_and_no_command(
+    images: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(images.parent)
+    assert build(images, [{"image": "0.jpg"}], Path(name)).samples == 1
+    assert (images.parent / name / "000000.tar").is_file()
+    assert not (images.parent / "never").exists()
+
+
+def test_a_url_in_the_place_of_a_path_is_refused(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would name a folder of this machine, called s3: or http:."""
+    monkeypatch.chdir(images.parent)
+    for option in ("--out", "--images", "--captions"):
+        paths = {"--images": str(images), "--captions": "c.csv", "--out": "out", option: "s3://user:secret@bucket/x"}
+        with pytest.raises(SystemExit) as caught:
+            main(["data", "build", *(word for pair in paths.items() for word in pair)])
+        assert caught.value.code == 2
+        errors = capsys.readouterr().err
+        assert errors.endswith(f"error: argument {option}: a URL is given; rule: a path of this machine\n")
+        assert "secret" not in errors
+    assert not (images.parent / "s3:").exists()
+
+
+def test_animated_pictures_are_counted(images: Path, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    for name in ("a.webp", "b.png"):
+        buffer = io.BytesIO()
+        frames[0].save(buffer, name[2:].upper(), save_all=True, append_images=frames[1:])
+        (images / name).write_bytes(buffer.getvalue())
+    frames[0].save(images / "still.png")
+    report = build(images, [{"image": name} for name in ("a.webp", "0.jpg", "still.png")], tmp_path / "one")
+    assert "1 animated picture: its first frame is packed" in report.describe().splitlines()
+    report = build(images, [{"image": name} for name in ("a.webp", "b.png")], tmp_path / "two")
+    assert "2 animated pictures: the first frame of each is packed" in report.describe().splitlines()
+
+
+def test_captions_that_change_while_they_are_read_make_no_finished_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = tmp_path / "captions.jsonl"
+    read = read_rows
+
+    def changing(*arguments: Any) -> Any:
+        yield from read(*arguments)
+        with captions.open("a") as file:
+            file.write(json.dumps({"image": "1.jpg", "caption": "y"}) + "\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cosmos_scale.data.tools.build.read_rows", changing)
+        with pytest.raises(UserError, match=r"captions\.jsonl: has changed while it was read; delete .*out and build"):
+            build(images, [{"image": "0.jpg"}], tmp_path / "out")
+    with pytest.raises(UserError, match="unfinished `data build`"):
+        index_shards(str(tmp_path / "out"), None, progress=False)
+
+
+def test_a_caption_of_signs_that_show_nothing_is_none(images: Path, tmp_path: Path) -> None:
+    invisible = ("\u200b", "\ufeff\u2060 \u00ad", " \u200d")
+    shown = ("\U0001f600", "a\u200bb", "\u2014")
+    report = build(images, [{"image": "0.jpg", "caption": text} for text in (*invisible, *shown)], tmp_path / "out")
+    assert report.samples == len(shown)
+    assert reasons(tmp_path / "out") == ["no caption: no sentence in caption"] * len(invisible)
+    assert str(caption_fault({"caption": "\u200b"})).startswith("no caption: no sentence in caption")
