@@ -1,6 +1,7 @@
 """What `train` and `profile` share: one process of a run, its start, and who prints where it fails."""
 
 import os
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,9 @@ from cosmos_scale.exit_status import FAILED, REFUSED
 if TYPE_CHECKING:  # functions import it, so that --help need not wait
     from cosmos_scale.config import RunConfig
     from cosmos_scale.engine.ranks import Ranks
+
+# Of one process. A tiny run opens 40; with fewer, libraries fail with messages that name other causes.
+FEWEST_OPEN_FILES = 64
 
 
 @dataclass
@@ -71,6 +75,23 @@ def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
     from cosmos_scale.engine.rank_variables import read_rank_variables
 
     config = load_config(run_file(file), overrides)
+    _check_process()
     limit_messages(config.log.level)
     read_rank_variables()
     return config
+
+
+def _check_process() -> None:
+    """Raise UserError where the process may do less than the libraries need, which would fail with tracebacks."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= allowed < FEWEST_OPEN_FILES:
+        raise UserError(f"open files: {allowed} are allowed; rule: at least {FEWEST_OPEN_FILES} (ulimit -n)")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch makes it when its optimizers are first used
+    try:
+        if cache:
+            os.makedirs(cache, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"TORCHINDUCTOR_CACHE_DIR: {cache} cannot be made: {error.strerror}; rule: name a folder that can be "
+            "written to, or unset it"
+        ) from error
