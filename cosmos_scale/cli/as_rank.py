@@ -2,8 +2,10 @@
 
 import os
 import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_scale.errors import UserError
@@ -74,10 +76,12 @@ def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
     from cosmos_scale.engine.messages import limit_messages
     from cosmos_scale.engine.rank_variables import read_rank_variables
 
-    config = load_config(run_file(file), overrides)
+    path = run_file(file)
+    config = load_config(path, overrides)
     _check_process()
     limit_messages(config.log.level)
     read_rank_variables()
+    _say_other_folder(path, config)
     return config
 
 
@@ -95,3 +99,18 @@ def _check_process() -> None:
             f"TORCHINDUCTOR_CACHE_DIR: {cache} cannot be made: {error.strerror}; rule: name a folder that can be "
             "written to, or unset it"
         ) from error
+
+
+def _say_other_folder(path: Path, config: "RunConfig") -> None:
+    """Say on stderr, on the main rank, where the config that lies in a run's folder is of a run in another folder.
+
+    The folder was copied or moved: the run would go on in the former place, or begin anew there.
+    """
+    here, there = Path(os.path.realpath(path.parent)), Path(os.path.realpath(config.output / config.name))
+    of_a_run = path.name == "config.yaml" and (here / "checkpoints").is_dir()
+    if of_a_run and here != there and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{path}: lies in the folder of a run, but names another, {there}, where this run goes on; to go on with "
+            f"this one, call its folder {config.name} and say output={here.parent}",
+            file=sys.stderr,
+        )

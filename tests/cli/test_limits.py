@@ -1,4 +1,4 @@
-"""Limits of a process that libraries tell by tracebacks: open files, and the folder of torch's compiler."""
+"""What a rank looks at before its imports: limits of the process, torch's folder, a run's folder that was copied."""
 
 import errno
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.cli import main as cli
+from cosmos_scale.cli.as_rank import read_run
 
 
 def test_few_open_files_for_ranks_are_refused(
@@ -43,3 +44,20 @@ def test_a_librarys_error_of_too_few_open_files_is_one_line(direct: bool, capsys
 
     with pytest.raises(RuntimeError, match="of ours"):
         cli.exit_status("cosmos-scale train", ours)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_config_of_a_copied_run_says_which_run_goes_on(
+    copied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's config.yaml names its output; a run that is started from a copy goes on in the first folder, or anew."""
+    folder = tmp_path / "copy" / "tiny"
+    (folder / "checkpoints").mkdir(parents=True)
+    output = tmp_path / "first" if copied else tmp_path / "copy"
+    file = folder / "config.yaml"
+    file.write_text(f"extends: cosmos:run/cc3m_vitb16\nname: tiny\noutput: {output}\n")
+    config = read_run(str(file), [])
+    assert config.output == output
+    said = f"{file}: lies in the folder of a run, but names another, {output}/tiny, where this run goes on; to go on "
+    rest = f"with this one, call its folder tiny and say output={tmp_path}/copy\n"
+    assert capsys.readouterr().err == (said + rest if copied else "")

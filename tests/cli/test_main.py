@@ -364,12 +364,6 @@ def test_the_last_of_two_overrides_counts_which_is_said(capsys: pytest.CaptureFi
     assert "max_steps is given" not in errors
 
 
-def test_an_override_without_a_value_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """As where a shell's variable is not set: the run would draw its weights instead of taking those asked for."""
-    assert cli.main(["train", "cc3m_vitb16", "init_from=", "seed=none", "--dry-run"]) == 2
-    assert "init_from= stands without a value, which means null\n" in capsys.readouterr().err
-
-
 def test_a_deleted_current_folder_is_one_line(tmp_path: Path) -> None:
     """MKL ends a process there as soon as torch is imported."""
     program = (
