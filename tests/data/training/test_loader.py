@@ -302,13 +302,13 @@ def test_too_few_open_files_are_told_so_that_the_steps_done_are_saved(
 ) -> None:
     """torch.utils.data raises a RuntimeError of its own, and with a traceback the run would lose its steps."""
 
-    def fail(*_: object) -> None:
-        raise RuntimeError("Too many open files. Communication with the workers is no longer possible.")
-        yield
+    class Results:
+        def __next__(self) -> None:
+            raise RuntimeError("Too many open files. Communication with the workers is no longer possible.")
 
     for workers in (0, 1):
         loader = make(shards, shards_config(shards, workers=workers))
-        monkeypatch.setattr(loader, "_start_workers", fail)
+        monkeypatch.setattr(loader, "_start_workers", lambda step: Results())
         with pytest.raises(UserError, match=rf"^loader: Too many open files; allow .* data\.workers \({workers}\)"):
             next(loader.batches(0))
 
