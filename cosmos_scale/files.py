@@ -20,6 +20,8 @@ from cosmos_scale.errors import UserError
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
+TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)
+
 MOST_LINES_KEPT = 100_000  # of a LineFile, while they cannot be written
 
 _IRREGULAR = {

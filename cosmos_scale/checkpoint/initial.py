@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cosmos_scale.checkpoint.interchange.names import Shape, is_of_heads, tensor_shapes
-from cosmos_scale.checkpoint.interchange.reading import find_model, is_public, open_public
+from cosmos_scale.checkpoint.interchange.reading import find_model, first_model, is_public, open_public
 from cosmos_scale.checkpoint.interchange.resize import can_resize, resize_tables, resizing
 from cosmos_scale.checkpoint.interchange.sizes import UNTOLD
 from cosmos_scale.checkpoint.interchange.weights import Which, read_stored, shape_of
@@ -74,21 +74,22 @@ class _Ours:
 
 
 class _Public:
-    """A checkpoint of another program: of a student and a teacher, or of one model."""
+    """A checkpoint of another program: of a student and a teacher, or of one model, which both models begin as."""
 
     digests = "weights"
 
     def __init__(self, path: Path) -> None:
         self.path, self._digests = path, dict[Which, str]()
-        stored = open_public(path, "student")
+        self._first = first_model(path)
+        stored = open_public(path, self._first)
         self.kind, self.model, self.told = stored.kind, stored.model, stored.told
         self.shapes: dict[Which, dict[str, Shape]] = {}
-        for which in stored.models or ("student",):
+        for which in stored.models or (self._first,):
             rows = open_public(path, which).rows
             self.shapes[which] = {name: shape_of(tensors) for name, tensors in rows.items()}
 
     def read(self, which: Which) -> dict[str, Tensor]:
-        which = which if which in self.shapes else "student"
+        which = which if which in self.shapes else self._first
         weights = read_stored(open_public(self.path, which), self.path)
         self._digests[which] = weights.digest
         return weights.tensors
@@ -109,7 +110,7 @@ class InitialWeights:
 
     def __init__(self, source: _Source, config: RunConfig) -> None:
         self._source, self._wanted = source, tensor_shapes(config.model)
-        there = any(map(is_of_heads, source.shapes["student"]))
+        there = any(map(is_of_heads, next(iter(source.shapes.values()))))
         if not there and config.init_heads == "from":
             found = f"{source.kind} without the cross-modality heads"
             raise UserError(f"checkpoint {whole_path(source.path)}: found {found}; rule: init_heads=new draws them")

@@ -106,13 +106,20 @@ def say_notes(checkpoint: Path, notes: Sequence[str]) -> None:
 
 
 def say_repeats(overrides: Sequence[str]) -> None:
-    """Say on stderr, on the main rank, which dotted keys are given twice with two values: the last one counts."""
+    """Say on stderr, on the main rank, which dotted keys are given twice with two values, and which without any.
+
+    Of two values the last one counts. No value, as where a shell's variable is not set, means null.
+    """
     values: dict[str, list[str]] = {}
     for override in overrides:
         key, _, text = override.partition("=")
         values.setdefault(key, []).append(text)
     for key, texts in values.items():
-        if len(set(texts)) > 1 and os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") != "0":
+            continue
+        if texts[-1] == "":
+            print(f"{key}= stands without a value, which means null", file=sys.stderr)
+        if len(set(texts)) > 1:
             from cosmos_scale.config.section import redact_urls  # here: --help need not wait for it
 
             shown = [redact_urls(text) for text in texts]

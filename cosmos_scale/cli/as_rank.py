@@ -1,8 +1,11 @@
 """What `train` and `profile` share: one process of a run, its start, and who prints where it fails."""
 
 import os
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_scale.errors import UserError
@@ -11,6 +14,9 @@ from cosmos_scale.exit_status import FAILED, REFUSED
 if TYPE_CHECKING:  # functions import it, so that --help need not wait
     from cosmos_scale.config import RunConfig
     from cosmos_scale.engine.ranks import Ranks
+
+# Of one process. A tiny run opens 40; with fewer, libraries fail with messages that name other causes.
+FEWEST_OPEN_FILES = 64
 
 
 @dataclass
@@ -96,7 +102,41 @@ def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":
     from cosmos_scale.run.supervisor import refuse_missing_hostfile
 
     refuse_missing_hostfile()
-    config = load_config(run_file(file), overrides)
+    path = run_file(file)
+    config = load_config(path, overrides)
+    _check_process()
     limit_messages(config.log.level)
     read_rank_variables()
+    _say_other_folder(path, config)
     return config
+
+
+def _check_process() -> None:
+    """Raise UserError where the process may do less than the libraries need, which would fail with tracebacks."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= allowed < FEWEST_OPEN_FILES:
+        raise UserError(f"open files: {allowed} are allowed; rule: at least {FEWEST_OPEN_FILES} (ulimit -n)")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch makes it when its optimizers are first used
+    try:
+        if cache:
+            os.makedirs(cache, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"TORCHINDUCTOR_CACHE_DIR: {cache} cannot be made: {error.strerror}; rule: name a folder that can be "
+            "written to, or unset it"
+        ) from error
+
+
+def _say_other_folder(path: Path, config: "RunConfig") -> None:
+    """Say on stderr, on the main rank, where the config that lies in a run's folder is of a run in another folder.
+
+    The folder was copied or moved: the run would go on in the former place, or begin anew there.
+    """
+    here, there = Path(os.path.realpath(path.parent)), Path(os.path.realpath(config.output / config.name))
+    of_a_run = path.name == "config.yaml" and (here / "checkpoints").is_dir()
+    if of_a_run and here != there and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{path}: lies in the folder of a run, but names another, {there}, where this run goes on; to go on with "
+            f"this one, call its folder {config.name} and say output={here.parent}",
+            file=sys.stderr,
+        )

@@ -21,7 +21,7 @@ from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
-from cosmos_scale.files import reason_of
+from cosmos_scale.files import TOO_MANY_OPEN_FILES, reason_of
 from cosmos_scale.interrupt import DELETED_FOLDER
 
 EXAMPLES = """\
@@ -98,15 +98,27 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of the output (head, a pager) has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return CLOSED_PIPE
-    except OSError as error:
-        if error.errno not in _OF_THE_MACHINE and not (error.errno in _OF_A_PATH and error.filename):
+    except (OSError, RuntimeError) as error:
+        cause = _cause_in_the_machine(error)
+        if cause is None:
             raise
-        where = "" if error.errno == errno.EMFILE or not error.filename else f"{error.filename}: "
-        _tell(f"{label}: {where}{reason_of(error)}")
+        where = "" if cause.errno == errno.EMFILE or not cause.filename else f"{cause.filename}: "
+        _tell(f"{label}: {where}{reason_of(cause)}")
         return REFUSED
     except KeyboardInterrupt:
         _tell(f"{label}: interrupted")
         return INTERRUPTED
+
+
+def _cause_in_the_machine(error: BaseException) -> OSError | None:
+    """Return the OSError of the machine or of a named path that an error is, or comes from; None: of another cause."""
+    if isinstance(error, OSError) and (
+        error.errno in _OF_THE_MACHINE or (error.errno in _OF_A_PATH and error.filename is not None)
+    ):
+        return error
+    if isinstance(error, RuntimeError) and TOO_MANY_OPEN_FILES in str(error):  # of libraries, which keep no errno
+        return OSError(errno.EMFILE, TOO_MANY_OPEN_FILES)
+    return _cause_in_the_machine(error.__cause__) if error.__cause__ is not None else None
 
 
 def spell_out() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import path, place, positive, run_file, with_examples
+from cosmos_scale.errors import UserError
 
 if TYPE_CHECKING:
     from cosmos_scale.config import RunConfig
@@ -68,6 +69,8 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.parser.error("--out: names the folder of --sweep's files; give --sweep too")
     if arguments.calibrate and (arguments.json or arguments.sweep):
         arguments.parser.error("--calibrate: plans nothing; leave out --json and --sweep")
+    if file := arguments.calibrate or arguments.json:
+        _try_to_write(file)
     if arguments.calibrate:
         return _calibrate(config, arguments.calibrate)
     # These imports take seconds. The config comes first, so that its mistakes are told at once.
@@ -109,6 +112,17 @@ def _steps(config: "RunConfig") -> int | None:
     if config.data.samples is None:
         return config.train.max_steps or config.train.schedule_steps
     return config.last_step(steps_per_epoch(config.data.samples, config))
+
+
+def _try_to_write(file: Path) -> None:
+    """Raise UserError where a file cannot be written: counting and measuring before it take minutes."""
+    import tempfile
+
+    from cosmos_scale.files import writing
+
+    with writing(file), tempfile.TemporaryFile(dir=file.parent):
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; rule: name a file")
 
 
 def _calibrate(config: "RunConfig", file: Path) -> int:

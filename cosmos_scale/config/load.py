@@ -58,7 +58,7 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
     try:
         for override in overrides:
             key, equals, text = override.partition("=")
-            if not equals or not key:
+            if not equals or "" in key.split("."):
                 raise UserError(f"{COMMAND_LINE}: {override!r} is not an override; the form is dotted.key=value")
             if key.count(".") >= MOST_LEVELS:
                 raise UserError(f"{COMMAND_LINE}: {shown_value(key)}: no such key; rule: at most {MOST_LEVELS} levels")
@@ -232,6 +232,8 @@ def _refuse(errors: list[ErrorDetails], origins: Origins, default: str, evaluato
 
 def _describe(details: ErrorDetails, nearest: str) -> str:
     if details["type"] == "extra_forbidden":
+        if details["loc"] and "." in str(details["loc"][-1]):  # dotted keys are of the command line
+            return "no such key; rule: in a file a key stands below its section, indented, on a line of its own"
         return f"no such key; did you mean {nearest}?"
     if details["type"] in ("missing", "union_tag_not_found"):
         return "this key is required and missing"

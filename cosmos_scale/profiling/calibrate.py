@@ -180,10 +180,10 @@ def _narrow_step(config: RunConfig, ranks: Ranks) -> tuple[float, list[tuple[Ope
 def _narrow(config: RunConfig) -> RunConfig:
     tree = config.model_dump(mode="json")
     vision = config.model.vision
-    patch = vision.patch_size
-    tree["model"]["embed_dim"] = 8 * config.model.pooler_heads
+    patch, width = vision.patch_size, 8 * config.model.pooler_heads
+    tree["model"]["embed_dim"] = width
     tree["model"]["vision"] |= {"image_size": 2 * patch, "width": vision.head_width}
-    tree["model"]["text"] |= {"width": 64, "heads": 1}
+    tree["model"]["text"] |= {"width": width, "heads": 1}
     tree["data"]["views"]["local_size"] = patch
     tree["train"]["micro_batches"] = 1
     return RunConfig.model_validate(tree)

@@ -46,7 +46,9 @@ def look_before_launch(config: RunConfig, world_size: int) -> None:
             _print_row(look.name, "-", f"not looked at, since there is no answer on: {look.needs}")
             continue
         try:
-            _print_row(look.name, "ok", look.find())
+            found = look.find()
+            unopened = look.name == "evaluation" and opening.evaluations.unopened
+            _print_row(look.name, "MISSING" if unopened else "ok", found)
         except UserError as error:
             missing.add(look.name)
             if look.name == "data" and config.data.samples is not None and not _any_shards(config.data.sources):

@@ -39,12 +39,18 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         for name in (CHECKPOINTS, "tensorboard", "wandb", EVALUATION, *evaluations):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise UserError(f"output: {folder / name} is no folder; rule: move it away, since the run makes one")
+            if name != CHECKPOINTS and os.path.islink(folder / name) and not (folder / name).exists():
+                raise _link_to_nowhere(folder / name)
         if os.path.lexists(folder / CHECKPOINTS):  # it may be another user's, or a link to a disk that is full or gone
             with _told(folder / CHECKPOINTS):
                 _try_to_write(config, folder / CHECKPOINTS)
         for name in (METRICS_FILE, DAMAGE_FILE):
             if (folder / name).exists():
                 open(folder / name, "ab", opener=regular_only).close()
+            elif os.path.islink(folder / name):  # a run may make the file that is not there, but not its folder
+                target = Path(os.path.realpath(folder / name))
+                if target.is_symlink() or not target.parent.is_dir():
+                    raise _link_to_nowhere(folder / name)
 
 
 def check_disk_room(folder: Path, needed: int, config: CheckpointConfig) -> None:
@@ -77,6 +83,13 @@ def prepare_folder(config: RunConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / CONFIG_FILE) as part:
             part.write_text(dump_config(config), encoding="utf-8")
+
+
+def _link_to_nowhere(path: Path) -> UserError:
+    target = os.readlink(path)
+    return UserError(
+        f"output: {path} is a link to {target}, which is not there; rule: bring it back, or remove the link"
+    )
 
 
 def _try_to_write(config: RunConfig, folder: Path) -> None:

@@ -117,7 +117,8 @@ def open_trackers(
     except ImportError as failure:
         raise UserError(f"log: {failure}; rule: mend the installation, or leave the key out") from failure
     except OSError as failure:
-        raise UserError(f"log: {failure.filename or folder}: cannot be written: {failure.strerror}") from failure
+        place = os.fsdecode(failure.filename or folder)  # TensorBoard names its files by bytes
+        raise UserError(f"log: {place}: cannot be written: {failure.strerror}") from failure
     return trackers
 
 

@@ -61,6 +61,16 @@ def test_both_models_of_a_cosmos_checkpoint(tmp_path: Path) -> None:
     ]
 
 
+def test_a_cosmos_checkpoint_of_one_model(tmp_path: Path) -> None:
+    for number, which in ((1, "student"), (2, "teacher")):
+        torch.save({"epoch": 3, which: state_of(number)}, tmp_path / f"{which}.pt")
+        found = opened(tmp_path / f"{which}.pt")
+        assert equal(found.read("student"), state_of(number))
+        assert equal(found.read("teacher"), state_of(number))
+        assert found.notes[0] == "student and teacher are the same model"
+        assert len(found.digest().split()) == 1
+
+
 def test_new_heads_take_the_place_of_a_checkpoints_own(tmp_path: Path) -> None:
     found = opened(save_cosmos(tmp_path / "cosmos.pt"), "new")
     assert equal(found.read("teacher"), towers(state_of(2)))

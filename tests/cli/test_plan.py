@@ -41,6 +41,17 @@ def test_what_cannot_be_planned_is_refused_in_a_line(
     assert said in line
 
 
+@pytest.mark.parametrize("options", [("--calibrate",), ("--gpu", "h100", "--json")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    run_file: Path, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for file, said in (("folder", "is a folder; rule: name a file"), ("gone/file", "cannot be written: No such file")):
+        assert main(["plan", str(run_file), *options, str(tmp_path / file)]) == 2
+        assert capsys.readouterr().err.startswith(f"cosmos-scale plan: {tmp_path / file}: {said}")
+    assert not (tmp_path / "gone").exists()
+
+
 @pytest.mark.slow
 def test_a_run_is_planned(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One block a tower and few views: what takes the time is the host's calls of seventeen counted steps."""

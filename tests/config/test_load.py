@@ -105,6 +105,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("train.epochs.x=3", "train.epochs is 4 and has no keys below it"),
         ("data.sources=[{name: a}]", "data.sources.0.shards: this key is required and missing"),
         ("train.epochs", "'train.epochs' is not an override; the form is dotted.key=value"),
+        (".train=3", "'.train=3' is not an override; the form is dotted.key=value"),
+        ("train..epochs=3", "'train..epochs=3' is not an override; the form is dotted.key=value"),
         ("train={a", "train: line 1 is not valid YAML"),
         ("log.wandb.project=a/b", 'log.wandb.project: "a/b" must be at most 128 characters, none of / '),
         ("output=/data/\udcff", "holds bytes that are no UTF-8; rule: keys and values are UTF-8"),
@@ -114,6 +116,12 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 def test_a_wrong_override_is_named(run: Path, override: str, words: str) -> None:
     assert refusal(run, override).startswith("command line: ")
     assert words in refusal(run, override)
+
+
+def test_a_dotted_key_in_a_file_gets_the_way_out(run: Path) -> None:
+    run.write_text(f"{run.read_text()}\ntrain.max_steps: 3\n")
+    rule = "rule: in a file a key stands below its section, indented, on a line of its own"
+    assert refusal(run) == f"{run}: train.max_steps: no such key; {rule}"
 
 
 def test_an_error_names_the_file_that_set_the_key(run: Path) -> None:

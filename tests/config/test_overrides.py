@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosmos_scale.cli.main import main
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import dump_config, load_config, make_config
 from cosmos_scale.config.overrides import override_value
@@ -159,3 +160,9 @@ def test_a_dumped_name_like_a_number_stays_a_name(tmp_path: Path) -> None:
 def test_a_key_of_too_many_levels_is_refused() -> None:
     with pytest.raises(UserError, match=r"^command line: .*no such key; rule: at most 50 levels$"):
         make_config({}, [".".join(["a"] * 10_000) + "=1"])
+
+
+def test_an_override_without_a_value_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """As where a shell's variable is not set: the run would draw its weights instead of taking those asked for."""
+    assert main(["train", "cc3m_vitb16", "init_from=", "seed=none", "--dry-run"]) == 2
+    assert "init_from= stands without a value, which means null\n" in capsys.readouterr().err

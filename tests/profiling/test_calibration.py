@@ -116,3 +116,11 @@ def test_a_machine_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     path.write_text(calibrated_machine(found).to_json())
     assert read_machine(path).calibration == replace(found)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 12])
+def test_the_narrow_step_is_of_a_model_with_any_number_of_heads(heads: int) -> None:
+    """Its text tower is as wide as its features, which all heads share."""
+    model = tiny_config().model.model_copy(update={"embed_dim": 96, "pooler_heads": heads})
+    narrow = calibrate_module._narrow(tiny_config().model_copy(update={"model": model})).model
+    assert narrow.embed_dim == narrow.text.width == 8 * heads

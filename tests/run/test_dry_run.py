@@ -196,7 +196,7 @@ def test_a_plan_without_shards_refuses_nothing_for_their_absence(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     absent = [f"data.sources.0.shards={tmp_path}/x", f"eval.0.shards={tmp_path}/y", "data.samples=80"]
-    for others, evaluation in ((["name=new", f"output={tmp_path}"], "not here"), ([], "ok")):
+    for others, evaluation in ((["name=new", f"output={tmp_path}"], "not here"), ([], "MISSING")):
         assert cli.main(["train", "--dry-run", str(trained), *absent, *others]) == 0
         found = rows(capsys.readouterr().out)
         verdicts = [found[name][0] for name in ("data", "shards", "captions", "evaluation")]
@@ -293,3 +293,18 @@ def test_checkpoints_linked_to_a_disk_that_takes_none_are_refused(trained: Path,
     (tmp_path / "checkpoints").symlink_to(disk)
     with pytest.raises(UserError, match=r"^output: .*/checkpoints cannot be written to: No such file"):
         check_folder(load_config(trained, []), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "damaged.jsonl", "tensorboard", "evaluation"])
+@pytest.mark.parametrize("target", ["gone/file", "self"])
+def test_a_link_to_nowhere_is_refused(trained: Path, tmp_path: Path, name: str, target: str) -> None:
+    """A run would train to its end and lose all its records."""
+    link = tmp_path / name
+    link.symlink_to(link if target == "self" else tmp_path / target)
+    with pytest.raises(UserError, match=rf"^output: .*/{name} is a link to .*, which is not there; rule: "):
+        check_folder(load_config(trained, []), tmp_path)
+
+
+def test_a_link_to_a_file_to_be_made_is_taken(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "not yet there")
+    check_folder(load_config(trained, []), tmp_path)

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, TensorBoard's events and Weights & Biases' offline folder, read back."""
 
+import errno
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
-from cosmos_scale.run.trackers import check_trackers, record_name
+from cosmos_scale.run.trackers import check_trackers, open_trackers, record_name
 from cosmos_scale.testing.runs import records, train_to_end, write_run
 from cosmos_scale.versions import code_facts
 from tests.test_files import files_of_at_most
@@ -233,6 +234,17 @@ def test_a_torn_name_of_the_wandb_record_is_replaced(tmp_path: Path, torn: bytes
     name = record_name(path)
     assert re.fullmatch("[0-9a-f]{8}", name)
     assert record_name(path) == path.read_text() == name
+
+
+def test_a_file_of_tensorboard_that_cannot_be_made_is_named_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not permitted", b"tb/ev\xc3\xa9")  # TensorBoard's files have names of bytes
+
+    monkeypatch.setattr("cosmos_scale.run.trackers._TensorBoard", fail)
+    with pytest.raises(UserError, match=r"^log: tb/evé: cannot be written: not permitted$"):
+        open_trackers(tmp_path, LogConfig(tensorboard=True), name="tiny", run_config={}, first_step=0)
 
 
 @pytest.mark.parametrize("value", ["bogus", ""])

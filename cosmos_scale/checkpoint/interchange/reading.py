@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cosmos_scale.checkpoint.interchange.containers import open_tensors
-from cosmos_scale.checkpoint.interchange.cosmos import cosmos_model, is_cosmos
+from cosmos_scale.checkpoint.interchange.cosmos import cosmos_model, models_held
 from cosmos_scale.checkpoint.interchange.hf import HF_CONFIG, HF_WEIGHTS, open_hf_folder
 from cosmos_scale.checkpoint.interchange.openclip import openclip_model
 from cosmos_scale.checkpoint.interchange.openclip_folder import (
@@ -84,13 +85,28 @@ def open_public(path: Path, which: Which, *, activation: Activation | None = Non
     folder = path if path.is_dir() else _folder_of(path)
     if folder is not None:
         return _open_folder(folder, activation)
-    content = open_tensors(path)
-    if not isinstance(content, Mapping):
-        raise refusal(path, f"found a {type(content).__name__}, not a dict of tensors")
+    content = _content(path)
     known = Known(activation=activation)
-    if is_cosmos(content):
+    if models_held(content):
         return cosmos_model(path, content, which, known)
     return openclip_model(path, content, known)
+
+
+def first_model(path: Path) -> Which:
+    """Return the model of a public checkpoint that `open_public` finds: the teacher where a COSMOS file has no student.
+
+    Raises UserError where the path cannot be read.
+    """
+    if path.is_dir() or _folder_of(path) is not None:
+        return "student"
+    return next(iter(models_held(_content(path))), "student")
+
+
+def _content(file: Path) -> Mapping[Any, Any]:
+    content = open_tensors(file)
+    if not isinstance(content, Mapping):
+        raise refusal(file, f"found a {type(content).__name__}, not a dict of tensors")
+    return content
 
 
 def _folder_of(file: Path) -> Path | None:

@@ -28,6 +28,7 @@ from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.room import ReadyBatches
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
 from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.files import TOO_MANY_OPEN_FILES
 from cosmos_scale.host import ranks_of_this_host, usable_cores, uses_gpu
 from cosmos_scale.words import counted
 
@@ -196,6 +197,11 @@ class TrainLoader:
             return next(results)
         except (RuntimeError, EOFError, OSError) as error:
             workers, text = self._workers, str(error)
+            if TOO_MANY_OPEN_FILES in text:  # told like what a batch lacks, so that the steps done are saved
+                raise UserError(
+                    f"loader: {TOO_MANY_OPEN_FILES}; allow more (ulimit -n), or lower data.workers ({workers}) or "
+                    "data.prefetch"
+                ) from error
             if workers == 0:
                 raise
             if text.startswith("Caught"):  # an exception of a worker's code, with its traceback in the text

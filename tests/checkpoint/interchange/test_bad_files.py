@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos_scale.checkpoint.interchange.reading import is_public, open_public, read_public
+from cosmos_scale.checkpoint.interchange.reading import is_public, read_public
 from cosmos_scale.checkpoint.interchange.weights import ACCEPTED
 from cosmos_scale.errors import UserError
 from tests.checkpoint.interchange.made import SIZES, openclip_model, save_cosmos, state_of, towers
@@ -223,17 +223,3 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     assert is_public(tmp_path / "none.pt")
     assert not is_public(tmp_path / "none")
     refused(tmp_path / "none.pt", "cannot be read: No such file or directory")
-
-
-def test_what_a_crafted_config_may_not_do(tmp_path: Path) -> None:
-    state = state_of(1)
-    for config, said in (
-        (3, "found a model_config that is none"),
-        ({"embed_dim": 1 << 70}, "found a model_config that"),
-    ):
-        torch.save({"student": state, "model_config": config}, tmp_path / "file.pt")
-        refused(tmp_path / "file.pt", said)
-    torch.save({"student": state, "model_config": {}}, tmp_path / "file.pt")
-    refused(tmp_path / "file.pt", "where its other tensors are those of a model with")
-    with pytest.raises(UserError, match="without a teacher"):
-        open_public(tmp_path / "file.pt", "teacher")

@@ -297,6 +297,22 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
             list(islice(batches, 50))  # batches that were ready are still handed out
 
 
+def test_too_few_open_files_are_told_so_that_the_steps_done_are_saved(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.utils.data raises a RuntimeError of its own, and with a traceback the run would lose its steps."""
+
+    class Results:
+        def __next__(self) -> None:
+            raise RuntimeError("Too many open files. Communication with the workers is no longer possible.")
+
+    for workers in (0, 1):
+        loader = make(shards, shards_config(shards, workers=workers))
+        monkeypatch.setattr(loader, "_start_workers", lambda step: Results())
+        with pytest.raises(UserError, match=rf"^loader: Too many open files; allow .* data\.workers \({workers}\)"):
+            next(loader.batches(0))
+
+
 @pytest.mark.parametrize(
     ("error", "raised", "text"),
     [
