@@ -5,7 +5,7 @@ The form of the files is told in tests/golden/README.md. A case is what the name
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +13,22 @@ from torch import Tensor
 
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.attention_maps import attention_maps, encode_pairs
+from cosmos_scale.evaluation.attention_maps import AttentionMaps, attention_maps, encode_pairs
 from cosmos_scale.evaluation.classification import LOGIT_SCALE, ranks_of
 from cosmos_scale.evaluation.evaluator import one_process
 from cosmos_scale.evaluation.prompts.texts import filled_in
 from cosmos_scale.evaluation.ranking import RECALL_AT, best_ranks
 from cosmos_scale.evaluation.text_weights import text_weights
 from cosmos_scale.kernels.unit_length import normalise
-from tools.golden_numbers import EQUAL, Compared, EvaluationGolden, compare, compare_number, compare_softmax
+from tools.golden_numbers import (
+    EQUAL,
+    Compared,
+    EvaluationGolden,
+    compare,
+    compare_number,
+    compare_rounding,
+    compare_softmax,
+)
 from tools.golden_segmentation import check_dense, check_overlap, check_refinement, check_segmentation
 
 
@@ -40,11 +48,14 @@ def check_classification(golden: EvaluationGolden, case: str) -> Iterator[Compar
     yield compare(golden, f"{case}.tokens", encoder.setting.tokenizer(texts), EQUAL)
     with torch.no_grad():
         weights_CE = text_weights(encoder, [(name,) for name in names], templates, one_process)
+        weights_CE = weights_CE.to(golden.dtype)
         features_NE = encoder.images(golden.tensor(f"{case}.images"))
     logits_NC = LOGIT_SCALE * features_NE @ weights_CE.T
     yield compare(golden, f"{case}.classifier", weights_CE.T, 1e-5)
     yield compare(golden, f"{case}.image_features", features_NE, 1e-5)
     yield compare(golden, f"{case}.logits", logits_NC, 5e-4)
+    theirs_NE, theirs_EC = golden.tensor(f"{case}.image_features"), golden.tensor(f"{case}.classifier")
+    yield compare(golden, f"{case}.logits", LOGIT_SCALE * theirs_NE @ theirs_EC, 5e-4)
     rank_N = ranks_of(logits_NC.cpu(), golden.tensor(f"{case}.target").long())
     for key, first in (("top1", 1), ("top3", 3)):
         yield compare_number(f"{case}: {key}", (rank_N < first).double().mean().item(), said.get(key), 1e-12)
@@ -134,10 +145,35 @@ def check_attention(golden: EvaluationGolden, case: str) -> Iterator[Compared]:
         ("text_features_raw", text, 2e-5),
         ("img_crossmodal_features", normalise(image + from_text), 2e-5),
         ("txt_crossmodal_features", normalise(text + from_image), 2e-5),
-        ("image_map_unit", torch.stack([one.image_map.flatten() for one in maps]), 5e-5),
-        ("text_map_unit", torch.stack([one.text_map for one in maps]), 5e-5),
     ):
         yield compare(golden, f"{case}.{name}", ours, tolerance)
+    for name, spread in (
+        ("image_map_unit", [one.image_map.flatten() for one in maps]),
+        ("text_map_unit", [one.text_map for one in maps]),
+    ):
+        yield compare(golden, f"{case}.{name}", torch.stack(spread), 5e-5)._replace(ours=None)
+    yield from _check_spread(golden, case, [pair.length for pair in pairs])
+
+
+def _check_spread(golden: EvaluationGolden, case: str, lengths: Sequence[int]) -> Iterator[Compared]:
+    """Compare the maps with the file's own weights, spread over 0..1: rounding alone is between them.
+
+    A weight's rounding counts for as much more as the weights lie close together.
+    """
+    image_BP, text_BL = (golden.tensor(f"{case}.{name}") for name in ("image_weights", "text_weights"))
+    rows = zip(image_BP[:, None, None], text_BL[:, None], lengths, strict=True)
+    maps = [AttentionMaps(image_11P, text_1L, length) for image_11P, text_1L, length in rows]
+    words = [text_L[one.words] for text_L, one in zip(text_BL, maps, strict=True)]
+    for name, weights, spread in (
+        ("image_map_unit", image_BP, [one.image_map.flatten() for one in maps]),
+        ("text_map_unit", words, [one.text_map for one in maps]),
+    ):
+        closest = max(
+            (float(row.max() / (row.max() - row.min())) for row in weights if len(row) and row.max() > row.min()),
+            default=1.0,
+        )
+        allowed = min(2e-6 + 4 * torch.finfo(torch.float32).eps * closest, 5e-5)
+        yield compare(golden, f"{case}.{name}", torch.stack(spread), allowed)._replace(ours=None)
 
 
 Check = Callable[[EvaluationGolden, str], Iterator[Compared]]
@@ -154,17 +190,27 @@ CHECKS: Mapping[str, Check] = {
 """What compares the cases of each part of a file."""
 
 
+def compared_in(golden: EvaluationGolden, part: str, case: str) -> Iterator[Compared]:
+    """Compare a case: within the absolute tolerances, and as closely as float32 rounds beside float64."""
+    single = list(CHECKS[part](golden, case))
+    yield from single
+    # Labels are the last of their case, and have no exact numbers.
+    for one, exact in zip(single, CHECKS[part](golden.exact(), case), strict=False):
+        if (rounded := compare_rounding(golden, one, exact)) is not None:
+            yield rounded
+
+
 def check_evaluation_file(path: Path, device: str) -> bool:
     """Compare every case of a file, print a line for each, and tell whether all are within tolerance."""
     golden = EvaluationGolden(path, "cuda" if device == "cuda" else "cpu")
     print(path)
-    cases = [(check, case) for part, check in CHECKS.items() for case in golden.cases(part)]
+    cases = [(part, case) for part in CHECKS for case in golden.cases(part)]
     if not cases:
         raise UserError(f"{path}: has no tensors of {', '.join(CHECKS)}: not a file of evaluation numbers")
     within = True
-    for check, case in cases:
+    for part, case in cases:
         try:
-            compared = list(check(golden, case))
+            compared = list(compared_in(golden, part, case))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{path}: {case}: cannot be used: {type(error).__name__}: {error}") from error
         past = [one for one in compared if not one.good]

@@ -1,5 +1,6 @@
 """A golden file of evaluation: its model, its cases, and how far numbers may be apart. See `golden_evaluation.py`."""
 
+import copy
 import json
 import math
 from typing import Any, NamedTuple
@@ -19,14 +20,21 @@ EQUAL = 0.0  # the tolerance of whole numbers
 # Weights and probabilities of a softmax are compared in parts of themselves too, since most of them are small. Rounding
 # changes them by up to 2.4e-5 of themselves. Smaller numbers than LEAST may differ by 1e-9.
 OF_ITSELF, LEAST = 5e-4, 2e-6
+# A number of the file may be so many times as far from float64 as this project's float32 numbers are in the mean. It is
+# up to 6 on the file of tests/golden, and up to 8 with OpenCLIP's float32 numbers of 32 drawn models of 1 to 24 layers.
+TIMES_ROUNDING = 20
 
 
 class Compared(NamedTuple):
-    """One tensor or number of a case: how far ours is from the file's, and how far it may be."""
+    """One tensor or number of a case: how far ours is from the file's, and how far it may be.
+
+    ours: what was compared, of a tensor of floating point; None for all else.
+    """
 
     name: str
     difference: float
     tolerance: float
+    ours: Tensor | None = None
 
     @property
     def part_of_tolerance(self) -> float:
@@ -40,7 +48,20 @@ class Compared(NamedTuple):
 
 
 class EvaluationGolden(Golden):
-    """A file of evaluation numbers."""
+    """A file of evaluation numbers. dtype: of what models compute, and of tensors of floating point that are given."""
+
+    dtype = torch.float32
+
+    def exact(self) -> "EvaluationGolden":
+        """The same file, whose models compute in float64, on the CPU."""
+        double = copy.copy(self)
+        double.dtype, double.device = torch.float64, "cpu"
+        return double
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the file; raises UserError where it is missing."""
+        found = super().tensor(name)
+        return found.to(self.dtype) if found.is_floating_point() else found
 
     def model_config(self) -> ModelConfig:
         """Return the model's sizes."""
@@ -72,7 +93,7 @@ class EvaluationGolden(Golden):
         """Return an encoder with the file's weights; rows of the token table that the file leaves out are zero."""
         config = self.model_config()
         rows = self.tensor("token_rows.ids").long()
-        table = torch.zeros(config.text.vocab_size, config.text.width)
+        table = torch.zeros(config.text.vocab_size, config.text.width, dtype=self.dtype)
         table[rows] = self.shaped("token_rows.values", len(rows), config.text.width)
         model = CosmosModel(config)
         try:
@@ -90,7 +111,7 @@ class EvaluationGolden(Golden):
             background=KEEP,
             remote=RemoteConfig(),
         )
-        return Encoder(model.to(device).eval(), setting)
+        return Encoder(model.to(device, self.dtype).eval(), setting)
 
     def parameters(self, case: str) -> dict[str, Any]:
         """Return what the header says of a case."""
@@ -109,6 +130,30 @@ class EvaluationGolden(Golden):
         return sorted({part if single else ".".join(name[:2]) for name in names})
 
 
+def compare_rounding(golden: Golden, single: Compared, exact: Compared) -> Compared | None:
+    """Compare a tensor of the file with float64's numbers, as closely as float32 rounds; None where it has no ours.
+
+    single, exact: the same comparison, with this project's numbers in float32 and in float64. Their difference says how
+    much rounding changes such numbers: its root mean square in a row (the last dimension) or in the whole tensor,
+    whichever is greater, but no less than half a unit of the tensor's greatest number. TIMES_ROUNDING as much is
+    allowed, and never more than the tolerance.
+    """
+    if single.ours is None or exact.ours is None or not single.tolerance:
+        return None
+    theirs = golden.tensor(single.name).double()
+    if not theirs.numel():
+        return None
+    numbers = theirs.isfinite()
+    ours = exact.ours.double()
+    rounding = (single.ours.double() - ours).masked_fill(~numbers, 0.0).square()
+    rounding = torch.maximum(rounding.mean(-1, keepdim=True), rounding.mean()).sqrt()
+    least = theirs.masked_fill(~numbers, 0.0).abs().max() * torch.finfo(torch.float32).eps / 2
+    allowed = (TIMES_ROUNDING * rounding.clamp(min=least)).expand_as(theirs).clamp(max=single.tolerance)
+    difference = (ours - theirs).abs().masked_fill(~numbers, 0.0)
+    worst = int((difference / allowed.clamp(min=torch.finfo(torch.float64).tiny)).argmax())
+    return Compared(single.name, difference.flatten()[worst].item(), allowed.flatten()[worst].item())
+
+
 def compare_softmax(golden: Golden, name: str, ours: Tensor, tolerance: float) -> Compared:
     """Compare weights or probabilities: each within the tolerance, and within OF_ITSELF of the file's number."""
     whole = compare(golden, name, ours, tolerance)
@@ -116,7 +161,7 @@ def compare_softmax(golden: Golden, name: str, ours: Tensor, tolerance: float) -
     allowed = (OF_ITSELF * theirs.abs().clamp(min=LEAST)).clamp(max=tolerance)
     difference = (ours.detach().cpu().double() - theirs).abs()
     if not whole.good or not theirs.numel():
-        return whole
+        return whole._replace(ours=None)
     worst = int((difference / allowed).argmax())
     return Compared(name, difference.flatten()[worst].item(), allowed.flatten()[worst].item())
 
@@ -129,7 +174,8 @@ def compare(golden: Golden, name: str, ours: Tensor, tolerance: float) -> Compar
         raise UserError(f"{golden.path}: {name}: shape {tuple(theirs.shape)} should be {tuple(ours.shape)}")
     both_nan = ours.isnan() & theirs.isnan() if theirs.is_floating_point() else torch.zeros_like(theirs).bool()
     difference = (ours.double() - theirs.double()).abs().masked_fill(both_nan, 0.0)
-    return Compared(name, difference.nan_to_num(nan=math.inf).max().item() if theirs.numel() else 0.0, tolerance)
+    most = difference.nan_to_num(nan=math.inf).max().item() if theirs.numel() else 0.0
+    return Compared(name, most, tolerance, ours if theirs.is_floating_point() else None)
 
 
 def compare_number(name: str, ours: float, theirs: object, tolerance: float) -> Compared:

@@ -26,6 +26,8 @@ examples:
 """
 PAGE = "attention.html"
 CAPTION_WIDTH = 26  # in the table
+SAMPLES = 12
+OF_DATA = ("dataset", "index", "captions", "samples")  # options that say something of --data
 
 
 def add_attention_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -40,12 +42,10 @@ def add_attention_command(commands: "argparse._SubParsersAction[argparse.Argumen
     parser.add_argument("--image", type=path, action="append", metavar="FILE", help="a picture; may be repeated")
     parser.add_argument("--caption", action="append", metavar="TEXT", help="the caption of each --image, in order")
     parser.add_argument("--data", type=place, metavar="PLACE", help="instead: samples, as in eval retrieval")
-    parser.add_argument(
-        "--dataset", choices=DATASETS, default="shards", metavar="NAME", help="of --data, as in eval retrieval"
-    )
+    parser.add_argument("--dataset", choices=DATASETS, metavar="NAME", help="of --data, as in eval retrieval")
     parser.add_argument("--index", type=place, metavar="DIR", help="folder of the index; default: beside the shards")
     parser.add_argument("--captions", metavar="KEY", help="key of the captions, of which the first is taken")
-    parser.add_argument("--samples", type=positive, default=12, metavar="N", help="first samples (default: 12)")
+    parser.add_argument("--samples", type=positive, metavar="N", help=f"first samples of --data (default: {SAMPLES})")
     parser.add_argument("--weights", choices=("student", "teacher"), default="student", help="default: student")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the pictures and the page")
@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
     encoder = load_encoder(checkpoint, which, arguments.device, arguments.activation)
     require_heads(encoder.model, str(checkpoint))
     say_notes(checkpoint, encoder.notes)
-    total = len(arguments.image) if arguments.image else arguments.samples
+    total = len(arguments.image) if arguments.image else arguments.samples or SAMPLES
     pages = []
     table = Table("", "caption", "on words", "strongest word", "peak (top, left)")
     make_folder(arguments.out)
@@ -103,6 +103,11 @@ def _check(arguments: argparse.Namespace) -> None:
     images, captions = arguments.image or [], arguments.caption or []
     if bool(images) == bool(arguments.data):
         raise UserError("--image and --data: exactly one of both must be there; --image needs --caption")
+    lone = next((name for name in OF_DATA if images and getattr(arguments, name) is not None), None)
+    if lone is not None:
+        raise UserError(f"--{lone}: {getattr(arguments, lone)} is for samples of --data, not for --image")
+    if arguments.data and captions:
+        raise UserError("--caption: is for --image; samples of --data have captions of their own")
     if len(images) != len(captions):
         raise UserError(f"--caption: {len(captions)} for {len(images)} of --image; rule: one for each picture")
     empty = next((place for place, caption in enumerate(captions, start=1) if not caption.strip()), None)
@@ -142,9 +147,10 @@ def _pictures(arguments: argparse.Namespace, encoder: "Encoder") -> "Iterator[tu
                 raise UserError(f"{file}: {damage}") from damage
             yield Path(file).name, caption, evaluation_crop(pixels, setting.image_size)
         return
-    where = "shards" if arguments.dataset == "shards" else "data"
-    keys = {name: getattr(arguments, name) for name in ("dataset", "index", "captions")}
-    section = section_of("retrieval", {where: arguments.data, "max_samples": arguments.samples, **keys})
+    dataset = arguments.dataset or "shards"
+    where = "shards" if dataset == "shards" else "data"
+    keys = {"dataset": dataset, "index": arguments.index, "captions": arguments.captions}
+    section = section_of("retrieval", {where: arguments.data, "max_samples": arguments.samples or SAMPLES, **keys})
     assert isinstance(section, RetrievalConfig)
     gallery = open_captioned(section, setting)
     for batch in gallery.batches(0, 1, 1):

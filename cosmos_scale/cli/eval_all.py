@@ -157,7 +157,7 @@ def _opened(
     measurable = []
     for place, one, of_ranks in zip(PUBLIC_PLACES, found, zip(*everyones, strict=True), strict=True):
         if all(reason is None for reason in of_ranks):
-            results.missing[place.dataset] = place.layout
+            results.missing[place.dataset] = place.expected
         elif any(of_ranks) or None in of_ranks:
             rank, reason = next((rank, reason) for rank, reason in enumerate(of_ranks) if reason != "")
             reason = f"is not below {arguments.data_root}" if reason is None else reason

@@ -85,7 +85,8 @@ def section_of(kind: str, keys: dict[str, Any]) -> "EvaluatorConfig":
         details = error.errors()[0]
         broken = details.get("ctx", {}).get("error")
         if isinstance(broken, RuleBroken):
-            raise UserError(f"--{broken.key.replace('_', '-')}: {broken.value} {broken.rule}") from None
+            value = "" if broken.value is None else f"{broken.value} "  # None: the option was not given
+            raise UserError(f"--{broken.key.replace('_', '-')}: {value}{broken.rule}") from None
         option = f"--{str(details['loc'][-1]).replace('_', '-')}"
         raise UserError(f"{option}: {details['input']} {details['msg'].replace('Input should', 'should')}") from None
     return section

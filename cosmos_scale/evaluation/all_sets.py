@@ -20,6 +20,7 @@ _SECTIONS: dict[str, type[EvaluatorConfig]] = {
     "segmentation": SegmentationConfig,
 }
 _COCO_PLACES = ("", "coco", "COCO", "coco2017")
+_FLICKR30K_PLACES = ("", "flickr30k", "Flickr30k", "flickr30k-images")
 _IMAGENET_PLACES = ("", "imagenet/val", "imagenet", "ILSVRC2012/val", "ILSVRC2012")
 _IMAGENET = "n01440764/ILSVRC2012_val_00000293.JPEG and so on: a folder for each wnid, with the validation pictures"
 _KARPATHY_FILES = ("coco_karpathy_test.json", "dataset_coco.json")
@@ -65,8 +66,8 @@ _PICTURES = {  # of each set that is measured whole
 class PublicPlace(NamedTuple):
     """Where a public set may lie. layout: in words. csa: of segmentation; None for other kinds.
 
-    places: folders below the given one, in the order they are looked at. marks: files and folders of which one lies in
-    the set's folder, and in no other.
+    places: folders below the given one, in the order they are looked at; the first is the given one itself. marks:
+    files and folders of which one lies in the set's folder, and in no other.
     """
 
     kind: str
@@ -85,6 +86,11 @@ class PublicPlace(NamedTuple):
     def pictures(self) -> int:
         """How many pictures the whole set has."""
         return _PICTURES[self.dataset]
+
+    @property
+    def expected(self) -> str:
+        """The layout, and where it may lie."""
+        return f"{self.layout}; in it or in {' or '.join(self.places[1:])} below it"
 
     def folder(self, root: Path) -> Path | None:
         """Return the folder below `root` that holds the set, None where none does."""
@@ -108,14 +114,14 @@ def _places() -> Iterator[PublicPlace]:
     yield PublicPlace("retrieval", karpathy[0], _COCO_PLACES, marks, _without_name(*karpathy))
     for split in ("val", "test"):
         name, layout = f"flickr30k_{split}", FLICKR30K.format(split=split)
-        yield PublicPlace("retrieval", name, ("", "flickr30k", "Flickr30k"), (f"{name}.json",), layout)
+        yield PublicPlace("retrieval", name, _FLICKR30K_PLACES, (f"{name}.json",), layout)
     yield PublicPlace("classification", "imagenet", _IMAGENET_PLACES, ("n01440764",), _IMAGENET)
     for name, published in PUBLISHED.items():
         yield PublicPlace("classification", name, ("", name), (_FOLDER_OF[name],), published.tree)
     for public, files in PUBLIC_LAYOUTS.items():
         for csa in (False, True):
             places = ("", *files.folders, *(_COCO_PLACES[1:] if public.startswith("coco") else ()))
-            yield PublicPlace("segmentation", public, places, (files.masks,), files.expected(), csa)
+            yield PublicPlace("segmentation", public, places, (files.masks,), files.tree(), csa)
 
 
 def _without_name(name: str, layout: str) -> str:

@@ -133,11 +133,11 @@ def word_weights(caption: str, maps: AttentionMaps, tokenizer: Tokenizer) -> lis
     weights, values = maps.text_weights.mean(0)[maps.words].tolist(), maps.text_map[maps.words].tolist()
     found: list[WordWeight] = []
     place = 0
-    for pieces in tokenizer.pieces(caption):
-        kept = pieces[: len(weights) - place]  # a caption may itself hold EOT's text
+    for word, parts in tokenizer.pieces(caption):
+        kept = parts[: len(weights) - place]  # a caption may itself hold EOT's text
         part = slice(place, place + len(kept))
         if kept:
-            found.append(WordWeight("".join(kept), tuple(kept), tuple(weights[part]), tuple(values[part])))
+            found.append(WordWeight(word, kept, tuple(weights[part]), tuple(values[part])))
         place = part.stop
     return found
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import ftfy
 import numpy as np
@@ -43,6 +44,16 @@ _BREAKS = str.maketrans("\n\r\t", "   ")
 _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 
 
+class WordPieces(NamedTuple):
+    """A word as a model reads it, and the parts that its ids stand for. U+FFFD: bytes that are no UTF-8 by themselves.
+
+    One letter may have several ids, so parts may hold U+FFFD where the whole word holds none.
+    """
+
+    word: str
+    parts: tuple[str, ...]
+
+
 class Tokenizer:
     """Turns captions into rows of ids: start, the text's ids, EOT, zeros.
 
@@ -65,21 +76,22 @@ class Tokenizer:
             row[0], row[1 : 1 + len(ids)], row[1 + len(ids)] = START_OF_TEXT, ids, END_OF_TEXT
         return torch.from_numpy(rows)
 
-    def pieces(self, text: str) -> list[list[str]]:
-        """Return the words of a text as the model reads them, each in the parts that its ids stand for.
+    def pieces(self, text: str) -> list[WordPieces]:
+        """Return the words of a text as the model reads them, each with the parts that its ids stand for.
 
-        All parts together are as many as the ids of `__call__` between start and EOT. Bytes that are no UTF-8 by
-        themselves become U+FFFD.
+        All parts together are as many as the ids of `__call__` between start and EOT.
         """
         room, found = self.context_length - 2, []
         byte_of = _byte_of_letter()
         for word in words(clean(text)):
-            parts = [word] if word in SPECIAL_WORDS else self._merge.encode(word).tokens
-            kept = [part.removesuffix("</w>") for part in parts[:room]]
-            if word not in SPECIAL_WORDS:
-                kept = [bytes(byte_of[letter] for letter in part).decode(errors="replace") for part in kept]
-            if kept:
-                found.append(kept)
+            if word in SPECIAL_WORDS:
+                parts = [word.encode()]
+            else:
+                letters = [part.removesuffix("</w>") for part in self._merge.encode(word).tokens]
+                parts = [bytes(byte_of[letter] for letter in part) for part in letters]
+            if kept := parts[:room]:
+                whole = b"".join(kept).decode(errors="replace")
+                found.append(WordPieces(whole, tuple(part.decode(errors="replace") for part in kept)))
             room -= len(kept)
         return found
 

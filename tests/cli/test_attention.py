@@ -60,6 +60,8 @@ def test_pictures_with_captions_of_the_command_line(
         (["--image", "BROKEN", "--data", "x"], "--image and --data: exactly one of both must be there"),
         (["--image", "BROKEN"], "--caption: 0 for 1 of --image; rule: one for each picture"),
         (["--image", "BROKEN", "--caption", " "], "--caption: number 1 is empty"),
+        (["--image", "BROKEN", "--caption", "a", "--samples", "3"], "--samples: 3 is for samples of --data"),
+        (["--data", "x", "--caption", "a"], "--caption: is for --image"),
         (["--image", "BROKEN", "--caption", "a"], "BROKEN: the picture is not a JPEG, PNG or WebP"),
         (["--image", "missing.jpg", "--caption", "a"], "missing.jpg: the picture cannot be read: No such file"),
         (

@@ -76,7 +76,7 @@ def test_the_table_and_the_overlays(
         (["--overlays", "2"], "--overlays: 2 needs --out DIR"),
         (["--prob-threshold", "0.2"], "--prob-threshold: 0.2 must be 0 where class 0 is no background"),
         (["--set", "voc22"], "--dataset: voc22 should be 'voc20', 'voc21'"),
-        (["--set", "voc20"], "--data: None must be given: the folder that holds voc20"),
+        (["--set", "voc20"], "--data: must be given: the folder that holds voc20"),
         (["--names", "wrong"], "--names: wrong should be 'corrected' or 'published'"),
         (["--overlays", "2", "--out", "/dev/null/there"], "name another folder with --out"),
         (["--crop", "-1"], "--crop: -1 should be greater than or equal to 0"),

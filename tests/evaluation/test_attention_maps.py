@@ -145,9 +145,11 @@ def test_each_token_has_its_weight_and_words_are_read_as_the_model_reads_them(ca
 
 def test_words_in_parts_are_put_together() -> None:
     tokenizer = Tokenizer(77)
-    assert tokenizer.pieces("A CYAN dog's") == [["a"], ["cy", "an"], ["dog"], ["'s"]]
-    assert "".join(part for word in tokenizer.pieces("café zebra") for part in word) == "cafézebra"
-    assert sum(map(len, Tokenizer(5).pieces("one two three four five"))) == 3  # room for 3 between start and EOT
+    assert [word.parts for word in tokenizer.pieces("A CYAN dog's")] == [("a",), ("cy", "an"), ("dog",), ("'s",)]
+    assert [word.word for word in tokenizer.pieces("A CYAN café 犬小屋")] == ["a", "cyan", "café", "犬小屋"]
+    assert "".join(part for word in tokenizer.pieces("café zebra") for part in word.parts) == "cafézebra"
+    short = Tokenizer(5).pieces("one two three four five")  # room for 3 between start and EOT
+    assert sum(len(word.parts) for word in short) == 3
 
 
 def test_a_model_without_heads_is_refused() -> None:

@@ -137,6 +137,20 @@ def test_a_layout_gives_its_pictures_and_captions_in_its_order(
     assert evaluator.subject() == {"dataset": dataset, "data": str(root)}
 
 
+@pytest.mark.parametrize("beside_the_link", [True, False])
+def test_lists_behind_links_name_pictures_from_both_ends_of_the_link(beside_the_link: bool, tmp_path: Path) -> None:
+    seen, real = tmp_path / "seen", tmp_path / "real" / ("other" if beside_the_link else "flickr")
+    seen.mkdir()
+    write_json(real / "flickr30k_val.json", [{"image": "flickr/1.jpg", "caption": ["a"]}])
+    write_json(real / "pairs.jsonl", {"image": "p/0.jpg", "caption": "a"})
+    save(real, "1.jpg")
+    save(seen if beside_the_link else real, "p/0.jpg")
+    (seen / "flickr").symlink_to(real)
+    (seen / "pairs.jsonl").symlink_to(real / "pairs.jsonl")
+    assert captions_of(opened(seen / "flickr", "flickr30k_val")) == {"flickr/1.jpg": ["a"]}
+    assert captions_of(opened(seen / "pairs.jsonl", "pairs")) == {"p/0.jpg": ["a"]}
+
+
 PAIR_FILES = {
     "a.jsonl": '{"image": "p/0.jpg", "caption": "a"}\n\n{"image": "p/1.jpg", "caption": ["b", " "]}\n'
     '{"image": "p/0.jpg", "caption": "c\\nd"}\n',

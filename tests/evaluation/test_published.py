@@ -1,5 +1,7 @@
 """Published numbers: which of one's own they stand beside, and the table of both."""
 
+from pathlib import Path
+
 import pytest
 
 from cosmos_scale.config.load import load_config
@@ -43,3 +45,14 @@ def test_every_set_has_a_name_of_its_own_and_a_layout() -> None:
     titles = [place.title for place in PUBLIC_PLACES]
     assert len(set(titles)) == len(titles) == 4 + 11 + 2 * 8
     assert all(place.layout and place.marks and place.pictures for place in PUBLIC_PLACES)
+    assert all(place.places[0] == "" and len(place.places) > 1 for place in PUBLIC_PLACES)
+    coco = next(place for place in PUBLIC_PLACES if place.dataset == "coco_stuff")
+    assert coco.expected.endswith("*.png; in it or in coco_stuff164k or coco or COCO or coco2017 below it")
+
+
+@pytest.mark.parametrize("place", ["", "flickr30k", "flickr30k-images"])
+def test_flickr30k_is_found_where_its_list_lies(place: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "flickr30k_val.json").touch()
+    (found,) = [public.dataset for public in PUBLIC_PLACES if public.folder(tmp_path) == tmp_path / place]
+    assert found == "flickr30k_val"

@@ -5,6 +5,7 @@ where one is missing or has another form. A single picture that is missing is le
 """
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def open_karpathy(root: Path) -> list[Captioned]:
 def open_flickr30k(root: Path, split: str) -> list[Captioned]:
     """Flickr30k's val or test pictures; the published evaluation takes val.
 
-    Names of pictures begin at the parent of `root`, or, where they do not lie there, at `root`.
+    Names of pictures begin at the parent of `root`, or, where they do not lie there, at `root`. Where `root` is a link,
+    its parent is the folder that holds the link, or else that of the folder it leads to.
     """
     rule = FLICKR30K.format(split=split)
     path = _existing(root, [f"flickr30k_{split}.json"], rule)
@@ -87,7 +89,8 @@ def open_flickr30k(root: Path, split: str) -> list[Captioned]:
         captions = _lists(document)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has another form ({_shown(error)}); rule: {rule}") from error
-    folder = _folder_of(root.resolve(), ["..", "."], list(captions), rule)
+    here, there = Path(os.path.abspath(root)), root.resolve()
+    folder = _folder_of(root, [here.parent, there.parent, here], list(captions), rule)
     return [_placed(folder / name, name, texts) for name, texts in captions.items()]
 
 
@@ -119,7 +122,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
         captions.setdefault(image, []).extend(text for text in found if isinstance(text, str) and text.strip())
     if not captions:
         raise UserError(f"{path}: names no picture; rule: {PAIRS}")
-    folder = _folder_of(path.resolve().parent, ["."], list(captions), PAIRS)
+    folder = _folder_of(path.parent, [path.absolute().parent, path.resolve().parent], list(captions), PAIRS)
     return [_placed(folder / name, name, texts) for name, texts in captions.items()]
 
 
@@ -177,15 +180,15 @@ def _existing(root: Path, names: Sequence[str], rule: str) -> Path:
     return found
 
 
-def _folder_of(root: Path, folders: Sequence[str], names: Sequence[str], rule: str) -> Path:
-    """Return the first of some folders in which a picture of that name lies."""
+def _folder_of(root: Path, folders: Sequence[str | Path], names: Sequence[str], rule: str) -> Path:
+    """Return the first of some folders, from `root` on, in which a picture of one of the names lies."""
     if not names:
         raise UserError(f"{root}: its list names no picture; rule: {rule}")
     for name in names:
         for folder in folders:
             if (root / folder / name).is_file():
                 return root / folder
-    where = " or ".join(str((root / folder).resolve()) for folder in folders)
+    where = " or ".join(dict.fromkeys(str((root / folder).absolute()) for folder in folders))
     raise UserError(f"{root}: none of its {len(names):,} pictures, such as {names[0]}, is in {where}; rule: {rule}")
 
 

@@ -57,11 +57,11 @@ class PublicLayout(NamedTuple):
     prob_threshold: float = 0.0
     area_threshold: float = 0.0
 
-    def expected(self) -> str:
-        """The files that the layout wants, in words."""
+    def tree(self) -> str:
+        """The files that the layout wants below its folder, in words."""
         masks = " or ".join(f"{self.masks}/*{files.suffix}" for files in self.mask_files)
         wanted = [f"{self.images}/*{self.image_suffix}", masks, *([self.split] if self.split else [])]
-        return f"{', '.join(wanted)}, in it or in {' or '.join(self.folders)} below it"
+        return ", ".join(wanted)
 
 
 def _voc(law: MaskLaw) -> PublicLayout:
@@ -125,15 +125,19 @@ def find_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
 
 def _public_pictures(dataset: MaskedSet, given: str) -> list[MaskedPicture]:
     layout = PUBLIC_LAYOUTS[dataset]
-    wrong = f"{given}: holds no {dataset}: %s; expected {layout.expected()}"
+    places = f"in it or in {' or '.join(layout.folders)} below it"
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{given}: holds no {dataset}: {what}; expected {layout.tree()}, {places}")
+
     if not Path(given).is_dir():
-        raise UserError(wrong % "it is no folder")
+        raise wrong("it is no folder")
     roots = [Path(given, folder) for folder in ("", *layout.folders)]
     root = next((root for root in roots if (root / layout.images).is_dir()), None)
     if root is None:
-        raise UserError(wrong % f"there is no folder {layout.images}")
+        raise wrong(f"there is no folder {layout.images}")
     if not (root / layout.masks).is_dir():
-        raise UserError(wrong % f"there is no folder {root / layout.masks}")
+        raise wrong(f"there is no folder {root / layout.masks}")
     if layout.split is None:
         names = _names_below(root / layout.images, lambda name: name.endswith(layout.image_suffix))
         stems = [name.removesuffix(layout.image_suffix) for name in names]
@@ -141,7 +145,7 @@ def _public_pictures(dataset: MaskedSet, given: str) -> list[MaskedPicture]:
         stems = _listed(root / layout.split, wrong)
     if not stems:
         what = layout.split if layout.split else f"{layout.images}/*{layout.image_suffix}"
-        raise UserError(wrong % f"{root / what} names no picture")
+        raise wrong(f"{root / what} names no picture")
     images = {stem: root / layout.images / f"{stem}{layout.image_suffix}" for stem in stems}
     pictures = [
         MaskedPicture(stem, image, *_mask_of(root / layout.masks / stem, layout.mask_files))
@@ -163,7 +167,11 @@ def _own_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
         raise UserError(f"{images}: holds no picture; rule: {', '.join(PICTURES)}, in it or below it")
     law = MaskFiles(".png", reduced_labels if config.reduce_zero else stored_labels)
     pictures = [MaskedPicture(name, images / name, *_mask_of((masks / name).with_suffix(""), (law,))) for name in names]
-    wrong = f"{masks}: holds no mask of the pictures of {images}: %s; rule: a PNG of the picture's name, in its folder"
+
+    def wrong(what: str) -> UserError:
+        rule = "rule: a PNG of the picture's name, in its folder"
+        return UserError(f"{masks}: holds no mask of the pictures of {images}: {what}; {rule}")
+
     _require_a_mask(pictures, wrong)
     return pictures
 
@@ -187,10 +195,10 @@ def _mask_of(stem: Path, kinds: Iterable[MaskFiles]) -> tuple[Path, MaskLaw]:
     return next((mask for mask in masks if mask[0].exists()), masks[0])
 
 
-def _require_a_mask(pictures: list[MaskedPicture], wrong: str) -> None:
+def _require_a_mask(pictures: list[MaskedPicture], wrong: Callable[[str], UserError]) -> None:
     if not any(picture.image.exists() and picture.mask.exists() for picture in pictures):
         first = pictures[0].mask if pictures[0].image.exists() else pictures[0].image
-        raise UserError(wrong % f"of {counted(len(pictures), 'picture')} none is there with its mask, such as {first}")
+        raise wrong(f"of {counted(len(pictures), 'picture')} none is there with its mask, such as {first}")
 
 
 def _names_below(folder: Path, counts: Callable[[str], bool]) -> list[str]:
@@ -204,12 +212,12 @@ def _names_below(folder: Path, counts: Callable[[str], bool]) -> list[str]:
     return sorted(filter(counts, found()))
 
 
-def _listed(split: Path, wrong: str) -> list[str]:
+def _listed(split: Path, wrong: Callable[[str], UserError]) -> list[str]:
     """Return the names in a split file, each once, in its order."""
     try:
         text = read_regular(split).decode()
     except OSError as error:
-        raise UserError(wrong % f"{split} cannot be read: {reason_of(error)}") from error
+        raise wrong(f"{split} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError:
-        raise UserError(wrong % f"{split} holds bytes that are no UTF-8") from None
+        raise wrong(f"{split} holds bytes that are no UTF-8") from None
     return list(dict.fromkeys(name for line in text.splitlines() if (name := line.strip())))

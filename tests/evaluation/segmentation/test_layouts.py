@@ -139,7 +139,7 @@ def test_own_pictures_find_masks_of_their_names_in_their_folders(tmp_path: Path)
     ],
 )
 def test_what_is_missing_is_named_with_what_is_expected(tmp_path: Path, missing: str, message: str) -> None:
-    root = voc(tmp_path / "voc")
+    root = voc(tmp_path / "100%" / "voc")
     for path in root.parent.glob(f"voc/{missing}") if missing else [root]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(UserError, match=message.replace("*.", r"\*\.")) as caught:
