@@ -21,7 +21,7 @@ def launch_once(run: LaunchedRun, hosts: Sequence[Host], command: str) -> int:
     try:
         with StopSignals() as stop:
             try:
-                meeting = look_at(run, printer.say, stop)(hosts, True)
+                meeting = look_at(run, printer.say, printer.show, stop)(hosts, True)
             except StoppedEarly:
                 return STOPPED
             world_size = first_world_size(run.config, slots_of(hosts))
