@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "interrupt": {"exit_status"},
     "phases": set(),
     "set_names": set(),
-    "versions": set(),
+    "versions": {"__init__"},
     "words": set(),
     "kernels": set(),
     "model": {"kernels"} | FOUNDATION,

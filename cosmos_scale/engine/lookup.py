@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 
-def leave_ungathered(table: nn.Embedding) -> None:
-    """Let the table's backward do without its weight, which DeepSpeed (0.19) gathers for every module's backward.
+def leave_tables_ungathered(model: nn.Module) -> None:
+    """Let the tables' backward do without their weights, which DeepSpeed (0.19) gathers for every module's backward.
 
     To be called once DeepSpeed has taken the model over, before the first step.
     """
-    table.pre_bwd_fn = _BeforeBackward(table)  # type: ignore[assignment]  # DeepSpeed applies it to the output
-    table.weight.register_post_accumulate_grad_hook(_give_back)
+    for table in model.modules():
+        if isinstance(table, nn.Embedding):
+            table.pre_bwd_fn = _BeforeBackward(table)  # type: ignore[assignment]  # DeepSpeed applies it to the output
+            table.weight.register_post_accumulate_grad_hook(_give_back)
 
 
 class _BeforeBackward:

@@ -23,7 +23,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.deepspeed_config import deepspeed_config, gradient_bucket, teacher_deepspeed_config
 from cosmos_scale.engine.gradients import GradientBuckets, cut_groups
 from cosmos_scale.engine.layout import Layout, Placement
-from cosmos_scale.engine.lookup import leave_ungathered
+from cosmos_scale.engine.lookup import leave_tables_ungathered
 from cosmos_scale.engine.optimizer import AdamWEma
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.engine.teacher_weights import CopiedTeacher, GatheredTeacher, ShardedTeacher, TeacherWeights
@@ -276,9 +276,7 @@ class ShardedWeights(_Sharded):
             self.masters[self._wrapper.sub_group_to_group_id[sub_group]].append(shard)
         optimizer.weight_copies = self._by_group(self._wrapper.fp16_partitioned_groups_flat)
         self.placements = list(self._placed({id(parameter): name for name, parameter in model.named_parameters()}))
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                leave_ungathered(module)
+        leave_tables_ungathered(model)
 
     @staticmethod
     @override

@@ -102,7 +102,7 @@ class WindowLogits(NamedTuple):
             weights = by_row[first:last]
             (touching,) = weights.any(0).nonzero(as_tuple=True)
             widened_tWQ = by_column @ joined_rcQ[touching.to(device)]
-            band = weights[:, touching].to(device, dtype) @ widened_tWQ.flatten(1)
+            band: Tensor = weights[:, touching].to(device, dtype) @ widened_tWQ.flatten(1)
             return band.unflatten(1, widened_tWQ.shape[1:]).permute(2, 0, 1)
 
         return rows
