@@ -102,8 +102,9 @@ class WindowLogits(NamedTuple):
             weights = by_row[first:last]
             (touching,) = weights.any(0).nonzero(as_tuple=True)
             widened_tWQ = by_column @ joined_rcQ[touching.to(device)]
-            band: Tensor = weights[:, touching].to(device, dtype) @ widened_tWQ.flatten(1)
-            return band.unflatten(1, widened_tWQ.shape[1:]).permute(2, 0, 1)
+            band = weights[:, touching].to(device, dtype) @ widened_tWQ.flatten(1)
+            by_query: Tensor = band.unflatten(1, widened_tWQ.shape[1:]).permute(2, 0, 1)
+            return by_query
 
         return rows
 
