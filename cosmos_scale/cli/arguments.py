@@ -112,8 +112,9 @@ def say_repeats(overrides: Sequence[str]) -> None:
     """
     values: dict[str, list[str]] = {}
     for override in overrides:
-        key, _, text = override.partition("=")
-        values.setdefault(key, []).append(text)
+        key, equals, text = override.partition("=")
+        if equals:  # what has none is no key, and is refused later
+            values.setdefault(key, []).append(text)
     for key, texts in values.items():
         if os.environ.get("RANK", "0") != "0":
             continue
