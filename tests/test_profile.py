@@ -15,6 +15,7 @@ from cosmos_scale.phases import SAMPLE_PARTS, STEP_PHASES
 from cosmos_scale.profile import TRACED
 from cosmos_scale.profiling.profile_record import PROFILE_FILE, write_record
 from cosmos_scale.testing.runs import start_command, write_run
+from tests.conftest import REPOSITORY
 from tests.profiling.invented import rank_profile, record_of
 
 STEPS, SECONDS = 6, 300.0
@@ -113,7 +114,10 @@ def test_loader_memory_and_waits_are_there(profiled: Profiled) -> None:
     held = sum(record["memory"]["owners"].values())
     assert held == record["memory"]["peak_bytes"]
     assert record["memory"]["states_by_formula"] is True
-    assert any(wait["place"].startswith("cosmos_scale/loss/gather.py:") for wait in record["waits"])
+    # Which of the collectives are waited for long enough to be listed depends on how the ranks meet.
+    waits = [wait for wait in record["waits"] if wait["what"] == "a collective"]
+    assert waits
+    assert all((REPOSITORY / wait["place"].partition(":")[0]).is_file() for wait in waits)
     assert record["operators"]["kinds"]["matmul"] > 0.0
 
 
