@@ -22,9 +22,8 @@ OWN_SHORT_SIDE = 336
 """Pixels of the shorter side of pictures that belong to no public set, for models of image size 224."""
 
 _PUBLISHED_SIZE = 224  # of the models that the sizes are for
-_BAND = (
-    2**20
-)  # values of logits that are formed at a time: 4 MiB, which stay in a CPU's caches; six copies live at once
+# Values of logits that are formed at a time: 4 MiB, which stay in a CPU's caches. About six copies live at once.
+_BAND = 2**20
 
 
 class Queries(NamedTuple):
