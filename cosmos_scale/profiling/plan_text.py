@@ -39,11 +39,11 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     what = "CUDA context, NCCL, cuBLAS, outside torch (assumed)"
     if not machine.is_gpu:
         offloaded, what = "", "Python, libraries, gloo, outside torch (measured)"
-    yield f"  {what:<52}{cluster.outside_torch / GIB:>23.2f}{offloaded}"
+    yield f"  {what:<52}{cluster.outside_torch / GIB:>24.2f}{offloaded}"
     share = whole / cluster.memory
     verdict = f"fits: {share:.0%}" if share <= 1.0 else f"DOES NOT FIT: {share:.0%}"
     shared = "" if machine.is_gpu else f", a rank's share of a host's {machine.memory_gib:.4g}"
-    yield f"  {f'of {cluster.memory / GIB:.4g} GiB{shared}':<52}{whole / GIB:>23.2f}  {verdict}"
+    yield f"  {f'of {cluster.memory / GIB:.4g} GiB{shared}':<52}{whole / GIB:>24.2f}  {verdict}"
     yield f"  largest batch a {machine.unit}: " + "; ".join(
         f"{'none' if most is None else f'{most:,}'}{f' with recompute {every}' if every else ''}"
         for every, most in plan.largest.items()
