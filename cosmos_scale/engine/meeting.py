@@ -10,19 +10,19 @@ them: such ranks would hang in a collective, or train a mixture. A rank that is 
 import errno
 import json
 import os
-import select
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import NoReturn
 
 import torch.distributed as dist
 
 from cosmos_scale.engine.contact import GO, GREETING, REFUSAL, REFUSED, WELCOME, Contact, Peer, read_line
 from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
+from cosmos_scale.engine.refusal import GREETS, read_refusal, tell_later
+from cosmos_scale.engine.visitors import Visitors
 from cosmos_scale.errors import UserError
 from cosmos_scale.interfaces import interface_of
 from cosmos_scale.versions import build_of_this_rank
@@ -30,9 +30,9 @@ from cosmos_scale.versions import build_of_this_rank
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 NOTICE = 30.0  # seconds of waiting after which a rank says for whom it waits, and again after twice as long
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
-GREETS = 1.0  # seconds in which a visitor that has begun its greeting ends it: short, since the others wait meanwhile
 PAUSE = 0.5  # seconds between two tries to connect
 LOOPBACK = "lo"
+TWICE = -1  # in the place of a rank's number: of the second with one number
 
 
 def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "tuple[dist.Store, Contact]":  # type: ignore[name-defined]
@@ -100,70 +100,45 @@ def _listen(place: RankVariables) -> socket.socket:
 
 
 def _receive(place: RankVariables, listener: socket.socket, wait: float) -> dict[int, Peer]:
-    """Wait for all other ranks, and return them; tell all of them where something is wrong."""
+    """Wait for all other ranks, and return them; where something is wrong, tell all of them, also who comes later."""
     here: dict[int, Peer] = {}
-    own = build_of_this_rank()
-    visitors, began = _speaking_visitors(listener, wait), time.monotonic()
-    while len(here) < place.world_size - 1:
-        visitor = next(visitors)
-        try:
-            named = None if visitor is None else _named(visitor)
-        except UserError as refusal:
-            _refuse(here, str(refusal))
-        if visitor is None:
-            missing = sorted({*range(1, place.world_size)} - here.keys())
-            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            ranks = f"rank{'s' * (len(missing) > 1)} {shown}"
-            if (waited := time.monotonic() - began) < wait:
-                _tell_of_waiting(f"rank 0 has waited {waited:.0f} s for {ranks} of {place.world_size}", wait)
-                continue
-            _refuse(
-                here,
-                f"{ranks} {'have' if len(missing) > 1 else 'has'} not come within {wait:g} s; "
-                "rule: every rank of WORLD_SIZE starts",
-            )
-        elif named is None:  # a stranger
-            visitor.close()
-        else:
-            rank, world_size, host, build = named
-            twice = rank in here or rank == 0
-            here[-1 if twice else rank] = Peer(rank, host, visitor)
-            if world_size != place.world_size:
-                _refuse(
-                    here, f"WORLD_SIZE: rank {rank} has {world_size}, rank 0 has {place.world_size}; rule: all agree"
-                )
-            if twice:
-                _refuse(here, f"RANK: two processes have {rank}; rule: each rank has its own number")
-            if build != own:
-                _refuse(here, _different(rank, host, build, own))
+    absent = 0  # ranks that a refused one has said not to come
+    visitors = Visitors(listener)
+    try:
+        for visitor in _until_all_are_here(place, here, visitors, wait):
+            line = _line(visitor)
+            if line.startswith(REFUSAL):
+                absent, text = read_refusal(line)
+                raise UserError(text)
+            _seat(place, here, visitor, line)
+    except UserError as refusal:
+        _tell(here, f"{REFUSED}{refusal}")
+        ranks = place.world_size - 1 - absent - len(here.keys() - {TWICE})
+        tell_later(visitors, str(refusal), ranks)
+        raise
     visitors.close()
     return here
 
 
-def _speaking_visitors(listener: socket.socket, wait: float) -> Generator[socket.socket | None, None, None]:
-    """Yield who connects and says something; who says nothing keeps nobody waiting.
-
-    None: at each notice of the waiting, and at last after `wait` seconds.
-    """
-    began = time.monotonic()
-    silent: dict[int, socket.socket] = {}
-    poll = select.poll()
-    poll.register(listener, select.POLLIN)
-    try:
-        for notice in _notices(wait):
-            while (left := began + notice - time.monotonic()) > 0:
-                for number, _ in poll.poll(1000 * left):
-                    if number == listener.fileno():
-                        visitor, _ = listener.accept()
-                        silent[visitor.fileno()] = visitor
-                        poll.register(visitor, select.POLLIN)
-                    else:
-                        poll.unregister(number)
-                        yield silent.pop(number)
-            yield None
-    finally:
-        for visitor in silent.values():
-            visitor.close()
+def _until_all_are_here(
+    place: RankVariables, here: Mapping[int, Peer], visitors: Visitors, wait: float
+) -> Iterator[socket.socket]:
+    """Yield who comes; say now and then for whom rank 0 waits. Raises UserError where some have not come in time."""
+    began, notices = time.monotonic(), _notices(wait)
+    notice = next(notices)
+    while len(here) < place.world_size - 1:
+        visitor = visitors.next(began + notice)
+        if visitor is not None:
+            yield visitor
+            continue
+        missing = sorted({*range(1, place.world_size)} - here.keys())
+        shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        ranks = f"rank{'s' * (len(missing) > 1)} {shown}"
+        if notice >= wait:
+            have = "have" if len(missing) > 1 else "has"
+            raise UserError(f"{ranks} {have} not come within {wait:g} s; rule: every rank of WORLD_SIZE starts")
+        _tell_of_waiting(f"rank 0 has waited {notice:.0f} s for {ranks} of {place.world_size}", wait)
+        notice = next(notices)
 
 
 def _notices(wait: float) -> Iterator[float]:
@@ -190,31 +165,44 @@ def _different(rank: int, host: str, build: dict[str, str], own: dict[str, str])
     )
 
 
-def _named(visitor: socket.socket) -> tuple[int, int, str, dict[str, str]] | None:
-    """Welcome a visitor, and return its rank, its world size, its host and its build; None where it is no rank.
+def _seat(place: RankVariables, here: dict[int, Peer], visitor: socket.socket, line: str) -> None:
+    """Welcome a visitor who greets as a rank, and add it to who is here; close a stranger's connection.
 
-    Raises UserError where the visitor says that a rank does not come.
+    Raises UserError where the rank and this one contradict each other.
     """
+    named = _named(line)
+    if named is None:
+        visitor.close()
+        return
+    rank, world_size, host, build = named
+    twice = rank in here or rank == 0
+    here[TWICE if twice else rank] = peer = Peer(rank, host, visitor)
+    _tell({rank: peer}, f"{WELCOME}{socket.gethostname()}")
+    if world_size != place.world_size:
+        raise UserError(f"WORLD_SIZE: rank {rank} has {world_size}, rank 0 has {place.world_size}; rule: all agree")
+    if twice:
+        raise UserError(f"RANK: two processes have {rank}; rule: each rank has its own number")
+    if build != (own := build_of_this_rank()):
+        raise UserError(_different(rank, host, build, own))
+
+
+def _line(visitor: socket.socket) -> str:
+    with suppress(OSError):
+        return read_line(visitor, GREETS)
+    return ""
+
+
+def _named(line: str) -> tuple[int, int, str, dict[str, str]] | None:
+    """Return the rank, the world size, the host and the build of a greeting; None where it is none."""
+    if not line.startswith(GREETING):
+        return None
     try:
-        line = read_line(visitor, GREETS)
-        if line.startswith(REFUSAL):
-            raise UserError(line.removeprefix(REFUSAL))
-        if not line.startswith(GREETING):
-            return None
         rank, world_size, host, *build = line.removeprefix(GREETING).split(maxsplit=3)
         # A rank of an older version says nothing of its build.
         named = int(rank), int(world_size), host, dict(json.loads(build[0])) if build else {}
-        if not 0 <= named[0] < named[1]:
-            return None
-        visitor.sendall(f"{WELCOME}{socket.gethostname()}\n".encode())
-    except (OSError, ValueError, TypeError):
+    except (ValueError, TypeError):
         return None
-    return named
-
-
-def _refuse(here: dict[int, Peer], text: str) -> NoReturn:
-    _tell(here, f"{REFUSED}{text}")
-    raise UserError(text)
+    return named if 0 <= named[0] < named[1] else None
 
 
 def _send_on(here: dict[int, Peer]) -> Contact:
@@ -249,10 +237,10 @@ def _tell(here: dict[int, Peer], line: str) -> None:
 def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
     """Name this rank to rank 0, wait until all have come, and return the contact to rank 0."""
     where = f"{place.address}:{place.port}"
+    own = f"{place.rank} {place.world_size} {socket.gethostname()} {json.dumps(build_of_this_rank())}"
     host = _connected(place, wait)
     said = ""
     with suppress(OSError):
-        own = f"{place.rank} {place.world_size} {socket.gethostname()} {json.dumps(build_of_this_rank())}"
         host.sendall(f"{GREETING}{own}\n".encode())
         said = read_line(host, answer)
     if not said.startswith(WELCOME):

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch.distributed as dist
 
-from cosmos_scale.engine import meeting
+from cosmos_scale.engine import meeting, refusal
 from cosmos_scale.engine.contact import read_line
 from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.rank_variables import RankVariables
@@ -158,6 +158,11 @@ def test_ranks_of_other_sources_or_packages_are_refused(change: dict[str, str], 
     assert re.match(rf"rank 1 on host elsewhere has {has}, {here}.*; rule: the same files of cosmos_scale", text)
 
 
+@pytest.fixture(autouse=True)
+def _told_for_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal, "TELLS_FOR", 2.0)
+
+
 @pytest.mark.parametrize("refused", [0, 2])
 def test_a_rank_that_is_refused_on_its_host_ends_the_wait_of_all(refused: int) -> None:
     port = free_port()
@@ -166,6 +171,23 @@ def test_a_rank_that_is_refused_on_its_host_ends_the_wait_of_all(refused: int) -
     assert said([place(rank, 3, port) for rank in range(3) if rank != refused]) == [told] * 2
     telling.join(SECONDS)
     assert not telling.is_alive()
+
+
+def test_ranks_that_come_after_a_refusal_hear_it_too() -> None:
+    """Those that have connected and not spoken yet, and those that have not connected."""
+    port = free_port()
+    told = f"rank 3 on host {socket.gethostname()}: no such file"
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(said, [place(0, 4, port)])
+        with connected(port) as silent:
+            tell_refusal(place(3, 4, port), "no such file", ranks_here=1, seconds=SECONDS).join(SECONDS)
+            assert first.result(SECONDS) == [told]
+            silent.sendall(f"cosmos-scale rank 1 4 here {json.dumps(build_of_this_rank())}\n".encode())
+            assert read_line(silent, SECONDS).startswith("cosmos-scale welcome to ")
+            assert read_line(silent, SECONDS) == f"refused: {told}"
+        assert said([place(2, 4, port)]) == [told]
+    with socket.create_server(("", port)):  # all are told, so the port is free before TELLS_FOR ends
+        pass
 
 
 def test_hosts_that_are_all_refused_wait_for_nobody() -> None:
