@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -149,7 +150,7 @@ class MetricLog:
         """Return the names of the evaluators that have a record of a step, those that failed among them."""
         return [
             evaluator_of(entry)
-            for entry in _records_of(self._file.path)
+            for entry in records_of(self._file.path)
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
         ]
 
@@ -203,17 +204,20 @@ def evaluations_at(path: Path, step: int) -> dict[str, dict[str, float | None]]:
     path: a run's METRICS_FILE. Empty where it cannot be read or has no such records.
     """
     found = {}
-    for entry in _records_of(path):
+    for entry in records_of(path):
         if entry.get("kind") == "eval" and entry.get("step") == step:
             found[evaluator_of(entry)] = {key: value for key, value in entry.items() if "/" in key}
     return found
 
 
-def _records_of(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; none where it cannot be read."""
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a METRICS_FILE, without lines that are none; none where it cannot be read."""
+    found = []
     try:
-        found = [load_json(line) for line in read_regular(path).splitlines()]
-    except (OSError, ValueError):
+        for line in read_regular(path).splitlines():
+            with suppress(ValueError):
+                found.append(load_json(line))
+    except OSError:
         return []
     return [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
 
