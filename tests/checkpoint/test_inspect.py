@@ -52,7 +52,7 @@ def test_a_folder_of_runs_is_told_with_its_runs(run: Path, tmp_path: Path, capsy
         find_checkpoint(tmp_path)
     assert said in str(refused.value)
     shutil.rmtree(tmp_path / "shown")
-    with pytest.raises(UserError, match="a run with one$"):
+    with pytest.raises(UserError, match=r"a run with one$"):
         find_checkpoint(tmp_path / "none")
 
 
