@@ -54,9 +54,14 @@ def write_shard_sums(path: Path, content: Mapping[str, Any], shards: Iterable[Sh
 
 
 def noted_checksums(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of shards by name, as a manifest notes them; none where no readable manifest is there."""
+    """Return the SHA-256 of shards by name, as a manifest notes them; none where no manifest of shards is there.
+
+    Raises: UserError where the manifest is closed to the user, so that nothing would be compared.
+    """
     try:
         return {str(shard["shard"]): str(shard["sha256"]) for shard in load_json(read_regular(path))["shards"]}
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; its checksums are to be compared") from error
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
