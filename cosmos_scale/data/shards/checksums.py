@@ -67,12 +67,14 @@ def noted_checksums(path: Path) -> dict[str, str]:
 
 
 def refuse_foreign_manifest(path: Path, own: str) -> None:
-    """Raise UserError where a file is there whose `format` is not `own`: it must not be replaced."""
+    """Raise UserError where a file is there whose `format` is not `own`, or is not known: it must not be replaced."""
     try:
         found = load_json(read_regular(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
-    except (OSError, ValueError):
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; name another folder with --out") from error
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") != own:
         raise UserError(f"{path}: is the file of another program; move it away, or name another folder with --out")

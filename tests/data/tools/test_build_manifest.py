@@ -135,6 +135,15 @@ def test_a_manifest_of_another_program_is_kept(inputs: Path, content: str) -> No
     assert not list(theirs.parent.glob("*.tar"))
 
 
+def test_a_manifest_that_cannot_be_read_is_not_called_foreign(inputs: Path) -> None:
+    (inputs / "out" / "manifest.json").mkdir(parents=True)
+    said = r"out/manifest\.json: cannot be read: it is a folder, not a regular file; name another folder with --out"
+    with pytest.raises(UserError, match=said):
+        build(inputs)
+    with pytest.raises(UserError, match=r"captions\.jsonl: cannot be made: "):
+        build(inputs, "captions.jsonl")
+
+
 def test_a_manifest_that_is_closed_to_the_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
