@@ -54,20 +54,27 @@ def write_shard_sums(path: Path, content: Mapping[str, Any], shards: Iterable[Sh
 
 
 def noted_checksums(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of shards by name, as a manifest notes them; none where no readable manifest is there."""
+    """Return the SHA-256 of shards by name, as a manifest notes them; none where no manifest of shards is there.
+
+    Raises: UserError where the manifest is closed to the user, so that nothing would be compared.
+    """
     try:
         return {str(shard["shard"]): str(shard["sha256"]) for shard in load_json(read_regular(path))["shards"]}
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; its checksums are to be compared") from error
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def refuse_foreign_manifest(path: Path, own: str) -> None:
-    """Raise UserError where a file is there whose `format` is not `own`: it must not be replaced."""
+    """Raise UserError where a file is there whose `format` is not `own`, or is not known: it must not be replaced."""
     try:
         found = load_json(read_regular(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
-    except (OSError, ValueError):
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; name another folder with --out") from error
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") != own:
         raise UserError(f"{path}: is the file of another program; move it away, or name another folder with --out")

@@ -29,7 +29,7 @@ from cosmos_scale.data.shards.checksums import (
     write_shard_sums,
 )
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.data.shards.index_report import REJECTED
+from cosmos_scale.data.shards.index_report import REJECTED, refuse_foreign_rejected
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
@@ -176,6 +176,7 @@ def build_shards(
     }
     refuse_foreign_summary(out / SUMMARY)
     refuse_foreign_manifest(out / MANIFEST, MANIFEST_FORMAT)
+    refuse_foreign_rejected(out / REJECTED)
     rejected: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     samples = transparent = turned = animated = 0

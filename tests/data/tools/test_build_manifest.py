@@ -1,7 +1,9 @@
 """The manifest that `data build` writes: checksums for `data verify`, in the way of nothing that reads shards."""
 
+import errno
 import io
 import json
+import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,45 @@ def test_a_manifest_of_another_program_is_kept(inputs: Path, content: str) -> No
         build(inputs)
     assert theirs.read_text() == content
     assert not list(theirs.parent.glob("*.tar"))
+
+
+def test_a_manifest_that_cannot_be_read_is_not_called_foreign(inputs: Path) -> None:
+    (inputs / "out" / "manifest.json").mkdir(parents=True)
+    said = r"out/manifest\.json: cannot be read: it is a folder, not a regular file; name another folder with --out"
+    with pytest.raises(UserError, match=said):
+        build(inputs)
+    with pytest.raises(UserError, match=r"captions\.jsonl: cannot be made: "):
+        build(inputs, "captions.jsonl")
+
+
+def test_a_manifest_that_is_closed_to_the_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(checksums, "read_regular", refuse)  # root may read all
+    with pytest.raises(UserError, match=r"manifest\.json: cannot be read: Permission denied; its checksums"):
+        checksums.noted_checksums(tmp_path / "manifest.json")
+
+
+def test_the_users_rejected_jsonl_is_kept(inputs: Path) -> None:
+    theirs = inputs / "out" / "rejected.jsonl"
+    theirs.parent.mkdir()
+    rows = (inputs / "captions.jsonl").read_bytes()
+    theirs.write_bytes(rows)  # a file of captions: the build would read it while it writes it
+    for make in (build, lambda folder: prepare(folder, folder / "out")):
+        with pytest.raises(UserError, match=r"rejected\.jsonl: is no report of rejects; move it away, or name another"):
+            make(inputs)
+    assert theirs.read_bytes() == rows
+    theirs.write_text('{"shard": "0.tar", "key": "k", "reason": "of an index that is gone"}\n')
+    build(inputs)
+
+
+def test_a_report_of_rejects_is_no_file_of_captions(inputs: Path) -> None:
+    """Its `captions` is the name of a file, which would become each sample's caption."""
+    rejected = build(inputs) / "rejected.jsonl"
+    with pytest.raises(UserError, match=r"rejected\.jsonl: is a report of rejects, which holds no captions"):
+        build_shards(inputs / "images", rejected, inputs / "again", samples_per_shard=2, workers=1, progress=False)
+    assert not (inputs / "again").exists()
 
 
 def test_animated_pictures_in_shards_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
