@@ -21,7 +21,7 @@ from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
-from cosmos_scale.files import TOO_MANY_OPEN_FILES, reason_of
+from cosmos_scale.files import NO_ROOM, TOO_MANY_OPEN_FILES, reason_of
 from cosmos_scale.interrupt import DELETED_FOLDER
 
 EXAMPLES = """\
@@ -42,8 +42,8 @@ examples:
 """
 
 
-# What ends any command and is no fault of the program: too few open files allowed, and a full disk or quota.
-_OF_THE_MACHINE = (errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
+# What ends any command and is no fault of the program: too few open files allowed, and no room for a file.
+_OF_THE_MACHINE = (errno.EMFILE, *NO_ROOM)
 # What the system says of a path that may not be looked at, cannot be one, or lies on a disk that does not answer.
 _OF_A_PATH = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
