@@ -25,7 +25,8 @@ class Machine:
     memory_gib: what torch sees of a GPU's memory. peak, products: TFLOP/s of dense bf16 products, of the data sheet and
     the most that anybody measured. memory_rate: TB/s. link: GB/s of a GPU in one direction inside a node. network: GB/s
     of a GPU in one direction between nodes. source: where the numbers come from. cores: of a CPU for each GPU, or
-    all of a host whose CPUs compute. pcie: GB/s from the host to a GPU. calibration: rates that were measured on such a machine.
+    all of a host whose CPUs compute. pcie: GB/s from the host to a GPU. calibration: rates that were measured on such
+    a machine.
     """
 
     name: str
