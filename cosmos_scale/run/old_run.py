@@ -11,12 +11,21 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import changed_on_resume
 from cosmos_scale.config.load import load_config
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.folder import CONFIG_FILE, DAMAGE_FILE, EVALUATION, METRICS_FILE, WANDB_ID
-from cosmos_scale.run.metrics import records_of
+from cosmos_scale.run.folder import CONFIG_FILE, DAMAGE_FILE, EVALUATION, METRICS_FILE, SUPERSEDED_WANDB_ID, WANDB_ID
+from cosmos_scale.run.logged import records_of
 
 OLD_RUN = "old-run"  # a folder in the run's folder; a second one is called old-run-2
 # The records come last: where this is cut short, they are still there, and the rest is moved at the next start.
-_OF_THE_RUN = (CONFIG_FILE, DAMAGE_FILE, WANDB_ID, EVALUATION, "tensorboard", "wandb", METRICS_FILE)
+_OF_THE_RUN = (
+    CONFIG_FILE,
+    DAMAGE_FILE,
+    WANDB_ID,
+    SUPERSEDED_WANDB_ID,
+    EVALUATION,
+    "tensorboard",
+    "wandb",
+    METRICS_FILE,
+)
 
 
 def keep_old_run(config: RunConfig, folder: Path, last_step: int) -> str:
