@@ -34,7 +34,7 @@ COMMAND_LINE = "command line"
 MOST_FILES = 100  # that one config may extend: each counts as often as it is named
 
 # A text with bytes that Python could not decode, or with half of a surrogate pair.
-_NOT_UTF8 = re.compile(r'"[^"]*[\ud800-\udfff][^"]*"')
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 # Which file (or the command line) set a dotted key.
 Origins = dict[str, str]
@@ -73,9 +73,7 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
         for key, holder, name, text in path_texts(keys):
             written = written_key(key, tree.get("eval"))
             holder[name] = _expanded(text, f"{_origin_of(written, [], origins, default)}: {written}")
-        if found := _NOT_UTF8.search(json.dumps(keys, ensure_ascii=False)):
-            shown = found[0].encode("utf-8", "backslashreplace").decode()
-            raise UserError(f"{default}: {shown} holds bytes that are no UTF-8; rule: all texts of a run are UTF-8")
+        _check_texts(keys, default)
         # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
         # since there strict validation still makes tuples of lists and paths of strings.
         return RunConfig.model_validate_json(json.dumps(keys), strict=True)
@@ -84,6 +82,20 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
     except RuleBroken as broken:
         details = ErrorDetails(type="value_error", loc=("eval",), msg="", input=None, ctx={"error": broken})
         _refuse([details], origins, default, tree.get("eval"))
+
+
+def _check_texts(value: Any, where: str) -> None:
+    """Raise UserError where a text in a value can stand in no path of any system; where: what the error names."""
+    if isinstance(value, (dict, list)):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_texts(part, where)
+    if not isinstance(value, str):
+        return
+    shown = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    if _NOT_UTF8.search(value):
+        raise UserError(f"{where}: {shown} holds bytes that are no UTF-8; rule: all texts of a run are UTF-8")
+    if "\0" in value:
+        raise UserError(f"{where}: {shown} holds the character NUL; rule: no text of a run does")
 
 
 def _expanded(text: str, where: str) -> str:
@@ -128,6 +140,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...], read: Iterator[int]) ->
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: extends: {shown_value(bases)} must be a path or a list of paths")
+    _check_texts(bases, f"{path}: extends")
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in bases:

@@ -81,6 +81,8 @@ def upright_pixels_of(picture: PictureLike, where: str, setting: Setting) -> Pix
 def _levels(picture: object, background: str) -> Pixels:
     """Return the levels of a PIL picture or a tensor, as `pixels_of`; raises DamagedSample."""
     if isinstance(picture, Image.Image):
+        if not (picture.width and picture.height):
+            raise DamagedSample(f"{_kind(picture)} has no pixel; {_FORMS}")
         if picture.mode in ("F", "I"):
             raise DamagedSample(f"a PIL picture of mode {picture.mode}, whose range is not known; {_FORMS}")
         try:

@@ -28,6 +28,7 @@ from cosmos_scale.evaluation.loading import load_encoder, models_of
 from cosmos_scale.evaluation.prompts.texts import DEFAULT_TEMPLATES, Names, imagenet_templates
 from cosmos_scale.evaluation.segmentation.segmenter import encode_queries, segment, usual_recipe
 from cosmos_scale.evaluation.text_weights import text_weights
+from cosmos_scale.files import reason_of
 from cosmos_scale.inference.inputs import (
     ClassNames,
     PictureLike,
@@ -238,13 +239,27 @@ def load(
         if value not in choices:
             raise UserError(f"{argument}: {value!r}; rule: {' or '.join(map(str, choices))}")
     place = _found_device(device)
-    found = find_model(Path(checkpoint).expanduser())
+    found = find_model(_possible_path(checkpoint))
     ((name, of_file),) = models_of(found, which).items()
     encoder = load_encoder(found, of_file, place, activation)
     encoder.model.requires_grad_(requires_grad=False)
     if encoder.notes[1:]:  # the first says what the file is
         warnings.warn(f"{found}: {'; '.join(encoder.notes)}", stacklevel=2)
     return LoadedModel(encoder, found, name)
+
+
+def _possible_path(checkpoint: str | os.PathLike[str]) -> Path:
+    """Return the path of a checkpoint, which may be absent; raises UserError where no file can have it."""
+    try:
+        path = Path(checkpoint).expanduser()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: ~USER of an unknown user. ValueError: a NUL, or what is no UTF-8.
+        said = reason_of(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"checkpoint: {os.fspath(checkpoint)!a}: {said}") from error
+    return path
 
 
 def _found_device(device: str | torch.device) -> torch.device | Literal["auto"]:

@@ -54,6 +54,7 @@ PICTURES: list[tuple[Any, str]] = [
     ([b"bytes"], "images: number 0: a bytes; rule:"),
     ([None], "images: number 0: a NoneType; rule:"),
     ([Image.new("F", (20, 20))], "images: number 0: a PIL picture of mode F, whose range is not known"),
+    ([Image.new("RGB", (0, 4))], "images: number 0: a PIL picture of 0 x 4 pixels has no pixel"),
     (["missing.jpg"], "images: number 0: missing.jpg: the picture cannot be read: No such file"),
     (["nul\0.jpg"], "images: number 0: nul\0.jpg: "),
 ]
@@ -125,6 +126,13 @@ def test_what_cannot_be_loaded(saved: Saved, tmp_path: Path) -> None:
     assert f"checkpoint {tmp_path}: none there" in refused(cosmos_scale.load, tmp_path)
     assert "none there" in refused(cosmos_scale.load, tmp_path / "missing")
     assert refused(cosmos_scale.load, 3).startswith("checkpoint: a int; rule: the path of")
+    for path, said in {
+        "nul\0": "'nul\\x00': embedded null byte",
+        "\ud800": "'\\ud800': 'utf-8' codec",
+        "n" * 5000: f"'{'n' * 5000}': File name too long",
+        "~no_such_user/run": "'~no_such_user/run': Could not determine home",
+    }.items():
+        assert refused(cosmos_scale.load, path).startswith(f"checkpoint: {said}")
     assert refused(cosmos_scale.load, saved.run, "both") == "which: 'both'; rule: student or teacher"
     for wrong in ("tpu", "meta", 1.5, None):
         assert refused(cosmos_scale.load, saved.run, device=wrong).startswith(f"device: {wrong!r}")
