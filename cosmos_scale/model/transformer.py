@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from cosmos_scale.kernels.attention import Backend, attention
+from cosmos_scale.kernels.gelu_in_pieces import gelu_in_pieces
 from cosmos_scale.kernels.linear import linear
 from cosmos_scale.kernels.pointwise import add_norm, gelu, split_stacked
 from cosmos_scale.kernels.quick_gelu import quick_gelu
@@ -218,7 +219,7 @@ class Mlp(nn.Module):
         """Return the activation of the first layer [T, 4 D]. Only the exact GELU has a Triton kernel."""
         if self.activation == "quick_gelu":
             return quick_gelu(self.c_fc(x_TD))
-        return gelu(*self.c_fc(x_TD, sum_bias=False)) if served else functional.gelu(self.c_fc(x_TD))
+        return gelu(*self.c_fc(x_TD, sum_bias=False)) if served else gelu_in_pieces(self.c_fc(x_TD))
 
 
 class Block(nn.Module):
