@@ -88,7 +88,7 @@ def _refuse_numbers(path: Path, lines: Sequence[str]) -> None:
                 continue
         raise UserError(
             f"{path}: line 1 is {lines[0]!r}, and each line has {what} beside the name, which would become a part of "
-            f"the texts; rule: names alone, such as {found[0]['name']!r}, in the order of the labels"
+            f"the texts; rule: names alone, such as {found[0]['name'].rstrip(',;: ')!r}, in the order of the labels"
         )
 
 
