@@ -93,6 +93,11 @@ def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
             opened = _opened(arguments, ranks, encoder.setting, results)
             if prints:
                 _tell_what_is_not_measured(results)
+            if not opened and not results.failed:
+                raise UserError(
+                    f"--data-root: {arguments.data_root} holds none of the {len(results.missing)} sets ("
+                    f"{', '.join(results.missing)}); rule: one of them, in the layout that is expected"
+                )
         for one in opened:
             try:
                 with bar:
@@ -164,11 +169,6 @@ def _opened(
             results.failed[place.title] = f"{reason} (rank {rank})" if len(of_ranks) > 1 else reason
         elif one is not None:
             measurable.append(one)
-    if not measurable and not results.failed:
-        raise UserError(
-            f"--data-root: {arguments.data_root} holds none of the {len(results.missing)} sets ("
-            f"{', '.join(results.missing)}); rule: the layouts of docs/evaluation.md"
-        )
     return measurable
 
 

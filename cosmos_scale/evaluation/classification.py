@@ -1,5 +1,6 @@
 """Zero-shot classification: each picture goes to the class whose name, in many sentences, it is most like."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,8 @@ class Classification(Evaluator):
         super().__init__(config, setting)
         self._config = config
         self._set = open_labelled_set(config)
+        if setting.rank == 0 and self._set.pairs.doubt:
+            print(f"doubtful names: {self._set.pairs.doubt}", file=sys.stderr)
         self._mine = RankPictures(self._set.pictures, setting, config.batch)
         # Classes of one name, such as ImageNet's two of "sunglasses", share a feature: else rounding would choose.
         self._texts = list(dict.fromkeys(self._set.names))
@@ -60,7 +63,7 @@ class Classification(Evaluator):
 
     def gallery(self) -> str:
         """The pictures with their labels, the names and the templates, as a count and digests."""
-        pictures, names, templates = self._set
+        pictures, names, templates, _ = self._set
         texts = digest_of(repr((names, templates)))
         return f"{pictures.describe()}, {counted(len(names), 'class', 'classes')}, digest {texts}"
 
@@ -126,6 +129,8 @@ class Classification(Evaluator):
         what = f"{counted(int(first['pictures']), 'picture')}, {counted(int(first['classes']), 'class', 'classes')}"
         caption = f"{what}; chance top-1: {100 * first['chance_top1']:.2f} %{said}"
         caption += _empty_classes(self._empty)
+        if pairs := self._set.pairs.shown:
+            caption += f"; {pairs}"
         table = Table("", "top-1", "top-5", "mean per class", title=title, caption=caption)
         for model, numbers in results.items():
             table.add_row(model, *(f"{100 * numbers[key]:.2f} %" for key in ("top1", "top5", "mean_per_class")))

@@ -107,7 +107,9 @@ class Encoder:
 
     def images(self, images: Tensor) -> Tensor:
         """Normalised features [N, E] on the setting's device of pictures [N, 3, H, W] on any."""
-        return self.model.encode_image(images.to(self.setting.device))
+        on_device = images.to(self.setting.device)
+        parts = on_device.split(self.model.visual.crops_a_pass(on_device))
+        return torch.cat([self.model.encode_image(part) for part in parts])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Normalised features [N, E] on the setting's device of N texts."""

@@ -15,6 +15,10 @@ from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.packing import lay_out_crops, pack_crops
 from cosmos_scale.model.transformer import Attention, LayerNorm, Linear, Transformer, empty_parameter, normal_, uniform_
 
+# Of the widest activations of a pass without backward on a CPU. Larger ones leave its caches, and glibc takes memory of
+# more than 32 MiB from the kernel anew for each of them, page by page.
+_PASS_BYTES = 20 * 2**20
+
 
 class PatchEmbedding(nn.Module):
     """A convolution without bias whose stride is its kernel's size: one matrix product over flattened patches."""
@@ -113,6 +117,21 @@ class VisionTower(nn.Module):
         features_RE = run(x_TD, segments, read, self.ln_post) @ self.proj
         pooled_BE, patches_TE = features_RE.split([count, count * (length - 1)])
         return pooled_BE, patches_TE.unflatten(0, (count, length - 1))
+
+    def crops_a_pass(self, images_BCHW: Tensor) -> int:
+        """Return how many of some crops [B, 3, H, W] a pass without backward takes at a time, where speed counts.
+
+        On a CPU at most as many as its caches hold, in passes of about one size; else all of them. A crop's features
+        depend on it in their last bits only.
+        """
+        count = max(1, len(images_BCHW))
+        if images_BCHW.device.type != "cpu":
+            return count
+        rows, columns = (side // self.conv1.patch_size for side in images_BCHW.shape[2:])
+        widest = 4 * self.class_embedding.nbytes  # of a token: inside the MLP
+        most = max(1, _PASS_BYTES // (widest * (1 + rows * columns)))
+        passes = -(-count // most)
+        return -(-count // passes)
 
     def _view(self, patches_BLD: Tensor, positions_LD: Tensor) -> Tensor:
         """Put the class token before the patches, and add the positions: [B, 1 + rows x columns, D]."""

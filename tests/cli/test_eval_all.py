@@ -11,6 +11,7 @@ from PIL import Image
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.layouts import read_scenes, write_layouts
 from cosmos_scale.data.scenes.scene_shards import SceneShards
+from cosmos_scale.evaluation.all_sets import PUBLIC_PLACES
 from cosmos_scale.testing.runs import start_command
 
 DATASETS = 23
@@ -115,5 +116,8 @@ def test_what_cannot_be_is_told_in_a_line(
     (tmp_path / "empty").mkdir()
     assert cli.main(command(checkpoints, tmp_path / place, tmp_path / "out", *options)) == 2
     errors = capsys.readouterr().err
-    assert said in errors
-    assert errors.count("\n") == 1
+    *layouts, refusal = errors.splitlines()
+    assert said in refusal
+    # Where nothing is found the layouts are what the user needs: a line a set.
+    expected = [place for place in PUBLIC_PLACES if not place.csa] if "holds none" in said else []
+    assert layouts == [f"not found: {place.dataset}; expected: {place.expected}" for place in expected]

@@ -309,6 +309,20 @@ def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
         open_labelled_set(section(tmp_path))
 
 
+def test_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:
+    write_folders(tmp_path / "val", [1, 1])
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}: its folder val is no class, but a part of a set with folders in it"
+    ):
+        open_labelled_set(section(tmp_path))
+    write_folders(tmp_path / "Train", [1, 1])
+    with pytest.raises(UserError, match=f"^{tmp_path}: its folders Train, val are no class, .*; name one part$"):
+        open_labelled_set(section(tmp_path))
+    assert len(open_labelled_set(section(tmp_path / "val")).names) == 2
+    write_folders(tmp_path, [1])  # a class beside them, or a picture directly in one: then they are classes
+    assert len(open_labelled_set(section(tmp_path)).names) == 3
+
+
 def test_shards_have_labels_and_lines_have_one_name(tmp_path: Path) -> None:
     root = write_labelled_shards(tmp_path, [2] * 11)
     (root / "classnames.txt").write_text("a, b\n" + "c\n" * 6)

@@ -16,6 +16,7 @@ from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Number
 from cosmos_scale.evaluation.kinds import KINDS, make_evaluator
 from cosmos_scale.evaluation.retrieval import Retrieval
 from cosmos_scale.evaluation.together import EvaluationFailed, measure_together
+from cosmos_scale.model import vision
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.shard_files import write_shards
 from tests.evaluation.thread_ranks import in_threads
@@ -24,11 +25,11 @@ CPU = torch.device("cpu")
 
 
 def config(folder: Path, captions: str = "raw_caption", max_pixels: int = 10**6) -> RunConfig:
-    vision = {"width": 64, "layers": 1, "image_size": 16, "patch_size": 8}
+    vision_tower = {"width": 64, "layers": 1, "image_size": 16, "patch_size": 8}
     text = {"width": 64, "layers": 1, "heads": 1, "context_length": 16}
     return RunConfig.model_validate(
         {
-            "model": {"vision": vision, "text": text, "embed_dim": 64, "pooler_heads": 1},
+            "model": {"vision": vision_tower, "text": text, "embed_dim": 64, "pooler_heads": 1},
             "data": {"max_pixels": max_pixels, "remote": {"retries": 0}},
             "eval": [{"kind": "retrieval", "shards": str(folder), "captions": captions}],
         }
@@ -44,6 +45,23 @@ def encoder_of(run: RunConfig, rank: int = 0, world_size: int = 1) -> Encoder:
 def test_every_kind_of_the_config_has_a_class() -> None:
     kinds = get_args(AnyEvaluatorConfig) or (AnyEvaluatorConfig,)
     assert set(KINDS) == set(kinds)
+
+
+def test_a_batch_is_encoded_in_passes_that_fit_a_cpus_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder_of(config(tmp_path))
+    tower = encoder.model.visual
+    images = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    passes: list[int] = []
+    with torch.no_grad():
+        whole = encoder.images(images)
+        monkeypatch.setattr(vision, "_PASS_BYTES", 3 * 5 * 4 * 64 * 4)  # three crops of 5 tokens, 4 x 64 numbers each
+        tower.register_forward_pre_hook(lambda _, arguments: passes.append(len(arguments[0][0])))
+        torch.testing.assert_close(encoder.images(images), whole, atol=1e-6, rtol=0)
+        assert encoder.images(images[:0]).shape == (0, 64)
+    assert passes == [3, 3, 1, 0]
+    assert tower.crops_a_pass(images[:4]) == 2  # and not three and a single one
+    assert tower.crops_a_pass(images.expand(7, 3, 16, 16).repeat(1, 1, 8, 8)) == 1
+    assert tower.crops_a_pass(images.to("meta")) == 7
 
 
 @pytest.mark.parametrize("rank", [0, 3])  # three samples: rank 3 of 4 has some to do, rank 0 none

@@ -113,7 +113,7 @@ def _webdataset(root: Path) -> list[CaptionedFile]:
     """Find the samples of .tar files in clip-benchmark's form; an empty line of captions is none."""
     found = []
     for shard in shards_of(root, WEBDATASET):
-        for file, data in tar_samples(shard, str(shard.relative_to(root)), CAPTIONS):
+        for file, data, _ in tar_samples(shard, str(shard.relative_to(root)), CAPTIONS):
             texts = () if data is None else [line for line in _text(data, file).splitlines() if line.strip()]
             found.append(CaptionedFile(file, texts))
     if not any(picture.texts for picture in found):

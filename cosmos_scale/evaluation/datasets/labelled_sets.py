@@ -8,9 +8,10 @@ from typing import NamedTuple
 from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.folders import open_folders
-from cosmos_scale.evaluation.datasets.labelled_shards import open_webdataset
+from cosmos_scale.evaluation.datasets.labelled_shards import LABEL, LabelledShards, open_webdataset
 from cosmos_scale.evaluation.datasets.pictures import LabelledPictures
 from cosmos_scale.evaluation.datasets.published_sets import PUBLISHED, open_published
+from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, pair_names
 from cosmos_scale.evaluation.prompts.texts import (
     CLASS_NAMES_FILE,
     DEFAULT_TEMPLATES,
@@ -25,28 +26,37 @@ from cosmos_scale.words import counted
 
 # clip-benchmark's name of the file. Where it is there, a line of classnames.txt is one name, as that program reads it.
 BENCHMARK_TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+OWN_LAYOUTS = ("folders", "webdataset")  # whose names and templates lie beside the pictures
 _WNID = re.compile(r"n\d{8}")
+_IMAGENET_CLASSES = 1000
 
 
 class LabelledSet(NamedTuple):
-    """Pictures with labels, the names of the classes, and the templates that names are put into."""
+    """Pictures with labels, the names of the classes, and the templates that names are put into.
+
+    pairs: how names of a file go with what the data calls its classes.
+    """
 
     pictures: LabelledPictures
     names: Names
     templates: tuple[str, ...]
+    pairs: ClassPairs
 
 
 def open_labelled_set(config: ClassificationConfig) -> LabelledSet:
     """Find the pictures, names and templates of a section; raises UserError where anything is missing or wrong."""
     pictures = _pictures(config)
-    names, origin = _names(config, pictures.classes)
+    path = _names_file(config)
+    names = _own_names(config, pictures.classes) if path is None else _read_names(path, config)
+    origin = path or (config.data if config.dataset in OWN_LAYOUTS else f"the names of {config.dataset}")
     if len(names) != len(pictures.classes):
         shown = ", ".join(pictures.classes[:3]) + (", ..." if len(pictures.classes) > 3 else "")
         raise UserError(
             f"{origin}: names {counted(len(names), 'class', 'classes')}, but {config.data} has "
             f"{len(pictures.classes)} ({shown}); rule: a line for each class, in the order of the labels"
         )
-    return LabelledSet(pictures, names, _templates(config))
+    templates = _templates(config)
+    return LabelledSet(pictures, names, templates, _class_pairs(config, pictures, path, names, templates))
 
 
 def _pictures(config: ClassificationConfig) -> LabelledPictures:
@@ -70,41 +80,68 @@ def _check_wnids(data: str, folders: Sequence[str]) -> None:
         raise UserError(f"{data}: {counted(len(folders), 'folder')}; {rule}")
 
 
-def _names(config: ClassificationConfig, classes: Sequence[str]) -> tuple[Names, str]:
-    """Return the names of the classes, and where they come from."""
-    root = Path(config.data)
-    if config.classes is None and config.dataset not in ("folders", "webdataset"):
-        return published_names(config.dataset, config.names), f"the names of {config.dataset}"
-    path = Path(config.classes or root / CLASS_NAMES_FILE)
-    if config.classes is None and not path.is_file():
-        return tuple((name.replace("_", " "),) for name in classes), config.data
-    names = read_names(path, several=not (root / BENCHMARK_TEMPLATES_FILE).is_file())
-    if config.dataset == "folders":
-        _check_order(path, names, classes)
-    return names, str(path)
+def _names_file(config: ClassificationConfig) -> Path | None:
+    """Return the file that names the classes; None where the set or its folders do."""
+    if config.classes is not None:
+        return Path(config.classes)
+    path = Path(config.data) / CLASS_NAMES_FILE
+    return path if config.dataset in OWN_LAYOUTS and path.is_file() else None
 
 
-def _check_order(path: Path, names: Names, folders: Sequence[str]) -> None:
-    """Raise UserError where lines name the folders, but in another order: then labels would be wrong without a word."""
-    lines = [_plain(of_class[0]) for of_class in names]
-    sorted_folders = [_plain(folder) for folder in folders]
-    if lines != sorted_folders and sorted(lines) == sorted(sorted_folders):
-        place = next(place for place, line in enumerate(lines) if line != sorted_folders[place])
-        raise UserError(
-            f"{path}: line {place + 1} is {names[place][0]!r}, but folder {place + 1} is {folders[place]!r}; rule: the "
-            "lines have the order of the sorted folders"
+def _own_names(config: ClassificationConfig, folders: Sequence[str]) -> Names:
+    if config.dataset not in OWN_LAYOUTS:
+        return published_names(config.dataset, config.names)
+    return tuple((name.replace("_", " "),) for name in folders)
+
+
+def _read_names(path: Path, config: ClassificationConfig) -> Names:
+    return read_names(path, several=not (Path(config.data) / BENCHMARK_TEMPLATES_FILE).is_file())
+
+
+def _class_pairs(
+    config: ClassificationConfig,
+    pictures: LabelledPictures,
+    path: Path | None,
+    names: Names,
+    templates: Sequence[str],
+) -> ClassPairs:
+    """Compare names with what the data calls its classes; raises UserError where lines are those of other classes."""
+    wnid = next(filter(_WNID.fullmatch, pictures.classes), None)
+    if path is not None:
+        return pair_names(path, names, _data_names(config, pictures))
+    if config.dataset == "folders" and wnid is not None:
+        text = templates[0].replace("{}", wnid)
+        rule = f"rule: {CLASS_NAMES_FILE} or --classes FILE names the classes; --dataset imagenet knows ImageNet's"
+        return ClassPairs("", f"{config.data}: its folder {wnid} is a wnid and no name, so a text is {text!r}; {rule}")
+    return ClassPairs("", "")
+
+
+def _data_names(config: ClassificationConfig, pictures: LabelledPictures) -> DataNames:
+    if isinstance(pictures, LabelledShards):
+        # A list of synonyms, as ImageNet's, is one text.
+        synonyms = {label: (name, *name.split(", ")) for label, name in pictures.named.items()}
+        rule = f"rule: line N is the class of the label N - 1 (.{LABEL})"
+        return DataNames("by the shards' json class", synonyms, rule)
+    folders = pictures.classes
+    if config.dataset not in ("folders", "imagenet"):
+        known = published_names(config.dataset)
+        return DataNames(
+            f"{config.dataset}'s class",
+            {label: (*known[label], folder) for label, folder in enumerate(folders)},
+            "rule: the lines have the order of the set's labels",
         )
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").split())
+    rule = "rule: the lines have the order of the sorted folders"
+    if all(map(_WNID.fullmatch, folders)) and len(folders) == _IMAGENET_CLASSES:
+        of_wnids = published_names("imagenet")
+        return DataNames("folder", {label: (wnid, *of_wnids[label]) for label, wnid in enumerate(folders)}, rule)
+    return DataNames("folder", {label: (folder,) for label, folder in enumerate(folders)}, rule)
 
 
 def _templates(config: ClassificationConfig) -> tuple[str, ...]:
     root = Path(config.data)
     if config.templates is not None:
         return read_templates(Path(config.templates))
-    if config.dataset not in ("folders", "webdataset"):
+    if config.dataset not in OWN_LAYOUTS:
         return published_templates(config.dataset)
     for name in (TEMPLATES_FILE, BENCHMARK_TEMPLATES_FILE):
         if (root / name).is_file():

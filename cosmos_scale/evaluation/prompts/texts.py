@@ -1,5 +1,6 @@
 """Names of classes and templates: those of published sets, and those of users' text files."""
 
+import re
 import runpy
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +20,10 @@ _MISSPELT = {"pets": {"Persian": "Persian'", "Yorkshire Terrier": "Yorkshire Ter
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 CLASS_NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "templates.txt"
 _FOLDER = Path(__file__).parent
+# What stands beside names in other programs' lists: a number or a wnid before them, or a colour behind them.
+_NUMBER = re.compile(r"\W*(?P<number>\d+)\W*[\s:,;.)]\s*(?P<name>\S.*)")
+_WNID = re.compile(r"n\d{8}[\s:,;]+(?P<name>\S.*)")
+_COLOUR = re.compile(r"(?P<name>.*\S)[\s:,;(\[]+\d{1,3}[\s,;]+\d{1,3}[\s,;]+\d{1,3}[)\]]?")
 _PACKAGE, _FILE = "open_clip", "zero_shot_metadata.py"
 
 
@@ -63,10 +68,28 @@ def _open_clip() -> dict[str, Any]:
 def read_names(path: Path, *, several: bool = True) -> Names:
     """Read a file with a line a class: its names, separated by ", ", or, where not several, one name.
 
-    Raises UserError where the file cannot be read, holds nothing, or a class has no name.
+    Raises UserError where the file cannot be read, holds nothing, a class has no name, or numbers stand beside names.
     """
     lines = _lines(path, "a class")
+    _refuse_numbers(path, lines)
     return tuple(tuple(line.split(", ")) if several else (line,) for line in lines)
+
+
+def _refuse_numbers(path: Path, lines: Sequence[str]) -> None:
+    """Raise UserError where every line has a number, a wnid or a colour beside a name of its own."""
+    for form, what in ((_NUMBER, "a number"), (_WNID, "a wnid"), (_COLOUR, "a colour")):
+        found = [match for line in lines if (match := form.fullmatch(line.strip()))]
+        names = {match["name"] for match in found}
+        if len(lines) < 2 or len(names) < len(lines):  # "1 apple", "2 apples", "3 apples" are names
+            continue
+        if form is _NUMBER:
+            numbers = {int(match["number"]) for match in found}
+            if len(numbers) < len(lines) or min(numbers) > len(lines):  # years and models, not places in a list
+                continue
+        raise UserError(
+            f"{path}: line 1 is {lines[0]!r}, and each line has {what} beside the name, which would become a part of "
+            f"the texts; rule: names alone, such as {found[0]['name'].rstrip(',;: ')!r}, in the order of the labels"
+        )
 
 
 def read_templates(path: Path) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from cosmos_scale.data.decode.picture import Pixels
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
+from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, pair_names, shown_pairs
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
 from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
 from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels, greatest_label
@@ -53,6 +54,9 @@ class Segmentation(Evaluator):
         self._lone_masks = lone_masks(config)
         self._names = _names(config)
         self._require_classes()
+        self._class_pairs = _class_pairs(config, self._names)
+        if setting.rank == 0 and self._class_pairs.doubt:
+            print(f"doubtful names: {self._class_pairs.doubt}", file=sys.stderr)
         self._titles = [
             "background" if config.has_background and not label else names[0] for label, names in enumerate(self._names)
         ]
@@ -186,6 +190,8 @@ class Segmentation(Evaluator):
         caption = f"{counted(int(first['pictures']), 'picture')}{left_out}"
         if lone := self._lone_masks:
             caption += f"; {counted(len(lone), 'mask')} without a picture, such as {lone[0]}"
+        if pairs := self._class_pairs.shown:
+            caption += f"; {pairs}"
         columns = {"mIoU": "mIoU", f"mIoU of all {self._titles[self._constant]}": "trivial_mIoU"}
         columns |= {"aAcc": "aAcc", "mAcc": "mAcc"}
         table = Table("", *columns, title=title, caption=caption)
@@ -244,6 +250,17 @@ def _names(config: SegmentationConfig) -> Names:
     if len(names) > IGNORED:
         raise UserError(f"{said}; rule: at most {IGNORED}, since {IGNORED} in a mask means ignored")
     return names
+
+
+def _class_pairs(config: SegmentationConfig, names: Names) -> ClassPairs:
+    """Compare the names of a file with those of the public set; of other sets nothing but numbers is known."""
+    if config.classes is None:
+        return ClassPairs("", "")
+    if config.dataset is None:
+        return ClassPairs(shown_pairs([f"{label} is {of_class[0]!r}" for label, of_class in enumerate(names)]), "")
+    known = dict(enumerate(public_names(config.dataset, "corrected")))
+    rule = "rule: a line a class, in the masks' order"
+    return pair_names(Path(config.classes), names, DataNames(f"{config.dataset}'s class", known, rule))
 
 
 def _size(path: Path) -> int:

@@ -78,7 +78,8 @@ def encode_queries(encoder: Encoder, names: Names, templates: Sequence[str], gat
 
 def unit_patches(tower: VisionTower, crops: Tensor, recipe: Recipe) -> Tensor:
     """Return the normalised features of the patches of crops [N, 3, H, W]: [N, patches, E] float32."""
-    parts = [tower.patch_features(part, correlative=recipe.csa)[1].float() for part in crops.split(recipe.batch)]
+    at_a_time = min(recipe.batch, tower.crops_a_pass(crops))
+    parts = [tower.patch_features(part, correlative=recipe.csa)[1].float() for part in crops.split(at_a_time)]
     features = torch.cat(parts)
     unit: Tensor = features / torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     return unit

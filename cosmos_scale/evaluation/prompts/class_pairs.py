@@ -1,0 +1,94 @@
+"""Whether a file's class names are those of the classes that the data has: by the names that the data itself gives."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.prompts.texts import Names
+from cosmos_scale.words import counted
+
+_SHOWN = 3  # pairs
+_LEAST_LETTERS = 3  # of a word that says something
+
+
+class DataNames(NamedTuple):
+    """What data calls its classes. names: by label, one or more names; a label may be missing.
+
+    origin: where the names stand, such as "folder". rule: which order lines must have.
+    """
+
+    origin: str
+    names: Mapping[int, tuple[str, ...]]
+    rule: str
+
+
+class ClassPairs(NamedTuple):
+    """The first classes as data and lines call them, and what is doubtful about the lines; "" where nothing is."""
+
+    shown: str
+    doubt: str
+
+
+def pair_names(path: Path, lines: Names, data: DataNames) -> ClassPairs:
+    """Compare the lines of a file with what the data calls its classes, in lower case and with blanks for _ and -.
+
+    Raises UserError where several classes have the lines of other classes; a single one is doubtful. Lines may also be
+    right and have other words (ids, synonyms, another language): then the pairs are shown.
+    """
+    plain_lines = [{plain_name(name) for name in of_class} for of_class in lines]
+    plain_data = {label: {plain_name(name) for name in names} for label, names in data.names.items()}
+    right = {label for label, names in plain_data.items() if names & plain_lines[label]}
+    # A name that stands in another class's line is no fault where that class has the name too: there are homonyms.
+    misplaced = [
+        label
+        for label, names in plain_data.items()
+        if label not in right
+        and (at := [place for place, line in enumerate(plain_lines) if names & line])
+        and not right.intersection(at)
+    ]
+    if len(misplaced) > 1:
+        raise UserError(f"{path}: {_difference(misplaced[0], lines, data)}; {data.rule}")
+    # Ids say nothing of their classes, so that nothing is doubtful.
+    named = [label for label, names in plain_data.items() if any(map(_is_words, names))]
+    unlike = [label for label in named if not _share_word(plain_data[label], plain_lines[label])]
+    doubt = ""
+    if misplaced or 2 * len(unlike) > len(named):
+        doubtful = misplaced or unlike
+        doubt = (
+            f"{path}: {_difference(doubtful[0], lines, data)}, and {counted(len(doubtful), 'line')} of {len(lines):,} "
+            f"may be of other classes; {data.rule}"
+        )
+    pairs = [f"{names[0]} is {lines[label][0]!r}" for label, names in sorted(data.names.items())]
+    shown = shown_pairs(pairs) if len(right) < len(plain_data) else ""
+    return ClassPairs(shown, doubt)
+
+
+def shown_pairs(pairs: list[str]) -> str:
+    """Return the first pairs of a class and its name on one line."""
+    return ", ".join(pairs[:_SHOWN]) + (", ..." if len(pairs) > _SHOWN else "")
+
+
+def plain_name(name: str) -> str:
+    """Return a name in the form in which names are compared."""
+    return " ".join(re.sub(r"[_\s-]+", " ", name.lower()).split())
+
+
+def _difference(label: int, lines: Names, data: DataNames) -> str:
+    number = label + 1
+    return f"line {number} is {lines[label][0]!r}, but {data.origin} {number} is {data.names[label][0]!r}"
+
+
+def _is_words(name: str) -> bool:
+    return not any(sign.isdigit() for sign in name) and any(len(word) >= _LEAST_LETTERS for word in name.split())
+
+
+def _share_word(names: set[str], others: set[str]) -> bool:
+    """Tell whether names share a word; bird and birds are one."""
+    ours, theirs = (
+        {word for name in given for word in name.split() if len(word) >= _LEAST_LETTERS} for given in (names, others)
+    )
+    return bool(names & others) or any(
+        word.startswith(other) or other.startswith(word) for word in ours for other in theirs
+    )
