@@ -4,6 +4,10 @@ Student, teacher, loss and backward run on tensors without memory at the asked s
 bfloat16 weights. What the engine does beside the model (gradients, update, the teacher's refresh) is counted on a real
 step of one process on the CPU, with a model of the same depth, and its bytes are scaled by the number of elements.
 
+All of this is one rank alone. `cosmos-scale plan` counts one of many ranks with the trainer's whole step: alone, it
+counts the same launches. What other ranks add is printed as `rank_launches_*`: parts of the loss that are exchanged, a
+copy into each bucket of gradients, and the values that norms and scales have in float32.
+
 See cosmos_scale/testing/device_counts.py for what counts as a launch and as a byte. Nothing here is a time.
 """
 
@@ -21,6 +25,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.model.cosmos import CosmosModel
+from cosmos_scale.profiling.fake_run import count_run
 from cosmos_scale.profiling.flops import step_flops
 from cosmos_scale.profiling.operators import GROUPS, META, Count, total
 from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
@@ -35,6 +40,7 @@ NARROW = (
     *("model.vision.width=64", "model.text.context_length=32", "model.text.width=64"),
     *("model.text.heads=1", "data.views.local_size=16", "train.global_batch=1"),
 )
+RANKS = 8  # one of them is counted beside a rank alone
 STEP_PHASES, ENGINE_PHASES = ("student", "teacher", "loss", "backward"), ("gradients", "update", "refresh")
 
 
@@ -144,6 +150,16 @@ def figures(run: str, samples: int, phases: dict[str, dict[str, Count]]) -> list
     ]
 
 
+def rank_figure(run: str, samples: int, phases: dict[str, dict[str, Count]]) -> Figure:
+    """Return the launches of one of RANKS ranks, as a plan counts them; phases: those of a rank alone."""
+    planned = count_run(case_config(run, samples), RANKS, samples).launches()
+    alone = {phase: total(groups.values()).launches for phase, groups in phases.items()}
+    alone["backward"] += alone.pop("gradients")
+    more = ", ".join(f"{name} {planned[name] - alone[name]:+d}" for name in alone if planned[name] != alone[name])
+    note = f"of one of {RANKS} ranks, as `cosmos-scale plan` counts them; beside a rank alone: {more}"
+    return Figure(f"rank_launches_{run}_{samples}", sum(planned.values()), "launches", note)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argument_parser("device_counts", (__doc__ or "").partition("\n")[0], ("", "--run vitb16 --samples 64"))
@@ -161,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(table_of(run, samples, phases))
             found += figures(run, samples, phases)
             found += block_figures(run, samples)
+        found.append(rank_figure(run, samples, phases))
     report("What a step asks of a GPU", found, arguments.json)
     return 0
 

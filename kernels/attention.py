@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cosmos_scale.kernels.attention_try import try_gradients
 from cosmos_scale.kernels.pointwise import side_by_side
 from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.kernels.serving import stands_for_gpu
@@ -41,8 +42,8 @@ def attention(
     causal: query i of a segment sees the segment's keys 0..i; each segment then needs as many queries as keys. Logits
     are scaled by D^-1/2.
     backend: `auto` takes the first of BACKENDS that runs with the tensors' device, dtype and D, and logs it once;
-    those of BY_NAME_ALONE it does not take. `dense` wants segments that are equally long but for a few changes, as
-    crops are; others go the way of `auto`.
+    those of BY_NAME_ALONE it does not take, and `dense` only after a try of its gradients. `dense` wants segments that
+    are equally long but for a few changes, as crops are; others go the way of `auto`.
     Raises ValueError for shapes or dtypes that do not fit one another, and for a back end that cannot run here.
     """
     shapes = [list(tensor.shape) for tensor in (q_THD, k_SHD, v_SHD)]
@@ -84,6 +85,8 @@ def choose_backend(
     reasons = {name: obstacle(name, device, dtype, head_size) for name in BACKENDS if name not in BY_NAME_ALONE}
     if not (even and _trusts_dense(device, head_size)):
         del reasons["dense"]
+    elif not reasons["dense"]:
+        reasons["dense"] = gradient_obstacle("dense", device, dtype, head_size)
     chosen = next(name for name, reason in reasons.items() if not reason)
     # Off CUDA all others lack the same, a CUDA device: the log need not say so.
     passed_over = reasons.items() if device.type == "cuda" else ()
@@ -109,6 +112,15 @@ def _trusts_dense(device: torch.device, head_size: int) -> bool:
         and (torch.backends.cudnn.version() or 0) >= DENSE_CUDNN
         and head_size <= DENSE_HEAD
     )
+
+
+@lru_cache(maxsize=16)
+def gradient_obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Return in a line why a back end's forward and backward are not to be used here, or None: see `try_gradients`."""
+    # In a thread of its own: there autograd, the stream and modes are those of a fresh process, whoever asks; and an
+    # error keeps no frame of the step's.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(try_gradients, BACKENDS[backend], BACKENDS["sdpa"], device, dtype, head_size).result()
 
 
 def obstacle(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cosmos_scale.kernels.serving import stands_for_gpu
+
 # The most padding in one of SDPA's batches, as a share of the batch's tokens. Less padding would need more calls: a
 # call takes some 0.1 ms on a CPU, and attention over the padding takes far less.
 MOST_PADDING = 0.25
@@ -140,11 +142,16 @@ class Segments:
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device; to CUDA from pinned memory, so that the host does not wait for the copy."""
+    """Copy an array to a device; to CUDA from pinned memory, so that the host does not wait for the copy.
+
+    A tensor on the CPU that stands for a GPU's is a copy too: where steps are counted, so is what it costs a GPU.
+    """
     # Outside inference mode, even where the first caller is inside it: the tensor is kept for later backward passes.
     with torch.inference_mode(False):
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        if device.type == "cuda":
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.to(device, copy=stands_for_gpu(device))
 
 
 def _ends(lengths: tuple[int, ...]) -> npt.NDArray[np.int32]:

@@ -20,7 +20,12 @@ Views = TypeVar("Views", Features, TeacherFeatures)
 
 
 def join(parts: Sequence[Views]) -> Views:
-    """Put the features of micro-batches together along the samples; scales are the same in all parts."""
+    """Put the features of micro-batches together along the samples; scales are the same in all parts.
+
+    A single part comes back as it is.
+    """
+    if len(parts) == 1:
+        return parts[0]
     joined = [torch.cat(tensors, dim=1) if tensors[0].ndim == 3 else tensors[0] for tensors in zip(*parts, strict=True)]
     return type(parts[0])(*joined)
 

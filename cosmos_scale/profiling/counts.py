@@ -110,6 +110,10 @@ class Counts:
         """Return the memory of a phase."""
         return next(memory for memory in self.memory if memory.phase == phase)
 
+    def launches(self) -> dict[str, int]:
+        """Return the launches of each phase."""
+        return {phase: sum(found.launches for found in self.operators if found.phase == phase) for phase in PHASES}
+
     def to_json(self) -> str:
         """Return the counts as JSON that `counts_of_json` reads back to equal ones."""
         return json.dumps(asdict(self))

@@ -58,7 +58,7 @@ def work_lines(plan: Plan) -> Iterator[str]:
         f"work of a step and rank   {work.needed / 1e12:,.2f} TFLOP needed ({', '.join(shares)}), "
         f"{work.executed / 1e12:,.2f} executed"
     )
-    launches = sum(found.launches for found in plan.counts.operators)
+    launches = sum(plan.counts.launches().values())
     nbytes = sum(found.nbytes for found in plan.counts.operators if found.group not in ("products", "attention"))
     yield (
         f"  {nbytes / 1e9:,.1f} GB read and written outside of products and attention; {launches:,} launches; "

@@ -110,7 +110,7 @@ class AssumedRates:
 
     def host_seconds(self, counts: Counts) -> float:
         """Return the seconds for which the host launches one operator after the other."""
-        launches = sum(count.launches for count in counts.operators)
+        launches = sum(counts.launches().values())
         calls = sum(exchange.calls for exchange in counts.exchanges)
         return (launches + HOST_PER_COLLECTIVE * calls) * self.assumed.launch_us / 1e6
 

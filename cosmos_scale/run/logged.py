@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +28,13 @@ def evaluations_at(path: Path, step: int) -> dict[str, dict[str, float | None]]:
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; none where it cannot be read."""
+    """Return the records of a METRICS_FILE, without lines that are none; none where it cannot be read."""
+    found = []
     try:
-        found = [load_json(line) for line in read_regular(path).splitlines()]
-    except (OSError, ValueError):
+        for line in read_regular(path).splitlines():
+            with suppress(ValueError):
+                found.append(load_json(line))
+    except OSError:
         return []
     return [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
 

@@ -56,6 +56,8 @@ def count_step(config: RunConfig, lengths_KB: Tensor) -> DeviceCounter:
             taught = teacher.teacher_features(batch, config.data.captions.global_count)
         with counter.phase("loss"):
             loss = loss_of(features._replace(**scales), taught)
+            for scale in scales.values():  # of a step's output, see train_step
+                scale.clone()
         with counter.phase("backward"):
             surrogate(features, loss.gradients).backward()
     return counter
@@ -93,9 +95,9 @@ def count_update(rank: int, world_size: int, config: RunConfig) -> tuple[dict[st
             _ = teacher.model  # waits for what a thread may do
     model = CosmosModel(config.model).to(next(student.model.parameters()).dtype)
     _read_float32(model)
-    alone = surrogate(model(batch), gradients)
+    alone = model(batch)
     with plain, plain.phase("gradients"):
-        alone.backward()
+        surrogate(alone, gradients).backward()
     pair.close()
     phases = {name: counter.by_group(name) for name in ("gradients", "update", "refresh")}
     for group, count in plain.by_group("gradients").items():

@@ -5,6 +5,7 @@ take strides may be wrong for them in the backward alone, at some lengths alone.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cosmos_scale.kernels import attention as kernel
-from cosmos_scale.kernels.attention import BACKENDS, Backend, attention, choose_backend, obstacle
+from cosmos_scale.kernels.attention import (
+    BACKENDS,
+    Backend,
+    attention,
+    choose_backend,
+    gradient_obstacle,
+    obstacle,
+)
+from cosmos_scale.kernels.attention_try import TRY_ERROR
 from cosmos_scale.kernels.segments import Segments
 from cosmos_scale.testing.tolerances import tolerance
 from tests.kernels.test_attention import EVERYTHING, each_case, output_and_gradients, random_tokens, softmax_attention
@@ -125,6 +134,7 @@ def test_auto_takes_the_dense_form_on_hopper_for_equal_lengths(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(kernel, "find_function", lambda name: print if name in installed else "not here")
+    monkeypatch.setattr(kernel, "gradient_obstacle", lambda *_: None)
     choose_backend.cache_clear()
     device = torch.device("cuda", 0)
     assert choose_backend("auto", device, torch.bfloat16, head_size, even) == expected
@@ -132,6 +142,112 @@ def test_auto_takes_the_dense_form_on_hopper_for_equal_lengths(
     forced = choose_backend("dense", device, torch.bfloat16, head_size, even)
     assert forced == ("dense" if even else choose_backend("auto", device, torch.bfloat16, head_size))
     choose_backend.cache_clear()
+
+
+def test_auto_passes_over_the_dense_form_where_a_try_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A try is made only where the dense form would be taken: not on other GPUs, not for other lengths."""
+    tries: list[str] = []
+
+    def fails(backend: str, *_: object) -> str:
+        tries.append(backend)
+        return "its gradients are wrong"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91800)
+    monkeypatch.setattr(kernel, "find_function", lambda name: print if name == "flash_attn_2" else "not here")
+    monkeypatch.setattr(kernel, "gradient_obstacle", fails)
+    choose_backend.cache_clear()
+    device = torch.device("cuda", 0)
+    assert choose_backend("auto", device, torch.bfloat16, 64, False) == "flash_attn_2"
+    assert tries == []
+    with caplog.at_level("INFO", logger=kernel.__name__):
+        assert choose_backend("auto", device, torch.bfloat16, 64, True) == "flash_attn_2"
+    assert "flash_attn_2 (flash_attn_3: not here; dense: its gradients are wrong" in caplog.text
+    assert tries == ["dense"]
+    assert choose_backend("dense", device, torch.bfloat16, 64, True) == "dense"  # by its name: no try
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    choose_backend.cache_clear()
+    assert choose_backend("auto", device, torch.bfloat16, 64, True) == "flash_attn_2"
+    assert tries == ["dense"]
+    choose_backend.cache_clear()
+
+
+class _Backward(torch.autograd.Function):
+    """The dense form with a backward of its own: one that raises, or whose gradients are off by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, packed_THD: Tensor, factor: float | None) -> Tensor:
+        ctx.factor = factor
+        return packed_THD.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.factor is None:
+            raise RuntimeError("No available kernel.\nAborting execution.")
+        return gradient * ctx.factor, None
+
+
+def test_a_try_allows_as_much_as_the_tests() -> None:
+    assert tolerance("attention, of the largest", torch.bfloat16) == TRY_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_try_of_right_gradients_finds_nothing(dtype: torch.dtype) -> None:
+    with torch.no_grad():  # the first forward may be the teacher's
+        assert gradient_obstacle("dense", torch.device("cpu"), dtype, HEAD_SIZE) is None
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (None, "tried on 5 segments it fails: RuntimeError: No available kernel. Aborting execution."),
+        (1.1, "tried on 5 segments its gradients are wrong by 0.1 of the largest"),
+        (float("nan"), "tried on 5 segments its gradients are wrong by nan of the largest"),
+        (1.0, None),
+    ],
+)
+def test_a_try_tells_what_is_wrong_with_gradients(
+    factor: float | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = BACKENDS["dense"]
+
+    def faulty(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+        output: Tensor = _Backward.apply(dense(q, k, v, segments, causal), factor)
+        return output
+
+    monkeypatch.setitem(BACKENDS, "dense", faulty)
+    gradient_obstacle.cache_clear()
+    assert gradient_obstacle("dense", torch.device("cpu"), torch.float32, HEAD_SIZE) == expected
+    gradient_obstacle.cache_clear()
+
+
+def test_a_try_tells_wrong_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "dense", lambda q, k, v, segments, causal: 1.2 * v)
+    gradient_obstacle.cache_clear()
+    found = gradient_obstacle("dense", torch.device("cpu"), torch.float32, HEAD_SIZE)
+    assert found is not None
+    assert found.startswith("tried on 5 segments its outputs are wrong by ")
+    gradient_obstacle.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_auto_takes_on_a_gpu_has_been_tried(dtype: torch.dtype) -> None:
+    """A try comes to the same on this GPU as a step's backward, and `auto` follows it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    gradient_obstacle.cache_clear()
+    choose_backend.cache_clear()
+    chosen = choose_backend("auto", device, dtype, HEAD_SIZE, True)
+    if chosen == "dense":
+        assert gradient_obstacle("dense", device, dtype, HEAD_SIZE) is None
+    if (
+        obstacle("dense", device, dtype, HEAD_SIZE) is None
+        and gradient_obstacle("dense", device, dtype, HEAD_SIZE) is None
+    ):
+        compare("dense", device, dtype, "both", False)
+    compare("auto", device, dtype, "both", False)
 
 
 @pytest.mark.gpu
