@@ -44,7 +44,7 @@ def _head(record: ProfileRecord) -> Iterator[str]:
     yield (
         f"profiling itself cost {_percent(cost['marks'], 2)} of a step, by its marks (steps with and without them "
         f"differ by {_percent(cost['low'])} .. {_percent(cost['high'])}); the phases add up to "
-        f"{_percent(1.0 - added['difference'])} of a step"
+        f"{_percent(1.0 - added['difference'])} of a step with marks ({_ms(added['step_ms'])} ms)"
     )
     if compared:
         on = f"{counted(compared['world_size'], 'rank')}, {compared['device']}"
@@ -125,10 +125,11 @@ def _collectives(record: ProfileRecord) -> Iterator[str]:
 def _loader(record: ProfileRecord) -> Iterator[str]:
     loader = record["loader"]
     parts = "  ".join(f"{name} {ms:.2f}" for name, ms in loader["parts"].items())
+    ranks = loader["ranks_on_host"]
+    together = f", {loader['cores_needed_on_host']:.2f} for {ranks:,} ranks of this host" if ranks > 1 else ""
     yield (
         f"{'loader':15}{loader['ms_per_sample']:.2f} ms a sample and core: a step needs {loader['cores_needed']:.2f} "
-        f"cores a rank, {loader['cores_needed_on_host']:.2f} for {counted(loader['ranks_on_host'], 'rank')} of this "
-        f"host; {counted(loader['workers'], 'worker')} a rank"
+        f"cores a rank{together}; {counted(loader['workers'], 'worker')} a rank"
     )
     computing = loader["cores_computing"]
     beside = f", of which the ranks compute on {min(computing, loader['cores'])}" if computing else ""

@@ -75,7 +75,9 @@ def _phases(profile: Mapping[str, Any], of: str) -> TextTable:
         said.append(f"{_number(throughput['samples_per_second_per_rank'])} samples a second and rank")
     if throughput.get("mfu"):
         said.append(f"MFU {_percent(throughput['mfu'])}")
-    said.append(f"the phases add up to it within {_percent(abs(profile['sum']['difference']))}")
+    added = profile["sum"]
+    within = _percent(abs(added["difference"]))
+    said.append(f"the phases add up within {within} to steps with marks, of {_number(added['step_ms'])} ms")
     cost = profile["cost"].get("marks", profile["cost"].get("median"))
     said.append(f"profiling itself costs {_percent(cost)}")
     columns = ["phase", "device ms", "share", "host ms", "ranks, ms"]
