@@ -12,7 +12,7 @@ See cosmos_scale/testing/device_counts.py for what counts as a launch and as a b
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/device_counts.py`
@@ -134,7 +134,7 @@ def table_of(run: str, samples: int, phases: dict[str, dict[str, Count]]) -> Tab
     return table
 
 
-def figures(run: str, samples: int, phases: dict[str, dict[str, Count]]) -> list[Figure]:
+def figures(run: str, samples: int, phases: Mapping[str, Mapping[str, Count]]) -> list[Figure]:
     """Return what is kept of a case: launches, bytes outside of products and attention, products."""
     by_group = {group: total(groups[group] for groups in phases.values()) for group in GROUPS}
     whole, name = total(by_group.values()), f"{run}_{samples}"

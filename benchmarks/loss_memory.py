@@ -27,6 +27,10 @@ from cosmos_scale.testing.allocation import peak_bytes
 VIEWS, GLOBAL_VIEWS, WIDTH, RANK_SAMPLES = 8, 2, 512, 32
 SAMPLES = (16_384, 65_536, 262_144, 1_048_576)
 MOST_AT_ONCE = 65_536  # samples whose columns are also taken all at once
+PAIRS = (
+    GLOBAL_VIEWS * VIEWS + 2 * VIEWS * 2 * GLOBAL_VIEWS
+)  # of views: of captions and images, of students and teachers
+A_TENTH = 8e9  # bytes of a GPU's 80 GB
 GATHERED = 3 * GLOBAL_VIEWS * WIDTH * 2  # bytes of a sample's columns
 
 
@@ -64,6 +68,31 @@ def figures(most_samples: int) -> list[Figure]:
             note = f"peak beside {GATHERED * samples / 2**30:.2f} GiB of gathered features, {how}; took {seconds:.0f} s"
             found.append(Figure(f"loss_memory_{samples}{end}", peak / 2**20, "MiB", note))
             advance(1)
+    return [*found, *sample_figures(found)]
+
+
+def sample_figures(measured: Sequence[Figure]) -> list[Figure]:
+    """Return bytes that a sample takes: by its columns' shapes, and what more samples took where all columns are taken.
+
+    measured: the peaks in MiB.
+    """
+    peaks = {figure.name: figure.value * 2**20 for figure in measured}
+    found = [
+        Figure(
+            "loss_gathered_sample", GATHERED, "bytes/sample", "of gathered features: 3 kinds of global views, in bf16"
+        ),
+        Figure(
+            "loss_statistics_sample", 4 * PAIRS, "bytes/sample", f"a float32 number for each of {PAIRS} pairs of views"
+        ),
+        Figure(
+            "loss_ring_samples", A_TENTH / GATHERED, "samples", f"whose gathered features take {A_TENTH / 1e9:.0f} GB"
+        ),
+    ]
+    few, many = (f"loss_memory_{samples}_at_once" for samples in SAMPLES[:2])
+    if many in peaks:
+        each = (peaks[many] - peaks[few]) / (SAMPLES[1] - SAMPLES[0])
+        note = f"all columns at once; {SAMPLES[-1]:,} samples would take {each * SAMPLES[-1] / 2**30:.0f} GiB"
+        found.append(Figure("loss_at_once_sample", each, "bytes/sample", note))
     return found
 
 

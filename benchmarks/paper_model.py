@@ -12,6 +12,7 @@ collectives (cosmos_scale/testing/traffic.py). They are divided by a GPU's rates
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.traffic import count_losses, count_traffic
 
 NODE = 8  # GPUs
+# The host's milliseconds for a step of so many operators: benchmarks/host_time.py, stage 1, on 2 cores of an AMD EPYC.
+HOST_MS, HOST_OPERATORS = 37.0, 1749
 GPUS = (8, 64, 256, 1024)
 COUNTED_RANKS = 8  # of the fake group whose collectives are counted
 PARTS = ("products", "attention", "norms, pointwise, copies", "loss", "gradients, update", "traffic")
@@ -71,7 +74,7 @@ class StepWork(NamedTuple):
     phases: by phase and group, of one rank alone, without the loss. losses: the loss's collectives and its counts by
     group, for each number of GPUs. attention: operations. needed_loss, needed: operations that the loss needs on one
     rank alone, and the rest of the step. collectives: all but the loss's, of COUNTED_RANKS ranks, scaled to this model.
-    samples: of a rank.
+    samples: of a rank. phases_alone: as phases, with the loss of a rank alone.
     """
 
     phases: Mapping[str, Mapping[str, Count]]
@@ -81,6 +84,7 @@ class StepWork(NamedTuple):
     needed: int
     collectives: Sequence[Collective]
     samples: int
+    phases_alone: Mapping[str, Mapping[str, Count]]
 
 
 class PaperStep(NamedTuple):
@@ -170,16 +174,16 @@ def attention_flops(config: RunConfig, lengths_KB: torch.Tensor) -> int:
 def count_work(run: str, samples: int) -> StepWork:
     """Count a shipped run's step."""
     config = case_config(run, samples)
-    ((engine, narrow),) = run_ranks(count_update, 1, case_config(run, 1, *NARROW), timeout=300.0)
-    narrow_ranks = case_config(run, COUNTED_RANKS, *NARROW, f"train.global_batch={COUNTED_RANKS}")
-    ((seen, counted),) = run_ranks(count_traffic, 1, narrow_ranks, COUNTED_RANKS, timeout=300.0)
+    engine, narrow = _engine_counts(run)
+    seen, counted = _traffic(run)
     (losses,) = run_ranks(count_losses, 1, config, GPUS, timeout=300.0)
     with META:
         elements = sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
     batch = planned_batch(config, planned_lengths(config, samples), META)
     loss = loss_flops(batch, config)
+    phases = count(run, samples, engine, narrow)
     return StepWork(
-        phases={phase: groups for phase, groups in count(run, samples, engine, narrow).items() if phase != "loss"},
+        phases={phase: groups for phase, groups in phases.items() if phase != "loss"},
         losses=dict(zip(GPUS, losses, strict=True)),
         attention=attention_flops(config, planned_lengths(config, samples)),
         needed_loss=loss,
@@ -191,7 +195,21 @@ def count_work(run: str, samples: int) -> StepWork:
             if found.phase != "loss"
         ],
         samples=samples,
+        phases_alone=phases,
     )
+
+
+@lru_cache
+def _engine_counts(run: str) -> tuple[dict[str, dict[str, Count]], int]:
+    ((engine, narrow),) = run_ranks(count_update, 1, case_config(run, 1, *NARROW), timeout=300.0)
+    return engine, narrow
+
+
+@lru_cache
+def _traffic(run: str) -> tuple[list[Collective], int]:
+    config = case_config(run, COUNTED_RANKS, *NARROW, f"train.global_batch={COUNTED_RANKS}")
+    ((seen, counted),) = run_ranks(count_traffic, 1, config, COUNTED_RANKS, timeout=300.0)
+    return seen, counted
 
 
 def parts_table(run: str, work: StepWork) -> Table:
@@ -242,12 +260,13 @@ def figures(run: str, work: StepWork) -> list[Figure]:
     return found
 
 
-def fp8_figures(run: str, samples: int) -> list[Figure]:
+def fp8_figures(run: str, work: StepWork) -> list[Figure]:
     """Return what FP8 in the image tower's blocks would change on an H100, and the share of the products it is in.
 
     FP8's products take half the time. The student's backward is half products for the input gradients. Rounding reads
     the inputs of a block's four products in bf16 and writes them in FP8: 3 bytes for each of 7 widths of a token.
     """
+    samples = work.samples
     config, chip = case_config(run, samples), CHIPS[1]
     vision, crops = config.model.vision, samples * config.data.views.global_crops
     tokens = crops * (1 + (vision.image_size // vision.patch_size) ** 2)
@@ -266,7 +285,43 @@ def fp8_figures(run: str, samples: int) -> list[Figure]:
         spent = 1e3 * rounded / (chip.memory * 1e12 * assumed.memory)
         more = f"{note}; {rounded / 1e9:.1f} GB"
         found.append(Figure(f"fp8_rounding_teacher_{run}_{samples}_{name}", spent, "ms", more))
+        left = 1e3 * blocks["teacher"].flops / (chip.products * 1e12 * assumed.products) / 2 - spent
+        found.append(Figure(f"fp8_left_teacher_{run}_{samples}_{name}", left, "ms", f"{note}; saved less rounding"))
+        step = paper_step(work, chip, NODE, assumed).ms
+        found.append(Figure(f"fp8_left_share_teacher_{run}_{samples}_{name}", left / step, "of the step", note))
     return found
+
+
+def share_figures(run: str, work: StepWork) -> list[Figure]:
+    """Return the shares that products, and norms with pointwise operators and copies, have of a step on an H100."""
+    found = []
+    for name, assumed in (("hopeful", HOPEFUL), ("cautious", CAUTIOUS)):
+        step = paper_step(work, CHIPS[1], NODE, assumed)
+        for part, key in ((PARTS[0], "products"), (PARTS[2], "pointwise")):
+            note = f"{part}; by calculation, {NODE} x {CHIPS[1].name}, {work.samples} samples a GPU"
+            share = step.parts[part] / sum(step.parts.values())
+            found.append(Figure(f"paper_share_{key}_{run}_{work.samples}_{name}", share, "of the device's time", note))
+    return found
+
+
+def host_figures(run: str, work: StepWork) -> list[Figure]:
+    """Return the host's time at the rate that one host was measured at, and what graphs of the image blocks would save.
+
+    A graph of a block replays its forward, another its backward: two launches in place of all.
+    """
+    each = HOST_MS / HOST_OPERATORS
+    launches = sum(total(groups.values()).launches for groups in work.phases_alone.values())
+    blocks = block_counts(run, work.samples)["image"]
+    gone = blocks["student"].launches + blocks["backward"].launches
+    replays = 2 * case_config(run, work.samples).model.vision.layers
+    name, note = f"{run}_{work.samples}", f"at {HOST_MS:.0f} ms for {HOST_OPERATORS:,} operators, as measured"
+    return [
+        Figure(f"host_us_operator_{name}", 1e3 * each, "us", note),
+        Figure(f"host_ms_{name}", launches * each, "ms", f"{launches:,} launches of a rank alone, {note}"),
+        Figure(f"host_graph_replays_{name}", replays, "launches", f"of graphs of blocks, in place of {gone}"),
+        Figure(f"host_graph_launches_{name}", gone, "launches", "of the student's image blocks, forward and backward"),
+        Figure(f"host_graph_ms_{name}", (gone - replays) * each, "ms", f"that such graphs would save at most, {note}"),
+    ]
 
 
 def _range(ends: Iterable[float], form: str) -> str:
@@ -325,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = count_work(run, arguments.samples)
         console.print(parts_table(run, work))
         console.print(scaling_table(run, work))
-        found += figures(run, work) + fp8_figures(run, arguments.samples)
+        found += figures(run, work) + share_figures(run, work) + host_figures(run, work) + fp8_figures(run, work)
         if arguments.png is not None:
             draw(run, work, arguments.png)
     report("By calculation, not measured", found, arguments.json)

@@ -8,7 +8,9 @@ from typing import Any
 
 Row = dict[str, Any]
 HIDDEN = ("stage", "seconds")
+NO_BOXES = dict.fromkeys(range(0x2500, 0x2580))  # lines of tables, which a line of the page cannot show
 LONGEST = 160  # characters of a value on the page; report.jsonl has all of it
+REHEARSAL = "A rehearsal with tiny sizes: every stage takes 2 samples or few tokens, and its times say nothing."
 MOST_LINES = 25  # of a list's rows on the page
 
 
@@ -36,13 +38,16 @@ def write_page(rows: list[Row], out: Path) -> list[Path]:
     if not parts or importlib.util.find_spec("matplotlib") is None:
         return [page]
     picture = out / "report.png"
-    _draw(parts, [row for row in rows if "loop" in row], picture)
+    rehearsal = any(row.get("rehearsal") for row in rows)
+    _draw(parts, [row for row in rows if "loop" in row], picture, rehearsal=rehearsal)
     return [page, picture]
 
 
 def _lines(rows: list[Row]) -> list[str]:
     machine = next((row for row in rows if row["stage"] == "machine"), {})
     lines = ["# GPU report", "", f"{machine.get('device', 'unknown device')}, torch {machine.get('torch', 'unknown')}"]
+    if machine.get("rehearsal"):
+        lines += ["", REHEARSAL]
     wrong = wrong_rows(rows)
     lines += ["", "Nothing wrong was found." if not wrong else "Wrong:", *(f"- {line}" for line in wrong)]
     for stage in dict.fromkeys(row["stage"] for row in rows):
@@ -70,11 +75,11 @@ def _text(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, dict):
         return "; ".join(f"{name} {_text(of)}" for name, of in value.items())
-    text = " ".join(str(value).split())
+    text = " ".join(str(value).translate(NO_BOXES).split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
-def _draw(parts: list[Row], loops: list[Row], picture: Path) -> None:
+def _draw(parts: list[Row], loops: list[Row], picture: Path, *, rehearsal: bool) -> None:
     """Draw for each stage the time of the step's parts, and the samples a second of its loops."""
     import matplotlib as mpl
 
@@ -82,6 +87,8 @@ def _draw(parts: list[Row], loops: list[Row], picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
+    if rehearsal:
+        figure.suptitle(REHEARSAL)
     stages = [row["stage"] for row in parts]
     below = [0.0] * len(parts)
     for part in parts[0]["parts_ms"]:

@@ -28,7 +28,9 @@ def work_of(**changes: Any) -> StepWork:
     phases = {"student": products, "teacher": NOTHING, "backward": NOTHING}
     phases |= {"gradients": NOTHING, "update": NOTHING, "refresh": NOTHING}
     losses = dict.fromkeys((1, 8, 16), ((), NOTHING))
-    whole = StepWork(phases, losses, attention=0, needed_loss=0, needed=10**12, collectives=(), samples=10)
+    whole = StepWork(
+        phases, losses, attention=0, needed_loss=0, needed=10**12, collectives=(), samples=10, phases_alone=phases
+    )
     return whole._replace(**changes)
 
 
@@ -91,7 +93,8 @@ def test_attention_counts_pairs_of_tokens() -> None:
 
 def test_fp8_halves_the_products_of_blocks_and_rounds_their_inputs() -> None:
     """The teacher of a sample has 2 crops of 197 tokens; a block has 12 width^2 weights and inputs of 7 widths."""
-    found = {figure.name: figure.value for figure in fp8_figures("vitb16", 1)}
+    work = work_of(samples=1, losses={8: ((), NOTHING)})
+    found = {figure.name: figure.value for figure in fp8_figures("vitb16", work)}
     chip, tokens = CHIPS[1], 2 * 197
     saved = 12 * 12 * 2 * tokens * 768**2 / (chip.products * 1e9 * HOPEFUL.products) / 2
     assert found["fp8_saved_teacher_vitb16_1_hopeful"] == pytest.approx(saved)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tools.gpu_page import read_rows, write_page, wrong_rows
+from tools.gpu_page import REHEARSAL, read_rows, write_page, wrong_rows
 from tools.gpu_report import _run
 
 STAGES = ("machine", "attention", "golden", "step32", "run", "kernels", "products", "graph", "compile64")
@@ -148,12 +148,15 @@ def test_the_page_says_what_is_wrong_and_survives_a_torn_line(tmp_path: Path) ->
     text = page.read_text()
     for part in ("a card, torch 2.11", "Wrong:", "## golden", "gradient_error 0.5"):
         assert part in text
+    assert REHEARSAL not in text
+    write_page([rows[0] | {"rehearsal": True}], tmp_path)
+    assert REHEARSAL in page.read_text()
 
 
 def test_the_page_shows_kernels_by_time_a_line_each_and_keeps_output_on_its_line(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"stage": "step64", "seconds": 1.0, "launches": 2, "by_time": [["gemm", 214, 30.12345], ["add_norm", 55, 2.0]]},
-        {"stage": "run", "seconds": 2.0, "end": "step 6:\n  retrieval\n"},
+        {"stage": "run", "seconds": 2.0, "end": "step 6:\n ━━━╇━━┩ │ retrieval │\n"},
         {"stage": "products", "seconds": 3.0, "of_peak": {"forward": 0.71234, "FP8": 1.2}},
     ]
     (page,) = write_page(rows, tmp_path)

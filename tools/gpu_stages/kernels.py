@@ -36,13 +36,18 @@ def measure(recorder: Recorder) -> None:
     for samples, columns in ((4, 4), (4, 8)) if recorder.tiny else LOSSES:
         # Logits and their slopes' product by rows: the least that must be multiplied; the kernels form logits twice.
         tflop = 2 * 2 * 16 * 4 * samples * columns * LOSS_WIDTH / 1e12
-        for triton in (True, False):
+        for triton in _forms(recorder):
             row = {"kernel": "distillation loss", "triton": triton, "samples": samples, "global_batch": columns}
             try:
                 spent = recorder.milliseconds(_loss(recorder, samples, columns, triton=triton), repeats=5, warm=2)
                 recorder.write(**row, ms=spent, tflop_per_s=1e3 * tflop / spent)
             except torch.OutOfMemoryError as error:
                 recorder.write(**row, failed=failure(error))
+
+
+def _forms(recorder: Recorder) -> tuple[bool, ...]:
+    """Return which forms of a kernel the device has: by Triton or not. A CPU would run torch's under both names."""
+    return (True, False) if recorder.on_gpu else (False,)
 
 
 def _copy(recorder: Recorder) -> None:
@@ -93,7 +98,7 @@ def _patches(recorder: Recorder) -> None:
     ]
     values = level_values(MEAN, STD, recorder.dtype).to(recorder.device)
     nbytes = sum(images.numel() for images in crops) * (1 + values.element_size())
-    for triton in (True, False):
+    for triton in _forms(recorder):
         spent = recorder.milliseconds(partial(normalised_patches, crops, size, values, triton=triton))
         recorder.write(kernel="normalised patches", triton=triton, ms=spent, tb_per_s=nbytes / spent / 1e9)
 
@@ -106,7 +111,7 @@ def _colour(recorder: Recorder) -> None:
     shape = (views.global_crops, samples, side, side, 3)
     pixels = list(torch.randint(0, 256, shape, dtype=torch.uint8, device=recorder.device))
     result = torch.empty(*shape[:2], 3, side, side, dtype=torch.uint8, device=recorder.device)
-    for triton in (True, False):
+    for triton in _forms(recorder):
         spent = recorder.milliseconds(partial(colour_crops_, result, pixels, *encoded, triton=triton))
         recorder.write(kernel="colour of DALI's global crops", triton=triton, ms=spent)
 
@@ -171,10 +176,12 @@ def _optimizer(recorder: Recorder) -> None:
 
     # Weights, moments and average are read and written, the gradient is read, both copies are written.
     nbytes = (32 + 3 * gradients.element_size()) * elements
-    for name, triton in (("AdamW, average and copies", True), ("AdamW, average and copies by torch", False)):
+    for triton in _forms(recorder):
+        name = "AdamW, average and copies" + ("" if triton else " by torch")
         spent = recorder.milliseconds(partial(update, triton=triton), repeats=5)
         recorder.write(kernel=name, ms=spent, tb_per_s=nbytes / spent / 1e9)
-    for name, triton in (("gradient norm", True), ("gradient norm by torch", False)):
+    for triton in _forms(recorder):
+        name = "gradient norm" + ("" if triton else " by torch")
         spent = recorder.milliseconds(partial(adamw_ema.squared_norm, [gradients], triton=triton), repeats=5)
         recorder.write(kernel=name, ms=spent, tb_per_s=gradients.nbytes / spent / 1e9)
 

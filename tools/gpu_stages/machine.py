@@ -22,6 +22,7 @@ def measure(recorder: Recorder) -> None:
         for found in importlib.metadata.distributions()
     }
     recorder.write(
+        rehearsal=recorder.tiny,
         python=sys.version.split()[0],
         torch=torch.__version__,
         cuda=torch.version.cuda,
