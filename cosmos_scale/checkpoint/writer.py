@@ -214,8 +214,14 @@ class CheckpointWriter:
         if self._error is not None:
             self._written.set()
             return
-        self._thread = threading.Thread(target=self._write, args=(temporary, final, state), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._write, args=(temporary, final, state), daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:  # no room for a thread, perhaps on this rank alone
+            self._error = f"checkpoint {temporary}: {error or 'no memory'} (rank {self._rank})"
+            self._written.set()
+            return
+        self._thread = thread
 
     def _make_room(self) -> None:
         with suppress(UserError):  # of a folder that cannot be listed for a while
@@ -225,6 +231,9 @@ class CheckpointWriter:
     def _write(self, temporary: Path, final: Path, state: RunState) -> None:
         """In the thread: write this rank's file; on the first rank, then make the folder a checkpoint."""
         path = temporary / f"fragments-{self._rank:05d}.safetensors"
+        # Made beforehand: to say why may fail as well, and the ranks would not learn of an error that ends this thread.
+        not_written = f"checkpoint {path}: cannot be written (rank {self._rank})"
+        not_whole = f"checkpoint {final}: cannot be made whole"
         try:
             self._snapshot.wait()
             record = write_tensors(path, self._snapshot.tensors)
@@ -232,16 +241,22 @@ class CheckpointWriter:
             # Written whole at once: the first rank takes this file as complete as soon as it exists.
             with whole_file(_record_path(temporary, self._rank)) as part:
                 part.write_text(json.dumps([record, pieces]))
-        except Exception as failure:  # any: the ranks would not learn of an error that only ends this thread
-            size = 4 * sum(tensor.numel() for tensor in self._snapshot.tensors.values())
-            self._error = f"checkpoint {path}: {_reason(failure)}{_room(failure, temporary, size)} (rank {self._rank})"
-        self._written.set()
+        except BaseException as failure:
+            self._error = not_written
+            with suppress(Exception):
+                size = 4 * sum(tensor.numel() for tensor in self._snapshot.tensors.values())
+                reason = f"{_reason(failure)}{_room(failure, temporary, size)}"
+                self._error = f"checkpoint {path}: {reason} (rank {self._rank})"
+        finally:
+            self._written.set()
         if self._rank > 0 or self._error is not None:
             return
         try:
             self._commit(temporary, final, state)
-        except Exception as failure:
-            self._error = f"checkpoint {final}: {_reason(failure)}"
+        except BaseException as failure:
+            self._error = not_whole
+            with suppress(Exception):
+                self._error = f"checkpoint {final}: {_reason(failure)}"
 
     def _commit(self, temporary: Path, final: Path, state: RunState) -> None:
         records = [_record_path(temporary, rank) for rank in range(self._world_size)]
@@ -301,11 +316,11 @@ def _untouched(failure: str, root: Path) -> str:
     return f"{failure}; the previous checkpoints are untouched"
 
 
-def _reason(failure: Exception) -> str:
+def _reason(failure: BaseException) -> str:
     return failure.strerror if isinstance(failure, OSError) and failure.strerror else repr(failure)
 
 
-def _room(failure: Exception, folder: Path, size: int) -> str:
+def _room(failure: BaseException, folder: Path, size: int) -> str:
     """Return how much a file takes and what is left or allowed, where it has no room."""
     if isinstance(failure, OSError) and failure.errno == errno.EFBIG:
         allowed = resource.getrlimit(resource.RLIMIT_FSIZE)[0]

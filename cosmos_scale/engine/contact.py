@@ -134,11 +134,13 @@ class Contact:
         if self.lost is None:
             return
         time.sleep(SECONDS_TO_END)
-        line = f"cosmos-scale: rank {self.rank} lost contact with another rank: {self.lost}"
-        teller = threading.Thread(target=self.tell, args=(line,), daemon=True)  # the output may be stuck too
-        teller.start()
-        teller.join(1.0)
-        os._exit(FAILED)
+        try:
+            line = f"cosmos-scale: rank {self.rank} lost contact with another rank: {self.lost}"
+            teller = threading.Thread(target=self.tell, args=(line,), daemon=True)  # the output may be stuck too
+            teller.start()
+            teller.join(1.0)
+        finally:  # also where no thread can be started
+            os._exit(FAILED)
 
     def _speaking(self) -> list[Peer]:
         """Wait a while, and return the peers that have said something or whose connection is closed."""

@@ -127,19 +127,21 @@ class Watchdog:
 
     def _end(self) -> NoReturn:
         """End this process and, through rank 0, all others; no group is destroyed, since that could wait for ever."""
-        may_print = self._contact.end()
-        self._contact.send_all(f"{HANGS} {self._phase.what}")
-        _within(DISK, self._write_stacks)
-        silent = self._ask()
-        if may_print and (self._contact.rank == 0 or silent):
-            stacks = self._folder / "hang-rank-*.txt"
-            rule = f"rule: train.watchdog_seconds, {self._seconds:g}"
-            self._print(f"no progress for {self._idle:.0f} s: {self._found(silent)}; stacks: {stacks}; {rule}")
-        if self._contact.rank > 0 and not silent:
-            time.sleep(ANSWER)  # rank 0 speaks first: with the end of this process its main thread may fail
-        for child in multiprocessing.active_children():  # loader processes, stopped ones too
-            child.kill()
-        os._exit(FAILED)
+        try:
+            may_print = self._contact.end()
+            self._contact.send_all(f"{HANGS} {self._phase.what}")
+            _within(DISK, self._write_stacks)
+            silent = self._ask()
+            if may_print and (self._contact.rank == 0 or silent):
+                stacks = self._folder / "hang-rank-*.txt"
+                rule = f"rule: train.watchdog_seconds, {self._seconds:g}"
+                self._print(f"no progress for {self._idle:.0f} s: {self._found(silent)}; stacks: {stacks}; {rule}")
+            if self._contact.rank > 0 and not silent:
+                time.sleep(ANSWER)  # rank 0 speaks first: with the end of this process its main thread may fail
+            for child in multiprocessing.active_children():  # loader processes, stopped ones too
+                child.kill()
+        finally:  # whatever fails here: nothing else would end the process
+            os._exit(FAILED)
 
     def _ask(self) -> Mapping[int, str]:
         """Ask what the other ranks do (rank 0 all, others rank 0); returns the hosts of the silent ones, by rank."""
@@ -195,7 +197,8 @@ class Watchdog:
 
 
 def _within(seconds: float, work: Callable[[], object]) -> None:
-    """Do what may never end in a thread, and wait some seconds for it."""
+    """Do what may never end in a thread, and wait some seconds for it; leave it where no thread can be started."""
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    with suppress(RuntimeError, MemoryError):
+        thread.start()
+        thread.join(seconds)

@@ -4,11 +4,13 @@ import errno
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 from torch import Tensor
 
@@ -126,6 +128,46 @@ def test_an_error_of_any_kind_is_reported_by_all_ranks_and_the_next_save_works(t
     assert "step-00000003" in messages[0]
     assert "not JSON serializable" in messages[0]
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000006"]
+
+
+class UnspeakableError(BaseException):
+    """An error whose description fails too, as all may where memory has run out."""
+
+    def __repr__(self) -> str:
+        raise MemoryError
+
+
+def save_where_the_thread_fails(rank: int, world_size: int, root: Path, where: str) -> tuple[str, list[str]]:
+    """Save while a rank's thread cannot be started, or fails with an error that cannot be described."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread") if where == "start" else UnspeakableError
+
+    with pytest.MonkeyPatch.context() as patch, writer_of(rank, world_size, root) as writer:
+        if where == "commit":
+            patch.setattr(writing, "write_manifest", fail)
+        elif rank == 1:
+            patch.setattr(*((threading.Thread, "start") if where == "start" else (writing, "write_tensors")), fail)
+        writer.save(state(3))
+        said = message_of(writer.wait)
+        patch.undo()
+        writer.save(state(6))
+        writer.wait()
+    return said, [folder.name for folder in root.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("start", "step-00000003.tmp: can't start new thread (rank 1); "),
+        ("write", "step-00000003.tmp/fragments-00001.safetensors: cannot be written (rank 1); "),
+        ("commit", "step-00000003: cannot be made whole; "),
+    ],
+)
+def test_nobody_waits_for_a_thread_that_fails_in_any_way(tmp_path: Path, where: str, said: str) -> None:
+    for message, folders in run_ranks(save_where_the_thread_fails, 2, tmp_path, where, timeout=60):
+        assert said in message
+        assert folders == ["step-00000006"]
 
 
 def save_where_a_file_is_in_the_way(rank: int, world_size: int, root: Path) -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,29 @@ def test_a_standstill_between_steps_is_told_long_before_the_limit(tmp_path: Path
     assert watchdog._told_after(watchdog._phase, 1800.0) == 100.0
     with watchdog.longer("an evaluation"):
         assert watchdog._told_after(watchdog._phase, 4 * 1800.0) == 1800.0
+
+
+class Ended(Exception):
+    """In the place of the process's end."""
+
+
+@pytest.mark.parametrize("who", ["watchdog", "contact"])
+def test_the_process_ends_also_where_no_thread_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    contact = Contact(0, {})
+    contact.lost = "rank 1"
+    monkeypatch.setattr("cosmos_scale.engine.contact.SECONDS_TO_END", 0.0)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended, match="1"):
+        Watchdog(1.0, tmp_path, contact, list)._end() if who == "watchdog" else contact._watch()
 
 
 def test_no_limit_watches_nothing(tmp_path: Path) -> None:
