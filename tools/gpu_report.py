@@ -27,8 +27,8 @@ from tools.gpu_stages import attention, golden, graph, kernels, machine, product
 from tools.gpu_stages.recorder import Recorder, failure  # noqa: E402
 
 LEAST_SECONDS = 15.0  # with less time left no stage begins
-# How much longer a stage may take on a CPU. There torch.compile takes as long for a tiny model as for a large one: a C++
-# compiler makes six programs, in 90 s on two busy cores where none of them is cached.
+# How much longer a stage may take on a CPU. There torch.compile takes as long for a tiny model as for a large one: six
+# programs are made by a C++ compiler, in 90 s on two busy cores where none of them is cached.
 CPU_PATIENCE = 3.0
 
 
