@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import resource
 import stat
 import sys
 import tempfile
@@ -19,6 +20,9 @@ from cosmos_scale.errors import UserError
 # What a file system says that lacks locks, or the fsync of folders.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
+
+# What the system says where a file has no room: on the disk, in the user's quota, or under the limit of `ulimit -f`.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)
 
@@ -209,7 +213,12 @@ def whole_path(path: str | Path) -> str:
 def reason_of(error: OSError) -> str:
     """Return why the system refused a file, with the way on where too few open files are allowed."""
     said = error.strerror or str(error)
-    return f"{said}; allow more (ulimit -n)" if error.errno == errno.EMFILE else said
+    if error.errno == errno.EMFILE:
+        return f"{said}; allow more (ulimit -n)"
+    if error.errno == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return f"{said}; allow more (ulimit -f)" if limit != resource.RLIM_INFINITY else said
+    return said
 
 
 def no_locks(error: OSError) -> str:

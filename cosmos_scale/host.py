@@ -1,6 +1,7 @@
 """What this process may use of its host: cores and memory, and how many of a run's ranks share them; its age."""
 
 import math
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -20,6 +21,15 @@ def ranks_of_this_host(*, unknown: int) -> int:
 def uses_gpu(device: str) -> bool:
     """Tell whether the ranks of a run compute on GPUs. device: as the config has it, auto, cpu or cuda."""
     return device != "cpu" and torch.cuda.is_available()
+
+
+def shared_memory_obstacle() -> str | None:
+    """Return why processes here cannot share memory and locks, such as a /dev/shm that is read-only; None: they can."""
+    try:
+        multiprocessing.get_context("fork").Lock()
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
 
 
 def process_seconds() -> float:

@@ -1,11 +1,12 @@
 """What ends a program while it still imports its parts, which takes seconds: one line, and no traceback.
 
-It is Ctrl-C, or a current folder that has been deleted.
+It is Ctrl-C, a current folder that has been deleted, or a library that cannot be imported.
 """
 
 import os
 import signal
 import sys
+import traceback
 from functools import partial
 from types import FrameType, TracebackType
 
@@ -13,11 +14,12 @@ from cosmos_scale.exit_status import INTERRUPTED, REFUSED
 
 DELETED_FOLDER = "the current folder is deleted; rule: change to one that is there"
 _HOOK = sys.excepthook
+_OUR_OWN = ("TORCH_CPP_LOG_LEVEL", "TORCH_EXTENSIONS_DIR")  # variables that the programs set themselves
 _IMPORTING = "<frozen importlib"  # how the file names of Python's own import code begin
 
 
 def tell_interrupts(program: str) -> None:
-    """From here on print one line where an interrupt ends this process; any other exception as before.
+    """From here on print one line where an interrupt or a refused import ends this process; other exceptions as before.
 
     An interrupt during an import ends the process at once: extension modules (torch, numpy, pydantic) lose the
     exception, turn it into another one, or abort.
@@ -52,5 +54,21 @@ def _interrupt(program: str, number: int, frame: FrameType | None) -> None:
 def _tell(program: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print(f"{program}: interrupted", file=sys.stderr)
+    elif refused := refused_import(error):
+        print(f"{program}: {refused}", file=sys.stderr, flush=True)
+        os._exit(REFUSED)  # Python would end with status 1, which asks launchers for a restart
     else:
         _HOOK(kind, error, trace)
+
+
+def refused_import(error: BaseException) -> str | None:
+    """Return what to tell where a library cannot be imported, often for a variable of its own; None: another error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    modules = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    library = next((module for module in modules if module not in ("cosmos_scale", "__main__")), None)
+    if library is None:
+        return None
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason is given")
+    names = sorted(name for name in os.environ if name.startswith(f"{library.upper()}_") and name not in _OUR_OWN)
+    where = f"look at its variables, of which are set: {', '.join(names)}" if names else "look at its installation"
+    return f"{library}: cannot be imported: {type(error).__name__}: {said}; rule: {where}"

@@ -11,6 +11,11 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def first_frame(animated: int) -> str:
+    """Return what is said of the frames of so many animated pictures, before the verb (read, packed)."""
+    return "its first frame is" if animated == 1 else "the first frame of each is"
+
+
 def print_row(label: str, text: str) -> None:
     """Print the row of a table, as `table_row` makes it."""
     print(table_row(label, text))

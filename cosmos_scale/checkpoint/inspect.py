@@ -13,7 +13,7 @@ from torch import Size
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, TensorFile
 from cosmos_scale.checkpoint.interchange.names import HEAD_PREFIXES
 from cosmos_scale.checkpoint.interchange.reading import or_a_file
-from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of
+from cosmos_scale.checkpoint.state import KINDS, MANIFEST, Manifest, read_manifest, saved_folders, step_of, such_as_runs
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import whole_path
 from cosmos_scale.words import counted
@@ -88,7 +88,7 @@ def find_folders(folder: Path) -> list[Path]:
         return [folder]
     found = saved_folders(folder) or saved_folders(folder / "checkpoints")
     if not found:
-        rule = f"name a step-* folder, or a run with one{or_a_file(folder)}"
+        rule = f"name a step-* folder, or a run with one{or_a_file(folder)}{such_as_runs(folder)}"
         raise UserError(f"{whole_path(folder)}: no checkpoint; rule: {rule}")
     return found
 

@@ -12,6 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,11 +29,13 @@ from cosmos_scale.config.evaluation import in_new_form
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, sync_folder
 from cosmos_scale.fragments import Fragment
+from cosmos_scale.words import counted
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")  # of a fragment's tensors, in the order of the files
 SAVED_AS = {"student": "weight", "teacher": "ema"}
+MOST_SHOWN = 10  # runs in a message
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,24 @@ def find_checkpoint(folder: Path) -> Path:
         return folder
     found = newest(folder) or newest(folder / "checkpoints")
     if found is None:
-        raise UserError(f"checkpoint {folder.absolute()}: none there; rule: name a step-* folder, or a run with one")
+        rule = f"name a step-* folder, or a run with one{such_as_runs(folder)}"
+        raise UserError(f"checkpoint {folder.absolute()}: none there; rule: {rule}")
     return found
+
+
+def such_as_runs(folder: Path) -> str:
+    """Return the end of a rule for a folder that is no run: the runs with checkpoints in it; empty where it has none.
+
+    Runs that cannot be looked into are left out.
+    """
+    shown = []
+    with suppress(OSError):
+        for run in sorted(folder.iterdir()):
+            with suppress(OSError, UserError):
+                if found := checkpoints(run / "checkpoints"):
+                    shown.append(f"{run.name} ({counted(len(found), 'checkpoint')}, the newest {found[-1].name})")
+    more = f" and {counted(len(shown) - MOST_SHOWN, 'more run')}" if len(shown) > MOST_SHOWN else ""
+    return f": {', '.join(shown[:MOST_SHOWN])}{more}" if shown else ""
 
 
 class Manifest(NamedTuple):

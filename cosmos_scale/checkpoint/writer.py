@@ -8,6 +8,7 @@ ranks and then turns the folder into a checkpoint.
 import errno
 import json
 import logging
+import resource
 import shutil
 import threading
 import time
@@ -30,7 +31,7 @@ from cosmos_scale.checkpoint.state import (
 from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, sync_folder, whole_file
+from cosmos_scale.files import NO_ROOM, load_json, read_regular, sync_folder, whole_file
 from cosmos_scale.fragments import Fragment
 
 _LOG = logging.getLogger(__name__)
@@ -305,8 +306,11 @@ def _reason(failure: Exception) -> str:
 
 
 def _room(failure: Exception, folder: Path, size: int) -> str:
-    """Return how much a file takes and what is left, where a disk was full."""
-    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Return how much a file takes and what is left or allowed, where it has no room."""
+    if isinstance(failure, OSError) and failure.errno == errno.EFBIG:
+        allowed = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return f", the file takes {size:,} bytes" + (f" and {allowed:,} are allowed (ulimit -f)" if allowed > 0 else "")
+    if isinstance(failure, OSError) and failure.errno in NO_ROOM:
         with suppress(OSError):
             return f", the file takes {size:,} bytes and {free_bytes(folder):,.0f} are left"
     return ""

@@ -62,9 +62,11 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
             return REFUSED
         raise
     except Exception as error:
+        if "RANK" not in os.environ or "cosmos_scale.engine.ranks" not in sys.modules:
+            raise  # there were no other ranks, or torch could not be imported; a second import would abort the process
         from cosmos_scale.engine.ranks import lost_contact, tell_lost_contact
 
-        if "RANK" not in os.environ or not lost_contact(error):
+        if not lost_contact(error):
             raise
         tell_lost_contact(error, os.environ["RANK"], rank.when_lost(), command=command)
         return FAILED

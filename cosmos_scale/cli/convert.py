@@ -104,7 +104,7 @@ def _files(to: "Format", source: "Source", models: "Sequence[Which]", bar: "Work
 def _records(source: "Source") -> "Records":
     """Return what the run measured at the checkpoint's step, as far as its metrics lie beside the checkpoint."""
     from cosmos_scale.run.folder import METRICS_FILE
-    from cosmos_scale.run.metrics import evaluations_at
+    from cosmos_scale.run.logged import evaluations_at
 
     if source.training is None:
         return {}

@@ -171,6 +171,13 @@ class RemoteConfig(Section):
         description="most seconds without a byte (http, pipe:)",
         json_schema_extra=MAY_DIFFER_BY_HOST,
     )
+    lowest_speed: float = Field(
+        1000.0,
+        ge=0.0,
+        le=1000000000.0,
+        description="fewest bytes per second of an answer that takes longer than timeout_s (http, pipe:); 0: any",
+        json_schema_extra=MAY_DIFFER_BY_HOST,
+    )
 
     def _check_rules(self) -> None:
         if self.fetch == "shards" and self.cache is None:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
-from cosmos_scale.host import usable_cores
+from cosmos_scale.host import shared_memory_obstacle, usable_cores
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -36,13 +36,14 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
     """Yield function(job) for each job, in the jobs' order; jobs are read only as far ahead as needed.
 
     function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process,
-    and so where the process may open only a few files (ulimit -n).
+    and so where the process may open only a few files (ulimit -n), or processes cannot share locks (/dev/shm).
     Raises: what `function` raises; UserError where a worker process is killed.
     """
     if workers is None:
         workers = usable_cores()
     # Starting processes needs open files; where the system has too few, a process that lacks one would wait for ever.
-    if workers <= 1 or resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _FILES_AT_LEAST + _FILES_A_WORKER * workers:
+    few_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _FILES_AT_LEAST + _FILES_A_WORKER * workers
+    if workers <= 1 or few_files or shared_memory_obstacle():
         yield from map(function, jobs)
         return
     waiting = iter(jobs)

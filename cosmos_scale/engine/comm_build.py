@@ -16,7 +16,7 @@ def build_cpu_communication() -> float:
     The build takes a minute or two, once for each environment and torch version. In the first launch all ranks would
     wait for the build without a message. A launch that is killed meanwhile leaves a lock under some torch versions, and
     the next launch waits for the lock. So the build is done here, by one process. Raises UserError where there is no
-    C++ compiler.
+    C++ compiler, or the build fails.
     """
     use_own_environment()
     compiler = os.environ.get("CXX", "g++")
@@ -24,12 +24,37 @@ def build_cpu_communication() -> float:
         raise UserError(f"{compiler}: not found on PATH; DeepSpeed builds its CPU communication with a C++ compiler")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     started = time.perf_counter()
+    load_cpu_communication()
+    return time.perf_counter() - started
+
+
+def load_cpu_communication() -> None:
+    """Load what DeepSpeed's ranks on CPUs need, after a build where torch's extension cache lacks it.
+
+    torch builds anew where CXX or the flags have changed. Raises UserError where the build or the loading fails.
+    """
     from deepspeed.accelerator import get_accelerator  # here, since it takes seconds and --help should not
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None:  # None: an accelerator that communicates by other means
+    if builder is None:  # an accelerator that communicates by other means
+        return
+    try:
         builder.load(verbose=False)
-    return time.perf_counter() - started
+    except (ImportError, OSError, RuntimeError) as error:
+        folder = os.environ.get("TORCH_EXTENSIONS_DIR", "the folder of torch's extensions")
+        raise UserError(
+            f"DeepSpeed's communication for CPUs cannot be built or loaded: {_line_of_cause(str(error))}; rule: a C++ "
+            f"compiler ({os.environ.get('CXX', 'g++')}) and ninja work here; delete {folder} where its files are "
+            "damaged; `cosmos-scale setup` builds once for all runs"
+        ) from error
+
+
+def _line_of_cause(text: str) -> str:
+    """Return the line of a build's output that says what failed: the first with an error in it, or the first."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason is given"]
+    signs = ("error:", "not found", "No such file", "Permission denied", "No space left")
+    # The first line holds the compiler's whole command.
+    return next((line for line in lines[1:] if any(sign in line for sign in signs)), lines[0])
 
 
 def use_own_environment() -> None:

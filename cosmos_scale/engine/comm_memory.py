@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.host import shared_memory_obstacle
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,8 +66,15 @@ def _may_be_rank(process: Path) -> bool:
 
 
 def check_room() -> None:
-    """Raise UserError where the host's shared memory is too small for its ranks: they would die of SIGBUS later."""
-    if not _in_use() or not _FOLDER.is_dir():
+    """Raise UserError where the host's shared memory is closed to its ranks, or too small: they would die later."""
+    if not _in_use():
+        return
+    if obstacle := shared_memory_obstacle():
+        raise UserError(
+            f"{_FOLDER}: cannot be written to: {obstacle}; rule: ranks on CPUs share it, so mount one that can (docker "
+            "run --shm-size)"
+        )
+    if not _FOLDER.is_dir():
         return
     system = os.statvfs(_FOLDER)
     size, free = system.f_blocks * system.f_frsize, system.f_bavail * system.f_frsize

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_scale.engine.comm_build import use_own_environment
+from cosmos_scale.engine.comm_build import load_cpu_communication, use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name, sweep
 from cosmos_scale.engine.contact import Contact, LostRank
 from cosmos_scale.engine.gpu_memory import use_expandable_segments
@@ -65,8 +65,8 @@ def start_ranks(device: str, level: str = "error") -> Ranks:
     the same ranks.
 
     device: auto, cpu or cuda. level: least level of the messages of torch and DeepSpeed that are shown. Raises
-    UserError where cuda is asked for and absent, where the ranks have started on another device, or where shared
-    memory is too small for ranks on CPUs.
+    UserError where cuda is asked for and absent, where the ranks have started on another device, where shared memory is
+    too small for ranks on CPUs, or where DeepSpeed's communication for them cannot be built.
     """
     use_cuda = choose_device(device).type == "cuda"
     if not _started:
@@ -96,6 +96,8 @@ def _start(use_cuda: bool, level: str) -> Ranks:
             sweep()
         check_room()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
+        if not use_cuda:
+            load_cpu_communication()  # DeepSpeed would do it too, with a traceback where it fails
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one host share its cores; torch would give all cores to every rank.

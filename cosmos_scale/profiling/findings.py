@@ -39,20 +39,22 @@ def findings(record: ProfileRecord) -> list[ProfileRecord]:
 def _data_wait(record: ProfileRecord) -> Iterator[Finding]:
     wait, loader = _ms(record, "data"), record["loader"]
     needed, workers = loader["cores_needed"], loader["workers"]
-    share = loader["cores"] / loader["ranks_on_host"]
+    share = max(0, loader["cores"] - loader["cores_computing"]) / loader["ranks_on_host"]
     has = f"the loader needs {needed:.2f} cores a rank for {loader['ms_per_sample']:.1f} ms a sample"
     if workers == 0:
-        if share > 1:
+        if share >= 1 if loader["cores_computing"] else share > 1:
             yield Finding(f"the training process loads its batches itself; {has}", "data.workers=1", wait)
         else:
-            yield Finding(f"the training process loads its batches itself, and a rank has one core; {has}", None, wait)
+            busy = "the ranks compute on all cores" if loader["cores_computing"] else "a rank has one core"
+            yield Finding(f"the training process loads its batches itself, and {busy}; {has}", None, wait)
     elif needed > workers and share > workers:
         more = min(int(share), -(-int(10 * needed) // 10) + 1)
         yield Finding(f"{has}, and has {counted(workers, 'worker')}", f"data.workers={more}", wait)
     elif needed > share:
         on_gpu = record["device"]["type"] == "cuda" and record["config"]["data"]["decoder"] == "torch"
         key = "data.decoder=dali" if on_gpu else None
-        yield Finding(f"{has}, and this host has {share:.1f} for each", key, wait)
+        beside = " beside what computes" if loader["cores_computing"] else ""
+        yield Finding(f"{has}, and this host has {share:.1f} for each{beside}", key, wait)
     else:
         yield Finding(
             f"batches come late though {has}, and has {counted(workers, 'worker')}: shards are read slowly", None, wait

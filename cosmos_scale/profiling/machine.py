@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.calibration import Calibration
 from cosmos_scale.profiling.chips import find_chip
 
@@ -23,8 +24,9 @@ class Machine:
 
     memory_gib: what torch sees of a GPU's memory. peak, products: TFLOP/s of dense bf16 products, of the data sheet and
     the most that anybody measured. memory_rate: TB/s. link: GB/s of a GPU in one direction inside a node. network: GB/s
-    of a GPU in one direction between nodes. source: where the numbers come from. cores: of a CPU for each GPU. pcie:
-    GB/s from the host to a GPU. calibration: rates that were measured on such a machine.
+    of a GPU in one direction between nodes. source: where the numbers come from. cores: of a CPU for each GPU, or
+    all of a host whose CPUs compute. pcie: GB/s from the host to a GPU. calibration: rates that were measured on such
+    a machine.
     """
 
     name: str
@@ -93,7 +95,7 @@ def calibrated_machine(calibration: Calibration) -> Machine:
     if calibration.device == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         name = f"a CPU, {calibration.threads} threads"
-        cores = float(os.cpu_count() or 1)
+        cores = float(usable_cores())
         base = Machine(name, memory, fastest, fastest, 1.0, 10.0, 1.0, source, cores, pcie=10.0)
     else:
         memory = torch.cuda.mem_get_info()[1] / 2**30

@@ -41,6 +41,11 @@ class Cluster:
         return self.machine.memory_gib * GIB / (1 if self.machine.is_gpu else self.gpus)
 
     @property
+    def cores(self) -> float:
+        """Cores that a rank may use: those for a GPU, or its share of a host's."""
+        return self.machine.cores / (1 if self.machine.is_gpu else self.gpus)
+
+    @property
     def outside_torch(self) -> int:
         """Bytes of a rank that torch's allocator does not see."""
         return OUTSIDE_TORCH if self.machine.is_gpu else OUTSIDE_TORCH_ON_CPU

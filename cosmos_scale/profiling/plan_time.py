@@ -24,8 +24,8 @@ class StepTime:
     """Seconds of a step, by what takes them.
 
     device: by PARTS, of the kernels. network, hidden: of the collectives alone, and what of it the device's other work
-    hides. host: to launch all of it; serial: whether the host computes too. data: of the loader's processes. copy: of
-    the batch to the device.
+    hides. host: to launch all of it; serial: whether the host computes too. data: of the loader's processes; in_turn:
+    whether these take the cores that compute. copy: of the batch to the device.
     """
 
     device: dict[str, float]
@@ -34,6 +34,7 @@ class StepTime:
     host: float
     serial: bool
     data: float
+    in_turn: bool
     copy: float
 
     @property
@@ -50,10 +51,11 @@ class StepTime:
     def _longest(self) -> dict[str, float]:
         """What runs side by side: the step takes as long as the longest of these."""
         device = self.computed + self.exposed + (self.host if self.serial else 0.0)
+        device += self.data if self.in_turn else 0.0
         return {
             ("CPU" if self.serial else "GPU") if self.computed >= self.exposed else "network": device,
             "host dispatch": 0.0 if self.serial else self.host,
-            "data CPUs": self.data,
+            "data CPUs": 0.0 if self.in_turn else self.data,
             "PCIe": self.copy,
         }
 
@@ -128,11 +130,15 @@ def step_time(config: RunConfig, counts: Counts, cluster: Cluster, rates: Rates)
         seconds = rates.operator_seconds(count, counts.precision)
         device[part_of(count)] += seconds
         by_phase[count.phase] += seconds
+    shared = _shared(cluster)
+    device = {part: shared * seconds for part, seconds in device.items()}
+    by_phase = {phase: shared * seconds for phase, seconds in by_phase.items()}
     network, hidden = _network(counts, by_phase, cluster, rates)
     hidden *= 1.0 - rates.exposed
-    data = 0.0 if config.data.decoder == "dali" else counts.samples / CORE_SAMPLES / loaders(config, cluster.machine)
+    cores = loaders(config, cluster)
+    data = 0.0 if config.data.decoder == "dali" else counts.samples / CORE_SAMPLES / max(1.0, cores)
     copy = batch_bytes(config) * counts.samples / (cluster.machine.pcie * 1e9)
-    return StepTime(device, network, hidden, rates.host_seconds(counts), rates.serial, data, copy)
+    return StepTime(device, network, hidden, rates.host_seconds(counts), rates.serial, data, cores == 0.0, copy)
 
 
 def part_of(count: OperatorCount) -> str:
@@ -142,11 +148,26 @@ def part_of(count: OperatorCount) -> str:
     return count.group if count.group in ("products", "attention") else "element-wise"
 
 
-def loaders(config: RunConfig, machine: Machine) -> float:
-    """Return the cores of a GPU that decode and crop: those of its loader processes, as far as there are cores."""
-    if config.data.workers is not None:
-        return min(max(1.0, config.data.workers), machine.cores)
-    return max(1.0, min(MOST_WORKERS, machine.cores - 1))
+def loaders(config: RunConfig, cluster: Cluster) -> float:
+    """Return the cores of a rank that decode and crop: those of its loader processes, as far as there are cores.
+
+    0: all cores of its host compute, and decode and crop in turn with that.
+    """
+    workers, calibration = config.data.workers, cluster.machine.calibration
+    if calibration is not None and not cluster.machine.is_gpu:
+        most = min(MOST_WORKERS, int(cluster.cores) - 1) if workers is None else workers
+        return float(max(0, min(most, int(cluster.cores - calibration.threads))))
+    if workers is not None:
+        return min(max(1.0, workers), cluster.cores)
+    return max(1.0, min(MOST_WORKERS, cluster.cores - 1))
+
+
+def _shared(cluster: Cluster) -> float:
+    """Return how many times longer a rank computes than alone on its host: other ranks want the same cores."""
+    calibration = cluster.machine.calibration
+    if calibration is None or cluster.machine.is_gpu:
+        return 1.0
+    return max(1.0, calibration.threads / cluster.cores)
 
 
 def _network(counts: Counts, by_phase: dict[str, float], cluster: Cluster, rates: Rates) -> tuple[float, float]:

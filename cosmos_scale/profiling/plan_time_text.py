@@ -43,8 +43,9 @@ def time_lines(run: PlannedRun) -> Iterator[str]:
     yield _row("network, alone", *(step.network for step in steps))
     yield _row("  of it hidden", *(step.hidden for step in steps))
     yield _row("host dispatch", *(step.host for step in steps))
-    cores = loaders(plan.config, machine)
-    yield _row(f"data CPUs: {cores:g} loaders a {machine.unit}", time.expected.data)
+    cores = loaders(plan.config, plan.cluster)
+    loading = f"{counted(int(cores), 'loader')} a {machine.unit}" if cores else "in turn with the step, no core is free"
+    yield _row(f"data CPUs: {loading}", time.expected.data)
     yield _row("PCIe", time.expected.copy)
     yield _row("a step", *(step.seconds for step in steps))
     low, high = time.rates

@@ -3,12 +3,12 @@
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
@@ -227,15 +227,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _loader(ranks: Sequence[RankProfile], samples: int, step_ms: float, workers: int) -> ProfileRecord:
     loaders = [rank.loader for rank in ranks]
+    here = [rank.loader.cores_needed(samples, step_ms) for rank in ranks if rank.host == ranks[0].host]
     return {
         "ms_per_sample": statistics.fmean(loader.ms_per_sample for loader in loaders),
         "parts": {
             part: statistics.fmean(loader.parts.get(part, 0.0) for loader in loaders) for part in loaders[0].parts
         },
         "cores_needed": statistics.fmean(loader.cores_needed(samples, step_ms) for loader in loaders),
+        "cores_needed_on_host": sum(here),
         "workers": workers,
         "cores": usable_cores(),
-        "ranks_on_host": Counter(rank.host for rank in ranks)[ranks[0].host],
+        "cores_computing": 0 if ranks[0].gpu_memory else len(here) * torch.get_num_threads(),
+        "ranks_on_host": len(here),
     }
 
 

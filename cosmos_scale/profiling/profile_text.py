@@ -127,9 +127,12 @@ def _loader(record: ProfileRecord) -> Iterator[str]:
     parts = "  ".join(f"{name} {ms:.2f}" for name, ms in loader["parts"].items())
     yield (
         f"{'loader':15}{loader['ms_per_sample']:.2f} ms a sample and core: a step needs {loader['cores_needed']:.2f} "
-        f"cores a rank; {counted(loader['workers'], 'worker')} a rank, {counted(loader['cores'], 'core')} for "
-        f"{counted(loader['ranks_on_host'], 'rank')} of this host"
+        f"cores a rank, {loader['cores_needed_on_host']:.2f} for {counted(loader['ranks_on_host'], 'rank')} of this "
+        f"host; {counted(loader['workers'], 'worker')} a rank"
     )
+    computing = loader["cores_computing"]
+    beside = f", of which the ranks compute on {min(computing, loader['cores'])}" if computing else ""
+    yield f"{'':15}{counted(loader['cores'], 'core')} of this host{beside}"
     yield f"{'':15}{parts}"
 
 

@@ -28,7 +28,7 @@ from cosmos_scale.report.pictures import PagePicture, picture_of
 from cosmos_scale.report.plots import MODELS, numbers_of_models
 from cosmos_scale.report.records import RunRecords
 from cosmos_scale.run.folder import EVALUATION
-from cosmos_scale.run.metrics import evaluator_of
+from cosmos_scale.run.logged import evaluator_of
 
 MAPS = 4
 MAP_SIDE, LEFT_SIDE = 224, 480  # pixels of pictures on the page

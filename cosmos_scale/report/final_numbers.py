@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from cosmos_scale.report.plots import HEADLINES, MODELS, evaluator_names, numbers_of_models
 from cosmos_scale.report.records import RunRecords, number_of
-from cosmos_scale.run.metrics import evaluator_of
+from cosmos_scale.run.logged import evaluator_of
 
 # Keys of training records by what they are called. The last value counts, or of speeds the median.
 _LAST = {"loss": "loss", "CLIP loss": "clip", "distillation loss": "distill", "gradient norm": "grad_norm"}

@@ -10,7 +10,7 @@ from cosmos_scale.report.code import last_code_of
 from cosmos_scale.report.plots import HEADLINES, MODELS, numbers_of_models
 from cosmos_scale.report.records import RunRecords, number_of
 from cosmos_scale.report.series import rank_seconds, start_of, training_seconds
-from cosmos_scale.run.metrics import evaluator_of
+from cosmos_scale.run.logged import evaluator_of
 from cosmos_scale.words import counted
 
 HOUR = 3600.0

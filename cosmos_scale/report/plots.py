@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from cosmos_scale.report.records import Record, RunRecords, number_of
 from cosmos_scale.report.series import Curve, curve_of, skipped_steps
-from cosmos_scale.run.metrics import evaluator_of
+from cosmos_scale.run.logged import evaluator_of
 
 MOST_POINTS = 300  # of a curve: about one for each pixel of a picture's width
 POINTS_OF_ALL = 900  # of one curve of all runs together: many runs stay a small page

@@ -11,6 +11,7 @@ from cosmos_scale.report.figures import Drawn
 from cosmos_scale.report.final_numbers import TextTable
 from cosmos_scale.report.memory_part import measured_memory, memory_timeline_of
 from cosmos_scale.report.records import RunRecords
+from cosmos_scale.words import counted
 
 PROFILE_FILE = Path("profile") / "profile.json"
 CENT = 100.0
@@ -85,9 +86,11 @@ def _loader(profile: Mapping[str, Any], of: str) -> Iterator[TextTable]:
     loader = profile.get("loader")
     if loader:
         rows = [[part, _number(time)] for part, time in loader["parts"].items() if time is not None]
+        ranks = loader["ranks_on_host"]
         note = (
             f"{_number(loader['ms_per_sample'])} ms a sample and core: a rank's steps need "
-            f"{_number(loader['cores_needed'])} cores, of {loader['cores']} of the host."
+            f"{_number(loader['cores_needed'])} cores; {counted(ranks, 'rank')} of a host share "
+            f"{loader['cores']}."
         )
         yield TextTable(f"{of}The loader", ["part", "ms a sample"], rows, note)
 

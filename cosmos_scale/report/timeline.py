@@ -10,7 +10,7 @@ from cosmos_scale.report.code import NOT_RECORDED, code_of
 from cosmos_scale.report.plots import HEADLINES, MODELS, numbers_of_models
 from cosmos_scale.report.records import Record, RunRecords, number_of
 from cosmos_scale.report.series import skipped_steps
-from cosmos_scale.run.metrics import evaluator_of
+from cosmos_scale.run.logged import evaluator_of
 from cosmos_scale.words import counted
 
 LONG_PAUSE, PAUSE_STEPS = 60.0, 10  # a gap is a pause where it is longer than these seconds and steps

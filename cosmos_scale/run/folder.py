@@ -16,6 +16,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 DAMAGE_FILE = "damaged.jsonl"
 WANDB_ID = "wandb_id"
+SUPERSEDED_WANDB_ID = "wandb_id_superseded"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation"
 
@@ -32,7 +33,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
     with _told(folder):
         existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         _try_to_write(config, existing)
-        for name in (CONFIG_FILE, METRICS_FILE, DAMAGE_FILE, WANDB_ID):
+        for name in (CONFIG_FILE, METRICS_FILE, DAMAGE_FILE, WANDB_ID, SUPERSEDED_WANDB_ID):
             if (folder / name).exists() and not (folder / name).is_file():
                 raise UserError(f"output: {folder / name} is no file; rule: move it away, since the run writes a file")
         evaluations = (f"{EVALUATION}/{evaluator.name}" for evaluator in config.eval)

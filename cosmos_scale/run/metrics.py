@@ -14,10 +14,12 @@ from rich.table import Table
 
 from cosmos_scale.config import LogConfig
 from cosmos_scale.console import make_console
-from cosmos_scale.errors import UserError
-from cosmos_scale.files import LineFile, load_json, make_folder, read_regular, replace_file
+from cosmos_scale.files import LineFile, make_folder
 from cosmos_scale.run.folder import METRICS_FILE
-from cosmos_scale.run.trackers import EvaluationTable, KeptRecords, TrackerEntry, open_trackers, pictures_in
+from cosmos_scale.run.logged import cut_after, evaluator_of, records_of, tracked_entries
+from cosmos_scale.run.tracker_entries import EvaluationTable, TrackerEntry, named_pictures
+from cosmos_scale.run.trackers import KeptRecords, open_trackers
+from cosmos_scale.run.wandb_tracker import supersede
 from cosmos_scale.versions import code_facts
 from cosmos_scale.words import counted
 
@@ -46,12 +48,16 @@ class MetricLog:
         """
         self._first_step, self._last_step, self._steps_per_epoch = first_step, last_step, steps_per_epoch
         make_folder(folder)
-        dropped = _drop_from(folder / METRICS_FILE, first_step)
+        cut = cut_after(folder / METRICS_FILE, first_step)
+        if cut.tracked:
+            supersede(folder)
+        cut.make()
         self._file = LineFile(folder / METRICS_FILE)
-        trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step)
-        self._announcements = [tracker.announcement for tracker in trackers if tracker.announcement]
-        if dropped:
-            lines = counted(dropped, "line")
+        logged = tracked_entries(folder)
+        trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step, logged=logged)
+        self._announcements = [line for tracker in trackers for line in tracker.announcements]
+        if cut.lines:
+            lines = counted(cut.lines, "line")
             self._announcements.append(f"{METRICS_FILE}: dropped {lines} of steps after {first_step}, taken anew now")
         self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
         console = make_console()
@@ -136,20 +142,15 @@ class MetricLog:
         folders: by model, where the evaluator may have left pictures, which go to the trackers with the results.
         """
         flat = {f"{model}/{metric}": value for model, numbers in results.items() for metric, value in numbers.items()}
-        pictures = {
-            f"eval/{model}/{path.stem}": path
-            for model, folder in (folders or {}).items()
-            for path in pictures_in(folder)
-        }
         tables = {f"eval/{name}/table": results} if results else {}
-        self._write({"step": step, **flat}, "eval", {"evaluator": name}, tables, pictures)
+        self._write({"step": step, **flat}, "eval", {"evaluator": name}, tables, named_pictures(folders or {}))
         self._progress.console.print(table)
 
     def evaluated_at(self, step: int) -> list[str]:
         """Return the names of the evaluators that have a record of a step, those that failed among them."""
         return [
             evaluator_of(entry)
-            for entry in _records_of(self._file.path)
+            for entry in records_of(self._file.path)
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
         ]
 
@@ -168,11 +169,12 @@ class MetricLog:
         step = int(record["step"])
         # JSON has no nan, so that the loss of a skipped step is null.
         written = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        entry = {"kind": prefix, "time": round(time.time(), 3), **(names or {}), **written}  # seconds since 1970, UTC
+        now = round(time.time(), 3)  # seconds since 1970, UTC
+        entry = {"kind": prefix, "time": now, **(names or {}), **written}
         self._file.append([json.dumps(entry)])
         named = {f"{prefix}/{key}": value for key, value in record.items() if key != "step"}
         for tracker in self._trackers:
-            tracker.write(TrackerEntry(step, named, tables or {}, pictures or {}))
+            tracker.write(TrackerEntry(step, now, named, tables or {}, pictures or {}))
 
 
 def console_line(record: Mapping[str, float]) -> str:
@@ -197,36 +199,6 @@ def console_line(record: Mapping[str, float]) -> str:
     )
 
 
-def evaluations_at(path: Path, step: int) -> dict[str, dict[str, float | None]]:
-    """Return what each evaluator measured at a step, {model/metric: number}; None where a number was not finite.
-
-    path: a run's METRICS_FILE. Empty where it cannot be read or has no such records.
-    """
-    found = {}
-    for entry in _records_of(path):
-        if entry.get("kind") == "eval" and entry.get("step") == step:
-            found[evaluator_of(entry)] = {key: value for key, value in entry.items() if "/" in key}
-    return found
-
-
-def _records_of(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; none where it cannot be read."""
-    try:
-        found = [load_json(line) for line in read_regular(path).splitlines()]
-    except (OSError, ValueError):
-        return []
-    return [entry for entry in found if isinstance(entry, dict)]  # a damaged line may be a number
-
-
-def evaluator_of(entry: Mapping[str, object]) -> str:
-    """Return whose record of an evaluation it is.
-
-    Older records do not say it; without a name before its numbers such a record is retrieval's.
-    """
-    first = next((key.partition("/")[0] for key in entry if "/" in key), "")
-    return str(entry.get("evaluator", "retrieval" if first in ("student", "teacher") else first))
-
-
 def _rate(teraflops: float) -> str:
     """Return a rate of operations in a unit in which it has digits: of a CPU or a tiny model in GFLOP/s."""
     return f"{teraflops:.3g} TFLOP/s" if teraflops >= 0.1 else f"{1e3 * teraflops:.3g} GFLOP/s"
@@ -244,28 +216,3 @@ def span(seconds: float) -> str:
     if days:
         return f"{days}d{hours:02}h"
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
-
-
-def _drop_from(path: Path, step: int) -> int:
-    """Delete a file's records of steps after `step`, all of them where it is 0, and lines that are torn.
-
-    Returns how many lines were deleted. The file is replaced whole or not at all. Raises UserError where it cannot be
-    written.
-    """
-    if not path.exists():
-        return 0
-    try:
-        before = read_regular(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    kept, lines = [], before.splitlines()
-    for line in lines:
-        try:
-            if load_json(line)["step"] <= step > 0:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    after = b"".join(kept)
-    if after != before:  # where nothing is to be dropped, a full disk does no harm
-        replace_file(path.resolve(), after)  # a link stays one: the file that it names keeps the run's records
-    return len(lines) - len(kept)

@@ -17,6 +17,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.mark import marks_digest
+from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair, drawn_pair, initial_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import UserError
@@ -33,6 +34,7 @@ from cosmos_scale.run.lock import (
     token_in,
     wait_for_ranks,
 )
+from cosmos_scale.run.old_run import keep_old_run
 from cosmos_scale.run.opening import Opening
 from cosmos_scale.words import counted
 
@@ -105,6 +107,10 @@ def _prepare_folder(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
                 if not launcher_holds(opened.folder):
                     token = opened.held.enter_context(RunLock(opened.folder, _say)).token
                 opened.held.enter_context(RunLock(opened.folder, _say, file=RANKS_LOCK_FILE))
+                if opened.found_start.state is None:
+                    last_step = config.last_step(steps_per_epoch(opened.index.epoch_samples, config))
+                    if kept := keep_old_run(config, opened.folder, last_step):
+                        _say(kept)
                 prepare_folder(config, opened.folder)
             except UserError as failure:
                 error = failure

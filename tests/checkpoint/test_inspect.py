@@ -10,9 +10,10 @@ import pytest
 from torch import Size
 
 from cosmos_scale import __version__
-from cosmos_scale.checkpoint.state import MANIFEST, Manifest, read_manifest
+from cosmos_scale.checkpoint.state import MANIFEST, Manifest, find_checkpoint, read_manifest
 from cosmos_scale.cli import main as cli
 from cosmos_scale.config import RunConfig
+from cosmos_scale.errors import UserError
 from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.test_state import SHAPES, keep, save_all, state
 from tests.checkpoint.test_writer import writer_of
@@ -36,6 +37,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(save_all, 2, run / "checkpoints", [3, 6], keep(9))
     run_ranks(save_one, 2, run / "checkpoints")
     return run
+
+
+def test_a_folder_of_runs_is_told_with_its_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = copy_of(run, tmp_path)
+    for number in range(20):
+        shutil.copytree(checkpoints / "step-00000003", tmp_path / f"run-{number:02}" / "checkpoints" / "step-00000003")
+    (tmp_path / "none").mkdir()
+    said = "rule: name a step-* folder, or a run with one: run-00 (1 checkpoint, the newest step-00000003), run-01 "
+    told = inspect(capsys, tmp_path, status=2)
+    assert told.startswith(f"cosmos-scale checkpoint inspect: {tmp_path}: no checkpoint; {said}")
+    assert told.endswith(" and 11 more runs\n")
+    with pytest.raises(UserError) as refused:  # as `eval` and `load` tell it
+        find_checkpoint(tmp_path)
+    assert said in str(refused.value)
+    shutil.rmtree(tmp_path / "shown")
+    with pytest.raises(UserError, match=r"a run with one$"):
+        find_checkpoint(tmp_path / "none")
 
 
 def copy_of(run: Path, folder: Path) -> Path:

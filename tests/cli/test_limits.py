@@ -9,6 +9,8 @@ import pytest
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.cli.as_rank import read_run
+from cosmos_scale.files import reason_of
+from tests.test_files import files_of_at_most
 
 
 def test_few_open_files_for_ranks_are_refused(
@@ -44,6 +46,20 @@ def test_a_librarys_error_of_too_few_open_files_is_one_line(direct: bool, capsys
 
     with pytest.raises(RuntimeError, match="of ours"):
         cli.exit_status("cosmos-scale train", ours)
+
+
+def test_a_file_beyond_the_limit_on_files_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> int:
+        with files_of_at_most(10), (tmp_path / "file").open("wb", buffering=0) as file:
+            file.write(bytes(10))
+            try:
+                file.write(bytes(10))
+            except OSError as error:
+                raise OSError(error.errno, reason_of(error)) from error
+        return 0
+
+    assert cli.exit_status("cosmos-scale data build", write) == 2
+    assert capsys.readouterr().err == "cosmos-scale data build: File too large; allow more (ulimit -f)\n"
 
 
 @pytest.mark.parametrize("copied", [True, False])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_scale.data import jobs
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.errors import UserError
 
@@ -85,6 +86,15 @@ def test_an_interrupt_ends_workers_without_a_word_and_cleaned_up(tmp_path: Path)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_without_shared_memory_the_process_does_the_jobs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "shared_memory_obstacle", lambda: "Read-only file system")
+    assert set(map_jobs(own_number, range(4), 2)) == {os.getpid()}
+
+
+def own_number(job: int) -> int:
+    return os.getpid()
 
 
 def test_workers_ignore_an_interrupt_that_their_parent_ignores(tmp_path: Path) -> None:

@@ -5,14 +5,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 PIECE = 1 << 20
 
-Fault = Literal["500", "drop", "cut", "hang", "wrong"]
+Fault = Literal["500", "drop", "cut", "hang", "wrong", "drip", "drip head"]
+DRIP = 0.05  # seconds between two bytes
 
 
 class Request(NamedTuple):
@@ -89,13 +90,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif fails and options["fault"] == "hang":
             self._note(0, 0)
             time.sleep(60)
+        elif fails and options["fault"] == "drip head":
+            self._note(0, 0)
+            self._drip(b"HTTP/1.1 200 OK\r\nX-Long: " + b"a" * 60_000)
         else:
             self._send(path.read_bytes(), options["fault"] if fails else None)
 
     def _send(self, data: bytes, fault: str | None) -> None:
         wanted = self.headers.get("Range")
         if wanted is None or not self.options["ranges"]:
-            self._answer(200, data, cut=fault == "cut")
+            self._answer(200, data, fault=fault)
             return
         first, last = map(int, wanted.removeprefix("bytes=").split("-"))
         if first >= len(data):
@@ -104,9 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "wrong":
             first += 1
         part = data[first : last + 1]
-        self._answer(206, part, f"bytes {first}-{first + len(part) - 1}/{len(data)}", cut=fault == "cut")
+        self._answer(206, part, f"bytes {first}-{first + len(part) - 1}/{len(data)}", fault=fault)
 
-    def _answer(self, status: int, data: bytes, content_range: str | None = None, cut: bool = False) -> None:
+    def _answer(self, status: int, data: bytes, content_range: str | None = None, fault: str | None = None) -> None:
+        cut, drips = fault == "cut", fault == "drip"
         sent = data[: len(data) // 2] if cut else data
         if len(sent) <= PIECE:
             self._note(status, len(sent))  # before the client has the whole answer and the test looks
@@ -117,6 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
         if content_range is not None:
             self.send_header("Content-Range", content_range)
         self.end_headers()
+        if drips:
+            self._drip(sent)
+            return
         taken = 0
         try:
             for start in range(0, len(sent), PIECE):
@@ -126,6 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
         if len(sent) > PIECE:
             self._note(status, taken)
         self.close_connection = self.close_connection or cut
+
+    def _drip(self, data: bytes) -> None:
+        """Send byte after byte, which keeps every limit between two bytes."""
+        self.close_connection = True
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                time.sleep(DRIP)
 
     def _note(self, status: int, sent: int) -> None:
         request = Request(self.path, self.headers.get("Range"), status, sent, self.client_address[1])

@@ -67,6 +67,17 @@ def test_too_little_shared_memory_is_one_line(
             check_room()
 
 
+def test_shared_memory_that_is_closed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm_memory, "shared_memory_obstacle", lambda: "Permission denied")
+    for name in ("RANK", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    check_room()
+    for name, value in {"RANK": "0", "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^/dev/shm: cannot be written to: Permission denied; rule: ranks on CPUs .*$"):
+        check_room()
+
+
 def test_what_ended_launches_left_is_swept_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ from cosmos_scale.profiling.machine import MACHINES, Machine
 from cosmos_scale.profiling.plan import GIB, OUTSIDE_TORCH_ON_CPU, Cluster, Plan, StepOperations
 from cosmos_scale.profiling.plan_files import PICTURE, TABLE, plan_tree, write_sweep
 from cosmos_scale.profiling.plan_text import head_lines, memory_lines, traffic_lines, work_lines
-from cosmos_scale.profiling.plan_time import CORE_SAMPLES, batch_bytes, planned_time, step_time
+from cosmos_scale.profiling.plan_time import CORE_SAMPLES, batch_bytes, loaders, planned_time, step_time
 from cosmos_scale.profiling.plan_time_text import PlannedRun, remedy_lines, scaling_lines, time_lines
 from cosmos_scale.profiling.rates import CAUTIOUS, HOPEFUL, KERNEL_SECONDS, UNCALIBRATED, Assumed, AssumedRates
 from cosmos_scale.profiling.remedies import count_variants, remedies, scaling
@@ -84,6 +84,25 @@ def test_parts_are_counts_at_rates() -> None:
     assert time.data == pytest.approx(4 / CORE_SAMPLES / 4)  # four loaders: 5 cores less one
     assert time.copy == pytest.approx(4 * batch_bytes(config_of()) / 1e9)
     assert time.limit == "GPU"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "cores", "slower"),
+    [(1, None, 2, 1.0), (2, None, 0, 1.0), (1, 1, 1, 1.0), (1, 5, 2, 1.0), (4, None, 0, 4 / 3), (1, 0, 0, 1.0)],
+)
+def test_ranks_on_cpus_share_the_cores_of_a_host(gpus: int, workers: int | None, cores: int, slower: float) -> None:
+    """A host of 3 cores, measured with one thread: loaders have what the ranks' computation leaves."""
+    host = replace(MACHINE, cores=3.0, calibration=CALIBRATION)
+    cluster, config = Cluster(8 // gpus, gpus, host), config_of(data={"workers": workers})
+    counts = counts_of(product("student", 3))
+    rates = AssumedRates(MACHINE, REACHED)
+    time = step_time(config, counts, cluster, replace(rates, serial=True))
+    assert loaders(config, cluster) == cores
+    assert time.data == pytest.approx(4 / CORE_SAMPLES / max(1, cores))
+    computed = 3e-3 * slower
+    assert time.computed == pytest.approx(computed)
+    together = computed + time.host + time.data if cores == 0 else max(computed + time.host, time.data)
+    assert time.seconds == pytest.approx(together)
 
 
 def test_a_kernel_takes_its_least_time() -> None:

@@ -95,6 +95,31 @@ def test_findings_name_the_key_to_change(
     assert gains == sorted(gains, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("threads", "workers", "key", "said"),
+    [
+        (6, 0, None, "the ranks compute on all cores"),
+        (4, 0, "data.workers=1", "the training process loads its batches itself"),
+        (5, 1, None, "this host has 1.0 for each beside what computes"),
+    ],
+)
+def test_ranks_on_cpus_share_the_hosts_cores(
+    monkeypatch: pytest.MonkeyPatch, threads: int, workers: int, key: str | None, said: str
+) -> None:
+    """Two ranks of host a with 12 cores compute on 2 x threads of them; the third rank has a host of its own."""
+    monkeypatch.setattr("cosmos_scale.profiling.profile_record.usable_cores", lambda: 12)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    rank = rank_profile(data=30.0, on_gpu=False)
+    record = record_of([rank, rank, rank._replace(host="b")], workers)
+    loader, step_s = record["loader"], record["step_ms"]["median"] / 1e3
+    assert loader["cores_needed_on_host"] == pytest.approx(2 * 5.0 * 64 / 1e3 / step_s) == 2 * loader["cores_needed"]
+    assert (loader["ranks_on_host"], loader["cores_computing"]) == (2, 2 * threads)
+    texts = "\n".join(profile_lines(record))
+    assert f"12 cores of this host, of which the ranks compute on {2 * threads}\n" in texts
+    (mine,) = (finding for finding in record["findings"] if said in finding["text"])
+    assert mine["key"] == key
+
+
 def test_findings_name_ranks_and_lines() -> None:
     texts = [finding["text"] for finding in record_of([rank_profile(), rank_profile(data=12.0)])["findings"]]
     assert any(text.startswith("rank 1 on host a takes 12.0 ms for: wait for data") for text in texts)

@@ -20,7 +20,7 @@ from cosmos_scale.config import LogConfig, WandbConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.metrics import MetricLog
-from cosmos_scale.run.trackers import check_trackers, open_trackers, record_name
+from cosmos_scale.run.trackers import check_trackers, open_trackers
 from cosmos_scale.testing.runs import records, train_to_end, write_run
 from cosmos_scale.versions import code_facts
 from tests.test_files import files_of_at_most
@@ -227,15 +227,6 @@ def test_wandb_works_offline_and_goes_on_in_the_same_record(
     assert steps(tmp_path) == [("train", 1), ("train", 2)]
 
 
-@pytest.mark.parametrize("torn", [b"", b"\0" * 8])
-def test_a_torn_name_of_the_wandb_record_is_replaced(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "wandb_id"
-    path.write_bytes(torn)
-    name = record_name(path)
-    assert re.fullmatch("[0-9a-f]{8}", name)
-    assert record_name(path) == path.read_text() == name
-
-
 def test_a_file_of_tensorboard_that_cannot_be_made_is_named_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,18 +260,18 @@ def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
 
 
-def wandb_messages(folder: Path) -> list[Any]:
-    """What the offline files of Weights & Biases under a run's folder hold, launch by launch."""
+def wandb_messages(folder: Path, name: str = "*") -> list[Any]:
+    """What the offline files of Weights & Biases under a run's folder hold, launch by launch. name: of one record."""
     import wandb.proto.wandb_internal_pb2 as messages  # here: the import takes a second
 
     parse: Any = vars(messages)["Record"].FromString  # the module's names are made as it is imported
-    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    files = sorted((folder / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
     return [parse(data) for path in files for data in parts(path)]
 
 
-def wandb_records(folder: Path) -> list[dict[str, float]]:
+def wandb_records(folder: Path, name: str = "*") -> list[dict[str, Any]]:
     """The records in the offline files of Weights & Biases under a run's folder, in the order of writing."""
-    entries = wandb_messages(folder)
+    entries = wandb_messages(folder, name)
     histories = [entry.history.item for entry in entries if entry.WhichOneof("record_type") == "history"]
     return [{item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in one} for one in histories]
 

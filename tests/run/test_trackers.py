@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,10 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from cosmos_scale.config import LogConfig, WandbConfig
+from cosmos_scale.run.folder import evaluation_folder
 from cosmos_scale.run.metrics import MetricLog
-from cosmos_scale.run.trackers import (
-    LARGEST_PICTURE,
-    MOST_PICTURES,
-    KeptRecords,
-    TrackerEntry,
-    flattened,
-    open_trackers,
-    pictures_in,
-)
+from cosmos_scale.run.tracker_entries import LARGEST_PICTURE, MOST_PICTURES, TrackerEntry, pictures_in
+from cosmos_scale.run.trackers import KeptRecords, flattened, open_trackers
 from tests.run.test_metrics import events_of, record, scalars, steps, wandb_messages, wandb_records
 
 CONFIG = {"seed": 7, "train": {"global_batch": 8, "max_steps": None}, "eval": [{"every": 2}], "precision": "fp32"}
@@ -35,27 +30,36 @@ ALL_THREE = LogConfig(progress=False, tensorboard=True, wandb=WandbConfig(projec
 TABLE = [["R@1", 0.75, 0.25], ["images", 40, 40]]
 
 
+def take_steps(folder: Path, first_step: int, last_step: int, loss: float, config: LogConfig = ALL_THREE) -> None:
+    """A launch of a run in `folder`, with an evaluation and a picture of its student at each even step."""
+    with MetricLog(
+        folder, config, name="run", run_config=CONFIG, first_step=first_step, last_step=9, steps_per_epoch=4
+    ) as log:
+        for step in range(first_step + 1, last_step + 1):
+            log.training(record(step, loss=loss))
+            if step % 2 == 0:
+                left = {model: evaluation_folder(folder, "pairs", step, model) for model in ("student", "teacher")}
+                left["student"].mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (2 * LARGEST_PICTURE, 100), (200, 10, step)).save(left["student"] / "confusions.png")
+                results = {"student": {"R@1": 0.75, "images": 40}, "teacher": {"R@1": 0.25, "images": 40}}
+                log.evaluation(step, "pairs", results, Table(), left)
+
+
+def newest_record(folder: Path) -> str:
+    return (folder / "wandb_id").read_text()
+
+
+def record_names(folder: Path) -> set[str]:
+    """All records that launches have begun or gone on with at Weights & Biases."""
+    return {path.stem.removeprefix("run-") for path in (folder / "wandb").glob("offline-run-*/run-*.wandb")}
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that took four steps, went back to a checkpoint of step 2, and took steps 3 and 4 again."""
     folder = tmp_path_factory.mktemp("resumed")
-    pictures = folder / "evaluation"
-    pictures.mkdir()
-    for first_step, loss in ((0, 1.5), (2, 7.0)):
-        Image.new("RGB", (2 * LARGEST_PICTURE, 100), (200, 10, 10)).save(pictures / "confusions.png")
-        with MetricLog(
-            folder,
-            ALL_THREE,
-            name="run",
-            run_config=CONFIG,
-            first_step=first_step,
-            last_step=4,
-            steps_per_epoch=4,
-        ) as log:
-            for step in range(first_step + 1, 5):
-                log.training(record(step, loss=loss))
-            results = {"student": {"R@1": 0.75, "images": 40}, "teacher": {"R@1": 0.25, "images": 40}}
-            log.evaluation(4, "pairs", results, Table(), {"student": pictures, "teacher": folder / "none"})
+    take_steps(folder, 0, 4, loss=1.5)
+    take_steps(folder, 2, 4, loss=7.0)
     return folder
 
 
@@ -68,26 +72,78 @@ def events(resumed: Path) -> EventAccumulator:
 
 
 def test_each_step_has_one_record(resumed: Path) -> None:
-    assert steps(resumed) == [("train", step) for step in (1, 2, 3, 4)] + [("eval", 4)]
+    expected = [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4)]
+    assert steps(resumed) == expected
 
 
 def test_tensorboard_shows_one_curve_with_what_was_taken_last(resumed: Path) -> None:
     shown = scalars(resumed)
     assert shown["train/loss"] == {1: 1.5, 2: 1.5, 3: 7.0, 4: 7.0}
-    assert shown["eval/student/R@1"] == {4: 0.75}
+    assert shown["eval/student/R@1"] == {2: 0.75, 4: 0.75}
 
 
-def test_wandb_drops_no_record_and_puts_all_of_them_over_the_runs_own_steps(resumed: Path) -> None:
-    found = [entry for entry in wandb_records(resumed) if "train/loss" in entry]
-    assert [(entry["step"], entry["train/loss"]) for entry in found] == [
-        *[(step, 1.5) for step in (1, 2, 3, 4)],
-        *[(step, 7.0) for step in (3, 4)],
-    ]
-    launches = sorted((resumed / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(launches) == 2
-    assert len({path.name for path in launches}) == 1, "one record at the service"
+def test_wandb_has_one_curve_in_a_new_record_and_names_it_in_the_earlier_one(resumed: Path) -> None:
+    """The new record has what metrics.jsonl has, one value a step, with steps and times that grow."""
+    newest = newest_record(resumed)
+    (earlier,) = {name for name in record_names(resumed) if name != newest}
+    found = wandb_records(resumed, newest)
+    logged = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["_timestamp"]) for entry in found] == [(one["step"], one["time"]) for one in logged]
+    assert [one["step"] for one in logged] == [1, 2, 2, 3, 4, 4]
+    for sent, one in zip(found, logged, strict=True):
+        numbers = {f"{one['kind']}/{key}": value for key, value in one.items() if isinstance(value, float | int)}
+        numbers = {key: value for key, value in numbers.items() if key.partition("/")[2] not in ("step", "time")}
+        assert {key: value for key, value in sent.items() if key in numbers} == numbers
+    assert [entry["train/loss"] for entry in found if "train/loss" in entry] == [1.5, 1.5, 7.0, 7.0]
+
+    runs = [message.run for message in wandb_messages(resumed) if message.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.display_name) for run in runs} == {
+        (earlier, "run"),
+        (earlier, "run (superseded)"),
+        (newest, "run"),
+    }
+    changed = [message.config for message in wandb_messages(resumed, earlier) if message.HasField("config")]
+    later = {item.key: json.loads(item.value_json) for config in changed for item in config.update}
+    assert later["superseded_by"] == newest
     axes = [message.metric for message in wandb_messages(resumed) if message.WhichOneof("record_type") == "metric"]
     assert {metric.step_metric for metric in axes if metric.glob_name == "*"} == {"step"}
+
+
+def test_only_steps_that_are_taken_again_make_a_new_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A launch that logs elsewhere notes it too; what has been logged in between is in the new record."""
+    elsewhere = ALL_THREE.model_copy(update={"wandb": None, "tensorboard": False})
+    only_wandb = ALL_THREE.model_copy(update={"tensorboard": False})
+    take_steps(tmp_path, 0, 2, loss=1.0, config=only_wandb)
+    first = newest_record(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "stop", "step": 3, "time": 1.0}\n{"kind": "train", "step": 3, "lo')  # never sent
+    take_steps(tmp_path, 2, 3, loss=2.0, config=only_wandb)
+    assert newest_record(tmp_path) == first
+    take_steps(tmp_path, 1, 3, loss=3.0, config=elsewhere)
+    assert not (tmp_path / "wandb_id").exists()
+    capsys.readouterr()
+    take_steps(tmp_path, 3, 4, loss=4.0, config=only_wandb)
+    second = newest_record(tmp_path)
+    assert record_names(tmp_path) == {first, second}
+    said = f"log.wandb: steps are taken again: record {second}, with 4 earlier entries, takes the place of {first}"
+    assert said in capsys.readouterr().out.splitlines()
+    losses = [(entry["step"], entry.get("train/loss")) for entry in wandb_records(tmp_path, second)]
+    assert losses == [(1, 1.0), (2, 3.0), (2, None), (3, 3.0), (4, 4.0), (4, None)]
+    assert {path.name for path in tmp_path.glob("wandb_id*")} == {"wandb_id"}
+
+
+@pytest.mark.parametrize("torn", [b"", b"\0" * 8])
+def test_a_torn_name_of_the_record_is_replaced_and_the_new_record_is_whole(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / "wandb_id").write_bytes(torn)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1, "loss": null}\n7\n{"kind": "eval", "step": 1, "held/student/R@1": 0.5}\n'
+    )
+    take_steps(tmp_path, 1, 1, loss=1.0, config=ALL_THREE.model_copy(update={"tensorboard": False}))
+    loss, found = wandb_records(tmp_path, newest_record(tmp_path))
+    assert loss["step"] == 1
+    assert math.isnan(loss["train/loss"])
+    assert (found["step"], found["eval/held/student/R@1"]) == (1, 0.5)
+    assert found["eval/held/table._type"] == "table-file"
 
 
 def test_hyper_parameters_are_the_resolved_config(resumed: Path, events: EventAccumulator) -> None:
@@ -111,23 +167,28 @@ def test_hyper_parameters_are_the_resolved_config(resumed: Path, events: EventAc
 
 
 def test_tables_and_pictures_go_with_an_evaluation(resumed: Path, events: EventAccumulator) -> None:
-    (table,) = events.Tensors("eval/pairs/table/text_summary")
-    assert table.step == 4
+    tables = events.Tensors("eval/pairs/table/text_summary")
+    assert [table.step for table in tables] == [2, 4]
+    table = tables[-1]
     lines = ["| metric | student | teacher |", "| --- | --- | --- |", "| R@1 | 0.75 | 0.25 |", "| images | 40 | 40 |"]
     assert table.tensor_proto.string_val[0].decode().splitlines() == lines
-    (image,) = events.Tensors("eval/student/confusions")
+    image = events.Tensors("eval/student/confusions")[-1]
     width, _, encoded = image.tensor_proto.string_val
     assert (image.step, int(width)) == (4, LARGEST_PICTURE)
-    assert Image.open(io.BytesIO(encoded)).convert("RGB").getpixel((5, 5)) == (200, 10, 10)
+    assert Image.open(io.BytesIO(encoded)).convert("RGB").getpixel((5, 5)) == (200, 10, 4)
     assert list(events.PluginTagToContent("images")) == ["eval/student/confusions"]  # the teacher has left none
 
-    rows = [entry for entry in wandb_records(resumed) if "eval/pairs/table._type" in entry]
-    assert [entry["step"] for entry in rows] == [4, 4]
-    files = max((resumed / "wandb").glob("offline-run-*")) / "files"
-    written = json.loads((files / str(rows[-1]["eval/pairs/table.path"])).read_text())
-    assert written["columns"] == ["metric", "student", "teacher"]
-    assert written["data"] == TABLE
-    assert Image.open(files / str(rows[-1]["eval/student/confusions.path"])).width == LARGEST_PICTURE
+    newest = newest_record(resumed)
+    rows = [entry for entry in wandb_records(resumed, newest) if "eval/pairs/table._type" in entry]
+    assert [entry["step"] for entry in rows] == [2, 4]
+    (files,) = (resumed / "wandb").glob(f"offline-run-*-{newest}/files")
+    for row in rows:  # the first is of the launch before
+        written = json.loads((files / str(row["eval/pairs/table.path"])).read_text())
+        assert written["columns"] == ["metric", "student", "teacher"]
+        assert written["data"] == TABLE
+        picture = Image.open(files / str(row["eval/student/confusions.path"]))
+        assert picture.width == LARGEST_PICTURE
+        assert picture.getpixel((5, 5)) == (200, 10, row["step"])
 
 
 def test_a_picture_that_is_gone_is_left_out(tmp_path: Path) -> None:
@@ -139,7 +200,7 @@ def test_a_picture_that_is_gone_is_left_out(tmp_path: Path) -> None:
     kept = KeptRecords(tracker, said.append)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     pictures = {"eval/student/gone": tmp_path / "gone.png", "eval/student/torn": tmp_path / "torn.png"}
-    kept.write(TrackerEntry(1, {"eval/student/R@1": 0.5}, {}, pictures))
+    kept.write(TrackerEntry(1, 0.0, {"eval/student/R@1": 0.5}, {}, pictures))
     kept.close(failed=True)
     assert said == []
     events = events_of(tmp_path)

@@ -1,6 +1,7 @@
 """Encoded pictures to pixels: 8-bit RGB, EXIF orientation ignored, nothing damaged let through."""
 
 import io
+import warnings
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,14 @@ DEFAULT_MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 # Every size is compared with data.max_pixels before Pillow sees the picture. Pillow's own limit would warn of pictures
 # that the config allows, or refuse them.
 Image.MAX_IMAGE_PIXELS = None
+
+
+def ignore_warnings_of_pillow() -> None:
+    """Let Pillow not warn of broken tags, on which nothing here depends: it names a line of its own, and no picture."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+ignore_warnings_of_pillow()
 
 
 def picture_format(head: bytes) -> Literal["jpeg", "png", "webp"] | None:

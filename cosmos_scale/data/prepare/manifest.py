@@ -17,10 +17,11 @@ from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.prepare.writing import read_report
 from cosmos_scale.data.samples.normal_forms import OTHER_FORM
 from cosmos_scale.data.samples.sample import reason_class
+from cosmos_scale.data.shards.checksums import ShardSum, write_shard_sums
 from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.work import MANIFEST, check_options
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, writing
+from cosmos_scale.files import load_json, read_regular, regular_only, whole_file, writing
 from cosmos_scale.words import counted
 
 FORMAT = "cosmos-scale prepared dataset 1"
@@ -72,7 +73,9 @@ def read_prepare_manifest(task: Task, asked: dict[str, Any]) -> Prepared | None:
             content["rejected"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of this program ({error}); name another folder with --out") from error
+        raise UserError(
+            f"{path}: not a manifest of `data prepare` ({error}); name another folder with --out"
+        ) from error
     check_options(task.as_work, asked, options, "done")
     return prepared
 
@@ -108,17 +111,8 @@ def write_prepare_manifest(task: Task, options: dict[str, Any], rejected: Counte
         "bytes": sum(report.size for report in reports),
         "rejected": dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
     }
-    # One line a shard, so that two manifests can be compared with diff.
-    shards = ",\n".join(
-        "  " + json.dumps({"shard": f"{report.shard}.tar", **_row(report.samples, report.size, report.sha256)})
-        for report in reports
-    )
-    head = json.dumps(content, indent=1).removesuffix("\n}")
-    replace_file(task.out / MANIFEST, f'{head},\n "shards": [\n{shards}\n ]\n}}\n'.encode())
-
-
-def _row(samples: int, size: int, digest: str) -> dict[str, Any]:
-    return {"samples": samples, "bytes": size, "sha256": digest}
+    sums = (ShardSum(f"{report.shard}.tar", report.samples, report.size, report.sha256) for report in reports)
+    write_shard_sums(task.out / MANIFEST, content, sums)
 
 
 def _write(file: TextIO, rejects: Any, counts: Counter[str]) -> None:

@@ -16,7 +16,7 @@ from cosmos_scale.data.prepare.work import Task
 from cosmos_scale.data.prepare.writing import write_prepared_shard
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.data.shards.index_report import REJECTED
+from cosmos_scale.data.shards.index_report import REJECTED, refuse_foreign_rejected
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.work import check_options, open_work
 from cosmos_scale.errors import UserError
@@ -51,6 +51,7 @@ def prepare_dataset(
     for path in task.captions:  # a file that is refused leaves no folder behind
         check_header(path, task.form, task.join)
     refuse_foreign_summary(out / SUMMARY)
+    refuse_foreign_rejected(out / REJECTED)
     with open_work(task.as_work, options):
         make_folder(task.work / "plan")
         build_table(task.table, task.captions, task.form, task.join, progress=progress)

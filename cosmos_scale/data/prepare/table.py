@@ -5,7 +5,6 @@ a row to one of 64 files. Each file is sorted on its own, so that memory stays b
 files, one after the other, are one sorted table, which look-ups map into memory.
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from cosmos_scale.data.prepare.rows import PlacedRow, RowFile, scan_captions
 from cosmos_scale.data.prepare.work import reading_work
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, make_folder, read_regular, reason_of, regular_only, replace_file
+from cosmos_scale.files import NO_ROOM, load_json, make_folder, read_regular, reason_of, regular_only, replace_file
 
 PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
 RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
@@ -108,7 +107,7 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
         raise UserError(f"{folder}: cannot be written: {reason_of(error)}") from error
 

@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from hashlib import sha256
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.data.shards.checksums import DigestSink
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, writing
 
@@ -33,23 +33,6 @@ class Written(NamedTuple):
     size: int
     sha256: str
     rejected: list[dict[str, Any]]
-
-
-class _Sink:
-    """A file that knows the digest of what was written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def close(self) -> None:
-        """The file is closed by its owner."""
 
 
 def write_prepared_shard(task: Task, shard: ImageShard) -> Written:
@@ -65,7 +48,7 @@ def write_prepared_shard(task: Task, shard: ImageShard) -> Written:
     task.as_work.claim(shard.name)
     with writing(target), whole_file(target) as part:
         with open(part, "wb", opener=regular_only) as file:
-            sink = _Sink(file)
+            sink = DigestSink(file)
             # A fixed time: the same input gives the same bytes.
             with TarWriter(sink, encoder=False, mtime=0) as archive:
                 for sample in _samples(task, shard, rejected):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, replace_file
+from cosmos_scale.files import load_json, read_regular, regular_only, replace_file
 from cosmos_scale.words import counted
 
 REJECTED = "rejected.jsonl"
@@ -100,6 +100,22 @@ def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
                 is_picture = fault["reason"].startswith(SECOND_PICTURE)
                 samples, pictures = samples + (not is_picture), pictures + is_picture
     return Unindexed(samples, pictures)
+
+
+def refuse_foreign_rejected(path: Path) -> None:
+    """Raise UserError where a rejected.jsonl is there that no command of this program wrote: it must not be replaced.
+
+    Each line of a report of rejects has a reason. Lines that cannot be read say nothing.
+    """
+    with suppress(OSError):
+        with open(path, "rb", opener=regular_only) as file:
+            head = file.read(1 << 16).splitlines()
+        for line in head:
+            with suppress(ValueError):
+                found = load_json(line)
+                if not isinstance(found, dict) or "reason" not in found:
+                    raise UserError(f"{path}: is no report of rejects; move it away, or name another folder with --out")
+                return
 
 
 def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:

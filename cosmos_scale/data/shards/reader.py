@@ -165,7 +165,7 @@ class ShardReader:
         self._remote = remote
         self._open_shards = open_shards
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._stores = Stores(remote.timeout_s)
+        self._stores = Stores(remote)
         self._cache = None if remote.cache is None else ShardCache(remote.cache, int(remote.cache_gb * 1e9))
         self._without_parts: set[str] = set()
         self._lost: dict[str, str] = {}

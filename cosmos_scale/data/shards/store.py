@@ -7,7 +7,6 @@ out user names, passwords and queries of URLs, and everything of a command but t
 
 import os
 import re
-import select
 import signal
 import subprocess
 import tempfile
@@ -19,15 +18,14 @@ from urllib.parse import urlsplit
 
 import fsspec
 import requests
-from requests.adapters import HTTPAdapter
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.config.section import redact_urls
+from cosmos_scale.data.shards.pace import PIECE, PacedAdapter, TooSlow, paced_output
 from cosmos_scale.data.shards.web_answer import first_bytes, first_cause, says_its_end
 from cosmos_scale.errors import UserError
 
 PIPE = "pipe:"
-PIECE = 1 << 20  # bytes at a time of a whole shard
 LONGEST_WAIT = 30.0  # seconds between two tries
 
 Result = TypeVar("Result")
@@ -128,8 +126,8 @@ def retried(action: Callable[[], Result], remote: RemoteConfig, *, await_missing
 class Stores:
     """The stores of one process, opened when first needed: a forked process opens its own."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, remote: RemoteConfig) -> None:
+        self._remote = remote
         self._stores: dict[str, Store] = {}
         self._pid = os.getpid()
 
@@ -154,14 +152,15 @@ class Stores:
                 store.close()
 
     def _open(self, kind: str) -> Store:
+        limits = self._remote.timeout_s, self._remote.lowest_speed
         if kind == PIPE:
-            return CommandStore(self._timeout_s)
-        return WebStore(self._timeout_s) if kind == "web" else FilesystemStore()
+            return CommandStore(*limits)
+        return WebStore(*limits) if kind == "web" else FilesystemStore()
 
 
 def fetch_into(file: BinaryIO, address: str, remote: RemoteConfig) -> None:
     """Write a shard or other file from its store into an open file; raises Transient where all tries fail."""
-    stores = Stores(remote.timeout_s)
+    stores = Stores(remote)
 
     def attempt() -> None:
         file.seek(0)
@@ -180,11 +179,11 @@ def fetch_into(file: BinaryIO, address: str, remote: RemoteConfig) -> None:
 class WebStore:
     """Shards on web servers: byte ranges over connections that stay open."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, lowest_speed: float = 0.0) -> None:
         self._timeout_s = timeout_s
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=1, max_retries=0))
+            self._session.mount(scheme, PacedAdapter(lowest_speed))
 
     def read(self, address: str, offset: int, size: int, total: int) -> bytes:
         """Read a range; raises NoParts where the server ignores ranges."""
@@ -214,7 +213,8 @@ class WebStore:
             try:
                 yield from answer.iter_content(PIECE)
             except requests.RequestException as error:
-                if says_its_end(answer) or not isinstance(first_cause(error), TimeoutError):
+                cause = first_cause(error)
+                if says_its_end(answer) or isinstance(cause, TooSlow) or not isinstance(cause, TimeoutError):
                     raise
                 how = f"no end of its answer for {self._timeout_s:g} s, and no Content-Length"
                 raise NoEnd(f"the server sends {how}") from error
@@ -255,6 +255,8 @@ class WebStore:
     def _cause(self, error: BaseException) -> str:
         """Word the error at the bottom of a chain; those above it repeat it in more words."""
         error = first_cause(error)
+        if isinstance(error, TooSlow):
+            return f"the server sends {error}"
         if isinstance(error, TimeoutError):
             return f"no answer for {self._timeout_s:g} s"
         return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
@@ -352,8 +354,8 @@ def list_filesystem(address: str, pattern: str) -> list[str]:
 class CommandStore:
     """Shards that a command writes to its standard output, as webdataset's pipe: has them."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, lowest_speed: float = 0.0) -> None:
+        self._timeout_s, self._lowest_speed = timeout_s, lowest_speed
 
     def read(self, address: str, offset: int, size: int, total: int) -> bytes:
         """A command writes all or nothing."""
@@ -372,10 +374,10 @@ class CommandStore:
             )
             assert process.stdout is not None
             try:
-                descriptor = process.stdout.fileno()
-                while self._await_bytes(descriptor) and (piece := os.read(descriptor, PIECE)):
-                    yield piece
+                yield from paced_output(process.stdout.fileno(), self._timeout_s, self._lowest_speed)
                 status = process.wait(self._timeout_s)
+            except TooSlow as error:
+                raise Transient(f"the command wrote {error}") from error
             except subprocess.TimeoutExpired as error:
                 raise Transient(f"the command does not end, {self._timeout_s:g} s after its last byte") from error
             finally:
@@ -390,10 +392,3 @@ class CommandStore:
 
     def close(self) -> None:
         """Nothing stays open."""
-
-    def _await_bytes(self, descriptor: int) -> bool:
-        poll = select.poll()  # select would refuse descriptors past 1023
-        poll.register(descriptor, select.POLLIN | select.POLLHUP)
-        if not poll.poll(self._timeout_s * 1000):
-            raise Transient(f"the command wrote nothing for {self._timeout_s:g} s")
-        return True

@@ -19,21 +19,28 @@ from cosmos_scale.config import BACKGROUND
 from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.document import encode_document
-from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
 from cosmos_scale.data.samples.sample import DamagedSample, reason_class
+from cosmos_scale.data.shards.checksums import (
+    DigestSink,
+    ShardSum,
+    file_sha256,
+    refuse_foreign_manifest,
+    write_shard_sums,
+)
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.data.shards.index_report import REJECTED
-from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
+from cosmos_scale.data.shards.index_report import REJECTED, refuse_foreign_rejected
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
-from cosmos_scale.data.tools.near_names import near_names
 from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
-from cosmos_scale.data.work import BUILD, Work, close_work, open_work
+from cosmos_scale.data.tools.picture_path import picture_path
+from cosmos_scale.data.work import BUILD, MANIFEST, Work, close_work, open_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, whole_path, writing
-from cosmos_scale.words import counted
+from cosmos_scale.words import counted, first_frame
+
+MANIFEST_FORMAT = "cosmos-scale built shards 1"
 
 
 class BuildReport(NamedTuple):
@@ -71,8 +78,7 @@ class BuildReport(NamedTuple):
             how = upright if self.rules.orientation == "upright" else kept
             lines.append(f"{counted(self.turned, 'picture')} {how}")
         if self.animated:
-            frame = "its first frame is" if self.animated == 1 else "the first frame of each is"
-            lines.append(f"{counted(self.animated, 'animated picture')}: {frame} packed")
+            lines.append(f"{counted(self.animated, 'animated picture')}: {first_frame(self.animated)} packed")
         if self.repeated and self.joined:
             lines.append(f"{counted(self.repeated, 'row')} joined to an earlier row's sample of the same picture")
         elif self.repeated:
@@ -115,7 +121,7 @@ class _Job(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """The report on a shard. size: bytes; 0 where no row can be used, so that there is no shard.
+    """The report on a shard. size: bytes; 0 where no row can be used, so that there is no shard. sha256: of the shard.
 
     named: for each row of a sample, the digest of its picture's path. pictures: digest of the sizes and times of the
     pictures that the rows name.
@@ -129,7 +135,8 @@ class _Written(NamedTuple):
     named: list[int]
     size: int
     pictures: str
-    animated: int = 0  # noted last: reports of older versions have no such number
+    animated: int = 0  # noted last: reports of older versions have neither this number nor the digest
+    sha256: str = ""
 
 
 def build_shards(
@@ -152,8 +159,8 @@ def build_shards(
     is keep. Each stretch of `samples_per_shard` rows becomes one shard; with `join_rows` the rows of one picture are
     one row, with a list of captions. Rows whose picture is missing or damaged, and rows without caption, are left out
     and named in `rejected.jsonl`. The shards' bytes do not depend on `workers`; a sample's key is its row's number, and
-    its json says under `origin` the captions file, the row and the picture. A build that was stopped goes on where it
-    was, to the bytes of an unbroken one.
+    its json says under `origin` the captions file, the row and the picture. `manifest.json`, written last, has each
+    shard's size and SHA-256. A build that was stopped goes on where it was, to the bytes of an unbroken one.
     Raises: UserError where an input is missing or unusable, `out` holds shards already or those of a build with other
     options or inputs, or no row is left.
     """
@@ -168,23 +175,29 @@ def build_shards(
         **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
     }
     refuse_foreign_summary(out / SUMMARY)
+    refuse_foreign_manifest(out / MANIFEST, MANIFEST_FORMAT)
+    refuse_foreign_rejected(out / REJECTED)
     rejected: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     samples = transparent = turned = animated = 0
     named = array("Q")
+    sums: list[ShardSum] = []
     with open_work(work, options):
         rows = read_rows(captions, columns)
         if join_rows:
             rows = joined_rows(rows, partial(_found_picture, images), work.folder / "rows.jsonl")
         jobs = _jobs(rows, captions.name, work, samples_per_shard, unread)
         results = map_jobs(partial(_write_shard, images, rules), jobs, workers)
-        (out / SUMMARY).unlink(missing_ok=True)  # of a build that was stopped in its last step
+        for name in (SUMMARY, MANIFEST):  # of a build that was stopped in its last step
+            (out / name).unlink(missing_ok=True)
         with ExitStack() as stack:
             stack.enter_context(writing(out / REJECTED))
             part = stack.enter_context(whole_file(out / REJECTED))
             log = stack.enter_context(open(part, "w", opener=regular_only))
             advance = stack.enter_context(progress_bar("building shards", lines, show=progress))
-            for written in results:
+            for number, written in enumerate(results):
+                if written.samples:
+                    sums.append(ShardSum(f"{_name(number)}.tar", written.samples, written.size, written.sha256))
                 samples += written.samples
                 transparent += written.transparent
                 turned += written.turned
@@ -199,6 +212,8 @@ def build_shards(
         if samples:
             index = index_shards(os.path.abspath(out), None, finishing=True, workers=workers, progress=progress)
             rejected.update(index.rejected)
+            totals = {"samples": samples, "bytes": sum(one.bytes for one in sums)}
+            write_shard_sums(out / MANIFEST, {"format": MANIFEST_FORMAT, **totals}, sums)
     close_work(work)
     if not samples:
         raise _nothing_left(captions, rejected, out / REJECTED)
@@ -241,8 +256,12 @@ def _jobs(
     number = 0
     while stretch := list(islice(rows, samples_per_shard)):
         unread.update(name for row in stretch for name in row.unread)
-        yield _Job(work, f"{number:06d}", captions, stretch)
+        yield _Job(work, _name(number), captions, stretch)
         number += 1
+
+
+def _name(shard: int) -> str:
+    return f"{shard:06d}"
 
 
 def _write_shard(images: Path, rules: PictureRules, job: _Job) -> _Written:
@@ -262,12 +281,14 @@ def _write_shard(images: Path, rules: PictureRules, job: _Job) -> _Written:
     with writing(job.path), whole_file(job.path) as part:
         # Opened here: webdataset takes a name with a colon for a URL.
         # A fixed time: the same input gives the same bytes.
-        with open(part, "wb", opener=regular_only) as file, TarWriter(file, encoder=False, mtime=0) as shard:
-            written = _write_rows(images, rules, job, shard)
-        size = part.stat().st_size if written.samples else 0
+        with open(part, "wb", opener=regular_only) as file:
+            sink = DigestSink(file)
+            with TarWriter(sink, encoder=False, mtime=0) as shard:
+                written = _write_rows(images, rules, job, shard)
         if not written.samples:
             part.unlink()
-    written = written._replace(size=size, pictures=pictures)
+    size = sink.size if written.samples else 0
+    written = written._replace(size=size, pictures=pictures, sha256=sink.digest.hexdigest())
     replace_file(job.work.report(job.shard), json.dumps(written).encode())
     return written
 
@@ -283,6 +304,8 @@ def _read_report(job: _Job) -> _Written | None:
     except (ValueError, TypeError):  # the power failed before the disk had the report
         return None
     stands = job.path.exists() and job.path.stat().st_size == written.size
+    if stands and samples and not written.sha256:
+        written = written._replace(sha256=file_sha256(job.path))
     return written if stands or not samples else None
 
 
@@ -290,7 +313,7 @@ def _pictures_digest(images: Path, rows: list[CaptionRow]) -> str:
     digest = sha256()
     for row in rows:
         try:
-            status = None if row.image is None else os.stat(_picture_path(images, row.image))
+            status = None if row.image is None else os.stat(picture_path(images, row.image))
             seen = None if status is None else (status.st_size, status.st_mtime_ns)
         except (DamagedSample, OSError, ValueError):
             seen = None
@@ -309,7 +332,7 @@ def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) 
         try:
             picture = _packed(images, rules, row)
             text = encode_document(document)
-            digest = picture_digest(_picture_path(images, str(row.image)))
+            digest = picture_digest(picture_path(images, str(row.image)))
         except DamagedSample as damage:
             for number in (row.number, *row.joined):
                 rejected.append(_Reject(job.captions, number, key, row.image, str(damage)))
@@ -336,63 +359,15 @@ def _found_picture(images: Path, row: CaptionRow) -> Path | None:
     if row.fault is not None:
         return None
     try:
-        return _picture_path(images, str(row.image))
+        return picture_path(images, str(row.image))
     except DamagedSample:
         return None
 
 
 def _find(images: Path, name: str) -> bytes:
     """Read the picture that a row names; raises DamagedSample."""
-    path = _picture_path(images, name)
+    path = picture_path(images, name)
     try:
         return read_regular(path)
     except OSError as error:
         raise DamagedSample(f"picture cannot be read: {error}") from error
-
-
-def _picture_path(images: Path, name: str) -> Path:
-    """Return the picture that a row names by its path in the folder, with or without its extension.
-
-    Links in the folder are followed. A path that leads out of the folder is refused, since a foreign file of captions
-    must not pull in any picture of this machine. Raises DamagedSample.
-    """
-    path = _named_picture(images, name)
-    if path is not None:
-        return path
-    folder, slash, file = name.rpartition("/")
-    for place in (folder, *other_forms(folder)):
-        for other in (file, *other_forms(file)):
-            if (near := f"{place}{slash}{other}") != name and _named_picture(images, near) is not None:
-                form = (other_forms(file) | other_forms(folder))[other if other != file else place]
-                raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
-    meant = next((other for other in near_names(name) if _is_there(images, other)), None)
-    raise DamagedSample(f"picture not found{f': {meant} is there; change the row or --images' if meant else ''}")
-
-
-def _is_there(images: Path, name: str) -> bool:
-    try:
-        return _named_picture(images, name) is not None
-    except DamagedSample:
-        return False
-
-
-def _named_picture(images: Path, name: str) -> Path | None:
-    """Return the picture of exactly this name; None where there is none."""
-    extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
-    root = os.path.abspath(images)
-    found: list[Path] = []
-    for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):
-        path = Path(os.path.abspath(images / candidate))
-        if not path.is_relative_to(root):
-            raise DamagedSample(f"picture outside the folder: {images} does not hold it")
-        try:
-            if path.is_file():
-                if candidate == name:
-                    return path
-                if not any(path.samefile(other) for other in found):  # as on disks that ignore capitals
-                    found.append(path)
-        except (OSError, ValueError) as error:
-            raise DamagedSample(f"picture cannot be read: {error}") from error
-    if len(found) > 1:
-        raise DamagedSample(f"picture unclear: the name is that of {', '.join(path.name for path in found)}")
-    return found[0] if found else None

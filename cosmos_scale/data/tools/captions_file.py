@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cosmos_scale.data.prepare.cells import read_cell
 from cosmos_scale.data.prepare.csv_records import (
+    CELL_LIMIT,
     read_header,
     read_records,
     refuse_columns_twice,
@@ -26,6 +27,9 @@ from cosmos_scale.files import regular_only
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
+
+# What a line of the rejected.jsonl of a build holds. Its `captions` is the name of a file.
+REJECT_KEYS = {"captions", "row", "key", "image", "reason"}
 
 
 class Columns(NamedTuple):
@@ -114,6 +118,8 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                     raise _one_array(path) from error
                 yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
+            if number == 1 and isinstance(values, dict) and set(values) == REJECT_KEYS:
+                raise UserError(f"{path}: is a report of rejects, which holds no captions; give the file that was read")
             if number == 1 and isinstance(values, list) and any(isinstance(value, dict) for value in values):
                 raise _one_array(path)
             if isinstance(values, dict):
@@ -173,6 +179,8 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
             isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
         ):
             return CaptionRow(number, image, {}, f"wrong type: {column} is neither a string nor a list of strings")
+        if (length := _length(value)) > CELL_LIMIT:
+            return CaptionRow(number, image, {}, f"too long: {column} has {length:,} letters, more than {CELL_LIMIT:,}")
         if has_text(value):
             if key in document:
                 return CaptionRow(number, image, {}, f"two captions for {key}: {column} is one; the row has {shown}")
@@ -183,6 +191,11 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     if document and not any(holds_caption(key, value) for key, value in document.items()):
         fault = f"no caption: no sentence in {', '.join(document)}"
     return CaptionRow(number, image, document, fault, unread)
+
+
+def _length(value: str | list[str]) -> int:
+    """The letters of a caption, or of all sentences of a list."""
+    return len(value) if isinstance(value, str) else sum(map(len, value))
 
 
 def _twice(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.orientation import UPRIGHT, orientation_of
-from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent, open_picture
+from cosmos_scale.data.decode.picture import decode_rgbx, is_animated, is_transparent, open_picture
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import caption_pool, draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, reason_class
@@ -49,13 +49,14 @@ class Tally:
 
     damaged: samples left out of all else, by reason. formats: by format and colour mode. sizes: by (width, height).
     sentences: by how many the sampler chooses from. global_tokens, local_tokens: captions by tokens, start and EOT
-    included, before anything is cut off. transparent, turned: pictures with transparent pixels, and those whose EXIF
-    tag says to turn them.
+    included, before anything is cut off. transparent, turned, animated: pictures with transparent pixels, those whose
+    EXIF tag says to turn them, and those of several frames, of which the first is read.
     """
 
     samples: int = 0
     transparent: int = 0
     turned: int = 0
+    animated: int = 0
     image_bytes: int = 0
     text_bytes: int = 0
     damaged: Counter[str] = field(default_factory=Counter)
@@ -167,6 +168,7 @@ def _tally(pass_: Pass, seed: int, epoch: int, tokenize: Tokenize, samples: NDAr
         tally.samples += 1
         tally.transparent += is_transparent(image_bytes, pass_.data.max_pixels)
         tally.turned += orientation_of(image_bytes) != UPRIGHT
+        tally.animated += is_animated(image_bytes, pass_.data.max_pixels)
         tally.image_bytes += location.entry.image_size
         tally.text_bytes += location.entry.text_size
         tally.formats[kind] += 1

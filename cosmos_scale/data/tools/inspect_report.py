@@ -15,7 +15,7 @@ from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.tools.inspect import Survey, Tally
 from cosmos_scale.data.tools.own_pictures import MARK, MARK_FIELD
 from cosmos_scale.files import make_folder, replace_file
-from cosmos_scale.words import counted
+from cosmos_scale.words import counted, first_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,6 +134,7 @@ def as_json(survey: Survey, context_length: int) -> dict[str, Any]:
         "formats": dict(tally.formats),
         "transparent": tally.transparent,
         "turned": tally.turned,
+        "animated": tally.animated,
         "measures": {name: _figures(values) for name, values in measures(tally).items() if values},
         "context_length": context_length,
         "cut_global": cut_share(tally.global_tokens, context_length),
@@ -170,7 +171,8 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
     console.print(
         f"pictures: {_shares(tally.formats)}; {tally.image_bytes / tally.samples / 1000:.1f} kB on average"
         + (f"; {tally.transparent:,} transparent (data.background)" if tally.transparent else "")
-        + (f"; {tally.turned:,} with an EXIF tag that turns them, which training ignores" if tally.turned else ""),
+        + (f"; {tally.turned:,} with an EXIF tag that turns them, which training ignores" if tally.turned else "")
+        + _animated(tally.animated),
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
@@ -187,6 +189,10 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
     console.print(f"cut off at {context_length} tokens: {shares}")
     for title, values in list(measures(tally).items())[:3]:
         _show_histogram(title, values, console)
+
+
+def _animated(pictures: int) -> str:
+    return f"; {counted(pictures, 'animated picture')}, {first_frame(pictures)} read" if pictures else ""
 
 
 def _show_sources(survey: Survey, console: Console) -> None:

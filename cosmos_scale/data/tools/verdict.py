@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from cosmos_scale.data.samples.sample import reason_class
 from cosmos_scale.data.work import MANIFEST
-from cosmos_scale.words import counted
+from cosmos_scale.words import counted, first_frame
 
 OLD_INDEX = "old index"  # how the reason begins where a sound shard is not the one that was indexed
 LISTED = 20  # faults kept for the terminal; a file takes all
@@ -45,8 +45,8 @@ class Verdict:
     read at all. outdated: samples of the index whose shard has changed since. shards_damaged: shards with a fault of
     their own. checksums: shards that were compared with one.
     transparent, turned: sound pictures with transparent pixels, and those whose EXIF tag says to turn them, which
-    training ignores. unread: pictures that are not read, since their sample has another. reasons: all faults by reason,
-    numbers left out.
+    training ignores. unread: pictures that are not read, since their sample has another. animated: sound pictures of
+    several frames, of which the first is read. reasons: all faults by reason, numbers left out.
     """
 
     shards: int = 0
@@ -61,6 +61,7 @@ class Verdict:
     transparent: int = 0
     turned: int = 0
     unread: int = 0
+    animated: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[Fault] = field(default_factory=list)
 
@@ -91,6 +92,8 @@ class Verdict:
         if self.turned:
             them = "it" if self.turned == 1 else "them"
             read += f"; {counted(self.turned, 'picture')} with an EXIF tag that turns {them}, which training ignores"
+        if self.animated:
+            read += f"; {counted(self.animated, 'animated picture')}, {first_frame(self.animated)} read"
         if self.unread:
             read += f"; {counted(self.unread, 'second picture')} of a sample not read"
         if self.sound:

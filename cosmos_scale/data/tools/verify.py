@@ -3,12 +3,11 @@
 A sample is sound if training would use it: its members lie where the index says, its picture decodes to the end and is
 not too large, and its json has text for the sampling. Each shard's tar structure is compared with the shard's index:
 where the shard breaks off, what the index leaves out, what the index names and the shard does not hold. The shard's
-bytes are compared with the checksum that `data prepare` noted in manifest.json, if there is one: flipped bits of a JPEG
-often decode, to other pixels.
+bytes are compared with the checksum that `data build` or `data prepare` noted in manifest.json, if there is one:
+flipped bits of a JPEG often decode, to other pixels.
 """
 
 import errno
-import hashlib
 import json
 import os
 import tempfile
@@ -21,11 +20,12 @@ from typing import NamedTuple
 
 from cosmos_scale.config import DataConfig, RemoteConfig, SourceConfig
 from cosmos_scale.data.decode.orientation import UPRIGHT, orientation_of
-from cosmos_scale.data.decode.picture import decode_rgbx, is_transparent
+from cosmos_scale.data.decode.picture import decode_rgbx, is_animated, is_transparent
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
+from cosmos_scale.data.shards.checksums import file_sha256, noted_checksums
 from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.members import ScanRules, holds_string
 from cosmos_scale.data.shards.reader import Entry, OldIndex, ShardFile, ShardReader
@@ -35,9 +35,15 @@ from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.tools.verdict import OLD_INDEX, Fault, Verdict
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, regular_only, whole_file, writing
+from cosmos_scale.files import regular_only, whole_file, writing
 
 SAMPLES_A_JOB = 128
+
+# Said of a shard whose size is the index's: one of another size is refused before.
+CHANGED = (
+    f"bytes have changed since {MANIFEST} was written: the SHA-256 differs; rule: a shard stays as it was built, so "
+    f"restore it, or build anew (where the change is meant, delete {MANIFEST})"
+)
 
 
 class _Job(NamedTuple):
@@ -63,6 +69,7 @@ class _Checked(NamedTuple):
     transparent: int = 0  # sound pictures with transparent pixels
     turned: int = 0  # sound pictures whose EXIF tag says to turn them
     unread: int = 0  # pictures that are not read, since their sample has another
+    animated: int = 0  # sound pictures of several frames
 
 
 def verify_shards(
@@ -106,6 +113,7 @@ def verify_shards(
             verdict.transparent += sum(part.transparent for part in parts)
             verdict.turned += sum(part.turned for part in parts)
             verdict.unread += sum(part.unread for part in parts)
+            verdict.animated += sum(part.animated for part in parts)
             verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
                 verdict.note(fault)
@@ -171,16 +179,7 @@ def _jobs(indexes: Sequence[SourceIndex]) -> Iterator[_Job]:
 @lru_cache(maxsize=1)
 def _checksums(pass_: Pass) -> list[dict[str, str]]:
     """For each source, the SHA-256 of its shards by name, read once a process."""
-    return [_noted_checksums(Path(index.folder)) for index in opened_index(pass_).sources]
-
-
-def _noted_checksums(folder: Path) -> dict[str, str]:
-    """The checksums in the manifest beside an index; none where no readable manifest stands there."""
-    try:
-        shards = load_json(read_regular(folder / MANIFEST))["shards"]
-        return {str(shard["shard"]): str(shard["sha256"]) for shard in shards}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return [noted_checksums(Path(index.folder) / MANIFEST) for index in opened_index(pass_).sources]
 
 
 def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
@@ -195,9 +194,8 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
         with _here(file, pass_.data.remote) as local:
             if job.first == 0:
                 structure, unread = _compare(index, job.shard, local, pass_.data.captions.keys or ())
-            if job.first == 0 and checksum is not None and checksum != _sha256(local.address):
-                changed = f"bytes have changed since {MANIFEST} was written"
-                structure.append(Fault(file.shown, None, None, changed, indexed=True))
+            if job.first == 0 and checksum is not None and checksum != file_sha256(local.address):
+                structure.append(Fault(file.shown, None, None, CHANGED, indexed=True))
             try:
                 read = _read(pass_.data, index, job, local, gallery=job.source >= trained)
             except OldIndex as error:
@@ -208,7 +206,9 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
     except UserError as error:  # the shard or its table is missing, or is not the one that was indexed
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
-    return _Checked(job, read.faults, structure, None, checksum is not None, read.transparent, read.turned, unread)
+    return _Checked(
+        *(job, read.faults, structure, None, checksum is not None, read.transparent, read.turned, unread, read.animated)
+    )
 
 
 def _require_table(index: SourceIndex, shard: int) -> None:
@@ -234,17 +234,18 @@ def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
 
 
 class _Read(NamedTuple):
-    """The faults of samples that were read, and how many sound pictures are transparent, or turned by their tag."""
+    """The faults of samples that were read; how many sound pictures are transparent, turned by their tag, animated."""
 
     faults: list[Fault]
     transparent: int
     turned: int
+    animated: int
 
 
 def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile, *, gallery: bool) -> _Read:
     """Read a job's samples as training or evaluation does; raises UserError where the shard is missing or stale."""
     faults: list[Fault] = []
-    transparent = turned = 0
+    transparent = turned = animated = 0
     with closing(ShardReader()) as reader:
         reader.check([local])  # fails at once where the shard is missing; reading would wait for its return
         for place in range(job.first, job.last):
@@ -260,18 +261,11 @@ def _read(data: DataConfig, index: SourceIndex, job: _Job, local: ShardFile, *, 
                 decode_rgbx(image_bytes, data.max_pixels)
                 transparent += is_transparent(image_bytes, data.max_pixels)
                 turned += orientation_of(image_bytes) != UPRIGHT
+                animated += is_animated(image_bytes, data.max_pixels)
             except DamagedSample as damage:
                 entry = location.entry
                 faults.append(Fault(local.shown, entry.key, entry.start, str(damage), indexed=True, origin=origin))
-    return _Read(faults, transparent, turned)
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", opener=regular_only) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return _Read(faults, transparent, turned, animated)
 
 
 def _scan_as_indexed(local: ShardFile, indexed: Mapping[str, Entry], captions: tuple[str, ...]) -> ShardScan:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.host import free_memory
+from cosmos_scale.host import free_memory, shared_memory_obstacle
 
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
@@ -36,9 +36,14 @@ class ReadyBatches(NamedTuple):
         )
 
     def check_shared_memory(self) -> None:
-        """Raise UserError where shared memory is smaller than all batches, or a batch than files may be: a worker
-        would die.
+        """Raise UserError where there is no shared memory to write to, where it is smaller than all batches, or a batch
+        larger than files may be: a worker would die.
         """
+        if self.workers and (obstacle := shared_memory_obstacle()):
+            raise UserError(
+                f"{SHARED_MEMORY}: cannot be written to: {obstacle}; rule: loader processes share it, so mount one "
+                "that can (docker run --shm-size), or set data.workers: 0"
+            )
         largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if self.workers and largest != resource.RLIM_INFINITY and largest < self.nbytes:
             raise UserError(

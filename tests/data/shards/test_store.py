@@ -11,7 +11,10 @@ import pytest
 
 from cosmos_scale.config import RemoteConfig, RunConfig
 from cosmos_scale.config.load import dump_config
+from cosmos_scale.data.samples.sample import UnreachableShard
+from cosmos_scale.data.shards.pace import Pace, TooSlow
 from cosmos_scale.data.shards.patterns import parse_pattern
+from cosmos_scale.data.shards.reader import Entry, Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.store import (
     CommandStore,
     FilesystemStore,
@@ -96,6 +99,49 @@ def test_faults_of_a_web_server_may_pass(folder: Path, tmp_path: Path, fault: Fa
                 web.read(f"{server.url}/a.tar", 100, 1000, len(DATA))
             assert not failure.value.final
     web.close()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("fault", ["drip", "drip head"])
+def test_a_web_server_that_drips_is_not_waited_for(folder: Path, tmp_path: Path, fault: Fault) -> None:
+    told = r"^the server sends [\d.]+ bytes/s for 0\.\d+ s; rule: data\.remote\.lowest_speed: at least 1000 over "
+    web = WebStore(0.3, 1000.0)  # the server sends 20 bytes a second
+    with web_server(folder, tmp_path / "log", fail_every=1, fault=fault) as server:
+        url = f"{server.url}/a.tar"
+        with pytest.raises(Transient, match=told + r"data\.remote\.timeout_s, 0\.3 s$") as failure:
+            web.read(url, 100, 1000, len(DATA))
+        assert not failure.value.final
+        with pytest.raises(Transient, match=told):
+            list(web.pieces(url, None))
+        with pytest.raises(Transient, match=told), (tmp_path / "copy").open("wb") as file:
+            fetch_into(file, url, RemoteConfig(retries=1, backoff_s=0.01, timeout_s=0.3))
+        assert len(server.requests()) == 4  # the last was tried again
+        shard = ShardFile("web", url, len(DATA), url)
+        reader = ShardReader(RemoteConfig(retries=0, timeout_s=0.3))
+        with pytest.raises(UserError, match=r"/a\.tar: shard of source web cannot be opened: the server sends "):
+            reader.check([shard])
+        with pytest.raises(UnreachableShard, match="the server sends "):
+            reader.read(Location(shard, Entry("a", 512, 1000, 2048, 10, "txt")))
+        reader.close()
+    web.close()
+    with web_server(folder, tmp_path / "log", length=None) as server, pytest.raises(NoEnd):  # silent, and not slow
+        list(WebStore(0.3, 1000.0).pieces(f"{server.url}/a.tar", None))
+
+
+def test_slowness_is_looked_at_before_the_next_wait_and_not_during_the_first() -> None:
+    pace = Pace(60.0, 1000.0)
+    pace.add(59.0, 0)  # the server's own time before its answer
+    pace.add(61.0, 10)
+    with pytest.raises(TooSlow, match=r"^0\.164 bytes/s for 61 s; "):
+        pace.check()
+    pace = Pace(60.0, 1000.0)
+    for _ in range(3):
+        pace.add(70.0, 70_000)
+        pace.check()
+    pace = Pace(60.0, 0.0)
+    pace.add(1.0, 1)
+    pace.add(1000.0, 1)
+    pace.check()
 
 
 def test_a_server_without_ranges_is_told_by_its_answer_and_not_listened_to(folder: Path, tmp_path: Path) -> None:
@@ -183,6 +229,10 @@ def test_a_command_that_falls_silent_is_ended_with_all_it_started(tmp_path: Path
     commands = CommandStore(0.3)
     with pytest.raises(Transient, match=r"wrote nothing for 0\.3 s"):
         list(commands.pieces(f"pipe:printf ab; sleep 250 & echo $! > {tmp_path}/silent; wait", None))
+    with pytest.raises(
+        Transient, match=r"^the command wrote [\d.]+ bytes/s for 0\.\d+ s; rule: data\.remote\.lowest_speed"
+    ):
+        list(CommandStore(0.3, 1000.0).pieces("pipe:while printf a; do sleep 0.05; done", None))
     begun = commands.pieces(f"pipe:echo $$ > {tmp_path}/endless; exec yes", None)
     assert next(begun).startswith(b"y\ny\n")
     begun.close()
@@ -207,7 +257,7 @@ def test_file_systems_of_fsspec(memory: str, folder: Path) -> None:
 
 
 def test_a_forked_process_opens_stores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    stores = Stores(1.0)
+    stores = Stores(RemoteConfig(timeout_s=1.0))
     first = stores.of("http://h/a.tar")
     assert stores.of("https://other/a.tar") is first
     assert isinstance(stores.of("memory://a.tar"), FilesystemStore)
@@ -231,8 +281,8 @@ def test_secrets_are_left_out(text: str, address: str, shown: str) -> None:
 
 def test_a_web_address_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match=r"^http://\[::1/a\.tar: not a valid URL: Invalid IPv6 URL$"):
-        Stores(1.0).of("http://[::1/a.tar")
-    assert Stores(1.0).of("http://[::1]/a.tar")
+        Stores(RemoteConfig(timeout_s=1.0)).of("http://[::1/a.tar")
+    assert Stores(RemoteConfig(timeout_s=1.0)).of("http://[::1]/a.tar")
 
 
 def test_a_folders_query_stays_at_the_end() -> None:

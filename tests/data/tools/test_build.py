@@ -115,7 +115,7 @@ def test_workers_make_the_same_bytes(images: Path) -> None:
     rows = [{"image": f"{number % 4}.jpg", "caption": str(number)} for number in range(11)]
     one, two = build(images, rows, out="one"), build(images, rows, workers=2, out="two")
     names = sorted(path.name for path in one.folder.iterdir())
-    assert len(names) == 10  # four shards, four tables, the summary, and the empty file of rejects
+    assert len(names) == 11  # four shards, four tables, the summary, the manifest, and the empty file of rejects
     for name in names:
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cosmos_scale.data.tools import captions_file
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, read_rows
 from cosmos_scale.errors import UserError
 
@@ -89,6 +90,19 @@ def test_empty_lines_before_the_header_are_stepped_over(tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     path.write_bytes(b"\r\n\nimage,caption\na.jpg,one\n")
     assert [(row.number, row.document) for row in read_rows(path, DEFAULT_COLUMNS)] == [(1, {"caption": "one"})]
+
+
+@pytest.mark.parametrize("text", ["x" * 11, ["x" * 6, "x" * 5]])
+def test_a_text_without_bounds_is_a_fault_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Any
+) -> None:
+    """Cells of a CSV are bounded alike: such a text would hold up its loader process for minutes, in every epoch."""
+    monkeypatch.setattr(captions_file, "CELL_LIMIT", 10)
+    captions = tmp_path / "captions.jsonl"
+    rows = [{"image": "0.jpg", "caption": caption} for caption in (text, "x" * 10)]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    faults = [row.fault for row in read_rows(captions)]
+    assert faults == ["too long: caption has 11 letters, more than 10", None]
 
 
 @pytest.mark.parametrize("indent", [None, 1])

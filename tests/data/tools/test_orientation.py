@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageOps
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.decode.orientation import orientation_of
+from cosmos_scale.data.decode.picture import ignore_warnings_of_pillow
 from cosmos_scale.data.tools.build import BuildReport, build_shards
 from cosmos_scale.data.tools.packed_picture import Orientation
 from tests.data.tools.test_build import read_all
@@ -92,3 +94,17 @@ def test_inspect_and_verify_count_turned_pictures(tmp_path: Path, capsys: pytest
     ):
         assert cli.main(["data", *command, str(tmp_path / "keep"), "--quiet", "--workers", "1"]) == 0
         assert said in capsys.readouterr().out
+
+
+def test_broken_tags_say_nothing_of_pillows_files() -> None:
+    """Pillow would warn of a tag that breaks off, and name a line of its own."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert orientation_of(buffer.getvalue()) == 1
+        assert "Corrupt EXIF data" in str(seen[0].message)
+        seen.clear()
+        ignore_warnings_of_pillow()
+        assert orientation_of(buffer.getvalue()) == 1
+        assert seen == []

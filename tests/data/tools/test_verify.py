@@ -198,7 +198,7 @@ def test_bytes_that_still_decode_are_found_by_a_manifests_checksum(
         "shard": str(shards[1]),
         "key": None,
         "byte": None,
-        "reason": "bytes have changed since manifest.json was written",
+        "reason": verify_module.CHANGED,
         "indexed": True,
     }
     (folder / "manifest.json").write_text("[]")  # a manifest of another program

@@ -1,0 +1,57 @@
+"""The picture of a folder that a row of a captions file names."""
+
+import os
+from pathlib import Path
+
+from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
+from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
+from cosmos_scale.data.tools.near_names import near_names
+
+
+def picture_path(images: Path, name: str) -> Path:
+    """Return the picture that a row names by its path in the folder, with or without its extension.
+
+    Links in the folder are followed. A path that leads out of the folder is refused, since a foreign file of captions
+    must not pull in any picture of this machine. Raises DamagedSample.
+    """
+    path = _named_picture(images, name)
+    if path is not None:
+        return path
+    folder, slash, file = name.rpartition("/")
+    for place in (folder, *other_forms(folder)):
+        for other in (file, *other_forms(file)):
+            if (near := f"{place}{slash}{other}") != name and _named_picture(images, near) is not None:
+                form = (other_forms(file) | other_forms(folder))[other if other != file else place]
+                raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
+    meant = next((other for other in near_names(name) if _is_there(images, other)), None)
+    raise DamagedSample(f"picture not found{f': {meant} is there; change the row or --images' if meant else ''}")
+
+
+def _is_there(images: Path, name: str) -> bool:
+    try:
+        return _named_picture(images, name) is not None
+    except DamagedSample:
+        return False
+
+
+def _named_picture(images: Path, name: str) -> Path | None:
+    """Return the picture of exactly this name; None where there is none."""
+    extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
+    root = os.path.abspath(images)
+    found: list[Path] = []
+    for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):
+        path = Path(os.path.abspath(images / candidate))
+        if not path.is_relative_to(root):
+            raise DamagedSample(f"picture outside the folder: {images} does not hold it")
+        try:
+            if path.is_file():
+                if candidate == name:
+                    return path
+                if not any(path.samefile(other) for other in found):  # as on disks that ignore capitals
+                    found.append(path)
+        except (OSError, ValueError) as error:
+            raise DamagedSample(f"picture cannot be read: {error}") from error
+    if len(found) > 1:
+        raise DamagedSample(f"picture unclear: the name is that of {', '.join(path.name for path in found)}")
+    return found[0] if found else None

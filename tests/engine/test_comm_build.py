@@ -1,0 +1,46 @@
+"""DeepSpeed's communication for CPUs that cannot be built or loaded: one line that names what failed."""
+
+import pytest
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+from cosmos_scale.engine.comm_build import load_cpu_communication
+from cosmos_scale.errors import UserError
+
+NINJA = "Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed."
+COMPILER = """Error building extension 'deepspeed_shm_comm': [1/3] /no/g++ -MMD -MF shm.o.d -DERROR
+FAILED: shm.o
+/no/g++ -MMD -MF shm.o.d
+/bin/sh: 1: /no/g++: not found
+ninja: build stopped: subcommand failed.
+"""
+HEADER = """Error building extension 'deepspeed_shm_comm': [1/3] g++ -MMD
+torch/extension.h:5:10: fatal error: Python.h: No such file or directory
+compilation terminated.
+"""
+CUT = "/env/torch_extensions/deepspeed_shm_comm.so: file too short"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError(NINJA), NINJA),
+        (RuntimeError(COMPILER), "/bin/sh: 1: /no/g++: not found"),
+        (RuntimeError(HEADER), "torch/extension.h:5:10: fatal error: Python.h: No such file or directory"),
+        (ImportError(CUT), CUT),
+        (OSError(), "no reason is given"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, cause: str) -> None:
+    def fail(self: object, verbose: bool = False) -> None:
+        raise error
+
+    monkeypatch.setattr(ShareMemCommBuilder, "load", fail)
+    monkeypatch.setenv("CXX", "/no/g++")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/env/torch_extensions")
+    with pytest.raises(UserError) as raised:
+        load_cpu_communication()
+    assert str(raised.value) == (
+        f"DeepSpeed's communication for CPUs cannot be built or loaded: {cause}; rule: a C++ compiler (/no/g++) and "
+        "ninja work here; delete /env/torch_extensions where its files are damaged; `cosmos-scale setup` builds once "
+        "for all runs"
+    )
