@@ -38,6 +38,7 @@ from cosmos_scale.testing.traffic import count_losses, count_traffic
 NODE = 8  # GPUs
 # The host's milliseconds for a step of so many operators: benchmarks/host_time.py, stage 1, on 2 cores of an AMD EPYC.
 HOST_MS, HOST_OPERATORS = 37.0, 1749
+NARROWED = "vitb16"  # by NARROW all of RUNS are the same model
 GPUS = (8, 64, 256, 1024)
 COUNTED_RANKS = 8  # of the fake group whose collectives are counted
 PARTS = ("products", "attention", "norms, pointwise, copies", "loss", "gradients, update", "traffic")
@@ -174,8 +175,8 @@ def attention_flops(config: RunConfig, lengths_KB: torch.Tensor) -> int:
 def count_work(run: str, samples: int) -> StepWork:
     """Count a shipped run's step."""
     config = case_config(run, samples)
-    engine, narrow = _engine_counts(run)
-    seen, counted = _traffic(run)
+    engine, narrow = _engine_counts()
+    seen, counted = _traffic()
     (losses,) = run_ranks(count_losses, 1, config, GPUS, timeout=300.0)
     with META:
         elements = sum(parameter.numel() for parameter in CosmosModel(config.model).parameters())
@@ -200,14 +201,14 @@ def count_work(run: str, samples: int) -> StepWork:
 
 
 @lru_cache
-def _engine_counts(run: str) -> tuple[dict[str, dict[str, Count]], int]:
-    ((engine, narrow),) = run_ranks(count_update, 1, case_config(run, 1, *NARROW), timeout=300.0)
+def _engine_counts() -> tuple[dict[str, dict[str, Count]], int]:
+    ((engine, narrow),) = run_ranks(count_update, 1, case_config(NARROWED, 1, *NARROW), timeout=300.0)
     return engine, narrow
 
 
 @lru_cache
-def _traffic(run: str) -> tuple[list[Collective], int]:
-    config = case_config(run, COUNTED_RANKS, *NARROW, f"train.global_batch={COUNTED_RANKS}")
+def _traffic() -> tuple[list[Collective], int]:
+    config = case_config(NARROWED, COUNTED_RANKS, *NARROW, f"train.global_batch={COUNTED_RANKS}")
     ((seen, counted),) = run_ranks(count_traffic, 1, config, COUNTED_RANKS, timeout=300.0)
     return seen, counted
 

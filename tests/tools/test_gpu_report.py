@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tools.gpu_page import REHEARSAL, read_rows, write_page, wrong_rows
-from tools.gpu_report import _run
+from tools.gpu_report import STAGES as STAGE_LIMITS
+from tools.gpu_report import _run, limit_of
 
 STAGES = ("machine", "attention", "golden", "step32", "run", "kernels", "products", "graph", "compile64")
 
@@ -112,6 +113,12 @@ time.sleep(60)
     while any(map(is_running, pids.read_text().split())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_stage_may_take_longer_on_a_cpu() -> None:
+    """torch.compile needs a C++ compiler's time there. On a GPU all stages that come first fit into the report's."""
+    assert limit_of("compile64", "cuda") == STAGE_LIMITS["compile64"].limit == 150
+    assert limit_of("compile64", "cpu") == 450
 
 
 def test_no_stage_begins_without_time(tmp_path: Path) -> None:
