@@ -15,17 +15,18 @@ from torch.nn import functional
 
 from cosmos_scale.kernels.serving import like_gpu
 
-SMALLEST_PIECE = 32  # rows: fewer than these are one piece, since a call takes longer than so few rows
+SMALLEST_PIECE = 8  # rows: fewer are one piece, since a call takes longer than so few rows
 IN_PIECES = (torch.float32, torch.bfloat16)
 
 
-def gelu_in_pieces(x_TW: Tensor) -> Tensor:
+def gelu_in_pieces(x_TW: Tensor, *, steady: bool = False) -> Tensor:
     """Return the exact GELU, bit for bit that of torch.nn.functional.gelu, of x's dtype; differentiable once.
 
     x: [T, W]. On a CPU T is cut into powers of two and a rest below SMALLEST_PIECE: so all T up to a million come to
-    46 sizes. Elsewhere, and for other dtypes, the whole is one piece.
+    24 sizes. Elsewhere, and for other dtypes, the whole is one piece. steady: whether T is the same at every step, or
+    one of a few numbers: the whole is one piece then too.
     """
-    if torch.compiler.is_compiling() or like_gpu(x_TW.device) or not _is_cut(x_TW):
+    if steady or torch.compiler.is_compiling() or like_gpu(x_TW.device) or not _is_cut(x_TW):
         return functional.gelu(x_TW)
     active_TW: Tensor = _GeluInPieces.apply(x_TW)
     return active_TW

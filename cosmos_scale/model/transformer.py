@@ -219,7 +219,9 @@ class Mlp(nn.Module):
         """Return the activation of the first layer [T, 4 D]. Only the exact GELU has a Triton kernel."""
         if self.activation == "quick_gelu":
             return quick_gelu(self.c_fc(x_TD))
-        return gelu(*self.c_fc(x_TD, sum_bias=False)) if served else gelu_in_pieces(self.c_fc(x_TD))
+        if served:
+            return gelu(*self.c_fc(x_TD, sum_bias=False))
+        return gelu_in_pieces(self.c_fc(x_TD), steady=self.c_fc.steady)
 
 
 class Block(nn.Module):
