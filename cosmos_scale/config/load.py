@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,9 +21,9 @@ from pydantic_core import ErrorDetails
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.evaluation import in_new_form, settings_of, written_key
-from cosmos_scale.config.keys import nearest_key
+from cosmos_scale.config.keys import nearest_key, with_positions_named
 from cosmos_scale.config.overrides import override_value
-from cosmos_scale.config.paths import expand_path, path_texts
+from cosmos_scale.config.paths import LOCAL_KEYS, expand_local_path, expand_path, path_texts
 from cosmos_scale.config.section import RuleBroken
 from cosmos_scale.config.shipped import is_shipped_name, shipped_file
 from cosmos_scale.config.yaml_text import MOST_LEVELS, parse_yaml, reading_hint, shown_value, write_yaml
@@ -72,7 +72,9 @@ def _resolve(tree: dict[str, Any], origins: Origins, overrides: Sequence[str], d
         keys = in_new_form(tree)
         for key, holder, name, text in path_texts(keys):
             written = written_key(key, tree.get("eval"))
-            holder[name] = _expanded(text, f"{_origin_of(written, [], origins, default)}: {written}")
+            where = f"{_origin_of(written, [], origins, default)}: {written}"
+            local = with_positions_named(key) in LOCAL_KEYS
+            holder[name] = _expanded(expand_local_path if local else expand_path, text, where)
         _check_texts(keys, default)
         # Strict, so that numbers and booleans keep the types that YAML gave them: `epochs: true` is not 1. From JSON,
         # since there strict validation still makes tuples of lists and paths of strings.
@@ -98,9 +100,9 @@ def _check_texts(value: Any, where: str) -> None:
         raise UserError(f"{where}: {shown} holds the character NUL; rule: no text of a run does")
 
 
-def _expanded(text: str, where: str) -> str:
+def _expanded(expand: Callable[[str], str], text: str, where: str) -> str:
     try:
-        return expand_path(text)
+        return expand(text)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -152,7 +154,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...], read: Iterator[int]) ->
 def _base_file(base: str, path: Path) -> Path:
     """Return the file that a config at `path` names under `extends`."""
     if not is_shipped_name(base):
-        return path.parent / _expanded(base, f"{path}: extends")
+        return path.parent / _expanded(expand_local_path, base, f"{path}: extends")
     try:
         return shipped_file(base)
     except UserError as error:

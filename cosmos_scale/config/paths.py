@@ -8,17 +8,13 @@ from typing import Any
 from cosmos_scale.config.keys import with_positions_named
 from cosmos_scale.errors import UserError
 
-# The keys that name files or folders, and so may begin with ~ and hold $VARIABLES.
-PATH_KEYS = frozenset(
+# The keys that name files or folders of this machine.
+LOCAL_KEYS = frozenset(
     {
         "output",
         "resume",
         "init_from",
-        "data.sources.N.shards",
-        "data.sources.N.index",
         "data.remote.cache",
-        "eval.N.shards",
-        "eval.N.index",
         "eval.N.data",
         "eval.N.classes",
         "eval.N.templates",
@@ -28,6 +24,10 @@ PATH_KEYS = frozenset(
     }
 )
 
+# All keys that name files or folders, and so may begin with ~ and hold $VARIABLES; the others may be URLs and commands.
+PATH_KEYS = LOCAL_KEYS | {"data.sources.N.shards", "data.sources.N.index", "eval.N.shards", "eval.N.index"}
+
+_ELSEWHERE = re.compile(r"([\w+.:-]+://)|pipe:")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
@@ -49,6 +49,15 @@ def expand_path(text: str) -> str:
         if not os.environ.get(name):
             raise UserError(f"{text}: ${name} is not set; rule: set the variable, or write the path out")
     return _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)
+
+
+def expand_local_path(text: str) -> str:
+    """Return a path as `expand_path` does; raises UserError also where it is a URL or a command, and not a path."""
+    path = expand_path(text)
+    if found := _ELSEWHERE.match(path):  # the rest is not shown: it may hold secrets
+        what = f"a URL ({found[1]}...)" if found[1] else "a command (pipe:...)"
+        raise UserError(f"{what} is given; rule: a path of this machine")
+    return path
 
 
 def path_texts(tree: Any, key: str = "") -> Iterator[tuple[str, Any, Any, str]]:

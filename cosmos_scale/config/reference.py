@@ -15,11 +15,13 @@ from pydantic.fields import FieldInfo
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.keys import PlacedSection, kind_of, nearest_key, sections, sections_in, with_positions_named
+from cosmos_scale.config.paths import LOCAL_KEYS
 from cosmos_scale.config.section import MAY_DIFFER_BY_HOST, RESUME_MAY_CHANGE, has_mark
 from cosmos_scale.errors import UserError
 
 WIDTH = 80  # columns of a terminal
 SECTION = "section"  # the type, in words, of a key that holds keys
+PLACE = "path, URL or command"  # the type, in words, of a key for all of them
 
 HEADER = """\
 # The keys of a run's config
@@ -31,7 +33,7 @@ A run is a YAML file. `extends: base.yaml`, or a list of files, names files whos
 relative to the file, and `cosmos:train/published` is a config of the package (`cosmos-scale configs` lists them). On
 the command line `data.sources.0.shards=/data/cc3m` replaces a key. `N` below stands for a position in a list, counted
 from 0. In every path ~ stands for the home folder, and $NAME or ${NAME} for a variable of the environment, which must
-be set; URLs and `pipe:` commands are taken as they are.
+be set; URLs and `pipe:` commands, where a key may be one, are taken as they are.
 
 - **Resume**: a run that is resumed from a checkpoint may have another value. Every other key belongs to the run's
   identity: a resumed run is refused where the key differs from the checkpoint's.
@@ -55,7 +57,7 @@ def describe(section: PlacedSection) -> list[KeyHelp]:
     return [
         KeyHelp(
             section.key(name),
-            type_in_words(field.annotation, field.metadata),
+            _type_of_key(section.key(name), field),
             _default(field),
             _meaning(field),
             has_mark(field, RESUME_MAY_CHANGE),
@@ -109,6 +111,11 @@ def help_keys(prefix: str) -> str:
     return "\n\n\n".join(blocks)
 
 
+def _type_of_key(key: str, field: FieldInfo) -> str:
+    words = type_in_words(field.annotation, field.metadata)
+    return words.replace(PLACE, "path") if with_positions_named(key) in LOCAL_KEYS else words
+
+
 def type_in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Return the type of a key and its limits, in words.
 
@@ -132,7 +139,7 @@ def type_in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return SECTION
     if annotation is str and any(isinstance(part, PlainSerializer) for part in metadata):
-        return "path, URL or command"
+        return PLACE
     names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
     return names[annotation] + _limits(metadata, whole=annotation is int)
 

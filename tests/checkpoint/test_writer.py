@@ -146,8 +146,10 @@ def save_where_the_thread_fails(rank: int, world_size: int, root: Path, where: s
     with pytest.MonkeyPatch.context() as patch, writer_of(rank, world_size, root) as writer:
         if where == "commit":
             patch.setattr(writing, "write_manifest", fail)
+        elif rank == 1 and where == "start":
+            patch.setattr(threading.Thread, "start", fail)
         elif rank == 1:
-            patch.setattr(*((threading.Thread, "start") if where == "start" else (writing, "write_tensors")), fail)
+            patch.setattr(writing, "write_tensors", fail)
         writer.save(state(3))
         said = message_of(writer.wait)
         patch.undo()

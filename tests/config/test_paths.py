@@ -95,6 +95,32 @@ def test_an_unset_variable_is_one_line_with_file_and_key(tmp_path: Path) -> None
         load_config(file, ["eval.retrieval.shards=~no-such-user"])
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("output=s3://bucket/x", "output: a URL (s3://...) is given; rule: a path of this machine"),
+        ("output=$BUCKET/x", "output: a URL (s3://...) is given"),
+        ("output=pipe:cat", "output: a command (pipe:...) is given"),
+        ("resume=https://user:word@h/x", "resume: a URL (https://...) is given"),
+        ("init_from=hf://a/b", "init_from: a URL (hf://...) is given"),
+        ("data.remote.cache=simplecache::s3://b", "data.remote.cache: a URL (simplecache::s3://...) is given"),
+        ("eval=[{kind: classification, dataset: cifar10, every: 1, data: gs://b/c}]", "eval.0.data: a URL (gs://...)"),
+        ("eval=[{kind: segmentation, every: 1, images: s3://b, masks: /m}]", "eval.0.images: a URL (s3://...)"),
+    ],
+)
+def test_a_url_where_only_a_path_works_is_one_line(override: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET", "s3://bucket")
+    with pytest.raises(UserError, match=f"^command line: {re.escape(said)}"):
+        make_config({}, [override])
+
+
+def test_a_config_that_extends_a_url_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("extends: https://h/base.yaml\n")
+    with pytest.raises(UserError, match=r"run\.yaml: extends: a URL \(https://\.\.\.\) is given; rule: a path"):
+        load_config(file)
+
+
 def test_no_path_key_is_missed() -> None:
     """Each key of the type of a path or place is one; `resume` is a text, since it may be auto or never."""
     (redacting,) = Place.__metadata__  # type: ignore[attr-defined]
