@@ -3,12 +3,19 @@
 import errno
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.cli.as_rank import read_run
+from cosmos_scale.data.decode import picture
+from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.data.training.worker import Loaded
+from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of
 from tests.test_files import files_of_at_most
 
@@ -16,7 +23,10 @@ from tests.test_files import files_of_at_most
 def test_few_open_files_for_ranks_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (40, 1024))
+    others = resource.getrlimit
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: (40, 1024) if kind == resource.RLIMIT_NOFILE else others(kind)
+    )
     assert cli.main(["train", "cc3m_vitb16", "--dry-run"]) == 2
     assert capsys.readouterr().err.endswith("open files: 40 are allowed; rule: at least 64 (ulimit -n)\n")
 
@@ -46,6 +56,63 @@ def test_a_librarys_error_of_too_few_open_files_is_one_line(direct: bool, capsys
 
     with pytest.raises(RuntimeError, match="of ours"):
         cli.exit_status("cosmos-scale train", ours)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "Cannot allocate memory; 9,000,000,000 bytes are allowed (ulimit -v)"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you"),
+            "Cannot ",
+        ),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory; 9,000,000,000 bytes are"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Cannot allocate memory; 9,"),
+        (RuntimeError("can't start new thread"), "no thread can be started; allow more (ulimit -u), or more memory"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no process can be started; allow more (ulimit -u)"),
+    ],
+)
+def test_no_memory_is_one_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise error
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (9_000_000_000, 9_000_000_000))
+    assert cli.exit_status("cosmos-scale eval retrieval", fail) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cosmos-scale eval retrieval: {said}")
+
+
+@pytest.mark.parametrize("command", ["train cc3m_vitb16", "eval retrieval --checkpoint a --data b", "launch a"])
+def test_a_limit_on_memory_without_room_for_the_libraries_is_refused(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With about 3 GB one of torch's libraries would abort the process, without a word on the cause."""
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (3_000_000_000, 3_000_000_000))
+    assert cli.main(command.split()) == 2
+    said = "memory: 3,000,000,000 bytes are allowed; rule: at least 4,294,967,296 (ulimit -v)\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_loader_process_without_memory_is_one_line() -> None:
+    def fail() -> Iterator[Loaded]:
+        raise MemoryError("Caught MemoryError in DataLoader worker process 0.\nTraceback ...\nMemoryError\n")
+        yield
+
+    with pytest.raises(
+        UserError, match=r"a loader process died \(MemoryError\); if memory ran out, lower data.workers"
+    ):
+        TrainLoader._next(cast(TrainLoader, SimpleNamespace(_workers=2)), fail())
+
+
+def test_memory_that_runs_out_is_no_fault_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(picture, "_decode_other", fail)
+    with pytest.raises(MemoryError):
+        picture.decode_rgbx(b"no jpeg", 100)
 
 
 def test_a_file_beyond_the_limit_on_files_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
