@@ -3,10 +3,10 @@
 import errno
 import os
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -14,7 +14,6 @@ from cosmos_scale.cli import main as cli
 from cosmos_scale.cli.as_rank import read_run
 from cosmos_scale.data.decode import picture
 from cosmos_scale.data.training.loader import TrainLoader
-from cosmos_scale.data.training.worker import Loaded
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of
 from tests.test_files import files_of_at_most
@@ -96,14 +95,12 @@ def test_a_limit_on_memory_without_room_for_the_libraries_is_refused(
 
 
 def test_a_loader_process_without_memory_is_one_line() -> None:
-    def fail() -> Iterator[Loaded]:
-        raise MemoryError("Caught MemoryError in DataLoader worker process 0.\nTraceback ...\nMemoryError\n")
-        yield
-
+    error = MemoryError("Caught MemoryError in DataLoader worker process 0.\nTraceback ...\nMemoryError\n")
+    batches = MagicMock(__next__=MagicMock(side_effect=error))
     with pytest.raises(
         UserError, match=r"a loader process died \(MemoryError\); if memory ran out, lower data.workers"
     ):
-        TrainLoader._next(cast(TrainLoader, SimpleNamespace(_workers=2)), fail())
+        TrainLoader._next(cast(TrainLoader, SimpleNamespace(_workers=2)), batches)
 
 
 def test_memory_that_runs_out_is_no_fault_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
