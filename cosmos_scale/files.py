@@ -126,7 +126,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 class LineFile:
@@ -204,9 +204,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made: {error.strerror or error}; name another folder with --out"
-        ) from error
+        raise UserError(f"{folder}: cannot be made: {reason_of(error)}; name another folder with --out") from error
 
 
 def make_output_folder(folder: Path) -> None:
@@ -217,7 +215,7 @@ def make_output_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written to: {error.strerror or error}; name another folder with --out"
+            f"{folder}: cannot be written to: {reason_of(error)}; name another folder with --out"
         ) from error
 
 

@@ -9,13 +9,16 @@ from typing import cast
 from unittest.mock import MagicMock
 
 import pytest
+from PIL import Image
 
 from cosmos_scale.cli import main as cli
 from cosmos_scale.cli.as_rank import read_run
 from cosmos_scale.data.decode import picture
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of
+from tests.report.run_folders import write_run
 from tests.test_files import files_of_at_most
 
 
@@ -141,3 +144,36 @@ def test_the_config_of_a_copied_run_says_which_run_goes_on(
     said = f"{file}: lies in the folder of a run, but names another, {output}/tiny, where this run goes on; to go on "
     rest = f"with this one, call its folder tiny and say output={tmp_path}/copy\n"
     assert capsys.readouterr().err == (said + rest if copied else "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "index", "SHARDS", "--workers", "1", "--out", "OUT"],
+        ["data", "build", "--images", "PICTURES", "--captions", "ROWS", "--workers", "1", "--out", "OUT"],
+        ["data", "inspect", "SHARDS", "--workers", "1", "--out", "OUT"],
+        ["report", "RUN", "--out", "PAGE"],
+    ],
+)
+def test_an_output_beyond_the_limit_on_files_is_one_line_and_the_old_one_stays(
+    command: list[str], scenes: SceneShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "rows.csv").write_text("image,caption\na.jpg,a picture\n")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    places = {"SHARDS": str(scenes.gallery), "PICTURES": str(tmp_path), "ROWS": str(tmp_path / "rows.csv")}
+    places |= {"RUN": str(tmp_path / "run"), "OUT": str(out), "PAGE": str(out / "report.html")}
+    write_run(tmp_path / "run", [], name="run")
+    line = [places.get(word, word) for word in command]
+    if command[1] != "build":  # which refuses a folder that holds shards
+        assert cli.main(line) == 0
+    old = {path: path.read_bytes() for path in out.rglob("*")}
+    capsys.readouterr()
+    with files_of_at_most(200):
+        assert cli.main(line) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"cosmos-scale {command[0]}")
+    assert said.endswith(": cannot be written: File too large; allow more (ulimit -f)")
+    assert not list(out.rglob("*.part"))
+    assert all(path.read_bytes() == data for path, data in old.items())
