@@ -6,10 +6,10 @@ behind. It needs no network.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cosmos_scale.interrupt import refuse_deleted_folder, tell_interrupts
+    from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
 
     tell_interrupts("demo")
-    refuse_deleted_folder("demo")
+    refuse_to_import("demo")
 
 import json
 import os

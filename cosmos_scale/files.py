@@ -24,6 +24,22 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}
 # What the system says where a file has no room: on the disk, in the user's quota, or under the limit of `ulimit -f`.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# What ends any work and is no fault of the program: too few open files allowed, no memory, and no room for a file.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENOMEM, *NO_ROOM)
+# What the system says of a path that may not be looked at, cannot be one, or lies on a disk that does not answer.
+_OF_A_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+)
+
+# What libraries say in errors of their own, which keep no errno, where memory has run out or no thread can be started.
+_NO_MEMORY = (
+    *(os.strerror(errno.ENOMEM), "can't allocate memory", "not enough memory", "std::bad_alloc"),
+    *("failed to map segment", "unable to mmap"),
+)
+_NO_THREAD = ("can't start new thread", "pthread_create")
+_MORE_PROCESSES = "allow more (ulimit -u), or more memory (ulimit -v)"
+
 TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)
 
 MOST_LINES_KEPT = 100_000  # of a LineFile, while they cannot be written
@@ -110,7 +126,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot be written: {reason_of(error)}") from error
 
 
 class LineFile:
@@ -188,9 +204,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be made: {error.strerror or error}; name another folder with --out"
-        ) from error
+        raise UserError(f"{folder}: cannot be made: {reason_of(error)}; name another folder with --out") from error
 
 
 def make_output_folder(folder: Path) -> None:
@@ -201,7 +215,7 @@ def make_output_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written to: {error.strerror or error}; name another folder with --out"
+            f"{folder}: cannot be written to: {reason_of(error)}; name another folder with --out"
         ) from error
 
 
@@ -218,7 +232,30 @@ def reason_of(error: OSError) -> str:
     if error.errno == errno.EFBIG:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         return f"{said}; allow more (ulimit -f)" if limit != resource.RLIM_INFINITY else said
+    if error.errno == errno.ENOMEM:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        return f"{said}; {limit:,} bytes are allowed (ulimit -v)" if limit != resource.RLIM_INFINITY else said
     return said
+
+
+def cause_in_the_machine(error: BaseException) -> OSError | None:
+    """Return the OSError of the machine or of a named path that an error is, or comes from; None: of another cause."""
+    if isinstance(error, OSError) and (
+        error.errno in _OF_THE_MACHINE or (error.errno in _OF_A_PATH and error.filename is not None)
+    ):
+        return error
+    text = str(error)
+    if isinstance(error, RuntimeError) and TOO_MANY_OPEN_FILES in text:  # of libraries, which keep no errno
+        return OSError(errno.EMFILE, TOO_MANY_OPEN_FILES)
+    if isinstance(error, RuntimeError) and any(said in text for said in _NO_THREAD):
+        return OSError(errno.EAGAIN, f"no thread can be started; {_MORE_PROCESSES}")
+    if isinstance(error, BlockingIOError) and error.strerror == os.strerror(errno.EAGAIN):  # of a fork
+        return OSError(errno.EAGAIN, f"no process can be started; {_MORE_PROCESSES}")
+    if isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, ImportError, OSError)) and any(said in text for said in _NO_MEMORY)
+    ):
+        return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return cause_in_the_machine(error.__cause__) if error.__cause__ is not None else None
 
 
 def no_locks(error: OSError) -> str:

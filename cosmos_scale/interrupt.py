@@ -1,9 +1,11 @@
 """What ends a program while it still imports its parts, which takes seconds: one line, and no traceback.
 
-It is Ctrl-C, a current folder that has been deleted, or a library that cannot be imported.
+It is Ctrl-C, a current folder that has been deleted, a library that cannot be imported, or a limit on memory that
+leaves no room for torch.
 """
 
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -13,6 +15,8 @@ from types import FrameType, TracebackType
 from cosmos_scale.exit_status import INTERRUPTED, REFUSED
 
 DELETED_FOLDER = "the current folder is deleted; rule: change to one that is there"
+# Bytes that the libraries map, torch first: 3.5 GiB on a CPU. With less some of them abort the process.
+LEAST_ADDRESS_SPACE = 4 << 30
 _HOOK = sys.excepthook
 _OUR_OWN = ("TORCH_CPP_LOG_LEVEL", "TORCH_EXTENSIONS_DIR")  # variables that the programs set themselves
 _IMPORTING = "<frozen importlib"  # how the file names of Python's own import code begin
@@ -29,16 +33,27 @@ def tell_interrupts(program: str) -> None:
         signal.signal(signal.SIGINT, partial(_interrupt, program))
 
 
-def refuse_deleted_folder(program: str) -> None:
-    """End this process, with one line, where its current folder is deleted.
+def refuse_to_import(program: str) -> None:
+    """End this process, with one line, where its current folder is deleted, or the limit on memory is too small.
 
-    MKL, which torch loads, would end it without a word on the cause.
+    MKL or torch, which it loads, would end it without a word on the cause.
     """
+    refusal = little_address_space()
     try:
         os.getcwd()
     except OSError:
-        os.write(2, f"{program}: {DELETED_FOLDER}\n".encode())
+        refusal = DELETED_FOLDER
+    if refusal:
+        os.write(2, f"{program}: {refusal}\n".encode())
         os._exit(REFUSED)
+
+
+def little_address_space() -> str:
+    """Return a line on the limit of `ulimit -v` where the libraries alone do not fit; empty where they do."""
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed == resource.RLIM_INFINITY or allowed >= LEAST_ADDRESS_SPACE:
+        return ""
+    return f"memory: {allowed:,} bytes are allowed; rule: at least {LEAST_ADDRESS_SPACE:,} (ulimit -v)"
 
 
 def _interrupt(program: str, number: int, frame: FrameType | None) -> None:

@@ -8,10 +8,10 @@ if __name__ == "__main__":  # before the imports, which take seconds
     import os
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of memory that the profiler has not seen taken
-    from cosmos_scale.interrupt import refuse_deleted_folder, tell_interrupts
+    from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
 
     tell_interrupts("cosmos-scale profile")
-    refuse_deleted_folder("cosmos-scale profile")
+    refuse_to_import("cosmos-scale profile")
 
 import gzip
 import math

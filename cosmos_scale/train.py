@@ -1,10 +1,10 @@
 """Training: build everything, loop, done. `cosmos-scale train`, or `deepspeed --module cosmos_scale.train`."""
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    from cosmos_scale.interrupt import refuse_deleted_folder, tell_interrupts
+    from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
 
     tell_interrupts("cosmos-scale train")
-    refuse_deleted_folder("cosmos-scale train")
+    refuse_to_import("cosmos-scale train")
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cosmos_scale.cli.arguments import with_examples
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 EXAMPLES = """\
 examples:
@@ -74,5 +75,5 @@ def _write(name: str, file: str) -> str:
     except FileExistsError:
         raise UserError(f"--write: {path} exists; rule: name a new file, since nothing is written over") from None
     except OSError as error:
-        raise UserError(f"--write: {path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"--write: {path} cannot be written: {reason_of(error)}") from error
     return f"{path}: a copy of {name}. Change it, then: cosmos-scale train --dry-run {path}"

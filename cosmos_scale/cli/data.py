@@ -208,7 +208,13 @@ def _config(arguments: argparse.Namespace) -> "RunConfig":
         raise UserError(f"{more[0]}: one pattern of shards is expected, in quotes, and then only key=value")
     if not _is_run(arguments.data):
         source = {"name": redact_urls(arguments.data), "shards": arguments.data, "index": arguments.index}
-        return make_config({"data": {"sources": [source]}}, overrides)
+        shown = {key: text and text.encode("utf-8", "backslashreplace").decode() for key, text in source.items()}
+        config = make_config({"data": {"sources": [shown]}}, overrides)
+        if shown == source:
+            return config
+        # All texts of a run are UTF-8, but the names of files need not be: they stand in the config as they were given.
+        given = config.data.sources[0].model_copy(update={"shards": arguments.data, "index": arguments.index})
+        return config.model_copy(update={"data": config.data.model_copy(update={"sources": (given,)})})
     if arguments.index is not None:
         raise UserError(f"--index {arguments.index}: goes with a pattern; in a run's file it is data.sources.0.index")
     return load_config(run_file(arguments.data), overrides)

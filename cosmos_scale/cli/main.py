@@ -21,8 +21,8 @@ from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
-from cosmos_scale.files import NO_ROOM, TOO_MANY_OPEN_FILES, reason_of
-from cosmos_scale.interrupt import DELETED_FOLDER, refused_import
+from cosmos_scale.files import cause_in_the_machine, reason_of
+from cosmos_scale.interrupt import DELETED_FOLDER, little_address_space, refused_import
 
 EXAMPLES = """\
 examples:
@@ -40,15 +40,6 @@ examples:
   cosmos-scale checkpoint inspect runs/cc3m_vitb16 --verify
   cosmos-scale convert --checkpoint runs/cc3m_vitb16 --which teacher --to hf exported/cc3m_vitb16
 """
-
-
-# What ends any command and is no fault of the program: too few open files allowed, and no room for a file.
-_OF_THE_MACHINE = (errno.EMFILE, *NO_ROOM)
-# What the system says of a path that may not be looked at, cannot be one, or lies on a disk that does not answer.
-_OF_A_PATH = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
-)
 
 
 def program() -> NoReturn:
@@ -78,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not parsed:
         return status
     (arguments,) = parsed
+    if arguments.command != "configs" and (few := little_address_space()):
+        _tell(f"cosmos-scale {arguments.command}: {few}")
+        return REFUSED
     return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))
 
 
@@ -85,9 +79,9 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
     """Run a command to its end and return its exit status, as shells number it; the only handler of what users cause.
 
     The command's own status; 2 where it raises UserError, which is printed on one line after the label, where too few
-    open files are allowed, a disk is full, a path is closed to the user or cannot be one, a library cannot be
-    imported, or its output cannot be written; 130 where it is interrupted, which is printed too; 141 where the reader
-    of its output leaves early.
+    open files are allowed, memory has run out, a disk is full, a path is closed to the user or cannot be one, a library
+    cannot be imported, or its output cannot be written; 130 where it is interrupted, which is printed too; 141 where
+    the reader of its output leaves early.
     """
     spell_out()
     try:
@@ -112,14 +106,11 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
 
 def _cause_in_the_machine(error: BaseException) -> str | None:
     """Return what to tell of the machine or of a named path where an error comes from there; None: another cause."""
-    if isinstance(error, OSError) and (
-        error.errno in _OF_THE_MACHINE or (error.errno in _OF_A_PATH and error.filename is not None)
-    ):
-        where = "" if error.errno == errno.EMFILE or not error.filename else f"{error.filename}: "
-        return f"{where}{reason_of(error)}"
-    if isinstance(error, RuntimeError) and TOO_MANY_OPEN_FILES in str(error):  # of libraries, which keep no errno
-        return reason_of(OSError(errno.EMFILE, TOO_MANY_OPEN_FILES))
-    return _cause_in_the_machine(error.__cause__) if error.__cause__ is not None else None
+    cause = cause_in_the_machine(error)
+    if cause is None:
+        return None
+    where = "" if cause.errno == errno.EMFILE or not cause.filename else f"{cause.filename}: "
+    return f"{where}{reason_of(cause)}"
 
 
 def spell_out() -> None:

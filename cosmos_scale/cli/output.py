@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import reason_of
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def told_output() -> Iterator[None]:
     def tell(error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
             raise error
-        raise UserError(f"standard output: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"standard output: cannot be written: {reason_of(error)}") from error
 
     before = sys.stdout
     sys.stdout = cast(TextIO, _WatchedStream(before, tell))

@@ -14,6 +14,7 @@ from torch import Tensor
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, measure
+from cosmos_scale.files import cause_in_the_machine, reason_of
 
 # What a rank tells: that it failed, that it finished, or a number from 0 on: a checksum of the shape and dtype of its
 # next gather.
@@ -57,7 +58,9 @@ def measure_together(evaluator: Evaluator, encoder: Encoder, gather: Gather, fol
 def _reason(failure: Exception, evaluator: Evaluator) -> str:
     """The failure in one line; of an error that no user can mend the traceback is printed too."""
     text = str(failure)
-    if not isinstance(failure, UserError):
+    if cause := cause_in_the_machine(failure):
+        text = f"{cause.filename}: {reason_of(cause)}" if cause.filename else reason_of(cause)
+    elif not isinstance(failure, UserError):
         _log.error("evaluation %s failed", evaluator.name, exc_info=failure)
         text = f"{type(failure).__name__}: {text}"
     return redact_urls(" ".join(text.split()))

@@ -55,7 +55,7 @@ def decode_rgbx(image_bytes: bytes, max_pixels: int, background: str = KEEP) -> 
         if picture_format(image_bytes) == "jpeg":
             return _decode_jpeg(image_bytes, max_pixels)
         return _decode_other(image_bytes, max_pixels, background)
-    except DamagedSample:
+    except (DamagedSample, MemoryError):  # where memory runs out, the picture is not to blame
         raise
     except Exception as error:
         # Decoders raise almost any type on broken bytes: OSError, SyntaxError, ValueError, struct.error, ...

@@ -195,7 +195,7 @@ class TrainLoader:
     def _next(self, results: Iterator[Loaded]) -> Loaded:
         try:
             return next(results)
-        except (RuntimeError, EOFError, OSError) as error:
+        except (RuntimeError, EOFError, OSError, MemoryError) as error:
             workers, text = self._workers, str(error)
             if TOO_MANY_OPEN_FILES in text:  # told like what a batch lacks, so that the steps done are saved
                 raise UserError(
@@ -206,9 +206,11 @@ class TrainLoader:
                 raise
             if text.startswith("Caught"):  # an exception of a worker's code, with its traceback in the text
                 cause = text.strip().rpartition("\n")[2]
-                if "memory" not in cause and "unable to resize file" not in cause:  # beyond `ulimit -f`, or memory full
+                if (
+                    "memory" not in cause.lower() and "unable to resize file" not in cause
+                ):  # beyond `ulimit -f`, or memory full
                     raise
-            elif isinstance(error, RuntimeError) and "DataLoader worker" not in text:
+            elif isinstance(error, (RuntimeError, MemoryError)) and "DataLoader worker" not in text:
                 raise
             else:  # EOFError, OSError: a batch was ready, but the worker that held its memory is gone
                 cause = text.partition("\n")[0].strip(" .") or type(error).__name__
