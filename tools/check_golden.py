@@ -335,8 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     files: list[Path] = parsed.files
     try:
         if parsed.evaluation:
-            # For `python tools/check_golden.py`, whose path begins at its own folder.
-            sys.path.append(str(Path(__file__).resolve().parents[1]))
+            sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python tools/check_golden.py`
             from tools.golden_evaluation import check_evaluation_file  # which builds on this module
 
             results = [check_evaluation_file(file, parsed.device) for file in files]
