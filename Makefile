@@ -20,7 +20,7 @@ help:  ## list the targets
 
 venv: $(VENV)/.comm-built  ## make .venv with the project in it (about 4 minutes the first time)
 
-demo: venv  ## build a small dataset, train on 2 ranks, evaluate: about 6 minutes
+demo: venv  ## build a small dataset, train on 2 ranks, evaluate: about 2 minutes
 	$(VENV)/bin/python -m cosmos_scale.demo --out demo_out
 
 demo-quick: venv  ## the demo, shortened
