@@ -28,7 +28,7 @@ from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
-from cosmos_scale.data.tools.near_names import near_names
+from cosmos_scale.data.tools.near_names import near_names, other_kind
 from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
 from cosmos_scale.data.work import BUILD, Work, close_work, open_work
 from cosmos_scale.errors import UserError
@@ -365,6 +365,8 @@ def _picture_path(images: Path, name: str) -> Path:
             if (near := f"{place}{slash}{other}") != name and _named_picture(images, near) is not None:
                 form = (other_forms(file) | other_forms(folder))[other if other != file else place]
                 raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
+    if kind := other_kind(images / name):
+        raise DamagedSample(f"picture is {kind}, not a file")
     meant = next((other for other in near_names(name) if _is_there(images, other)), None)
     raise DamagedSample(f"picture not found{f': {meant} is there; change the row or --images' if meant else ''}")
 
