@@ -30,6 +30,7 @@ MAY_DIFFER_BY_HOST = {
     "data.remote.retries",
     "data.remote.backoff_s",
     "data.remote.timeout_s",
+    "data.remote.lowest_speed",
     "data.dali.threads",
     "data.dali.prefetch",
     "data.dali.hw_decoder_load",
