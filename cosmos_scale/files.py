@@ -81,6 +81,13 @@ def _irregular(path: str, mode: int) -> OSError:
     return OSError(number, f"it is {kind}, not a regular file", path)
 
 
+def kind_of_file(path: Path) -> str:
+    """Return what lies at a path that is no regular file, such as "a folder"; empty where nothing can be seen there."""
+    with suppress(OSError):
+        return _IRREGULAR.get(stat.S_IFMT(path.stat().st_mode), "of another kind")
+    return ""
+
+
 def read_regular(path: str | Path) -> bytes:
     """Return the bytes of a regular file; raises OSError, also where the path is a folder, a FIFO or a device."""
     with open(path, "rb", opener=regular_only) as file:

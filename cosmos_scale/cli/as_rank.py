@@ -1,5 +1,6 @@
 """What `train` and `profile` share: one process of a run, its start, and who prints where it fails."""
 
+import errno
 import os
 import resource
 import sys
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
+from cosmos_scale.files import cause_in_the_machine, reason_of
+from cosmos_scale.interrupt import refused_import
 
 if TYPE_CHECKING:  # functions import it, so that --help need not wait
     from cosmos_scale.config import RunConfig
@@ -54,7 +57,7 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
         raise
     except UserError as error:
         if not rank.comes:
-            _tell_other_hosts(error)
+            _tell_other_hosts(str(error))
         # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
         # of one machine alone, so local rank 0 of each machine prints it.
         prints = rank.ranks.is_main if rank.ranks else os.environ.get("LOCAL_RANK", "0") == "0"
@@ -62,6 +65,8 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
             return REFUSED
         raise
     except Exception as error:
+        if not rank.comes and (told := told_cause(error)):
+            _tell_other_hosts(told)
         if "RANK" not in os.environ or "cosmos_scale.engine.ranks" not in sys.modules:
             raise  # there were no other ranks, or torch could not be imported; a second import would abort the process
         from cosmos_scale.engine.ranks import lost_contact, tell_lost_contact
@@ -72,7 +77,16 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
         return FAILED
 
 
-def _tell_other_hosts(refusal: UserError) -> None:
+def told_cause(error: Exception) -> str | None:
+    """Return what to tell of an error whose cause is the machine, a named path or a library; None: another cause."""
+    cause = cause_in_the_machine(error)
+    if cause is None:
+        return refused_import(error)
+    where = "" if cause.errno == errno.EMFILE or not cause.filename else f"{cause.filename}: "
+    return f"{where}{reason_of(cause)}"
+
+
+def _tell_other_hosts(refusal: str) -> None:
     """Tell the ranks of other hosts of a refusal that may be of this host alone, where nothing else ends them.
 
     That is deepspeed over several hosts. A rank of each host does it, after which the process may end.
@@ -89,7 +103,7 @@ def _tell_other_hosts(refusal: UserError) -> None:
         return
     ranks_here = int(os.environ.get("LOCAL_SIZE", place.world_size))
     if place.rank > 0 or ranks_here < place.world_size:
-        tell_refusal(place, str(refusal), ranks_here)
+        tell_refusal(place, refusal, ranks_here)
 
 
 def read_run(file: str, overrides: Sequence[str]) -> "RunConfig":

@@ -4,7 +4,6 @@ Each command imports what it needs when it runs, so that `--help` and mistyped c
 """
 
 import argparse
-import errno
 import io
 import os
 import sys
@@ -17,12 +16,12 @@ from cosmos_scale import __version__
 from cosmos_scale.cli import attention, checkpoint, configs, convert, data, launch, plan, profile, report, train
 from cosmos_scale.cli import eval as evaluate
 from cosmos_scale.cli.arguments import CommandParser, say_repeats, with_examples
+from cosmos_scale.cli.as_rank import told_cause
 from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
-from cosmos_scale.files import cause_in_the_machine, reason_of
-from cosmos_scale.interrupt import DELETED_FOLDER, little_address_space, refused_import
+from cosmos_scale.interrupt import DELETED_FOLDER, little_address_space
 
 EXAMPLES = """\
 examples:
@@ -97,20 +96,11 @@ def exit_status(label: str, command: Callable[[], int]) -> int:
         _tell(f"{label}: interrupted")
         return INTERRUPTED
     except Exception as error:
-        told = _cause_in_the_machine(error) or refused_import(error)
+        told = told_cause(error)
         if told is None:
             raise
         _tell(f"{label}: {told}")
         return REFUSED
-
-
-def _cause_in_the_machine(error: BaseException) -> str | None:
-    """Return what to tell of the machine or of a named path where an error comes from there; None: another cause."""
-    cause = cause_in_the_machine(error)
-    if cause is None:
-        return None
-    where = "" if cause.errno == errno.EMFILE or not cause.filename else f"{cause.filename}: "
-    return f"{where}{reason_of(cause)}"
 
 
 def spell_out() -> None:

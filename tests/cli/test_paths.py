@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cosmos_scale.cli import main as cli
 
@@ -56,3 +57,20 @@ def test_other_errors_of_the_system_keep_their_traceback(error: OSError) -> None
 
     with pytest.raises(type(error)):
         cli.exit_status("cosmos-scale data", command)
+
+
+def test_names_that_are_no_utf8_are_taken_by_all_data_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / os.fsdecode(b"pictures\xff")
+    images.mkdir()
+    Image.new("RGB", (64, 64), (9, 90, 9)).save(images / "a.jpg")
+    (tmp_path / "rows.csv").write_text("image,caption\na.jpg,a picture\n")
+    out, few = str(tmp_path / os.fsdecode(b"shards\xff")), ["--workers", "1"]
+    build = ["data", "build", "--images", str(images), "--captions", str(tmp_path / "rows.csv"), "--out", out]
+    assert cli.main([*build, *few]) == 0
+    assert cli.main(["data", "index", out, *few]) == 0
+    assert cli.main(["data", "verify", out, *few]) == 0
+    assert cli.main(["data", "inspect", out, "--out", str(tmp_path / "seen"), *few]) == 0
+    assert cli.main(["data", "verify", out, "--index", out, *few]) == 0
+    assert "1 sample in 1 shard" in capsys.readouterr().out

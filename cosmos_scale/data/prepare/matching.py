@@ -4,6 +4,7 @@ One process decides, in the order of the shards: the first image with a join val
 image with it is a duplicate. So the number of processes does not matter, and a wrong folder shows in seconds.
 """
 
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.samples.normal_forms import other_forms
+from cosmos_scale.data.shards.reader import refuse_compressed
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, whole_file, writing
 from cosmos_scale.words import counted
@@ -111,6 +113,9 @@ def _settle(found: _Found, state: NDArray[np.uint8]) -> NDArray[np.int64]:
 def _no_overlap(task: Task, images: int, unknown: str | None, examples: list[str]) -> str:
     folder = task.images[0].path.parent
     if not images:
+        for shard in task.images:
+            with suppress(OSError), open(shard.path, "rb", opener=regular_only) as file:  # no folder
+                refuse_compressed(shard.path, file.read(6))
         return f"{folder}: no image was downloaded into its {counted(len(task.images), 'shard')}"
     if unknown and not examples:
         return (

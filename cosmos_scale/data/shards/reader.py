@@ -32,7 +32,13 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # in order of preference, whi
 TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes both, and the json says more
 # Kinds of text whose bytes reach from the first of two members to the end of the second, headers between them included.
 JSON_THEN_TXT, TXT_THEN_JSON = "j+t", "t+j"
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 MARKED = 64  # shards whose marks are compared before a run
 OPEN_SHARDS = 64  # files kept open per process: a window of the order spans a few dozen shards
 CLOSE = 64 * 1024  # most bytes between a sample's members that are read along with them, in one request for both

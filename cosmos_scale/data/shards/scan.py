@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -47,6 +47,7 @@ from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only
 
+_MOST_NAMED = 5  # endings in a reason
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
@@ -169,6 +170,8 @@ class _Samples:
         found: FoundText | str | None = None
         if alone and (image is None or text is None):
             found = "no picture (.jpg, .jpeg, .png, .webp)" if image is None else "no text (.json, .txt)"
+            if others := dict.fromkeys(member.extension for member in members if not member.is_used):
+                found += f", but {', '.join(f'.{extension}' for extension in islice(others, _MOST_NAMED))}"
         elif image and text:
             found = foreign_fault((image, text)) or picture_fault(self._file, image)
             plain = [member for member in members if member.foreign is None]

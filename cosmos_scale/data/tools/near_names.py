@@ -1,7 +1,11 @@
-"""Names that a row of a captions file may have meant, where no picture has its name: for the reason of its reject."""
+"""What a row of a captions file may have meant, where no picture has its name: for the reason of its reject."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import unquote
+
+from cosmos_scale.files import kind_of_file
 
 
 def near_names(name: str) -> Iterator[str]:
@@ -18,3 +22,8 @@ def near_names(name: str) -> Iterator[str]:
             if (other := "/".join(folders[first:])) not in seen:
                 seen.add(other)
                 yield other
+
+
+def other_kind(path: Path) -> str:
+    """Return what lies at a path where no regular file does, such as "a folder"; empty where there is nothing."""
+    return (kind_of_file(path) or "a link to what is not there") if os.path.lexists(path) else ""

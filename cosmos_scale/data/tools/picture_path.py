@@ -6,7 +6,7 @@ from pathlib import Path
 from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
-from cosmos_scale.data.tools.near_names import near_names
+from cosmos_scale.data.tools.near_names import near_names, other_kind
 
 
 def picture_path(images: Path, name: str) -> Path:
@@ -24,6 +24,8 @@ def picture_path(images: Path, name: str) -> Path:
             if (near := f"{place}{slash}{other}") != name and _named_picture(images, near) is not None:
                 form = (other_forms(file) | other_forms(folder))[other if other != file else place]
                 raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
+    if kind := other_kind(images / name):
+        raise DamagedSample(f"picture is {kind}, not a file")
     meant = next((other for other in near_names(name) if _is_there(images, other)), None)
     raise DamagedSample(f"picture not found{f': {meant} is there; change the row or --images' if meant else ''}")
 

@@ -16,6 +16,7 @@ from cosmos_scale.data.prepare.manifest import Prepared
 from cosmos_scale.data.prepare.prepare import prepare_dataset
 from cosmos_scale.data.samples.sentences import Split
 from cosmos_scale.data.training.loader import TrainLoader
+from cosmos_scale.errors import UserError
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.testing.shard_files import open_folder, picture, shards_config
 from tests.data.prepare.downloads import (
@@ -268,3 +269,13 @@ def test_prepared_shards_train(
         found = [next(batches) for _ in range(2)]
     assert sorted(int(sample) for batch in found for sample in batch.sample_ids) == list(range(8))
     assert all(int(batch.substituted) == 0 for batch in found)
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zip"])
+def test_compressed_image_shards_are_said_to_be(tmp_path: Path, captions: Path, kind: str) -> None:
+    (tmp_path / "images").mkdir()
+    write_dreamlip(captions / "cc3m.csv", [dreamlip_row(0)])
+    head = {"gzip": b"\x1f\x8b\x08\x00\x00\x00", "zip": b"PK\x03\x04\x14\x00"}[kind]
+    (tmp_path / "images" / "00000.tar").write_bytes(head + bytes(2000))
+    with pytest.raises(UserError, match=rf"00000\.tar: is {kind}-compressed; .* unpack it to a plain \.tar"):
+        run(tmp_path)

@@ -317,6 +317,16 @@ def test_of_two_texts_or_pictures_of_one_extension_the_second_is_a_rejected_samp
     ]
 
 
+def test_endings_that_are_found_are_named_beside_those_that_are_accepted(tmp_path: Path) -> None:
+    lacking = [("a.jpe", picture(0)), ("a.txt", TXT), ("b.jpg", picture(1)), ("b.caption", TXT), ("b.cls", b"1")]
+    scan = scan_shard(write_tar(tmp_path / "0.tar", [*lacking, ("c.jpg", picture(2))]))
+    assert [fault.reason for fault in scan.rejected] == [
+        "no picture (.jpg, .jpeg, .png, .webp), but .jpe",
+        "no text (.json, .txt), but .caption, .cls",
+        "no text (.json, .txt)",
+    ]
+
+
 def test_links_and_copies_of_a_shard_are_named(tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", [("a.jpg", picture(number)), ("a.txt", TXT)])

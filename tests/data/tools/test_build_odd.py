@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,15 @@ def test_a_caption_of_signs_that_show_nothing_is_none(images: Path, tmp_path: Pa
     assert report.samples == len(shown)
     assert reasons(tmp_path / "out") == ["no caption: no sentence in caption"] * len(invisible)
     assert str(caption_fault({"caption": "\u200b"})).startswith("no caption: no sentence in caption")
+
+
+def test_what_is_no_file_is_named_and_not_called_missing(images: Path, tmp_path: Path) -> None:
+    (images / "folder.jpg").mkdir()
+    os.mkfifo(images / "fifo.jpg")
+    (images / "device.jpg").symlink_to("/dev/zero")
+    (images / "link.jpg").symlink_to("nowhere")
+    names = ["folder", "fifo", "device", "link"]
+    with pytest.raises(UserError, match="no row of 4 can be used"):
+        build(images, [{"image": f"{name}.jpg", "caption": "a"} for name in names], tmp_path / "out")
+    kinds = ["a folder", "a FIFO", "a device", "a link to what is not there"]
+    assert reasons(tmp_path / "out") == [f"picture is {kind}, not a file" for kind in kinds]
