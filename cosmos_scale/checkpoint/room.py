@@ -5,14 +5,32 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from cosmos_scale.checkpoint.state import checkpoints, step_of
+from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, step_of
 from cosmos_scale.config import CheckpointConfig
+from cosmos_scale.files import load_json, read_regular
 
 
 def superfluous(root: Path, config: CheckpointConfig, keep: int) -> list[Path]:
-    """Return the checkpoints, oldest first, that are neither among the newest `keep` nor kept for good."""
-    every = config.keep_every
-    return [old for old in checkpoints(root)[:-keep] if every is None or step_of(old) % every != 0]
+    """Return the checkpoints, oldest first, that are beyond the `keep` to be kept and not kept for good.
+
+    The oldest are beyond them, but first those after which no step has changed a weight until the next checkpoint: else
+    a run whose steps are all skipped would lose the checkpoints from before its weights went bad.
+    """
+    found, every = checkpoints(root), config.keep_every
+    updates = [_updates(folder) for folder in found]
+    unchanged = [found[n] for n in range(len(found) - 1) if updates[n] is not None and updates[n] == updates[n + 1]]
+    first = unchanged + [old for old in found[:-1] if old not in unchanged]
+    beyond = set(first[: max(0, len(found) - keep)])
+    return [old for old in found if old in beyond and (every is None or step_of(old) % every != 0)]
+
+
+def _updates(checkpoint: Path) -> int | None:
+    """Return the AdamW updates done before a checkpoint; None where its manifest does not say it."""
+    try:
+        count = load_json(read_regular(checkpoint / MANIFEST))["state"]["updates"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return count if isinstance(count, int) else None
 
 
 def delete_checkpoint(folder: Path) -> None:

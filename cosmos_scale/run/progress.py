@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from cosmos_scale.batch import Batch
-from cosmos_scale.checkpoint.state import newest
+from cosmos_scale.checkpoint.state import checkpoints, newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
@@ -28,6 +28,8 @@ from cosmos_scale.step import StepOutput
 
 # A rank is slow whose own time is this many times the median, and over it by this part of a step.
 SLOW_TIMES, SLOW_PART = 1.5, 0.1
+# fp16 skips some 30 steps at most until it has found its loss scale. Weights that have gone bad never recover.
+MOST_SKIPPED_IN_A_ROW = 100
 
 
 class _Figures(NamedTuple):
@@ -130,6 +132,7 @@ class Progress:
         self._stack = ExitStack()
         self._pending: PendingStep | None = None
         self._skipped = self._skipped_before = 0  # in this launch; up to the last record
+        self._skipped_in_a_row = 0
         self._substituted = 0  # of this rank, since the last record
         self._data_wait = 0.0
         self._forwards: list[float] = []  # seconds of each step since the last record
@@ -196,6 +199,7 @@ class Progress:
         figures = pending.read(self._ranks.contact)
         self._substituted += pending.substituted
         self._forwards.append(pending.forward_seconds())
+        self._skipped_in_a_row = 0 if figures.finite else self._skipped_in_a_row + 1
         if not figures.finite:
             self._not_finite(pending.step, figures)
         if pending.measured is not None:
@@ -312,15 +316,22 @@ class Progress:
         if self._config.non_finite == "skip":
             self._skipped += 1
             self.say(f"{what}; its update was skipped, {self._skipped} so far")
-            return
+            if self._skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
+                return
         unsaved = ""
         try:
             self._finish_saving()  # or a good checkpoint would not be named
         except UserError as failure:
             unsaved = f"; and {failure}"
-        last = newest(self._folder / CHECKPOINTS)
-        rule = "rule: non_finite: stop (skip goes on)"
-        raise UserError(f"{what}; last good checkpoint: {last or 'none'}; {rule}{unsaved}")
+        if self._config.non_finite == "stop":
+            last = newest(self._folder / CHECKPOINTS)
+            rule = "rule: non_finite: stop (skip goes on)"
+            raise UserError(f"{what}; last good checkpoint: {last or 'none'}; {rule}{unsaved}")
+        names = ", ".join(folder.name for folder in checkpoints(self._folder / CHECKPOINTS))
+        raise UserError(
+            f"{what}; no step of {MOST_SKIPPED_IN_A_ROW} in a row was; checkpoints: {names or 'none'}; rule: go on "
+            f"from one before the weights went bad (resume=FOLDER) and with a lower optimizer.lr{unsaved}"
+        )
 
 
 class _Pause:

@@ -1,11 +1,13 @@
 """A disk too full for one more checkpoint: old ones go before the new one is written, the newest one never."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from cosmos_scale.checkpoint import room
-from cosmos_scale.checkpoint.room import make_room, prunable
+from cosmos_scale.checkpoint.room import make_room, prunable, superfluous
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoint_name, checkpoints, step_of
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import CheckpointConfig
@@ -16,13 +18,14 @@ from cosmos_scale.testing.runs import write_run
 MIB = 2**20
 
 
-def write_checkpoints(root: Path, *steps: int) -> None:
-    """Folders that count as checkpoints, each of one MiB and a manifest of two bytes."""
-    for step in steps:
+def write_checkpoints(root: Path, *steps: int, updates: Sequence[int] = ()) -> None:
+    """Folders that count as checkpoints, each of one MiB; the manifest says how many updates were done, if anything."""
+    for n, step in enumerate(steps):
         folder = root / checkpoint_name(step)
         folder.mkdir(parents=True)
-        (folder / MANIFEST).write_text("{}")
-        (folder / "fragments-00000.safetensors").write_bytes(bytes(MIB - 2))
+        manifest = json.dumps({"state": {"updates": updates[n]}} if updates else {})
+        (folder / MANIFEST).write_text(manifest)
+        (folder / "fragments-00000.safetensors").write_bytes(bytes(MIB - len(manifest)))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,25 @@ def test_old_checkpoints_go_as_far_as_room_is_short(
     config = CheckpointConfig(keep_last=keep_last, keep_every=keep_every)
     assert [step_of(folder) for folder in make_room(tmp_path, config)] == gone
     assert [step_of(folder) for folder in checkpoints(tmp_path)] == [step for step in (2, 4, 6) if step not in gone]
+
+
+@pytest.mark.parametrize(
+    ("updates", "keep", "keep_every", "gone"),
+    [
+        ((2, 4, 6, 8), 2, None, [2, 4]),
+        ((2, 4, 4, 4), 2, None, [4, 6]),  # the last three hold the same weights: one of them is enough
+        ((2, 4, 4, 4), 2, 4, [6]),  # those of steps 4 and 8 are kept for good
+        ((2, 2, 4, 4), 1, None, [2, 4, 6]),
+        ((2, 2, 4, 4), 3, None, [2]),
+        ((2, 4, 4, 4), 4, None, []),
+    ],
+)
+def test_checkpoints_of_skipped_steps_push_out_no_others(
+    tmp_path: Path, updates: tuple[int, ...], keep: int, keep_every: int | None, gone: list[int]
+) -> None:
+    write_checkpoints(tmp_path, 2, 4, 6, 8, updates=updates)
+    config = CheckpointConfig(keep_every=keep_every)
+    assert [step_of(folder) for folder in superfluous(tmp_path, config, keep)] == gone
 
 
 def test_what_may_go_counts_as_room_at_the_start(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.training.loader import TrainLoader
 from cosmos_scale.engine import ranks as collectives
 from cosmos_scale.engine.ranks import Ranks, start_ranks
+from cosmos_scale.exit_status import REFUSED
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.metrics import console_line
 from cosmos_scale.run.progress import Progress
@@ -103,6 +104,15 @@ def test_skipped_steps_change_nothing_and_are_counted(run: Path) -> None:
     for step, line in enumerate(lines, start=1):
         record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
         assert (record["step"], record["loss"], record["skipped_steps"]) == (step, None, step)
+
+
+def test_weights_that_never_recover_end_a_run_that_skips(run: Path) -> None:
+    """Rather than at its last step and with the status of a good end."""
+    start = ["name=never", f"init_from={run.parent}/poisoned", "non_finite=skip"]
+    rest = ["train.schedule_steps=200", "train.max_steps=200", "checkpoint.every=20", "checkpoint.keep_last=2"]
+    ended = train_to_end(run, *start, *rest).require(REFUSED)
+    assert "step 100: the loss is not finite" in ended.errors
+    assert "no step of 100 in a row was; checkpoints: step-00000060, step-00000080; rule: " in ended.errors
 
 
 def test_records_hold_what_the_steps_did(run: Path) -> None:

@@ -6,10 +6,12 @@ Failures come back as values: an exception would reach the training process only
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from cosmos_scale.phases import phase, stop_listening
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 PutPicture = Callable[[bytes, SampleKey], None]
+ShowError = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 # A damaged sample's substitute may be damaged too. So many damaged samples in a row are no accident.
 MOST_SUBSTITUTES = 20
@@ -169,7 +172,19 @@ def start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    sys.excepthook = partial(show_unless_left, os.getppid(), sys.excepthook)
     threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def show_unless_left(
+    parent: int, show: ShowError, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Show an error that only ends a thread, but not where it comes from the training process having been killed.
+
+    Then multiprocessing's thread that hands over shared memory is cut off. parent: the training process's number.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)) and os.getppid() == parent:
+        show(kind, error, trace)
 
 
 def _end_when_parent_says() -> None:
