@@ -1,10 +1,12 @@
 """The command `cosmos-scale eval retrieval`: its own arguments."""
 
 import argparse
+from pathlib import Path
 from typing import Any, get_args
 
 from cosmos_scale.cli.arguments import place
 from cosmos_scale.cli.eval_command import EvalCommand
+from cosmos_scale.errors import UserError
 from cosmos_scale.set_names import CaptionedLayout
 
 EXAMPLES = """\
@@ -43,7 +45,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _keys(arguments: argparse.Namespace) -> dict[str, Any]:
     where = "shards" if arguments.dataset == "shards" else "data"
+    if where == "shards" and _has_no_shards(Path(arguments.data)):
+        others = ", ".join(name for name in DATASETS if name != "shards")
+        raise UserError(
+            f"--data: {arguments.data} has no .tar shards; rule: for another layout --dataset NAME: {others}"
+        )
     return {where: arguments.data, **{name: getattr(arguments, name) for name in ("dataset", "index", "captions")}}
+
+
+def _has_no_shards(data: Path) -> bool:
+    """Whether a place is a folder of this machine without tar files, compressed ones too, or a file that is none."""
+    if data.is_dir():
+        return not any(data.glob("*.tar*"))
+    return data.is_file() and ".tar" not in data.name
 
 
 RETRIEVAL = EvalCommand(

@@ -12,6 +12,7 @@ from cosmos_scale.cli import main as cli
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
+from cosmos_scale.exit_status import REFUSED
 from cosmos_scale.testing.shard_files import flip_bytes, picture, sample, write_shard, write_shards
 from tests.checkpoint.edit import content_of, rewrite
 from tests.data.web_server import web_server
@@ -92,6 +93,21 @@ def test_user_errors_name_what_is_wrong(checkpoints: Path, shards: SceneShards, 
     with pytest.raises(UserError, match=r"broken: does not fit the model: Missing key.*logit_scale") as error:
         evaluate_with(broken, str(shards.gallery))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_place_without_shards_is_told_of_the_other_layouts(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    place = tmp_path / "mine.csv"
+    place.mkdir() if kind == "folder" else place.write_text("image,caption\n")
+    assert cli.main(["eval", "retrieval", "--checkpoint", str(checkpoints), "--data", str(place)]) == REFUSED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"cosmos-scale eval retrieval: --data: {place} has no .tar shards; rule: for another layout --dataset NAME: "
+    )
+    assert "coco_val2017" in line
+    assert "pairs" in line
 
 
 def test_pictures_past_the_runs_max_pixels_are_left_out(
