@@ -27,6 +27,15 @@ class BrokenCheckpoint(UserError):
     """A checkpoint whose files are not what was written; an older checkpoint may be whole."""
 
 
+def raise_if_gone(folder: Path, failure: Exception) -> None:
+    """Raise BrokenCheckpoint where a file of a checkpoint is missing since its folder, once found, is gone."""
+    if isinstance(failure, FileNotFoundError) and not os.path.exists(folder):
+        raise BrokenCheckpoint(
+            f"checkpoint {folder}: deleted since it was found, as by its run, which keeps the newest; "
+            "rule: name the run again, or let it keep more (checkpoint.keep_last)"
+        ) from failure
+
+
 class FileRecord(NamedTuple):
     """What a manifest says of a file: its name, its size in bytes, and the CRC-32 of each of its chunks."""
 
@@ -93,6 +102,7 @@ class TensorFile:
         try:
             self._file = open(self.path, "rb", buffering=0, opener=regular_only)  # noqa: SIM115 - stays open
         except OSError as failure:
+            raise_if_gone(folder, failure)
             raise self._broken(failure.strerror or str(failure)) from failure
         try:
             self._entries, self._data = self._header()

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cosmos_scale import __version__
-from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile
+from cosmos_scale.checkpoint.files import BrokenCheckpoint, FileRecord, TensorFile, raise_if_gone
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.evaluation import in_new_form
 from cosmos_scale.errors import UserError
@@ -323,6 +323,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"it is of step {state.step}, not of the step in the folder's name")
         return Manifest(state, content["written"], content["versions"], content["parameters"], files)
     except (OSError, ValueError, KeyError, TypeError) as failure:
+        raise_if_gone(folder, failure)
         raise BrokenCheckpoint(
             f"checkpoint {folder}: no readable {MANIFEST} ({failure}); rule: name a step-* folder of a run"
         ) from failure
@@ -336,6 +337,7 @@ def manifest_digest(folder: Path) -> str:
     try:
         return hashlib.sha256(read_regular(folder / MANIFEST)).hexdigest()[:16]
     except OSError as failure:
+        raise_if_gone(folder, failure)
         raise BrokenCheckpoint(f"checkpoint {folder}: {MANIFEST} cannot be read: {failure.strerror}") from failure
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
-from cosmos_scale.cli.eval_command import FEATURES, on_ranks, together
+from cosmos_scale.cli.eval_command import FEATURES, main_ranks_choice, on_ranks, together
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
 from cosmos_scale.files import make_output_folder
@@ -75,7 +75,9 @@ def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
 
     prints = ranks is None or ranks.is_main
     with together(ranks):
-        checkpoint = find_model(arguments.checkpoint)
+        found = find_model(arguments.checkpoint)
+    checkpoint = main_ranks_choice(arguments.checkpoint, found, ranks)
+    with together(ranks):
         models = models_of(checkpoint, arguments.weights)
         if not arguments.data_root.is_dir():
             raise UserError(f"--data-root: {arguments.data_root} is no folder")

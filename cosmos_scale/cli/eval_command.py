@@ -139,7 +139,9 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
 
     prints = ranks is None or ranks.is_main
     with together(ranks):
-        checkpoint = find_model(arguments.checkpoint)
+        found = find_model(arguments.checkpoint)
+    checkpoint = main_ranks_choice(arguments.checkpoint, found, ranks)
+    with together(ranks):
         models = models_of(checkpoint, arguments.weights)
         if arguments.out is not None:
             make_output_folder(arguments.out)
@@ -156,9 +158,9 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
         console = make_console()
         console.print(str(checkpoint), style="italic", highlight=False, soft_wrap=True)
         console.print(evaluator.table(results, ""))
-        for name, found in details.items():
-            if found:
-                console.print(f"{name}:", *found, sep="\n")
+        for name, lines in details.items():
+            if lines:
+                console.print(f"{name}:", *lines, sep="\n")
     return 0
 
 
@@ -202,6 +204,18 @@ def _measured(
             return evaluator, measure_together(evaluator, encoder, gather_rows, folder)
         except EvaluationFailed as failure:
             raise UserError(str(failure)) from failure
+
+
+def main_ranks_choice(named: Path, found: Path, ranks: "Ranks | None") -> Path:
+    """Return the checkpoint that rank 0 found in a path that all ranks were given; collective.
+
+    Of a run that goes on, ranks may find different ones, and would measure two models as one. found: by this rank.
+    """
+    if ranks is None:
+        return found
+    from cosmos_scale.engine.ranks import from_all
+
+    return named / from_all(found.relative_to(named), ranks)[0]
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class RunLock:
         touched_every: float = TOUCHED_EVERY,
         dead_after: float = DEAD_AFTER,
     ) -> None:
-        """say: is told of a wait. file: the lock's, LOCK_FILE or RANKS_LOCK_FILE."""
+        """say: is told of a wait, and of a file that is gone. file: the lock's, LOCK_FILE or RANKS_LOCK_FILE."""
         self.token = secrets.token_hex(8)
         self._say = say
         self._path = folder / file
@@ -185,6 +185,11 @@ class RunLock:
         os.pwrite(descriptor, name, 0)
         deleted, self._descriptor = self._descriptor, descriptor
         os.close(deleted)
+        if self._path.name == RANKS_LOCK_FILE:  # the launch's own lock is often gone too: one line is enough
+            self._say(
+                f"{self._path}: gone while the run trains, with all that lay beside it if the folder was deleted or "
+                f"moved; the run goes on in {self._path.parent}"
+            )
 
 
 def launcher_holds(folder: Path) -> bool:

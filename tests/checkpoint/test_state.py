@@ -14,12 +14,15 @@ from torch import Size
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
 from cosmos_scale.checkpoint.state import (
     MANIFEST,
+    FragmentReader,
     RunState,
     checkpoints,
     find_checkpoint,
     load_checkpoint,
     load_weights,
+    manifest_digest,
     newest,
+    read_manifest,
     read_state,
 )
 from cosmos_scale.checkpoint.writer import CheckpointWriter
@@ -138,6 +141,16 @@ def test_folders_without_a_manifest_do_not_count(saved: Path, tmp_path: Path) ->
     assert newest(tmp_path / "nowhere") is None
     with pytest.raises(UserError, match="nowhere: none there"):
         find_checkpoint(tmp_path / "nowhere")
+
+
+def test_one_that_its_run_deletes_meanwhile_is_said_to_be_deleted(saved: Path, tmp_path: Path) -> None:
+    folder, said = tmp_path / "step-00000009", "deleted since it was found.*name the run again.*checkpoint.keep_last"
+    shutil.copytree(saved / "step-00000009", folder)
+    with FragmentReader(folder, read_manifest(folder)) as reader:
+        shutil.rmtree(folder)
+        for read in (read_manifest, manifest_digest, lambda _: reader.file("fragments-00001.safetensors")):
+            with pytest.raises(BrokenCheckpoint, match=said):
+                read(folder)
 
 
 def test_weights_of_both_models(saved: Path) -> None:

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cosmos_scale.checkpoint import find_checkpoint, load_weights
 from cosmos_scale.cli import main as cli
+from cosmos_scale.cli.eval_command import main_ranks_choice
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
+from cosmos_scale.engine.contact import Contact
+from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import REFUSED
+from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.shard_files import flip_bytes, picture, sample, write_shard, write_shards
 from tests.checkpoint.edit import content_of, rewrite
 from tests.data.web_server import web_server
@@ -196,3 +201,16 @@ def test_own_pairs_are_measured_and_their_features_kept(
     assert "mean rank" in printed[2]
     assert "left out of 6 samples: 1 damaged or too large" in " ".join(printed[2].split())
     assert len(list((run / "features").iterdir())) == 1
+
+
+def chosen(rank: int, world_size: int, root: Path) -> list[Path]:
+    """What each rank takes of a run and of a file; rank 1 finds a newer checkpoint in the run."""
+    assert dist.group.WORLD is not None
+    ranks = Ranks(rank, world_size, torch.device("cpu"), dist.group.WORLD, Contact(rank, {}))
+    found = root / "checkpoints" / f"step-0000000{rank}"
+    return [main_ranks_choice(root, found, ranks), main_ranks_choice(root / "x.pt", root / "x.pt", ranks)]
+
+
+def test_all_ranks_measure_the_checkpoint_that_rank_0_found(tmp_path: Path) -> None:
+    expected = [tmp_path / "checkpoints" / "step-00000000", tmp_path / "x.pt"]
+    assert run_ranks(chosen, 2, tmp_path) == [expected, expected]

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import queue
 import re
 import shutil
 import socket
@@ -101,6 +102,16 @@ def test_a_deleted_folder_lets_nobody_in(tmp_path: Path) -> None:
             time.sleep(0.05)
         with pytest.raises(UserError, match=f"by process {process.pid} since"), RunLock(folder, print):
             pass
+
+
+def test_a_folder_that_is_moved_while_a_run_trains_is_told(tmp_path: Path) -> None:
+    folder, said = tmp_path / "run", queue.Queue[str]()
+    with RunLock(folder, said.put, file=RANKS_LOCK_FILE, touched_every=0.05):
+        folder.rename(tmp_path / "moved")
+        line = said.get(timeout=20)
+        assert line.startswith(f"{folder / RANKS_LOCK_FILE}: gone while the run trains, with all that lay beside it if")
+        assert line.endswith(f"the folder was deleted or moved; the run goes on in {folder}")
+        assert (folder / RANKS_LOCK_FILE).exists()
 
 
 def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path) -> None:
