@@ -275,7 +275,7 @@ def no_locks(error: OSError) -> str:
     )
 
 
-def open_folder(folder: Path) -> int:
+def folder_descriptor(folder: Path) -> int:
     """Return a descriptor of a folder, to lock or sync it; raises OSError, as for anything that is no folder."""
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
@@ -285,7 +285,7 @@ def sync_folder(folder: Path) -> None:
 
     Some network file systems cannot sync folders. There the wait counts as done, after one warning in each process.
     """
-    descriptor = open_folder(folder)
+    descriptor = folder_descriptor(folder)
     try:
         os.fsync(descriptor)
     except OSError as error:

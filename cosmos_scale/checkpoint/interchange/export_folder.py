@@ -15,7 +15,7 @@ from pathlib import Path
 from cosmos_scale.checkpoint.interchange.export_files import Advance, ExportedFile, ToldFile, text_file
 from cosmos_scale.checkpoint.room import free_bytes
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import open_folder, read_regular, reason_of, regular_only, whole_path
+from cosmos_scale.files import folder_descriptor, read_regular, reason_of, regular_only, whole_path
 
 CARD = "README.md"
 _OWN = re.compile(r"<!-- files of cosmos-scale convert: (.+) -->\s*\Z")
@@ -83,7 +83,7 @@ def write_export(
                     f"{needed / 2**20:,.0f}; rule: make room, or name another folder"
                 )
             part.mkdir()
-            lock = open_folder(part)
+            lock = folder_descriptor(part)
             _lock(lock)
         try:
             for file in files:
@@ -102,7 +102,7 @@ def _remove_abandoned(place: Path) -> None:
     parts = re.compile(rf"\.{re.escape(place.name)}\.\d+\.part")
     with suppress(OSError):  # of a folder above that may be written but not listed, or of a part that is gone meanwhile
         for part in [part for part in place.parent.iterdir() if parts.fullmatch(part.name) and part.is_dir()]:
-            lock = open_folder(part)
+            lock = folder_descriptor(part)
             try:
                 if time.time() - os.fstat(lock).st_mtime > _LOCKED_AFTER and _lock(lock):
                     shutil.rmtree(part, ignore_errors=True)
