@@ -16,13 +16,21 @@ class _WholeCells(RenderHook):
         return renderables
 
 
+class _PassingOn(Console):
+    """A console of standard output that leaves a reader's early end to the command, where rich ends the process with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled."""
+        raise  # rich calls this while it handles the error
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """Return a console that reads no markup (`[red]`) and no names of emoji (`:dog:`) out of what it prints.
 
     Cells and titles of tables count too: they may hold names and paths. Styles are given as `style=`. Lines of
     standard output are COLUMNS long at least: a narrower terminal breaks them itself, and loses no number of a table.
     """
-    console = Console(stderr=stderr, markup=False, emoji=False)
+    console = (Console if stderr else _PassingOn)(stderr=stderr, markup=False, emoji=False)
     if not stderr:  # where progress bars are drawn, which must not be broken
         console.width = max(console.width, COLUMNS)
     console.push_render_hook(_WholeCells())

@@ -275,12 +275,17 @@ def no_locks(error: OSError) -> str:
     )
 
 
+def folder_descriptor(folder: Path) -> int:
+    """Return a descriptor of a folder, to lock or sync it; raises OSError, as for anything that is no folder."""
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the disk has a folder's entries; raises OSError.
 
     Some network file systems cannot sync folders. There the wait counts as done, after one warning in each process.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = folder_descriptor(folder)
     try:
         os.fsync(descriptor)
     except OSError as error:

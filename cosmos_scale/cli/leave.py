@@ -18,7 +18,8 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
     wandb). Its last work is to take the interpreter apart, and that is left out here: threads of gloo and CUDA still
     run, and one that lets go of a tensor meanwhile aborts the process, so that a run that ended well has status 134.
     An exception has the status that Python gives it, and its traceback. Signals that ask a program to end change
-    nothing any more: launchers repeat them while the program leaves, and its status says what it has done.
+    nothing any more: launchers repeat them while the program leaves, and its status says what it has done. Ctrl-C ends
+    what Python waits for at that moment, without a traceback.
     """
     _open_missing_streams()
     status = 1
@@ -33,6 +34,7 @@ def leave_after(main: Callable[[], int]) -> NoReturn:
     except BaseException:
         _show_error()
     ignore_terminations()
+    sys.unraisablehook = _show_unraisable
     for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]
         try:
             step()
@@ -61,6 +63,12 @@ def _status(end: SystemExit) -> int:
 def _show_error() -> None:
     with suppress(OSError):  # of a standard error that nobody reads
         sys.excepthook(*sys.exc_info())
+
+
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Show an exception that Python cannot pass on, as of a function of atexit, unless it is an interrupt."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def _flush() -> None:

@@ -57,12 +57,15 @@ def confusion_table(found: Sequence[Confused], title: str) -> Table:
 
 
 def write_confusions(counts_CC: Tensor, names: Sequence[str], found: Sequence[Confused], folder: Path) -> None:
-    """Write the list of some confusions, and the picture of all; raises UserError where they cannot be written."""
+    """Write the list of some confusions, and the picture of all; raises UserError where they cannot be written.
+
+    Names of folders that are no UTF-8 keep their bytes in the list, and have them escaped in the picture.
+    """
     make_folder(folder)
     with (
         writing(folder / LIST),
         whole_file(folder / LIST) as part,
-        part.open("w", newline="", encoding="utf-8") as file,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         rows = csv.writer(file)
         rows.writerow(Confused._fields)
@@ -83,6 +86,7 @@ def _draw(counts_CC: Tensor, names: Sequence[str], path: Path) -> None:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if len(names) <= _NAMED:
+        names = [name.encode(errors="backslashreplace").decode() for name in names]
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
     with writing(path), whole_file(path) as part:

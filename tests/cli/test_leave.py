@@ -11,7 +11,7 @@ from tests.conftest import REPOSITORY
 
 # An object of a module is deleted when Python takes the interpreter apart.
 PROGRAM = """
-import atexit, sys, threading, time
+import atexit, signal, sys, threading, time
 from cosmos_scale.cli.leave import leave_after
 
 class Left:
@@ -38,6 +38,7 @@ leave_after(main)
         ("sys.exit('no')", 1, "no\n"),
         ("raise KeyboardInterrupt", 130, "cosmos-scale: interrupted\n"),
         ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+        ("atexit.register(signal.raise_signal, signal.SIGINT); return 3", 3, ""),  # Ctrl-C while it leaves
         ("atexit.register(lambda: 1 / 0); return 3", 3, "ZeroDivisionError: division by zero\n"),
     ],
 )

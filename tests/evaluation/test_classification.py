@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.classification import Classification, mean_per_class, ranks_of
-from cosmos_scale.evaluation.confusions import LIST, PICTURE, worst_confusions
+from cosmos_scale.evaluation.confusions import LIST, PICTURE, Confused, worst_confusions, write_confusions
 from cosmos_scale.evaluation.evaluator import Encoder, Numbers, measure, one_process
 from cosmos_scale.evaluation.feature_cache import FeatureCache
 from cosmos_scale.evaluation.kinds import make_evaluator
@@ -187,6 +188,13 @@ def test_confusions_are_counted_named_and_drawn(animals: Path, tmp_path: Path) -
     assert int(rows[1][2]) <= numbers["pictures"] * (1 - numbers["top1"])
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert table.row_count == len(rows) - 1  # type: ignore[union-attr]
+
+
+def test_confusions_of_names_that_are_no_utf8_are_written(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")  # a folder's, by a disk of another system
+    write_confusions(torch.tensor([[1, 2], [0, 1]]), [name, "tea"], [Confused(name, "tea", 2, 0.5)], tmp_path)
+    assert (tmp_path / LIST).read_bytes().splitlines()[1] == b"caf\xe9,tea,2,0.5"
+    assert (tmp_path / PICTURE).exists()
 
 
 def test_the_worst_confusions_come_first_and_never_the_right_answers() -> None:

@@ -1,7 +1,9 @@
 """Where labelled pictures lie: the published sets as torchvision finds them, folders, shards, and what is refused."""
 
+import errno
 import io
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -290,12 +292,43 @@ def test_pictures_of_any_form_are_found_and_folders_of_programs_are_none(tmp_pat
         "b/0.WebP",
         ".ipynb_checkpoints/0.jpg",
         "@eaDir/0.jpg",
+        "a/@eaDir/0.jpg/thumbnail.jpg",
+        "lost+found/0.jpg",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     found = open_folders(section(tmp_path))
     assert [found.name(place) for place in range(len(found))] == ["a/0.JFIF", "a/1.heic", "b/0.WebP"]
     assert (list(found.labels), list(found.classes)) == ([0, 0, 1], ["a", "b"])
+
+
+def test_links_to_folders_are_followed_and_those_that_run_in_a_circle_add_nothing(tmp_path: Path) -> None:
+    """Followed as often as the system lets one, a circle would count a class's pictures 41 times."""
+    for name in ("set/a/0.jpg", "set/a/z/3.jpg", "set/b/1.jpg", "elsewhere/2.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    links = {"set/b/more": "elsewhere", "set/a/all": "set/a", "elsewhere/back": "set/b", "set/a/root": "/"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "set/itself").symlink_to("itself")
+    found = open_folders(section(tmp_path / "set"))
+    assert [found.name(place) for place in range(len(found))] == ["a/0.jpg", "a/z/3.jpg", "b/1.jpg", "b/more/2.jpg"]
+    assert (list(found.labels), list(found.classes)) == ([0, 0, 1, 1], ["a", "b"])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passed over, its pictures would be missing from the numbers without a word."""
+    (tmp_path / "a" / "closed").mkdir(parents=True)
+    listdir = os.listdir
+
+    def closed(folder: str) -> list[str]:
+        if folder.endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(UserError, match="a/closed: the folder cannot be listed: Permission denied"):
+        open_folders(section(tmp_path))
 
 
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:

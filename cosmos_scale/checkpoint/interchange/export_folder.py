@@ -3,9 +3,11 @@
 Which files an export has written is told by the last line of its README.md.
 """
 
+import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,11 +15,12 @@ from pathlib import Path
 from cosmos_scale.checkpoint.interchange.export_files import Advance, ExportedFile, ToldFile, text_file
 from cosmos_scale.checkpoint.room import free_bytes
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, reason_of, regular_only, whole_path
+from cosmos_scale.files import folder_descriptor, read_regular, reason_of, regular_only, whole_path
 
 CARD = "README.md"
 _OWN = re.compile(r"<!-- files of cosmos-scale convert: (.+) -->\s*\Z")
 _SPARE = 1 << 20  # bytes beside the tensors: tables of contents of files, folders
+_LOCKED_AFTER = 60  # seconds after which a new folder of a live export is certainly locked
 
 
 def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
@@ -61,8 +64,8 @@ def write_export(
 ) -> None:
     """Write files and the card as a folder, whole or not at all; raises UserError as `check_target` does, too.
 
-    The files are written to a folder beside it, which takes the folder's place when it is whole. force: see
-    `check_target`.
+    The files are written to a folder beside it, which takes the folder's place when it is whole; those that killed
+    exports left there are deleted. force: see `check_target`.
     """
     check_target(folder, [file.name for file in files], force=force)
     own = ", ".join([*(file.name for file in files), CARD])
@@ -72,6 +75,7 @@ def write_export(
         part = place.with_name(f".{place.name}.{os.getpid()}.part")
         with _told(place.parent):  # it may be that the folder itself can be written, and not the one above
             place.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(place)
             needed, free = sum(file.size for file in files) + _SPARE, free_bytes(place.parent)
             if free < needed:
                 raise UserError(
@@ -79,6 +83,8 @@ def write_export(
                     f"{needed / 2**20:,.0f}; rule: make room, or name another folder"
                 )
             part.mkdir()
+            lock = folder_descriptor(part)
+            _lock(lock)
         try:
             for file in files:
                 with open(part / file.name, "wb", opener=regular_only) as out:
@@ -87,6 +93,30 @@ def write_export(
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+        finally:
+            os.close(lock)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Delete what killed exports to a place have left beside it, each as large as a model; a live one holds a lock."""
+    parts = re.compile(rf"\.{re.escape(place.name)}\.\d+\.part")
+    with suppress(OSError):  # of a folder above that may be written but not listed, or of a part that is gone meanwhile
+        for part in [part for part in place.parent.iterdir() if parts.fullmatch(part.name) and part.is_dir()]:
+            lock = folder_descriptor(part)
+            try:
+                if time.time() - os.fstat(lock).st_mtime > _LOCKED_AFTER and _lock(lock):
+                    shutil.rmtree(part, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _lock(folder: int) -> bool:
+    """Return whether an open folder is locked now; not where another process holds the lock, or none can be had."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _own_files(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A folder of pictures for each class, as torchvision's ImageFolder reads it, but for folders that programs leave."""
+"""A folder of pictures for each class, as torchvision's ImageFolder reads it, but for programs' folders and loops."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import FilePictures, PlacedFile, is_hidden, is_picture
+from cosmos_scale.files import reason_of
 
 _PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "images")  # of a set
 LAYOUT = "a folder for each class, with its pictures in it"
@@ -14,18 +15,16 @@ LAYOUT = "a folder for each class, with its pictures in it"
 def open_folders(config: ClassificationConfig) -> FilePictures:
     """Find the pictures below the folders of a folder; the classes are the folders' names, sorted.
 
-    Raises UserError where there is no such folder, no picture in it, or where its folders hold those of the classes.
+    Raises UserError where there is no such folder, no picture in it, where its folders hold those of the classes,
+    or where one of them cannot be listed.
     """
     root = Path(config.data)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; rule: {LAYOUT}")
-    from torchvision.datasets.folder import make_dataset  # here: the import takes a second
-
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
+    classes = sorted(name for name in _listed(str(root)) if (root / name).is_dir() and not is_hidden(name))
     if not classes:
         raise UserError(f"{root}: has no folder in it; rule: {LAYOUT}")
-    numbers = {name: number for number, name in enumerate(classes)}
-    samples = make_dataset(str(root), numbers, is_valid_file=is_picture, allow_empty=True)
+    samples = [(path, label) for label, name in enumerate(classes) for path in _pictures_below(str(root / name))]
     if not samples:
         raise UserError(f"{root}: no picture in its {len(classes)} folders; rule: {LAYOUT}")
     # ImageFolder would take each part for a class: one part for one class, of which every answer is right.
@@ -37,3 +36,29 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
         )
     files = [PlacedFile(path, os.path.relpath(path, root)) for path, _ in samples]
     return FilePictures(files, [label for _, label in samples], classes)
+
+
+def _pictures_below(folder: str) -> list[str]:
+    """Return the paths of the pictures below a folder, by folder, then by name; links to folders are followed.
+
+    A link to a folder that the link lies in adds nothing: its pictures would count again and again.
+    """
+    found: list[tuple[str, list[str]]] = []
+    waiting: list[tuple[str, tuple[Path, ...]]] = [(folder, ())]
+    while waiting:
+        place, above = waiting.pop()
+        real = Path(os.path.realpath(place))
+        if any(outer.is_relative_to(real) for outer in above):
+            continue
+        names = _listed(place)
+        folders = {name for name in names if os.path.isdir(os.path.join(place, name))}
+        waiting += [(os.path.join(place, name), (*above, real)) for name in folders if not is_hidden(name)]
+        found.append((place, [name for name in names if name not in folders and is_picture(name)]))
+    return [os.path.join(place, name) for place, names in sorted(found) for name in names]
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be listed: {reason_of(error)}; rule: {LAYOUT}") from error

@@ -22,7 +22,7 @@ from cosmos_scale.words import counted
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # Found too, so that what cannot be read is left out by name and counted.
 _OTHER_PICTURES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff")
-_TOOLS_FOLDERS = ("@eaDir", "__MACOSX")  # of file servers and archives
+_TOOLS_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")  # of file servers, archives and disks
 
 
 def is_picture(path: str) -> bool:

@@ -1,5 +1,7 @@
 """An export's folder is written whole or not at all; --force replaces what an export wrote, and nothing else."""
 
+import fcntl
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -45,6 +47,21 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
     write(tmp_path / "link", {"a": "1"})
     assert (tmp_path / "link").is_symlink()
     assert held(tmp_path / "empty") == {"a": "1"}
+
+
+def test_what_killed_exports_left_is_deleted_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
+    """Each leftover is as large as a model, and hidden."""
+    names = (".out.1.part", ".out.2.part", ".out.3.part", ".other.4.part")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+        if name != ".out.3.part":  # begun this moment
+            os.utime(tmp_path / name, (0, 0))
+    live = os.open(tmp_path / ".out.2.part", os.O_RDONLY)
+    fcntl.flock(live, fcntl.LOCK_EX)
+    write(tmp_path / "out", {"a": "1"})
+    os.close(live)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "out"])
 
 
 def test_a_folder_where_a_disk_is_mounted_cannot_be_replaced() -> None:
