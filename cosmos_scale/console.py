@@ -30,7 +30,7 @@ def make_console(*, stderr: bool = False) -> Console:
     Cells and titles of tables count too: they may hold names and paths. Styles are given as `style=`. Lines of
     standard output are COLUMNS long at least: a narrower terminal breaks them itself, and loses no number of a table.
     """
-    console = (Console if stderr else _PassingOn)(stderr=stderr, markup=False, emoji=False)
+    console = Console(stderr=True, markup=False, emoji=False) if stderr else _PassingOn(markup=False, emoji=False)
     if not stderr:  # where progress bars are drawn, which must not be broken
         console.width = max(console.width, COLUMNS)
     console.push_render_hook(_WholeCells())
