@@ -17,7 +17,7 @@ class _WholeCells(RenderHook):
 
 
 class _PassingOn(Console):
-    """A console of standard output that leaves a reader's early end to the command; rich would end the process."""
+    """A console of standard output: where its reader leaves early, the command ends, not rich with status 1."""
 
     def on_broken_pipe(self) -> None:
         """Raise the BrokenPipeError that is being handled."""

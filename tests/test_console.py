@@ -2,7 +2,6 @@
 
 import ast
 import io
-import os
 import re
 import sys
 from pathlib import Path
@@ -91,13 +90,14 @@ def test_every_console_is_made_in_one_place() -> None:
     assert made == {"cosmos_scale/console.py"}
 
 
-def test_a_reader_that_ends_early_is_left_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Unread(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_leaves_early_is_left_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rich would end the process, with status 1."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w", closefd=False) as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        console = make_console()
-        with pytest.raises(BrokenPipeError):
-            console.print("a table")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # where what is still buffered goes
+    monkeypatch.setattr(sys, "stdout", _Unread())
+    console = make_console()
+    with pytest.raises(BrokenPipeError):
+        console.print("a table")

@@ -67,6 +67,7 @@ def write_export(
     The files are written to a folder beside it, which takes the folder's place when it is whole; those that killed
     exports left there are deleted. force: see `check_target`.
     """
+    _put_back(folder)
     check_target(folder, [file.name for file in files], force=force)
     own = ", ".join([*(file.name for file in files), CARD])
     files = [*files, text_file(CARD, f"{card.rstrip()}\n\n<!-- files of cosmos-scale convert: {own} -->\n")]
@@ -142,6 +143,11 @@ def _take_place(part: Path, place: Path) -> None:
     except BaseException:
         before.rename(place)
         raise
+    _move_along(before, own, place)
+
+
+def _move_along(before: Path, own: Sequence[str], place: Path) -> None:
+    """Move what others had put into an old folder to the new one, and delete the old one, its card last."""
     for entry in list(before.iterdir()):
         if entry.name not in own:
             entry.rename(place / entry.name)
@@ -149,6 +155,20 @@ def _take_place(part: Path, place: Path) -> None:
         (before / name).unlink(missing_ok=True)
     with suppress(OSError):  # of a file that has come meanwhile: it stays there
         before.rmdir()
+
+
+def _put_back(folder: Path) -> None:
+    """Give back the old folder that an export, killed as its files took the place, had put aside."""
+    with suppress(OSError, RuntimeError):  # of a link that leads nowhere; of a folder above that may not be listed
+        place = folder.resolve()
+        olds = re.compile(rf"\.{re.escape(place.name)}\.\d+\.before")
+        for before in [entry for entry in place.parent.iterdir() if olds.fullmatch(entry.name) and entry.is_dir()]:
+            if time.time() - before.stat().st_ctime <= _LOCKED_AFTER:  # of a live export, which is about to do it
+                continue
+            if place.exists():
+                _move_along(before, _own_files(before), place)
+            else:
+                before.rename(place)
 
 
 @contextmanager

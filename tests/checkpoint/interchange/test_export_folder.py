@@ -148,3 +148,19 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=r"1 MiB are free there, the files take 3; rule: make room"):
         write_export(tmp_path / "out", [ExportedFile("a", 2 * 2**20, lambda file: None)], "card", force=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["before the new folder", "after it"])
+def test_what_a_killed_replacement_had_put_aside_comes_back(
+    taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", {"a": "1"})
+    (tmp_path / "out" / "mine").write_text("own")
+    (tmp_path / "out").rename(tmp_path / ".out.5.before")
+    if taken:
+        write(tmp_path / "out", {"a": "2"})
+    assert (tmp_path / ".out.5.before").exists()  # it may be that of a live export
+    monkeypatch.setattr(export_folder, "_LOCKED_AFTER", -1)
+    write(tmp_path / "out", {"a": "3"}, force=True)
+    assert held(tmp_path / "out") == {"a": "3", "mine": "own"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
