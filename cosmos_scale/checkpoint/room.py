@@ -17,11 +17,14 @@ def superfluous(root: Path, config: CheckpointConfig, keep: int) -> list[Path]:
     a run whose steps are all skipped would lose the checkpoints from before its weights went bad.
     """
     found, every = checkpoints(root), config.keep_every
-    updates = [_updates(folder) for folder in found]
-    unchanged = [found[n] for n in range(len(found) - 1) if updates[n] is not None and updates[n] == updates[n + 1]]
-    first = unchanged + [old for old in found[:-1] if old not in unchanged]
-    beyond = set(first[: max(0, len(found) - keep)])
-    return [old for old in found if old in beyond and (every is None or step_of(old) % every != 0)]
+    passing = [n for n, folder in enumerate(found[:-1]) if every is None or step_of(folder) % every != 0]
+    count = sum(n < len(found) - keep for n in passing)
+    if count == 0:
+        return []
+    # Only of these, and not of those that are kept for good: a manifest is long, and there may be hundreds.
+    unchanged = [n for n in passing if (own := _updates(found[n])) is not None and own == _updates(found[n + 1])]
+    going = [*unchanged, *(n for n in passing if n not in unchanged)][:count]
+    return [found[n] for n in sorted(going)]
 
 
 def _updates(checkpoint: Path) -> int | None:
