@@ -27,13 +27,20 @@ class BrokenCheckpoint(UserError):
     """A checkpoint whose files are not what was written; an older checkpoint may be whole."""
 
 
-def raise_if_gone(folder: Path, failure: Exception) -> None:
-    """Raise BrokenCheckpoint where a file of a checkpoint is missing since its folder, once found, is gone."""
-    if isinstance(failure, FileNotFoundError) and not os.path.exists(folder):
-        raise BrokenCheckpoint(
+class GoneCheckpoint(BrokenCheckpoint):
+    """A checkpoint whose folder was deleted after it was found; its run may have a newer one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
             f"checkpoint {folder}: deleted since it was found, as by its run, which keeps the newest; "
             "rule: name the run again, or let it keep more (checkpoint.keep_last)"
-        ) from failure
+        )
+
+
+def raise_if_gone(folder: Path, failure: Exception) -> None:
+    """Raise GoneCheckpoint where a file of a checkpoint is missing since its folder, once found, is gone."""
+    if isinstance(failure, FileNotFoundError) and not os.path.exists(folder):
+        raise GoneCheckpoint(folder) from failure
 
 
 class FileRecord(NamedTuple):

@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")  # of a fragment's tensors, in the order of the files
 SAVED_AS = {"student": "weight", "teacher": "ema"}
 MOST_SHOWN = 10  # runs in a message
+MOST_TRIES = 5  # to read the newest checkpoint of a run that goes on, and deletes its old ones
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,12 @@ def checkpoints(root: Path) -> list[Path]:
 
 def newest(root: Path) -> Path | None:
     """Return the checkpoint of the highest step under a folder, None where there is no checkpoint."""
-    found = checkpoints(root)
+    for _ in range(MOST_TRIES):
+        named = saved_folders(root)
+        found = [folder for folder in named if (folder / MANIFEST).exists()]
+        # A run may save its next checkpoint and delete this one while the list is gone through.
+        if found or all(map(os.path.lexists, named)):
+            break
     return found[-1] if found else None
 
 

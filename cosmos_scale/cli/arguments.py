@@ -105,6 +105,11 @@ def say_notes(checkpoint: Path, notes: Sequence[str]) -> None:
         print(f"{checkpoint}: {note}", file=sys.stderr)
 
 
+def say(line: str) -> None:
+    """Say a line on stderr."""
+    print(line, file=sys.stderr)
+
+
 def say_repeats(overrides: Sequence[str]) -> None:
     """Say on stderr, on the main rank, which dotted keys are given twice with two values, and which without any.
 

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_scale.cli.arguments import add_checkpoint, path, place, positive, say_notes, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, place, positive, say, say_notes, with_examples
 from cosmos_scale.cli.eval_retrieval import DATASETS
 from cosmos_scale.errors import UserError
 
@@ -56,7 +56,7 @@ def add_attention_command(commands: "argparse._SubParsersAction[argparse.Argumen
 def _run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from cosmos_scale.checkpoint.interchange.reading import find_model
+    from cosmos_scale.checkpoint.interchange.reading import of_newest
     from cosmos_scale.console import make_console
     from cosmos_scale.evaluation.attention_maps import peak_of, require_heads, strongest
     from cosmos_scale.evaluation.attention_pictures import write_page, write_png
@@ -65,9 +65,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.files import make_folder
 
     _check(arguments)
-    checkpoint = find_model(arguments.checkpoint)
-    ((weights, which),) = models_of(checkpoint, arguments.weights).items()
-    encoder = load_encoder(checkpoint, which, arguments.device, arguments.activation)
+
+    def read(checkpoint: Path) -> "tuple[Path, str, Encoder]":
+        ((weights, which),) = models_of(checkpoint, arguments.weights).items()
+        return checkpoint, weights, load_encoder(checkpoint, which, arguments.device, arguments.activation)
+
+    checkpoint, weights, encoder = of_newest(arguments.checkpoint, read, say)
     require_heads(encoder.model, str(checkpoint))
     say_notes(checkpoint, encoder.notes)
     total = len(arguments.image) if arguments.image else arguments.samples or SAMPLES

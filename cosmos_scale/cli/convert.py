@@ -5,10 +5,11 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import add_checkpoint, path, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, say, with_examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from cosmos_scale.checkpoint.interchange.export_files import ExportedFile
     from cosmos_scale.checkpoint.interchange.formats import Format
@@ -62,16 +63,21 @@ def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.checkpoint.interchange.export_folder import check_target, write_export
     from cosmos_scale.checkpoint.interchange.formats import check_format
     from cosmos_scale.checkpoint.interchange.model_card import Card
+    from cosmos_scale.checkpoint.interchange.reading import of_newest
     from cosmos_scale.checkpoint.interchange.source import open_source
     from cosmos_scale.evaluation.bar import WorkBar
 
     to, folder = arguments.to, arguments.folder
     models: tuple[Which, ...] = ("student", "teacher") if to == "cosmos" else (arguments.which,)
     check_target(folder, (), force=arguments.force)  # before anything takes time
-    source = open_source(arguments.checkpoint, models, arguments.activation)
-    check_format(to, source)
     with WorkBar(show=True) as bar:
-        files = _files(to, source, models, bar)
+
+        def read(checkpoint: "Path") -> "tuple[Source, list[ExportedFile]]":
+            source = open_source(checkpoint, models, arguments.activation)
+            check_format(to, source)
+            return source, _files(to, source, models, bar)
+
+        source, files = of_newest(arguments.checkpoint, read, say)
         total, written = sum(file.size for file in files), 0
 
         def advance(count: int) -> None:

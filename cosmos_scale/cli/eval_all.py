@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
-from cosmos_scale.cli.eval_command import FEATURES, main_ranks_choice, on_ranks, together
+from cosmos_scale.cli.eval_command import FEATURES, encoder_of, of_one_checkpoint, on_ranks
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
 from cosmos_scale.files import make_output_folder
@@ -17,7 +17,6 @@ from cosmos_scale.files import make_output_folder
 if TYPE_CHECKING:
     from cosmos_scale.engine.ranks import Ranks
     from cosmos_scale.evaluation.all_sets import OpenedSet
-    from cosmos_scale.evaluation.bar import WorkBar
     from cosmos_scale.evaluation.comparison import Measured, Results
     from cosmos_scale.evaluation.evaluator import Encoder, Setting
     from cosmos_scale.evaluation.published import PublishedRow
@@ -67,28 +66,28 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
     """Measure the models on every set, and write what is known after each of them; returns the exit status."""
-    from cosmos_scale.checkpoint.interchange.reading import find_model
     from cosmos_scale.evaluation.bar import WorkBar
     from cosmos_scale.evaluation.comparison import MARKDOWN_FILE, Results
     from cosmos_scale.evaluation.loading import models_of
     from cosmos_scale.evaluation.together import EvaluationFailed
 
     prints = ranks is None or ranks.is_main
-    with together(ranks):
-        found = find_model(arguments.checkpoint)
-    checkpoint = main_ranks_choice(arguments.checkpoint, found, ranks)
-    with together(ranks):
+
+    def load(checkpoint: Path) -> "tuple[dict[str, Encoder], tuple[str | None, PublishedRow | None]]":
         models = models_of(checkpoint, arguments.weights)
         if not arguments.data_root.is_dir():
             raise UserError(f"--data-root: {arguments.data_root} is no folder")
-        name, row = _published(arguments.published, checkpoint)
+        row = _published(arguments.published, checkpoint)
         make_output_folder(arguments.out)
+        return {name: encoder_of(arguments, ranks, checkpoint, which) for name, which in models.items()}, row
+
+    checkpoint, (models, (name, row)) = of_one_checkpoint(arguments.checkpoint, load, ranks)
     results = Results(str(checkpoint), str(arguments.data_root), arguments.names, name, row)
     bar = WorkBar(show=prints)
     opened: Sequence[OpenedSet] | None = None
-    for weights, which in models.items():
-        with together(ranks):
-            encoder = _encoder(arguments, ranks, checkpoint, which, bar)
+    for weights in list(models):
+        encoder = models.pop(weights)
+        encoder = replace(encoder, setting=replace(encoder.setting, report=bar.report))
         if opened is None:
             if prints:
                 say_notes(checkpoint, encoder.notes)
@@ -131,24 +130,6 @@ def _published(given: str | None, checkpoint: Path) -> "tuple[str | None, Publis
     if given not in PUBLISHED_ROWS:
         raise UserError(f"--published: {given} is none of {', '.join(PUBLISHED_ROWS)}")
     return given, PUBLISHED_ROWS[given]
-
-
-def _encoder(
-    arguments: argparse.Namespace, ranks: "Ranks | None", checkpoint: Path, which: Any, bar: "WorkBar"
-) -> "Encoder":
-    from cosmos_scale.evaluation.feature_cache import FeatureCache
-    from cosmos_scale.evaluation.loading import load_encoder
-
-    device = arguments.device if ranks is None else ranks.device
-    encoder = load_encoder(checkpoint, which, device, arguments.activation)
-    setting = replace(
-        encoder.setting,
-        rank=0 if ranks is None else ranks.rank,
-        world_size=1 if ranks is None else ranks.world_size,
-        report=bar.report,
-        cache=FeatureCache(checkpoint.parent / FEATURES) if arguments.cache else None,
-    )
-    return replace(encoder, setting=setting)
 
 
 def _opened(

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say, say_notes, with_examples
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
 from cosmos_scale.files import make_output_folder
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from cosmos_scale.checkpoint.interchange.weights import Which
     from cosmos_scale.config import EvaluatorConfig
     from cosmos_scale.engine.ranks import Ranks
-    from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
+    from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Numbers
+
+Value = TypeVar("Value")
 
 FEATURES = "features"  # folder beside a checkpoint, for --cache
 ONE_LINE = "print one JSON line for each model instead of a table"
@@ -133,23 +135,24 @@ def on_ranks(device: str, evaluate: Callable[["Ranks | None"], int]) -> int:
 
 def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: "Ranks | None") -> int:
     """Measure the models that the arguments name, and print what is found; ranks: None for this process alone."""
-    from cosmos_scale.checkpoint.interchange.reading import find_model
     from cosmos_scale.console import make_console
     from cosmos_scale.evaluation.loading import models_of
 
     prints = ranks is None or ranks.is_main
-    with together(ranks):
-        found = find_model(arguments.checkpoint)
-    checkpoint = main_ranks_choice(arguments.checkpoint, found, ranks)
-    with together(ranks):
+
+    def load(checkpoint: Path) -> "dict[str, tuple[Which, Encoder]]":
         models = models_of(checkpoint, arguments.weights)
         if arguments.out is not None:
             make_output_folder(arguments.out)
+        return {name: (which, encoder_of(arguments, ranks, checkpoint, which)) for name, which in models.items()}
+
+    checkpoint, models = of_one_checkpoint(arguments.checkpoint, load, ranks)
     results: dict[str, Numbers] = {}
     evaluator: Evaluator | None = None
     details: dict[str, Sequence[Any]] = {}
-    for name, which in models.items():
-        evaluator, results[name] = _measured(arguments, section, ranks, checkpoint, which, evaluator)
+    for name in list(models):
+        which, encoder = models.pop(name)
+        evaluator, results[name] = _measured(arguments, section, ranks, checkpoint, which, encoder, evaluator)
         details[name] = evaluator.details()
         if prints and arguments.json:
             named = {"checkpoint": str(checkpoint), "weights": name, **evaluator.subject()}
@@ -170,31 +173,21 @@ def _measured(
     ranks: "Ranks | None",
     checkpoint: Path,
     which: "Which",
+    encoder: "Encoder",
     evaluator: "Evaluator | None",
 ) -> tuple["Evaluator", "Numbers"]:
     """Measure one model of a checkpoint; returns the evaluator too, which is made for the first model."""
     from cosmos_scale.evaluation.bar import WorkBar
     from cosmos_scale.evaluation.evaluator import measure
-    from cosmos_scale.evaluation.feature_cache import FeatureCache
     from cosmos_scale.evaluation.kinds import make_evaluator
-    from cosmos_scale.evaluation.loading import load_encoder
 
     folder = None if arguments.out is None else arguments.out / which
     with WorkBar(show=ranks is None or ranks.is_main) as bar:
         with together(ranks):
-            device = arguments.device if ranks is None else ranks.device
-            encoder = load_encoder(checkpoint, which, device, arguments.activation)
             if evaluator is None and (ranks is None or ranks.is_main):
                 say_notes(checkpoint, encoder.notes)
-            setting = replace(
-                encoder.setting,
-                rank=0 if ranks is None else ranks.rank,
-                world_size=1 if ranks is None else ranks.world_size,
-                report=bar.report,
-                cache=FeatureCache(checkpoint.parent / FEATURES) if arguments.cache else None,
-            )
-            encoder = replace(encoder, setting=setting)
-            evaluator = evaluator or make_evaluator(section, setting)
+            encoder = replace(encoder, setting=replace(encoder.setting, report=bar.report))
+            evaluator = evaluator or make_evaluator(section, encoder.setting)
         if ranks is None:
             return evaluator, measure(evaluator, encoder, folder=folder)
         from cosmos_scale.engine.ranks import gather_rows
@@ -204,6 +197,53 @@ def _measured(
             return evaluator, measure_together(evaluator, encoder, gather_rows, folder)
         except EvaluationFailed as failure:
             raise UserError(str(failure)) from failure
+
+
+def encoder_of(arguments: argparse.Namespace, ranks: "Ranks | None", checkpoint: Path, which: "Which") -> "Encoder":
+    """Load one model of a checkpoint as the arguments say, for this rank among all."""
+    from cosmos_scale.evaluation.feature_cache import FeatureCache
+    from cosmos_scale.evaluation.loading import load_encoder
+
+    device = arguments.device if ranks is None else ranks.device
+    encoder = load_encoder(checkpoint, which, device, arguments.activation)
+    setting = replace(
+        encoder.setting,
+        rank=0 if ranks is None else ranks.rank,
+        world_size=1 if ranks is None else ranks.world_size,
+        cache=FeatureCache(checkpoint.parent / FEATURES) if arguments.cache else None,
+    )
+    return replace(encoder, setting=setting)
+
+
+def of_one_checkpoint(named: Path, read: Callable[[Path], Value], ranks: "Ranks | None") -> tuple[Path, Value]:
+    """Return the checkpoint that a path stands for, the same on all ranks, and what is read of it; collective.
+
+    All that is needed of a checkpoint should be read here: a run that goes on may delete it later. See `of_newest`.
+    """
+    from cosmos_scale.checkpoint.files import GoneCheckpoint
+    from cosmos_scale.checkpoint.interchange.reading import find_model, of_newest
+
+    def find(path: Path) -> Path:
+        with together(ranks):
+            found = find_model(path)
+        return main_ranks_choice(path, found, ranks)
+
+    def read_together(checkpoint: Path) -> tuple[Path, Value]:
+        gone, values = False, list[Value]()
+        with together(ranks):
+            try:
+                values.append(read(checkpoint))
+            except GoneCheckpoint:
+                gone = True
+        if ranks is not None:
+            from cosmos_scale.engine.ranks import from_all
+
+            gone = any(from_all(gone, ranks))
+        if gone:
+            raise GoneCheckpoint(checkpoint)
+        return checkpoint, values[0]
+
+    return of_newest(named, read_together, say if ranks is None or ranks.is_main else lambda line: None, find)
 
 
 def main_ranks_choice(named: Path, found: Path, ranks: "Ranks | None") -> Path:

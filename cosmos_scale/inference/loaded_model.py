@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cosmos_scale.checkpoint.interchange.reading import find_model
+from cosmos_scale.checkpoint.interchange.reading import of_newest
 from cosmos_scale.checkpoint.interchange.weights import Activation, Which
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
@@ -229,7 +229,8 @@ def load(
     COSMOS .pt, weights or a folder of OpenCLIP, a folder of Hugging Face's CLIPModel. which: the teacher, which is the
     one to use after training, or the student, which is the default of `convert` and `eval`; without meaning where there
     is one model. device: auto (CUDA where there is a device), cpu, cuda or cuda:N. activation: of public weights that
-    do not tell theirs; warns of what is assumed.
+    do not tell theirs; warns of what is assumed, and where the run deletes its newest checkpoint while it is read: then
+    the next one is taken.
     Raises UserError where there is no such checkpoint or device.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
@@ -239,9 +240,15 @@ def load(
         if value not in choices:
             raise UserError(f"{argument}: {value!r}; rule: {' or '.join(map(str, choices))}")
     place = _found_device(device)
-    found = find_model(_possible_path(checkpoint))
-    ((name, of_file),) = models_of(found, which).items()
-    encoder = load_encoder(found, of_file, place, activation)
+
+    def read(found: Path) -> tuple[Path, str, Encoder]:
+        ((name, of_file),) = models_of(found, which).items()
+        return found, name, load_encoder(found, of_file, place, activation)
+
+    said: list[str] = []
+    found, name, encoder = of_newest(_possible_path(checkpoint), read, said.append)
+    for line in said:
+        warnings.warn(line, stacklevel=2)
     encoder.model.requires_grad_(requires_grad=False)
     if encoder.notes[1:]:  # the first says what the file is
         warnings.warn(f"{found}: {'; '.join(encoder.notes)}", stacklevel=2)

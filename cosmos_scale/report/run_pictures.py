@@ -1,11 +1,14 @@
 """What of the report needs the data or the newest checkpoint of a run, for each of its runs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
+from cosmos_scale.checkpoint.files import GoneCheckpoint
+from cosmos_scale.checkpoint.interchange.reading import of_newest
 from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.evaluator import Report
+from cosmos_scale.evaluation.evaluator import Encoder, Report
 from cosmos_scale.evaluation.loading import load_encoder
 from cosmos_scale.report.data_part import SeenSample, caption_lengths_of, seen_samples
 from cosmos_scale.report.evaluation_part import AttentionMap, LeftPictures, attention_of, pictures_left
@@ -136,7 +139,17 @@ def _evaluated(
     if section is None or not run.saved:
         return None, []
     newest = run.saved[-1].folder
-    encoder = _made(run, "retrieval and attention", lambda: load_encoder(newest, "student", device), notes)
+
+    def load() -> Encoder:
+        try:
+            return load_encoder(newest, "student", device)
+        except GoneCheckpoint:  # its run goes on
+            read = partial(load_encoder, which="student", device=device)
+            encoder = of_newest(newest.parent, read, lambda said: None)
+            notes.append(f"{run.label}: retrieval and attention are of a later checkpoint than {newest.name}.")
+            return encoder
+
+    encoder = _made(run, "retrieval and attention", load, notes)
     if encoder is None:
         return None, []
     retrieved = _made(run, "retrieval", lambda: retrieve(section, encoder, report), notes)

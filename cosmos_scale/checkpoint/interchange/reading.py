@@ -1,9 +1,10 @@
 """Public checkpoints of every form: which form a path has, and one model of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from cosmos_scale.checkpoint.files import GoneCheckpoint
 from cosmos_scale.checkpoint.interchange.containers import open_tensors
 from cosmos_scale.checkpoint.interchange.cosmos import cosmos_model, models_held
 from cosmos_scale.checkpoint.interchange.hf import HF_CONFIG, HF_WEIGHTS, open_hf_folder
@@ -23,13 +24,15 @@ from cosmos_scale.checkpoint.interchange.weights import (
     read_stored,
     refusal,
 )
-from cosmos_scale.checkpoint.state import MANIFEST, find_checkpoint, newest, step_of
+from cosmos_scale.checkpoint.state import MANIFEST, MOST_TRIES, find_checkpoint, newest, step_of
 from cosmos_scale.errors import UserError
 
 ADAPTER = "adapter_config.json"  # of a LoRA
 # A folder with one of these is another program's, whatever it turns out to be.
 SETTINGS = (OPENCLIP_CONFIG, HF_CONFIG, ADAPTER)
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+Value = TypeVar("Value")
 
 
 def is_public(path: Path) -> bool:
@@ -55,6 +58,31 @@ def find_model(path: Path) -> Path:
         return find_checkpoint(path)
     except UserError as failure:
         raise UserError(f"{failure}{or_a_file(path)}") from None
+
+
+def of_newest(
+    path: Path,
+    read: Callable[[Path], Value],
+    say: Callable[[str], object],
+    find: Callable[[Path], Path] = find_model,
+) -> Value:
+    """Return what is read of the checkpoint that a path stands for.
+
+    Where that is a run's newest one, and the run deletes it meanwhile, the next one is read, a few times at most.
+    say: is told of it, on one line. find: finds the checkpoint. Raises UserError as `find` and `read` do.
+    """
+    gone: GoneCheckpoint | None = None
+    for left in reversed(range(MOST_TRIES)):
+        checkpoint = find(path)
+        if gone is not None:
+            say(f"checkpoint {checkpoint} is taken: its run has deleted the one before it meanwhile")
+        try:
+            return read(checkpoint)
+        except GoneCheckpoint as failure:
+            if checkpoint == path or left == 0:
+                raise
+            gone = failure
+    raise AssertionError("the last try returns or raises")
 
 
 def or_a_file(folder: Path) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cosmos_scale.checkpoint.interchange.reading import find_model, is_public, open_public
+from cosmos_scale.checkpoint.interchange.reading import is_public, open_public
 from cosmos_scale.checkpoint.interchange.weights import Activation, Which, read_stored
 from cosmos_scale.checkpoint.state import Manifest, load_weights, read_manifest, read_run_config
 from cosmos_scale.config import ModelConfig, RunConfig
@@ -49,10 +49,10 @@ class Source(NamedTuple):
 
 
 def open_source(path: Path, which: Sequence[Which], activation: Activation | None) -> Source:
-    """Open a run, a checkpoint of a run, or another program's checkpoint; nothing but names and shapes is read.
+    """Open a checkpoint of a run, or another program's checkpoint; nothing but names and shapes is read.
 
-    which: the models that will be read. activation: of another program's checkpoint whose files do not say it.
-    Raises UserError where there is no checkpoint, or a model is not in it.
+    path: as `find_model` returns it. which: the models that will be read. activation: of another program's checkpoint
+    whose files do not say it. Raises UserError where there is no checkpoint, or a model is not in it.
     """
     if is_public(path):
         opened = {one: open_public(path, one, activation=activation) for one in which}
@@ -67,19 +67,18 @@ def open_source(path: Path, which: Sequence[Which], activation: Activation | Non
             guessed=first.guessed,
             read=lambda one: read_stored(opened[one], path).tensors,
         )
-    folder = find_model(path)
-    training = Training(read_manifest(folder), read_run_config(folder))
+    training = Training(read_manifest(path), read_run_config(path))
     if activation is not None:
-        raise UserError(f"--activation: {activation}; rule: is for files that do not say it; the run {folder} does")
+        raise UserError(f"--activation: {activation}; rule: is for files that do not say it; the run {path} does")
     return Source(
-        path=folder,
+        path=path,
         kind=f"checkpoint of step {training.manifest.state.step:,} of the run {training.config.name}",
         model=training.config.model,
         has_heads=True,
         models=("student", "teacher"),
         training=training,
         guessed=(),
-        read=lambda one: _finite(folder, load_weights(folder, one)),
+        read=lambda one: _finite(path, load_weights(path, one)),
     )
 
 
