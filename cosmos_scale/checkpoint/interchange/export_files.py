@@ -65,10 +65,14 @@ def torch_file(name: str, content: Mapping[str, Any]) -> ExportedFile:
 
 
 class ToldFile(io.RawIOBase):
-    """A file to write to that tells how many bytes it has taken."""
+    """A file to write to that tells how many bytes it has taken.
+
+    failure: why a write failed, such as a full disk. torch.save raises another error, of its own making, after it.
+    """
 
     def __init__(self, file: IO[bytes], advance: Advance) -> None:
         super().__init__()
+        self.failure: BaseException | None = None
         self._file, self._advance = file, advance
 
     def writable(self) -> bool:
@@ -77,6 +81,10 @@ class ToldFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Write bytes, all of them; raises OSError."""
-        written = self._file.write(data)
-        self._advance(written)
+        try:
+            written = self._file.write(data)
+            self._advance(written)
+        except BaseException as failure:
+            self.failure = self.failure or failure
+            raise
         return written

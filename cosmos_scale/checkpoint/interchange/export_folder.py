@@ -3,6 +3,7 @@
 Which files an export has written is told by the last line of its README.md.
 """
 
+import ctypes
 import fcntl
 import os
 import re
@@ -20,7 +21,9 @@ from cosmos_scale.files import folder_descriptor, read_regular, reason_of, regul
 CARD = "README.md"
 _OWN = re.compile(r"<!-- files of cosmos-scale convert: (.+) -->\s*\Z")
 _SPARE = 1 << 20  # bytes beside the tensors: tables of contents of files, folders
-_LOCKED_AFTER = 60  # seconds after which a new folder of a live export is certainly locked
+_LOCKED_AFTER = 60  # seconds after which, where there are no locks, no live export is between two steps
+_LOCK_SECONDS = 30.0  # that an export waits for another one, which changes names in the same folder
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
@@ -67,8 +70,8 @@ def write_export(
     The files are written to a folder beside it, which takes the folder's place when it is whole; those that killed
     exports left there are deleted. force: see `check_target`.
     """
-    _put_back(folder)
-    check_target(folder, [file.name for file in files], force=force)
+    names = [file.name for file in files]
+    check_target(folder, names, force=force)
     own = ", ".join([*(file.name for file in files), CARD])
     files = [*files, text_file(CARD, f"{card.rstrip()}\n\n<!-- files of cosmos-scale convert: {own} -->\n")]
     with _told(folder):
@@ -76,37 +79,84 @@ def write_export(
         part = place.with_name(f".{place.name}.{os.getpid()}.part")
         with _told(place.parent):  # it may be that the folder itself can be written, and not the one above
             place.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(place)
-            needed, free = sum(file.size for file in files) + _SPARE, free_bytes(place.parent)
-            if free < needed:
-                raise UserError(
-                    f"{whole_path(folder)}: {free / 2**20:,.0f} MiB are free there, the files take "
-                    f"{needed / 2**20:,.0f}; rule: make room, or name another folder"
-                )
-            part.mkdir()
-            lock = folder_descriptor(part)
-            _lock(lock)
+            with _alone_in(place.parent) as alone:
+                _put_back(place, alone=alone)
+                _remove_abandoned(place, alone=alone)
+                check_target(folder, names, force=force)
+                needed, free = sum(file.size for file in files) + _SPARE, free_bytes(place.parent)
+                if free < needed:
+                    raise UserError(
+                        f"{whole_path(folder)}: {free / 2**20:,.0f} MiB are free there, the files take "
+                        f"{needed / 2**20:,.0f}; rule: make room, or name another folder"
+                    )
+                part.mkdir()
+                lock = folder_descriptor(part)
+                _lock(lock)
         try:
             for file in files:
-                with open(part / file.name, "wb", opener=regular_only) as out:
-                    file.write(ToldFile(out, advance))  # type: ignore[arg-type]
-            _take_place(part, place)
+                _write(file, part / file.name, advance)
+            with _alone_in(place.parent):
+                check_target(folder, names, force=force)  # another export may have taken the place meanwhile
+                _take_place(part, place)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            with suppress(OSError):
+                _clear(part, place)
             raise
         finally:
             os.close(lock)
 
 
-def _remove_abandoned(place: Path) -> None:
-    """Delete what killed exports to a place have left beside it, each as large as a model; a live one holds a lock."""
+def _write(file: ExportedFile, path: Path, advance: Advance) -> None:
+    """Write a file, and wait until the disk has it: some disks say only then that they are full."""
+    with open(path, "wb", opener=regular_only) as out:
+        told = ToldFile(out, advance)
+        try:
+            file.write(told)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if told.failure is None:
+                raise
+            raise told.failure from error
+        out.flush()
+        os.fsync(out.fileno())
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Let one export at a time change names in a folder; yields whether that is sure: some file systems have no locks.
+
+    Whoever leaves the block, killed too, gives the lock back.
+    """
+    descriptor, alone = None, False
+    with suppress(OSError):  # of a folder that may be written but not listed
+        descriptor = folder_descriptor(folder)
+    try:
+        end = time.monotonic() + _LOCK_SECONDS
+        while descriptor is not None and not alone and time.monotonic() < end:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                break
+        yield alone
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_abandoned(place: Path, *, alone: bool) -> None:
+    """Delete what killed exports to a place have left beside it, each as large as a model; a live one holds a lock.
+
+    alone: whether no other export is between making its folder and locking it.
+    """
     parts = re.compile(rf"\.{re.escape(place.name)}\.\d+\.part")
     with suppress(OSError):  # of a folder above that may be written but not listed, or of a part that is gone meanwhile
         for part in [part for part in place.parent.iterdir() if parts.fullmatch(part.name) and part.is_dir()]:
             lock = folder_descriptor(part)
             try:
-                if time.time() - os.fstat(lock).st_mtime > _LOCKED_AFTER and _lock(lock):
-                    shutil.rmtree(part, ignore_errors=True)
+                if (alone or time.time() - os.fstat(lock).st_mtime > _LOCKED_AFTER) and _lock(lock):
+                    _clear(part, place)
             finally:
                 os.close(lock)
 
@@ -131,9 +181,15 @@ def _own_files(folder: Path) -> list[str]:
 
 
 def _take_place(part: Path, place: Path) -> None:
-    """Let a whole folder take a place; what others had put into the folder that was there moves along."""
+    """Let a whole folder take a place; what others had put into the folder that was there moves along.
+
+    Where the system can exchange two names at once, the place has a whole folder at every moment.
+    """
     if not place.exists():
         part.rename(place)
+        return
+    if _exchange(part, place):
+        _clear(part, place)
         return
     own = _own_files(place)
     before = place.with_name(f".{place.name}.{os.getpid()}.before")
@@ -141,9 +197,34 @@ def _take_place(part: Path, place: Path) -> None:
     try:
         part.rename(place)
     except BaseException:
-        before.rename(place)
+        if not place.exists():
+            before.rename(place)
         raise
     _move_along(before, own, place)
+
+
+def _clear(part: Path, place: Path) -> None:
+    """Delete an export's hidden folder, whether it holds the new files or, since the exchange, the old ones.
+
+    What others had put into the old folder belongs to the place.
+    """
+    own = _own_files(part)
+    others = own and any(entry.name not in own for entry in part.iterdir())
+    if others and place.exists():
+        _move_along(part, own, place)
+    elif others:
+        part.rename(place)
+    else:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; returns False where the system or the disk cannot do that."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # of a system that is not Linux, or an old one
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
 
 
 def _move_along(before: Path, own: Sequence[str], place: Path) -> None:
@@ -157,13 +238,15 @@ def _move_along(before: Path, own: Sequence[str], place: Path) -> None:
         before.rmdir()
 
 
-def _put_back(folder: Path) -> None:
-    """Give back the old folder that an export, killed as its files took the place, had put aside."""
-    with suppress(OSError, RuntimeError):  # of a link that leads nowhere; of a folder above that may not be listed
-        place = folder.resolve()
+def _put_back(place: Path, *, alone: bool) -> None:
+    """Give back what an export, killed as its files took the place, had put aside; the place keeps what it has.
+
+    alone: whether no other export is about to do it.
+    """
+    with suppress(OSError):  # of a folder above that may not be listed
         olds = re.compile(rf"\.{re.escape(place.name)}\.\d+\.before")
         for before in [entry for entry in place.parent.iterdir() if olds.fullmatch(entry.name) and entry.is_dir()]:
-            if time.time() - before.stat().st_ctime <= _LOCKED_AFTER:  # of a live export, which is about to do it
+            if not alone and time.time() - before.stat().st_ctime <= _LOCKED_AFTER:
                 continue
             if place.exists():
                 _move_along(before, _own_files(before), place)

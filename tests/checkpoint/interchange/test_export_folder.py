@@ -2,14 +2,18 @@
 
 import fcntl
 import os
-from collections.abc import Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
+import torch
 
 from cosmos_scale.checkpoint.interchange import export_folder
-from cosmos_scale.checkpoint.interchange.export_files import ExportedFile, text_file
+from cosmos_scale.checkpoint.interchange.export_files import ExportedFile, text_file, torch_file
 from cosmos_scale.checkpoint.interchange.export_folder import check_target, write_export
 from cosmos_scale.errors import UserError
 
@@ -49,7 +53,20 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(tmp_path: Path) -> None:
     assert held(tmp_path / "empty") == {"a": "1"}
 
 
-def test_what_killed_exports_left_is_deleted_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
+@pytest.fixture(params=[True, False], ids=["locks", "no lock above"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the folder above the export can be locked, so that no other export is between two steps."""
+
+    @contextmanager
+    def never(folder: Path) -> Iterator[bool]:
+        yield False
+
+    if not request.param:
+        monkeypatch.setattr(export_folder, "_alone_in", never)
+    return bool(request.param)
+
+
+def test_what_killed_exports_left_is_deleted_and_what_a_live_one_writes_is_not(tmp_path: Path, locks: bool) -> None:
     """Each leftover is as large as a model, and hidden."""
     names = (".out.1.part", ".out.2.part", ".out.3.part", ".other.4.part")
     for name in names:
@@ -61,7 +78,8 @@ def test_what_killed_exports_left_is_deleted_and_what_a_live_one_writes_is_not(t
     fcntl.flock(live, fcntl.LOCK_EX)
     write(tmp_path / "out", {"a": "1"})
     os.close(live)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "out"])
+    kept = [name for name in names[1:] if name != ".out.3.part" or not locks]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
 
 
 def test_a_folder_where_a_disk_is_mounted_cannot_be_replaced() -> None:
@@ -152,15 +170,118 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("taken", [False, True], ids=["before the new folder", "after it"])
 def test_what_a_killed_replacement_had_put_aside_comes_back(
-    taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    taken: bool, tmp_path: Path, locks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "out", {"a": "1"})
     (tmp_path / "out" / "mine").write_text("own")
-    (tmp_path / "out").rename(tmp_path / ".out.5.before")
+    (tmp_path / "out").rename(tmp_path / "old")
     if taken:
         write(tmp_path / "out", {"a": "2"})
-    assert (tmp_path / ".out.5.before").exists()  # it may be that of a live export
-    monkeypatch.setattr(export_folder, "_LOCKED_AFTER", -1)
+    (tmp_path / "old").rename(tmp_path / ".out.5.before")
+    if not locks:
+        if not taken:
+            write(tmp_path / "out", {"a": "2"})
+        assert (tmp_path / ".out.5.before").exists()  # it may be that of a live export
+        monkeypatch.setattr(export_folder, "_LOCKED_AFTER", -1)
     write(tmp_path / "out", {"a": "3"}, force=True)
     assert held(tmp_path / "out") == {"a": "3", "mine": "own"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """Do some work in a copy of this process; return its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except UserError:
+            os._exit(2)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(step: int, folder: Path) -> None:
+    """Replace an export; the process dies before so many changes of names, folders and files."""
+    steps = 0
+
+    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                os._exit(9)
+            return change(*arguments, **options)
+
+        return call
+
+    for name in ("rename", "unlink", "rmdir", "mkdir"):
+        setattr(Path, name, counted(getattr(Path, name)))
+        setattr(os, name, counted(getattr(os, name)))
+    for name in ("_exchange", "_write", "_clear", "_move_along"):
+        setattr(export_folder, name, counted(getattr(export_folder, name)))
+    write(folder, {"a": "2", "c": "2"}, force=True)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "replaced"])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_export_that_is_killed_at_any_moment_leaves_the_old_or_the_new_one(
+    before: bool, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = ({"a": "1", "b": "1"} if before else {}), {"a": "2", "c": "2"}
+    others = {"mine": "own"} if before else {}
+    if not exchange:
+        monkeypatch.setattr(export_folder, "_exchange", lambda one, other: False)
+    for step in range(1, 60):
+        folder = tmp_path / str(step) / "out"
+        if before:
+            write(folder, old)
+            (folder / "mine").write_text("own")
+        status = in_a_child(partial(killed_at, step, folder))
+        assert status in (0, 9)
+        found = held(folder) if folder.exists() else {}
+        # What others had there moves along last. Where names cannot be exchanged, the old folder may be put aside.
+        whole = [{**old, **others}, {**new, **others}, new]
+        assert found in whole or (not exchange and not found), (step, found)
+        write(folder, {"a": "3"}, force=True)
+        assert held(folder) == {"a": "3", **others}, step
+        assert [path.name for path in folder.parent.iterdir()] == ["out"], step
+        if status == 0:
+            break
+    assert status == 0
+    assert step > 5
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_exports_at_once_one_is_whole_and_the_other_is_told(force: bool, tmp_path: Path) -> None:
+    statuses: list[int] = []
+
+    def meanwhile(file: IO[bytes]) -> None:
+        file.write(b"first")
+        statuses.append(in_a_child(lambda: write(tmp_path / "out", {"b": "second"}, force=force)))
+
+    def first() -> None:
+        write_export(tmp_path / "out", [ExportedFile("a", 5, meanwhile)], "card", force=force)
+
+    if force:
+        first()
+    else:
+        with pytest.raises(UserError, match="convert has written there before"):
+            first()
+    assert statuses == [0]
+    assert held(tmp_path / "out") == ({"a": "first"} if force else {"b": "second"})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_fills_under_torch_save_is_told_as_such(tmp_path: Path) -> None:
+    """torch.save itself then raises an error of its own, of a position in the file."""
+    file = torch_file("a.pt", {"student": {"a": torch.zeros(2**18)}})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written: File too large"):
+            write_export(tmp_path / "out", [file], "card", force=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
