@@ -7,6 +7,10 @@ class UserError(Exception):
     """A wrong input; its text is one line that names the key, file or rank, the value and the rule."""
 
 
+class JointError(UserError):
+    """A wrong input that all ranks refuse alike, with one text: none of them waits for another one any more."""
+
+
 class ShardsToGiveUp(Exception):
     """Some shards cannot be read any more, after all retries. All ranks must agree to give these shards up.
 

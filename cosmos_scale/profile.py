@@ -30,7 +30,7 @@ from cosmos_scale.engine.memory import between_steps, state_memory, total_bytes
 from cosmos_scale.engine.pair import Pair, drawn_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.engine.schedule import ema_momentum, learning_rate
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.files import make_output_folder, replace_file
 from cosmos_scale.loss.cosmos_loss import CosmosLoss
 from cosmos_scale.model.cosmos import CosmosModel
@@ -109,7 +109,7 @@ class ProfiledRun:
         """Take the next step as the trainer does. Raises UserError on all ranks where there is none any more."""
         fetched = next(self._ahead, None)
         if fetched is None:
-            raise self._ahead.failure or UserError(f"stopped after {self._done} steps: {self._ahead.stopped_by}")
+            raise self._ahead.failure or JointError(f"stopped after {self._done} steps: {self._ahead.stopped_by}")
         batch, step = fetched.batch, min(self._done, self._total_steps - 1)
         output = train_step(
             *self._pair,
@@ -202,9 +202,9 @@ def _open(config: RunConfig, ranks: Ranks) -> Opening:
     seen = from_all((config, opening.index.fingerprint()), ranks)
     for rank, (other, index) in enumerate(seen):
         if different := different_between_hosts(seen[0][0], other):
-            raise UserError(f"rank {rank} and rank 0 differ in {', '.join(different)}; rule: all ranks share all keys")
+            raise JointError(f"rank {rank} and rank 0 differ in {', '.join(different)}; rule: all ranks share all keys")
         if index != seen[0][1]:
-            raise UserError(f"data.sources: rank {rank} and rank 0 see different indexes; rule: all hosts share one")
+            raise JointError(f"data.sources: rank {rank} and rank 0 see different indexes; rule: all hosts share one")
     return opening
 
 

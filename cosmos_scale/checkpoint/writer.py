@@ -30,7 +30,7 @@ from cosmos_scale.checkpoint.state import (
 )
 from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.config import CheckpointConfig
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.files import NO_ROOM, load_json, read_regular, sync_folder, whole_file
 from cosmos_scale.fragments import Fragment
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             self._leave(kind, error)
-            if kind is None or issubclass(kind, UserError):  # else the thread may still write
+            if kind is None or issubclass(kind, JointError):  # else the thread may still write
                 self._snapshot.free()
         finally:
             with suppress(OSError):
@@ -92,11 +92,11 @@ class CheckpointWriter:
         """Wait for the checkpoint under way as long as is right after an error of this kind."""
         if kind is None:
             self.wait()
-        elif issubclass(kind, UserError):  # which all ranks raise together
+        elif issubclass(kind, JointError):
             try:
                 self.wait()
             except UserError as failure:
-                raise UserError(f"{error}; and {failure}") from failure
+                raise JointError(f"{error}; and {failure}") from failure
         elif issubclass(kind, Exception) and self._thread is not None:
             # Other ranks may have ended. Wait a short time only: if all had written, the checkpoint still becomes
             # whole.
@@ -143,7 +143,7 @@ class CheckpointWriter:
         Raises UserError on every rank where any rank could not write; earlier checkpoints stay as they are.
         """
         if failure := self._settle():
-            raise UserError(_untouched(failure, self.root))
+            raise JointError(_untouched(failure, self.root))
         return self._saving
 
     def _settle_or_tell(self) -> str | None:
@@ -156,7 +156,7 @@ class CheckpointWriter:
             return None
         if self._failures >= self._config.failures:
             count = f"; {self._failures} failed in a row (checkpoint.failures)" if self._failures > 1 else ""
-            raise UserError(_untouched(failure, self.root) + count)
+            raise JointError(_untouched(failure, self.root) + count)
         if self._rank == 0:
             count = f"failure {self._failures}, {self._config.failures} in a row end the run"
             _LOG.warning("%s; %s", _untouched(failure, self.root), count)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
 from cosmos_scale.files import cause_in_the_machine, reason_of
 from cosmos_scale.interrupt import refused_import
@@ -58,9 +58,12 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
     except UserError as error:
         if not rank.comes:
             _tell_other_hosts(str(error))
-        # All ranks have the same error once they run together, and the main rank prints it. Before that an error may be
-        # of one machine alone, so local rank 0 of each machine prints it.
-        prints = rank.ranks.is_main if rank.ranks else os.environ.get("LOCAL_RANK", "0") == "0"
+        # The main rank prints what all ranks refuse together. Before they run together an error may be of one machine
+        # alone, so local rank 0 of each machine prints it.
+        if not rank.ranks:
+            prints = os.environ.get("LOCAL_RANK", "0") == "0"
+        else:
+            prints = rank.ranks.is_main or not isinstance(error, JointError)
         if not prints:
             return REFUSED
         raise

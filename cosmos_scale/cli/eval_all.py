@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
 from cosmos_scale.cli.eval_command import FEATURES, encoder_of, of_one_checkpoint, on_ranks
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
 from cosmos_scale.files import make_output_folder
 
@@ -95,7 +95,7 @@ def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
             if prints:
                 _tell_what_is_not_measured(results)
             if not opened and not results.failed:
-                raise UserError(
+                raise JointError(
                     f"--data-root: {arguments.data_root} holds none of the {len(results.missing)} sets ("
                     f"{', '.join(results.missing)}); rule: one of them, in the layout that is expected"
                 )

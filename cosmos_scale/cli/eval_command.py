@@ -5,7 +5,6 @@ A kind gives the arguments that it adds, and the keys of its section of the conf
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say, say_notes, with_examples
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
 from cosmos_scale.files import make_output_folder
 
@@ -111,25 +110,24 @@ def on_ranks(device: str, evaluate: Callable[["Ranks | None"], int]) -> int:
     place = read_rank_variables()
     if place is None or place.world_size == 1:
         return evaluate(None)
-    from cosmos_scale.engine.ranks import lost_contact, start_ranks
+    from cosmos_scale.engine.ranks import lost_contact, start_ranks, tell_lost_contact
 
-    main = place.local_rank == 0  # until all ranks run together, an error may be of one machine alone
+    joined, main = False, place.local_rank == 0  # until all ranks run together, an error may be of one machine alone
     try:
         ranks = start_ranks(device)
-        main = ranks.is_main
+        joined, main = True, ranks.is_main
         with ranks.contact:
             return evaluate(ranks)
     except WrongRankVariable:
         raise
-    except UserError:
-        if main:
+    except UserError as error:
+        if main or (joined and not isinstance(error, JointError)):
             raise
         return REFUSED
     except Exception as error:
         if not lost_contact(error):
             raise
-        said = str(error).splitlines()[0]
-        print(f"cosmos-scale eval: rank {place.rank} lost contact with another rank: {said}", file=sys.stderr)
+        tell_lost_contact(error, str(place.rank), "nothing more is measured", command="eval")
         return FAILED
 
 
@@ -196,7 +194,7 @@ def _measured(
         try:
             return evaluator, measure_together(evaluator, encoder, gather_rows, folder)
         except EvaluationFailed as failure:
-            raise UserError(str(failure)) from failure
+            raise JointError(str(failure)) from failure
 
 
 def encoder_of(arguments: argparse.Namespace, ranks: "Ranks | None", checkpoint: Path, which: "Which") -> "Encoder":
@@ -243,7 +241,10 @@ def of_one_checkpoint(named: Path, read: Callable[[Path], Value], ranks: "Ranks 
             raise GoneCheckpoint(checkpoint)
         return checkpoint, values[0]
 
-    return of_newest(named, read_together, say if ranks is None or ranks.is_main else lambda line: None, find)
+    try:
+        return of_newest(named, read_together, say if ranks is None or ranks.is_main else lambda line: None, find)
+    except GoneCheckpoint as gone:  # on all ranks
+        raise JointError(str(gone)) from gone
 
 
 def main_ranks_choice(named: Path, found: Path, ranks: "Ranks | None") -> Path:

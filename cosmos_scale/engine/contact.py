@@ -13,14 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import TracebackType
 from typing import NamedTuple
 
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FAILED
 
 SECONDS_TO_END = 15.0  # from the loss of a rank until this process ends, if it has not ended by itself
 SECONDS_A_LINE = 5.0  # in which the rest of a line comes
 LONGEST_LINE = 4000  # bytes
+LONGEST_TEXT = 800  # characters of an error, of up to four bytes each
 LOOK = 0.5  # seconds between looks whether the contact has ended
 PAUSE = 0.0005  # seconds between questions whether the device is ready
 GOODBYE, LOST, WATCH = "goodbye", "lost", "watch"
@@ -66,12 +68,22 @@ class Contact:
     def __enter__(self) -> "Contact":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Say goodbye where all ranks leave the block alike: from here on each may end."""
-        if kind is None or issubclass(kind, UserError):  # which all ranks raise together
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say goodbye where all ranks leave the block alike: from here on each may end.
+
+        Of an error that a user can mend, and that this rank alone has, the others hear the text.
+        """
+        if kind is None or issubclass(kind, JointError):
             self._parted = True
-            for peer in list(self._peers.values()):
-                _send(peer, GOODBYE)
+            word = GOODBYE
+        elif issubclass(kind, UserError):
+            word = f"{LOST} {_ended(self.rank, socket.gethostname())}: {' '.join(str(error).split())[:LONGEST_TEXT]}"
+        else:
+            return
+        for peer in list(self._peers.values()):
+            _send(peer, word)
 
     def watch(self) -> None:
         """Start to watch, in a thread."""
@@ -161,17 +173,21 @@ class Contact:
         if word == GOODBYE or self._ending:
             del self._peers[peer.rank]
             return
-        lost = name if word == LOST else f"rank {peer.rank} on host {peer.host} has ended"
+        lost = name if word == LOST else _ended(peer.rank, peer.host)
         for other in self._peers.values():
             if self.rank == 0 and other is not peer:
                 _send(other, f"{LOST} {lost}")
-        self._told_by_first = word == LOST
+        self._told_by_first = word == LOST and peer.rank == 0
         self.lost = lost
         self._known.set()
 
     def _close(self) -> None:
         for peer in self._peers.values():
             peer.connection.close()
+
+
+def _ended(rank: int, host: str) -> str:
+    return f"rank {rank} on host {host} has ended"
 
 
 def _send(peer: Peer, line: str) -> None:

@@ -20,7 +20,7 @@ from cosmos_scale.engine.gpu_memory import use_expandable_segments
 from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.engine.rank_variables import WrongRankVariable, check_nccl_interfaces, read_rank_variables
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.host import ranks_of_this_host, usable_cores, uses_gpu
 
 Value = TypeVar("Value")
@@ -194,11 +194,11 @@ def check_precision(precision: str) -> None:
 
 
 def raise_together(ranks: Ranks, error: UserError | None) -> None:
-    """Raise the lowest failing rank's error on every rank; returns when no rank has one. Collective."""
+    """Raise the lowest failing rank's error on every rank, a JointError; returns when no rank has one. Collective."""
     text = None if error is None else f"{error} (rank {ranks.rank})" if ranks.world_size > 1 else str(error)
     failed = next((text for text in from_all(text, ranks) if text is not None), None)
     if failed is not None:
-        raise UserError(failed)
+        raise JointError(failed)
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import Ranks, from_all, maxima, raise_together
-from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.errors import JointError, ShardsToGiveUp, UserError
 from cosmos_scale.phases import phase
 from cosmos_scale.run.copy_stream import CopyStream
 from cosmos_scale.run.stop_request import StopRequest, encode_reason, name_reason
@@ -68,7 +68,7 @@ class Lookahead:
         self._unsaved = unsaved
         self._enter = enter
         self._step, self._last = first, last
-        self.failure: UserError | None = None  # why there is no batch any more, the same on all ranks
+        self.failure: JointError | None = None  # why there is no batch any more
         self.stopped_by: str | None = None  # what asked to stop, and at which rank; the same on all ranks
         # Kept to the end, so that loader processes are shut down after the last checkpoint: that may take long.
         self._batches = loader.batches(first)
@@ -96,7 +96,7 @@ class Lookahead:
                 if any_lost and not stop:
                     self._give_up(lost)
                     continue
-            except UserError as failure:
+            except JointError as failure:
                 self.failure = failure
             if stop:
                 self.stopped_by = name_reason(int(stop), self._ranks.world_size)

@@ -18,7 +18,7 @@ from cosmos_scale.checkpoint.state import checkpoints, newest
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
 from cosmos_scale.profiling.throughput import RankWork, StepCounter, throughput
 from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE, evaluation_folder
@@ -326,9 +326,9 @@ class Progress:
         if self._config.non_finite == "stop":
             last = newest(self._folder / CHECKPOINTS)
             rule = "rule: non_finite: stop (skip goes on)"
-            raise UserError(f"{what}; last good checkpoint: {last or 'none'}; {rule}{unsaved}")
+            raise JointError(f"{what}; last good checkpoint: {last or 'none'}; {rule}{unsaved}")
         names = ", ".join(folder.name for folder in checkpoints(self._folder / CHECKPOINTS))
-        raise UserError(
+        raise JointError(
             f"{what}; no step of {MOST_SKIPPED_IN_A_ROW} in a row was; checkpoints: {names or 'none'}; rule: go on "
             f"from one before the weights went bad (resume=FOLDER) and with a lower optimizer.lr{unsaved}"
         )

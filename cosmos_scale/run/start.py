@@ -20,7 +20,7 @@ from cosmos_scale.data.shards.mark import marks_digest
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair, drawn_pair, initial_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.evaluation.retrieval import SAME_GALLERY
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
@@ -209,12 +209,12 @@ def _set_aside(start: Start, ranks: Ranks) -> list[str]:
 
 
 def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
-    """Raise UserError, on all ranks, where ranks have different keys, data, checkpoint or galleries; collective."""
+    """Raise JointError where ranks have different keys, data, checkpoint or galleries; collective."""
     seen = (config, opened.index.fingerprint(), opened.marks, opened.evaluations.galleries())
     configs, indexes, marks, galleries = zip(*from_all(seen, ranks), strict=True)
     for rank, other in enumerate(configs):
         if different := different_between_hosts(configs[0], other):
-            raise UserError(
+            raise JointError(
                 f"rank {rank} and rank 0 differ in {', '.join(different)}; rule: all ranks share one run's keys"
             )
     rule = "rule: every host has the same index, so copy it along with the shards"
@@ -222,20 +222,31 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
     if all(marks):
         _require_same("data.sources: ranks see shards that begin with other bytes", marks, rule)
     _check_same_start(opened.found_start, ranks)
-    digest, digests = (None, "") if opened.initial is None else (opened.initial.digest(), opened.initial.digests)
-    _require_same(
-        f"init_from: ranks see different checkpoints in {config.init_from}, by the digests of their {digests}",
-        from_all(digest, ranks),
-        SAME_CHECKPOINT,
-    )
+    _check_same_weights(config, opened.initial, ranks)
     if opened.found_start.state is None:  # an evaluation of a resumed run fails instead, and the run goes on
         for name in galleries[0]:
             problem = f"eval.{name}: ranks see different galleries"
             _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], SAME_GALLERY)
 
 
+def _check_same_weights(config: RunConfig, initial: InitialWeights | None, ranks: Ranks) -> None:
+    """Raise JointError where the ranks would start from different weights, or one cannot read them; collective."""
+    digest, digests, error = None, "", None
+    if initial is not None:
+        try:
+            digest, digests = initial.digest(), initial.digests
+        except UserError as failure:  # deleted since it was looked for, or unreadable on this host
+            error = failure
+    raise_together(ranks, error)
+    _require_same(
+        f"init_from: ranks see different checkpoints in {config.init_from}, by the digests of their {digests}",
+        from_all(digest, ranks),
+        SAME_CHECKPOINT,
+    )
+
+
 def _check_same_start(start: Start, ranks: Ranks) -> None:
-    """Raise UserError where the ranks would start from different checkpoints; collective."""
+    """Raise JointError where the ranks would start from different checkpoints; collective."""
     checkpoints, manifests = zip(*from_all((start.checkpoint, start.manifest), ranks), strict=True)
     _require_same("output: ranks see different newest checkpoints", checkpoints, "rule: all ranks share one folder")
     _require_same(
@@ -246,9 +257,9 @@ def _check_same_start(start: Start, ranks: Ranks) -> None:
 
 
 def _require_same(problem: str, found: Sequence[object], rule: str) -> None:
-    """Raise UserError that names rank 0, the first rank that differs from it, and how many others do."""
+    """Raise JointError that names rank 0, the first rank that differs from it, and how many others do."""
     others = [(rank, value) for rank, value in enumerate(found) if value != found[0]]
     if others:
         rank, value = others[0]
         more = f", and {counted(len(others) - 1, 'more rank')} not as rank 0" if len(others) > 1 else ""
-        raise UserError(f"{problem} (rank 0: {found[0]}, rank {rank}: {value}{more}); {rule}")
+        raise JointError(f"{problem} (rank 0: {found[0]}, rank {rank}: {value}{more}); {rule}")

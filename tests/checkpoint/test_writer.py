@@ -20,7 +20,7 @@ from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, load_checkpoint
 from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.checkpoint.writer import CheckpointWriter
 from cosmos_scale.config import CheckpointConfig
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.test_state import fragments, keep, save_all, state
 
@@ -198,14 +198,14 @@ def leave_with(rank: int, world_size: int, root: Path, error: Exception, wrong: 
 
 
 def test_an_error_of_the_run_lets_the_checkpoint_under_way_be_finished(tmp_path: Path) -> None:
-    for number, error in enumerate([UserError("the loss is not finite"), RuntimeError("gloo: connection closed")]):
+    for number, error in enumerate([JointError("the loss is not finite"), RuntimeError("gloo: connection closed")]):
         root = tmp_path / str(number)
         assert run_ranks(leave_with, 2, root, error, False) == [str(error)] * 2
         assert load_checkpoint(root / "step-00000003", fragments(0, 1, filled=False)) == state(3)
 
 
 def test_an_error_of_the_run_stays_the_first_thing_said(tmp_path: Path) -> None:
-    for message in run_ranks(leave_with, 2, tmp_path, UserError("the loss is not finite"), True):
+    for message in run_ranks(leave_with, 2, tmp_path, JointError("the loss is not finite"), True):
         assert message.startswith("the loss is not finite; and checkpoint ")
         assert "\n" not in message
 

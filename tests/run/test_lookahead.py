@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from cosmos_scale.batch import Batch
 from cosmos_scale.engine.ranks import lost_contact, start_ranks
-from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.errors import JointError, ShardsToGiveUp, UserError
 from cosmos_scale.run.lookahead import Lookahead
 from cosmos_scale.run.stop_request import StopRequest
 from cosmos_scale.testing.ranks import run_ranks
@@ -41,7 +41,7 @@ class Batches:
         names = [name for shards in found for name in shards]
         self.lost |= dict.fromkeys(names, step)
         if len(self.lost) > 2:
-            raise UserError("too many lost shards")
+            raise JointError("too many lost shards")
         return [f"lost {name}" for name in names]
 
 

@@ -27,7 +27,7 @@ from cosmos_scale.data.training.lost import LostShards
 from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.data.training.room import ReadyBatches
 from cosmos_scale.data.training.worker import Loaded, StepBatches, Tokenize, start_worker
-from cosmos_scale.errors import ShardsToGiveUp, UserError
+from cosmos_scale.errors import JointError, ShardsToGiveUp, UserError
 from cosmos_scale.files import TOO_MANY_OPEN_FILES
 from cosmos_scale.host import ranks_of_this_host, usable_cores, uses_gpu
 from cosmos_scale.words import counted
@@ -149,7 +149,7 @@ class TrainLoader:
         """Give up shards from a step on; returns a line on each, for people.
 
         found: for each rank the shards that it found lost, with reasons by name. All ranks call this with the same.
-        Raises: UserError, on all ranks alike, where more is lost than data.max_damaged allows.
+        Raises: JointError where more is lost than data.max_damaged allows.
         """
         reasons: dict[str, str] = {}
         for rank, shards in enumerate(found):
@@ -159,7 +159,7 @@ class TrainLoader:
         share, limit = self._lost.share(), self._config.data.max_damaged
         if share > limit:
             name = next(iter(reasons))
-            raise UserError(
+            raise JointError(
                 f"shard {name} is lost: {reasons[name]}; {len(self._lost.steps)} lost shards hold {share:.2%} of all "
                 f"samples, more than data.max_damaged {limit:g} allows"
             )
