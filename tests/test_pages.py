@@ -121,7 +121,7 @@ def test_the_small_run_of_the_readme_is_the_shipped_one() -> None:
 def test_the_readme_names_columns_clone_licence_and_citation() -> None:
     text = README.read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w-]+)`", text))
-    assert named >= {*IMAGE_COLUMNS, *OTHER_NAMES, "--caption-column", "--image-column"} - {"image"}
+    assert named >= {*IMAGE_COLUMNS, *OTHER_NAMES, "--caption-column", "--image-column", "--key"} - {"image"}
     assert "$ git clone " in text
     assert "MIT, see [LICENSE](LICENSE)" in text
     assert "@inproceedings{kim2025cosmos," in text
