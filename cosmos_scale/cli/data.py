@@ -52,6 +52,9 @@ def add_data_commands(commands: "Commands") -> None:
     build.add_argument("--image-column", metavar="NAME", help="column of pictures, if it has another name")
     build.add_argument("--caption-column", metavar="NAME", help="the only column to read captions from")
     build.add_argument(
+        "--key", metavar="NAME", help="column of the samples' keys in the shards; default: the rows' numbers"
+    )
+    build.add_argument(
         "--background",
         default="white",
         metavar="COLOUR",
@@ -132,15 +135,13 @@ def _build(arguments: argparse.Namespace) -> int:
     from cosmos_scale.data.tools.build import build_shards
     from cosmos_scale.data.tools.captions_file import Columns
 
-    image, caption = (
-        None if name is None else plain_column(name) for name in (arguments.image_column, arguments.caption_column)
-    )
+    named = (arguments.image_column, arguments.caption_column, arguments.key)
     report = build_shards(
         arguments.images,
         arguments.captions,
         arguments.out,
         samples_per_shard=arguments.samples_per_shard,
-        columns=Columns(image, caption),
+        columns=Columns(*(None if name is None else plain_column(name) for name in named)),
         background=arguments.background,
         orientation=arguments.orientation,
         join_rows=arguments.join_rows,

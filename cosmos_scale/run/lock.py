@@ -103,7 +103,8 @@ class RunLock:
             os.ftruncate(self._descriptor, 0)
             if os.pwrite(self._descriptor, data, 0) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._descriptor)  # ranks of other hosts read it
+            with suppress(OSError):  # an error of the disk may pass; ranks that do not see the name say so themselves
+                os.fsync(self._descriptor)  # ranks of other hosts read it
             if not locks:
                 time.sleep(min(2.0, self._every))  # two launches of one moment: the later one's name stays
                 holder = _holder(self._descriptor)

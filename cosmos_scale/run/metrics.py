@@ -125,7 +125,7 @@ class MetricLog:
         left = (time.monotonic() - self._started) / max(1, done - self._first_step) * (self._last_step - done)
         self._write(record | {"eta_seconds": left}, "train")
         self.say(
-            f"step {done}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {span(left)}  "
+            f"step {done:>6}/{self._last_step} epoch {done / self._steps_per_epoch:.1f} eta {span(left)}  "
             f"{console_line(record)}  {datetime.now():%H:%M:%S}"
         )
 

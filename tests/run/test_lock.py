@@ -120,6 +120,15 @@ def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         pass
 
 
+def test_a_passing_error_of_the_disk_refuses_no_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing_fsync(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing_fsync)
+    with RunLock(tmp_path, print):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
 def test_ranks_of_a_dead_launch_are_waited_for_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -360,7 +360,9 @@ def test_a_console_line_tells_the_place_in_the_run_and_fits(
         clock[0] += 3600.0
         shares = {"mfu": 0.3387, "hfu": 0.4001}
         log.training({"step": 100_000, **long, **shares, "data_wait_min": 0.0, "data_wait_rank": 1023})
-    learns, fast = capsys.readouterr().out.splitlines()
+        log.training({"step": 5, **long, **shares})
+    learns, fast, early, _ = capsys.readouterr().out.splitlines()
+    assert early.startswith("step      5/400000 epoch 0.0 eta ")  # numbers stand below each other
     assert learns.startswith("step 100000/400000 epoch 8.0 eta 3h00m  loss 123.5 (clip ")
     speed = (
         r"  123457 samples/s \(123 a rank\)  123 TFLOP/s  MFU 33.9 % HFU 40.0 %  123.5 GiB  wait 123 s \(rank 1023\)"

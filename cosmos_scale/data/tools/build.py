@@ -31,7 +31,7 @@ from cosmos_scale.data.shards.checksums import (
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED, refuse_foreign_rejected
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
-from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows
+from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows, with_unique_keys
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
 from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
 from cosmos_scale.data.tools.picture_path import picture_path
@@ -158,9 +158,10 @@ def build_shards(
     keep drops the alpha, so that hidden colours show). Pictures whose EXIF tag says so are turned, unless `orientation`
     is keep. Each stretch of `samples_per_shard` rows becomes one shard; with `join_rows` the rows of one picture are
     one row, with a list of captions. Rows whose picture is missing or damaged, and rows without caption, are left out
-    and named in `rejected.jsonl`. The shards' bytes do not depend on `workers`; a sample's key is its row's number, and
-    its json says under `origin` the captions file, the row and the picture. `manifest.json`, written last, has each
-    shard's size and SHA-256. A build that was stopped goes on where it was, to the bytes of an unbroken one.
+    and named in `rejected.jsonl`. The shards' bytes do not depend on `workers`; a sample's key is its row's number,
+    or what the row has in the column `columns.key`, and its json says under `origin` the captions file, the row and the
+    picture. `manifest.json`, written last, has each shard's size and SHA-256. A build that was stopped goes on where it
+    was, to the bytes of an unbroken one.
     Raises: UserError where an input is missing or unusable, `out` holds shards already or those of a build with other
     options or inputs, or no row is left.
     """
@@ -172,7 +173,7 @@ def build_shards(
     options = {
         **{"samples-per-shard": samples_per_shard, "background": background, "orientation": orientation},
         **{"join-rows": join_rows, "image-column": columns.image, "caption-column": columns.caption},
-        **{"images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
+        **{"key": columns.key, "images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
     }
     refuse_foreign_summary(out / SUMMARY)
     refuse_foreign_manifest(out / MANIFEST, MANIFEST_FORMAT)
@@ -186,7 +187,7 @@ def build_shards(
         rows = read_rows(captions, columns)
         if join_rows:
             rows = joined_rows(rows, partial(_found_picture, images), work.folder / "rows.jsonl")
-        jobs = _jobs(rows, captions.name, work, samples_per_shard, unread)
+        jobs = _jobs(with_unique_keys(rows), captions.name, work, samples_per_shard, unread)
         results = map_jobs(partial(_write_shard, images, rules), jobs, workers)
         for name in (SUMMARY, MANIFEST):  # of a build that was stopped in its last step
             (out / name).unlink(missing_ok=True)
@@ -327,7 +328,7 @@ def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) 
     named = []
     samples = transparent = turned = animated = 0
     for row in job.rows:
-        key = f"{row.number:09d}"
+        key = row.key or f"{row.number:09d}"
         document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image, row.joined)}
         try:
             picture = _packed(images, rules, row)

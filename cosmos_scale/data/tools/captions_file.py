@@ -1,5 +1,6 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
+import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,9 @@ from cosmos_scale.files import regular_only
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
 
+# A key of one's own: the name before the first dot of a tar's members, in one folder.
+_KEY = re.compile(r"(?!__)[^./\\\x00-\x1f\x7f]{1,200}")
+
 # What a line of the rejected.jsonl of a build holds. Its `captions` is the name of a file.
 REJECT_KEYS = {"captions", "row", "key", "image", "reason"}
 
@@ -36,10 +40,12 @@ class Columns(NamedTuple):
     """The columns that the user names, in plain form; None where the known names are looked for.
 
     image: the column of pictures. caption: the only column that is read for captions; its text becomes `caption`.
+    key: the column of samples' keys, which are the rows' numbers otherwise.
     """
 
     image: str | None = None
     caption: str | None = None
+    key: str | None = None
 
     @property
     def image_names(self) -> tuple[str, ...]:
@@ -69,7 +75,8 @@ class CaptionRow(NamedTuple):
 
     number: from 1, header left out. image: the picture that the row names. document: the row's captions. fault: what is
     wrong with the row, if anything is. unread: columns called as captions are called, whose text is not read.
-    joined: the numbers of later rows of the same picture, whose captions are in the document.
+    joined: the numbers of later rows of the same picture, whose captions are in the document. key: that of the sample,
+    where the file says it.
     """
 
     number: int
@@ -78,6 +85,7 @@ class CaptionRow(NamedTuple):
     fault: str | None
     unread: tuple[str, ...] = ()
     joined: tuple[int, ...] = ()
+    key: str | None = None
 
 
 def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[CaptionRow]:
@@ -147,7 +155,9 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                     f"{path}: no {needed} column among {', '.join(header) or 'none'}; "
                     f"one of these is needed: {', '.join(known)}; {option} names another"
                 )
-        refuse_columns_twice(path, header, {*columns.image_names, *columns.caption_keys(present)})
+        if columns.key is not None and columns.key not in present:
+            raise UserError(f"{path}: no column --key {columns.key} among {', '.join(header)}")
+        refuse_columns_twice(path, header, {*columns.image_names, *columns.caption_keys(present), columns.key or ""})
         for number, record in enumerate(records, start=1):
             cells = record.cells
             if fault := next(filter(None, map(_undecoded, cells)), record.fault):
@@ -167,9 +177,12 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     if image.startswith(("[", "{")) and not isinstance(named := _first_named(plain, columns), str):
         kind = "list" if isinstance(named, list) else "object"
         return CaptionRow(number, image, {}, f"wrong type: the picture is named by a json {kind}, not by a text")
-    used = {*columns.image_names, *columns.caption_keys(plain)}
+    used = {*columns.image_names, *columns.caption_keys(plain), *filter(None, [columns.key])}
     if len(plain) < len(values) and (twice := next(filter(used.__contains__, _twice(values)), None)):
         return CaptionRow(number, image, {}, f"two keys of one name: {twice}; the row has {shown}")
+    own_key = None if columns.key is None else str(plain.get(columns.key, "")).strip()
+    if own_key is not None and (fault := _key_fault(plain.get(columns.key or ""), own_key)):
+        return CaptionRow(number, image, {}, f"{fault}; the row has {shown}")
     document: dict[str, str | list[str]] = {}
     for column, key in columns.caption_keys(plain).items():
         value = plain.get(column)
@@ -190,7 +203,28 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     fault = None if document else _no_caption(plain, columns, shown)
     if document and not any(holds_caption(key, value) for key, value in document.items()):
         fault = f"no caption: no sentence in {', '.join(document)}"
-    return CaptionRow(number, image, document, fault, unread)
+    return CaptionRow(number, image, document, fault, unread, key=own_key)
+
+
+def with_unique_keys(rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
+    """Yield the rows in order; of two with one key of their own the later one has a fault."""
+    seen: dict[str, int] = {}
+    for row in rows:
+        if row.key is None or row.fault is not None:
+            yield row
+        elif (first := seen.setdefault(row.key, row.number)) != row.number:
+            yield row._replace(fault=f"key of another row: {row.key} is the key of row {first}", key=None)
+        else:
+            yield row
+
+
+def _key_fault(value: object, key: str) -> str | None:
+    """What is wrong with a row's own key; None where nothing is."""
+    if value == "" or is_missing(value):
+        return "no key: --key names an empty one"
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or not _KEY.fullmatch(key):
+        return f"wrong key: {key[:40]!r}; rule: at most 200 characters, none of them . / \\, and no __ before them"
+    return None
 
 
 def _length(value: str | list[str]) -> int:

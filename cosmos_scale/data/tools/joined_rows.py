@@ -55,8 +55,8 @@ def joined_rows(
 
 
 def _row(line: bytes) -> CaptionRow:
-    number, image, document, fault, unread, joined = json.loads(line)
-    return CaptionRow(number, image, document, fault, tuple(unread), tuple(joined))
+    number, image, document, fault, unread, joined, key = json.loads(line)
+    return CaptionRow(number, image, document, fault, tuple(unread), tuple(joined), key)
 
 
 def _join(rows: list[CaptionRow]) -> CaptionRow:
