@@ -61,7 +61,10 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
     if config.resume == "never":
         found = newest(root)
         if found is not None:
-            raise UserError(f"resume: 'never', but {found} exists; rule: choose another name or output, or remove it")
+            raise UserError(
+                f"resume: 'never', but {found} exists; rule: resume=auto goes on from it; for a new run choose another "
+                f"name or output, or remove it"
+            )
         return Start(None, None)
     if config.resume == "auto":
         folder, broken = _newest_whole(root, broken)
@@ -79,7 +82,10 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
     last = newest(root)
     if config.resume != "auto" and last is not None and step_of(last) > state.step:
         # A later `resume: auto` would start from the newer checkpoint, and what this run adds would be lost.
-        raise UserError(f"resume: {folder}, but {last} is newer; rule: move newer ones away, or choose another output")
+        raise UserError(
+            f"resume: {folder}, but {last} is newer; rule: resume=auto goes on from the newer one; to go back, move "
+            f"newer ones away, or choose another output"
+        )
     changed = changed_on_resume(written, config)
     if changed:
         raise UserError(

@@ -98,7 +98,8 @@ class Supervisor:
         self._last: tuple[int, str] | None = None  # the step and the way of the last failure
         self._in_a_row = 0  # restarts since a further step was done
         self._restarts = 0  # since a further checkpoint was written
-        self._saved = self._newest_step()  # the step of the newest checkpoint there ever was
+        self._found = self._newest_step()  # the step of the newest checkpoint before this launch
+        self._saved = self._found  # the step of the newest checkpoint there ever was
 
     def run(self) -> int:
         """Launch until the end; returns the launch's exit status. Raises UserError where the first look refuses."""
@@ -156,6 +157,9 @@ class Supervisor:
                 f"{own[0]} in the place of {run.config.train.micro_batches}, so that a micro-batch has no more samples "
                 f"than in earlier launches ({self._known}); the key on the command line is taken as it is"
             )
+        if run.config.resume != "auto" and self._newest_step() > self._found:
+            # The named checkpoint, or `never`, was for the first start: the run has checkpoints of its own by now.
+            own = (*own, "resume=auto")
         with_own = replace(run, overrides=(*run.overrides, *own))
         return one_attempt(with_own, meeting, places, number + 1, self._printer, self._stop)
 

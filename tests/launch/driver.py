@@ -21,6 +21,7 @@ def drive() -> int:
     folder, fields, words = Path(sys.argv[1]), json.loads(sys.argv[2]), tuple(sys.argv[3:])
     by_attempt = [[Host(name, slots) for name, slots in hosts] for hosts in fields.pop("hosts")]
     tree = {"name": folder.name, "output": str(folder.parent), "train": {"global_batch": fields.pop("batch", 8)}}
+    tree["resume"] = fields.pop("resume", "auto")
     run = LaunchedRun(str(folder), words, make_config(tree), program="tests.launch.rank", back_off=0.1, **fields)
     attempts = iter(by_attempt)
 

@@ -112,6 +112,18 @@ def test_what_a_restart_does_not_cure_is_not_tried_again(
     assert len(list((tmp_path / "run").glob("attempt-*-0"))) == attempts
 
 
+@pytest.mark.parametrize("resume", ["never", "another/run"])
+def test_a_restart_goes_on_from_what_the_launch_has_saved(tmp_path: Path, resume: str) -> None:
+    """A named checkpoint, or none, is where the first start begins, and each restart before the first checkpoint."""
+    words = ["0:further", "0:sleep~0.05"]
+    folder = tmp_path / "run"
+    run_to_end(folder, *words, "0:kill~9", restarts=1, resume=resume).require(FAILED)
+    assert "resume=auto" not in (folder / "attempt-1-0").read_text()
+    run_to_end(folder, *words, "0:save~9", "0:kill~9", restarts=1, resume=resume).require(FAILED)
+    assert "resume=auto" not in (folder / "attempt-2-0").read_text()
+    assert "resume=auto" in (folder / "attempt-3-0").read_text()
+
+
 def test_a_lost_host_is_done_without_at_the_size_that_divides(tmp_path: Path) -> None:
     """6 ranks share a batch of 24; of the 5 left 4 go on: 6 samples a rank, where it had 4, so in two micro-batches."""
     hosts = [[[HERE, 2], ["localhost", 4]], [[HERE, 5]]]
