@@ -1,4 +1,4 @@
-"""Numbers in sentences ("1 shard", "2 shards"), and rows of text as wide as a terminal."""
+"""Numbers in sentences ("1 shard", "2 shards"), rows of text as wide as a terminal, and texts in figures."""
 
 import sys
 import textwrap
@@ -31,3 +31,11 @@ def table_row(label: str, text: str) -> str:
     width = COLUMNS - len(label)
     lines = textwrap.wrap(shown, width, break_on_hyphens=False, break_long_words=False) or [""]
     return "\n".join([f"{label}{lines[0]}", *(" " * len(label) + line for line in lines[1:])])
+
+
+def figure_text(text: str) -> str:
+    """Return a text as matplotlib draws it as it stands.
+
+    A dollar sign would begin a formula. Bytes of a file's name that are not UTF-8, which no font has, become codes.
+    """
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")

@@ -116,6 +116,9 @@ def _check(arguments: argparse.Namespace) -> None:
     empty = next((place for place, caption in enumerate(captions, start=1) if not caption.strip()), None)
     if empty is not None:
         raise UserError(f"--caption: number {empty} is empty; rule: a text")
+    for number, caption in enumerate(captions, start=1):
+        if caption.encode(errors="ignore").decode() != caption:
+            raise UserError(f"--caption: number {number} is {caption!r}, which is no UTF-8; rule: a text in UTF-8")
 
 
 def _samples(arguments: argparse.Namespace, encoder: "Encoder") -> "Iterator[SampleMaps]":

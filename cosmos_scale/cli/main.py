@@ -7,6 +7,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 and 141 as `exit_status` says.
     """
     spell_out()  # --help too
+    warnings.filterwarnings("ignore", "Glyph .* missing from")  # matplotlib's: its figures have a box in such a place
     try:
         os.getcwd()
     except OSError:  # MKL, which torch loads, would end the process without a word on the cause

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cosmos_scale.evaluation.attention_maps import AttentionMaps, WordWeight, heat_of
 from cosmos_scale.files import replace_file, whole_file, writing
+from cosmos_scale.words import figure_text
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -42,7 +43,7 @@ def write_png(sample: SampleMaps, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 4.9), dpi=100)
-    figure.suptitle(sample.title, fontsize=10, x=0.02, ha="left")
+    figure.suptitle(figure_text(sample.title), fontsize=10, x=0.02, ha="left")
     crop, heat = figure.add_axes((0.02, 0.31, 0.43, 0.6)), figure.add_axes((0.48, 0.31, 0.43, 0.6))
     for axes, name in ((crop, "crop that the model saw"), (heat, "patches that the caption looks at")):
         axes.imshow(sample.levels, interpolation="nearest")
@@ -74,10 +75,8 @@ def _draw_words(figure: "Figure", words: Sequence[WordWeight], colours: "Colorma
             red, green, blue, _ = colours(0.9 * value)
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             box = {"facecolor": (red, green, blue), "edgecolor": "none", "boxstyle": "square,pad=0.25"}
-            # $ would begin mathematics
-            text = figure.text(
-                0.0, 0.0, token.replace("$", r"\$"), fontsize=10, color="white" if dark else "black", bbox=box
-            )
+            shown, colour = figure_text(token), "white" if dark else "black"
+            text = figure.text(0.0, 0.0, shown, fontsize=10, color=colour, bbox=box)
             boxes.append((text, text.get_window_extent(renderer).width + 5.0))
         whole = sum(extent for _, extent in boxes)
         if x > left and x + whole > 0.98 * width:
@@ -96,7 +95,7 @@ def write_page(samples: Sequence[SampleMaps], path: Path, title: str, subtitle: 
 
     cards = "".join(_card(sample, colormaps[HEAT], colormaps[WORDS]) for sample in samples)
     page = _PAGE.substitute(title=html.escape(title), subtitle=html.escape(subtitle), cards=cards, heat=HEAT_SHARE)
-    replace_file(path, page.encode())
+    replace_file(path, page.encode(errors="backslashreplace"))  # of a name that is no UTF-8
 
 
 def _card(sample: SampleMaps, heat_colours: "Colormap", word_colours: "Colormap") -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cosmos_scale.evaluation.evaluator import Gather
 from cosmos_scale.files import make_folder, whole_file, writing
+from cosmos_scale.words import figure_text
 
 PICTURE, LIST = "confusions.png", "confusions.csv"
 _NAMED = 50  # classes whose names fit beside a picture
@@ -86,7 +87,7 @@ def _draw(counts_CC: Tensor, names: Sequence[str], path: Path) -> None:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if len(names) <= _NAMED:
-        names = [name.encode(errors="backslashreplace").decode() for name in names]
+        names = [figure_text(name) for name in names]
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), names, fontsize=7)
     with writing(path), whole_file(path) as part:

@@ -12,6 +12,7 @@ from cosmos_scale.files import replace_file, whole_file, writing
 from cosmos_scale.profiling.plan_time import PlannedTime, StepTime
 from cosmos_scale.profiling.plan_time_text import PlannedRun
 from cosmos_scale.profiling.remedies import Outlook
+from cosmos_scale.words import figure_text
 
 FORM = 1  # of the JSON
 SWEEP_GPUS = tuple(2**power for power in range(11))
@@ -170,7 +171,7 @@ def _draw(outlooks: Sequence[Outlook], title: str, path: Path) -> None:
         axes.plot(sizes, rates, marker="o", linewidth=width, markersize=2 * width + 1, label=f"ZeRO stage {stage}")
     gpus = sorted({outlook.cluster.world_size for outlook in outlooks})
     unit = outlooks[0].cluster.machine.unit
-    axes.set(title=title, xscale="log", xlabel=f"{unit}s", ylabel=f"samples a second and {unit}, planned")
+    axes.set(title=figure_text(title), xscale="log", xlabel=f"{unit}s", ylabel=f"samples a second and {unit}, planned")
     axes.set_xticks(gpus, [f"{size:,}" for size in gpus])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)

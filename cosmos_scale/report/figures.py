@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosmos_scale.report.plots import Plot, RunCurves
 from cosmos_scale.report.series import Curve, Point
+from cosmos_scale.words import figure_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +80,9 @@ def draw_bars(name: str, title: str, bars: Sequence[Bar], x_label: str, y_label:
         axes.bar(places, heights, 0.85, below, color=_RUN.format(number), label=part)
         below = [under + height for under, height in zip(below, heights, strict=True)]
     shown = list(places)[:: max(1, -(-len(bars) // 8))]
-    axes.set_xticks(shown, [_plain(bars[place].label) for place in shown])
-    axes.set_xlabel(_plain(x_label))
-    axes.set_ylabel(_plain(y_label))
+    axes.set_xticks(shown, [figure_text(bars[place].label) for place in shown])
+    axes.set_xlabel(figure_text(x_label))
+    axes.set_ylabel(figure_text(y_label))
     axes.grid(visible=False, axis="x")
     if len(names) > 1:
         axes.legend(frameon=False, fontsize=LETTERS, labelcolor=INK)
@@ -97,11 +98,11 @@ def draw_stacks(name: str, title: str, bars: Sequence[Bar], unit: str) -> Drawn:
     left = [0.0] * len(bars)
     for number, part in enumerate(names):
         widths = [bar.parts.get(part, 0.0) for bar in bars]
-        axes.barh(places, widths, 0.7, left, color=_RUN.format(number), label=_plain(part))
+        axes.barh(places, widths, 0.7, left, color=_RUN.format(number), label=figure_text(part))
         left = [before + width for before, width in zip(left, widths, strict=True)]
-    axes.set_yticks(places, [_plain(bar.label) for bar in bars])
+    axes.set_yticks(places, [figure_text(bar.label) for bar in bars])
     axes.invert_yaxis()
-    axes.set_xlabel(_plain(unit))
+    axes.set_xlabel(figure_text(unit))
     axes.grid(visible=False, axis="y")
     axes.legend(
         frameon=False, fontsize=LETTERS, labelcolor=INK, loc="lower left", bbox_to_anchor=(-0.25, 1.0), ncols=2,
@@ -119,9 +120,9 @@ def draw_lines_over(
     """Draw some lines, each of its x and y by its label, over something that is neither steps nor hours."""
     figure, axes = _new_figure()
     for number, (label, (x, y)) in enumerate(lines.items()):
-        axes.plot(x, y, color=_RUN.format(number), label=_plain(label), linewidth=1.3)
-    axes.set_xlabel(_plain(x_label))
-    axes.set_ylabel(_plain(y_label))
+        axes.plot(x, y, color=_RUN.format(number), label=figure_text(label), linewidth=1.3)
+    axes.set_xlabel(figure_text(x_label))
+    axes.set_ylabel(figure_text(y_label))
     axes.set_ylim(bottom=0)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=LETTERS, labelcolor=INK)
@@ -146,7 +147,7 @@ def _draw_over(plot: Plot, axis: str, batches: Sequence[int | None]) -> tuple[st
         _draw_run(axes, number, run, axis, batch, several=len(plot.runs) > 1)
     axes.set_xlabel(AXES[axis])
     if plot.unit:
-        axes.set_ylabel(_plain(plot.unit))
+        axes.set_ylabel(figure_text(plot.unit))
     if plot.logarithmic and any(point.value > 0 for point in _points(plot)):
         axes.set_yscale("log")
         _few_log_ticks(axes)
@@ -275,7 +276,12 @@ def _key(axes: "Axes", kinds: dict[str, bool]) -> None:
 
     lines = [Line2D([], [], color=INK, linewidth=1.3, linestyle="--" if dashed else "-") for dashed in kinds.values()]
     axes.legend(
-        lines, [_plain(label) for label in kinds], frameon=False, fontsize=LETTERS, labelcolor=INK, handlelength=2.4
+        lines,
+        [figure_text(label) for label in kinds],
+        frameon=False,
+        fontsize=LETTERS,
+        labelcolor=INK,
+        handlelength=2.4,
     )
 
 
@@ -346,8 +352,3 @@ def in_few_signs(value: float) -> str:
 
 def _short(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-def _plain(text: str) -> str:
-    """A text in which a dollar sign begins no mathematics."""
-    return text.replace("$", r"\$")

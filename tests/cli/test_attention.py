@@ -1,6 +1,8 @@
 """`cosmos-scale attention` on a checkpoint of a real run: pictures, page, table, JSON, refusals."""
 
 import json
+import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,18 @@ def test_pictures_with_captions_of_the_command_line(
     assert "&lt;" in (tmp_path / "maps" / "attention.html").read_text()
 
 
+def test_names_that_no_font_or_formula_has_are_drawn(checkpoints: Path, tmp_path: Path) -> None:
+    names = ["a$b_^$.jpg", os.fsdecode(b"caf\xe9.jpg"), "\u7ea2.jpg"]
+    pairs: list[str] = []
+    for name in names:
+        (tmp_path / name).write_bytes(picture(1, size=(90, 70)))
+        pairs += ["--image", str(tmp_path / name), "--caption", "a \u7ea2 $_^$ \U0001f389"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main(command(checkpoints, tmp_path / "maps", *pairs, "--json")) == 0
+    assert "caf\\udce9.jpg" in (tmp_path / "maps" / "attention.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -60,6 +74,7 @@ def test_pictures_with_captions_of_the_command_line(
         (["--image", "BROKEN", "--data", "x"], "--image and --data: exactly one of both must be there"),
         (["--image", "BROKEN"], "--caption: 0 for 1 of --image; rule: one for each picture"),
         (["--image", "BROKEN", "--caption", " "], "--caption: number 1 is empty"),
+        (["--image", "BROKEN", "--caption", "caf\udce9"], "--caption: number 1 is 'caf\\udce9', which is no UTF-8"),
         (["--image", "BROKEN", "--caption", "a", "--samples", "3"], "--samples: 3 is for samples of --data"),
         (["--data", "x", "--caption", "a"], "--caption: is for --image"),
         (["--image", "BROKEN", "--caption", "a"], "BROKEN: the picture is not a JPEG, PNG or WebP"),

@@ -190,9 +190,9 @@ def test_confusions_are_counted_named_and_drawn(animals: Path, tmp_path: Path) -
     assert table.row_count == len(rows) - 1  # type: ignore[union-attr]
 
 
-def test_confusions_of_names_that_are_no_utf8_are_written(tmp_path: Path) -> None:
+def test_confusions_of_names_that_are_no_utf8_or_a_formula_are_written(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")  # a folder's, by a disk of another system
-    write_confusions(torch.tensor([[1, 2], [0, 1]]), [name, "tea"], [Confused(name, "tea", 2, 0.5)], tmp_path)
+    write_confusions(torch.tensor([[1, 2], [0, 1]]), [name, "$_^$"], [Confused(name, "tea", 2, 0.5)], tmp_path)
     assert (tmp_path / LIST).read_bytes().splitlines()[1] == b"caf\xe9,tea,2,0.5"
     assert (tmp_path / PICTURE).exists()
 

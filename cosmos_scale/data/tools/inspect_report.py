@@ -15,7 +15,7 @@ from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.tools.inspect import Survey, Tally
 from cosmos_scale.data.tools.own_pictures import MARK, MARK_FIELD
 from cosmos_scale.files import make_folder, replace_file
-from cosmos_scale.words import counted, first_frame
+from cosmos_scale.words import counted, figure_text, first_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,7 +249,7 @@ def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
     read = "all" if survey.read == survey.total else f"{survey.read:,} of"
     names = ", ".join(source.name for source in survey.sources)
     title = f"{names}: {read} {counted(survey.total, 'sample')}; dotted: median"
-    figure.suptitle(title.replace("$", r"\$"), fontsize=11, wrap=True)  # what stands between $ would be a formula
+    figure.suptitle(figure_text(title), fontsize=11, wrap=True)
     panels = [figure.add_subplot(rows, COLUMNS, place + 1) for place in range(len(shown) + 1)]
     for axes, (name, values) in zip(panels, shown.items(), strict=False):
         _draw_histogram(axes, name, values)
