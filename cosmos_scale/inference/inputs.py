@@ -108,7 +108,7 @@ def class_names(classes: object) -> Names:
         if not isinstance(several, (list, tuple)) or not several:
             raise UserError(f"classes: number {place} is {given!r}; {rule}")
         for name in several:
-            if not isinstance(name, str) or not name.strip():
+            if not isinstance(name, str) or not name.strip() or "\0" in name:
                 raise UserError(f"classes: number {place} has the name {name!r}; {rule}")
         names.append(tuple(several))
     if not names:
@@ -129,8 +129,9 @@ def checked_templates(templates: object) -> tuple[str, ...]:
     checked = checked_texts("templates", templates)
     written = [template.replace("{c}", "{}") for template in checked]
     for place, template in enumerate(written):
-        if "{}" not in template:
-            raise UserError(f"templates: number {place}, {template!r}, has no place for the name; {rule}")
+        if "{}" not in template or "\0" in template:
+            what = "holds a NUL" if "{}" in template else "has no place for the name"
+            raise UserError(f"templates: number {place}, {template!r}, {what}; {rule}")
     return tuple(written)
 
 

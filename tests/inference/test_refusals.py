@@ -95,6 +95,7 @@ def test_files_and_pictures_that_do_not_decode(model: LoadedModel, tmp_path: Pat
         (["cat", 3], "classes: number 1 is 3; rule: a list"),
         (["cat", []], "classes: number 1 is []; rule: a list"),
         (["cat", " "], "classes: number 1 has the name ' '; rule: a list"),
+        (["cat", "d\0g"], "classes: number 1 has the name 'd\\x00g'; rule: a list"),
         (["cat", ["dog", None]], "classes: number 1 has the name None; rule: a list"),
         ({"cat": 0}, "classes: a dict; rule: a list of names"),
         (None, "classes: a NoneType; rule: a list of names"),
@@ -111,7 +112,12 @@ def test_what_are_no_texts_templates_and_thresholds(model: LoadedModel) -> None:
     assert refused(model.encode_text, "a cat") == "texts: 'a cat' alone; rule: a list of texts"
     for wrong in ([3], [None], [["a"]]):
         assert refused(model.encode_text, wrong).startswith("texts: number 0 is a ")
-    for wrong, said in (("{}", "templates: '{}' alone"), ([], "templates: an empty"), (["a"], "templates: number 0")):
+    for wrong, said in (
+        ("{}", "templates: '{}' alone"),
+        ([], "templates: an empty"),
+        (["a"], "templates: number 0"),
+        (["{}\0"], "templates: number 0, '{}\\x00', holds a NUL"),
+    ):
         assert refused(model.classify, [LEVELS], ["cat"], templates=wrong).startswith(said)
         assert refused(model.segment, LEVELS, ["cat"], templates=wrong).startswith(said)
     for wrong in (-0.1, 1.5, float("nan"), None):
