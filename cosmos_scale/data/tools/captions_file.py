@@ -135,7 +135,7 @@ def _one_array(path: Path) -> UserError:
 def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
     # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=regular_only) as file:
-        records = read_records(file)
+        records = read_records(file, spaced=True)
         header = read_header(path, records)
         present = {plain_column(name) for name in header}
         for needed, known, option in (
