@@ -41,7 +41,7 @@ PICTURES: list[tuple[Any, str]] = [
     (Image.new("RGB", (4, 5)), "images: a PIL picture of 4 x 5 pixels alone"),
     (LEVELS, "images: a uint8 tensor [3, 20, 20] alone; rule: a list of pictures, or a tensor [N, 3, H, W]"),
     ({"a.jpg": 1}, "images: a dict; rule: a list of pictures"),
-    (3, "images: a int; rule: a list of pictures"),
+    (3, "images: an int; rule: a list of pictures"),
     (
         [LEVELS, LEVELS.float()],
         "images: number 1: a float32 tensor [3, 20, 20]; rule: a path, a PIL picture, or a uint8",
@@ -111,7 +111,7 @@ def test_what_are_no_texts_templates_and_thresholds(model: LoadedModel) -> None:
     assert refused(model.encode_text, []) == "texts: an empty list; rule: one text or more"
     assert refused(model.encode_text, "a cat") == "texts: 'a cat' alone; rule: a list of texts"
     for wrong in ([3], [None], [["a"]]):
-        assert refused(model.encode_text, wrong).startswith("texts: number 0 is a ")
+        assert refused(model.encode_text, wrong).startswith(("texts: number 0 is a ", "texts: number 0 is an int"))
     for wrong, said in (
         ("{}", "templates: '{}' alone"),
         ([], "templates: an empty"),
@@ -131,7 +131,7 @@ def test_what_are_no_texts_templates_and_thresholds(model: LoadedModel) -> None:
 def test_what_cannot_be_loaded(saved: Saved, tmp_path: Path) -> None:
     assert f"checkpoint {tmp_path}: none there" in refused(cosmos_scale.load, tmp_path)
     assert "none there" in refused(cosmos_scale.load, tmp_path / "missing")
-    assert refused(cosmos_scale.load, 3).startswith("checkpoint: a int; rule: the path of")
+    assert refused(cosmos_scale.load, 3).startswith("checkpoint: an int; rule: the path of")
     for path, said in {
         "nul\0": "'nul\\x00': embedded null byte",
         "\ud800": "'\\ud800': 'utf-8' codec",

@@ -24,6 +24,7 @@ from cosmos_scale.data.samples.caption_keys import (
 from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only
+from cosmos_scale.words import with_article
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
@@ -125,7 +126,7 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
             if isinstance(values, dict):
                 yield _row(number, values, columns)
             else:
-                yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
+                yield CaptionRow(number, None, {}, f"not an object: json is {with_article(type(values).__name__)}")
 
 
 def _one_array(path: Path) -> UserError:
