@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import re
 import resource
 import stat
 import sys
@@ -92,6 +93,15 @@ def read_regular(path: str | Path) -> bytes:
     """Return the bytes of a regular file; raises OSError, also where the path is a folder, a FIFO or a device."""
     with open(path, "rb", opener=regular_only) as file:
         return file.read()
+
+
+def text_lines(text: str) -> list[str]:
+    r"""Return the lines of a user's text, which end at \n, \r\n or \r.
+
+    str.splitlines also cuts at form feeds, U+0085, U+2028 and others, which may stand in a name.
+    """
+    lines = re.split(r"\r\n|\n|\r", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def load_json(data: str | bytes | bytearray) -> Any:

@@ -1,4 +1,4 @@
-"""Numbers in sentences ("1 shard", "2 shards"), rows of text as wide as a terminal, and texts in figures."""
+"""Numbers and nouns in sentences ("2 shards", "an int"), rows of text as wide as a terminal, and texts in figures."""
 
 import sys
 import textwrap
@@ -9,6 +9,11 @@ COLUMNS = 80
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun, in the plural unless the number is 1. plural: where an s more is not enough."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def with_article(noun: str) -> str:
+    """Return a noun with a or an: "an int", "a list"; a u is spoken as in "a uint8"."""
+    return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"
 
 
 def first_frame(animated: int) -> str:

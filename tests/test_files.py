@@ -21,7 +21,7 @@ from cosmos_scale.files import (
     whole_file,
     writing,
 )
-from cosmos_scale.words import counted
+from cosmos_scale.words import counted, with_article
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -225,3 +225,8 @@ def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     file.close()
     assert caplog.records[-1].levelno == logging.WARNING
     assert caplog.records[-1].getMessage().endswith("cannot be written still; 2 lines are lost")
+
+
+def test_nouns_have_their_article() -> None:
+    nouns = ("int", "list", "object", "uint8", "int64", "NoneType", "OrderedDict", "EagerTensor", "array")
+    assert [with_article(noun).split()[0] for noun in nouns] == ["an", "a", "an", "a", "an", "a", "an", "an", "an"]

@@ -34,7 +34,7 @@ PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation
 MAY_IMPORT = {
     "__init__": {"errors", "inference"},  # when it is asked for them
     "batch": set(),
-    "config": {"errors", "files", "set_names"},
+    "config": {"errors", "files", "set_names", "words"},
     "console": {"words"},
     "errors": set(),
     "exit_status": set(),

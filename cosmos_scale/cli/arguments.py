@@ -133,10 +133,14 @@ def say_repeats(overrides: Sequence[str]) -> None:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that refuses an option given twice with two values: argparse would drop the first without a word."""
+    """A parser that refuses an option given twice with two values: argparse would drop the first without a word.
+
+    Its default `parser` is itself: that of the command which was parsed refuses what is left over, with its own usage.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.set_defaults(parser=self)
         for name in (None, "store"):
             self.register("action", name, _StoreOnce)
 

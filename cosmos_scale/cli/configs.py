@@ -26,7 +26,7 @@ def add_configs_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     parser.add_argument(
         "--write", nargs=2, metavar=("NAME", "FILE"), help="write the config NAME to FILE, which must not exist"
     )
-    parser.set_defaults(command="configs", run=_run, parser=parser)
+    parser.set_defaults(command="configs", run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -74,7 +74,7 @@ def add_launch_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         metavar="SECONDS",
         help="a host that is silent for so long is lost; default: 300",
     )
-    parser.set_defaults(command="launch", run=_run, parser=parser)
+    parser.set_defaults(command="launch", run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

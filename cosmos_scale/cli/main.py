@@ -140,7 +140,6 @@ def _setup(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = with_examples(CommandParser(prog="cosmos-scale", description=_DESCRIPTION), EXAMPLES)
-    parser.set_defaults(parser=parser)  # the parser that refuses arguments; a command may set its own
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("--version", action="version", version=f"cosmos-scale {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

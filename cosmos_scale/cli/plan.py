@@ -58,7 +58,7 @@ def add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "--sweep", action="store_true", help="also plan 1 to 1,024 GPUs at each ZeRO stage: sweep.csv, sweep.png"
     )
     parser.add_argument("--out", type=path, metavar="FOLDER", help="of --sweep's files (default: the current folder)")
-    parser.set_defaults(command="plan", run=_run, parser=parser)
+    parser.set_defaults(command="plan", run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -65,7 +65,7 @@ def add_profile_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
         "--planned", action="store_true", help="count the step without running it, too, and print both; takes 10 s more"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.set_defaults(command="profile", run=_run, parser=parser)
+    parser.set_defaults(command="profile", run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

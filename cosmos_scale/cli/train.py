@@ -57,7 +57,7 @@ def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         help="print what the config's keys mean, those of PREFIX or all, and exit",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.set_defaults(command="train", run=_run, parser=parser)
+    parser.set_defaults(command="train", run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -175,7 +175,8 @@ class RemoteConfig(Section):
         1000.0,
         ge=0.0,
         le=1000000000.0,
-        description="fewest bytes per second of an answer that takes longer than timeout_s (http, pipe:); 0: any",
+        description="fewest bytes per second of an answer that takes longer than timeout_s (http, pipe:); of s3, gs "
+        "and abfs a sample may take timeout_s and its bytes at this speed; 0: any",
         json_schema_extra=MAY_DIFFER_BY_HOST,
     )
 

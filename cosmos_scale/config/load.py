@@ -29,6 +29,7 @@ from cosmos_scale.config.shipped import is_shipped_name, shipped_file
 from cosmos_scale.config.yaml_text import MOST_LEVELS, parse_yaml, reading_hint, shown_value, write_yaml
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.words import with_article
 
 COMMAND_LINE = "command line"
 MOST_FILES = 100  # that one config may extend: each counts as often as it is named
@@ -137,7 +138,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...], read: Iterator[int]) ->
     if own is None:
         own = {}
     if not isinstance(own, dict):
-        raise UserError(f"{path}: holds a {type(own).__name__}; a config is a mapping of keys")
+        raise UserError(f"{path}: holds {with_article(type(own).__name__)}; a config is a mapping of keys")
     bases = own.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -18,6 +18,7 @@ from cosmos_scale.evaluation.evaluator import Setting
 from cosmos_scale.evaluation.prompts.texts import Names
 from cosmos_scale.evaluation.segmentation.pixels import decode_upright
 from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.words import with_article
 
 PictureLike = str | os.PathLike[str] | Image.Image | Tensor
 """The path of a JPEG, PNG or WebP; a PIL picture; or RGB as a uint8 tensor [3, H, W] on any device. Of any size."""
@@ -108,7 +109,7 @@ def class_names(classes: object) -> Names:
         if not isinstance(several, (list, tuple)) or not several:
             raise UserError(f"classes: number {place} is {given!r}; {rule}")
         for name in several:
-            if not isinstance(name, str) or not name.strip():
+            if not isinstance(name, str) or not name.strip() or "\0" in name:
                 raise UserError(f"classes: number {place} has the name {name!r}; {rule}")
         names.append(tuple(several))
     if not names:
@@ -129,8 +130,9 @@ def checked_templates(templates: object) -> tuple[str, ...]:
     checked = checked_texts("templates", templates)
     written = [template.replace("{c}", "{}") for template in checked]
     for place, template in enumerate(written):
-        if "{}" not in template:
-            raise UserError(f"templates: number {place}, {template!r}, has no place for the name; {rule}")
+        if "{}" not in template or "\0" in template:
+            what = "holds a NUL" if "{}" in template else "has no place for the name"
+            raise UserError(f"templates: number {place}, {template!r}, {what}; {rule}")
     return tuple(written)
 
 
@@ -141,7 +143,7 @@ def checked_texts(what: str, texts: object) -> list[str]:
     checked = []
     for place, text in enumerate(_listed(what, texts, "texts")):
         if not isinstance(text, str):
-            raise UserError(f"{what}: number {place} is a {type(text).__name__}; rule: a list of texts")
+            raise UserError(f"{what}: number {place} is {with_article(type(text).__name__)}; rule: a list of texts")
         checked.append(text)
     if not checked:
         raise UserError(f"{what}: an empty list; rule: one text or more")
@@ -150,17 +152,17 @@ def checked_texts(what: str, texts: object) -> list[str]:
 
 def _listed(what: str, given: object, of: str) -> list[Any]:
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
-        raise UserError(f"{what}: a {type(given).__name__}; rule: a list of {of}")
+        raise UserError(f"{what}: {with_article(type(given).__name__)}; rule: a list of {of}")
     return list(given)
 
 
 def _kind(picture: object) -> str:
     """Return in a few words what was given as a picture."""
     if isinstance(picture, Tensor):
-        return f"a {str(picture.dtype).removeprefix('torch.')} tensor {list(picture.shape)}"
+        return f"{with_article(str(picture.dtype).removeprefix('torch.'))} tensor {list(picture.shape)}"
     if isinstance(picture, Image.Image):
         return f"a PIL picture of {picture.width} x {picture.height} pixels"
     if isinstance(picture, (str, os.PathLike)):
         return f"the path {str(picture)!r}"
     hint = " (Image.fromarray makes it a PIL picture)" if isinstance(picture, np.ndarray) else ""
-    return f"a {type(picture).__name__}{hint}"
+    return f"{with_article(type(picture).__name__)}{hint}"

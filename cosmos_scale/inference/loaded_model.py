@@ -41,6 +41,7 @@ from cosmos_scale.inference.inputs import (
     upright_pixels_of,
 )
 from cosmos_scale.inference.results import CaptionAttention, ClassifiedPictures, SegmentedPicture
+from cosmos_scale.words import with_article
 
 _ACTIVATIONS = 2**29  # bytes that the activations of a batch may take on the CPU; on CUDA an eighth of what is free
 _LARGEST_BATCH = 256
@@ -234,7 +235,9 @@ def load(
     Raises UserError where there is no such checkpoint or device.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
-        raise UserError(f"checkpoint: a {type(checkpoint).__name__}; rule: the path of a run or a checkpoint")
+        raise UserError(
+            f"checkpoint: {with_article(type(checkpoint).__name__)}; rule: the path of a run or a checkpoint"
+        )
     choices_of = {"which": (which, get_args(Which)), "activation": (activation, (*get_args(Activation), None))}
     for argument, (value, choices) in choices_of.items():
         if value not in choices:

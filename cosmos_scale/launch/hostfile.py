@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular
+from cosmos_scale.files import read_regular, text_lines
 
 _LINE = re.compile(r"(?P<name>[^\s=#-][^\s=#]*)\s+slots\s*=\s*(?P<slots>[^\s#]+)\s*(#.*)?")
 _RULE = "rule: a line is `NAME slots=N`, or empty, or a comment after #"
@@ -38,7 +38,7 @@ def read_hostfile(path: Path) -> list[Host]:
     """
     hosts: dict[str, Host] = {}
     lines_of: dict[str, int] = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(text_lines(_text(path)), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         where = f"--hostfile: {path}, line {number}: {line.strip()[:120]!r}"

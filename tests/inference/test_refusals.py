@@ -41,7 +41,7 @@ PICTURES: list[tuple[Any, str]] = [
     (Image.new("RGB", (4, 5)), "images: a PIL picture of 4 x 5 pixels alone"),
     (LEVELS, "images: a uint8 tensor [3, 20, 20] alone; rule: a list of pictures, or a tensor [N, 3, H, W]"),
     ({"a.jpg": 1}, "images: a dict; rule: a list of pictures"),
-    (3, "images: a int; rule: a list of pictures"),
+    (3, "images: an int; rule: a list of pictures"),
     (
         [LEVELS, LEVELS.float()],
         "images: number 1: a float32 tensor [3, 20, 20]; rule: a path, a PIL picture, or a uint8",
@@ -95,6 +95,7 @@ def test_files_and_pictures_that_do_not_decode(model: LoadedModel, tmp_path: Pat
         (["cat", 3], "classes: number 1 is 3; rule: a list"),
         (["cat", []], "classes: number 1 is []; rule: a list"),
         (["cat", " "], "classes: number 1 has the name ' '; rule: a list"),
+        (["cat", "d\0g"], "classes: number 1 has the name 'd\\x00g'; rule: a list"),
         (["cat", ["dog", None]], "classes: number 1 has the name None; rule: a list"),
         ({"cat": 0}, "classes: a dict; rule: a list of names"),
         (None, "classes: a NoneType; rule: a list of names"),
@@ -110,8 +111,13 @@ def test_what_are_no_texts_templates_and_thresholds(model: LoadedModel) -> None:
     assert refused(model.encode_text, []) == "texts: an empty list; rule: one text or more"
     assert refused(model.encode_text, "a cat") == "texts: 'a cat' alone; rule: a list of texts"
     for wrong in ([3], [None], [["a"]]):
-        assert refused(model.encode_text, wrong).startswith("texts: number 0 is a ")
-    for wrong, said in (("{}", "templates: '{}' alone"), ([], "templates: an empty"), (["a"], "templates: number 0")):
+        assert refused(model.encode_text, wrong).startswith(("texts: number 0 is a ", "texts: number 0 is an int"))
+    for wrong, said in (
+        ("{}", "templates: '{}' alone"),
+        ([], "templates: an empty"),
+        (["a"], "templates: number 0"),
+        (["{}\0"], "templates: number 0, '{}\\x00', holds a NUL"),
+    ):
         assert refused(model.classify, [LEVELS], ["cat"], templates=wrong).startswith(said)
         assert refused(model.segment, LEVELS, ["cat"], templates=wrong).startswith(said)
     for wrong in (-0.1, 1.5, float("nan"), None):
@@ -125,7 +131,7 @@ def test_what_are_no_texts_templates_and_thresholds(model: LoadedModel) -> None:
 def test_what_cannot_be_loaded(saved: Saved, tmp_path: Path) -> None:
     assert f"checkpoint {tmp_path}: none there" in refused(cosmos_scale.load, tmp_path)
     assert "none there" in refused(cosmos_scale.load, tmp_path / "missing")
-    assert refused(cosmos_scale.load, 3).startswith("checkpoint: a int; rule: the path of")
+    assert refused(cosmos_scale.load, 3).startswith("checkpoint: an int; rule: the path of")
     for path, said in {
         "nul\0": "'nul\\x00': embedded null byte",
         "\ud800": "'\\ud800': 'utf-8' codec",

@@ -23,6 +23,7 @@ from cosmos_scale.checkpoint.interchange.settings import (
 from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
 from cosmos_scale.checkpoint.interchange.weights import Activation, StoredWeights, refusal, shape_of
 from cosmos_scale.config import TOKENIZER_VOCABULARY, ModelConfig, TextConfig, VisionConfig
+from cosmos_scale.words import with_article
 
 HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
@@ -91,7 +92,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     for file in _files(folder):
         content = open_tensors(file)
         if not isinstance(content, Mapping):
-            raise refusal(file, f"found a {type(content).__name__}, not a dict of tensors")
+            raise refusal(file, f"found {with_article(type(content).__name__)}, not a dict of tensors")
         # Old versions saved the positions' numbers beside the weights.
         tensors |= named(file, {key: value for key, value in content.items() if not str(key).endswith("position_ids")})
     return tensors

@@ -26,6 +26,7 @@ from cosmos_scale.checkpoint.interchange.weights import (
 )
 from cosmos_scale.checkpoint.state import MANIFEST, MOST_TRIES, find_checkpoint, newest, step_of
 from cosmos_scale.errors import UserError
+from cosmos_scale.words import with_article
 
 ADAPTER = "adapter_config.json"  # of a LoRA
 # A folder with one of these is another program's, whatever it turns out to be.
@@ -133,7 +134,7 @@ def first_model(path: Path) -> Which:
 def _content(file: Path) -> Mapping[Any, Any]:
     content = open_tensors(file)
     if not isinstance(content, Mapping):
-        raise refusal(file, f"found a {type(content).__name__}, not a dict of tensors")
+        raise refusal(file, f"found {with_article(type(content).__name__)}, not a dict of tensors")
     return content
 
 

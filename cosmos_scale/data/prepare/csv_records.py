@@ -107,10 +107,11 @@ class _Feed:
         del self.taken[kept:]
 
 
-def read_records(lines: Iterable[str], delimiter: str = ",") -> Iterator[CsvRecord]:
+def read_records(lines: Iterable[str], delimiter: str = ",", *, spaced: bool = False) -> Iterator[CsvRecord]:
     """Yield the records of a CSV file's lines in order; an empty line is a record without cells.
 
-    delimiter: what separates cells. The header is the first record with cells.
+    delimiter: what separates cells. The header is the first record with cells. spaced: whether a quote may stand behind
+    spaces, as people write it: in `1.jpg, "a cat"`. Else such quotes are a part of the text.
     A record of another number of cells than the header has a fault; its lines, however many, are this record's.
     """
     csv.field_size_limit(CELL_LIMIT)
@@ -126,6 +127,8 @@ def read_records(lines: Iterable[str], delimiter: str = ",") -> Iterator[CsvReco
                 fault = _unclosed(feed, cells, line, width, delimiter)
             elif '"' in feed.taken[0] and not _is_strict(feed.taken, delimiter):
                 fault = f'stray quote: on line {line:,}; a quote inside a quoted cell is written twice ("")'
+            elif spaced and f"{delimiter} " in feed.taken[0] and '"' in feed.taken[0]:
+                cells, fault = _spaced(feed.taken[0], cells, line, delimiter)
         except StopIteration:
             return
         except _TooManyLines:
@@ -180,6 +183,21 @@ def _is_strict(lines: list[str], delimiter: str) -> bool:
     except csv.Error:
         return False
     return True
+
+
+def _spaced(text: str, cells: list[str], line: int, delimiter: str) -> tuple[list[str], str | None]:
+    """Return a line's cells, those behind spaces without their quotes, and what is wrong; cells: as they are else."""
+    try:
+        found = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True, strict=True))
+        if len(found) != len(cells):  # a quoted cell holds a delimiter
+            return found, None
+        pairs = zip(cells, found, strict=True)
+        return [bare if cell.lstrip(" ").startswith('"') else cell for cell, bare in pairs], None
+    except csv.Error as error:
+        if "unexpected end" not in str(error):  # text stands behind the closing quote: the cell is not quoted
+            return cells, None
+    fault = f"stray quote: on line {line:,} a quote behind a space is not closed; rule: no space before a quoted cell"
+    return cells, fault
 
 
 def _cells(line: str, delimiter: str) -> list[str]:

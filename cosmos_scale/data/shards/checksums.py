@@ -1,11 +1,17 @@
 """The manifest beside shards: the size and the SHA-256 of each, as they were written. `data verify` compares them."""
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from cosmos_scale.data.shards.patterns import ShardPattern
+from cosmos_scale.data.shards.store import is_remote
+from cosmos_scale.data.shards.summary import ShardRow
+from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, replace_file
 
@@ -64,6 +70,19 @@ def noted_checksums(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: cannot be read: {error.strerror}; its checksums are to be compared") from error
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def gone_shards(shards: ShardPattern, names: Sequence[str], before: Iterable[ShardRow]) -> list[str]:
+    """Return the shards that the manifest beside them or the index before names, and that are no longer there.
+
+    names: the shards that the pattern means now. Only shards of this machine can be looked for.
+    """
+    if shards.folder is None or is_remote(shards.folder):
+        return []
+    known = {row.name for row in before}
+    with suppress(UserError):  # of a manifest that is closed to the user
+        known.update(noted_checksums(Path(shards.folder) / MANIFEST))
+    return sorted(name for name in known.difference(names) if not os.path.lexists(shards.address(name)))
 
 
 def refuse_foreign_manifest(path: Path, own: str) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
+from cosmos_scale.data.shards.checksums import gone_shards
 from cosmos_scale.data.shards.index_report import (
     REJECTED,
     IndexReport,
@@ -129,8 +130,9 @@ def index_shards(
     write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()
-    alike, others_there = alike_shards(rows, marks), passed_over(pattern, names)
-    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, alike, others_there)
+    gone = [] if finishing else gone_shards(shards, names, before.rows)
+    found = alike_shards(rows, marks), passed_over(pattern, names), gone
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, *found)
 
 
 class SourceShards(NamedTuple):

@@ -23,7 +23,7 @@ class IndexReport(NamedTuple):
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: samples whose captions, if
     they have any, stand under no known key. unread: pictures that are not read, since their sample has another.
     alike: pairs of shards of one size and one beginning, the later one first. passed_over: tars of the folder that are
-    no shards of it.
+    no shards of it. gone: shards that the manifest or the index before names, and that are no longer there.
     """
 
     folder: Path
@@ -36,6 +36,7 @@ class IndexReport(NamedTuple):
     unread: int = 0
     alike: Sequence[tuple[str, str]] = ()
     passed_over: Sequence[str] = ()
+    gone: Sequence[str] = ()
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
@@ -43,6 +44,12 @@ class IndexReport(NamedTuple):
         if self.passed_over:
             others = describe_passed_over(self.passed_over)
             lines.append(f"{others} not indexed: a folder means its own .tar files; a pattern names others")
+        if self.gone:
+            names = f"{', '.join(self.gone[:3])}{', ...' if len(self.gone) > 3 else ''}"
+            gone = counted(len(self.gone), "shard is", "shards are")
+            lines.append(
+                f"{gone} no longer there ({names}), which manifest.json or the index before names: not indexed"
+            )
         if self.torn:
             torn = counted(self.torn, "shard breaks off", "shards break off")
             lines.append(f"{torn}: samples before the break are kept")

@@ -1,5 +1,6 @@
 """How fast the bytes of an answer must come: a server that drips keeps every time limit between two bytes."""
 
+import asyncio
 import io
 import os
 import select
@@ -10,8 +11,10 @@ from functools import partial
 from http.client import HTTPResponse
 from typing import Any
 
+from fsspec.asyn import AsyncFileSystem, sync
 from requests.adapters import HTTPAdapter
 
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # two types before Python 3.11
 PIECE = 1 << 20  # bytes at a time of a whole shard
 
 
@@ -67,6 +70,28 @@ def paced_output(descriptor: int, timeout_s: float, lowest_speed: float) -> Iter
         if not piece:
             return
         yield piece
+
+
+def paced_part(filesystem: Any, path: str, start: int, end: int, timeout_s: float, lowest_speed: float) -> bytes:
+    """Return a part of a file of one of fsspec's file systems; raises what the file system raises.
+
+    Where its reads can be ended (s3, gs, abfs) and lowest_speed is not 0, raises TooSlow where the part takes longer
+    than timeout_s and its bytes at lowest_speed. Of other file systems the time is not limited here.
+    """
+    # By the type: fsspec's caches answer with the attributes of the file system behind them.
+    if lowest_speed == 0 or not issubclass(type(filesystem), AsyncFileSystem):
+        data: bytes = filesystem.cat_file(path, start=start, end=end)
+        return data
+    limit, begun = timeout_s + (end - start) / lowest_speed, time.monotonic()
+    try:
+        # As cat_file does it, which takes no limit; the read is cancelled at the limit.
+        data = sync(filesystem.loop, filesystem._cat_file, path, start=start, end=end, timeout=limit)
+    except TIMEOUTS as error:
+        if time.monotonic() - begun < limit:  # of the file system's own connection
+            raise
+        rule = f"data.remote.timeout_s, {timeout_s:g} s, and the bytes at data.remote.lowest_speed, {lowest_speed:g}"
+        raise TooSlow(f"{end - start} bytes did not come within {limit:.3g} s; rule: {rule} bytes/s") from error
+    return data
 
 
 class PacedAdapter(HTTPAdapter):

@@ -26,6 +26,7 @@ from cosmos_scale.data.shards.store import (
 )
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of, regular_only
+from cosmos_scale.words import with_article
 
 BLOCK = 512  # bytes; every tar header is one block, data start and end at block boundaries
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # in order of preference, which is the published loader's
@@ -135,7 +136,7 @@ def parse_text(data: bytes, kind: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedSample(f"unreadable {kind}: {error}") from error
     if not isinstance(document, dict):
-        raise DamagedSample(f"json is a {type(document).__name__}, not an object")
+        raise DamagedSample(f"json is {with_article(type(document).__name__)}, not an object")
     return document
 
 

@@ -21,7 +21,7 @@ import requests
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.config.section import redact_urls
-from cosmos_scale.data.shards.pace import PIECE, PacedAdapter, TooSlow, paced_output
+from cosmos_scale.data.shards.pace import PIECE, PacedAdapter, TooSlow, paced_output, paced_part
 from cosmos_scale.data.shards.web_answer import first_bytes, first_cause, says_its_end
 from cosmos_scale.errors import UserError
 
@@ -155,7 +155,7 @@ class Stores:
         limits = self._remote.timeout_s, self._remote.lowest_speed
         if kind == PIPE:
             return CommandStore(*limits)
-        return WebStore(*limits) if kind == "web" else FilesystemStore()
+        return WebStore(*limits) if kind == "web" else FilesystemStore(*limits)
 
 
 def fetch_into(file: BinaryIO, address: str, remote: RemoteConfig) -> None:
@@ -270,10 +270,11 @@ def _check_total(found: str | None, total: int | None) -> None:
 class FilesystemStore:
     """Shards where fsspec reaches: s3://, gs://, hdfs://, memory://, file://, ...
 
-    Time-outs are those of each kind of file system, whose package must be installed.
+    Time-outs are those of each kind of file system, whose package must be installed; parts, see `paced_part`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 0.0, lowest_speed: float = 0.0) -> None:
+        self._limits = timeout_s, lowest_speed
         self._sizes: dict[str, int | None] = {}
 
     def read(self, address: str, offset: int, size: int, total: int) -> bytes:
@@ -282,7 +283,8 @@ class FilesystemStore:
         with _filesystem_errors(address):
             self._check_size(filesystem, path, address, total)
             try:
-                data: bytes = filesystem.cat_file(path, start=offset, end=offset + size)
+                limits = (0.0, 0.0) if "::" in address else self._limits  # the first read may fetch the whole shard
+                data = paced_part(filesystem, path, offset, offset + size, *limits)
             except NotImplementedError as error:
                 raise NoParts from error
         if len(data) != size:

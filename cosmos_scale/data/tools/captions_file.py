@@ -25,6 +25,7 @@ from cosmos_scale.data.samples.caption_keys import (
 from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only
+from cosmos_scale.words import with_article
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "file", "path", "key")
@@ -133,7 +134,7 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
             if isinstance(values, dict):
                 yield _row(number, values, columns)
             else:
-                yield CaptionRow(number, None, {}, f"not an object: json is a {type(values).__name__}")
+                yield CaptionRow(number, None, {}, f"not an object: json is {with_article(type(values).__name__)}")
 
 
 def _one_array(path: Path) -> UserError:
@@ -143,7 +144,7 @@ def _one_array(path: Path) -> UserError:
 def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
     # Bytes that are not UTF-8 become lone surrogates, so that only the rows with such bytes are lost.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=regular_only) as file:
-        records = read_records(file)
+        records = read_records(file, spaced=True)
         header = read_header(path, records)
         present = {plain_column(name) for name in header}
         for needed, known, option in (

@@ -148,7 +148,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    records = read_records(io.StringIO(_read_text(path, PAIRS), newline=""), delimiter)
+    records = read_records(io.StringIO(_read_text(path, PAIRS), newline=""), delimiter, spaced=True)
     header = read_header(path, records)
     refuse_columns_twice(path, header, {plain_column(name) for name in header})
     for record in records:

@@ -114,6 +114,7 @@ def _webdataset(root: Path) -> list[CaptionedFile]:
     found = []
     for shard in shards_of(root, WEBDATASET):
         for file, data, _ in tar_samples(shard, str(shard.relative_to(root)), CAPTIONS):
+            # By splitlines, as clip-benchmark does: it also cuts at U+2028 and others.
             texts = () if data is None else [line for line in _text(data, file).splitlines() if line.strip()]
             found.append(CaptionedFile(file, texts))
     if not any(picture.texts for picture in found):

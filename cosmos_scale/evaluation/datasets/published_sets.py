@@ -14,7 +14,7 @@ from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import ArrayPictures, FilePictures, LabelledPictures, PlacedFile
-from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.files import read_regular, reason_of, text_lines
 
 # The published evaluation splits Caltech101 by a seed; the second part counts.
 CALTECH_PICTURES, CALTECH_FIRST, CALTECH_SEED = 8677, 3000, 3072
@@ -92,7 +92,7 @@ def _sun397(root: Path, config: ClassificationConfig) -> LabelledPictures:
 def _of_split(split: Path, folder: Path, labels: Mapping[str, int]) -> list[tuple[str, int]]:
     """Return the pictures that a split file names, in its order; its paths begin at the set's folder."""
     try:
-        lines = [line.strip() for line in read_regular(split).decode().splitlines()]
+        lines = [line.strip() for line in text_lines(read_regular(split).decode())]
     except (OSError, UnicodeDecodeError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else "it is no UTF-8"
         raise UserError(f"{split}: cannot be read: {reason}; rule: a path of a picture a line") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.files import read_regular, reason_of, text_lines
 
 Names = tuple[tuple[str, ...], ...]
 """The names of each class, one or more, in the order of the labels."""
@@ -24,6 +24,8 @@ _FOLDER = Path(__file__).parent
 _NUMBER = re.compile(r"\W*(?P<number>\d+)\W*[\s:,;.)]\s*(?P<name>\S.*)")
 _WNID = re.compile(r"n\d{8}[\s:,;]+(?P<name>\S.*)")
 _COLOUR = re.compile(r"(?P<name>.*\S)[\s:,;(\[]+\d{1,3}[\s,;]+\d{1,3}[\s,;]+\d{1,3}[)\]]?")
+# A line of a list in Python: a text in quotes with a comma behind it, or OpenCLIP's form of a template.
+_CODE = re.compile(r"""\s*(?:lambda +\w+ *: *f?(?P<template>.+?),?|f?(?P<quoted>'[^']*'|"[^"]*") *,)\s*""")
 _PACKAGE, _FILE = "open_clip", "zero_shot_metadata.py"
 
 
@@ -68,7 +70,8 @@ def _open_clip() -> dict[str, Any]:
 def read_names(path: Path, *, several: bool = True) -> Names:
     """Read a file with a line a class: its names, separated by ", ", or, where not several, one name.
 
-    Raises UserError where the file cannot be read, holds nothing, a class has no name, or numbers stand beside names.
+    Raises UserError where the file cannot be read, holds nothing, a class has no name, a line is code of Python, or
+    numbers stand beside names.
     """
     lines = _lines(path, "a class")
     _refuse_numbers(path, lines)
@@ -95,7 +98,8 @@ def _refuse_numbers(path: Path, lines: Sequence[str]) -> None:
 def read_templates(path: Path) -> tuple[str, ...]:
     """Read a file with a template a line, {} or {c} for the name; returned with {}.
 
-    Raises UserError where the file cannot be read, holds nothing, or a line has no place for the name.
+    Raises UserError where the file cannot be read, holds nothing, or a line is code of Python or has no place for the
+    name.
     """
     templates = [line.replace("{c}", "{}") for line in _lines(path, "a template")]
     for number, template in enumerate(templates, start=1):
@@ -112,11 +116,12 @@ def filled_in(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 def _lines(path: Path, what: str) -> list[str]:
     """Return the lines of a text file, only their ends stripped; empty lines may stand at the end."""
     try:
-        lines = read_regular(path).decode("utf-8-sig").splitlines()
+        text = read_regular(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason_of(error)}; rule: a text file, {what} a line") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: holds bytes that are no UTF-8; rule: a text file, {what} a line") from error
+    lines = text_lines(text)
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
@@ -124,4 +129,13 @@ def _lines(path: Path, what: str) -> list[str]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise UserError(f"{path}: line {number} is empty; rule: {what} a line")
+        if "\0" in line:
+            raise UserError(
+                f"{path}: line {number} holds a NUL: {line[:100]!r}; rule: a text file in UTF-8, {what} a line"
+            )
+        if code := _CODE.fullmatch(line):
+            bare = (code["template"] or code["quoted"]).strip("'\"")
+            raise UserError(
+                f"{path}: line {number} is code of Python: {line[:100]}; rule: {what} a line, here: {bare[:100]}"
+            )
     return lines

@@ -16,7 +16,7 @@ from cosmos_scale.evaluation.segmentation.masks import (
     reduced_labels,
     stored_labels,
 )
-from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.files import read_regular, reason_of, text_lines
 from cosmos_scale.set_names import MaskedSet
 from cosmos_scale.words import counted
 
@@ -220,4 +220,4 @@ def _listed(split: Path, wrong: Callable[[str], UserError]) -> list[str]:
         raise wrong(f"{split} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError:
         raise wrong(f"{split} holds bytes that are no UTF-8") from None
-    return list(dict.fromkeys(name for line in text.splitlines() if (name := line.strip())))
+    return list(dict.fromkeys(name for line in text_lines(text) if (name := line.strip())))

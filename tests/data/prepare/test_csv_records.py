@@ -120,3 +120,22 @@ def test_a_cell_of_too_many_characters_loses_its_row_only(monkeypatch: pytest.Mo
     assert "not csv" in str(records[1].fault)
     assert "the line behind it may belong to it" in str(records[1].fault)
     assert records[3] == CsvRecord(4, 1, ["2.jpg", "sound"], None)
+
+
+def test_a_quoted_cell_may_stand_behind_spaces() -> None:
+    lines = ['image, "caption"', '1.jpg, "a cat, and a dog"', '2.jpg,  "say ""hi"""', '3.jpg, "Hello" is written on it']
+    lines += ['4.jpg, a 12" ruler', '5.jpg,"a board, ""that"" one"', '6.jpg, "left open', "7.jpg, plain"]
+    records = list(read_records(io.StringIO("\n".join(lines), newline=""), spaced=True))
+    assert [record.cells for record in records] == [
+        ["image", "caption"],
+        ["1.jpg", "a cat, and a dog"],
+        ["2.jpg", 'say "hi"'],
+        ["3.jpg", ' "Hello" is written on it'],
+        ["4.jpg", ' a 12" ruler'],
+        ["5.jpg", 'a board, "that" one'],
+        ["6.jpg", ' "left open'],
+        ["7.jpg", " plain"],
+    ]
+    faults = [record.fault for record in records]
+    wrong = "stray quote: on line 7 a quote behind a space is not closed; rule: no space before a quoted cell"
+    assert faults == [None] * 6 + [wrong, None]

@@ -88,6 +88,23 @@ def test_the_manifest_is_in_the_way_of_no_listing(inputs: Path, capsys: pytest.C
         prepare(inputs, out)
 
 
+def test_a_shard_that_only_the_manifest_or_the_former_index_names_is_told(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = build(inputs)
+    said = "1 shard is no longer there (000002.tar), which manifest.json or the index before names: not indexed"
+    (out / "000002.tar").rename(inputs / "moved.tar")
+    for pattern, manifest in ((out, True), (out, True), (out / "000000.tar", False), (out, False)):
+        if not manifest:
+            (out / "manifest.json").unlink(missing_ok=True)
+        assert main(["data", "index", str(pattern), "--quiet", "--workers=1"]) == 0
+        assert (said in capsys.readouterr().out.splitlines()) == manifest
+    (inputs / "moved.tar").rename(out / "000002.tar")
+    for told in (False, True):  # by the index before
+        assert index_shards(str(out), None, workers=1, progress=False).gone == ["000002.tar"] * told
+        (out / "000002.tar").unlink(missing_ok=True)
+
+
 def prepare(inputs: Path, out: Path) -> None:
     (inputs / "captions.csv").write_text("Image Path,raw_caption\n")
     (inputs / "downloads").mkdir()

@@ -1,0 +1,65 @@
+"""Users' files of class names and templates: where a line ends, and what no line is."""
+
+from pathlib import Path
+
+import pytest
+
+from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.prompts.texts import read_names, read_templates
+from cosmos_scale.files import text_lines
+
+IN_A_NAME = "\u2028\u2029\x85\f\v\x1c"
+
+
+def test_lines_end_at_line_breaks_alone(tmp_path: Path) -> None:
+    assert text_lines(f"a{IN_A_NAME}b\nc\r\nd\re\n\nf\n") == [f"a{IN_A_NAME}b", "c", "d", "e", "", "f"]
+    assert text_lines("") == []
+    assert text_lines("a") == ["a"]
+    file = tmp_path / "names.txt"
+    file.write_bytes("\n".join(f"cat{mark}fish" for mark in IN_A_NAME).encode())
+    assert read_names(file) == tuple((f"cat{mark}fish",) for mark in IN_A_NAME)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cat\nd\0og\n", "line 2 holds a NUL: 'd\\x00og'; rule: a text file in UTF-8, a class a line"),
+        ("cat\ndog\n".encode("utf-16-le").decode(), "line 1 holds a NUL"),
+        ("'cat',\n'dog',\n", "line 1 is code of Python: 'cat',; rule: a class a line, here: cat"),
+        ('cat\n"dog",\n', 'line 2 is code of Python: "dog",; rule: a class a line, here: dog'),
+    ],
+)
+def test_names_that_are_none(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "names.txt"
+    file.write_bytes(text.encode())
+    with pytest.raises(UserError) as caught:
+        read_names(file)
+    assert str(caught.value).startswith(f"{file}: {said}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lambda c: f'a photo of a {c}.',",
+        "    lambda c: f'a photo of a {c}.'",
+        'lambda name: f"a photo of a {c}.",',
+        "f'a photo of a {c}.',",
+        "'a photo of a {c}.',",
+    ],
+)
+def test_a_template_of_openclips_file_is_told_as_code(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "templates.txt"
+    file.write_text(f"{line}\n")
+    with pytest.raises(
+        UserError, match=r"line 1 is code of Python: .*; rule: a template a line, here: a photo of a {c}\.$"
+    ):
+        read_templates(file)
+
+
+def test_quotes_that_belong_to_a_text_stay(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("a photo of 'the' {}.\n\"{}\"\n'{c}'\n")
+    assert read_templates(file) == ("a photo of 'the' {}.", '"{}"', "'{}'")
+    file.write_text("Persian'\n'em up, cats\ncat, 'kitty'\n")
+    assert read_names(file) == (("Persian'",), ("'em up", "cats"), ("cat", "'kitty'"))
