@@ -12,12 +12,22 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Import what stands in `__all__`."""
+        """Import what stands in `__all__`; raises UserError where a library cannot be imported."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.{'errors' if name == 'UserError' else 'inference'}"), name)
+        errors = import_module(f"{__name__}.errors")
+        if name == "UserError":
+            return errors.UserError
+        try:
+            return getattr(import_module(f"{__name__}.inference"), name)
+        except Exception as error:  # any: libraries read variables of their own while they are imported
+            from cosmos_scale.interrupt import refused_import
+
+            if refused := refused_import(error):
+                raise errors.UserError(refused) from None
+            raise
 
     def __dir__() -> list[str]:
         """Name what may be asked for, for people who look for it by a key."""

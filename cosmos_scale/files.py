@@ -149,7 +149,8 @@ def writing(path: Path) -> Iterator[None]:
 class LineFile:
     """A file to append lines to, whose failures end nothing: lines wait in memory until they can be written.
 
-    A failure is told once, and so is its end. Several processes may append to one file.
+    A failure is told once, and so is its end. A file that is deleted or emptied meanwhile is told of too, and begun
+    anew. Several processes may append to one file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,6 +158,7 @@ class LineFile:
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
         self._failing = False
+        self._begun = False  # the file has lines of this object
         self._torn = False  # the file ends in a part of a line, which cannot be taken back
 
     def append(self, lines: Sequence[str]) -> None:
@@ -196,6 +198,11 @@ class LineFile:
         # Opened each time: a handle may be of a file that is gone, or of a server that has restarted.
         with open(self.path, "ab", buffering=0, opener=regular_only) as file:
             before = os.fstat(file.fileno()).st_size
+            if before == 0 and self._begun:
+                self._begun = self._torn = False
+                _LOG.warning(
+                    "%s: was deleted or emptied, with the lines before; those from now on are written", self.path
+                )
             try:
                 written = file.write(data)
                 if written < len(data):
@@ -204,7 +211,7 @@ class LineFile:
                 self._take_back(file.fileno(), before, len(data))
                 raise
         self._waiting.clear()
-        self._torn = False
+        self._begun, self._torn = True, False
 
     def _take_back(self, file: int, before: int, most: int) -> None:
         """Cut off the part of the lines that was written, unless another process has appended since."""

@@ -165,6 +165,25 @@ def test_lines_that_cannot_be_written_wait_and_stay_whole(tmp_path: Path, caplog
     assert said[1] == f"{path}: is written again"
 
 
+def test_a_file_that_is_deleted_or_emptied_is_told_and_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "lines"
+    path.touch()
+    file = LineFile(path)
+    file.append(["one"])
+    for vanish in (path.unlink, lambda: os.truncate(path, 0)):
+        file.append(["two"])
+        vanish()
+        caplog.clear()
+        file.append(["three"])
+        file.append(["four"])
+        assert path.read_text() == "three\nfour\n"
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{path}: was deleted or emptied, with the lines before; those from now on are written"
+        ]
+
+
 def test_any_error_of_the_disk_is_one_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EIO at the write, a folder that is away, a folder in the way."""
     path = tmp_path / "folder" / "lines"

@@ -39,6 +39,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return _with_text_keys(_construct(node), where)
     except RecursionError:
         raise _too_deep(where) from None
+    except _TooManyValues:
+        raise _too_many(where) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
@@ -98,7 +100,11 @@ def _check_size(root: yaml.Node, where: str) -> None:
         return sizes[id(node)]
 
     if measure(root, 0) > MOST_VALUES:
-        raise UserError(f"{where}: holds more than {MOST_VALUES:,} values, its aliases counted; rule: at most so many")
+        raise _too_many(where)
+
+
+def _too_many(where: str) -> UserError:
+    return UserError(f"{where}: holds more than {MOST_VALUES:,} values, its aliases counted; rule: at most so many")
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:
@@ -117,8 +123,23 @@ def _construct(node: yaml.Node) -> Any:
         loader.dispose()
 
 
+class _TooManyValues(Exception):
+    """A text holds more than MOST_VALUES values."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice."""
+    """Refuses a key that is given twice, and a text of too many values, of which it reads no more."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._nodes += 1
+        if self._nodes > MOST_VALUES:
+            raise _TooManyValues
+        composed: yaml.Node | None = super().compose_node(parent, index)
+        return composed
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

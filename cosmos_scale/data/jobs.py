@@ -3,6 +3,7 @@
 Lies in no room of `data`: the long work of every room (indexing, verifying, preparing, scenes) uses it.
 """
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -11,17 +12,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import read_regular
 from cosmos_scale.host import shared_memory_obstacle, usable_cores
 
 Job = TypeVar("Job")
@@ -29,6 +32,7 @@ Result = TypeVar("Result")
 
 _AHEAD = 4  # jobs in flight per worker: enough that no worker waits, few enough that results do not pile up
 _WATCH_SECONDS = 0.5
+_STOPPED_SECONDS = 30.0  # that a worker may be stopped while this process goes on
 _FILES_AT_LEAST, _FILES_A_WORKER = 32, 4  # open files that a pool of processes is sure to get along with
 
 
@@ -37,7 +41,7 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
 
     function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process,
     and so where the process may open only a few files (ulimit -n), or processes cannot share locks (/dev/shm).
-    Raises: what `function` raises; UserError where a worker process is killed.
+    Raises: what `function` raises; UserError where a worker process is killed, or stays stopped.
     """
     if workers is None:
         workers = usable_cores()
@@ -53,7 +57,7 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
         try:
             running.extend(pool.submit(do, job) for job in islice(waiting, _AHEAD * workers))
             while running:
-                yield running.popleft().result()
+                yield _result(running.popleft())
                 running.extend(pool.submit(do, job) for job in islice(waiting, 1))
         except BrokenProcessPool as error:
             raise UserError(
@@ -63,6 +67,28 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
             # The pool's thread drops the waiting jobs. It ends with a traceback where it meets a job that another
             # thread has dropped after an interrupt ended a worker.
             pool.shutdown(cancel_futures=True)
+
+
+def _result(future: "Future[Result]") -> Result:
+    """Wait for a job's result; raises UserError where a worker has been stopped, and this process has not, for long."""
+    looks = 0
+    while not wait([future], _WATCH_SECONDS).done:
+        stopped = [child for child in multiprocessing.active_children() if _is_stopped(child.pid)]
+        looks = looks + 1 if stopped else 0
+        if looks * _WATCH_SECONDS >= _STOPPED_SECONDS:
+            for child in stopped:
+                child.kill()  # or the pool would wait for it
+            raise UserError(
+                f"worker process {stopped[0].pid} was stopped (SIGSTOP) for {_STOPPED_SECONDS:g} s, and is ended; "
+                "rule: stop this process with its workers, or none of them"
+            )
+    return future.result()
+
+
+def _is_stopped(pid: int | None) -> bool:
+    with suppress(OSError):
+        return read_regular(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()[0] == b"T"
+    return False
 
 
 _busy = False  # in a worker: whether it does a job now

@@ -16,6 +16,7 @@ from cosmos_scale.run.folder import SUPERSEDED_WANDB_ID, WANDB_ID
 from cosmos_scale.run.tracker_entries import TrackerEntry, read_pictures, table_rows
 from cosmos_scale.words import counted
 
+CACHE = "WANDB_CACHE_DIR"
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 SUPERSEDED = "superseded_by"
 """The key, in the config of a record whose steps were taken again, that names the record in its place."""
@@ -49,6 +50,7 @@ class WandbTracker:
         new, old = identity is None, _identity_in(folder / SUPERSEDED_WANDB_ID)
         identity = identity or secrets.token_hex(4)
         self.announcements: list[str] = []
+        _use_cache_that_can_be_written(folder)
         given = {"project": config.project, "dir": str(folder), "config": dict(run_config)}
         if new and old:
             self._mark(old, identity, {**given, "name": f"{name} (superseded)"})
@@ -80,9 +82,18 @@ class WandbTracker:
 
     def close(self, *, failed: bool) -> None:
         """End the record."""
-        self._run.finish(exit_code=1 if failed else 0)
-        # The library's own process may still write its file: `finish` does not wait for that, and a run leaves at once.
-        self._wandb.teardown()
+        try:
+            self._run.finish(exit_code=1 if failed else 0)
+        finally:
+            # The library's own process may still write its file: `finish` does not wait for that, and a run leaves at
+            # once. Where that process was killed, the library would show a traceback at the exit without this.
+            self._end_process()
+
+    def _end_process(self) -> None:
+        try:
+            self._wandb.teardown()
+        except SystemExit as end:
+            raise ChildProcessError(f"the library's process ended with status {end.code}") from end
 
     def _open(self, **given: Any) -> Any:
         # The library takes some 30 lines to tell where an offline run lies; `announcements` takes one.
@@ -125,6 +136,22 @@ def wandb_mode(config: WandbConfig) -> str | None:
     if environment is not None and environment not in WANDB_MODES:  # the library refuses it whatever the config says
         raise UserError(f"WANDB_MODE: {environment!r}; rule: one of {', '.join(WANDB_MODES)}, or unset")
     return config.mode or environment
+
+
+def _use_cache_that_can_be_written(folder: Path) -> None:
+    """Let the library keep its cache in the run's folder where its own cannot be written to, as without a home.
+
+    Its process writes its log there, and to standard error otherwise: 20 lines a run.
+    """
+    of_user = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")
+    cache = os.environ.get(CACHE) or Path(of_user, "wandb")
+    try:
+        os.makedirs(Path(cache, "logs"), exist_ok=True)
+        if os.access(Path(cache, "logs"), os.W_OK | os.X_OK):
+            return
+    except OSError:
+        pass
+    os.environ[CACHE] = os.path.abspath(folder / "wandb" / "cache")
 
 
 def supersede(folder: Path) -> None:

@@ -56,6 +56,20 @@ def test_a_variable_that_torch_refuses_is_one_line(
     assert ended.stderr.count("\n") == 1
 
 
+def test_load_is_refused_as_everything_that_a_user_can_mend() -> None:
+    code = "try: cosmos_scale.load\nexcept cosmos_scale.UserError as error: print(error)"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import cosmos_scale\n{code}"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCH_LOGS": "nothing_of_torch"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (ended.stderr, ended.returncode) == ("", 0)
+    assert ended.stdout.startswith("torch: cannot be imported: ValueError: Invalid log settings: nothing_of_torch")
+    assert ended.stdout.endswith("; rule: look at its variables, of which are set: TORCH_LOGS\n")
+
+
 def test_only_a_librarys_own_import_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

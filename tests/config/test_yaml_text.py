@@ -30,6 +30,14 @@ def test_aliases_do_not_multiply_beyond_memory(value: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_what_stands_behind_too_many_values_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cosmos_scale.config.yaml_text.MOST_VALUES", 100)
+    with pytest.raises(UserError, match=r"^run.yaml: holds more than 100 values, "):
+        parse_yaml("eval:\n" + "- {kind: retrieval}\n" * 100 + "- ]no yaml\n", "run.yaml")
+    with pytest.raises(UserError, match=r"^run.yaml: line 12 is not valid YAML: "):
+        parse_yaml("eval:\n" + "- {kind: retrieval}\n" * 10 + "- ]no yaml\n", "run.yaml")
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 3000, "- " * 5000 + "1", "[" * 60 + "]" * 60, "&a [1, *a]"])
 def test_what_lies_too_deep_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"^run.yaml: a value holds itself, or lies too deep; rule: ") as error:

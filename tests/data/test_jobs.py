@@ -1,5 +1,6 @@
 """Work over processes: results in order, jobs read only as far as needed, one line on a killed worker."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -47,6 +48,18 @@ def test_jobs_are_read_as_they_are_needed() -> None:
 def test_a_killed_worker_is_one_line() -> None:
     with pytest.raises(UserError, match="a worker process was killed"):
         list(map_jobs(die, range(4), 2))
+
+
+def stop(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return number
+
+
+def test_a_stopped_worker_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_STOPPED_SECONDS", 1.0)
+    with pytest.raises(UserError, match=r"worker process \d+ was stopped \(SIGSTOP\) for 1 s, and is ended; rule: "):
+        list(map_jobs(stop, range(4), 2))
+    assert multiprocessing.active_children() == []
 
 
 def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

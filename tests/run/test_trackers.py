@@ -3,6 +3,11 @@
 import io
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -215,3 +220,36 @@ def test_a_folders_first_pictures_are_taken(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert [path.name for path in pictures_in(tmp_path)] == names[:MOST_PICTURES]
     assert pictures_in(tmp_path / "none") == []
+
+
+def take_steps_whose_wandb_is_killed(folder: Path) -> None:
+    """In a process of its own: four steps, and the library's process is killed after the first."""
+    written = MetricLog.training
+
+    def training(log: MetricLog, step: dict[str, float]) -> None:
+        written(log, step)
+        if step["step"] == 1:
+            pids = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+            (core,) = [pid for pid in pids if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            os.kill(core, signal.SIGKILL)
+            while Path(f"/proc/{core}/cmdline").read_bytes():  # until its connection is closed
+                time.sleep(0.01)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricLog, "training", training)
+        take_steps(folder, 0, 4, 1.0, ALL_THREE.model_copy(update={"tensorboard": False}))
+
+
+def test_a_run_goes_on_without_wandbs_process_and_without_a_home(tmp_path: Path) -> None:
+    code = f"take_steps_whose_wandb_is_killed(Path({str(tmp_path)!r}))"
+    imports = "from pathlib import Path; from tests.run.test_trackers import take_steps_whose_wandb_is_killed"
+    env = {**os.environ, "HOME": "/proc", "WANDB_DIR": "/proc/none"}
+    for name in ("WANDB_CACHE_DIR", "XDG_CACHE_HOME"):
+        env.pop(name, None)
+    command = [sys.executable, "-c", f"{imports}; {code}"]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    _, kept, closed = [line for line in ended.stdout.splitlines() if line.startswith("log.wandb: ")]
+    assert kept.endswith("; its records are kept, and the run goes on")
+    assert closed.startswith("log.wandb: cannot be closed: ")
+    assert [step for kind, step in steps(tmp_path) if kind == "train"] == [1, 2, 3, 4]
