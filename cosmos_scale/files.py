@@ -166,7 +166,7 @@ class LineFile:
                 )
             return
         if self._failing:
-            lost = f"; {self._dropped} lines are lost" if self._dropped else ""
+            lost = f"; lines lost: {self._dropped:,}" if self._dropped else ""
             _LOG.warning("%s: is written again%s", self.path, lost)
             self._failing, self._dropped = False, 0
 
@@ -175,7 +175,7 @@ class LineFile:
         if self._waiting:
             self.append([])
         if count := len(self._waiting) + self._dropped:
-            _LOG.warning("%s: cannot be written still; %s lines are lost", self.path, count)
+            _LOG.warning("%s: cannot be written still; lines lost: %s", self.path, count)
 
     def _write(self) -> None:
         """Write all lines that wait, in one write, so that processes do not cut each other's lines; raises OSError."""

@@ -14,6 +14,7 @@ from cosmos_scale.files import read_regular, reason_of
 from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.calibration import Calibration
 from cosmos_scale.profiling.chips import find_chip
+from cosmos_scale.words import counted
 
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -94,7 +95,7 @@ def calibrated_machine(calibration: Calibration) -> Machine:
     source = f"measured with {calibration.fitted_on}"
     if calibration.device == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        name = f"a CPU, {calibration.threads} threads"
+        name = f"a CPU, {counted(calibration.threads, 'thread')}"
         cores = float(usable_cores())
         base = Machine(name, memory, fastest, fastest, 1.0, 10.0, 1.0, source, cores, pcie=10.0)
     else:

@@ -182,7 +182,9 @@ def test_memory_for_the_loaders_is_looked_at(
     assert cli.main(["train", "--dry-run", str(trained), *many]) == 2
     captured = capsys.readouterr()
     assert rows(captured.out)["loaders"][0] == "REFUSED"
-    assert captured.err.startswith("cosmos-scale train: data.prefetch: 100 batches ready in each of 8 workers ")
+    assert captured.err.startswith(
+        "cosmos-scale train: data.prefetch: 100 batches ready in each worker (8 a rank, 1 rank) "
+    )
     assert "but this host, or the limit of its container, has " in captured.err
     with pytest.raises(UserError) as launch:
         open_run(load_config(trained, many), start_ranks("cpu"))
