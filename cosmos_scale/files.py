@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import re
 import resource
 import stat
 import sys
@@ -227,8 +228,11 @@ def make_output_folder(folder: Path) -> None:
 
 
 def whole_path(path: str | Path) -> str:
-    """Return a path for messages, from the root on: in a log nobody knows what a relative path starts from."""
-    return os.path.abspath(path)
+    """Return a path for messages, from the root on: in a log nobody knows what a relative path starts from.
+
+    A URL in the place of a path stays as it is.
+    """
+    return str(path) if re.match(r"\w{2,}:/", str(path)) else os.path.abspath(path)
 
 
 def reason_of(error: OSError) -> str:

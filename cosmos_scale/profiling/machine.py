@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.files import read_regular, reason_of, whole_path
 from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.calibration import Calibration
 from cosmos_scale.profiling.chips import find_chip
@@ -112,7 +112,7 @@ def read_machine(path: Path) -> Machine:
     try:
         return TypeAdapter(Machine).validate_json(read_regular(path), strict=True)
     except OSError as error:
-        raise UserError(f"{path}: {reason_of(error)}") from None
+        raise UserError(f"{whole_path(path)}: {reason_of(error)}") from None
     except ValidationError as error:
         found = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}") from None
