@@ -173,6 +173,16 @@ def test_a_missing_device_is_refused(trained: Path, capsys: pytest.CaptureFixtur
     assert captured.err.startswith("cosmos-scale train: device: 'cuda', but torch sees no CUDA device")
 
 
+def test_a_folder_of_extensions_that_cannot_be_made_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    assert cli.main(["train", "--dry-run", str(trained)]) == 2
+    captured = capsys.readouterr()
+    assert rows(captured.out)["device"][0] == "REFUSED"
+    assert captured.err.startswith("cosmos-scale train: TORCH_EXTENSIONS_DIR: /proc/none: ")
+
+
 def test_memory_for_the_loaders_is_looked_at(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
