@@ -125,7 +125,7 @@ def run_demo(out: Path, quick: bool) -> bool:
         console,
         "2. Training.",
         f"Student and teacher for {config.train.schedule_steps} steps of "
-        f"{config.train.global_batch} samples, on {ranks} {device} rank{'s' if ranks > 1 else ''} with DeepSpeed "
+        f"{config.train.global_batch} samples, on {ranks} {device} {'ranks' if ranks > 1 else 'rank'} with DeepSpeed "
         f"ZeRO-{config.zero.stage}.",
     )
     prepare_launch(device, console)

@@ -178,7 +178,7 @@ class LineFile:
                 )
             return
         if self._failing:
-            lost = f"; {self._dropped} lines are lost" if self._dropped else ""
+            lost = f"; lines lost: {self._dropped:,}" if self._dropped else ""
             _LOG.warning("%s: is written again%s", self.path, lost)
             self._failing, self._dropped = False, 0
 
@@ -187,7 +187,7 @@ class LineFile:
         if self._waiting:
             self.append([])
         if count := len(self._waiting) + self._dropped:
-            _LOG.warning("%s: cannot be written still; %s lines are lost", self.path, count)
+            _LOG.warning("%s: cannot be written still; lines lost: %s", self.path, count)
 
     def _write(self) -> None:
         """Write all lines that wait, in one write, so that processes do not cut each other's lines; raises OSError."""
@@ -244,8 +244,11 @@ def make_output_folder(folder: Path) -> None:
 
 
 def whole_path(path: str | Path) -> str:
-    """Return a path for messages, from the root on: in a log nobody knows what a relative path starts from."""
-    return os.path.abspath(path)
+    """Return a path for messages, from the root on: in a log nobody knows what a relative path starts from.
+
+    A URL in the place of a path stays as it is.
+    """
+    return str(path) if re.match(r"\w{2,}:/", str(path)) else os.path.abspath(path)
 
 
 def reason_of(error: OSError) -> str:

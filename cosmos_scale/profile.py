@@ -46,6 +46,7 @@ from cosmos_scale.run.progress import PendingStep
 from cosmos_scale.run.stop_request import StopRequest
 from cosmos_scale.run.watchdog import Watchdog
 from cosmos_scale.step import train_step
+from cosmos_scale.words import counted
 
 LOOKED_FOR = ("device", "data", "shards", "captions", "pictures", "loaders")
 """What a profile needs of all that a run looks for (`Opening.looks`)."""
@@ -109,7 +110,9 @@ class ProfiledRun:
         """Take the next step as the trainer does. Raises UserError on all ranks where there is none any more."""
         fetched = next(self._ahead, None)
         if fetched is None:
-            raise self._ahead.failure or JointError(f"stopped after {self._done} steps: {self._ahead.stopped_by}")
+            raise self._ahead.failure or JointError(
+                f"stopped after {counted(self._done, 'step')}: {self._ahead.stopped_by}"
+            )
         batch, step = fetched.batch, min(self._done, self._total_steps - 1)
         output = train_step(
             *self._pair,

@@ -234,7 +234,7 @@ def test_of_too_many_lines_the_oldest_go(
     (tmp_path / "lines").rmdir()
     file.append(["5"])
     assert (tmp_path / "lines").read_text() == "2\n3\n4\n5\n"
-    assert caplog.records[-1].getMessage().endswith("is written again; 2 lines are lost")
+    assert caplog.records[-1].getMessage().endswith("is written again; lines lost: 2")
 
 
 def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,7 +243,7 @@ def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     file.append(["1", "2"])
     file.close()
     assert caplog.records[-1].levelno == logging.WARNING
-    assert caplog.records[-1].getMessage().endswith("cannot be written still; 2 lines are lost")
+    assert caplog.records[-1].getMessage().endswith("cannot be written still; lines lost: 2")
 
 
 def test_nouns_have_their_article() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import path, place, positive, run_file, with_examples
 from cosmos_scale.errors import UserError
+from cosmos_scale.words import counted
 
 if TYPE_CHECKING:
     from cosmos_scale.config import RunConfig
@@ -88,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
         make_output_folder(arguments.out or Path())
     cluster = Cluster(arguments.nodes, arguments.gpus, machine)
     config.samples_per_rank(cluster.world_size)
-    print(f"plan: counting steps of {cluster.world_size:,} ranks ...", file=sys.stderr, flush=True)
+    print(f"plan: counting steps of {counted(cluster.world_size, 'rank')} ...", file=sys.stderr, flush=True)
     plan = make_plan(config, cluster)
     print("plan: counting what would help ...", file=sys.stderr, flush=True)
     variants = count_variants(plan)
@@ -100,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_plan(run, arguments.json)
     if arguments.sweep:
-        title = f"{config.name}, {plan.counts.samples:,} samples a {machine.unit}, {machine.name}"
+        title = f"{config.name}, {counted(plan.counts.samples, 'sample')} a {machine.unit}, {machine.name}"
         write_sweep(scaling(plan, variants, SWEEP_GPUS), title, arguments.out or Path())
     return 0
 
@@ -134,7 +135,9 @@ def _calibrate(config: "RunConfig", file: Path) -> int:
     ranks = start_ranks(config.device, config.log.level)
     samples = config.samples_per_rank(ranks.world_size)
     if ranks.is_main:
-        print(f"plan: measuring this machine with steps of {samples:,} samples ...", file=sys.stderr, flush=True)
+        print(
+            f"plan: measuring this machine with steps of {counted(samples, 'sample')} ...", file=sys.stderr, flush=True
+        )
     calibration = calibrate(config, samples, ranks)
     if ranks.is_main:
         machine = calibrated_machine(calibration)

@@ -113,7 +113,7 @@ class RunConfig(Section):
 
     def _check_warmup(self, total: int) -> None:
         if self.optimizer.warmup_steps >= total:
-            rule = f"must be less than the schedule's {total} steps"
+            rule = f"must be less than the steps of the schedule, {total}"
             refuse("optimizer.warmup_steps", self.optimizer.warmup_steps, rule, ["train.schedule_steps"])
 
     def samples_per_rank(self, world_size: int) -> int:
@@ -125,7 +125,7 @@ class RunConfig(Section):
             )
         if samples % self.train.micro_batches:
             raise UserError(
-                f"train.micro_batches: {self.train.micro_batches} must divide the {samples} samples of a rank"
+                f"train.micro_batches: {self.train.micro_batches} must divide the samples of a rank, {samples}"
             )
         return samples
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import shared_memory_obstacle
+from cosmos_scale.words import counted
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ def check_room() -> None:
     size, free = system.f_blocks * system.f_frsize, system.f_bavail * system.f_frsize
     ranks, mib = int(os.environ["LOCAL_SIZE"]), 2**20
     if 0 < size < ranks * _BYTES:  # 0: no limit
+        needed = f"{counted(ranks, 'rank')} on CPUs need {ranks * _BYTES / mib:.0f}"
         raise UserError(
-            f"{_FOLDER}: has {size / mib:.0f} MiB, but {ranks} ranks on CPUs share {ranks * _BYTES / mib:.0f}; rule: "
-            "enlarge it (docker run --shm-size), or start fewer ranks"
+            f"{_FOLDER}: has {size / mib:.0f} MiB, but {needed}; "
+            "rule: enlarge it (docker run --shm-size), or start fewer ranks"
         )
     if size and free < _BYTES and not _file().exists():
         raise UserError(

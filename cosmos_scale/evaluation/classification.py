@@ -81,8 +81,8 @@ class Classification(Evaluator):
         damaged = int(gather(torch.tensor([self._mine.damaged], device=self.setting.device)).sum())
         total, first, fifth = hits_C3.sum(0).tolist()
         if not total:
-            number = f"{len(self._set.pictures):,}"
-            raise UserError(f"{redact_urls(self._config.data)}: none of its {number} pictures can be used")
+            number = counted(len(self._set.pictures), "picture")
+            raise UserError(f"{redact_urls(self._config.data)}: none of its {number} can be used")
         if counts.confusions is not None:
             self._keep_confusions(summed_over_ranks(counts.confusions, gather), folder)
         yield "pictures", total

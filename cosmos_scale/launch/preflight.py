@@ -193,7 +193,9 @@ class Preflight:
         for host, facts in zip(self._hosts, self._all(), strict=True):
             if on_gpus and len(facts["gpus"]) < host.slots:
                 has = counted(len(facts["gpus"]), "GPU")
-                self._refuse("GPUs", f"{host.name} has {has} for {host.slots} ranks; rule: no more slots than GPUs")
+                self._refuse(
+                    "GPUs", f"{host.name} has {has} for {counted(host.slots, 'rank')}; rule: no more slots than GPUs"
+                )
             needed = host.slots * (SHARED_BY_RANK if on_gpus or len(self._hosts) > 1 else SHARED_BY_CPU_RANK)
             free = facts.get("shared_memory", needed)
             if free < needed:

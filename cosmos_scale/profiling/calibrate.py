@@ -28,6 +28,7 @@ from cosmos_scale.profiling.fake_device import OperatorShape, operator_shape
 from cosmos_scale.profiling.operators import Count, PhasedMode, count_operator, group_of, short_name
 from cosmos_scale.profiling.phased_step import step_in_phases
 from cosmos_scale.profiling.planned_batch import planned_batch, planned_lengths
+from cosmos_scale.words import counted
 
 WARM_UP, STEPS, NARROW_STEPS = 2, 3, 10
 GRID_CPU, GRID_GPU = (64, 256, 1024, 4096), (128, 512, 2048, 8192, 32768)
@@ -116,7 +117,7 @@ def calibrate(config: RunConfig, samples: int, ranks: Ranks) -> Calibration:
         device="cpu" if ranks.device.type == "cpu" else torch.cuda.get_device_name(ranks.device),
         threads=torch.get_num_threads(),
         precision=config.precision,
-        fitted_on=f"{config.name}, {samples} samples a rank",
+        fitted_on=f"{config.name}, {counted(samples, 'sample')} a rank",
         products=products,
         fits=fits,
         copied=copied,

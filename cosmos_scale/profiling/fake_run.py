@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.profiling.counts import Counts, counts_of_json
+from cosmos_scale.words import counted
 
 MINUTES = 20  # of a process, at most; at stage 3 and 1,024 ranks DeepSpeed itself takes one or two for a count
 _ERROR = re.compile(r"[\w.]+Error: ")
@@ -43,11 +44,11 @@ def count_runs(runs: Sequence[tuple[RunConfig, int]], world_size: int, *, as_gpu
             command, input=text, capture_output=True, text=True, env=environment, timeout=60 * MINUTES, check=False
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"plan: counting a step of {world_size:,} ranks took over {MINUTES} minutes") from None
+        raise UserError(f"plan: counting a step of {counted(world_size, 'rank')} took over {MINUTES} minutes") from None
     if found.returncode:
         lines = [line.removeprefix("[rank0]: ") for line in found.stderr.strip().splitlines()]
         errors = [line for line in lines if _ERROR.match(line)] or lines or [f"exit status {found.returncode}"]
-        raise UserError(f"plan: a step of {world_size:,} ranks cannot be counted: {errors[-1]}")
+        raise UserError(f"plan: a step of {counted(world_size, 'rank')} cannot be counted: {errors[-1]}")
     return [counts_of_json(line) for line in found.stdout.splitlines()[-len(runs) :]]
 
 

@@ -169,7 +169,8 @@ def _waits(record: ProfileRecord) -> Iterator[Finding]:
 def _allocator(record: ProfileRecord) -> Iterator[Finding]:
     if record["memory"] and record["memory"]["retries"]:
         micro = 2 * record["config"]["train"]["micro_batches"]
-        text = f"the allocator ran out of memory {record['memory']['retries']} times, and gave all of its cache back"
+        times = counted(record["memory"]["retries"], "time")
+        text = f"the allocator ran out of memory {times}, and gave all of its cache back"
         yield Finding(text, f"train.micro_batches={micro}", None)
 
 

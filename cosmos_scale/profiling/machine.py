@@ -10,10 +10,11 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, reason_of
+from cosmos_scale.files import read_regular, reason_of, whole_path
 from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.calibration import Calibration
 from cosmos_scale.profiling.chips import find_chip
+from cosmos_scale.words import counted
 
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
@@ -94,7 +95,7 @@ def calibrated_machine(calibration: Calibration) -> Machine:
     source = f"measured with {calibration.fitted_on}"
     if calibration.device == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        name = f"a CPU, {calibration.threads} threads"
+        name = f"a CPU, {counted(calibration.threads, 'thread')}"
         cores = float(usable_cores())
         base = Machine(name, memory, fastest, fastest, 1.0, 10.0, 1.0, source, cores, pcie=10.0)
     else:
@@ -111,7 +112,7 @@ def read_machine(path: Path) -> Machine:
     try:
         return TypeAdapter(Machine).validate_json(read_regular(path), strict=True)
     except OSError as error:
-        raise UserError(f"{path}: {reason_of(error)}") from None
+        raise UserError(f"{whole_path(path)}: {reason_of(error)}") from None
     except ValidationError as error:
         found = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}") from None

@@ -64,8 +64,9 @@ def _run_lines(run: PlannedRun) -> Iterator[str]:
         yield f"the run: its length is unknown (set data.samples or train.schedule_steps); {reading}"
         return
     fastest, slowest = (step.seconds * run.steps / 3600 for step in (run.time.fastest, run.time.slowest))
+    steps = counted(run.steps, "step")
     yield (
-        f"the run: {run.steps:,} steps, {_duration(run.hours)} [{_duration(fastest)} .. {_duration(slowest)}], "
+        f"the run: {steps}, {_duration(run.hours)} [{_duration(fastest)} .. {_duration(slowest)}], "
         f"{run.hours * world_size:,.0f} {unit}-hours; {reading}"
     )
 

@@ -12,7 +12,7 @@ import torch
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, replace_file
+from cosmos_scale.files import load_json, read_regular, replace_file, whole_path
 from cosmos_scale.host import usable_cores
 from cosmos_scale.profiling.collective_times import CollectiveTimes
 from cosmos_scale.profiling.machine import link_rate
@@ -87,7 +87,7 @@ def read_record(file: Path) -> ProfileRecord:
     try:
         record = load_json(read_regular(file))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{whole_path(file)}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{file}: is no JSON; rule: the {PROFILE_FILE} of an earlier profile") from error
     if not isinstance(record, dict) or (record.get("kind"), record.get("format")) != (KIND, FORMAT):

@@ -95,9 +95,9 @@ def _asked(plan: Plan) -> Iterator[tuple[str, RunConfig, int]]:
         wanted = parts != train.micro_batches and (parts < train.micro_batches) == fits
         if wanted and samples % parts == 0 and changed is not None:
             yield f"train.micro_batches={parts}", changed, samples
-    yield f"{2 * samples:,} samples a {unit}", config, 2 * samples
+    yield f"{counted(2 * samples, 'sample')} a {unit}", config, 2 * samples
     if samples % (2 * train.micro_batches) == 0:
-        yield f"{samples // 2:,} samples a {unit}", config, samples // 2
+        yield f"{counted(samples // 2, 'sample')} a {unit}", config, samples // 2
 
 
 def _changed(config: RunConfig, sections: dict[str, dict[str, Any]]) -> RunConfig | None:

@@ -13,7 +13,7 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.config.yaml_text import parse_yaml
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import load_json, read_regular, reason_of
+from cosmos_scale.files import load_json, read_regular, reason_of, whole_path
 from cosmos_scale.run.folder import CHECKPOINTS, CONFIG_FILE, DAMAGE_FILE, METRICS_FILE
 from cosmos_scale.run.lock import DEAD_AFTER, LOCK_FILE
 from cosmos_scale.words import counted
@@ -121,7 +121,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecords]:
 def _read_run(folder: Path) -> RunRecords:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {what}; rule: name the folder of a run, such as runs/NAME")
+        raise UserError(f"{whole_path(folder)}: {what}; rule: name the folder of a run, such as runs/NAME")
     if not any((folder / name).exists() for name in (METRICS_FILE, CONFIG_FILE, CHECKPOINTS)):
         raise UserError(f"{folder}: no run; rule: the folder of a run holds {METRICS_FILE} and {CONFIG_FILE}")
     notes: list[str] = []

@@ -74,3 +74,39 @@ def test_names_that_are_no_utf8_are_taken_by_all_data_commands(
     assert cli.main(["data", "inspect", out, "--out", str(tmp_path / "seen"), *few]) == 0
     assert cli.main(["data", "verify", out, "--index", out, *few]) == 0
     assert "1 sample in 1 shard" in capsys.readouterr().out
+
+
+MISSING = [
+    ["data", "index", "nope"],
+    ["data", "verify", "nope"],
+    ["data", "inspect", "nope"],
+    ["data", "build", "--images", "nope", "--captions", "c.csv", "--out", "out"],
+    ["data", "build", "--images", ".", "--captions", "nope.csv", "--out", "out"],
+    ["data", "prepare", "dreamlip", "--captions", "nope", "--images", ".", "--out", "out"],
+    ["data", "prepare", "dreamlip", "--captions", "c.csv", "--images", "nope", "--out", "out"],
+    ["checkpoint", "inspect", "nope"],
+    ["eval", "retrieval", "--checkpoint", "nope", "--data", "nope"],
+    ["report", "nope"],
+    ["train", "nope.yaml"],
+    ["plan", "own_pictures", "--machine", "nope.json"],
+    ["launch", "--hostfile", "nope", "own_pictures"],
+    *(
+        ["train", "--dry-run", "own_pictures", "device=cpu", f"eval=[{{every: 1, {keys}}}]"]
+        for keys in (
+            *("kind: classification, data: nope", "kind: classification, dataset: webdataset, data: nope"),
+            *("kind: classification, dataset: dtd, data: nope", "kind: retrieval, dataset: coco_val2017, data: nope"),
+            "kind: segmentation, images: nope, masks: nope, classes: c.csv",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("command", MISSING, ids=lambda command: " ".join(command)[:70])
+def test_a_relative_path_that_is_not_there_is_shown_whole(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.csv").write_text("Image Path,raw_caption\nhttp://h/1.jpg,a cat\n")
+    assert cli.main(command) == (0 if "--dry-run" in command else 2)  # a plan refuses nothing for what is not here
+    captured = capsys.readouterr()
+    assert f"{tmp_path}/nope" in captured.err.replace("\n", "") + "".join(captured.out.split())

@@ -30,7 +30,7 @@ BROKEN = [
     ({"data": {"sources": [SOURCE, SOURCE]}}, "data", "sources.1.name", "differ"),
     ({"data": {"sources": [SOURCE]}, "model": {"text": {"vocab_size": 99}}}, "", "model.text.vocab_size", "49408"),
     ({"train": {"epoch_steps_multiple": 16}}, "", "data.last_batch", "must be pad"),
-    ({"train": {"schedule_steps": 2000}}, "", "optimizer.warmup_steps", "less than the schedule's 2000 steps"),
+    ({"train": {"schedule_steps": 2000}}, "", "optimizer.warmup_steps", "less than the steps of the schedule, 2000"),
     ({"zero": {"stage": 0, "offload": True}}, "zero", "offload", "needs stage 1, 2 or 3"),
     ({"zero": {"stage": 3}, "model": {"compile": True}}, "", "model.compile", "must be false at zero.stage 3"),
     ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer", "betas.1", "less than 1"),
@@ -95,5 +95,7 @@ def test_total_and_last_step() -> None:
 
 def test_a_warm_up_longer_than_the_data_is_refused() -> None:
     config = RunConfig.model_validate({"train": {"epochs": 2}})
-    with pytest.raises(UserError, match=r"optimizer\.warmup_steps: 2000 must be less than the schedule's 2000 steps"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.warmup_steps: 2000 must be less than the steps of the schedule, 2000"
+    ):
         config.total_steps(1000)

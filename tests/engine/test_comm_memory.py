@@ -44,7 +44,7 @@ def test_ranks_leave_no_shared_memory_behind(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("size", "free", "said"),
     [
-        (64, 64, r"/dev/shm: has 64 MiB, but 2 ranks on CPUs share 132; rule: enlarge it \(docker run --shm-size\)"),
+        (64, 64, r"/dev/shm: has 64 MiB, but 2 ranks on CPUs need 132; rule: enlarge it \(docker run --shm-size\)"),
         (1000, 10, r"/dev/shm: has 10 MiB left, but a rank on CPUs needs 66; rule: enlarge it .* or delete what ended"),
         (1000, 100, None),
         (0, 0, None),  # no limit

@@ -202,7 +202,7 @@ def test_cells_of_pairs_are_read_as_elsewhere(tmp_path: Path) -> None:
         ('{"photo": "0.jpg", "caption": "a"}', "a.jsonl", "line 1: has no picture under image, .*, but photo, caption"),
         ('{"image": "0.jpg", "alt": "a"}', "a.jsonl", "line 1: has no captions, but image, alt"),
         ('{"image": "0.jpg", "caption": 3}', "a.jsonl", "line 1: caption is neither a text nor a list"),
-        ('{"image": "9.jpg", "caption": "a"}', "a.jsonl", "none of its 1 pictures, such as 9.jpg, is in "),
+        ('{"image": "9.jpg", "caption": "a"}', "a.jsonl", "none of its 1 picture, such as 9.jpg, is in "),
         (
             '{"image": "0.jpg", "caption": "a", "caption": "b"}',
             "a.jsonl",

@@ -338,7 +338,7 @@ def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{tmp_path}: has no folder in it; {rule}$"):
         open_labelled_set(section(tmp_path))
     (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match=f"^{tmp_path}: no picture in its 1 folders; {rule}$"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: no picture in its 1 folder; {rule}$"):
         open_labelled_set(section(tmp_path))
 
 

@@ -173,6 +173,16 @@ def test_a_missing_device_is_refused(trained: Path, capsys: pytest.CaptureFixtur
     assert captured.err.startswith("cosmos-scale train: device: 'cuda', but torch sees no CUDA device")
 
 
+def test_a_folder_of_extensions_that_cannot_be_made_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    assert cli.main(["train", "--dry-run", str(trained)]) == 2
+    captured = capsys.readouterr()
+    assert rows(captured.out)["device"][0] == "REFUSED"
+    assert captured.err.startswith("cosmos-scale train: TORCH_EXTENSIONS_DIR: /proc/none: ")
+
+
 def test_memory_for_the_loaders_is_looked_at(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +192,9 @@ def test_memory_for_the_loaders_is_looked_at(
     assert cli.main(["train", "--dry-run", str(trained), *many]) == 2
     captured = capsys.readouterr()
     assert rows(captured.out)["loaders"][0] == "REFUSED"
-    assert captured.err.startswith("cosmos-scale train: data.prefetch: 100 batches ready in each of 8 workers ")
+    assert captured.err.startswith(
+        "cosmos-scale train: data.prefetch: 100 batches ready in each worker (8 a rank, 1 rank) "
+    )
     assert "but this host, or the limit of its container, has " in captured.err
     with pytest.raises(UserError) as launch:
         open_run(load_config(trained, many), start_ranks("cpu"))

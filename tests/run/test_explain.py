@@ -137,7 +137,7 @@ def test_micro_batches_recomputing_and_memory_show(capsys: pytest.CaptureFixture
     assert re.match(r"[\d.]+ MiB and [\d.]+ MiB on the host by formula", rows["memory per rank"])
     for micro_batches in (3, 128):
         with pytest.raises(
-            UserError, match=rf"train\.micro_batches: {micro_batches} must divide the 64 samples"
+            UserError, match=rf"train\.micro_batches: {micro_batches} must divide the samples of a rank, 64"
         ) as error:
             dry_run(capsys, path, 16, f"train.micro_batches={micro_batches}")
         assert "\n" not in str(error.value)

@@ -23,7 +23,7 @@ from cosmos_scale.data.shards.patterns import COMPRESSED_ENDINGS
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.shards.scan import torn_end
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, reason_of, regular_only
+from cosmos_scale.files import read_regular, reason_of, regular_only, whole_path
 
 SUCCESS = "success"
 NO_JSON = "there is no .json with it"
@@ -91,7 +91,7 @@ def _shards_of(path: Path) -> list[ImageShard]:
     if path.is_file() and path.suffix == ".tar":
         return [_shard(path)]
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder or .tar of images")
+        raise UserError(f"{whole_path(path)}: no such folder or .tar of images")
     inside = sorted(item for item in path.iterdir() if not item.name.startswith("."))
     found = [_shard(item) for item in inside if item.suffix == ".tar" or (item.is_dir() and item.name.isdecimal())]
     if found:

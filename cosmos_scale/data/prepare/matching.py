@@ -77,7 +77,7 @@ def read_states(task: Task, rows: int) -> NDArray[np.uint8]:
     with reading_work(task.states), open(task.states, "rb", opener=regular_only) as file:
         states: NDArray[np.uint8] = np.load(file)
         if len(states) != rows:
-            raise ValueError(f"it has {len(states)} rows, the table {rows}")
+            raise ValueError(f"it has {counted(len(states), 'row')}, the table {rows}")
     return states
 
 

@@ -24,6 +24,7 @@ from cosmos_scale.data.prepare.work import reading_work
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import NO_ROOM, load_json, make_folder, read_regular, reason_of, regular_only, replace_file
+from cosmos_scale.words import counted
 
 PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<u4"), ("file", "<u2")])
 RECORD = np.dtype([("hash", "<u8"), *((name, PLACE[name]) for name in PLACE.names or ())])
@@ -48,7 +49,7 @@ class JoinTable:
         self.places: NDArray[np.void] = _mapped(folder / "places.bin", PLACE)
         if len(self.hashes) != len(self.places):
             with reading_work(folder / "places.bin"):
-                raise ValueError(f"it has {len(self.places)} rows, hashes.bin {len(self.hashes)}")
+                raise ValueError(f"it has {counted(len(self.places), 'row')}, hashes.bin {len(self.hashes)}")
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -90,7 +91,7 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
         builder.read(_in_steps(advance, total))
     if builder.usable == 0:
         first = builder.first_fault or "there is none"
-        raise UserError(f"{captions[0]}: none of {builder.rows} rows can be used; the first: {first}")
+        raise UserError(f"{captions[0]}: none of {counted(builder.rows, 'row')} can be used; the first: {first}")
     with _full_disk_named(folder):
         builder.sort()
     content = {

@@ -12,6 +12,7 @@ from cosmos_scale.data.shards.store import Transient, redact
 from cosmos_scale.data.shards.table import read_whole
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, replace_file
+from cosmos_scale.words import counted
 
 SUMMARY = "index.json"
 FORMAT = "cosmos-scale shard index 1"
@@ -61,7 +62,7 @@ def _parse_summary(data: bytes) -> Summary:
     rows = [ShardRow(str(name), int(samples), int(size)) for name, samples, size in summary["shards"]]
     for row in rows:
         if min(row.samples, row.size) < 0 or row.samples > _MOST or row.size > _MOST:
-            raise ValueError(f"{row.name}: {row.samples} samples in {row.size} bytes cannot be")
+            raise ValueError(f"{row.name}: {counted(row.samples, 'sample')} in {row.size} bytes cannot be")
     if len({row.name for row in rows}) < len(rows):
         raise ValueError("a shard stands twice in it, whose samples would count twice")
     marks = {str(name): str(mark) for name, mark in summary.get("marks", {}).items()}

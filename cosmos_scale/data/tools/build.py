@@ -31,7 +31,14 @@ from cosmos_scale.data.shards.checksums import (
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED, refuse_foreign_rejected
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
-from cosmos_scale.data.tools.captions_file import DEFAULT_COLUMNS, CaptionRow, Columns, count_lines, read_rows, with_unique_keys
+from cosmos_scale.data.tools.captions_file import (
+    DEFAULT_COLUMNS,
+    CaptionRow,
+    Columns,
+    count_lines,
+    read_rows,
+    with_unique_keys,
+)
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
 from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
 from cosmos_scale.data.tools.picture_path import picture_path
@@ -173,7 +180,12 @@ def build_shards(
     options = {
         **{"samples-per-shard": samples_per_shard, "background": background, "orientation": orientation},
         **{"join-rows": join_rows, "image-column": columns.image, "caption-column": columns.caption},
-        **{"key": columns.key, "images": os.path.abspath(images), "captions": captions.name, "captions_digest": _digest(captions)},
+        **{
+            "key": columns.key,
+            "images": os.path.abspath(images),
+            "captions": captions.name,
+            "captions_digest": _digest(captions),
+        },
     }
     refuse_foreign_summary(out / SUMMARY)
     refuse_foreign_manifest(out / MANIFEST, MANIFEST_FORMAT)

@@ -24,7 +24,7 @@ from cosmos_scale.data.samples.caption_keys import (
 )
 from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import regular_only
+from cosmos_scale.files import regular_only, whole_path
 from cosmos_scale.words import with_article
 
 # Columns that name the picture, in order of preference; compared in lower case with "_" for spaces.
@@ -101,7 +101,7 @@ def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Captio
         refuse_utf16(path)
         yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{whole_path(path)}: cannot be read: {error.strerror or error}") from error
 
 
 def count_lines(path: Path) -> int:
@@ -110,7 +110,7 @@ def count_lines(path: Path) -> int:
         with open(path, "rb", opener=regular_only) as file:
             return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{whole_path(path)}: cannot be read: {error.strerror or error}") from error
 
 
 def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:

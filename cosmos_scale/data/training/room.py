@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.host import free_memory, shared_memory_obstacle
+from cosmos_scale.words import counted
 
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
@@ -30,10 +31,8 @@ class ReadyBatches(NamedTuple):
         if not self.workers:
             return "none: the training process loads its batches itself"
         ranks = f"{self.ranks} ranks x " if self.ranks > 1 else ""
-        workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        return (
-            f"{ranks}{workers} x {self.prefetch} batches of {self.nbytes / 2**20:,.1f} MiB, {self.total / GIB:,.3f} GiB"
-        )
+        made = f"{counted(self.workers, 'worker')} x {counted(self.prefetch, 'batch', 'batches')}"
+        return f"{ranks}{made} of {self.nbytes / 2**20:,.1f} MiB, {self.total / GIB:,.3f} GiB"
 
     def check_shared_memory(self) -> None:
         """Raise UserError where there is no shared memory to write to, where it is smaller than all batches, or a batch
@@ -72,6 +71,6 @@ class ReadyBatches(NamedTuple):
 
     def _needed(self) -> str:
         return (
-            f"data.prefetch: {self.prefetch} batches ready in each of {self.workers} workers of each of {self.ranks} "
-            f"ranks take {self.total / GIB:.1f} GiB"
+            f"data.prefetch: {counted(self.prefetch, 'batch', 'batches')} ready in each worker ({self.workers} a rank, "
+            f"{counted(self.ranks, 'rank')}) take {self.total / GIB:.1f} GiB"
         )

@@ -16,7 +16,8 @@ from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, is_
 from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import PlacedFile
-from cosmos_scale.files import load_json, read_regular, reason_of
+from cosmos_scale.files import load_json, read_regular, reason_of, whole_path
+from cosmos_scale.words import counted
 
 Captioned = tuple[PlacedFile, list[str]]
 
@@ -173,7 +174,7 @@ def _lists(document: Any) -> dict[str, list[str]]:
 def _existing(root: Path, names: Sequence[str], rule: str) -> Path:
     """Return the first of some files that is there."""
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; rule: {rule}")
+        raise UserError(f"{whole_path(root)}: no such folder; rule: {rule}")
     found = next((root / name for name in names if (root / name).is_file()), None)
     if found is None:
         raise UserError(f"{root}: no {' or '.join(names)} in it; rule: {rule}")
@@ -189,7 +190,9 @@ def _folder_of(root: Path, folders: Sequence[str | Path], names: Sequence[str], 
             if (root / folder / name).is_file():
                 return root / folder
     where = " or ".join(dict.fromkeys(str((root / folder).absolute()) for folder in folders))
-    raise UserError(f"{root}: none of its {len(names):,} pictures, such as {names[0]}, is in {where}; rule: {rule}")
+    raise UserError(
+        f"{root}: none of its {counted(len(names), 'picture')}, such as {names[0]}, is in {where}; rule: {rule}"
+    )
 
 
 def _placed(path: Path, name: str, texts: list[str]) -> Captioned:

@@ -6,7 +6,8 @@ from pathlib import Path
 from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import FilePictures, PlacedFile, is_hidden, is_picture
-from cosmos_scale.files import reason_of
+from cosmos_scale.files import reason_of, whole_path
+from cosmos_scale.words import counted
 
 _PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "images")  # of a set
 LAYOUT = "a folder for each class, with its pictures in it"
@@ -20,13 +21,13 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
     """
     root = Path(config.data)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; rule: {LAYOUT}")
+        raise UserError(f"{whole_path(root)}: no such folder; rule: {LAYOUT}")
     classes = sorted(name for name in _listed(str(root)) if (root / name).is_dir() and not is_hidden(name))
     if not classes:
         raise UserError(f"{root}: has no folder in it; rule: {LAYOUT}")
     samples = [(path, label) for label, name in enumerate(classes) for path in _pictures_below(str(root / name))]
     if not samples:
-        raise UserError(f"{root}: no picture in its {len(classes)} folders; rule: {LAYOUT}")
+        raise UserError(f"{root}: no picture in its {counted(len(classes), 'folder')}; rule: {LAYOUT}")
     # ImageFolder would take each part for a class: one part for one class, of which every answer is right.
     nested = all(os.path.dirname(path) != str(root / classes[label]) for path, label in samples)
     if nested and all(name.lower() in _PARTS for name in classes):

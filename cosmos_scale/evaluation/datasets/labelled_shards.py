@@ -15,7 +15,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import FilePictures, PlacedFile
 from cosmos_scale.evaluation.evaluator import Setting
 from cosmos_scale.evaluation.prompts.texts import CLASS_NAMES_FILE, read_names
-from cosmos_scale.files import reason_of, regular_only
+from cosmos_scale.files import reason_of, regular_only, whole_path
 
 LAYOUT = "a folder with test/*.tar or *.tar, and classnames.txt: a picture and its label (.cls, from 0) a sample"
 PICTURES = ("webp", "png", "jpg", "jpeg")  # endings, in the order in which clip-benchmark takes them
@@ -62,7 +62,8 @@ def open_webdataset(config: ClassificationConfig) -> LabelledShards:
     shards = shards_of(root, LAYOUT)
     names = Path(config.classes or root / CLASS_NAMES_FILE)
     if not names.is_file():
-        raise UserError(f"{names}: no such file; rule: {LAYOUT}; or --classes FILE (in a run's eval section classes)")
+        rule = f"rule: {LAYOUT}; or --classes FILE (in a run's eval section classes)"
+        raise UserError(f"{whole_path(names)}: no such file; {rule}")
     classes = [name[0] for name in read_names(names, several=False)]
     files: list[PlacedFile] = []
     labels: list[int] = []
@@ -107,7 +108,7 @@ def _class_name(document: PlacedFile | None) -> str | None:
 def shards_of(root: Path, layout: str) -> list[Path]:
     """Return the .tar files of a folder, or of its folder `test`, in order; raises UserError where there are none."""
     if not root.is_dir():
-        raise UserError(f"{redact_urls(str(root))}: no such folder; rule: {layout}")
+        raise UserError(f"{redact_urls(whole_path(root))}: no such folder; rule: {layout}")
     shards = sorted(root.glob("test/*.tar"), key=_numbered) or sorted(root.glob("*.tar"), key=_numbered)
     if not shards:
         raise UserError(f"{root}: no .tar file in it nor in {root / 'test'}; rule: {layout}")

@@ -14,7 +14,7 @@ from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import ArrayPictures, FilePictures, LabelledPictures, PlacedFile
-from cosmos_scale.files import read_regular, reason_of, text_lines
+from cosmos_scale.files import read_regular, reason_of, text_lines, whole_path
 
 # The published evaluation splits Caltech101 by a seed; the second part counts.
 CALTECH_PICTURES, CALTECH_FIRST, CALTECH_SEED = 8677, 3000, 3072
@@ -36,7 +36,7 @@ def open_published(config: ClassificationConfig) -> LabelledPictures:
     root, published = Path(config.data), PUBLISHED[config.dataset]
     rule = f"rule: {config.dataset} is {published.tree}"
     if not root.is_dir():
-        raise UserError(f"{redact_urls(config.data)}: no such folder; {rule}")
+        raise UserError(f"{redact_urls(whole_path(config.data))}: no such folder; {rule}")
     try:
         return published.find(root, config)
     except UserError:

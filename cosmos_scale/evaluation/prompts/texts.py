@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import read_regular, reason_of, text_lines
+from cosmos_scale.files import read_regular, reason_of, text_lines, whole_path
 
 Names = tuple[tuple[str, ...], ...]
 """The names of each class, one or more, in the order of the labels."""
@@ -118,7 +118,9 @@ def _lines(path: Path, what: str) -> list[str]:
     try:
         text = read_regular(path).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {reason_of(error)}; rule: a text file, {what} a line") from error
+        raise UserError(
+            f"{whole_path(path)}: cannot be read: {reason_of(error)}; rule: a text file, {what} a line"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: holds bytes that are no UTF-8; rule: a text file, {what} a line") from error
     lines = text_lines(text)

@@ -16,7 +16,7 @@ from cosmos_scale.evaluation.segmentation.masks import (
     reduced_labels,
     stored_labels,
 )
-from cosmos_scale.files import read_regular, reason_of, text_lines
+from cosmos_scale.files import read_regular, reason_of, text_lines, whole_path
 from cosmos_scale.set_names import MaskedSet
 from cosmos_scale.words import counted
 
@@ -159,7 +159,7 @@ def _own_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
     images, masks = Path(config.images or ""), Path(config.masks or "")
     for key, folder in (("images", images), ("masks", masks)):
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; rule: {key} is a folder")
+            raise UserError(f"{whole_path(folder)}: no such folder; rule: {key} is a folder")
     if images.samefile(masks):
         raise UserError(f"{masks}: holds the pictures too; rule: pictures and masks lie in two folders")
     names = _names_below(images, is_picture)

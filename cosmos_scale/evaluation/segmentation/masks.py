@@ -131,7 +131,7 @@ def checked_labels(labels: Labels, size: tuple[int, int], classes: int) -> Label
         mask, picture = (f"{width} x {height}" for height, width in (labels.shape, size))
         raise DamagedSample(f"the mask has {mask} pixels, the picture, turned upright, {picture}")
     if (most := greatest_label(labels)) >= classes:
-        raise DamagedSample(f"the mask holds label {most}, but there are {classes} classes, 0 to {classes - 1}")
+        raise DamagedSample(f"the mask holds label {most}, but the classes are 0 to {classes - 1}")
     return labels
 
 

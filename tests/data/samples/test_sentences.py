@@ -109,7 +109,12 @@ def test_splitting_loses_nothing_but_full_stops_and_space(text: str) -> None:
 
 @pytest.mark.timeout(20)  # seconds; work that grows with the square of the length would take minutes
 @pytest.mark.parametrize(
-    ("unit", "sentences"), [("A cat. ", 100_000), (".", 0), (". ", 0), ("Mr. ", 1), ('."', 1), ('"a. ', None)], ids=repr
+    ("unit", "sentences"),
+    [
+        *[("A cat. ", 100_000), (".", 0), (". ", 0), ("Mr. ", 1), ('."', 1), ('"a. ', None)],
+        *[("\n" * 10, 0), (" \r\n", 0), ("a\n", 100_000)],
+    ],
+    ids=repr,
 )
 def test_long_texts_take_time_in_proportion(unit: str, sentences: int | None) -> None:
     found = split_sentences(unit * 100_000)

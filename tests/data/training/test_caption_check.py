@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cosmos_scale.config import CaptionsConfig
+from cosmos_scale.data.samples.caption_keys import DREAMLIP_KEYS, OTHER_NAMES
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, ShardReader
 from cosmos_scale.data.training.caption_check import check_captions
@@ -38,6 +39,11 @@ def test_a_source_without_captions_is_refused_with_its_keys(tmp_path: Path) -> N
     )
     with pytest.raises(UserError, match=needs + ".*title; the samples have blip, url, width; rule: data.captions.keys"):
         check(folder)
+    for sampling, known in (("textcrop", DREAMLIP_KEYS), ("textcrop_pixelprose", ("original_caption", "caption"))):
+        with pytest.raises(UserError) as refusal:
+            check(folder, sampling=sampling)
+        accepted = re.findall(r"\w+", str(refusal.value).partition(" needs one of ")[2].partition(";")[0])
+        assert set(accepted) >= {*known, "caption", *OTHER_NAMES}  # all of them are named
     check(folder, keys=["blip"])
     with pytest.raises(UserError, match=re.escape("data.captions.keys needs one of BLIP; the samples have blip")):
         check(folder, keys=["BLIP"])
