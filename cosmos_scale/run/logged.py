@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,23 +81,36 @@ def tracked_entries(folder: Path) -> Iterator[TrackerEntry]:
 
 
 class Cut(NamedTuple):
-    """What is taken out of a file of records: `lines` lines, among them `tracked` records that trackers have too."""
+    """What is taken out of a file of records: `lines` lines, among them `tracked` records that trackers have too.
+
+    foreign: further lines that are no records, such as a user's notes.
+    """
 
     path: Path
     before: bytes
     after: bytes
     lines: int
     tracked: int
+    foreign: int = 0
 
-    def make(self) -> None:
-        """Replace the file, whole or not at all; raises UserError where it cannot be written."""
+    def make(self) -> Path | None:
+        """Replace the file, whole or not at all; raises UserError where it cannot be written.
+
+        Where foreign lines are taken out, the file of before is kept beside it; returns that copy.
+        """
+        copy = None
+        if self.foreign:
+            names = (self.path.with_name(f"{self.path.name}.old{'' if n == 1 else f'-{n}'}") for n in count(1))
+            copy = next(name for name in names if not name.exists())
+            replace_file(copy, self.before)
         if self.after != self.before:  # where nothing is to be dropped, a full disk does no harm
             # A link stays one: the file that it names keeps the run's records.
             replace_file(self.path.resolve(), self.after)
+        return copy
 
 
 def cut_after(path: Path, step: int) -> Cut:
-    """Find a file's records of steps after `step`, all of them where it is 0, and lines that are torn.
+    """Find a file's records of steps after `step`, all of them where it is 0, a torn last line, and foreign lines.
 
     Nothing is changed yet. Raises UserError where the file cannot be read.
     """
@@ -106,14 +120,18 @@ def cut_after(path: Path, step: int) -> Cut:
         before = read_regular(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    kept, tracked, lines = [], 0, before.splitlines()
-    for line in lines:
+    kept, tracked, dropped, foreign = [], 0, 0, 0
+    for line in before.splitlines(keepends=True):
         try:
             record = load_json(line)
             if record["step"] <= step > 0:
-                kept.append(line + b"\n")
+                kept.append(line.rstrip(b"\r\n") + b"\n")
             else:
                 tracked += record["kind"] in TRACKED_KINDS
+                dropped += 1
         except (ValueError, KeyError, TypeError):
-            continue
-    return Cut(path, before, b"".join(kept), len(lines) - len(kept), tracked)
+            if line.endswith((b"\r", b"\n")):
+                foreign += line.strip(b"\0 \t\r\n") != b""
+            else:
+                dropped += 1  # torn, by a run that was killed
+    return Cut(path, before, b"".join(kept), dropped, tracked, foreign)

@@ -51,7 +51,7 @@ class MetricLog:
         cut = cut_after(folder / METRICS_FILE, first_step)
         if cut.tracked:
             supersede(folder)
-        cut.make()
+        copy = cut.make()
         self._file = LineFile(folder / METRICS_FILE)
         logged = tracked_entries(folder)
         trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step, logged=logged)
@@ -59,6 +59,9 @@ class MetricLog:
         if cut.lines:
             lines = counted(cut.lines, "line")
             self._announcements.append(f"{METRICS_FILE}: dropped {lines} of steps after {first_step}, taken anew now")
+        if copy is not None:
+            lines = "1 line that is no record" if cut.foreign == 1 else f"{cut.foreign} lines that are no records"
+            self._announcements.append(f"{METRICS_FILE}: took out {lines}; the file of before is kept as {copy.name}")
         self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
         console = make_console()
         self._progress = Progress(

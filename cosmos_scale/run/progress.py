@@ -103,9 +103,13 @@ class Progress:
         first_step: int,
         last_step: int,
         steps_per_epoch: int,
+        skipped: int,
         finish_saving: Callable[[], object],
     ) -> None:
-        """finish_saving: waits until the checkpoint under way is whole; collective."""
+        """skipped: steps before first_step whose update was skipped.
+
+        finish_saving: waits until the checkpoint under way is whole; collective.
+        """
         self._config = config
         self._ranks = ranks
         self._folder = folder
@@ -131,7 +135,7 @@ class Progress:
         raise_together(ranks, error)
         self._stack = ExitStack()
         self._pending: PendingStep | None = None
-        self._skipped = self._skipped_before = 0  # in this launch; up to the last record
+        self._skipped = self._skipped_before = skipped  # in all launches; up to the last record
         self._skipped_in_a_row = 0
         self._substituted = 0  # of this rank, since the last record
         self._data_wait = 0.0

@@ -89,6 +89,7 @@ class Run:
             first_step=self.first_step,
             last_step=self.last_step,
             steps_per_epoch=self.loader.steps_per_epoch,
+            skipped=0 if self.start.state is None else self.first_step - self.start.state.updates,
             finish_saving=checkpoints.wait,
         )
 

@@ -144,13 +144,26 @@ def test_a_full_disk_costs_no_record(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_lines_that_are_no_records_are_dropped(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(
-        b'{"kind": "train", "step": 1}\n7\n\xff\xfe\x00\n{"step": nul\n{"kind": "e'
-    )
+def test_lines_that_are_no_records_are_taken_out_and_kept_in_a_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blank lines and the torn end of a killed run are no loss."""
+    path = tmp_path / "metrics.jsonl"
+    for name in ("metrics.jsonl.old", "metrics.jsonl.old-2"):
+        before = b'{"kind": "train", "step": 1}\n7\n\n\xff\xfe\x00\n# my note\n{"step": nul\n{"kind": "e'
+        path.write_bytes(before)
+        with opened(tmp_path, first_step=3):
+            pass
+        assert steps(tmp_path) == [("train", 1)]
+        assert (tmp_path / name).read_bytes() == before
+        said = capsys.readouterr().out.splitlines()
+        assert f"metrics.jsonl: took out 4 lines that are no records; the file of before is kept as {name}" in said
+        assert "metrics.jsonl: dropped 1 line of steps after 3, taken anew now" in said
+    path.write_bytes(b'{"kind": "train", "step": 1}\r\n\r\n{"kind": "e')
     with opened(tmp_path, first_step=3):
         pass
-    assert steps(tmp_path) == [("train", 1)]
+    assert path.read_bytes() == b'{"kind": "train", "step": 1}\n'
+    assert not (tmp_path / "metrics.jsonl.old-3").exists()
 
 
 def test_a_file_that_is_a_link_stays_one(tmp_path: Path) -> None:

@@ -104,6 +104,9 @@ def test_skipped_steps_change_nothing_and_are_counted(run: Path) -> None:
     for step, line in enumerate(lines, start=1):
         record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
         assert (record["step"], record["loss"], record["skipped_steps"]) == (step, None, step)
+    again = train_to_end(run, *start, "train.max_steps=4").require(0)
+    assert "step 4: the loss is not finite" in again.output
+    assert "its update was skipped, 4 so far" in again.output  # of both launches
 
 
 def test_weights_that_never_recover_end_a_run_that_skips(run: Path) -> None:
@@ -155,7 +158,7 @@ def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
         return from_all(value, ranks)
 
     waits = ((0.1, 0.3, 1.0, 1.0), (0.5, 0.1, 0.0, 0.0))[rank]
-    steps = {"first_step": 0, "last_step": 4, "steps_per_epoch": 2}
+    steps = {"first_step": 0, "last_step": 4, "steps_per_epoch": 2, "skipped": 0}
     progress = Progress(config, ranks, folder, **steps, finish_saving=lambda: None)
     with pytest.MonkeyPatch.context() as patch, progress:
         patch.setattr("cosmos_scale.run.progress.from_all", counted)
