@@ -35,15 +35,15 @@ class ShardCache:
         self.folder = folder
         self._limit = limit
 
-    def read(self, address: str, total: int, offset: int, size: int, pieces: Pieces) -> bytes:
+    def read(self, version: str, total: int, offset: int, size: int, pieces: Pieces) -> bytes:
         """Read a part of a shard of `total` bytes. A shard that is not in the folder is downloaded before.
 
-        pieces: yields the whole shard.
-
+        version: a shard's address, and what tells its content from one that lay there before. pieces: yields the whole
+        shard.
         Raises: UserError where the folder cannot be written or the shard is larger than the limit; Transient,
         WrongSize, and what `pieces` raises, where the download fails.
         """
-        path = self.folder / _name(address, total)
+        path = self.folder / _name(version, total)
         try:
             file = _open_whole(path, total)
             while file is None:
@@ -155,10 +155,10 @@ class ShardCache:
             yield
 
 
-def _name(address: str, total: int) -> str:
+def _name(version: str, total: int) -> str:
     """Name a shard's file by the end of its address and a digest of the whole: an address may hold secrets."""
-    digest = hashlib.sha256(f"{total} {address}".encode()).hexdigest()[:24]
-    shown = re.findall(r"[\w-]+(?=\.tar)", address)
+    digest = hashlib.sha256(f"{total} {version}".encode()).hexdigest()[:24]
+    shown = re.findall(r"[\w-]+(?=\.tar)", version)
     return f"{shown[-1][-40:] if shown else 'shard'}-{digest}{WHOLE}"
 
 

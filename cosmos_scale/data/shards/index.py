@@ -47,7 +47,7 @@ from cosmos_scale.data.shards.summary import (
     summary_before,
     write_index_summary,
 )
-from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table
+from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table, table_digest
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.data.work import refuse_unfinished
 from cosmos_scale.errors import UserError
@@ -180,7 +180,8 @@ class SourceIndex:
         Raises: UnreachableShard where the shard's table cannot be read after all retries; UserError where the table
         does not fit the summary.
         """
-        return Location(self.shard_file(shard), entry_of(self._table(shard), place))
+        entry = entry_of(self._table(shard), place)  # opening the table completes what is known of the shard
+        return Location(self.shard_file(shard), entry)
 
     def shard_file(self, shard: int) -> ShardFile:
         """Say where a shard lies."""
@@ -211,6 +212,8 @@ class SourceIndex:
                     "run `cosmos-scale data index` again"
                 )
             self._tables[shard] = table
+            if is_remote(self.shard_file(shard).address):
+                self._files[shard] = self.shard_file(shard)._replace(table=table_digest(table))
             if len(self._tables) > _OPEN_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(shard)

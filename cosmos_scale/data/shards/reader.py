@@ -88,6 +88,7 @@ class ShardFile(NamedTuple):
     """One shard of a source. size: bytes that it had when it was indexed. address: its path or URL, or pipe:COMMAND.
 
     shown: the address for messages and records, without secrets. mark: its mark when it was indexed; empty: not known.
+    table: of a shard elsewhere, a digest of its table; empty before the table is opened.
     """
 
     source: str
@@ -95,6 +96,7 @@ class ShardFile(NamedTuple):
     size: int
     address: str
     mark: str = ""
+    table: str = ""
 
 
 class Location(NamedTuple):
@@ -263,9 +265,9 @@ class ShardReader:
             except NoParts:
                 self._note_without_parts(shard)
         assert self._cache is not None  # a rule between config keys, or else _note_without_parts, has made sure
-        return self._cache.read(
-            shard.address, shard.size, offset, size, lambda: store.pieces(shard.address, shard.size)
-        )
+        # Once a shard that was written anew is indexed again, its old copy in the cache is no longer asked for.
+        version = f"{shard.address} {shard.mark} {shard.table}"
+        return self._cache.read(version, shard.size, offset, size, lambda: store.pieces(shard.address, shard.size))
 
     def _probe(self, shard: ShardFile) -> None:
         try:

@@ -1,6 +1,7 @@
 """The table of one shard's samples, a `.index.npy`: where each sample lies, so that no other need be read."""
 
 import errno
+import hashlib
 import io
 from collections.abc import Sequence
 
@@ -55,6 +56,11 @@ def entry_of(table: SampleTable, place: int) -> Entry:
     key, image_offset, image_size, text_offset, text_size, kind = table[place].item()
     shown = key.decode("utf-8", "backslashreplace")
     return Entry(shown, image_offset, image_size, text_offset, text_size, kind.decode("ascii", "replace"))
+
+
+def table_digest(table: SampleTable) -> str:
+    """Return a digest of where a shard's samples lie; captions or pictures of other lengths change it."""
+    return hashlib.sha256(table.tobytes()).hexdigest()[:16]
 
 
 def read_whole(path: str, remote: RemoteConfig | None = None) -> bytes:

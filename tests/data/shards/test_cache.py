@@ -3,17 +3,23 @@
 import errno
 import fcntl
 import hashlib
+import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
+from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.shards.cache import PART, WHOLE, ShardCache
+from cosmos_scale.data.shards.index import index_shards, open_index
+from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.shards.store import Transient, WrongSize
 from cosmos_scale.errors import UserError
+from cosmos_scale.testing.shard_files import picture, write_shard
 
 SIZE = 10_240
 FORK = multiprocessing.get_context("fork")
@@ -194,3 +200,34 @@ def test_who_waits_for_a_download_hears_that_it_failed(tmp_path: Path) -> None:
     assert first.exitcode == 0
     assert log.read_text() == "a\n"
     assert cache.read("a.tar", SIZE, 0, SIZE, pieces("a", log)) == content("a")
+
+
+def read_captions(folder: Path, captions: list[str], picture_number: int = 0) -> list[str]:
+    """Write a shard anew, index it, and return the captions that come through the cache."""
+    samples = [
+        {
+            "__key__": f"{number:06d}",
+            "jpg": picture(picture_number + number, size=(80, 64)),
+            "json": json.dumps({"caption": caption}).encode(),
+        }
+        for number, caption in enumerate(captions)
+    ]
+    size = write_shard(folder / "a.tar", samples).stat().st_size
+    address = f"pipe:cat {folder}/a.tar"
+    shutil.rmtree(folder / "index", ignore_errors=True)
+    index_shards(address, folder / "index", workers=1, progress=False)
+    source = open_index(SourceConfig(name="test", shards=address, index=str(folder / "index")))
+    reader = ShardReader(RemoteConfig(cache=folder / "cache", backoff_s=0))
+    read = [reader.read(source.locate(0, place)) for place in range(len(captions))]
+    assert [data for data, _ in read] == [members["jpg"] for members in samples]
+    assert source.rows[0].size == size == 20_480
+    return [document["caption"] for _, document in read]
+
+
+def test_a_shard_that_was_written_and_indexed_anew_is_fetched_anew(tmp_path: Path) -> None:
+    """Also where its size is the same, as tars fill up to 10 kB, and where it begins with the same bytes."""
+    for captions, picture_number in ((["one", "two"], 0), (["one", "other"], 0), (["one", "other"], 5)):
+        assert read_captions(tmp_path, captions, picture_number) == captions
+    assert len(files(tmp_path / "cache", WHOLE)) == 3
+    read_captions(tmp_path, ["one", "other"], 5)
+    assert len(files(tmp_path / "cache", WHOLE)) == 3
