@@ -195,10 +195,18 @@ def check_precision(precision: str) -> None:
 
 def raise_together(ranks: Ranks, error: UserError | None) -> None:
     """Raise the lowest failing rank's error on every rank, a JointError; returns when no rank has one. Collective."""
-    text = None if error is None else f"{error} (rank {ranks.rank})" if ranks.world_size > 1 else str(error)
+    text = None if error is None else f"{error}{_place(ranks)}"
     failed = next((text for text in from_all(text, ranks) if text is not None), None)
     if failed is not None:
         raise JointError(failed)
+
+
+def _place(ranks: Ranks) -> str:
+    """Return a rank's number, in words behind a message, and its host where the ranks have several."""
+    if ranks.world_size == 1:
+        return ""
+    all_here = ranks_of_this_host(unknown=ranks.world_size) == ranks.world_size
+    return f" (rank {ranks.rank}{'' if all_here else f' on host {socket.gethostname()}'})"
 
 
 def lost_contact(error: BaseException) -> bool:

@@ -102,7 +102,10 @@ class Connection:
         self.receive()
         said = self._said[-1].strip() if self._said else ""
         status = self._process.poll()
-        return said or (f"exit status {status}" if self.host.is_here else f"ssh ended with status {status}")
+        if said or self.host.is_here:
+            return said or f"exit status {status}"
+        by_login = ", before a program started: a file such as .bashrc ends the shell there" if status == 0 else ""
+        return f"ssh ended with status {status}{by_login}"
 
     def close(self) -> None:
         """Close the way to the program, which then ends by itself."""

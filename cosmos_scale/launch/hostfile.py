@@ -64,7 +64,7 @@ def _text(path: Path) -> str:
             raise UserError(f"--hostfile: {path.absolute()} {there}; rule: a file with a line a host, `NAME slots=N`")
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"--hostfile: {path} has over {_MOST_BYTES:,} bytes; {_RULE}")
-        return read_regular(path).decode()
+        return read_regular(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--hostfile: {path} is no text; {_RULE}") from error
     except OSError as error:

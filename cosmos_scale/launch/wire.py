@@ -44,13 +44,14 @@ class Inbox:
         return [line[: self._longest].decode(errors="replace").rstrip("\r") for line in whole]
 
     def messages(self) -> tuple[list[Message], list[str]]:
-        """Return the messages that have come, and the other lines."""
+        """Return the messages that have come, and the other lines, also one without an end right before a message."""
         messages, others, mark = [], [], _MARK.decode()
         for line in self.lines():
-            if line.startswith(mark):
-                messages.append(json.loads(line.removeprefix(mark)))
-            else:
-                others.append(line)
+            other, found, message = line.partition(mark)
+            if found:
+                messages.append(json.loads(message))
+            if other or not found:
+                others.append(other)
         return messages, others
 
     def _read(self) -> bytes:

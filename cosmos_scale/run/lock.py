@@ -137,10 +137,11 @@ class RunLock:
                 return False  # this host's locks count for all of its processes
             if _start_of(holder.get("pid", 0)) == holder.get("started"):
                 return True
-        first = os.stat(self._path).st_mtime
+        began, first = time.monotonic(), os.stat(self._path).st_mtime
         told = False
-        while self._server_time() - (last := os.stat(self._path).st_mtime) < self._dead_after:
-            if last > first:
+        # The last touch may lie ahead, where a host's clock did: then the time of this wait tells.
+        while max(self._server_time() - first, time.monotonic() - began) < self._dead_after:
+            if os.stat(self._path).st_mtime != first:
                 return True
             if not told:
                 told = True
@@ -205,13 +206,17 @@ def token_in(folder: Path) -> str | None:
     return None if holder is None else holder.get("token")
 
 
-def wait_for_ranks(folder: Path, say: Callable[[str], None], *, seconds: float = RANKS_END_WITHIN) -> None:
+def wait_for_ranks(
+    folder: Path, say: Callable[[str], None], *, seconds: float = RANKS_END_WITHIN, dead_after: float = DEAD_AFTER
+) -> None:
     """Wait until the first rank of an earlier launch, which was killed, has ended; `say` is told of a wait.
 
-    Nothing is waited for where another launch lives: it is refused by its own lock.
+    Nothing is waited for where another launch lives: it is refused by its own lock. A rank of another host is dead
+    where its lock is not touched for `dead_after` seconds of waiting, whatever the clocks say.
     Raises UserError where the rank lives on after some seconds.
     """
     deadline, told = time.monotonic() + seconds, False
+    touched, since = 0.0, time.monotonic()
     while (holder := who_holds(folder, RANKS_LOCK_FILE)) is not None:
         if who_holds(folder) is not None and not launcher_holds(folder):
             return
@@ -223,7 +228,20 @@ def wait_for_ranks(folder: Path, say: Callable[[str], None], *, seconds: float =
         if not told:
             told = True
             say(f"waiting, {seconds:g} s at most, for the end of an earlier launch's ranks, the first one {holder}")
+        if (last := _touched_elsewhere(folder / RANKS_LOCK_FILE)) is None or last != touched:
+            touched, since = last or 0.0, time.monotonic()
+        elif time.monotonic() - since > dead_after:
+            return
         time.sleep(POLL)
+
+
+def _touched_elsewhere(path: Path) -> float | None:
+    """Return the time of a lock's last touch where another host holds it, else None."""
+    holder = _read_holder(path)
+    with suppress(OSError):
+        if holder is not None and holder.get("host") != socket.gethostname():
+            return path.stat().st_mtime
+    return None
 
 
 def who_holds(folder: Path, file: str = LOCK_FILE) -> str | None:

@@ -12,6 +12,8 @@ def test_hosts_are_read_in_their_order(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
     file.write_text("# two nodes\nnode-b slots=8\n\n  user@10.0.0.1   slots = 4  # the old one\n")
     assert read_hostfile(file) == [Host("node-b", 8), Host("user@10.0.0.1", 4)]
+    file.write_bytes(b"\xef\xbb\xbfnode-b slots=8\r\n")  # as editors of Windows leave it
+    assert read_hostfile(file) == [Host("node-b", 8)]
 
 
 @pytest.mark.parametrize(

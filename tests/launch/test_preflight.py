@@ -11,8 +11,9 @@ from cosmos_scale.cli.main import main
 from cosmos_scale.config.load import load_config
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
+from cosmos_scale.launch.connection import Connection
 from cosmos_scale.launch.hostfile import Host
-from cosmos_scale.launch.preflight import look_at
+from cosmos_scale.launch.preflight import LOOKER, look_at
 from cosmos_scale.launch.signals import StopSignals
 from cosmos_scale.launch.supervise import LaunchedRun
 from tests.launch.fake_ssh import write_ssh
@@ -48,6 +49,17 @@ def test_equal_hosts_are_fit(
     assert rows["network"].startswith("ok the ranks meet at 127.0.0.1:")
     assert {text.split()[0] for text in rows.values()} == {"ok"}
     assert [path.name for path in (tmp_path / "run").iterdir()] == []
+
+
+def test_a_login_file_that_ends_the_shell_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    connection = Connection(Host("a", 1), LOOKER, tmp_path)
+    said = "ssh ended with status 0, before a program started: a file such as .bashrc ends the shell there"
+    assert connection.reason() == said
+    connection.hang_up()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,13 @@ def test_messages_are_told_from_other_lines() -> None:
     inbox, outbox = Inbox(reads), Outbox(writes)
     os.write(writes, b"Welcome to this host\r\n")
     outbox.send({"line": "a\nb", "of": 1})
+    os.write(writes, b"no end of a login script's line")
+    outbox.send({"line": "c"})
     os.write(writes, b"no end")
-    assert inbox.messages() == ([{"line": "a\nb", "of": 1}], ["Welcome to this host"])
+    assert inbox.messages() == (
+        [{"line": "a\nb", "of": 1}, {"line": "c"}],
+        ["Welcome to this host", "no end of a login script's line"],
+    )
     os.close(writes)
     assert inbox.messages() == ([], ["no end"])
     assert inbox.closed

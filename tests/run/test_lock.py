@@ -91,6 +91,24 @@ def test_touches_tell_whether_a_launch_on_another_host_lives(tmp_path: Path, mon
         assert json.loads(file.read_text())["host"] == socket.gethostname()
 
 
+def test_a_touch_that_lies_ahead_holds_nobody_up(tmp_path: Path) -> None:
+    """The clock of a host that died was an hour ahead of this one's, or this one's is behind."""
+    said: list[str] = []
+    holder = json.dumps({"host": "elsewhere", "pid": 77, "started": "1", "since": "2026", "token": "t"})
+    ahead = time.time() + 3600
+    (tmp_path / RANKS_LOCK_FILE).write_text(holder)
+    os.utime(tmp_path / RANKS_LOCK_FILE, (ahead, ahead))
+    wait_for_ranks(tmp_path, said.append, seconds=20, dead_after=0.3)
+    assert "for the end of an earlier launch's ranks, the first one on host elsewhere by process 77" in said[0]
+    file = tmp_path / LOCK_FILE
+    file.write_text(holder)
+    os.utime(file, (ahead, ahead))
+    start = time.monotonic()
+    with RunLock(tmp_path, said.append, touched_every=0.1, dead_after=0.5):
+        assert time.monotonic() - start < 10
+        assert json.loads(file.read_text())["host"] == socket.gethostname()
+
+
 def test_a_deleted_folder_lets_nobody_in(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with held(folder) as process:
