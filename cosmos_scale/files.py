@@ -43,6 +43,8 @@ _MORE_PROCESSES = "allow more (ulimit -u), or more memory (ulimit -v)"
 
 TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)
 
+_BEGIN = 1 << 16  # bytes of a file in which its sign is looked for
+
 MOST_LINES_KEPT = 100_000  # of a LineFile, while they cannot be written
 
 _IRREGULAR = {
@@ -135,6 +137,21 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; raises UserError where it cannot be written."""
     with writing(path), whole_file(path) as part:
         part.write_bytes(data)
+
+
+def keep_foreign(path: Path, sign: bytes, what: str) -> None:
+    """Raise UserError where a file is there that lacks a sign near its begin: it is not ours, and would be lost.
+
+    sign: bytes that every file has which a command writes there. what: such a file, for people. Files without a byte
+    and what is no regular file, such as /dev/stdout, pass.
+    """
+    with writing(path):
+        if not path.is_file():
+            return
+        with open(path, "rb", opener=regular_only) as file:
+            begin = file.read(_BEGIN)
+    if begin and sign not in begin:
+        raise UserError(f"{path}: is there, and is no {what}; rule: move it away, or name another file")
 
 
 @contextmanager

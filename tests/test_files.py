@@ -14,6 +14,7 @@ from cosmos_scale import files
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import (
     LineFile,
+    keep_foreign,
     make_folder,
     make_output_folder,
     replace_file,
@@ -67,6 +68,18 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["folder"]
     with pytest.raises(UserError, match=r"none/table: cannot be written: No such file"):
         replace_file(tmp_path / "none" / "table", b"one")
+
+
+def test_a_file_of_others_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "page"
+    keep_foreign(path, b"<ours>", "page of ours")
+    for own in (b"", b"a <ours> page"):
+        path.write_bytes(own)
+        keep_foreign(path, b"<ours>", "page of ours")
+    keep_foreign(Path("/dev/null"), b"<ours>", "page of ours")
+    path.write_bytes(b"notes")
+    with pytest.raises(UserError, match=r"page: is there, and is no page of ours; rule: move it away, or name another"):
+        keep_foreign(path, b"<ours>", "page of ours")
 
 
 def test_other_errors_than_of_writing_pass(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ examples:
   cosmos-scale plan my_run.yaml train.global_batch=32 --calibrate machine.json
 """
 GPUS = ("a100-40", "a100-80", "h100", "h200", "b200")
+# What every file has that this command writes: other files are not replaced.
+PLAN_SIGN, MACHINE_SIGN, TABLE_SIGN = b'"cluster":', b'"memory_rate":', b"gpus,zero_stage"
 
 
 def add_plan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -70,15 +72,17 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.parser.error("--out: names the folder of --sweep's files; give --sweep too")
     if arguments.calibrate and (arguments.json or arguments.sweep):
         arguments.parser.error("--calibrate: plans nothing; leave out --json and --sweep")
-    if file := arguments.calibrate or arguments.json:
-        _try_to_write(file)
+    if arguments.calibrate:
+        _try_to_write(arguments.calibrate, MACHINE_SIGN, "machine's file")
+    elif arguments.json:
+        _try_to_write(arguments.json, PLAN_SIGN, "plan")
     if arguments.calibrate:
         return _calibrate(config, arguments.calibrate)
     # These imports take seconds. The config comes first, so that its mistakes are told at once.
-    from cosmos_scale.files import make_output_folder
+    from cosmos_scale.files import keep_foreign, make_output_folder
     from cosmos_scale.profiling.machine import MACHINES, read_machine
     from cosmos_scale.profiling.plan import Cluster, make_plan
-    from cosmos_scale.profiling.plan_files import SWEEP_GPUS, write_plan, write_sweep
+    from cosmos_scale.profiling.plan_files import SWEEP_GPUS, TABLE, write_plan, write_sweep
     from cosmos_scale.profiling.plan_text import head_lines, memory_lines, traffic_lines, work_lines
     from cosmos_scale.profiling.plan_time import planned_time
     from cosmos_scale.profiling.plan_time_text import PlannedRun, remedy_lines, scaling_lines, time_lines
@@ -86,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     machine = MACHINES[arguments.gpu] if arguments.gpu else read_machine(arguments.machine)
     if arguments.sweep:
+        keep_foreign((arguments.out or Path()) / TABLE, TABLE_SIGN, "table of --sweep")
         make_output_folder(arguments.out or Path())
     cluster = Cluster(arguments.nodes, arguments.gpus, machine)
     config.samples_per_rank(cluster.world_size)
@@ -115,12 +120,13 @@ def _steps(config: "RunConfig") -> int | None:
     return config.last_step(steps_per_epoch(config.data.samples, config))
 
 
-def _try_to_write(file: Path) -> None:
-    """Raise UserError where a file cannot be written: counting and measuring before it take minutes."""
+def _try_to_write(file: Path, sign: bytes, what: str) -> None:
+    """Raise UserError where a file cannot be written, or another one is there: the work before it takes minutes."""
     import tempfile
 
-    from cosmos_scale.files import writing
+    from cosmos_scale.files import keep_foreign, writing
 
+    keep_foreign(file, sign, what)
     with writing(file), tempfile.TemporaryFile(dir=file.parent):
         if file.is_dir():
             raise UserError(f"{file}: is a folder; rule: name a file")

@@ -34,9 +34,10 @@ def add_report_command(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.evaluation.bar import WorkBar
-    from cosmos_scale.files import make_output_folder
-    from cosmos_scale.report.page import write_report
+    from cosmos_scale.files import keep_foreign, make_output_folder
+    from cosmos_scale.report.page import SIGN, write_report
 
+    keep_foreign(arguments.out, SIGN, "report of this program")
     make_output_folder(arguments.out.parent)
     with WorkBar(show=True) as bar:
         notes = write_report(

@@ -26,6 +26,7 @@ from cosmos_scale.report.timeline import events_of, shortened
 
 MOST_RUNS = 8  # the page has so many colours
 MOST_BYTES = 3e6
+SIGN = b"- cosmos-scale</title>"  # in the head of every page
 
 
 def write_report(

@@ -50,6 +50,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
         assert main(["plan", str(run_file), *options, str(tmp_path / file)]) == 2
         assert capsys.readouterr().err.startswith(f"cosmos-scale plan: {tmp_path / file}: {said}")
     assert not (tmp_path / "gone").exists()
+    assert main(["plan", str(run_file), *options, str(run_file)]) == 2  # its own run's file
+    assert f"{run_file}: is there, and is no " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -259,3 +259,14 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").write_text("")
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "file" / "report.html")]) == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_report_replaces_reports_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = tmp_path / "metrics.jsonl"
+    records.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    report = ["report", str(tmp_path), "--no-pictures", "--out"]
+    for _ in range(2):
+        assert cli.main([*report, str(tmp_path / "report.html")]) == 0
+    assert cli.main([*report, str(records)]) == 2
+    assert "metrics.jsonl: is there, and is no report of this program" in capsys.readouterr().err
+    assert records.read_text().startswith('{"kind"')
