@@ -120,13 +120,14 @@ def index_shards(
                 faults.append({"shard": done.name, "key": None, "reason": done.torn})
             advance(1)
     merge_rejected(folder / REJECTED, set(names), faults)
-    samples = sum(row.samples for row in rows)
-    if samples == 0:
+    if (samples := sum(row.samples for row in rows)) == 0:
         raise UserError(
             f"{shards.shown}: no usable sample in {counted(len(names), 'shard')}"
             f"{f'; see {folder / REJECTED}' if faults else ''}"
             f"{''.join(f'; {hint}' for hint in key_hints(rejected))}"
         )
+    for row in (row for row in rows if row.samples == 0):  # a refusal leaves the tables of an earlier index
+        replace_file(folder / _table_name(row.name), pack_table([]))
     write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()
@@ -198,12 +199,10 @@ class SourceIndex:
     def _table(self, shard: int) -> SampleTable:
         table = self._tables.get(shard)
         if table is None:
-            row = self.rows[shard]
-            path = self.table_path(shard)
+            row, path, file = self.rows[shard], self.table_path(shard), self.shard_file(shard)
             try:
                 table = open_table(path, self._remote)
             except Transient as failure:
-                file = self.shard_file(shard)
                 reason = f"its index {redact(path)} cannot be read: {failure}; run `cosmos-scale data index`"
                 raise UnreachableShard(file.source, file.shown, reason) from failure
             if len(table) != row.samples:
@@ -212,8 +211,8 @@ class SourceIndex:
                     "run `cosmos-scale data index` again"
                 )
             self._tables[shard] = table
-            if is_remote(self.shard_file(shard).address):
-                self._files[shard] = self.shard_file(shard)._replace(table=table_digest(table))
+            if is_remote(file.address):
+                self._files[shard] = file._replace(table=table_digest(table))
             if len(self._tables) > _OPEN_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(shard)
@@ -347,11 +346,12 @@ def _local_folders(shards: ShardPattern, names: Iterable[str]) -> list[Path]:
 
 
 def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) -> IndexedShard:
-    """Scan one shard and write its table."""
+    """Scan one shard and write its table, unless the table is empty."""
     scan = scan_shard(shards.address(name), shards.show(name), rules=rules)
     path = folder / _table_name(name)
     make_folder(path.parent)
-    replace_file(path, pack_table(scan.entries))
+    if scan.entries:
+        replace_file(path, pack_table(scan.entries))
     rejected, unread = ([(fault.key, fault.reason) for fault in faults] for faults in (scan.rejected, scan.unread))
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
     samples, size = len(scan.entries), scan.size

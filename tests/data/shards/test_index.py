@@ -388,3 +388,10 @@ def test_a_table_that_is_cut_off_is_found_before_a_run(tmp_path: Path) -> None:
     open_folder(tmp_path).check_tables([0])
     with pytest.raises(UserError, match=r"its index .*.index.npy cannot be read: damaged; run `cosmos-scale"):
         open_folder(tmp_path).check_tables([0, 1])
+
+
+def test_a_refused_indexing_leaves_the_index_before_it(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [2, 3])
+    before = {path.name: path.read_bytes() for path in folder.glob("*index*")}
+    assert main(["data", "index", str(folder), "--captions", "mistyped", "--quiet"]) == 2
+    assert {path.name: path.read_bytes() for path in folder.glob("*index*")} == before
