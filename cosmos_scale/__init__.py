@@ -4,7 +4,7 @@ In Python a trained model is `cosmos_scale.load(...)`, see `inference/`. What it
 torch takes seconds.
 """
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # as in typing, whose import would come before a program can take an interrupt
 
 if TYPE_CHECKING:
     from cosmos_scale.errors import UserError

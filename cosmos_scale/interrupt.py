@@ -1,14 +1,13 @@
 """What ends a program while it still imports its parts, which takes seconds: one line, and no traceback.
 
 It is Ctrl-C, a current folder that has been deleted, a library that cannot be imported, or a limit on memory that
-leaves no room for torch.
+leaves no room for torch. Programs import this module before all others, so it imports little itself.
 """
 
 import os
 import resource
 import signal
 import sys
-import traceback
 from functools import partial
 from types import FrameType, TracebackType
 
@@ -78,6 +77,8 @@ def _tell(program: str, kind: type[BaseException], error: BaseException, trace: 
 
 def refused_import(error: BaseException) -> str | None:
     """Return what to tell where a library cannot be imported, often for a variable of its own; None: another error."""
+    import traceback  # here: its import takes longer than that of this module
+
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
     modules = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
     library = next((module for module in modules if module not in ("cosmos_scale", "__main__")), None)

@@ -4,8 +4,9 @@ import errno
 import logging
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,8 @@ def test_a_file_that_is_deleted_or_emptied_is_told_and_begun_anew(
     path.touch()
     file = LineFile(path)
     file.append(["one"])
-    for vanish in (path.unlink, lambda: os.truncate(path, 0)):
+    ways: list[Callable[[], object]] = [path.unlink, partial(os.truncate, path, 0)]
+    for vanish in ways:
         file.append(["two"])
         vanish()
         caplog.clear()

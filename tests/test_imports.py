@@ -32,7 +32,7 @@ FOUNDATION = {
 # kernels <- model, loss, engine <- step <- train <- cli; data, checkpoint and evaluation know none of engine and train.
 PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation", "step"} | FOUNDATION
 MAY_IMPORT = {
-    "__init__": {"errors", "inference"},  # when it is asked for them
+    "__init__": {"errors", "inference", "interrupt"},  # when it is asked for them
     "batch": set(),
     "config": {"errors", "files", "set_names", "words"},
     "console": {"words"},

@@ -92,3 +92,17 @@ def test_a_program_begun_in_a_deleted_folder_says_so(tmp_path: Path, module: str
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"{label}: the current folder is deleted; rule: change to one that is there\n"
+
+
+def test_a_program_takes_an_interrupt_before_anything_slow_is_imported() -> None:
+    """Until then Ctrl-C is a traceback of Python's start."""
+    code = (
+        "import sys; sys.argv[0] = 'cosmos-scale'; import cosmos_scale.cli, signal; "
+        "assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler; print(*sys.modules)"
+    )
+    # -S: without what the environment's own start imports.
+    command = [sys.executable, "-S", "-c", f"import signal; signal.signal(2, signal.default_int_handler); {code}"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+    slow = {"typing", "re", "pathlib", "traceback", "argparse", "contextlib", "cosmos_scale.cli.main"}
+    assert not slow & {*ended.stdout.split()}
