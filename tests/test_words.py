@@ -34,14 +34,14 @@ def uncounted(source: str) -> Iterator[str]:
             if not isinstance(value, ast.FormattedValue) or not isinstance(text, ast.Constant):
                 continue
             lead = before.value if isinstance(before, ast.Constant) else ""
-            spoken = ast.unparse(value.value)
-            if NEXT.match(str(text.value)) and not (
+            spoken, told = ast.unparse(value.value), str(text.value)
+            if NEXT.match(told) and not (
                 re.search(r"\b(of|of the|of its|at least) $", str(lead))  # "1 of 8 ranks"
                 or re.fullmatch(r"[A-Z_.]+", spoken)  # a limit that is a constant
                 or spoken.startswith(("counted(", "'", '"', "_rounded(", "_number("))
                 or spoken in NEVER_ONE
             ):
-                yield f"{node.lineno}: {{{spoken}}}{text.value}"
+                yield f"{node.lineno}: {{{spoken}}}{told}"
 
 
 @pytest.mark.parametrize("planted", ['f"{n} samples"', 'f"x {len(a):,} shards are"'])
