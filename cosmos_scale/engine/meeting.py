@@ -50,8 +50,11 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "t
     return store, _send_on(here)  # now the store answers at the port
 
 
-def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> Contact:
-    """Meet the ranks of a torchrun, whose agent has the port and the store; returns the contact to them.
+def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "tuple[dist.Store, Contact]":  # type: ignore[name-defined]
+    """Meet the ranks of a torchrun, whose agent has the port; returns this start's part of its store, and the contact.
+
+    The agent outlives the ranks, and its store keeps what they have left: ranks that it starts again would read the
+    addresses of dead ones, and wait for them.
 
     wait, answer: as for `meet`; the agent listens before it starts ranks, so `answer` is what it gets too. Raises
     WrongRankVariable where nothing listens at the port: the variables are of a launch that has ended.
@@ -63,14 +66,15 @@ def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSW
             f"TORCHELASTIC_USE_AGENT_STORE: True, but no torchrun answers at {place.address}:{place.port}; rule: start "
             "ranks by torchrun, or unset the variables that it has left"
         ) from error
-    store = dist.TCPStore(place.address, place.port, timeout=timedelta(seconds=wait))  # type: ignore[attr-defined]
-    key = f"cosmos-scale port {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    agent = dist.TCPStore(place.address, place.port, timeout=timedelta(seconds=wait))  # type: ignore[attr-defined]
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"cosmos-scale {start}", agent)  # type: ignore[attr-defined]
     if place.rank > 0:
-        return _visit(place._replace(port=int(store.get(key))), wait, answer)
+        return store, _visit(place._replace(port=int(store.get("port"))), wait, answer)
     with _listen(place._replace(port=0)) as listener:
-        store.set(key, str(listener.getsockname()[1]))
+        store.set("port", str(listener.getsockname()[1]))
         here = _receive(place, listener, wait)
-    return _send_on(here)
+    return store, _send_on(here)
 
 
 def _store(place: RankVariables, listener: int | None) -> "dist.Store":  # type: ignore[name-defined]

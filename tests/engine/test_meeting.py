@@ -281,8 +281,17 @@ def test_a_torchrun_that_has_ended_is_named() -> None:
         meet_at_agent(place(0, 1, free_port()), answer=0.1)
 
 
-def test_ranks_of_a_torchrun_meet_at_a_port_of_their_own() -> None:
+def test_ranks_of_a_torchrun_meet_at_a_port_of_their_own_and_find_nothing_of_an_earlier_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`torchrun --max-restarts` starts ranks again at the same store; with dead ranks' addresses they would hang."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(3) as pool:
-        ranks = [pool.submit(meet_at_agent, place(rank, 3, agent.port)) for rank in (2, 1, 0)]
-        assert [rank.result(SECONDS).rank for rank in ranks] == [2, 1, 0]
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        with ThreadPoolExecutor(3) as pool:
+            tries = [pool.submit(meet_at_agent, place(rank, 3, agent.port)) for rank in (2, 1, 0)]
+            stores, contacts = zip(*(one.result(SECONDS) for one in tries), strict=True)
+        assert [contact.rank for contact in contacts] == [2, 1, 0]
+        assert not stores[0].check(["address of rank 1"])
+        stores[1].set("address of rank 1", start)
+        assert [store.get("address of rank 1") for store in stores] == [start.encode()] * 3
