@@ -136,12 +136,11 @@ def _join(backend: str) -> None:
     if place is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent has the port
-        _keep_contact(meet_at_agent(place))  # DeepSpeed makes the group
     else:
         from deepspeed.constants import default_pg_timeout
 
-        store, contact = meet(place)
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # whose agent has the port
+        store, contact = (meet_at_agent if of_torchrun else meet)(place)
         _keep_contact(contact)
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.world_size, timeout=default_pg_timeout
