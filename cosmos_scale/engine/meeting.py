@@ -24,14 +24,13 @@ from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.engine.refusal import GREETS, read_refusal, tell_later
 from cosmos_scale.engine.visitors import Visitors
 from cosmos_scale.errors import UserError
-from cosmos_scale.interfaces import interface_of
+from cosmos_scale.interfaces import LOOPBACK, interface_of
 from cosmos_scale.versions import build_of_this_rank
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 NOTICE = 30.0  # seconds of waiting after which a rank says for whom it waits, and again after twice as long
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 PAUSE = 0.5  # seconds between two tries to connect
-LOOPBACK = "lo"
 RANK_0 = "cosmos-scale rank 0"  # in the store of a torchrun's agent: the address and port where rank 0 listens
 TWICE = -1  # in the place of a rank's number: of the second with one number
 
