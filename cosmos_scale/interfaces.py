@@ -7,6 +7,8 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
+LOOPBACK = "lo"  # the interface by which a host reaches itself alone
+
 _IPV6 = Path("/proc/net/if_inet6")
 _SIOCGIFADDR = 0x8915  # of linux/sockios.h: the IPv4 address of an interface
 

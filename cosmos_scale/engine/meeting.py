@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 
@@ -24,14 +24,14 @@ from cosmos_scale.engine.rank_variables import RankVariables, WrongRankVariable
 from cosmos_scale.engine.refusal import GREETS, read_refusal, tell_later
 from cosmos_scale.engine.visitors import Visitors
 from cosmos_scale.errors import UserError
-from cosmos_scale.interfaces import interface_of
+from cosmos_scale.interfaces import LOOPBACK, interface_of
 from cosmos_scale.versions import build_of_this_rank
 
 WAIT = 1800.0  # seconds in which all ranks must come, as long as torch waits for a collective
 NOTICE = 30.0  # seconds of waiting after which a rank says for whom it waits, and again after twice as long
 ANSWER = 30.0  # seconds in which rank 0 answers a rank that has connected
 PAUSE = 0.5  # seconds between two tries to connect
-LOOPBACK = "lo"
+RANK_0 = "cosmos-scale rank 0"  # in the store of a torchrun's agent: the address and port where rank 0 listens
 TWICE = -1  # in the place of a rank's number: of the second with one number
 
 
@@ -42,7 +42,7 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "t
     to another program, ranks contradict each other, or some do not come.
     """
     if place.rank > 0:
-        contact = _visit(place, wait, answer)
+        _, contact = _visit(lambda: place, place, wait, answer)
         return _store(place, None), contact
     with _listen(place) as listener:
         here = _receive(place, listener, wait)
@@ -51,30 +51,41 @@ def meet(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "t
 
 
 def meet_at_agent(place: RankVariables, wait: float = WAIT, answer: float = ANSWER) -> "tuple[dist.Store, Contact]":  # type: ignore[name-defined]
-    """Meet the ranks of a torchrun, whose agent has the port; returns this start's part of its store, and the contact.
+    """Meet the ranks of a torchrun, whose agent has the port; return the ranks' store, and the contact to them.
 
-    The agent outlives the ranks, and its store keeps what they have left: ranks that it starts again would read the
-    addresses of dead ones, and wait for them.
+    The agent's store only says where rank 0 listens now. It outlives restarts of ranks, which agents of several hosts
+    number differently: the ranks' own store has nothing of earlier ones.
 
     wait, answer: as for `meet`; the agent listens before it starts ranks, so `answer` is what it gets too. Raises
     WrongRankVariable where nothing listens at the port: the variables are of a launch that has ended.
     """
     try:
-        _connected(place, answer).close()
+        connection, _ = _connected(lambda: place, place.rank, answer)
+        with connection:
+            own, agents = connection.getsockname()[0], connection.getpeername()[0]
     except WrongRankVariable as error:
         raise WrongRankVariable(
             f"TORCHELASTIC_USE_AGENT_STORE: True, but no torchrun answers at {place.address}:{place.port}; rule: start "
             "ranks by torchrun, or unset the variables that it has left"
         ) from error
     agent = dist.TCPStore(place.address, place.port, timeout=timedelta(seconds=wait))  # type: ignore[attr-defined]
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"cosmos-scale {start}", agent)  # type: ignore[attr-defined]
+
+    def of_rank_0() -> RankVariables:
+        if not agent.check([RANK_0]):
+            raise OSError("it has not said where it listens")
+        address, port = agent.get(RANK_0).decode().split()
+        return place._replace(address=address, port=int(port))
+
     if place.rank > 0:
-        return store, _visit(place._replace(port=int(store.get("port"))), wait, answer)
+        met, contact = _visit(of_rank_0, place, wait, answer)
+        return _store(met, None), contact
     with _listen(place._replace(port=0)) as listener:
-        store.set("port", str(listener.getsockname()[1]))
-        here = _receive(place, listener, wait)
-    return store, _send_on(here)
+        # After restarts rank 0 may be on another host than the agent with the store.
+        here = place._replace(address=place.address if own == agents else own, port=listener.getsockname()[1])
+        agent.set(RANK_0, f"{here.address} {here.port}")
+        peers = _receive(place, listener, wait)
+        store = _store(here, listener.detach())
+    return store, _send_on(peers)
 
 
 def _store(place: RankVariables, listener: int | None) -> "dist.Store":  # type: ignore[name-defined]
@@ -238,11 +249,16 @@ def _tell(here: dict[int, Peer], line: str) -> None:
             visitor.connection.sendall(f"{line}\n".encode())
 
 
-def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
-    """Name this rank to rank 0, wait until all have come, and return the contact to rank 0."""
-    where = f"{place.address}:{place.port}"
+def _visit(
+    find: Callable[[], RankVariables], place: RankVariables, wait: float, answer: float
+) -> tuple[RankVariables, Contact]:
+    """Name this rank to rank 0, wait until all have come, and return where rank 0 is, and the contact to it.
+
+    find: see `_connected`.
+    """
     own = f"{place.rank} {place.world_size} {socket.gethostname()} {json.dumps(build_of_this_rank())}"
-    host = _connected(place, wait)
+    host, met = _connected(find, place.rank, wait)
+    where = f"{met.address}:{met.port}"
     said = ""
     with suppress(OSError):
         host.sendall(f"{GREETING}{own}\n".encode())
@@ -264,17 +280,24 @@ def _visit(place: RankVariables, wait: float, answer: float) -> Contact:
     own_interface = _interface(host)
     # Only a rank of rank 0's host comes over loopback. Ranks of other hosts cannot reach it there.
     _use_interface([own_interface, interface_of_rank_0] if own_interface == LOOPBACK else [own_interface])
-    return Contact(place.rank, {0: first})
+    return met, Contact(place.rank, {0: first})
 
 
-def _connected(place: RankVariables, wait: float) -> socket.socket:
+def _connected(find: Callable[[], RankVariables], rank: int, wait: float) -> tuple[socket.socket, RankVariables]:
+    """Return a connection to rank 0, and where it is.
+
+    find: tells where rank 0 is, before each try; raises OSError where that is unknown yet.
+    """
     began, notices = time.monotonic(), _notices(wait)
     notice = next(notices)
+    where = "an address that it has not told yet"
     while True:
         try:
+            place = find()
+            where = f"{place.address}:{place.port}"
             connection = socket.create_connection((place.address, place.port), timeout=10.0)
             if connection.getsockname() != connection.getpeername():
-                return connection
+                return connection, place
             # On rank 0's host a try before rank 0 listens may get this very port as its own, and reach itself.
             connection.close()
             time.sleep(PAUSE)
@@ -282,11 +305,11 @@ def _connected(place: RankVariables, wait: float) -> socket.socket:
             waited = time.monotonic() - began
             if waited > wait:
                 raise WrongRankVariable(
-                    f"MASTER_ADDR: rank 0 does not answer at {place.address}:{place.port} ({error.strerror or error}); "
+                    f"MASTER_ADDR: rank 0 does not answer at {where} ({error.strerror or error}); "
                     "rule: the name or address of rank 0's host"
                 ) from error
             if waited > notice:
-                where, why = f"{place.address}:{place.port}", error.strerror or error
-                _tell_of_waiting(f"rank {place.rank} has waited {waited:.0f} s for rank 0 at {where} ({why})", wait)
+                why = error.strerror or error
+                _tell_of_waiting(f"rank {rank} has waited {waited:.0f} s for rank 0 at {where} ({why})", wait)
                 notice = next(notices)
             time.sleep(PAUSE)

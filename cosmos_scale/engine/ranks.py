@@ -139,8 +139,8 @@ def _join(backend: str) -> None:
     else:
         from deepspeed.constants import default_pg_timeout
 
-        at_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent has the port
-        store, contact = meet_at_agent(place) if at_agent else meet(place)
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # whose agent has the port
+        store, contact = (meet_at_agent if of_torchrun else meet)(place)
         _keep_contact(contact)
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.world_size, timeout=default_pg_timeout

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.errors import UserError
+from cosmos_scale.interfaces import LOOPBACK
 from cosmos_scale.launch.connection import Connection, passed_environment
 from cosmos_scale.launch.hostfile import Host
 from cosmos_scale.launch.look import TOKEN
@@ -189,13 +190,20 @@ class Preflight:
 
     def _devices(self) -> None:
         on_gpus = [host.name for host, facts in zip(self._hosts, self._all(), strict=True) if facts["gpus"]]
-        refused = len(self.rows)
+        refused, machines = len(self.rows), dict[str, str]()
         for host, facts in zip(self._hosts, self._all(), strict=True):
             if on_gpus and len(facts["gpus"]) < host.slots:
                 has = counted(len(facts["gpus"]), "GPU")
                 self._refuse(
                     "GPUs", f"{host.name} has {has} for {counted(host.slots, 'rank')}; rule: no more slots than GPUs"
                 )
+            twin = next((name for name, machine in machines.items() if machine == facts.get("machine")), None)
+            if on_gpus and twin is not None:
+                self._refuse(
+                    "GPUs", f"{host.name} and {twin} are one machine; rule: one line a machine in the hostfile"
+                )
+            if facts.get("machine"):
+                machines[host.name] = facts["machine"]
             needed = host.slots * (SHARED_BY_RANK if on_gpus or len(self._hosts) > 1 else SHARED_BY_CPU_RANK)
             free = facts.get("shared_memory", needed)
             if free < needed:
@@ -258,7 +266,10 @@ class Preflight:
             )
             return
         address = next(iter(reached.values()))["address"]
-        interfaces = {name: self._interface(found["interface"]) for name, found in reached.items()}
+        ways = {name: found["interface"] for name, found in reached.items()}
+        if len({*ways.values()}) > 1:  # MASTER_ADDR may mean loopback on its own host, where others cannot come
+            ways = {name: None if way == LOOPBACK else way for name, way in ways.items()}
+        interfaces = {name: self._interface(way) for name, way in ways.items()}
         self.meeting = Meeting(self._hosts, address, port, interfaces)
         shown = ", ".join(sorted({f"{name}={value}" for own in interfaces.values() for name, value in own.items()}))
         self.rows.append(Row("network", OK, f"the ranks meet at {address}:{port}{f', {shown}' if shown else ''}"))

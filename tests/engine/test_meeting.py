@@ -281,17 +281,25 @@ def test_a_torchrun_that_has_ended_is_named() -> None:
         meet_at_agent(place(0, 1, free_port()), answer=0.1)
 
 
-def test_ranks_of_a_torchrun_meet_at_a_port_of_their_own_and_find_nothing_of_an_earlier_start(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """`torchrun --max-restarts` starts ranks again at the same store; with dead ranks' addresses they would hang."""
+def test_ranks_of_a_torchrun_meet_at_a_port_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after restarts, which its agents number differently: nothing of earlier ranks is taken for theirs."""
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    for start in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+    agent.set(meeting.RANK_0, f"127.0.0.1 {free_port()}")  # of a rank 0 that has ended
+    stores: list[dist.Store] = []  # type: ignore[name-defined]
+
+    def met(rank: int) -> tuple[int, bytes]:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(rank))
+        store, contact = meet_at_agent(place(rank, 3, agent.port), SECONDS, SECONDS)
+        stores.append(store)
+        if rank == 0:
+            assert not store.check(["address of rank 0"])
+            store.set("address of rank 0", "new")
+        return contact.rank, store.get("address of rank 0")
+
+    for _ in range(2):
         with ThreadPoolExecutor(3) as pool:
-            tries = [pool.submit(meet_at_agent, place(rank, 3, agent.port)) for rank in (2, 1, 0)]
-            stores, contacts = zip(*(one.result(SECONDS) for one in tries), strict=True)
-        assert [contact.rank for contact in contacts] == [2, 1, 0]
-        assert not stores[0].check(["address of rank 1"])
-        stores[1].set("address of rank 1", start)
-        assert [store.get("address of rank 1") for store in stores] == [start.encode()] * 3
+            ranks = [pool.submit(met, rank) for rank in (2, 1)]
+            time.sleep(0.2)
+            ranks.append(pool.submit(met, 0))
+            assert [rank.result(SECONDS) for rank in ranks] == [(2, b"new"), (1, b"new"), (0, b"new")]
+        stores.clear()  # as where the ranks end

@@ -18,7 +18,7 @@ from cosmos_scale.launch.signals import StopSignals
 from cosmos_scale.launch.supervise import LaunchedRun
 from tests.launch.fake_ssh import write_ssh
 
-THREE: dict[str, dict[str, Any]] = {"a": {}, "b": {}, "c": {}}
+THREE: dict[str, dict[str, Any]] = {"a": {"machine": "of a"}, "b": {}, "c": {}}
 
 
 def check(
@@ -65,6 +65,7 @@ def test_a_login_file_that_ends_the_shell_is_named(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("changes", "row", "said"),
     [
+        ({"machine": "of a"}, "GPUs", "b and a are one machine; rule: one line a machine in the hostfile"),
         ({"python": "3.10.1"}, "python", "b has 3.10.1, a, c has 3.11.7; rule: install one version of Python"),
         (
             {"packages": {"torch": "2.8", "deepspeed": "0.19.8"}},
