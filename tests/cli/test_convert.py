@@ -1,6 +1,7 @@
 """`cosmos-scale convert` as a user meets it: what it prints, and what it refuses in one line, with nothing written."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_what_is_there_is_replaced_with_force_only(
     assert "--force" in capsys.readouterr().err
     assert cli.main([*command, "cosmos", "--force", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "cosmos.pt"]
+
+
+def test_folders_that_are_no_utf8_are_read_and_written(run: Path, tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"th\xe9")
+    checkpoint.symlink_to(run)
+    assert cli.main(["convert", "--checkpoint", str(checkpoint), "--to", "openclip", str(out)]) == 0
+    assert "caf\\udce9" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_is_no_file_in_it(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

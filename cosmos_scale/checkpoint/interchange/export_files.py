@@ -23,8 +23,8 @@ class ExportedFile(NamedTuple):
 
 
 def text_file(name: str, text: str) -> ExportedFile:
-    """Return a text file."""
-    data = text.encode()
+    """Return a text file in UTF-8. Bytes of a path that are none become codes: the card names paths."""
+    data = text.encode(errors="backslashreplace")
     return ExportedFile(name, len(data), lambda file: file.write(data))
 
 
