@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.attention_maps import AttentionMaps, WordWeight, heat_of, peak_of
 from cosmos_scale.words import counted
 
@@ -37,7 +38,12 @@ class ClassifiedPictures(NamedTuple):
         return [self.classes[label] for label in self.labels.tolist()]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """Return of each picture the k most likely classes, or all of fewer, with their probabilities."""
+        """Return of each picture the k most likely classes, or all of fewer, with their probabilities.
+
+        Raises UserError where k is below 1.
+        """
+        if k < 1:
+            raise UserError(f"k: {k}; rule: at least 1")
         order_NC = self.cosines.argsort(dim=1, descending=True, stable=True)[:, :k]
         return [
             [(self.classes[label], float(row[label])) for label in labels]
@@ -73,7 +79,9 @@ class SegmentedPicture(NamedTuple):
         return dict(sorted(shares.items(), key=lambda entry: -entry[1]))
 
     def mask(self, name: str) -> Tensor:
-        """Return where a class is: [H, W] bool; raises ValueError for a name that is none of the classes."""
+        """Return where a class is: [H, W] bool; raises UserError for a name that is none of the classes."""
+        if name not in self.classes:
+            raise UserError(f"name: {name!r}; rule: one of {', '.join(self.classes)}")
         return self.labels == self.classes.index(name)
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ import cosmos_scale
 from cosmos_scale.config import ClassificationConfig, SegmentationConfig
 from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import evaluation_image
+from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.attention_maps import attention_maps, encode_pairs, word_weights
 from cosmos_scale.evaluation.evaluator import Encoder, measure, one_process
 from cosmos_scale.evaluation.kinds import make_evaluator
@@ -179,6 +180,8 @@ def test_labels_are_those_of_the_evaluator(
     assert found.labels.shape == (30, 40)
     assert sum(found.shares.values()) == pytest.approx(1)
     assert torch.equal(found.mask("bird"), expected == 2)
+    with pytest.raises(UserError, match=r"name: 'birds'; rule: one of "):
+        found.mask("birds")
     in_memory = model.segment(Image.open(file), classes, csa=csa, prob_threshold=threshold)
     assert torch.equal(in_memory.labels, expected)
 
