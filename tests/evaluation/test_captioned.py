@@ -154,7 +154,7 @@ def test_lists_behind_links_name_pictures_from_both_ends_of_the_link(beside_the_
 PAIR_FILES = {
     "a.jsonl": '{"image": "p/0.jpg", "caption": "a"}\n\n{"image": "p/1.jpg", "caption": ["b", " "]}\n'
     '{"image": "p/0.jpg", "caption": "c\\nd"}\n',
-    "a.csv": '\ufeffimage,caption\np/0.jpg,a\np/1.jpg,b\np/0.jpg,"c\nd"\n',
+    "a.csv": '\ufeffimage,caption\np/0.jpg,a\np/1.jpg,b\n./p//0.jpg,"c\nd"\n',  # one picture, spelt unlike
     "a.tsv": 'filepath\tTitle\np/0.jpg\ta\np/1.jpg\tb\np/0.jpg\t"c\nd"\n',
 }
 
