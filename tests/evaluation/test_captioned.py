@@ -189,8 +189,7 @@ def pairs_of(path: Path) -> Captions:
 def test_cells_of_pairs_are_read_as_elsewhere(tmp_path: Path) -> None:
     """What `data build` takes for a list of captions, or for none, is that here too."""
     save(tmp_path, "0.jpg", "1.jpg", "2.jpg")
-    cells = ["0.jpg,\"['a dog', 'a cat']\"", "1.jpg,nan", "2.jpg,[sic]"]
-    (tmp_path / "a.csv").write_text("\n".join(["image,caption", *cells]))
+    (tmp_path / "a.csv").write_text("image,caption\n0.jpg,\"['a dog', 'a cat']\"\n1.jpg,nan\n2.jpg,[sic]")
     assert pairs_of(tmp_path / "a.csv") == {"0.jpg": ["a dog", "a cat"], "1.jpg": [], "2.jpg": ["[sic]"]}
     (tmp_path / "twice.csv").write_text("image,caption,Caption\n0.jpg,a,b\n")
     with pytest.raises(UserError, match=r"two columns are called caption \(caption, Caption\)"):
@@ -209,11 +208,7 @@ def test_cells_of_pairs_are_read_as_elsewhere(tmp_path: Path) -> None:
         ('{"image": "0.jpg", "alt": "a"}', "a.jsonl", "line 1: has no captions, but image, alt"),
         ('{"image": "0.jpg", "caption": 3}', "a.jsonl", "line 1: caption is neither a text nor a list"),
         ('{"image": "9.jpg", "caption": "a"}', "a.jsonl", "none of its 1 picture, such as 9.jpg, is in "),
-        (
-            '{"image": "0.jpg", "caption": "a", "caption": "b"}',
-            "a.jsonl",
-            "line 1: is no JSON: the key 'caption' stands twice",
-        ),
+        ('{"image": "0.jpg", "alt": "a", "alt": "b"}', "a.jsonl", "line 1: is no JSON: the key 'alt' stands twice"),
         ("image,caption\n0.jpg,a,b\n", "a.csv", "line 2: wrong number of cells: 3, the header has 2"),
         ('image,caption\n0.jpg,"a\n', "a.csv", "line 2: unclosed quote: opened on line 2"),
         ('image,caption\n0.jpg,"a\n1.jpg,a board of 12"\n', "a.csv", "line 2: unclosed quote: opened on line 2"),

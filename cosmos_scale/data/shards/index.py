@@ -354,8 +354,9 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
         replace_file(path, pack_table(scan.entries))
     rejected, unread = ([(fault.key, fault.reason) for fault in faults] for faults in (scan.rejected, scan.unread))
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
-    samples, size = len(scan.entries), scan.size
-    return IndexedShard(name, samples, size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread)
+    return IndexedShard(
+        name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread
+    )
 
 
 def _table_name(shard: str) -> str:
@@ -375,11 +376,8 @@ def _require_own_shards(before: Summary, folder: Path, shards: ShardPattern, nam
 
     Other shards: those of the same names differ, all of them; or no shard of the index is there.
     """
-    if (
-        shards.folder is not None
-        and not is_remote(shards.folder)
-        and os.path.realpath(shards.folder) == os.path.realpath(folder)
-    ):
+    beside = None if shards.folder is None or is_remote(shards.folder) else os.path.realpath(shards.folder)
+    if beside == os.path.realpath(folder):
         return
     index = SourceIndex("index", shards, str(folder), before.rows, before.marks)
     wanted, differ = set(names), 0
