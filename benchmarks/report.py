@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cosmos_scale.words import counted
+
 LOG_WIDTH = 120  # of tables that go to a file or a pipe
 
 
@@ -62,7 +64,8 @@ def report(title: str, figures: Sequence[Figure], json_file: Path | None) -> Non
 def machine() -> str:
     """Describe what this process computes on: processor, cores and threads it may use, GPU, torch."""
     cores = len(os.sched_getaffinity(0))
-    parts = [f"{cores} CPU cores ({_processor()})", f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    threads = counted(torch.get_num_threads(), "thread")
+    parts = [f"{cores} CPU cores ({_processor()})", f"torch {torch.__version__}, {threads}"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)

@@ -127,7 +127,7 @@ def test_broken_files_cost_a_picture_each_and_are_named(own_set: OwnSet, capsys:
     said = [
         "left out: 0.png of .*: the picture does not decode",
         r"left out: 1.png of .*: .*masks/1\.png cannot be read: No such file",
-        "left out: 2.png of .*: the mask holds label 5, but there are 5 classes, 0 to 4",
+        "left out: 2.png of .*: the mask holds label 5, but the classes are 0 to 4",
         "left out: 3.png of .*: the mask has 64 x 33 pixels, the picture, turned upright, 33 x 64",
     ]
     assert len(lines) == len(said)

@@ -124,5 +124,5 @@ def test_masks_must_fit_their_pictures_and_classes() -> None:
     assert checked_labels(labels, (1, 3), 3) is labels
     with pytest.raises(DamagedSample, match="the mask has 3 x 1 pixels, the picture, turned upright, 1 x 3"):
         checked_labels(labels, (3, 1), 3)
-    with pytest.raises(DamagedSample, match="holds label 2, but there are 2 classes, 0 to 1"):
+    with pytest.raises(DamagedSample, match="holds label 2, but the classes are 0 to 1"):
         checked_labels(labels, (1, 3), 2)
