@@ -40,14 +40,15 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
     """Yield function(job) for each job, in the jobs' order; jobs are read only as far ahead as needed.
 
     function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process,
-    and so where the process may open only a few files (ulimit -n), or processes cannot share locks (/dev/shm).
+    and so where the process may open only a few files (ulimit -n) or start only a few processes (ulimit -u), or
+    processes cannot share locks (/dev/shm).
     Raises: what `function` raises; UserError where a worker process is killed, or stays stopped.
     """
     if workers is None:
         workers = usable_cores()
     # Starting processes needs open files; where the system has too few, a process that lacks one would wait for ever.
     few_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _FILES_AT_LEAST + _FILES_A_WORKER * workers
-    if workers <= 1 or few_files or shared_memory_obstacle():
+    if workers <= 1 or few_files or shared_memory_obstacle() or _few_processes(workers):
         yield from map(function, jobs)
         return
     waiting = iter(jobs)
@@ -67,6 +68,27 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
             # The pool's thread drops the waiting jobs. It ends with a traceback where it meets a job that another
             # thread has dropped after an interrupt ended a worker.
             pool.shutdown(cancel_futures=True)
+
+
+def _few_processes(workers: int) -> bool:
+    """Return whether the system refuses what a pool starts: a pool of which a part starts may wait for ever.
+
+    Tried with threads, which count as processes do: two of the pool, and for each worker its process and one thread.
+    """
+    tried = threading.Event()
+    threads = [threading.Thread(target=tried.wait, daemon=True) for _ in range(2 + 2 * workers)]
+    started = 0
+    try:
+        for thread in threads:
+            thread.start()
+            started += 1
+    except (RuntimeError, MemoryError):
+        return True
+    finally:
+        tried.set()
+        for thread in threads[:started]:
+            thread.join()
+    return False
 
 
 def _result(future: "Future[Result]") -> Result:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -104,6 +105,22 @@ def test_an_interrupt_ends_workers_without_a_word_and_cleaned_up(tmp_path: Path)
 def test_without_shared_memory_the_process_does_the_jobs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "shared_memory_obstacle", lambda: "Read-only file system")
     assert set(map_jobs(own_number, range(4), 2)) == {os.getpid()}
+
+
+def test_where_threads_cannot_be_started_the_process_does_the_jobs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `ulimit -u`: the system allows some of what the pool needs."""
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def refused(thread: threading.Thread) -> None:
+        if len(started) == 4:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        started.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert set(map_jobs(own_number, range(4), 2)) == {os.getpid()}
+    assert not any(thread.is_alive() for thread in started)
 
 
 def own_number(job: int) -> int:
