@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cosmos_scale.cli.arguments import path, place, positive, run_file, with_examples
 from cosmos_scale.cli.as_rank import ThisRank, as_rank, read_run
 from cosmos_scale.cli.output import lasting_output
+from cosmos_scale.words import print_row
 
 if TYPE_CHECKING:  # functions import it, so that --help need not wait
     from cosmos_scale.config import RunConfig
@@ -164,4 +165,4 @@ def _report(
     for line in profile_lines(record):
         print(line)
     write_record(record, plan.folder)
-    print(f"wrote          {plan.folder}: {', '.join(record['files'])}", flush=True)
+    print_row("wrote          ", f"{plan.folder}: {', '.join(record['files'])}")

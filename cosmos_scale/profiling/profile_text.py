@@ -1,16 +1,18 @@
-"""A profile for people: the table that `cosmos-scale profile` prints."""
+"""A profile for people: the tables that `cosmos-scale profile` prints, in lines of 80 columns."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cosmos_scale.profiling.memory_timeline import BEFORE
 from cosmos_scale.profiling.profile_record import ProfileRecord
-from cosmos_scale.words import counted
+from cosmos_scale.words import COLUMNS, counted, table_row
 
 MIB, GIB = 2**20, 2**30
-NAME, WIDE, PAIR = 29, 10, 20  # columns
+NAME, WIDE, PAIR, COLLECTIVE = 30, 10, 20, 26  # columns
+CELLS = (6, 9, 8, 9, 11, 11)  # columns of a collective's numbers
 CHART_WIDE, CHART_HIGH = 60, 4
 MOST_ROWS = 6  # of lists
+LONGEST = COLUMNS - 2  # name of a kernel: templates have hundreds of signs
 LEAST = 0.001  # of the peak: owners of less are left out
 LATE = 0.10  # a change by this part is pointed at
 
@@ -28,7 +30,7 @@ def profile_lines(record: ProfileRecord) -> Iterator[str]:
     compared = record.get("compared")
     if compared and compared["keys"]:
         shown = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in list(compared["keys"].items())[:MOST_ROWS])
-        yield f"other keys     {shown}"
+        yield table_row("other keys     ", shown)
 
 
 def _head(record: ProfileRecord) -> Iterator[str]:
@@ -36,67 +38,84 @@ def _head(record: ProfileRecord) -> Iterator[str]:
     world, cost, added = record["world_size"], record["cost"], record["sum"]
     slowest = record["slowest_rank"]
     slow = f", rank {slowest} on {record['hosts'][slowest]} slowest" if world > 1 else ""
-    yield (
+    yield table_row(
+        "run ",
         f"{record['run']}: {counted(setting['steps'], 'step')} after {setting['warm_up']} of warm-up, "
         f"{counted(world, 'rank')}, {record['device']['name']}, {setting['precision']}, ZeRO {setting['zero_stage']}, "
-        f"{counted(setting['samples_per_rank'], 'sample')} a rank{slow}"
+        f"{counted(setting['samples_per_rank'], 'sample')} a rank{slow}",
     )
-    yield (
-        f"profiling itself cost {_percent(cost['marks'], 2)} of a step, by its marks (steps with and without them "
+    yield table_row(
+        "profiling ",
+        f"itself cost {_percent(cost['marks'], 2)} of a step, by its marks (steps with and without them "
         f"differ by {_percent(cost['low'])} .. {_percent(cost['high'])}); the phases add up to "
-        f"{_percent(1.0 - added['difference'])} of a step with marks ({_ms(added['step_ms'])} ms)"
+        f"{_percent(1.0 - added['difference'])} of a step with marks ({_ms(added['step_ms'])} ms)",
     )
     if compared:
         on = f"{counted(compared['world_size'], 'rank')}, {compared['device']}"
-        yield f"before: {compared['file']}, {on} (!: changed by a tenth or more; ~: no more than the noise)"
-    head = f"{'':{NAME}}{'median':>{WIDE}}{'quartiles':>{PAIR}}{'p95':>{WIDE}}"
-    yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
-    row = (
-        f"{'step, ms':{NAME}}{_ms(step['median']):>{WIDE}}{_quartiles(step):>{PAIR}}{_ms(step['p95']):>{WIDE}}"
-        f"{_change(compared['step_ms']) if compared else ''}"
-    )
-    yield row
+        marks = "(!: changed by a tenth or more; ~: no more than the noise)"
+        yield table_row("before: ", f"{compared['file']}, {on} {marks}")
+    yield f"{'':{NAME}}{'median':>{WIDE}}{'quartiles':>{PAIR}}{'p95':>{WIDE}}"
+    yield f"{'step, ms':{NAME}}{_ms(step['median']):>{WIDE}}{_quartiles(step):>{PAIR}}{_ms(step['p95']):>{WIDE}}"
+    if compared:
+        yield f"{'  before, ms':{NAME}}{_change(compared['step_ms'])}"
     speed = record["throughput"]
     tera = f"{speed['needed_tflops_per_rank']:.3g} needed TFLOP/s a rank"
     mfu, hfu = ("n/a" if speed[key] is None else _percent(speed[key]) for key in ("mfu", "hfu"))
+    each = f"{speed['samples_per_second_per_rank']:,.1f}"
     before = f", before {compared['samples_per_second']:,.1f}" if compared else ""
-    yield (
-        f"{speed['samples_per_second']:,.1f} samples/s ({speed['samples_per_second_per_rank']:,.1f} a rank{before}), "
-        f"{tera}, MFU {mfu}, HFU {hfu}"
-    )
+    rate = f"{speed['samples_per_second']:,.1f} samples/s ({each} a rank{before})"
+    yield table_row("speed ", f"{rate}, {tera}, MFU {mfu}, HFU {hfu}")
 
 
 def _phases(record: ProfileRecord) -> Iterator[str]:
-    many, compared = record["world_size"] > 1, record.get("compared")
-    head = f"{'where the step goes':{NAME}}{'device ms':>{WIDE}}{'%':>7}{'quartiles':>{PAIR}}{'host ms':>{WIDE}}"
-    head += f"{'rank min .. max':>{PAIR + 11}}" if many else ""
-    yield head + (f"{'before':>{WIDE}}{'change':>{WIDE}}" if compared else "")
+    yield f"{'where the step goes':{NAME}}{'device ms':>{WIDE}}{'%':>7}{'quartiles':>{PAIR}}{'host ms':>{WIDE}}"
     for phase in record["phases"]:
         device, host = phase["device_ms"], phase["host_ms"]
-        line = (
+        yield (
             f"  {phase['label']:{NAME - 2}}{_ms(device['median']):>{WIDE}}{100 * phase['share']:>7.1f}"
             f"{_quartiles(device):>{PAIR}}{'' if host is None else _ms(host['median']):>{WIDE}}"
         )
-        if many:
-            ranks = f"{_ms(phase['rank_min_ms'])} .. {_ms(phase['rank_max_ms'])} (rank {phase['rank_max']})"
-            line += f"{ranks:>{PAIR + 11}}"
-        yield line + (_change(compared["phases"][phase["name"]]) if compared else "")
         for part in phase["parts"]:
             own = part["device_ms"]
             yield (
                 f"    {part['label']:{NAME - 4}}{_ms(own['median']):>{WIDE}}{100 * part['share']:>7.1f}"
                 f"{_quartiles(own):>{PAIR}}"
             )
+    yield from _ranks_and_before(record)
+
+
+def _ranks_and_before(record: ProfileRecord) -> Iterator[str]:
+    """Yield the phases again, with the ranks that take least and most, and with those of an earlier profile."""
+    many, compared = record["world_size"] > 1, record.get("compared")
+    if many or compared:
+        head = f"{'  rank min .. max':>{PAIR}}{'slowest':>8}" if many else ""
+        yield f"{'device ms':{NAME}}{head}" + (f"{'before':>{WIDE}}{'change':>{WIDE - 2}}" if compared else "")
+    for phase in record["phases"] if many or compared else ():
+        line = f"  {phase['label']:{NAME - 2}}"
+        if many:
+            ends = f"{_ms(phase['rank_min_ms'])} .. {_ms(phase['rank_max_ms'])}"
+            line += f"{ends:>{PAIR}}{phase['rank_max']:>8,}"
+        yield line + (_change(compared["phases"][phase["name"]]) if compared else "")
 
 
 def _operators(record: ProfileRecord) -> Iterator[str]:
     kinds = "  ".join(f"{kind} {ms:.1f}" for kind, ms in record["operators"]["kinds"].items())
     name = "kernels" if record["device"]["type"] == "cuda" else "operators"
-    yield f"{name:15}{kinds} ms a step, traced"
+    yield table_row(f"{name:15}", f"{kinds} ms a step, traced")
     for work in record["operators"]["top"][:MOST_ROWS]:
-        shown = work["name"] if len(work["name"]) <= 60 else f"{work['name'][:57]}..."
-        times = f"{work['calls']:>7.0f} x {work['ms']:>9.2f} ms {100 * work['share']:>5.1f} %"
-        yield f"  {shown:62}{work['phase']:10}{times}"
+        shown = work["name"] if len(work["name"]) <= LONGEST else f"{work['name'][: LONGEST - 3]}..."
+        times = f"{work['calls']:>6.0f} x {work['ms']:>8.2f} ms {100 * work['share']:>5.1f} %"
+        yield from _named(shown, f"{work['phase']:9}{times}")
+
+
+def _named(name: str, numbers: str) -> Iterator[str]:
+    """Yield a name and its numbers, which get a line of their own beside a name that is too long."""
+    room = COLUMNS - len(numbers) - 3
+    if len(name) <= room:
+        yield f"  {name:{room}} {numbers}"
+        return
+    yield f"  {name}"
+    yield f"{numbers:>{COLUMNS}}"
 
 
 def _collectives(record: ProfileRecord) -> Iterator[str]:
@@ -105,8 +124,7 @@ def _collectives(record: ProfileRecord) -> Iterator[str]:
     planned = record["planned"] and {(row["phase"], row["kind"]): row for row in record["planned"]["collectives"]}
     link = record["link_gbs"]
     heads = ["calls", "MB each", "ms each", "GB/s bus", *(["of link"] if link else []), "exposed ms"]
-    heads += ["planned", "MB each"] if planned else []
-    yield f"{'collectives':{NAME}}" + "".join(f"{head:>11}" for head in heads)
+    yield f"{'collectives':{COLLECTIVE}}" + _cells(heads)
     for row in record["collectives"]:
         numbers = [
             f"{row['calls']:.0f}",
@@ -116,10 +134,15 @@ def _collectives(record: ProfileRecord) -> Iterator[str]:
             *([_known(row["link_share"], ".1%")] if link else []),
             _known(row["exposed_ms"], ".2f"),
         ]
+        yield f"  {row['phase'] + ', ' + row['kind']:{COLLECTIVE - 2}}{_cells(numbers)}"
         if planned:
             plan = planned.get((row["phase"], row["kind"]))
-            numbers += ["-", "-"] if plan is None else [f"{plan['calls']}", f"{plan['mbytes']:.3g}"]
-        yield f"  {row['phase'] + ', ' + row['kind']:{NAME - 2}}" + "".join(f"{number:>11}" for number in numbers)
+            counts = ["-", "-"] if plan is None else [f"{plan['calls']}", f"{plan['mbytes']:.3g}"]
+            yield f"{'    planned':{COLLECTIVE}}{_cells(counts)}"
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "".join(f"{text:>{width}}" for text, width in zip(texts, CELLS, strict=False))
 
 
 def _loader(record: ProfileRecord) -> Iterator[str]:
@@ -127,14 +150,15 @@ def _loader(record: ProfileRecord) -> Iterator[str]:
     parts = "  ".join(f"{name} {ms:.2f}" for name, ms in loader["parts"].items())
     ranks = loader["ranks_on_host"]
     together = f", {loader['cores_needed_on_host']:.2f} for {ranks:,} ranks of this host" if ranks > 1 else ""
-    yield (
-        f"{'loader':15}{loader['ms_per_sample']:.2f} ms a sample and core: a step needs {loader['cores_needed']:.2f} "
+    text = (
+        f"{loader['ms_per_sample']:.2f} ms a sample and core: a step needs {loader['cores_needed']:.2f} "
         f"cores a rank{together}; {counted(loader['workers'], 'worker')} a rank"
     )
+    yield table_row(f"{'loader':15}", text)
     computing = loader["cores_computing"]
     beside = f", of which the ranks compute on {min(computing, loader['cores'])}" if computing else ""
     yield f"{'':15}{counted(loader['cores'], 'core')} of this host{beside}"
-    yield f"{'':15}{parts}"
+    yield table_row(" " * 15, parts)
 
 
 def _memory(record: ProfileRecord) -> Iterator[str]:
@@ -150,11 +174,12 @@ def _memory(record: ProfileRecord) -> Iterator[str]:
     reserved = ""
     if memory["reserved_bytes"] is not None:
         reserved = f"; reserved {_size(memory['reserved_bytes'])}, retries {memory['retries']}"
-    yield (
-        f"{'memory':15}peak {_size(memory['peak_bytes'])}{_planned_peak(record)} at {memory['peak_ms']:.1f} ms, in "
-        f"{memory['peak_phase']}{formula}{reserved}; largest block {_size(memory['largest_block_bytes'])}"
+    yield table_row(
+        f"{'memory':15}",
+        f"peak {_size(memory['peak_bytes'])}{_planned_peak(record)} at {memory['peak_ms']:.1f} ms, in "
+        f"{memory['peak_phase']}{formula}{reserved}; largest block {_size(memory['largest_block_bytes'])}",
     )
-    yield f"{'':15}held there, by who took it: {owners}"
+    yield table_row(" " * 15, f"held there, by who took it: {owners}")
     yield from _chart(memory["timeline"], memory["step_ms"])
 
 
@@ -188,8 +213,8 @@ def _waits(record: ProfileRecord) -> Iterator[str]:
     if waits:
         yield "host waits     (of a step traced with Python's stack: slower than others)"
     for wait in waits:
-        place = f"{wait['place']} ({wait['phase']})"
-        yield f"  {place:62}{wait['what']:22}{wait['calls']:>5.0f} x {wait['ms']:>9.2f} ms"
+        place = f"{wait['place']}, {wait['what']} ({wait['phase']})"
+        yield from _named(place, f"{wait['calls']:>5.0f} x {wait['ms']:>8.2f} ms")
 
 
 def _findings(record: ProfileRecord) -> Iterator[str]:
@@ -200,7 +225,8 @@ def _findings(record: ProfileRecord) -> Iterator[str]:
         gain = ""
         if finding["gain_ms"] is not None:
             gain = f" (up to {finding['gain_ms']:.1f} ms, {_percent(finding['gain_share'])})"
-        yield f"{'findings' if number == 1 else '':15}{number}. {finding['text']}{key}{gain}"
+        label = f"{'findings' if number == 1 else '':15}{number}. "
+        yield table_row(label, f"{finding['text']}{key}{gain}")
 
 
 def _change(change: dict[str, Any]) -> str:
@@ -209,7 +235,7 @@ def _change(change: dict[str, Any]) -> str:
     if share is None:
         return f"{'-':>{WIDE}}"
     mark = " !" if change["clear"] and abs(share) >= LATE else "  " if change["clear"] else " ~"
-    return f"{_ms(change['before']['median']):>{WIDE}}{100 * share:>+{WIDE - 2}.0f} %{mark}"
+    return f"{_ms(change['before']['median']):>{WIDE}}{100 * share:>+{WIDE - 4}.0f} %{mark}".rstrip()
 
 
 def _quartiles(spread: dict[str, float]) -> str:

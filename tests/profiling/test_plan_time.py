@@ -24,6 +24,7 @@ from cosmos_scale.report.plan_part import PLAN_FILE, add_plans
 from cosmos_scale.report.profile_part import Profiled
 from cosmos_scale.report.records import read_runs
 from cosmos_scale.testing.tiny import tiny_config
+from cosmos_scale.words import COLUMNS
 from tests.profiling.test_calibration import CALIBRATION
 from tests.report.run_folders import train_record, write_run
 
@@ -283,3 +284,33 @@ def test_plans_are_told_in_lines_and_files(run: PlannedRun, tmp_path: Path) -> N
     assert {int(row["gpus"]) for row in rows} == set(sizes)
     assert all(math.isfinite(float(row["step_ms"])) for row in rows)
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_stands_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large numbers, long names and all remedies: no line is wider than a terminal, and no cell is cut."""
+    parts = dict.fromkeys(("weights", "teacher", "moments", "masters", "average", "gradients", "activations"), GIB)
+    exchanges = tuple(
+        Exchange(phase, kind, "float32", 9 * 10**8, 99, (0.85,))
+        for phase in ("student", "teacher", "loss", "backward", "update", "refresh")
+        for kind in ("all_gather", "reduce_scatter")
+    )
+    run = planned_run(monkeypatch, CLUSTER)
+    memory = (PhaseMemory("student", 7 * GIB, parts, {}),)
+    counts = replace(counts_of(product("student", 10_000), exchanges=exchanges, stage=3), memory=memory)
+    plan = replace(run.plan, counts=counts)
+    waiting = replace(run.time, expected=replace(run.time.expected, data=2 * run.time.expected.seconds))
+    variants = count_variants(plan)
+    helps = [*remedies(plan, waiting, variants), *run.remedies]
+    full = PlannedRun(plan, planned_time(plan.config, counts, CLUSTER), 1_000_000, helps, scaling(plan, variants))
+    cpu = replace(MACHINE, name="a CPU, 2 threads", memory_gib=20.25, calibration=CALIBRATION)
+    lines = [*head_lines(plan), *work_lines(plan), *traffic_lines(plan)]
+    lines += [
+        line for machine in (MACHINE, cpu) for line in memory_lines(replace(plan, cluster=Cluster(2, 4, machine)))
+    ]
+    for planned in (full, replace(full, steps=None)):
+        lines += [line for section in (time_lines, remedy_lines, scaling_lines) for line in section(planned)]
+    text = "\n".join(lines)
+    assert max(map(len, text.splitlines())) <= COLUMNS, text
+    text = " ".join(text.split())
+    for whole in ("more cores and data.workers, or", "student's weights, gathered for", "average 1.00 gradients 1.00"):
+        assert whole in text, text

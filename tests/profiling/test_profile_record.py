@@ -8,6 +8,9 @@ import pytest
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.phases import phase
+from cosmos_scale.profiling.collective_times import CollectiveTimes
+from cosmos_scale.profiling.device_work import TopWork
+from cosmos_scale.profiling.host_waits import HostWait
 from cosmos_scale.profiling.loader_times import time_loader
 from cosmos_scale.profiling.machine import link_rate
 from cosmos_scale.profiling.phase_rows import phase_rows, phase_sum
@@ -16,6 +19,7 @@ from cosmos_scale.profiling.profile_text import profile_lines
 from cosmos_scale.profiling.rank_profile import RankProfile
 from cosmos_scale.profiling.spread import Spread, spread_of
 from cosmos_scale.profiling.step_clock import StepTimes
+from cosmos_scale.words import COLUMNS
 from tests.profiling.invented import GIB, rank_profile, record_of, times
 
 
@@ -137,11 +141,11 @@ def test_a_traced_wait_gains_no_more_than_its_phases_take() -> None:
 
 
 def test_memory_planned_and_measured_stand_side_by_side() -> None:
-    text = "\n".join(profile_lines(record_of([rank_profile()])))
+    text = " ".join("\n".join(profile_lines(record_of([rank_profile()]))).split())
     assert "peak 30.00 GiB at 40.0 ms, in teacher" in text
     assert "what the step finds: 10.00 GiB; planned for the states: 9.00 GiB" in text
     assert "reserved 32.00 GiB, retries 0" in text
-    assert "held there, by who took it: student 20.00 GiB  before the step 10.00 GiB" in text
+    assert "held there, by who took it: student 20.00 GiB before the step 10.00 GiB" in text
 
 
 def test_collectives_are_compared_with_the_link() -> None:
@@ -177,11 +181,11 @@ def test_collectives_and_peak_stand_beside_the_plan() -> None:
     row = {"phase": "backward", "kind": "reduce_scatter", "calls": 9, "mbytes": 67.7}
     record["planned"] = {"peak_bytes": 32 * GIB, "collectives": [row]}
     text = "\n".join(profile_lines(record))
+    rows = text.splitlines()
     assert "peak 30.00 GiB (planned 32.00 GiB; measured -6.2 %)" in text
-    (line,) = (line for line in text.splitlines() if "backward, reduce_scatter" in line)
-    assert line.split()[-2:] == ["9", "67.7"]
-    (line,) = (line for line in text.splitlines() if "update, all_gather" in line)
-    assert line.split()[-2:] == ["-", "-"]
+    for name, counts in (("backward, reduce_scatter", ["9", "67.7"]), ("update, all_gather", ["-", "-"])):
+        (place,) = (number for number, row in enumerate(rows) if row.startswith(f"  {name} "))
+        assert rows[place + 1].split() == ["planned", *counts]
 
 
 def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:
@@ -193,9 +197,10 @@ def test_a_comparison_tells_changes_from_noise(tmp_path: Path) -> None:
     assert (student["change"], student["clear"]) == (0.0, False)
     assert now["compared"]["keys"] == {"zero.stage": [1, 2]}
     text = "\n".join(profile_lines(now))
+    said = " ".join(text.split())
     assert "-60 % !" in text
     assert "other keys     zero.stage 1 -> 2" in text
-    assert f"before: {tmp_path / PROFILE_FILE}, 1 rank, NVIDIA H100 80GB HBM3 (" in text
+    assert f"before: {tmp_path / PROFILE_FILE}, 1 rank, NVIDIA H100 80GB HBM3 (" in said
     json.dumps(now)  # what is written has no types of ours
 
 
@@ -240,3 +245,32 @@ def test_quartiles_are_clear_of_each_other() -> None:
     assert spread == Spread(3.0, 2.0, 4.0)
     assert spread.clear_of(Spread(5.0, 4.5, 6.0))
     assert not spread.clear_of(Spread(5.0, 4.0, 6.0))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_profile_stands_whole_in_80_columns(tmp_path: Path, *, on_gpu: bool) -> None:
+    """Many ranks, a comparison, a plan, long names and slow steps: no line is wider than a terminal."""
+    names = dict.fromkeys(("student", "backward", "refresh", "data"), 12_345.6)
+    ranks = [rank_profile(on_gpu=on_gpu, **names)] * 3
+    kernel = TopWork(
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "backward", ms=9999.25, calls=165.0, share=0.344
+    )
+    template = kernel._replace(name="gemm<" * 100)
+    collective = CollectiveTimes("backward", "reduce_scatter", 165.0, 1234.5, 9999.25, 449.99, 9999.25)
+    wait = HostWait("cosmos_scale/engine/gradients.py:238", "cudaStreamSynchronize", "backward", 200.0, 9999.25)
+    traced = ranks[0].traced._replace(top=[kernel, template], collectives=[collective], waits=[wait])
+    record = record_of([rank._replace(traced=traced) for rank in ranks], zero={"stage": 3})
+    write_record(record_of([rank_profile(on_gpu=on_gpu)]), tmp_path)
+    record["compared"] = compared(read_record(tmp_path / PROFILE_FILE), record, Path("before.json"))
+    row = {"phase": "backward", "kind": "reduce_scatter", "calls": 165, "mbytes": 1234.5}
+    record["planned"] = {"peak_bytes": 32 * GIB, "collectives": [row]}
+    text = "\n".join(profile_lines(record))
+    assert max(map(len, text.splitlines())) <= COLUMNS, text
+    for whole in (
+        kernel.name,
+        wait.place,
+        "9999.25",
+        "12345.6 .. 12345.6",
+        "    planned                  165 1.23e+03",
+    ):
+        assert whole in text, text
