@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +53,7 @@ from cosmos_scale.evaluation.bar import WorkBar
 from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.loading import load_encoder
-from cosmos_scale.files import make_output_folder
+from cosmos_scale.files import delete_folder, make_output_folder
 from cosmos_scale.host import usable_cores
 from cosmos_scale.report.page import write_report
 
@@ -104,7 +103,7 @@ def run_demo(out: Path, quick: bool) -> bool:
     assert gallery.max_samples is not None
     assert config.data.samples is not None
     run_folder = config.output / config.name
-    shutil.rmtree(run_folder, ignore_errors=True)  # of an earlier demo
+    delete_folder(run_folder)  # of an earlier demo
 
     _begin(
         console,

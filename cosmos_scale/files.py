@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import stat
 import sys
 import tempfile
@@ -246,6 +247,15 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {reason_of(error)}; name another folder with --out") from error
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder with all that it holds, or a link to one, whose target stays; what cannot be deleted stays."""
+    if folder.is_symlink():
+        with suppress(OSError):
+            folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_output_folder(folder: Path) -> None:

@@ -1,13 +1,12 @@
 """Room for checkpoints: which old ones a run deletes, after a new one is whole, or before where the disk is short."""
 
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, step_of
 from cosmos_scale.config import CheckpointConfig
-from cosmos_scale.files import load_json, read_regular
+from cosmos_scale.files import delete_folder, load_json, read_regular
 
 
 def superfluous(root: Path, config: CheckpointConfig, keep: int) -> list[Path]:
@@ -41,7 +40,7 @@ def delete_checkpoint(folder: Path) -> None:
     going = folder.with_name(f"{folder.name}.old.tmp")
     with suppress(OSError):
         folder.rename(going)  # under its own name, half deleted, it would look like a damaged one
-        shutil.rmtree(going)
+        delete_folder(going)
 
 
 def prunable(root: Path, config: CheckpointConfig) -> list[Path]:

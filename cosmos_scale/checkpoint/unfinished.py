@@ -2,11 +2,10 @@
 
 import fcntl
 import logging
-import shutil
 from pathlib import Path
 from typing import IO
 
-from cosmos_scale.files import no_locks, regular_only
+from cosmos_scale.files import delete_folder, no_locks, regular_only
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,4 +59,4 @@ def remove_unfinished(root: Path, lock: SavingLock) -> None:
     abandoned = list(root.glob("step-*.tmp"))
     if lock.take():
         for folder in abandoned:
-            shutil.rmtree(folder, ignore_errors=True)
+            delete_folder(folder)

@@ -8,8 +8,8 @@ ranks and then turns the folder into a checkpoint.
 import errno
 import json
 import logging
+import os
 import resource
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from cosmos_scale.checkpoint.state import (
 from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.errors import JointError, UserError
-from cosmos_scale.files import NO_ROOM, load_json, read_regular, sync_folder, whole_file
+from cosmos_scale.files import NO_ROOM, delete_folder, load_json, read_regular, sync_folder, whole_file
 from cosmos_scale.fragments import Fragment
 
 _LOG = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class CheckpointWriter:
         if thread is not None:
             thread.join()
         if self._rank == 0:  # nobody can use an unfinished folder, and the disk may be full
-            shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
+            delete_folder(final.with_suffix(".tmp"))
         return failure
 
     def _begin(self, state: RunState) -> None:
@@ -272,12 +272,12 @@ class CheckpointWriter:
             record.unlink()
         write_manifest(temporary, state, ranks)
         displaced = final.with_name(f"{final.name}.old.tmp")
-        if final.exists():  # the run went back to an earlier step and comes to this step again
+        if os.path.lexists(final):  # the run went back to an earlier step and comes to this step again
             final.rename(displaced)
         temporary.rename(final)
         sync_folder(self.root)
         sync_folder(self.root.parent)  # where the folder of checkpoints may be new
-        shutil.rmtree(displaced, ignore_errors=True)
+        delete_folder(displaced)
         with suppress(UserError):  # of a folder that cannot be listed for a while: this checkpoint is whole
             self._prune(final)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import (
+    delete_folder,
     load_json,
     make_folder,
     make_output_folder,
@@ -138,9 +139,9 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
 def close_work(work: Work) -> None:
     """Delete the folder of finished work; where this is interrupted, the work is finished all the same."""
     finished = work.folder.with_name(f"{work.folder.name}.finished")
-    shutil.rmtree(finished, ignore_errors=True)
+    delete_folder(finished)
     work.folder.rename(finished)
-    shutil.rmtree(finished, ignore_errors=True)
+    delete_folder(finished)
 
 
 def _read_options(path: Path) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _begin_anew(work: Work, options: dict[str, Any], before: dict[str, Any]) -> 
     for shard in work.out.glob("*.tar"):  # a whole shard whose writer was killed before the report
         shard.unlink()
     for item in work.folder.iterdir():
-        if item.is_dir():
+        if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
         elif item.name != "lock":
             item.unlink()

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder, whole_file, writing
+from cosmos_scale.files import reason_of, whole_file
 
 _OF = "of"  # the header's key for the whole text that the features were made of
 
@@ -40,14 +41,25 @@ class FeatureCache:
         """Write tensors, in place of those that were there."""
         path = self._path(made_of)
         try:
-            make_folder(self._folder)
-            with writing(path), whole_file(path) as part:
+            with _told(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            with _told(path), whole_file(path) as part:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, {_OF: made_of})
                 os.chmod(part, 0o644)
-        except (UserError, SafetensorError) as error:
+        except UserError as error:
             if not self._told:
                 self._told = True
                 print(f"features are not kept: {error}", file=sys.stderr)
 
     def _path(self, made_of: str) -> Path:
         return self._folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.safetensors"
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn an error of the block into a UserError that names the path; the library's errors name none."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = reason_of(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path}: cannot be written: {said}; rule: mend this place, or leave out --cache") from error

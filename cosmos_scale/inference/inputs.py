@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cosmos_scale.config.paths import expand_path
 from cosmos_scale.data.decode.picture import Pixels, rgbx_of
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
@@ -43,6 +44,17 @@ def listed_pictures(images: object) -> list[PictureLike]:
     return pictures
 
 
+def expanded(path: str | os.PathLike[str], where: str) -> Path:
+    """Return a path with the home folder and variables filled in, as in every path of a config or a command.
+
+    where: names the path in the UserError that is raised where they are not known.
+    """
+    try:
+        return Path(expand_path(os.fspath(path)))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def title_of(picture: PictureLike, place: int | None) -> str:
     """Return what a picture is called: its path, its place in a list, or its kind."""
     if isinstance(picture, (str, os.PathLike)):
@@ -57,8 +69,7 @@ def pixels_of(picture: PictureLike, where: str, setting: Setting) -> Pixels:
     """
     try:
         if isinstance(picture, (str, os.PathLike)):
-            path = os.fspath(picture)
-            return placed_pixels(PlacedFile(path, path), setting)
+            return placed_pixels(PlacedFile(str(expanded(picture, where)), os.fspath(picture)), setting)
         return _levels(picture, setting.background)
     except (DamagedSample, ValueError) as damage:  # ValueError: a path with a NUL in it
         raise UserError(f"{where}: {damage}") from damage
@@ -72,7 +83,7 @@ def upright_pixels_of(picture: PictureLike, where: str, setting: Setting) -> Pix
     if not isinstance(picture, (str, os.PathLike)):
         return np.ascontiguousarray(pixels_of(picture, where, setting)[..., :3])
     try:
-        return decode_upright(read_regular(Path(picture)), setting.max_pixels, setting.background)
+        return decode_upright(read_regular(expanded(picture, where)), setting.max_pixels, setting.background)
     except OSError as error:
         raise UserError(f"{where}: the picture cannot be read: {reason_of(error)}") from error
     except (DamagedSample, ValueError) as damage:

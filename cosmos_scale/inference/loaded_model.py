@@ -35,6 +35,7 @@ from cosmos_scale.inference.inputs import (
     checked_templates,
     checked_texts,
     class_names,
+    expanded,
     listed_pictures,
     pixels_of,
     title_of,
@@ -261,12 +262,11 @@ def load(
 def _possible_path(checkpoint: str | os.PathLike[str]) -> Path:
     """Return the path of a checkpoint, which may be absent; raises UserError where no file can have it."""
     try:
-        path = Path(checkpoint).expanduser()
+        path = expanded(checkpoint, "checkpoint")
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return path
-    except (OSError, RuntimeError, ValueError) as error:
-        # RuntimeError: ~USER of an unknown user. ValueError: a NUL, or what is no UTF-8.
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or what is no UTF-8
         said = reason_of(error) if isinstance(error, OSError) else str(error)
         raise UserError(f"checkpoint: {os.fspath(checkpoint)!a}: {said}") from error
     return path

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.attention_maps import AttentionMaps, WordWeight, heat_of, peak_of
+from cosmos_scale.inference.inputs import expanded
 from cosmos_scale.words import counted
 
 # What is printed: of pictures or classes, of a picture's classes, of a caption's words, of a title's letters.
@@ -124,7 +125,9 @@ class CaptionAttention(NamedTuple):
         """Draw crop, heat and words into a PNG; raises UserError where it cannot be written."""
         from cosmos_scale.evaluation.attention_pictures import SampleMaps, write_png
 
-        write_png(SampleMaps(self.title, self.caption, self.image.numpy(), self.maps, self.words), Path(path))
+        write_png(
+            SampleMaps(self.title, self.caption, self.image.numpy(), self.maps, self.words), expanded(path, "path")
+        )
 
     def __repr__(self) -> str:
         """Where the caption looks, and the words that the picture looks at most, with their places in 0..1."""

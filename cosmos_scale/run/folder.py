@@ -1,6 +1,7 @@
 """A run's folder: it is made and looked at before any work, so that what is wrong with it is told at once."""
 
 import os
+import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,6 +76,19 @@ def check_disk_room(folder: Path, needed: int, config: CheckpointConfig) -> None
         raise UserError(
             f"output: {existing} has {free / MIB:,.0f} MiB left, but a checkpoint takes {needed / MIB:,.0f}; "
             "rule: make room, or choose another output"
+        )
+
+
+def check_file_size(needed: int, ranks: int) -> None:
+    """Raise UserError where files may not be as large as the largest of a checkpoint; needed: bytes of all its tensors.
+
+    Each rank writes one file. The largest is at least the mean of all.
+    """
+    allowed, least = resource.getrlimit(resource.RLIMIT_FSIZE)[0], needed / ranks
+    if allowed != resource.RLIM_INFINITY and allowed < least:
+        raise UserError(
+            f"output: a checkpoint takes files of {least / MIB:,.1f} MiB and more, but files may have "
+            f"{allowed / MIB:,.1f} MiB; rule: raise the limit (ulimit -f unlimited)"
         )
 
 

@@ -21,7 +21,7 @@ from cosmos_scale.engine.teacher import DTYPES
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations, RankPlace
-from cosmos_scale.run.folder import CHECKPOINTS, check_disk_room, check_folder
+from cosmos_scale.run.folder import CHECKPOINTS, check_disk_room, check_file_size, check_folder
 from cosmos_scale.run.trackers import check_trackers
 from cosmos_scale.words import counted
 
@@ -142,7 +142,9 @@ class Opening:
         check_folder(self._config, self.folder)
         check_trackers(self._config.log)
         if not self._is_finished():
-            check_disk_room(self.folder, checkpoint_bytes(self._config), self._config.checkpoint)
+            needed = checkpoint_bytes(self._config)
+            check_file_size(needed, self._ranks.world_size)
+            check_disk_room(self.folder, needed, self._config.checkpoint)
         return f"{self.folder} can be written to"
 
     def _is_finished(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from cosmos_scale.config import LogConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.tracker_entries import TrackerEntry, read_pictures, table_rows
-from cosmos_scale.run.wandb_tracker import WandbTracker, wandb_mode
+from cosmos_scale.run.wandb_tracker import WandbTracker, require_login
 
 MOST_RECORDS_KEPT = 100_000  # for a place, while it cannot be written
 
@@ -72,7 +72,7 @@ class KeptRecords:
 
 
 def check_trackers(config: LogConfig) -> None:
-    """Raise UserError where the config names a place that cannot be opened here; nothing is imported or sent."""
+    """Raise UserError where the config names a place that cannot be opened here; nothing is written or sent."""
     for key, package, wanted in (
         ("log.tensorboard", "tensorboard", config.tensorboard),
         ("log.wandb", "wandb", config.wandb is not None),
@@ -80,7 +80,7 @@ def check_trackers(config: LogConfig) -> None:
         if wanted and find_spec(package) is None:
             raise UserError(f"{key}: the package {package} is not installed; rule: install it, or leave {key} out")
     if config.wandb is not None:
-        wandb_mode(config.wandb)
+        require_login(config.wandb)
 
 
 def open_trackers(

@@ -1,5 +1,6 @@
 """Records at Weights & Biases: one record of a run, in which each step stands once."""
 
+import inspect
 import math
 import os
 import re
@@ -17,6 +18,8 @@ from cosmos_scale.run.tracker_entries import TrackerEntry, read_pictures, table_
 from cosmos_scale.words import counted
 
 CACHE = "WANDB_CACHE_DIR"
+LOG_IN = "rule: log in (wandb login), or set log.wandb.mode to offline"
+WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 SUPERSEDED = "superseded_by"
 """The key, in the config of a record whose steps were taken again, that names the record in its place."""
@@ -64,8 +67,7 @@ class WandbTracker:
         except UserError:
             raise
         except Exception as failure:  # any: the library reads the environment and the network
-            said = _one_line(failure)
-            raise UserError(f"log.wandb: {said}; rule: log in, or set log.wandb.mode to offline") from failure
+            raise UserError(f"log.wandb: {_one_line(failure)}; {LOG_IN}") from failure
         if self._mode == "offline":
             where = Path(self._run.dir).parent
             self.announcements.append(f"{self.name}: offline; to send it: wandb sync {where}")
@@ -136,6 +138,25 @@ def wandb_mode(config: WandbConfig) -> str | None:
     if environment is not None and environment not in WANDB_MODES:  # the library refuses it whatever the config says
         raise UserError(f"WANDB_MODE: {environment!r}; rule: one of {', '.join(WANDB_MODES)}, or unset")
     return config.mode or environment
+
+
+def require_login(config: WandbConfig) -> None:
+    """Raise UserError where records are to be sent, and the library finds no key to log in with; nothing is sent.
+
+    Versions of the library that cannot be asked without asking the user tell it when the record is opened.
+    """
+    if wandb_mode(config) in WITHOUT_LOGIN:
+        return
+    import wandb  # here: the import takes a second, and few runs need it
+
+    if "prompt" not in inspect.signature(wandb.login).parameters:
+        return
+    try:
+        logged_in = wandb.login(prompt=False, verify=False)
+    except Exception as failure:  # any: the library reads files of the user and the environment
+        raise UserError(f"log.wandb: {_one_line(failure)}; {LOG_IN}") from failure
+    if not logged_in:
+        raise UserError(f"log.wandb: no key to log in with is configured; {LOG_IN}")
 
 
 def _use_cache_that_can_be_written(folder: Path) -> None:

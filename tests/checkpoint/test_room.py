@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.checkpoint import room
-from cosmos_scale.checkpoint.room import make_room, prunable, superfluous
+from cosmos_scale.checkpoint.room import delete_checkpoint, make_room, prunable, superfluous
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoint_name, checkpoints, step_of
+from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
 from cosmos_scale.cli.main import main
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
@@ -89,3 +90,20 @@ def test_a_run_on_a_short_disk_goes_on_with_fewer(
     assert main(["train", str(run)]) == 0
     assert [step_of(folder) for folder in checkpoints(tmp_path / "tiny" / "checkpoints")] == [4, 5]
     assert caplog.text.count(": deleted, since the disk has no room for the next one beside it") == 3
+
+
+def test_links_in_the_place_of_checkpoints_go_and_their_targets_stay(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    root.mkdir()
+    write_checkpoints(elsewhere, 2)
+    target = elsewhere / checkpoint_name(2)
+    for name in (checkpoint_name(2), "step-00000003.tmp", "step-00000001.old.tmp"):
+        (root / name).symlink_to(target)
+    (root / "step-00000004.tmp").symlink_to(tmp_path / "nowhere")
+    delete_checkpoint(root / checkpoint_name(2))
+    assert len(list(root.iterdir())) == 3
+    lock = SavingLock(root)
+    remove_unfinished(root, lock)
+    lock.release()
+    assert list(root.iterdir()) == []
+    assert (target / MANIFEST).is_file()

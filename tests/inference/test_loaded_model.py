@@ -97,6 +97,22 @@ def test_a_file_and_its_pil_picture_give_the_same(mode: str, kind: str, model: L
     assert torch.equal(both[0], both[1])
 
 
+def test_home_and_variables_stand_in_every_path(
+    model: LoadedModel, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = saved.files()[0]
+    monkeypatch.setenv("HOME", str(file.parent))
+    monkeypatch.setenv("PICTURES", str(file.parent))
+    for path in (f"~/{file.name}", Path("~", file.name), f"$PICTURES/{file.name}"):
+        assert torch.equal(model.encode_image([path]), model.encode_image([file]))
+        assert torch.equal(model.segment(path, NAMES).labels, model.segment(file, NAMES).labels)
+    with pytest.raises(UserError, match=r"^images: number 0: ~no_such_user/a.jpg: .* has no home folder"):
+        model.encode_image(["~no_such_user/a.jpg"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.attention_maps(file, "a cat").save("~/maps.png")
+    assert (tmp_path / "maps.png").is_file()
+
+
 def test_any_batch_gives_the_same(model: LoadedModel, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     files = saved.files()
     expected = model.encode_image(files), model.encode_text(NAMES)

@@ -136,7 +136,7 @@ def test_what_cannot_be_loaded(saved: Saved, tmp_path: Path) -> None:
         "nul\0": "'nul\\x00': embedded null byte",
         "\ud800": "'\\ud800': 'utf-8' codec",
         "n" * 5000: f"'{'n' * 5000}': File name too long",
-        "~no_such_user/run": "'~no_such_user/run': Could not determine home",
+        "~no_such_user/run": "~no_such_user/run: ~no_such_user has no home folder; rule: ",
     }.items():
         assert refused(cosmos_scale.load, path).startswith(f"checkpoint: {said}")
     assert refused(cosmos_scale.load, saved.run, "both") == "which: 'both'; rule: student or teacher"

@@ -294,6 +294,19 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path: Path) -> No
     check_disk_room(tmp_path, disk.total, CheckpointConfig())
 
 
+def test_files_that_may_not_be_as_large_as_a_checkpoint_are_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    needed = checkpoint_bytes(load_config(trained, []))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (needed - 1, limit[1]))
+    try:
+        assert cli.main(["train", "--dry-run", str(trained), "name=other"]) != 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "output: a checkpoint takes files of " in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_room_looked_for_is_that_of_a_checkpoint(trained: Path) -> None:
     saved = sum(file.stat().st_size for file in last_checkpoint(trained).glob("*.safetensors"))
     assert checkpoint_bytes(load_config(trained, [])) == pytest.approx(saved, rel=0.002)  # headers come on top

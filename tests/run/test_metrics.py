@@ -269,8 +269,13 @@ def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="online"))
-    with pytest.raises(UserError, match=r"^log\.wandb: [^\n]*log\.wandb\.mode to offline$"):
+    refusal = r"^log\.wandb: [^\n]*log\.wandb\.mode to offline$"
+    with pytest.raises(UserError, match=refusal):  # the launch's looks, and the dry run's
+        check_trackers(config)
+    with pytest.raises(UserError, match=refusal):
         MetricLog(tmp_path / "run", config, name="tiny", run_config={}, first_step=0, last_step=2, steps_per_epoch=2)
+    monkeypatch.setattr("wandb.login", lambda *, prompt, verify: not prompt and not verify)  # a key is there
+    check_trackers(config)
 
 
 def wandb_messages(folder: Path, name: str = "*") -> list[Any]:

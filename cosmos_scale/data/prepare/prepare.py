@@ -1,7 +1,6 @@
 """The whole preparation of a published dataset, stage by stage."""
 
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cosmos_scale.data.shards.index_report import REJECTED, refuse_foreign_rejec
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
 from cosmos_scale.data.work import check_options, open_work
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import make_folder
+from cosmos_scale.files import delete_folder, make_folder
 
 
 def prepare_dataset(
@@ -46,7 +45,7 @@ def prepare_dataset(
     task = Task(dataset.name, caption_files(captions), list_images(images), out, join, split)
     options = task.options()
     if (done := read_prepare_manifest(task, options)) is not None:
-        shutil.rmtree(task.work, ignore_errors=True)
+        delete_folder(task.work)
         return done
     for path in task.captions:  # a file that is refused leaves no folder behind
         check_header(path, task.form, task.join)
@@ -70,7 +69,7 @@ def prepare_dataset(
             raise UserError(f"{out}: no image could be used; see {out / REJECTED}")
         check_options(task.as_work, task.options(), options, "begun")  # files that changed while they were read
         write_prepare_manifest(task, options, rejected)
-    shutil.rmtree(task.work)
+    delete_folder(task.work)
     prepared = read_prepare_manifest(task, options)
     assert prepared is not None
     return prepared

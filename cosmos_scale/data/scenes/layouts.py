@@ -14,7 +14,6 @@ They show how to lay out one's own pictures:
 
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cosmos_scale.data.scenes.scenes import BACKGROUNDS, CLASSES, COLOURS, SHAPES
-from cosmos_scale.files import make_folder
+from cosmos_scale.files import delete_folder, make_folder
 
 CAPTIONS_OF_SCENES = ("raw_caption", "shortIB_captions")
 """Keys of the captions that say what only one picture of few shows."""
@@ -73,7 +72,7 @@ def write_layouts(shards: Path, out: Path) -> SceneLayouts:
     """
     layouts = SceneLayouts(out / "by_class", out / "segmentation", out / "captions")
     for folder in layouts:
-        shutil.rmtree(folder, ignore_errors=True)
+        delete_folder(folder)
         make_folder(folder)
     scenes = list(read_scenes(shards))
     _write_by_class(scenes, layouts.by_class)
