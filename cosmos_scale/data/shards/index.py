@@ -24,14 +24,7 @@ from cosmos_scale.config import RemoteConfig, SourceConfig
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.sample import UnreachableShard, reason_class
 from cosmos_scale.data.shards.checksums import gone_shards
-from cosmos_scale.data.shards.index_report import (
-    REJECTED,
-    IndexReport,
-    Unindexed,
-    count_unindexed,
-    key_hints,
-    merge_rejected,
-)
+from cosmos_scale.data.shards.index_report import IndexReport, Unindexed, count_unindexed, key_hints, write_faults
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.patterns import ShardPattern, parse_pattern, passed_over
 from cosmos_scale.data.shards.reader import MARKED, Folders, Location, ShardFile, ShardReader
@@ -72,7 +65,8 @@ def index_shards(
     Shards at a URL or from a command are read once, each through a temporary file. Where the reading breaks off, the
     next call goes on after the shards that are done.
     out: folder of the index; default: the folder of the shards. If the folder has an index already, shards in it that
-    the pattern does not mean stay in it. Unusable samples and torn shards are named in `rejected.jsonl`.
+    the pattern does not mean stay in it. Unusable samples and torn shards are named in `rejected.jsonl`;
+    where no sample is left and an index is there, which stays, they are named in `rejected.refused.jsonl`.
     finishing: whether this is the last step of the work that makes the shards; other callers get no unfinished shards.
     Raises: UserError where there is no shard, a shard is compressed or unreadable, no sample is left, the shards are
     not on this machine and `out` is not given, or the folder has the index of other shards.
@@ -119,11 +113,12 @@ def index_shards(
                 torn += 1
                 faults.append({"shard": done.name, "key": None, "reason": done.torn})
             advance(1)
-    merge_rejected(folder / REJECTED, set(names), faults)
-    if (samples := sum(row.samples for row in rows)) == 0:
+    samples = sum(row.samples for row in rows)
+    noted = write_faults(folder, set(names), faults, refused=bool(before.rows) and not samples)
+    if samples == 0:
         raise UserError(
             f"{shards.shown}: no usable sample in {counted(len(names), 'shard')}"
-            f"{f'; see {folder / REJECTED}' if faults else ''}"
+            f"{f'; see {noted}' if faults else ''}"
             f"{''.join(f'; {hint}' for hint in key_hints(rejected))}"
         )
     for row in (row for row in rows if row.samples == 0):  # a refusal leaves the tables of an earlier index

@@ -14,6 +14,7 @@ from cosmos_scale.files import load_json, read_regular, regular_only, replace_fi
 from cosmos_scale.words import counted
 
 REJECTED = "rejected.jsonl"
+REFUSED = "rejected.refused.jsonl"  # of an indexing that was refused, beside an index that stays
 SECOND_PICTURE = "second picture"  # begins the reason of a picture beside the one that is read of its sample
 
 
@@ -125,7 +126,18 @@ def refuse_foreign_rejected(path: Path) -> None:
                 return
 
 
-def merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
+def write_faults(folder: Path, names: set[str], faults: list[dict[str, str | None]], *, refused: bool) -> Path:
+    """Write what an indexing found unusable, and return the file: REJECTED, or REFUSED where an old index stays."""
+    path = folder / REFUSED
+    if refused:
+        replace_file(path, "".join(json.dumps(fault) + "\n" for fault in faults).encode())
+        return path
+    path.unlink(missing_ok=True)
+    _merge_rejected(folder / REJECTED, names, faults)
+    return folder / REJECTED
+
+
+def _merge_rejected(path: Path, names: set[str], faults: list[dict[str, str | None]]) -> None:
     """Rewrite rejected.jsonl; lines of other shards stay, and lines of the pictures that a build refused."""
     kept, unreadable = [], 0
     try:
