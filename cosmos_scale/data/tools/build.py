@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ from cosmos_scale.data.tools.captions_file import (
     read_rows,
     with_unique_keys,
 )
+from cosmos_scale.data.tools.finished_build import MADE_OF, captions_digest, finished_shards, made_of, pictures_digest
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
 from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
 from cosmos_scale.data.tools.picture_path import picture_path
@@ -103,6 +104,19 @@ class BuildReport(NamedTuple):
         return "\n".join(lines)
 
 
+class FinishedBuild(NamedTuple):
+    """A build that was finished before, of the same files with the same options."""
+
+    folder: Path
+    shards: int
+    samples: int
+
+    def describe(self) -> str:
+        """Return the report as a line for a terminal."""
+        made = f"{counted(self.samples, 'sample')} in {counted(self.shards, 'indexed shard')} in {self.folder}"
+        return f"{made}: built before, of the same files with the same options"
+
+
 class _Reject(NamedTuple):
     """A line of rejected.jsonl. captions: the file's name. key: the one that the row's sample would have."""
 
@@ -158,7 +172,7 @@ def build_shards(
     join_rows: bool = False,
     workers: int | None = None,
     progress: bool = True,
-) -> BuildReport:
+) -> BuildReport | FinishedBuild:
     """Pack pictures and their captions into shards, and index them.
 
     JPEGs are kept byte for byte; PNG and WebP become JPEG, transparent ones on `background` (white, black, #rrggbb;
@@ -168,8 +182,8 @@ def build_shards(
     and named in `rejected.jsonl`. The shards' bytes do not depend on `workers`; a sample's key is its row's number,
     or what the row has in the column `columns.key`, and its json says under `origin` the captions file, the row and the
     picture. `manifest.json`, written last, has each shard's size and SHA-256. A build that was stopped goes on where it
-    was, to the bytes of an unbroken one.
-    Raises: UserError where an input is missing or unusable, `out` holds shards already or those of a build with other
+    was, to the bytes of an unbroken one; one that was finished is left as it is.
+    Raises: UserError where an input is missing or unusable, `out` holds other shards or those of a build with other
     options or inputs, or no row is left.
     """
     _check_inputs(images, captions, background)
@@ -184,7 +198,7 @@ def build_shards(
             "key": columns.key,
             "images": os.path.abspath(images),
             "captions": captions.name,
-            "captions_digest": _digest(captions),
+            "captions_digest": captions_digest(captions),
         },
     }
     refuse_foreign_summary(out / SUMMARY)
@@ -195,11 +209,22 @@ def build_shards(
     samples = transparent = turned = animated = 0
     named = array("Q")
     sums: list[ShardSum] = []
-    with open_work(work, options):
+    pictures: list[str] = []
+
+    def jobs_of(copy: Path) -> Iterator[_Job]:
         rows = read_rows(captions, columns)
         if join_rows:
-            rows = joined_rows(rows, partial(_found_picture, images), work.folder / "rows.jsonl")
-        jobs = _jobs(with_unique_keys(rows), captions.name, work, samples_per_shard, unread)
+            rows = joined_rows(rows, partial(_found_picture, images), copy / "rows.jsonl")
+        return _jobs(with_unique_keys(rows), captions.name, work, samples_per_shard, unread)
+
+    if not work.folder.exists() and (finished := finished_shards(out)) is not None:
+        with TemporaryDirectory() as copy:
+            now = made_of(options, (pictures_digest(images, job.rows) for job in jobs_of(Path(copy))))
+        if now == finished[0]:
+            return FinishedBuild(out, len(finished[1]), sum(shard.samples for shard in finished[1]))
+        unread.clear()
+    with open_work(work, options):
+        jobs = jobs_of(work.folder)
         results = map_jobs(partial(_write_shard, images, rules), jobs, workers)
         for name in (SUMMARY, MANIFEST):  # of a build that was stopped in its last step
             (out / name).unlink(missing_ok=True)
@@ -211,6 +236,7 @@ def build_shards(
             for number, written in enumerate(results):
                 if written.samples:
                     sums.append(ShardSum(f"{_name(number)}.tar", written.samples, written.size, written.sha256))
+                pictures.append(written.pictures)
                 samples += written.samples
                 transparent += written.transparent
                 turned += written.turned
@@ -220,13 +246,14 @@ def build_shards(
                     rejected[reason_class(reject.reason)] += 1
                     log.write(json.dumps(reject._asdict()) + "\n")
                 advance(written.rows)
-        if _digest(captions) != options["captions_digest"]:
+        if captions_digest(captions) != options["captions_digest"]:
             raise UserError(f"{captions}: has changed while it was read; delete {out} and build anew")
         if samples:
             index = index_shards(os.path.abspath(out), None, finishing=True, workers=workers, progress=progress)
             rejected.update(index.rejected)
             totals = {"samples": samples, "bytes": sum(one.bytes for one in sums)}
-            write_shard_sums(out / MANIFEST, {"format": MANIFEST_FORMAT, **totals}, sums)
+            content = {"format": MANIFEST_FORMAT, **totals, MADE_OF: made_of(options, pictures)}
+            write_shard_sums(out / MANIFEST, content, sums)
     close_work(work)
     if not samples:
         raise _nothing_left(captions, rejected, out / REJECTED)
@@ -254,14 +281,6 @@ def _nothing_left(captions: Path, rejected: Counter[str], log: Path) -> UserErro
     return UserError(text)
 
 
-def _digest(path: Path) -> str:
-    digest = sha256()
-    with open(path, "rb", opener=regular_only) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
 def _jobs(
     rows: Iterator[CaptionRow], captions: str, work: Work, samples_per_shard: int, unread: Counter[str]
 ) -> Iterator[_Job]:
@@ -282,7 +301,7 @@ def _write_shard(images: Path, rules: PictureRules, job: _Job) -> _Written:
 
     A shard that has a report is kept. Raises: UserError where its pictures have changed since.
     """
-    pictures = _pictures_digest(images, job.rows)
+    pictures = pictures_digest(images, job.rows)
     if (standing := _read_report(job)) is not None:
         if standing.pictures != pictures:
             raise UserError(
@@ -320,18 +339,6 @@ def _read_report(job: _Job) -> _Written | None:
     if stands and samples and not written.sha256:
         written = written._replace(sha256=file_sha256(job.path))
     return written if stands or not samples else None
-
-
-def _pictures_digest(images: Path, rows: list[CaptionRow]) -> str:
-    digest = sha256()
-    for row in rows:
-        try:
-            status = None if row.image is None else os.stat(picture_path(images, row.image))
-            seen = None if status is None else (status.st_size, status.st_mtime_ns)
-        except (DamagedSample, OSError, ValueError):
-            seen = None
-        digest.update(f"{seen}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) -> _Written:

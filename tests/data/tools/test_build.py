@@ -319,7 +319,7 @@ def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
         build(images, [{"image": "missing.jpg", "caption": "x"}])
     build(images, [{"image": "0.jpg", "caption": "x"}])
     with pytest.raises(UserError, match=r"out: holds shards already"):
-        build(images, [{"image": "0.jpg", "caption": "x"}])
+        build(images, [{"image": "0.jpg", "caption": "another"}])
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

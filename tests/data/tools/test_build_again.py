@@ -97,8 +97,8 @@ def test_a_killed_build_goes_on_to_the_same_bytes(inputs: Path, place: str, work
     # A shard with a report stays the same file; the last shard of each worker may be written again.
     again = [name for name, inode in kept.items() if (out / name).stat().st_ino != inode]
     assert len(again) <= workers
-    with pytest.raises(UserError, match="out: holds shards already; name an empty folder"):
-        build(inputs)
+    build(inputs)  # all is done
+    assert contents(out) == contents(inputs / "whole")
 
 
 def stopped(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -250,3 +250,29 @@ def test_an_index_json_of_another_program_is_kept(inputs: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json: is the file of another program"):
         index_shards(str(theirs.parent), None, workers=1, progress=False)
     assert "wids" in theirs.read_text()
+
+
+@pytest.mark.parametrize("join_rows", [False, True])
+def test_a_finished_build_is_left_as_it_is(
+    inputs: Path, capsys: pytest.CaptureFixture[str], *, join_rows: bool
+) -> None:
+    more = ["--join-rows"] if join_rows else []
+    command = arguments(inputs, "out", "--workers", "1", *more)
+    assert main(command) == 0
+    capsys.readouterr()
+    out = inputs / "out"
+    before = contents(out)
+    assert main(command) == 0
+    said = f"14 samples in 7 indexed shards in {out}: built before, of the same files with the same options\n"
+    assert capsys.readouterr().out == said
+    refusal = f"cosmos-scale data build: {out}: holds shards already; name an empty folder\n"
+    for other in (["--background", "black"], ["--orientation", "keep"]):
+        assert main([*command, *other]) == 2
+        assert capsys.readouterr().err == refusal
+    os.utime(inputs / "images" / "1.jpeg", (1, 1))
+    assert main(command) == 2
+    assert contents(out) == before
+    capsys.readouterr()
+    (out / "000001.tar").unlink()
+    assert main(command) == 2
+    assert capsys.readouterr().err == refusal

@@ -52,6 +52,7 @@ def test_the_manifest_has_each_shards_size_and_digest(inputs: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     data = {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
     assert list(data) == ["000000.tar", "000002.tar"]
+    assert len(manifest.pop("made_of")) == 16
     assert manifest == {
         "format": build_module.MANIFEST_FORMAT,
         "samples": 4,
