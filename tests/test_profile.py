@@ -15,6 +15,7 @@ from cosmos_scale.phases import SAMPLE_PARTS, STEP_PHASES
 from cosmos_scale.profile import TRACED
 from cosmos_scale.profiling.profile_record import PROFILE_FILE, write_record
 from cosmos_scale.testing.runs import start_command, write_run
+from cosmos_scale.words import COLUMNS
 from tests.conftest import REPOSITORY
 from tests.profiling.invented import rank_profile, record_of
 
@@ -41,7 +42,8 @@ def profiled(tmp_path_factory: pytest.TempPathFactory, scenes: SceneShards) -> P
     with start_command(*argv, "--compare", str(folder / PROFILE_FILE)) as process:
         finished = process.wait(SECONDS).require(0)
     record = json.loads((folder / "tiny" / "profile" / PROFILE_FILE).read_bytes())
-    return Profiled(folder / "tiny", finished.output, finished.errors, record)
+    assert max(map(len, finished.output.splitlines())) <= COLUMNS + len(str(folder))  # paths stay whole
+    return Profiled(folder / "tiny", " ".join(finished.output.split()), finished.errors, record)
 
 
 def test_the_phases_add_up_to_the_step(profiled: Profiled) -> None:

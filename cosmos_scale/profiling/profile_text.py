@@ -88,7 +88,7 @@ def _ranks_and_before(record: ProfileRecord) -> Iterator[str]:
     """Yield the phases again, with the ranks that take least and most, and with those of an earlier profile."""
     many, compared = record["world_size"] > 1, record.get("compared")
     if many or compared:
-        head = f"{'  rank min .. max':>{PAIR}}{'slowest':>8}" if many else ""
+        head = f"{'  rank min .. max':>{PAIR}}{'of rank':>8}" if many else ""
         yield f"{'device ms':{NAME}}{head}" + (f"{'before':>{WIDE}}{'change':>{WIDE - 2}}" if compared else "")
     for phase in record["phases"] if many or compared else ():
         line = f"  {phase['label']:{NAME - 2}}"
