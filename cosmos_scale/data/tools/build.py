@@ -57,7 +57,8 @@ class BuildReport(NamedTuple):
     transparent, turned: pictures with transparent pixels, and those whose EXIF tag says to turn them.
     rules: what became of both. animated: pictures of several frames, of which the first is packed. repeated: rows whose
     picture an earlier row named. joined: whether their captions are in the sample of the earlier row. unread: rows by a
-    column called as captions are called, whose text is not read.
+    column called as captions are called, whose text is not read. before: whether the build was finished before, so that
+    shards and samples alone are known.
     """
 
     folder: Path
@@ -71,10 +72,13 @@ class BuildReport(NamedTuple):
     joined: bool
     unread: Counter[str]
     animated: int
+    before: bool = False
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
         lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'indexed shard')} in {self.folder}"]
+        if self.before:
+            return f"{lines[0]}: built before, of the same files with the same options"
         if self.transparent:
             background = self.rules.background
             how = "hidden colours shown" if background == KEEP else f"put on {background}"
@@ -102,19 +106,6 @@ class BuildReport(NamedTuple):
         if self.rejected:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
-
-
-class FinishedBuild(NamedTuple):
-    """A build that was finished before, of the same files with the same options."""
-
-    folder: Path
-    shards: int
-    samples: int
-
-    def describe(self) -> str:
-        """Return the report as a line for a terminal."""
-        made = f"{counted(self.samples, 'sample')} in {counted(self.shards, 'indexed shard')} in {self.folder}"
-        return f"{made}: built before, of the same files with the same options"
 
 
 class _Reject(NamedTuple):
@@ -172,7 +163,7 @@ def build_shards(
     join_rows: bool = False,
     workers: int | None = None,
     progress: bool = True,
-) -> BuildReport | FinishedBuild:
+) -> BuildReport:
     """Pack pictures and their captions into shards, and index them.
 
     JPEGs are kept byte for byte; PNG and WebP become JPEG, transparent ones on `background` (white, black, #rrggbb;
@@ -221,7 +212,8 @@ def build_shards(
         with TemporaryDirectory() as copy:
             now = made_of(options, (pictures_digest(images, job.rows) for job in jobs_of(Path(copy))))
         if now == finished[0]:
-            return FinishedBuild(out, len(finished[1]), sum(shard.samples for shard in finished[1]))
+            counts = len(finished[1]), sum(shard.samples for shard in finished[1])
+            return BuildReport(out, *counts, rejected, 0, 0, rules, 0, join_rows, Counter(), 0, before=True)
         unread.clear()
     with open_work(work, options):
         jobs = jobs_of(work.folder)
