@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +31,16 @@ def shared_memory_obstacle() -> str | None:
     except OSError as error:
         return error.strerror or type(error).__name__
     return None
+
+
+def python_command(module: str) -> list[str]:
+    """Return the command that runs a module of this package by this interpreter, as `python -m` does.
+
+    Where this process imports nothing from the current folder, the other one does not either: a file of a user there,
+    such as random.py, takes no library's place. (Python 3.10 has no such option.)
+    """
+    apart = sys.version_info >= (3, 11) and not {"", os.getcwd()} & set(sys.path)
+    return [sys.executable, *(["-P"] if apart else []), "-m", module]
 
 
 def process_seconds() -> float:

@@ -1,6 +1,8 @@
 """What a process may use of its host: affinity, CPU quotas of control groups of both versions, ranks beside it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from cosmos_scale import host
 from cosmos_scale.engine.ranks import start_ranks
-from cosmos_scale.host import free_memory, ranks_of_this_host, usable_cores, uses_gpu
+from cosmos_scale.host import free_memory, python_command, ranks_of_this_host, usable_cores, uses_gpu
 from cosmos_scale.testing.ranks import run_ranks
 
 
@@ -136,3 +138,16 @@ def test_a_run_on_cpus_leaves_a_gpu_alone(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: seen)
     assert uses_gpu(device) is expected
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no -P")
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_a_file_of_the_users_folder_takes_no_librarys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_folder: bool
+) -> None:
+    """But where this process itself imports from the folder, as `python -m` does, the other one does too."""
+    (tmp_path / "random.py").write_text("raise SystemExit('of the user')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*([str(tmp_path)] if from_folder else []), "/elsewhere"])
+    ended = subprocess.run(python_command("tempfile"), capture_output=True, text=True, timeout=30)
+    assert ended.stderr == ("of the user\n" if from_folder else "")

@@ -24,6 +24,12 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import Difference, changed_on_resume
 from cosmos_scale.errors import UserError
 
+# With another value of one of these, tensors have other shapes; those of positions are resized (`can_resize`).
+_KEYS_OF_SHAPES = {"model.embed_dim"} | {
+    *(f"model.vision.{key}" for key in ("patch_size", "width", "layers")),
+    *(f"model.text.{key}" for key in ("vocab_size", "width", "layers")),
+}
+
 
 class PassedOver(NamedTuple):
     """A broken checkpoint that `resume: auto` passes over, and in one line what is wrong with it."""
@@ -36,18 +42,29 @@ class PassedOver(NamedTuple):
 class Start:
     """Where a run starts: at `state` of `checkpoint`, or at step 0 where both are None.
 
-    broken: newer checkpoints, which were passed over. manifest: digest of the checkpoint's manifest.
+    broken: newer checkpoints, which were passed over. manifest: digest of the checkpoint's manifest. unread: the
+    config's `init_from` where the run that goes on began from something else.
     """
 
     checkpoint: Path | None
     state: RunState | None
     broken: tuple[PassedOver, ...] = ()
     manifest: str | None = None
+    unread: Path | None = None
 
     @property
     def lost_shards(self) -> dict[str, int]:
         """The shards given up before this start, each with the step from which on its samples are replaced."""
         return {} if self.state is None else self.state.lost_shards
+
+    def describe_unread(self) -> str:
+        """Return that `init_from` is not read, on one line, or nothing where it says nothing else than before."""
+        if self.unread is None:
+            return ""
+        return (
+            f"init_from: {self.unread} is not read, since the run goes on from its own checkpoint, and began from "
+            f"something else; rule: a new run needs another name"
+        )
 
 
 def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[PassedOver, ...] = ()) -> Start:
@@ -90,16 +107,24 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
     if changed:
         raise UserError(
             f"resume from {folder}: {'; '.join(map(str, changed))}; rule: only paths, workers, logging and limits may "
-            f"change{_on_longer_schedules(changed)}; set them back, or start a new run from its weights with: "
-            f"{_new_run(config, root, folder)}"
+            f"change{_on_longer_schedules(changed)}; set them back, or start a new run "
+            f"{_new_run(config, root, folder, changed)}"
         )
     if data is not None and state.data != data:
         raise UserError(
             f"resume from {folder}: the shards of data.sources are not those of its run (index digest {state.data}, "
-            f"now {data}); rule: the order of samples must stay (start a new run from its weights with: "
+            f"now {data}); rule: the order of samples must stay (start a new run "
             f"{_new_run(config, root, folder)})"
         )
-    return Start(folder, state, broken, digest)
+    return Start(folder, state, broken, digest, _other_weights(written, config))
+
+
+def _other_weights(written: RunConfig, config: RunConfig) -> Path | None:
+    """Return the config's `init_from` where the run began from something else."""
+    now, then = config.init_from, written.init_from
+    if now is None or (then is not None and now.absolute() == then.absolute()):
+        return None
+    return now
 
 
 def _on_longer_schedules(changed: Sequence[Difference]) -> str:
@@ -109,15 +134,17 @@ def _on_longer_schedules(changed: Sequence[Difference]) -> str:
     return " (the learning rate and the teacher's momentum have followed the schedule of the former length)"
 
 
-def _new_run(config: RunConfig, root: Path, folder: Path) -> str:
-    """Return the overrides that start a new run from a checkpoint's weights, under a name that has no checkpoint."""
-    overrides = [f"init_from={folder}"]
+def _new_run(config: RunConfig, root: Path, folder: Path, changed: Sequence[Difference] = ()) -> str:
+    """Return how to start a new run, under a free name: from a checkpoint's weights where they fit."""
+    fits = not any(one.key in _KEYS_OF_SHAPES for one in changed)
+    overrides = [f"init_from={folder}"] if fits else []
     if newest(root) is not None:
         names = (f"{config.name}-{number}" for number in count(2))
         overrides.append(f"name={next(name for name in names if not (config.output / name).exists())}")
     if config.resume != "auto":
         overrides.append("resume=auto")
-    return shlex.join(overrides)
+    what = "from its weights with" if fits else "(its weights do not fit another model) with"
+    return f"{what}: {shlex.join(overrides)}"
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -252,7 +252,9 @@ def _describe(details: ErrorDetails, nearest: str) -> str:
             return "no such key; rule: in a file a key stands below its section, indented, on a line of its own"
         return f"no such key; did you mean {nearest}?"
     if details["type"] in ("missing", "union_tag_not_found"):
-        return "this key is required and missing"
+        keys = details["input"] if isinstance(details["input"], dict) else {}
+        hint = "; rule: a blank stands behind each colon" if any(":" in key for key in keys) else ""
+        return f"this key is required and missing{hint}"
     if details["type"] == "union_tag_invalid":
         found, known = details["ctx"]["tag"], details["ctx"]["expected_tags"]
         return f"{shown_value(found)} should be one of {known}"

@@ -21,7 +21,12 @@ def override_value(key: str, text: str, where: str) -> Any:
     may_be_null = _text_keys().get(with_positions_named(new_key(key)))
     if may_be_null is not None:
         return _text(text, where, may_be_null=may_be_null)
-    value = parse_yaml(text, where)
+    try:
+        value = parse_yaml(text, where)
+    except UserError as error:
+        if text.count("[") + text.count("{") > text.count("]") + text.count("}"):
+            raise UserError(f"{error}; rule: quotes around all of it, '{key}=...', or the shell parts it") from None
+        raise
     # A comment has no sense in an override: what it would hide is shown in the refusal.
     return text if "#" in text and isinstance(value, (bool, int, float, NoneType)) else value
 

@@ -167,9 +167,10 @@ for _class in (_Loader, _Dumper):
 
 def _with_text_keys(value: Any, where: str) -> Any:
     if isinstance(value, dict):
-        for key in value:
+        for key, item in value.items():
             if not isinstance(key, str):
-                raise UserError(f"{where}: key {key!r} must be text")
+                hint = "; rule: decimals stand behind a point, 0.2" if item is None and type(key) is int else ""
+                raise UserError(f"{where}: key {key!r} must be text{hint}")
         return {key: _with_text_keys(item, where) for key, item in value.items()}
     if isinstance(value, list):
         return [_with_text_keys(item, where) for item in value]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from cosmos_scale.config import RetrievalConfig
@@ -136,7 +136,7 @@ class Retrieval(Evaluator):
         columns = [f"R@{k}" for k in RECALL_AT]
         what = f"{counted(int(first['images']), 'picture')}, {counted(int(first['texts']), 'caption')}"
         caption = f"{what}; chance R@1: {100 * first['chance_R@1']:.2f} %{self._left_out(first)}"
-        table = Table("", "", *columns, "mean rank", "median", title=title, caption=caption)
+        table = Table("", Column(no_wrap=True), *columns, "mean rank", "median", title=title, caption=caption)
         for model, numbers in results.items():
             for direction in DIRECTIONS:
                 recalls = (f"{100 * numbers[f'{direction}_{column}']:.2f} %" for column in columns)

@@ -3,13 +3,13 @@
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.host import python_command
 from cosmos_scale.launch.hostfile import Host
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
 
@@ -131,7 +131,7 @@ class Connection:
 
 
 def _command(host: Host, module: str, folder: Path) -> list[str]:
-    python = [sys.executable, "-m", module]
+    python = python_command(module)
     if host.is_here:
         return python
     own = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []

@@ -4,7 +4,6 @@ import json
 import re
 import select
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, REFUSED, STOPPED
 from cosmos_scale.files import regular_only
+from cosmos_scale.host import python_command
 from cosmos_scale.launch.attempt import Attempt, HostRanks, Job, Outcome, RankFailure
 from cosmos_scale.launch.connection import passed_environment
 from cosmos_scale.launch.fit import (
@@ -274,7 +274,7 @@ def one_attempt(
     stop: StopSignals,
 ) -> Outcome:
     """Start the run's program on all places, and follow it to its end; number: of the start, from 1."""
-    command = (sys.executable, "-m", run.program, run.file, *run.overrides, *run.options)
+    command = (*python_command(run.program), run.file, *run.overrides, *run.options)
     environment = passed_environment() | {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
     logs = (run.logs or run.folder / LOGS).absolute()
     job = Job(command, Path.cwd(), environment, logs, run.link_limit, run.stop_limit)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.errors import UserError
+from cosmos_scale.host import python_command
 from cosmos_scale.profiling.counts import Counts, counts_of_json
 from cosmos_scale.words import counted
 
@@ -33,7 +34,8 @@ def count_runs(runs: Sequence[tuple[RunConfig, int]], world_size: int, *, as_gpu
     The configs' own batches play no part. as_gpu: count what a GPU would run; else what a CPU runs. Takes 5 s and then
     2 to 10 s for a run. Raises UserError where a run cannot be counted, with what its process said last.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "cosmos_scale.profiling.fake_run"]
+    command = python_command("cosmos_scale.profiling.fake_run")
+    command[1:1] = ["-W", "ignore"]
     environment = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
     # One thread: there is little to compute.
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -98,7 +98,8 @@ class Opening:
         if self.start.state is None:
             return "step 0, a new run"
         broken = f"; {len(self.start.broken)} newer ones are broken" if self.start.broken else ""
-        return f"{self.start.checkpoint}, after step {self.start.state.step:,}{broken}"
+        unread = f"; {self.start.describe_unread()}" if self.start.unread else ""
+        return f"{self.start.checkpoint}, after step {self.start.state.step:,}{broken}{unread}"
 
     def _shards(self) -> str:
         check_shards(self.index, self._config, self._found_start.lost_shards, resumed=self._is_resumed)

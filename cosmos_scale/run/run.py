@@ -65,6 +65,7 @@ class Run:
             f"{self.opened.folder}: {began}; {counted(self.opened.index.epoch_samples, 'sample')} and "
             f"{counted(self.loader.steps_per_epoch, 'step')} an epoch",
             *([f"init_from: {self.origin}"] if self.origin and self.start.state is None else []),
+            *([unread] if (unread := self.start.describe_unread()) else []),
             f"{steps}, global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
             f"{self.config.precision}, ZeRO {self.config.zero.stage})",
         ]

@@ -157,6 +157,27 @@ def test_a_refusal_names_both_values_and_the_way_out(root: Path, tmp_path: Path)
     assert str(refusal.value).endswith(f"with: init_from={there} resume=auto")
 
 
+@pytest.mark.parametrize(
+    ("model", "fits"), [({"vision": {"layers": 3}}, False), ({"vision": {"image_size": 64}}, True)]
+)
+def test_weights_that_would_not_fit_are_not_offered(
+    root: Path, tmp_path: Path, model: dict[str, Any], fits: bool
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        find_start(changed(model=model, output=str(tmp_path)), root, DATA)
+    offered = f"start a new run from its weights with: init_from={root / 'step-00000006'} name=run-2"
+    refused = "start a new run (its weights do not fit another model) with: name=run-2"
+    assert str(refusal.value).endswith(offered if fits else refused)
+
+
+def test_weights_named_for_a_run_that_goes_on_are_said_not_to_be_read(root: Path, tmp_path: Path) -> None:
+    """The same command again, and one without `init_from`, say nothing."""
+    other = changed(init_from=str(tmp_path / "other"))
+    assert "other is not read, since the run goes on" in find_start(other, root, DATA).describe_unread()
+    assert find_start(CONFIG, root, DATA).describe_unread() == ""
+    assert find_start(other, tmp_path / "new", DATA).describe_unread() == ""
+
+
 def test_other_shards_are_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"shards of data\.sources are not those of its run.*now other"):
         find_start(CONFIG, root, "other")

@@ -108,6 +108,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (".train=3", "'.train=3' is not an override; the form is dotted.key=value"),
         ("train..epochs=3", "'train..epochs=3' is not an override; the form is dotted.key=value"),
         ("train={a", "train: line 1 is not valid YAML"),
+        ("eval=[{kind:", "rule: quotes around all of it, 'eval=...', or the shell parts it"),
+        ("eval=[{kind:retrieval}]", "eval.0.kind: this key is required and missing; rule: a blank stands behind each"),
         ("log.wandb.project=a/b", 'log.wandb.project: "a/b" must be at most 128 characters, none of / '),
         ("output=/data/\udcff", "holds bytes that are no UTF-8; rule: keys and values are UTF-8"),
         (f"name={'n' * 201}", "must be a folder's plain name: at most 200 letters"),
@@ -208,6 +210,7 @@ def test_several_errors_are_counted(run: Path) -> None:
         ('eval: [{kind: retrieval, shards: "a\\0b"}]\n', '"a\\u0000b" holds the character NUL'),
         ('extends: "a\\ud800"\n', 'extends: "a\\ud800" holds bytes that are no UTF-8'),
         ("1: 2\n", "key 1 must be text"),
+        ("optimizer: {lr: 0,2}\n", "key 2 must be text; rule: decimals stand behind a point, 0.2"),
         ("name: !!python/object:os.system {}\n", "not valid YAML"),
     ],
 )

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from cosmos_scale.evaluation import ranking
 from cosmos_scale.evaluation.captioned import GalleryBatch
 from cosmos_scale.evaluation.evaluator import Gather, one_process
 from cosmos_scale.evaluation.ranking import NEVER, RECALL_AT, RankFigures, best_ranks, rank_figures
-from cosmos_scale.evaluation.retrieval import RetrievalResult, encoded_together, ranked
+from cosmos_scale.evaluation.retrieval import LEFT_OUT, Retrieval, RetrievalResult, encoded_together, ranked
 from cosmos_scale.testing.allocation import peak_bytes
 from tests.evaluation.thread_ranks import in_threads
 
@@ -231,3 +232,14 @@ def test_result_as_numbers() -> None:
         "text_to_image_mean_rank": 5.5,
         "text_to_image_median_rank": 4,
     }
+
+
+def test_the_table_breaks_no_cell_at_80_columns_where_all_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    best = RankFigures({1: 1.0, 5: 1.0, 10: 1.0}, 1.0, 1)
+    evaluator = object.__new__(Retrieval)
+    evaluator._gallery = None  # type: ignore[assignment]  # only a gallery's keys are asked for
+    numbers = RetrievalResult(4, 8, best, best).as_dict() | dict.fromkeys(LEFT_OUT, 0)
+    Console(width=80).print(evaluator.table({"student": numbers}, ""))
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 80
+    assert [line.split("│")[2].strip() for line in printed if "│" in line] == ["image to text", "text to image"]
