@@ -1,12 +1,15 @@
 """A disk too full for one more checkpoint: old ones go before the new one is written, the newest one never."""
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cosmos_scale.checkpoint import room
+from cosmos_scale.checkpoint import room, writer
 from cosmos_scale.checkpoint.room import make_room, prunable, superfluous
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoint_name, checkpoints, step_of
 from cosmos_scale.cli.main import main
@@ -89,3 +92,14 @@ def test_a_run_on_a_short_disk_goes_on_with_fewer(
     assert main(["train", str(run)]) == 0
     assert [step_of(folder) for folder in checkpoints(tmp_path / "tiny" / "checkpoints")] == [4, 5]
     assert caplog.text.count(": deleted, since the disk has no room for the next one beside it") == 3
+
+
+@pytest.mark.parametrize(("files", "free", "none_left"), [(40, 0, True), (40, 3, False), (0, 0, False)])
+def test_a_disk_without_room_for_a_further_file_is_told_from_one_without_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, free: int, none_left: bool
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_files=files, f_favail=free))
+    assert room.no_file_is_left(tmp_path) == none_left
+    failure = OSError(errno.ENOSPC, "No space left on device")
+    assert ("no inode is left" in writer._reason(failure, tmp_path)) == none_left
+    assert writer._reason(OSError(errno.EIO, "I/O error"), tmp_path) == "I/O error"
