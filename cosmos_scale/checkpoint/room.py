@@ -72,3 +72,11 @@ def free_bytes(folder: Path) -> float:
     """Return the free bytes of a folder's disk, inf where its file system does not say; raises OSError."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize if disk.f_blocks else float("inf")
+
+
+def no_file_is_left(folder: Path) -> bool:
+    """Tell whether a folder's disk has as many files as it can have, whatever bytes are free."""
+    with suppress(OSError):
+        disk = os.statvfs(folder)
+        return disk.f_files > 0 and disk.f_favail == 0
+    return False

@@ -20,7 +20,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from cosmos_scale.checkpoint.files import FileRecord, write_tensors
-from cosmos_scale.checkpoint.room import delete_checkpoint, free_bytes, make_room, superfluous
+from cosmos_scale.checkpoint.room import delete_checkpoint, free_bytes, make_room, no_file_is_left, superfluous
 from cosmos_scale.checkpoint.snapshot import Snapshot
 from cosmos_scale.checkpoint.state import (
     RunState,
@@ -206,7 +206,7 @@ class CheckpointWriter:
                 self._make_room()
                 temporary.mkdir()
             except OSError as error:
-                failure = f"checkpoint {temporary}: {_reason(error)}"
+                failure = f"checkpoint {temporary}: {_reason(error, self.root)}"
         self._error = self._agree(failure)
         self._saving, self._state = final, state
         for event in (self._written, self._all_written, self._given_up):
@@ -245,7 +245,7 @@ class CheckpointWriter:
             self._error = not_written
             with suppress(Exception):
                 size = 4 * sum(tensor.numel() for tensor in self._snapshot.tensors.values())
-                reason = f"{_reason(failure)}{_room(failure, temporary, size)}"
+                reason = f"{_reason(failure, self.root)}{_room(failure, temporary, size)}"
                 self._error = f"checkpoint {path}: {reason} (rank {self._rank})"
         finally:
             self._written.set()
@@ -256,7 +256,7 @@ class CheckpointWriter:
         except BaseException as failure:
             self._error = not_whole
             with suppress(Exception):
-                self._error = f"checkpoint {final}: {_reason(failure)}"
+                self._error = f"checkpoint {final}: {_reason(failure, self.root)}"
 
     def _commit(self, temporary: Path, final: Path, state: RunState) -> None:
         records = [_record_path(temporary, rank) for rank in range(self._world_size)]
@@ -316,8 +316,13 @@ def _untouched(failure: str, root: Path) -> str:
     return f"{failure}; the previous checkpoints are untouched"
 
 
-def _reason(failure: BaseException) -> str:
-    return failure.strerror if isinstance(failure, OSError) and failure.strerror else repr(failure)
+def _reason(failure: BaseException, root: Path) -> str:
+    """Return what failed. A disk may have room for bytes and for no further file: said, since "no space" misleads."""
+    if not isinstance(failure, OSError) or not failure.strerror:
+        return repr(failure)
+    if failure.errno == errno.ENOSPC and no_file_is_left(root):
+        return f"{failure.strerror}: the disk takes no further file (no inode is left), so delete files there"
+    return failure.strerror
 
 
 def _room(failure: BaseException, folder: Path, size: int) -> str:
@@ -325,7 +330,7 @@ def _room(failure: BaseException, folder: Path, size: int) -> str:
     if isinstance(failure, OSError) and failure.errno == errno.EFBIG:
         allowed = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         return f", the file takes {size:,} bytes" + (f" and {allowed:,} are allowed (ulimit -f)" if allowed > 0 else "")
-    if isinstance(failure, OSError) and failure.errno in NO_ROOM:
+    if isinstance(failure, OSError) and failure.errno in NO_ROOM and not no_file_is_left(folder):
         with suppress(OSError):
             return f", the file takes {size:,} bytes and {free_bytes(folder):,.0f} are left"
     return ""

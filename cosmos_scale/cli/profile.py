@@ -105,6 +105,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         program="cosmos_scale.profile",
         options=tuple(options),
         logs=_folder(arguments, config) / LOGS,
+        at_stop="stop after their step, and write no profile",
     )
     with lasting_output():
         return launch_once(run, hosts, "cosmos-scale profile")

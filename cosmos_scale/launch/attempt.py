@@ -91,9 +91,11 @@ class Outcome:
 class Attempt:
     """Ranks on hosts, from their start to the end of the last one."""
 
-    def __init__(self, job: Job, places: Sequence[HostRanks], title: str, printer: Printer, stop: StopSignals) -> None:
-        """title: the line that begins this attempt in the ranks' files."""
-        self._job, self._printer, self._stop = job, printer, stop
+    def __init__(
+        self, job: Job, places: Sequence[HostRanks], title: str, at_stop: str, printer: Printer, stop: StopSignals
+    ) -> None:
+        """title: the line that begins this attempt in the ranks' files. at_stop: what ranks do when asked to stop."""
+        self._job, self._at_stop, self._printer, self._stop = job, at_stop, printer, stop
         self._places = {place.host.name: place for place in places}
         self._outcome = Outcome()
         self._failures: list[RankFailure] = []
@@ -224,9 +226,7 @@ class Attempt:
                 connection.outbox.send({"alive": True}, may_drop=True)
         if self._stop.first is not None and not self._stopped_at:
             self._stopped_at = now
-            self._printer.say(
-                f"{self._stop.first}: the ranks stop after their step and save a checkpoint; Ctrl-C ends them at once"
-            )
+            self._printer.say(f"{self._stop.first}: the ranks {self._at_stop}; Ctrl-C ends them at once")
             self._signal("stop", signal.SIGTERM)
         if self._stop.at_once and not self._interrupted_at:
             self._interrupted_at = now

@@ -33,6 +33,9 @@ def launch_once(run: LaunchedRun, hosts: Sequence[Host], command: str) -> int:
                 return INTERRUPTED
             if failure is None:
                 return FINISHED
+            if stop.first is not None and failure.is_of_outside:
+                printer.say(f"stopped by {stop.first} before its end; nothing was written")
+                return STOPPED
             # A rank that a signal or a lost host has ended has no status of its own.
             return FAILED if failure.status is None or failure.status < 0 else failure.status
     finally:

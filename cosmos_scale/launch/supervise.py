@@ -44,7 +44,7 @@ class LaunchedRun:
     """The run to launch, and how. link_limit, stop_limit: see Job.
 
     program: the module that each rank runs. options: what its command line has behind file and keys. logs: the folder
-    of the ranks' output; by default `logs` in the run's folder.
+    of the ranks' output; by default `logs` in the run's folder. at_stop: what its ranks do when they are asked to stop.
     restarts: how many at most until a further checkpoint is written. back_off: seconds before a restart, twice as many
     before each one that follows without a further step.
     least_ranks: fewer ranks than that are not started.
@@ -56,6 +56,7 @@ class LaunchedRun:
     program: str = "cosmos_scale.train"
     options: tuple[str, ...] = ()
     logs: Path | None = None
+    at_stop: str = "stop after their step and save a checkpoint"
     restarts: int = 3
     back_off: float = 5.0
     least_ranks: int = 1
@@ -285,7 +286,7 @@ def one_attempt(
         f"{meeting.address}:{meeting.port}{'; ' if interfaces else ''}{' '.join(interfaces)}; output in {logs}"
     )
     title = f"--- {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, start {number}: {shlex.join(command)}"
-    return Attempt(job, places, title, printer, stop).run()
+    return Attempt(job, places, title, run.at_stop, printer, stop).run()
 
 
 def _way(failure: RankFailure) -> str:

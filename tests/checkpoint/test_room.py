@@ -1,12 +1,15 @@
 """A disk too full for one more checkpoint: old ones go before the new one is written, the newest one never."""
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cosmos_scale.checkpoint import room
+from cosmos_scale.checkpoint import room, writer
 from cosmos_scale.checkpoint.room import delete_checkpoint, make_room, prunable, superfluous
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoint_name, checkpoints, step_of
 from cosmos_scale.checkpoint.unfinished import SavingLock, remove_unfinished
@@ -107,3 +110,14 @@ def test_links_in_the_place_of_checkpoints_go_and_their_targets_stay(tmp_path: P
     lock.release()
     assert list(root.iterdir()) == []
     assert (target / MANIFEST).is_file()
+
+
+@pytest.mark.parametrize(("files", "free", "none_left"), [(40, 0, True), (40, 3, False), (0, 0, False)])
+def test_a_disk_without_room_for_a_further_file_is_told_from_one_without_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, free: int, none_left: bool
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_files=files, f_favail=free))
+    assert room.no_file_is_left(tmp_path) == none_left
+    failure = OSError(errno.ENOSPC, "No space left on device")
+    assert ("no inode is left" in writer._reason(failure, tmp_path)) == none_left
+    assert writer._reason(OSError(errno.EIO, "I/O error"), tmp_path) == "I/O error"
