@@ -7,9 +7,11 @@ behind. It needs no network.
 
 if __name__ == "__main__":  # before the imports, which take seconds
     from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
+    from cosmos_scale.openmp import drop_wrong_threads
 
     tell_interrupts("demo")
     refuse_to_import("demo")
+    drop_wrong_threads("demo")
 
 import json
 import os

@@ -4,14 +4,20 @@ The steps are the trainer's own, with its loader and lookahead, from freshly dra
 profile's folder: no checkpoint, no metrics, and no lock on the run's folder.
 """
 
-if __name__ == "__main__":  # before the imports, which take seconds
-    import os
+# Before the imports below: they take seconds, and the command sets variables that torch reads when it is imported.
+if __name__ == "__main__":
+    import sys
+    from functools import partial
 
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of memory that the profiler has not seen taken
     from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
 
     tell_interrupts("cosmos-scale profile")
     refuse_to_import("cosmos-scale profile")
+
+    from cosmos_scale.cli.leave import leave_after
+    from cosmos_scale.cli.main import main
+
+    leave_after(partial(main, ["profile", *sys.argv[1:]]))
 
 import gzip
 import math
@@ -260,13 +266,3 @@ def _say_nothing(text: str) -> None:
 
 def _never() -> bool:
     return False
-
-
-if __name__ == "__main__":
-    import sys
-    from functools import partial
-
-    from cosmos_scale.cli.leave import leave_after
-    from cosmos_scale.cli.main import main
-
-    leave_after(partial(main, ["profile", *sys.argv[1:]]))

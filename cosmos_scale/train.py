@@ -1,10 +1,19 @@
 """Training: build everything, loop, done. `cosmos-scale train`, or `deepspeed --module cosmos_scale.train`."""
 
-if __name__ == "__main__":  # before the imports, which take seconds
+# Before the imports below: they take seconds, and the command sets variables that torch reads when it is imported.
+if __name__ == "__main__":
+    import sys
+    from functools import partial
+
     from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
 
     tell_interrupts("cosmos-scale train")
     refuse_to_import("cosmos-scale train")
+
+    from cosmos_scale.cli.leave import leave_after
+    from cosmos_scale.cli.main import main
+
+    leave_after(partial(main, ["train", *sys.argv[1:]]))
 
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks
@@ -69,13 +78,3 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
         if run.first_step < step == last_step:
             with watchdog.longer(f"the evaluation of step {step}") as goes_on:
                 run.opened.evaluations.run_all(step, student, teacher, progress, goes_on)
-
-
-if __name__ == "__main__":
-    import sys
-    from functools import partial
-
-    from cosmos_scale.cli.leave import leave_after
-    from cosmos_scale.cli.main import main
-
-    leave_after(partial(main, ["train", *sys.argv[1:]]))

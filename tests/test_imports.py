@@ -23,6 +23,7 @@ FOUNDATION = {
     "host",
     "interfaces",
     "interrupt",
+    "openmp",
     "phases",
     "set_names",
     "versions",
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "host": set(),
     "interfaces": set(),
     "interrupt": {"exit_status"},
+    "openmp": set(),
     "phases": set(),
     "set_names": set(),
     "versions": {"__init__"},
@@ -129,11 +131,12 @@ def own_sources() -> list[Path]:
 def imported(path: Path, *, at_import_only: bool = False) -> Iterator[str]:
     """Yield the dotted names that a file imports, those of `from a import b` as a.b.
 
-    A last `if __name__ == "__main__":` does not count: there a module only hands its command line on.
+    A first or last `if __name__ == "__main__":` does not count: there a module only hands its command line on.
     """
     body = ast.parse(path.read_text(encoding="utf-8")).body
-    if body and isinstance(body[-1], ast.If) and ast.unparse(body[-1].test) == "__name__ == '__main__'":
-        del body[-1]
+    ends = [statement for statement in (body[1:2] + body[-1:]) if isinstance(statement, ast.If)]
+    handing_on = [statement for statement in ends if ast.unparse(statement.test) == "__name__ == '__main__'"]
+    body = [statement for statement in body if statement not in handing_on]
     nodes = body if at_import_only else (node for statement in body for node in ast.walk(statement))
     for node in nodes:
         if isinstance(node, ast.Import):

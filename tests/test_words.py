@@ -15,6 +15,8 @@ NOUNS = (
     *("GPUs", "loaders", "tensors", "folders", "seconds", "minutes", "texts", "events", "sources", "nodes", "tries"),
     "threads",
 )
+# A verb that fits the plural alone, up to four words behind a noun with its number.
+VERB = re.compile(r"( [a-zA-Z]+){0,4} (are|were|have|hold|need|exceed|differ|lack)\b")
 NEXT = re.compile(rf" ({'|'.join(NOUNS)})\b(?!/)")
 # Numbers that are never 1, by the source of the expression.
 NEVER_ONE = {
@@ -42,6 +44,23 @@ def uncounted(source: str) -> Iterator[str]:
                 or spoken in NEVER_ONE
             ):
                 yield f"{node.lineno}: {{{spoken}}}{told}"
+
+
+def plural_verbs(source: str) -> Iterator[str]:
+    """Places where a verb of the plural stands behind counted(), whose number may be 1."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            for value, text in zip(node.values, node.values[1:], strict=False):
+                counts = isinstance(value, ast.FormattedValue) and ast.unparse(value.value).startswith("counted(")
+                if counts and isinstance(text, ast.Constant) and VERB.match(str(text.value)):
+                    yield f"{node.lineno}: {ast.unparse(node)}"
+
+
+def test_a_number_that_may_be_1_has_no_verb_of_the_plural() -> None:
+    planted = "f\"{counted(n, 'rank')} need {m}; {counted(n, 'rank')} on CPUs are; {counted(n, 'rank needs')} a\""
+    assert len(list(plural_verbs(planted))) == 2
+    for path in sorted((REPOSITORY / "cosmos_scale").rglob("*.py")):
+        assert not list(plural_verbs(path.read_text(encoding="utf-8"))), path
 
 
 @pytest.mark.parametrize("planted", ['f"{n} samples"', 'f"x {len(a):,} shards are"'])

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cosmos_scale.checkpoint.interchange.names import Shape, is_of_heads, tensor_shapes
-from cosmos_scale.checkpoint.interchange.reading import find_model, first_model, is_public, open_public
+from cosmos_scale.checkpoint.interchange.reading import first_model, is_public, of_newest, open_public
 from cosmos_scale.checkpoint.interchange.resize import can_resize, resize_tables, resizing
 from cosmos_scale.checkpoint.interchange.sizes import UNTOLD
 from cosmos_scale.checkpoint.interchange.weights import Which, read_stored, shape_of
@@ -55,7 +55,7 @@ class _Ours:
     digests = "manifests"
 
     def __init__(self, path: Path) -> None:
-        self.path = find_model(path)
+        self.path = path
         manifest = read_manifest(self.path)
         check_files(self.path, manifest)
         self.kind = f"checkpoint of step {manifest.state.step:,}"
@@ -189,12 +189,15 @@ class InitialWeights:
 def open_initial(config: RunConfig) -> InitialWeights:
     """Look for the weights that `init_from` names, and whether they fit the model; no number is read.
 
-    Raises UserError, with the name of the key, where there are none or they do not fit.
+    Of a run that deletes its newest checkpoint meanwhile the next one is taken. Raises UserError, with the name of the
+    key, where there are none or they do not fit.
     """
     assert config.init_from is not None
     with _named():
-        ours_or_public = _Public if is_public(config.init_from) else _Ours
-        return InitialWeights(ours_or_public(config.init_from), config)
+        if is_public(config.init_from):
+            return InitialWeights(_Public(config.init_from), config)
+        # `describe` names the checkpoint, so nothing is said of another one that is gone.
+        return of_newest(config.init_from, lambda found: InitialWeights(_Ours(found), config), lambda line: None)
 
 
 def _agreed(source: _Source, model: ModelConfig, key: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
+from cosmos_scale.checkpoint.interchange.reading import of_newest
 from cosmos_scale.checkpoint.state import (
     RunState,
     check_files,
@@ -86,8 +87,7 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
     if config.resume == "auto":
         folder, broken = _newest_whole(root, broken)
     else:
-        folder = find_checkpoint(Path(config.resume))
-        check_files(folder, read_manifest(folder))
+        folder = of_newest(Path(config.resume), _whole, lambda line: None, find_checkpoint)
     if folder is None:
         return Start(None, None, broken)
     try:
@@ -125,6 +125,12 @@ def _other_weights(written: RunConfig, config: RunConfig) -> Path | None:
     if now is None or (then is not None and now.absolute() == then.absolute()):
         return None
     return now
+
+
+def _whole(folder: Path) -> Path:
+    """Return a checkpoint once its files are as they were written; raises BrokenCheckpoint."""
+    check_files(folder, read_manifest(folder))
+    return folder
 
 
 def _on_longer_schedules(changed: Sequence[Difference]) -> str:

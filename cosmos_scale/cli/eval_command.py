@@ -104,8 +104,10 @@ def on_ranks(device: str, evaluate: Callable[["Ranks | None"], int]) -> int:
 
     evaluate: is given the ranks, None for this process alone; prints on rank 0 alone, and returns an exit status.
     """
+    from cosmos_scale.engine.messages import limit_messages
     from cosmos_scale.engine.rank_variables import WrongRankVariable, adopt_rank_variables, read_rank_variables
 
+    limit_messages("error")  # before torch is imported
     adopt_rank_variables()
     place = read_rank_variables()
     if place is None or place.world_size == 1:

@@ -23,6 +23,7 @@ from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
 from cosmos_scale.interrupt import DELETED_FOLDER, little_address_space
+from cosmos_scale.openmp import drop_wrong_threads
 
 EXAMPLES = """\
 examples:
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not parsed:
         return status
     (arguments,) = parsed
+    drop_wrong_threads(f"cosmos-scale {arguments.command}")
     if arguments.command != "configs" and (few := little_address_space()):
         _tell(f"cosmos-scale {arguments.command}: {few}")
         return REFUSED

@@ -81,7 +81,7 @@ def check_room() -> None:
     size, free = system.f_blocks * system.f_frsize, system.f_bavail * system.f_frsize
     ranks, mib = int(os.environ["LOCAL_SIZE"]), 2**20
     if 0 < size < ranks * _BYTES:  # 0: no limit
-        needed = f"{counted(ranks, 'rank')} on CPUs need {ranks * _BYTES / mib:.0f}"
+        needed = f"{counted(ranks, 'rank on CPUs needs', 'ranks on CPUs need')} {ranks * _BYTES / mib:.0f}"
         raise UserError(
             f"{_FOLDER}: has {size / mib:.0f} MiB, but {needed}; "
             "rule: enlarge it (docker run --shm-size), or start fewer ranks"

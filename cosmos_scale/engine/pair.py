@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
-from cosmos_scale.checkpoint.initial import open_initial
+from cosmos_scale.checkpoint.initial import InitialWeights, open_initial
 from cosmos_scale.checkpoint.state import RunState, load_checkpoint
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
@@ -69,8 +69,10 @@ def drawn_pair(config: RunConfig, ranks: Ranks, *, teacher_seed: int | None = No
     return pair_of_models(config, ranks, student, teacher)
 
 
-def initial_pair(config: RunConfig, ranks: Ranks) -> tuple[Pair, str]:
+def initial_pair(config: RunConfig, ranks: Ranks, initial: InitialWeights | None = None) -> tuple[Pair, str]:
     """Start from the weights that `init_from` names; the moments are zero. Collective.
+
+    initial: those weights, where they have been looked for: a run that goes on may have newer ones by now.
 
     Heads that are not taken from there are drawn from the run's seed, the same for student and teacher: those that a
     run without init_from would draw. Returns the pair, and on one line where its weights came from and what was done to
@@ -78,7 +80,7 @@ def initial_pair(config: RunConfig, ranks: Ranks) -> tuple[Pair, str]:
     """
     student, teacher, origin, error = CosmosModel(config.model), CosmosModel(config.model), "", None
     try:
-        initial = open_initial(config)
+        initial = initial or open_initial(config)
         if not initial.has_heads:
             student.init_weights(torch.Generator().manual_seed(config.seed))
         student.load_state_dict(student.state_dict() | initial.read("student"))

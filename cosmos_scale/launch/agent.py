@@ -85,6 +85,10 @@ class RankProcess:
             self.last_error = next((line for line in reversed(lines) if line.strip()), self.last_error)
         return lines
 
+    def note(self, line: str) -> None:
+        """Write a line to the rank's file alone."""
+        self._logs.put(self._log, [line])
+
     def end(self) -> int | None:
         """Return the exit status, a signal's number below 0, once the process has ended; what it started ends too."""
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -117,10 +121,12 @@ class Agent:
         self._every = BEAT
         self._stop_limit: float | None = None
         self._alone = False  # the launcher is gone
+        self._signal: int | None = None  # that this agent itself got
         self._kill_at: float | None = None
 
     def run(self) -> None:
         """Serve one launcher until all ranks have ended."""
+        self._reports.send({"ready": True})
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -145,7 +151,7 @@ class Agent:
 
     def _note(self, number: int, frame: Any) -> None:
         if number != signal.SIGCHLD:
-            self._lose_launcher()
+            self._signal = number
 
     def _wait(self) -> None:
         """Wait until something comes, a process ends, or a second has passed."""
@@ -227,20 +233,29 @@ class Agent:
             self._beat = now
             self._reports.send({"alive": True}, may_drop=True)
         silent = self._link_limit is not None and now - self._heard > self._link_limit
-        if self._orders.closed or silent:
-            self._lose_launcher()
+        if self._signal is not None:
+            self._lose_launcher(f"its agent got {signal.Signals(self._signal).name}")
+        elif self._orders.closed:
+            self._lose_launcher("the launch has ended, or the connection to it")
+        elif silent:
+            self._lose_launcher(
+                f"nothing came from the launch for {self._link_limit:g} s: it was stopped, or the network was cut"
+            )
         if self._kill_at is not None and now > self._kill_at:
             self._kill_at = None
             for rank in self._ranks.values():
                 rank.signal(signal.SIGKILL)
 
-    def _lose_launcher(self) -> None:
-        """Ask the ranks to stop with a checkpoint: nobody supervises them any more."""
+    def _lose_launcher(self, why: str) -> None:
+        """Ask the ranks to stop with a checkpoint, since nobody supervises them any more; their files say why."""
         if self._alone:
             return
         self._alone = True
+        said = f"{why}; its ranks stop after their step and save a checkpoint"
         for rank in self._ranks.values():
+            rank.note(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}, the agent of this host: {said}")
             rank.signal(signal.SIGTERM)
+        self._reports.send({"alone": said})
         if self._stop_limit is not None:
             self._kill_by(self._stop_limit)
 

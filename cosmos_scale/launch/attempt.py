@@ -101,6 +101,7 @@ class Attempt:
         self._failures: list[RankFailure] = []
         self._follow_ups: list[tuple[str, int, str, str]] = []  # arguments of Printer.rank_line
         self._failed_at = self._stopped_at = self._interrupted_at = 0.0  # 0: not yet
+        self._is_alone_said = False
         self._sent: set[str] = set()  # the reasons for which the ranks were signalled
         self._beat, self._every = time.monotonic(), min(BEAT, job.link_limit / 4)
         self._open = [Connection(place.host, AGENT, job.folder) for place in places]
@@ -167,6 +168,8 @@ class Attempt:
                 self._print(message["line"], message["of"], name, message["kind"])
             elif "ended" in message:
                 self._end(name, message["ended"], message["status"], message["last"])
+            elif "alone" in message:
+                self._say_alone(name, message["alone"])
             elif "done" in message:
                 self._leave(connection)
                 return
@@ -174,6 +177,14 @@ class Attempt:
             self._lose(connection, connection.reason())
         elif not connection.host.is_here and time.monotonic() - connection.heard > self._job.link_limit:
             self._lose(connection, f"no answer for {self._job.link_limit:g} s")
+        elif obstacle := connection.obstacle:
+            self._lose(connection, obstacle)
+
+    def _say_alone(self, host: str, why: str) -> None:
+        """Say, once, why a host's agent has asked its ranks to stop by itself; other hosts' agents do the same then."""
+        if not self._is_alone_said:
+            self._is_alone_said = True
+            self._printer.say(f"host {host}: {why}")
 
     def _print(self, line: str, rank: int, host: str, kind: str) -> None:
         """Print a rank's line; one that tells of another rank's end waits until it is known what came first."""

@@ -16,6 +16,8 @@ from cosmos_scale.launch.wire import Inbox, Message, Outbox
 # No question that nobody answers, and no line of ssh's own. The launcher itself tells a connection that is silent.
 _SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR")
 
+START_SECONDS = 60.0  # for a program's start on another host, before anything that takes long is imported
+
 # Variables that say who and where a process is; a process on another host has its own.
 _OF_THE_HOST = {
     "DISPLAY",
@@ -76,9 +78,10 @@ class Connection:
         process = self._process
         assert process.stdin and process.stdout and process.stderr  # noqa: PT018 (one fact: all are pipes)
         self._pipes = process.stdin, process.stdout, process.stderr
-        self.outbox = Outbox(process.stdin.fileno())
+        # Until the program is there: a .bashrc that reads standard input would take the messages.
+        self.outbox = Outbox(process.stdin.fileno(), is_held=True)
         self.inbox, self.errors = Inbox(process.stdout.fileno()), Inbox(process.stderr.fileno())
-        self.heard = time.monotonic()
+        self.heard = self._opened = time.monotonic()
         self._said: deque[str] = deque(maxlen=20)
 
     def receive(self) -> tuple[list[Message], list[str]]:
@@ -86,9 +89,21 @@ class Connection:
         messages, others = self.inbox.messages()
         others += self.errors.lines()
         self._said.extend(line for line in others if line.strip())
-        if messages:
+        if messages:  # the first one says that the program is there
             self.heard = time.monotonic()
+            self.outbox.is_held = False
+            self.outbox.flush()
         return messages, others
+
+    @property
+    def obstacle(self) -> str | None:
+        """Return what keeps the program from its start on another host; None: it has started, or it may still."""
+        if not self.outbox.is_held or self.host.is_here or time.monotonic() - self._opened < START_SECONDS:
+            return None
+        return (
+            f"no program has started there within {START_SECONDS:g} s, perhaps since a login script, such as .bashrc, "
+            "reads standard input"
+        )
 
     @property
     def has_ended(self) -> bool:

@@ -38,6 +38,7 @@ class Looker:
 
     def run(self) -> None:
         """Answer until the launcher hangs up."""
+        self._answers.send({"ready": True})
         try:
             while not self._orders.closed:
                 for message in self._orders.messages()[0]:

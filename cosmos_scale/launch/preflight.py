@@ -209,7 +209,8 @@ class Preflight:
             if free < needed:
                 self._refuse(
                     "/dev/shm",
-                    f"{host.name} has {free >> 20} MiB left, {counted(host.slots, 'rank')} need {needed >> 20}; rule: "
+                    f"{host.name} has {free >> 20} MiB left, {counted(host.slots, 'rank needs', 'ranks need')} "
+                    f"{needed >> 20}; rule: "
                     "enlarge it (docker run --shm-size, mount -o remount,size=), or delete what ended launches left",
                 )
         if len(self.rows) == refused:
@@ -321,6 +322,9 @@ class Preflight:
                     del waiting[name]
                 elif connection.has_ended:
                     self.gone[name] = connection.reason()
+                    del waiting[name]
+                elif obstacle := connection.obstacle:
+                    self.gone[name] = obstacle
                     del waiting[name]
             time.sleep(0.01)
         for name in waiting:

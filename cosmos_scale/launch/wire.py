@@ -68,18 +68,22 @@ class Inbox:
 
 
 class Outbox:
-    """The writing end of a pipe: messages wait here until the other side takes them."""
+    """The writing end of a pipe: messages wait here until the other side takes them.
 
-    def __init__(self, descriptor: int) -> None:
+    is_held: whether they wait even so. A login shell, which comes before the program, might read them.
+    """
+
+    def __init__(self, descriptor: int, *, is_held: bool = False) -> None:
         self.descriptor = descriptor
+        self.is_held = is_held
         self.closed = False
         self._waiting = bytearray()
         os.set_blocking(descriptor, False)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a message waits."""
-        return bool(self._waiting) and not self.closed
+        """Whether a message waits that may be written."""
+        return bool(self._waiting) and not self.closed and not self.is_held
 
     def send(self, message: Message, *, may_drop: bool = False) -> bool:
         """Send a message, or keep it until it can be sent; returns whether it is not dropped.
@@ -94,7 +98,7 @@ class Outbox:
 
     def flush(self) -> None:
         """Write what waits, as far as the other side takes it now."""
-        while self._waiting and not self.closed:
+        while self.is_waiting:
             try:
                 del self._waiting[: os.write(self.descriptor, self._waiting)]
             except BlockingIOError:

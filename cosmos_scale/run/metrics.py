@@ -60,7 +60,7 @@ class MetricLog:
             lines = counted(cut.lines, "line")
             self._announcements.append(f"{METRICS_FILE}: dropped {lines} of steps after {first_step}, taken anew now")
         if copy is not None:
-            lines = "1 line that is no record" if cut.foreign == 1 else f"{cut.foreign} lines that are no records"
+            lines = counted(cut.foreign, "line that is no record", "lines that are no records")
             self._announcements.append(f"{METRICS_FILE}: took out {lines}; the file of before is kept as {copy.name}")
         self._trackers = [KeptRecords(tracker, self.say) for tracker in trackers]
         console = make_console()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint
-from cosmos_scale.checkpoint.initial import InitialWeights
+from cosmos_scale.checkpoint.initial import InitialWeights, open_initial
 from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
@@ -93,6 +93,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         error = failure
     raise_together(ranks, error)
     assert opened is not None
+    opened = replace(opened, initial=main_ranks_weights(config, opened.initial, ranks))
     _require_one_run(config, opened, ranks)
     _prepare_folder(config, opened, ranks)
     return opened
@@ -162,7 +163,7 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
     """
     start = opened.found_start
     if start.checkpoint is None and config.init_from is not None:
-        pair, origin = initial_pair(config, ranks)
+        pair, origin = initial_pair(config, ranks, opened.initial)
         return Built(pair, start, origin, [])
     pair = drawn_pair(config, ranks)
     while start.checkpoint is not None:
@@ -227,6 +228,25 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
         for name in galleries[0]:
             problem = f"eval.{name}: ranks see different galleries"
             _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], SAME_GALLERY)
+
+
+def main_ranks_weights(config: RunConfig, initial: InitialWeights | None, ranks: Ranks) -> InitialWeights | None:
+    """Return the weights of the checkpoint that rank 0 has found in the run that `init_from` names; collective.
+
+    Of a run that goes on, ranks may find different ones. initial: found by this rank.
+    """
+    if config.init_from is None:
+        return initial
+    named = config.init_from
+    choice = from_all(None if initial is None else initial.path.relative_to(named), ranks)[0]
+    error = None
+    if initial is not None and choice is not None and named / choice != initial.path:
+        try:
+            initial = open_initial(config.model_copy(update={"init_from": named / choice}))
+        except UserError as failure:
+            error = failure
+    raise_together(ranks, error)
+    return initial
 
 
 def _check_same_weights(config: RunConfig, initial: InitialWeights | None, ranks: Ranks) -> None:

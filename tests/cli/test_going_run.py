@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 import cosmos_scale
 from cosmos_scale.checkpoint.files import GoneCheckpoint
+from cosmos_scale.checkpoint.initial import open_initial
 from cosmos_scale.checkpoint.interchange.reading import of_newest
-from cosmos_scale.checkpoint.state import MOST_TRIES, FragmentReader, checkpoint_name, newest
+from cosmos_scale.checkpoint.resume import find_start
+from cosmos_scale.checkpoint.state import MOST_TRIES, FragmentReader, Manifest, checkpoint_name, newest, read_manifest
 from cosmos_scale.cli import main as cli
 from cosmos_scale.cli.eval_command import of_one_checkpoint
 from cosmos_scale.config import RetrievalConfig
@@ -21,20 +23,22 @@ from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.evaluation.evaluator import Encoder, no_report
 from cosmos_scale.report import run_pictures
 from cosmos_scale.report.records import RunRecords, SavedCheckpoint
+from cosmos_scale.run.start import main_ranks_weights
 from cosmos_scale.testing.ranks import run_ranks
 from tests.checkpoint.edit import content_of, rewrite
 from tests.evaluation.labelled import ANIMALS, tiny_run, write_folders
 from tests.inference.conftest import write_checkpoint
 
 
-def go_on(run: Path, step: int) -> None:
-    """Save the checkpoint of the next step, and delete that of this one."""
+def go_on(run: Path, step: int, *, keep: bool = False) -> None:
+    """Save the checkpoint of the next step, and delete that of this one, or keep it."""
     old, new = (run / "checkpoints" / checkpoint_name(number) for number in (step, step + 1))
     shutil.copytree(old, new)
     content = content_of(new)
     content["state"]["step"] = step + 1
     rewrite(new, content)
-    shutil.rmtree(old)
+    if not keep:
+        shutil.rmtree(old)
 
 
 @pytest.fixture
@@ -164,6 +168,51 @@ def taken(rank: int, world_size: int, run: Path) -> tuple[str, str]:
 def test_all_ranks_take_the_next_one_where_one_rank_came_too_late(run: Path) -> None:
     new = checkpoint_name(4)
     assert run_ranks(taken, 2, run) == [(new, f"{new} of rank {rank}") for rank in range(2)]
+
+
+def went_before_it_was_read(run: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Let the run go on to step 4 as soon as a module is to read the manifest of step 3."""
+
+    def read(folder: Path) -> Manifest:
+        if folder.name == checkpoint_name(3):
+            go_on(run, 3)
+        return read_manifest(folder)
+
+    monkeypatch.setattr(f"cosmos_scale.checkpoint.{module}.read_manifest", read)
+
+
+def test_a_new_run_starts_from_the_next_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    went_before_it_was_read(run, monkeypatch, "initial")
+    config = tiny_run().model_copy(update={"init_from": run})
+    assert open_initial(config).path == run / "checkpoints" / checkpoint_name(4)
+
+
+def test_a_resumed_run_goes_on_from_the_next_one(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    went_before_it_was_read(run, monkeypatch, "resume")
+    config = tiny_run().model_copy(update={"resume": str(run)})
+    start = find_start(config, tmp_path / "other" / "checkpoints", None)
+    assert start.checkpoint == run / "checkpoints" / checkpoint_name(4)
+
+
+def started_from(rank: int, world_size: int, run: Path) -> str:
+    """The checkpoint that a new run starts from where its source goes on once rank 0 has looked."""
+    assert dist.group.WORLD is not None
+    ranks = Ranks(rank, world_size, torch.device("cpu"), dist.group.WORLD, Contact(rank, {}))
+    config = tiny_run().model_copy(update={"init_from": run})
+    if rank == 1:
+        dist.barrier()
+        go_on(run, 3, keep=True)
+    initial = open_initial(config)
+    if rank == 0:
+        dist.barrier()
+    weights = main_ranks_weights(config, initial, ranks)
+    assert weights is not None
+    return f"{initial.path.name} {weights.path.name}"
+
+
+def test_all_ranks_start_from_the_checkpoint_that_rank_0_has_found(run: Path) -> None:
+    old, new = checkpoint_name(3), checkpoint_name(4)
+    assert run_ranks(started_from, 2, run) == [f"{old} {old}", f"{new} {old}"]
 
 
 def test_nothing_is_said_where_nothing_went(run: Path) -> None:

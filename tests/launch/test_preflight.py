@@ -62,6 +62,23 @@ def test_a_login_file_that_ends_the_shell_is_named(tmp_path: Path, monkeypatch: 
     connection.hang_up()
 
 
+def test_a_login_script_that_waits_for_standard_input_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\ncat > taken\n")
+    ssh.chmod(0o755)
+    (tmp_path / "run.yaml").write_text(f"name: run\noutput: {tmp_path}\ntrain: {{global_batch: 8}}\n")
+    (tmp_path / "hosts").write_text("b slots=8\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("cosmos_scale.launch.connection.START_SECONDS", 0.5)
+    assert main(["launch", "--check", "--hostfile", "hosts", "run.yaml"]) == REFUSED
+    said = "hosts: b does not answer: no program has started there within 0.5 s, perhaps since a login script, such as"
+    assert said in capfd.readouterr().err
+    assert (tmp_path / "taken").read_text() == ""  # a script that reads for some seconds takes no message
+
+
 @pytest.mark.parametrize(
     ("changes", "row", "said"),
     [

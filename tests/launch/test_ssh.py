@@ -145,6 +145,36 @@ def test_a_host_that_falls_silent_is_lost_and_ends_its_own_ranks(tmp_path: Path)
     assert not any(map(lives, pids))
 
 
+@pytest.mark.usefixtures("on_path")
+def test_a_launch_that_was_stopped_says_why_its_ranks_have_stopped(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", "*:wait", hosts=HOSTS, link_limit=2.0) as running:
+        pids = [running.pid_of(rank) for rank in range(2)]
+        running.signal(signal.SIGSTOP)
+        running.wait_for("saved-0", "saved-1")
+        running.wait_until(lambda: not any(map(lives, pids)), "the ranks' end")
+        running.signal(signal.SIGCONT)
+        ended = running.end().require(STOPPED)
+    why = (
+        "nothing came from the launch for 2 s: it was stopped, or the network was cut; its ranks stop after their step"
+    )
+    assert ended.errors.count(why) == 1  # not per host
+    for file in ("worker-a-0.log", "worker-b-1.log"):
+        assert (tmp_path / "run" / "logs" / file).read_text().count(f", the agent of this host: {why}") == 1
+
+
+def test_a_login_script_that_reads_standard_input_gets_no_message(tmp_path: Path) -> None:
+    with two_hosts(tmp_path / "hosts-of-test", "timeout 1 cat > /dev/null") as programs:
+        path = f"{programs}:{os.environ['PATH']}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", path)
+            with launched(tmp_path / "run", "*:say~here", "*:wait", hosts=HOSTS) as running:
+                for rank in range(2):
+                    running.pid_of(rank)
+                running.signal(signal.SIGUSR1)
+                running.end().require(STOPPED)
+    assert (tmp_path / "run" / "logs" / "worker-b-1.log").read_text().splitlines()[1:] == ["here"]
+
+
 def children_of(pid: int) -> list[int]:
     return [
         int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()

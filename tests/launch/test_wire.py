@@ -42,6 +42,18 @@ def test_messages_wait_for_a_slow_reader_and_only_output_is_dropped() -> None:
     os.close(writes)
 
 
+def test_messages_are_held_until_the_program_is_there() -> None:
+    reads, writes = os.pipe()
+    inbox, outbox = Inbox(reads), Outbox(writes, is_held=True)
+    outbox.send({"job": 1})
+    assert (inbox.messages(), outbox.is_waiting) == (([], []), False)
+    outbox.is_held = False
+    outbox.flush()
+    assert inbox.messages() == ([{"job": 1}], [])
+    os.close(reads)
+    os.close(writes)
+
+
 def test_a_line_without_end_is_cut() -> None:
     reads, writes = os.pipe()
     inbox = Inbox(reads, 65536)

@@ -82,8 +82,9 @@ class DamageCount:
         allowed = max(0.0, self._limit - lost_share)
         if damages and self._damaged > allowed * max(self._tried, FEWEST_JUDGED):
             last = damages[-1]
+            are = "is" if self._damaged == 1 else "are"
             raise UserError(
-                f"{self._damaged} of {self._tried} samples are damaged, more than data.max_damaged {self._limit:g} "
+                f"{self._damaged} of {self._tried} samples {are} damaged, more than data.max_damaged {self._limit:g} "
                 + (f"allows beside {lost_share:.2%} in lost shards" if lost_share else "allows")
                 + f"; the last is {last.key} in {last.shard}: {last.reason}"
                 + (f"; all are in {self._log}" if self._log else "")

@@ -30,8 +30,9 @@ class PictureSizes(NamedTuple):
     def describe(self, max_pixels: int) -> str:
         """Say which share is too large."""
         width, height = self.largest
+        exceed = "exceeds" if self.too_large == 1 else "exceed"
         return (
-            f"{self.too_large:,} of {counted(self.looked_at, 'picture')} looked at exceed data.max_pixels "
+            f"{self.too_large:,} of {counted(self.looked_at, 'picture')} looked at {exceed} data.max_pixels "
             f"{max_pixels} (the largest: {width} x {height})"
         )
 

@@ -177,9 +177,10 @@ class Segmentation(Evaluator):
         beyond = [found for found in greatest if found[0] >= classes]
         if 2 * len(beyond) > len(greatest):
             most, mask = max(beyond)
+            hold = "holds" if len(beyond) == 1 else "hold"
             raise UserError(
                 f"{self._config.classes or self._config.dataset}: has {counted(classes, 'class', 'classes')}, 0 to "
-                f"{classes - 1}, but {len(beyond)} of {counted(len(greatest), 'mask')} that were looked at hold "
+                f"{classes - 1}, but {len(beyond)} of {counted(len(greatest), 'mask')} looked at {hold} "
                 f"greater labels, such as {most} in {mask}; rule: a class for each label, in the order of the labels"
             )
 

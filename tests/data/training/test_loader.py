@@ -191,7 +191,7 @@ def test_too_much_damage_stops_with_one_line(tmp_path: Path, workers: int) -> No
     damage(folder, {3})
     log = tmp_path / "damaged.jsonl"
     loader = make(folder, shards_config(folder, workers=workers, max_damaged=0.0), log=log)
-    with pytest.raises(UserError, match=r"^1 of \d+ samples are damaged, more than data\.max_damaged 0") as error:
+    with pytest.raises(UserError, match=r"^1 of \d+ samples is damaged, more than data\.max_damaged 0") as error:
         take(loader, 0, 3)
     assert "000003 in " in str(error.value)
     assert str(log) in str(error.value)

@@ -138,9 +138,7 @@ def test_broken_files_cost_a_picture_each_and_are_named(own_set: OwnSet, capsys:
 
 def test_classes_of_other_masks_are_refused_before_anything_is_measured(own_set: OwnSet) -> None:
     (own_set.folder / "names.txt").write_text("\n".join(LINES[:3]) + "\n")
-    said = (
-        r"names.txt: has 3 classes, 0 to 2, but 5 of 5 masks that were looked at hold greater labels, such as 4 in .*"
-    )
+    said = r"names.txt: has 3 classes, 0 to 2, but 5 of 5 masks looked at hold greater labels, such as 4 in .*"
     with pytest.raises(UserError, match=said + r"masks/4\.png; rule: a class for each label"):
         make_evaluator(own_set.section(), golden_encoder().setting)
 
