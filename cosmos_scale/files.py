@@ -38,7 +38,7 @@ _NO_MEMORY = (
     *(os.strerror(errno.ENOMEM), "can't allocate memory", "not enough memory", "std::bad_alloc"),
     *("failed to map segment", "unable to mmap"),
 )
-_NO_THREAD = ("can't start new thread", "pthread_create")
+_NO_THREAD = ("can't start new thread", "pthread_create", os.strerror(errno.EAGAIN))
 _MORE_PROCESSES = "allow more (ulimit -u), or more memory (ulimit -v)"
 
 TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)

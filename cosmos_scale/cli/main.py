@@ -23,6 +23,7 @@ from cosmos_scale.cli.output import told_output
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
 from cosmos_scale.interrupt import DELETED_FOLDER, little_address_space
+from cosmos_scale.threads import too_few_threads
 
 EXAMPLES = """\
 examples:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not parsed:
         return status
     (arguments,) = parsed
-    if arguments.command != "configs" and (few := little_address_space()):
+    if arguments.command != "configs" and (few := little_address_space() or too_few_threads()):
         _tell(f"cosmos-scale {arguments.command}: {few}")
         return REFUSED
     return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))
