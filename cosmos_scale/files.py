@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cosmos_scale.errors import UserError
 
@@ -39,7 +39,7 @@ _NO_MEMORY = (
     *(os.strerror(errno.ENOMEM), "can't allocate memory", "not enough memory", "std::bad_alloc"),
     *("failed to map segment", "unable to mmap"),
 )
-_NO_THREAD = ("can't start new thread", "pthread_create")
+_NO_THREAD = ("can't start new thread", "pthread_create", os.strerror(errno.EAGAIN))
 _MORE_PROCESSES = "allow more (ulimit -u), or more memory (ulimit -v)"
 
 TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)
@@ -239,6 +239,25 @@ class LineFile:
             if 0 < added < most:
                 os.ftruncate(file, before)
                 self._torn = torn
+
+
+@contextmanager
+def temporary_copy() -> Iterator[IO[bytes]]:
+    """Yield a temporary file for a whole shard; raises UserError where no folder takes it, or has room for it."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"{error.strerror}; rule: TMPDIR names a folder that can be written to") from error
+    try:
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is not None:
+            raise
+        raise UserError(
+            f"{folder}: temporary files cannot be written: {reason_of(error)}; rule: TMPDIR names a "
+            "folder with room for a whole shard"
+        ) from error
 
 
 def make_folder(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What ends a program while it still imports its parts, which takes seconds: one line, and no traceback.
 
-It is Ctrl-C, a current folder that has been deleted, a library that cannot be imported, or a limit on memory that
-leaves no room for torch. Programs import this module before all others, so it imports little itself.
+It is Ctrl-C, a current folder that has been deleted, a library that cannot be imported, or a limit on memory
+or threads that leaves no room for torch. Programs import this module before all others, so it imports little itself.
 """
 
 import os
@@ -12,6 +12,7 @@ from functools import partial
 from types import FrameType, TracebackType
 
 from cosmos_scale.exit_status import INTERRUPTED, REFUSED
+from cosmos_scale.threads import too_few_threads
 
 DELETED_FOLDER = "the current folder is deleted; rule: change to one that is there"
 # Bytes that the libraries map, torch first: 3.5 GiB on a CPU. With less some of them abort the process.
@@ -33,11 +34,11 @@ def tell_interrupts(program: str) -> None:
 
 
 def refuse_to_import(program: str) -> None:
-    """End this process, with one line, where its current folder is deleted, or the limit on memory is too small.
+    """End this process, with one line, where its current folder is deleted, or memory or threads are limited too much.
 
-    MKL or torch, which it loads, would end it without a word on the cause.
+    MKL, OpenBLAS or torch, which it loads, would end it without a word on the cause.
     """
-    refusal = little_address_space()
+    refusal = little_address_space() or too_few_threads()
     try:
         os.getcwd()
     except OSError:

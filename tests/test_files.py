@@ -3,7 +3,9 @@
 import errno
 import logging
 import os
+import re
 import resource
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale import files
+from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import (
     LineFile,
@@ -264,3 +267,17 @@ def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptu
 def test_nouns_have_their_article() -> None:
     nouns = ("int", "list", "object", "uint8", "int64", "NoneType", "OrderedDict", "EagerTensor", "array")
     assert [with_article(noun).split()[0] for noun in nouns] == ["an", "a", "an", "a", "an", "a", "an", "an", "an"]
+
+
+def test_a_temporary_folder_without_room_for_a_shard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(bytes(10_240))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    said = f"{tmp_path}: temporary files cannot be written: File too large; allow more (ulimit -f); rule: TMPDIR names "
+    with files_of_at_most(100), pytest.raises(UserError, match=re.escape(said)):
+        scan_shard(f"pipe:cat {shard}")
+    assert list(tmp_path.iterdir()) == [shard]
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"^No usable temporary directory found in .*; rule: TMPDIR names a folder"):
+        scan_shard(f"pipe:cat {shard}")

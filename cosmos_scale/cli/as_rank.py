@@ -13,6 +13,7 @@ from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
 from cosmos_scale.files import cause_in_the_machine, reason_of
 from cosmos_scale.interrupt import refused_import
+from cosmos_scale.threads import too_few_threads
 
 if TYPE_CHECKING:  # functions import it, so that --help need not wait
     from cosmos_scale.config import RunConfig
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # functions import it, so that --help need not wait
 
 # Of one process. A tiny run opens 40; with fewer, libraries fail with messages that name other causes.
 FEWEST_OPEN_FILES = 64
+# Of one process, beside its main one and those of numpy. A tiny run has 14 with one thread for torch.
+FEWEST_THREADS = 16
 
 
 @dataclass
@@ -135,6 +138,8 @@ def _check_process() -> None:
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= allowed < FEWEST_OPEN_FILES:
         raise UserError(f"open files: {allowed} are allowed; rule: at least {FEWEST_OPEN_FILES} (ulimit -n)")
+    if few := too_few_threads(FEWEST_THREADS):
+        raise UserError(few)
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch makes it when its optimizers are first used
     try:
         if cache:

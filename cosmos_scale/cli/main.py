@@ -24,6 +24,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import CLOSED_PIPE, INTERRUPTED, REFUSED
 from cosmos_scale.interrupt import DELETED_FOLDER, little_address_space
 from cosmos_scale.openmp import drop_wrong_threads
+from cosmos_scale.threads import too_few_threads
 
 EXAMPLES = """\
 examples:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     (arguments,) = parsed
     drop_wrong_threads(f"cosmos-scale {arguments.command}")
-    if arguments.command != "configs" and (few := little_address_space()):
+    if arguments.command != "configs" and (few := little_address_space() or too_few_threads()):
         _tell(f"cosmos-scale {arguments.command}: {few}")
         return REFUSED
     return exit_status(f"cosmos-scale {arguments.command}", partial(arguments.run, arguments))

@@ -26,6 +26,7 @@ from cosmos_scale.console import make_console
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular
 from cosmos_scale.host import shared_memory_obstacle, usable_cores
+from cosmos_scale.threads import can_start_threads
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -75,20 +76,7 @@ def _few_processes(workers: int) -> bool:
 
     Tried with threads, which count as processes do: two of the pool, and for each worker its process and one thread.
     """
-    tried = threading.Event()
-    threads = [threading.Thread(target=tried.wait, daemon=True) for _ in range(2 + 2 * workers)]
-    started = 0
-    try:
-        for thread in threads:
-            thread.start()
-            started += 1
-    except (RuntimeError, MemoryError):
-        return True
-    finally:
-        tried.set()
-        for thread in threads[:started]:
-            thread.join()
-    return False
+    return not can_start_threads(2 + 2 * workers)
 
 
 def _result(future: "Future[Result]") -> Result:

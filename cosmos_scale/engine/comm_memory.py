@@ -27,7 +27,7 @@ def sweep() -> None:
             status = path.stat()
         except OSError:  # another launch sweeps too
             continue
-        if status.st_uid == os.getuid() and time.time() - status.st_mtime > _YOUNG:
+        if status.st_uid == os.getuid() and abs(time.time() - status.st_mtime) > _YOUNG:  # ahead: the clock was set
             left.append((path, status.st_size))
     in_use = _opened() if left else set()
     removed = [(path, size) for path, size in left if in_use is not None and str(path) not in in_use]

@@ -74,6 +74,8 @@ class Connection:
                 start_new_session=True,  # so that Ctrl-C reaches the launcher alone
             )
         except OSError as error:
+            if error.filename is None:  # of the process itself: few processes, memory or files are allowed
+                raise
             raise UserError(f"host {host.name}: {error.filename}: {error.strerror}; rule: ssh is on PATH") from error
         process = self._process
         assert process.stdin and process.stdout and process.stderr  # noqa: PT018 (one fact: all are pipes)

@@ -97,7 +97,9 @@ def _facts(run: RunRecords) -> Iterator[tuple[str, str]]:
             f"{moment(max(ended))}" + (f", {span_in_words(age)} ago" if run.running and age > 0 else ""),
         )
         if begun is not None:
-            yield "wall time", span_in_words(max(ended) - begun)
+            # The clock may have been set while the run went on.
+            recorded = number_of(run.train[-1], "wall_seconds") if run.train else None
+            yield "wall time", span_in_words(max(0.0, max(ended) - begun) if recorded is None else recorded)
     seconds = training_seconds(run)
     if seconds:
         yield "in steps", span_in_words(seconds)

@@ -239,4 +239,5 @@ def _lock_of(folder: Path) -> tuple[bool, bool]:
         status = (folder / LOCK_FILE).stat()
     except OSError:
         return False, False
-    return status.st_size > 0, time.time() - status.st_mtime < DEAD_AFTER
+    # A touch that lies far ahead is of a dead launch: one that lives has touched it again since the clock was set back.
+    return status.st_size > 0, abs(time.time() - status.st_mtime) < DEAD_AFTER

@@ -23,8 +23,10 @@ class Goodput:
         first_step: steps done before this launch. anew: whether it begins another run, to which no record belongs.
         """
         found = [] if anew else _training_records(records)
-        self._started = min(_first_start(found), time.time() - process_seconds())
         self._useful = _useful_seconds(found, first_step)
+        # The clock may have been set back since: then at least what the records tell.
+        between = time.time() - process_seconds() - _first_start(found)
+        self._before = max(between, _recorded_seconds(found), self._useful)
 
     def add(self, seconds: float) -> None:
         """Note seconds of steps that counted."""
@@ -32,7 +34,7 @@ class Goodput:
 
     def numbers(self) -> dict[str, float]:
         """Return the seconds of useful steps, those since the run's first start, and their ratio."""
-        wall = time.time() - self._started
+        wall = self._before + process_seconds()  # not by the clock, which may be set while the run goes on
         return {"useful_seconds": self._useful, "wall_seconds": wall, "goodput": self._useful / wall}
 
 
@@ -54,13 +56,21 @@ def _training_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _first_start(records: list[dict[str, Any]]) -> float:
-    """Return when the run began, in seconds since 1970; for records of older versions, before its first record."""
-    starts = [
-        record["time"] - record.get("wall_seconds", record["step"] * record["step_seconds_max"])
-        for record in records
-        if "wall_seconds" in record or record is records[0]
-    ]
-    return min(starts, default=time.time())
+    """Return when the run began, in seconds since 1970, as the newest record's clock has it; now where it begins.
+
+    For records of older versions: before its first record.
+    """
+    for record in reversed(records):
+        if "wall_seconds" in record:
+            return float(record["time"] - record["wall_seconds"])
+    for record in records:
+        return float(record["time"] - record["step"] * record["step_seconds_max"])
+    return time.time() - process_seconds()
+
+
+def _recorded_seconds(records: list[dict[str, Any]]) -> float:
+    """Return the seconds from the run's first start to its last record, as that record has them; else 0."""
+    return max((float(record.get("wall_seconds", 0.0)) for record in records), default=0.0)
 
 
 def _useful_seconds(records: list[dict[str, Any]], step: int) -> float:

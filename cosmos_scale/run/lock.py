@@ -140,7 +140,7 @@ class RunLock:
         began, first = time.monotonic(), os.stat(self._path).st_mtime
         told = False
         # The last touch may lie ahead, where a host's clock did: then the time of this wait tells.
-        while max(self._server_time() - first, time.monotonic() - began) < self._dead_after:
+        while max(_server_time(self._path.parent) - first, time.monotonic() - began) < self._dead_after:
             if os.stat(self._path).st_mtime != first:
                 return True
             if not told:
@@ -151,13 +151,6 @@ class RunLock:
                 )
             time.sleep(self._every / 10)
         return False
-
-    def _server_time(self) -> float:
-        """Return the time as the clock of the folder's file server has it."""
-        with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".now-") as file:
-            file.write(b"now")
-            file.flush()
-            return os.stat(file.name).st_mtime
 
     def _refuse(self, holder: dict[str, Any]) -> None:
         rule = "rule: one launch of a run at a time, so stop that one, or give this run another name"
@@ -192,6 +185,14 @@ class RunLock:
                 f"{self._path}: gone while the run trains, with all that lay beside it if the folder was deleted or "
                 f"moved; the run goes on in {self._path.parent}"
             )
+
+
+def _server_time(folder: Path) -> float:
+    """Return the time as the clock of a folder's file server has it; raises OSError where nothing can be written."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as file:
+        file.write(b"now")
+        file.flush()
+        return os.stat(file.name).st_mtime
 
 
 def launcher_holds(folder: Path) -> bool:
@@ -252,7 +253,10 @@ def who_holds(folder: Path, file: str = LOCK_FILE) -> str | None:
         return None
     with suppress(OSError), open(path, "rb", opener=regular_only) as opened:
         if holder.get("host") != socket.gethostname():
-            lives = time.time() - os.fstat(opened.fileno()).st_mtime < DEAD_AFTER
+            now = time.time()
+            with suppress(OSError):  # of a folder that is read only: this host's clock may be off the file server's
+                now = _server_time(folder)
+            lives = now - os.fstat(opened.fileno()).st_mtime < DEAD_AFTER
         else:
             try:
                 wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

@@ -1,6 +1,7 @@
 """What is read of the steps, a step late so that the host never waits for the device: metrics, and a bad loss."""
 
 import math
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.evaluation.evaluator import Evaluator, Numbers
 from cosmos_scale.profiling.throughput import RankWork, StepCounter, throughput
-from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE, evaluation_folder
+from cosmos_scale.run.folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, evaluation_folder, prepare_folder
 from cosmos_scale.run.goodput import Goodput
 from cosmos_scale.run.metrics import MetricLog, span
 from cosmos_scale.step import StepOutput
@@ -133,6 +134,7 @@ class Progress:
             except UserError as failure:
                 error = failure
         raise_together(ranks, error)
+        self._keeps_config = ranks.is_main and os.path.lexists(folder / CONFIG_FILE)
         self._stack = ExitStack()
         self._pending: PendingStep | None = None
         self._skipped = self._skipped_before = skipped  # in all launches; up to the last record
@@ -292,6 +294,7 @@ class Progress:
                 **self._goodput.numbers(),
             }
         )
+        self._keep_config()
         beyond = own[slowest] - median_low(own)
         compiled = step - steps > self._first_step  # the first record has the first step's compilation
         if compiled and own[slowest] > SLOW_TIMES * median_low(own) and beyond > SLOW_PART * max(step_times):
@@ -299,6 +302,17 @@ class Progress:
                 f"slow at step {step}: rank {slowest} on host {hosts[slowest]}, data wait {waits[slowest]:.2f} s and "
                 f"forward {forwards[slowest]:.2f} s a step; median of the ranks {median_low(own):.2f} s for both"
             )
+
+    def _keep_config(self) -> None:
+        """Write the run's config anew where it was deleted while the run goes on, and say so."""
+        if not self._keeps_config or os.path.lexists(self._folder / CONFIG_FILE):
+            return
+        try:
+            prepare_folder(self._config, self._folder)
+            self.say(f"{self._folder / CONFIG_FILE}: was deleted, and is written anew")
+        except UserError as failure:
+            self._keeps_config = False  # told once
+            self.say(f"{self._folder / CONFIG_FILE}: was deleted; {failure}")
 
     def _tell_goodput(self) -> None:
         """Say which share of the time since the run's first start went into steps that counted."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -15,30 +16,58 @@ from cosmos_scale.exit_status import INTERRUPTED
 # What launchers, schedulers (Slurm's --signal), limits of the shell and closed terminals send to end a program.
 TERMINATIONS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 HELD = 2.0  # seconds that the main thread gets to end by itself after a second Ctrl-C
+START_HELD = 30.0  # seconds that it gets to hear a signal while the start goes on: a library may hold it for ever
+LOOK = 0.1  # seconds between looks whether it has
 TOGETHER = 1.0  # seconds within which signals are one wish
 TIME_LIMIT: Final = 0  # stands for train.max_minutes among the numbers of signals
+
+# A forked process has the parent's sockets: what is sent to a loader would look like a signal to the parent.
+os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
 
 
 @contextmanager
 def noted_terminations() -> Iterator[list[int]]:
     """Note the numbers of TERMINATIONS in a list, while nothing runs yet that could stop at a step.
 
-    The same signal again, over a second later, ends the process as if nobody noted it: there is nothing to save.
+    The same signal again, over a second later, ends the process as if nobody noted it: there is nothing to save. So
+    does a thread, where the main thread hears neither a signal nor Ctrl-C, since a call of a library holds it.
     """
     noted: list[int] = []
-    first = 0.0
+    first = heard = 0.0
+    left = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal first
+        nonlocal first, heard
+        heard = time.monotonic()
         if noted and time.monotonic() - first > TOGETHER:
             _end_by(number)
         first = first or time.monotonic()
         noted.append(number)
 
+    def end_where_held(arrivals: socket.socket) -> None:
+        with arrivals:
+            while numbers := arrivals.recv(1):
+                number = numbers[0]
+                if number != signal.SIGINT and number not in before:
+                    continue
+                came = time.monotonic()
+                while heard < came and not left.wait(LOOK):
+                    if time.monotonic() - came > START_HELD:
+                        name = signal.Signals(number).name
+                        os.write(2, f"cosmos-scale: {name}: the start hangs in a library, so it is ended\n".encode())
+                        os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
+
     before = {number: signal.signal(number, note) for number in _terminations()}
+    arrivals, arrival = socket.socketpair()
+    arrival.setblocking(False)
+    wakeup = signal.set_wakeup_fd(arrival.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=end_where_held, args=(arrivals,), name="noted terminations", daemon=True).start()
     try:
         yield noted
     finally:
+        left.set()
+        signal.set_wakeup_fd(wakeup)
+        arrival.close()  # which ends the thread
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -31,6 +32,34 @@ def test_few_open_files_for_ranks_are_refused(
     )
     assert cli.main(["train", "cc3m_vitb16", "--dry-run"]) == 2
     assert capsys.readouterr().err.endswith("open files: 40 are allowed; rule: at least 64 (ulimit -n)\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "allowed", "said"),
+    [
+        ("train cc3m_vitb16 --dry-run", 6, "train: threads: 19 more cannot be started; rule: as many must be free for"),
+        ("eval retrieval --checkpoint a --data b", 2, "eval retrieval: threads: 3 more cannot be started; rule: as "),
+        ("eval retrieval --checkpoint a --data b", 3, "eval retrieval: checkpoint "),
+    ],
+)
+def test_threads_that_cannot_be_started_are_refused_before_a_library_waits_for_them(
+    command: str, allowed: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under `ulimit -u`: gloo waits for ever then, and OpenBLAS sends the process an interrupt."""
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def refused(thread: threading.Thread) -> None:
+        if sum(other.is_alive() for other in started) >= allowed:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        started.append(thread)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert cli.main(command.split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"cosmos-scale {said}")
 
 
 def test_a_folder_of_torchs_compiler_that_cannot_be_made_is_one_line(
@@ -70,6 +99,7 @@ def test_a_librarys_error_of_too_few_open_files_is_one_line(direct: bool, capsys
         ),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory; 9,000,000,000 bytes are"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Cannot allocate memory; 9,"),
+        (RuntimeError("Resource temporarily unavailable"), "no thread can be started; allow more (ulimit -u), or "),
         (RuntimeError("can't start new thread"), "no thread can be started; allow more (ulimit -u), or more memory"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no process can be started; allow more (ulimit -u)"),
     ],

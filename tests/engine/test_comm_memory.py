@@ -89,7 +89,8 @@ def test_what_ended_launches_left_is_swept_and_nothing_else(
     for name in (*names, young, other, of_another_user):
         (tmp_path / name).write_bytes(bytes(2**20))
         if name != young:
-            os.utime(tmp_path / name, (time.time() - 60.0,) * 2)
+            # Ahead: the clock was set back since.
+            os.utime(tmp_path / name, (time.time() + (60.0 if name == names[2] else -60.0),) * 2)
     with (tmp_path / names[0]).open("rb"):
         with (tmp_path / names[1]).open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -67,6 +67,35 @@ def test_records_of_older_versions_and_torn_lines_are_read(tmp_path: Path) -> No
     assert numbers == pytest.approx({"useful_seconds": 40.0, "wall_seconds": 90.0, "goodput": 40 / 90})
 
 
+@pytest.mark.parametrize("day", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_while_a_run_goes_on_changes_nothing(
+    day: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goodput = Goodput(tmp_path / "metrics.jsonl", 0, anew=False)
+    goodput.add(4.0)
+    monkeypatch.setattr(time, "time", lambda: NOW + day)
+    assert goodput.numbers() == {"useful_seconds": 4.0, "wall_seconds": 5.0, "goodput": 0.8}
+    # A launch that comes later: its records before the clock was set are those of another clock.
+    path = written(
+        tmp_path,
+        training(8, 70, useful=16.0, wall=30.0),
+        training(12, 60 - day, useful=24.0, wall=40.0),
+    )
+    assert Goodput(path, 12, anew=False).numbers()["wall_seconds"] == pytest.approx(100.0)
+
+
+def test_a_clock_that_was_set_back_between_launches_leaves_what_the_records_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW - 86_400)
+    path = written(tmp_path, training(8, 70, useful=16.0, wall=30.0))
+    assert Goodput(path, 8, anew=False).numbers() == pytest.approx(
+        {"useful_seconds": 16.0, "wall_seconds": 35.0, "goodput": 16 / 35}
+    )
+    path = written(tmp_path, training(10, 70))  # of an older version
+    assert Goodput(path, 10, anew=False).numbers()["goodput"] == pytest.approx(20 / 25)
+
+
 def test_a_process_knows_how_long_it_has_run() -> None:
     before = process_seconds()
     time.sleep(0.05)

@@ -19,6 +19,7 @@ from cosmos_scale.engine import ranks as collectives
 from cosmos_scale.engine.ranks import Ranks, start_ranks
 from cosmos_scale.exit_status import REFUSED
 from cosmos_scale.model.tokenizer import Tokenizer
+from cosmos_scale.run.folder import CONFIG_FILE, prepare_folder
 from cosmos_scale.run.metrics import console_line
 from cosmos_scale.run.progress import Progress
 from cosmos_scale.testing.ranks import run_ranks
@@ -158,6 +159,8 @@ def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
         return from_all(value, ranks)
 
     waits = ((0.1, 0.3, 1.0, 1.0), (0.5, 0.1, 0.0, 0.0))[rank]
+    if ranks.is_main:
+        prepare_folder(config, folder)
     steps = {"first_step": 0, "last_step": 4, "steps_per_epoch": 2, "skipped": 0}
     progress = Progress(config, ranks, folder, **steps, finish_saving=lambda: None)
     with pytest.MonkeyPatch.context() as patch, progress:
@@ -165,6 +168,8 @@ def follow_two_ranks(rank: int, world_size: int, folder: Path) -> int:
         for step, wait in enumerate(waits, start=1):
             output, share = tiny.step(step), tiny_batch(step).split(world_size)[rank]
             progress.after_step(step, output, share, lr=0.0, momentum=0.0, wait_seconds=wait)
+            if step == 1 and ranks.is_main:
+                (folder / CONFIG_FILE).unlink()
         progress.read_pending()
     return exchanges
 
@@ -179,6 +184,7 @@ def test_data_waits_are_the_least_and_the_most_of_all_ranks(tmp_path: Path) -> N
     assert console_line(first).endswith("wait 0.30 s (rank 1)")
     alone = {**second, "data_wait_min": 1.0}
     assert console_line(alone).endswith("wait 1.00 s")
+    assert load_config(tmp_path / CONFIG_FILE).log.every == 2  # it was deleted after step 1
 
 
 def test_steps_between_records_count_into_the_next(run: Path) -> None:

@@ -110,6 +110,29 @@ def test_a_second_interrupt_ends_a_rank_that_waits_in_a_library(run: Path) -> No
     assert finished.errors == "cosmos-scale train: interrupted\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_start_that_waits_in_a_library(number: signal.Signals) -> None:
+    """A lock of the C library, which is taken twice, stands for it: no handler of Python runs there."""
+    code = (
+        "import ctypes; from cosmos_scale.run import stop_request as stop; stop.START_HELD = 0.5\n"
+        "with stop.noted_terminations():\n"
+        "    libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "    libc.pthread_mutex_lock(lock); print('waits', flush=True); libc.pthread_mutex_lock(lock)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "waits\n"
+            time.sleep(0.5)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert errors == f"cosmos-scale: {number.name}: the start hangs in a library, so it is ended\n"
+
+
 def test_a_closed_terminal_stops_the_run_with_a_checkpoint(run: Path) -> None:
     """The kernel sends SIGHUP, and what is written to the terminal from then on is an error."""
     terminal, side = pty.openpty()

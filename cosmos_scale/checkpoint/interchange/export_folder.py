@@ -155,10 +155,15 @@ def _remove_abandoned(place: Path, *, alone: bool) -> None:
         for part in [part for part in place.parent.iterdir() if parts.fullmatch(part.name) and part.is_dir()]:
             lock = folder_descriptor(part)
             try:
-                if (alone or time.time() - os.fstat(lock).st_mtime > _LOCKED_AFTER) and _lock(lock):
+                if (alone or _old(os.fstat(lock).st_mtime)) and _lock(lock):
                     _clear(part, place)
             finally:
                 os.close(lock)
+
+
+def _old(changed: float) -> bool:
+    """Return whether a change lies so far back, or ahead since the clock was set back, that no live export made it."""
+    return abs(time.time() - changed) > _LOCKED_AFTER
 
 
 def _lock(folder: int) -> bool:
@@ -246,7 +251,7 @@ def _put_back(place: Path, *, alone: bool) -> None:
     with suppress(OSError):  # of a folder above that may not be listed
         olds = re.compile(rf"\.{re.escape(place.name)}\.\d+\.before")
         for before in [entry for entry in place.parent.iterdir() if olds.fullmatch(entry.name) and entry.is_dir()]:
-            if not alone and time.time() - before.stat().st_ctime <= _LOCKED_AFTER:
+            if not alone and not _old(before.stat().st_ctime):
                 continue
             if place.exists():
                 _move_along(before, _own_files(before), place)

@@ -10,7 +10,6 @@ flipped bits of a JPEG often decode, to other pixels.
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache, partial
@@ -35,7 +34,7 @@ from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.tools.verdict import OLD_INDEX, Fault, Verdict
 from cosmos_scale.data.work import MANIFEST
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import regular_only, whole_file, writing
+from cosmos_scale.files import regular_only, temporary_copy, whole_file, writing
 
 SAMPLES_A_JOB = 128
 
@@ -225,7 +224,7 @@ def _here(file: ShardFile, remote: RemoteConfig) -> Iterator[ShardFile]:
     if not is_remote(file.address):
         yield file
         return
-    with tempfile.NamedTemporaryFile() as copy, open(copy.name, "r+b") as writable:
+    with temporary_copy() as copy, open(copy.name, "r+b") as writable:
         try:
             fetch_into(writable, file.address, remote)
         except Transient as failure:
