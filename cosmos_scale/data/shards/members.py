@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, caption_fault, caption_keys, has_text, holds_caption
@@ -72,7 +72,7 @@ def foreign_fault(members: Iterable[TarMember | None]) -> str | None:
     return None if foreign is None else f"not a file: its .{foreign.extension} is {foreign.foreign}"
 
 
-def picture_fault(file: BinaryIO, member: TarMember) -> str | None:
+def picture_fault(file: IO[bytes], member: TarMember) -> str | None:
     """What is wrong with a picture, judged by its first and last bytes. Decoding shows damage between them."""
     descriptor = file.fileno()
     kind = picture_format(os.pread(descriptor, min(12, member.size), member.offset))
@@ -102,7 +102,7 @@ class FoundText(NamedTuple):
 
 
 def find_text(
-    file: BinaryIO, members: list[TarMember], image: TarMember, rules: ScanRules, alone: bool
+    file: IO[bytes], members: list[TarMember], image: TarMember, rules: ScanRules, alone: bool
 ) -> FoundText | str | None:
     """Return the text to read of a sample with a json, a txt or both; or what is wrong with it.
 
@@ -131,7 +131,7 @@ def find_text(
     return FoundText(member.offset, member.size, member.extension, bool(rules.captions or caption_keys(document)))
 
 
-def _parsed(file: BinaryIO, member: TarMember) -> dict[str, Any] | str:
+def _parsed(file: IO[bytes], member: TarMember) -> dict[str, Any] | str:
     """The document of a json or txt, or what is wrong with the member."""
     try:
         return parse_text(os.pread(file.fileno(), member.size, member.offset), member.extension)
