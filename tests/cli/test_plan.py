@@ -62,7 +62,7 @@ def test_a_run_is_planned(run_file: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["plan", str(run_file), *few, "--nodes", "2", "--gpu", "a100-40"]) == 0
     output = capsys.readouterr().out
     head, *_, last = output.splitlines()
-    assert head.startswith("run on 16 x A100 SXM 40 GB (2 x 8")
+    assert head.startswith("run run on 16 x A100 SXM 40 GB (2 x 8")
     assert last.startswith("  at 1,024 GPUs the loss is ")
     for said in ("batch 32 = 16 x 2", "memory of a rank", "fits: ", "largest batch a GPU: ", "TFLOP needed"):
         assert said in output
