@@ -54,7 +54,7 @@ class Prepared(NamedTuple):
 def read_prepare_manifest(task: Task, asked: dict[str, Any]) -> Prepared | None:
     """Return what a finished preparation made; None where no preparation is finished. asked: the task's options.
 
-    Raises: UserError where the preparation was made with other options.
+    Raises: UserError where the preparation was made with other options, or one of its shards is gone or cut since.
     """
     path = task.out / MANIFEST
     if not path.exists():
@@ -72,12 +72,29 @@ def read_prepare_manifest(task: Task, asked: dict[str, Any]) -> Prepared | None:
             content["captions_rows"],
             content["rejected"],
         )
+        sizes = {str(shard["shard"]): int(shard["bytes"]) for shard in content["shards"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a manifest of `data prepare` ({error}); name another folder with --out"
         ) from error
     check_options(task.as_work, asked, options, "done")
+    changed = [name for name, size in sizes.items() if _size(task.out / name) != size]
+    if changed:
+        raise UserError(
+            f"{task.out}: its preparation was done, but since then {counted(len(changed), 'shard')} of {len(sizes)} "
+            f"went missing or changed size, first {changed[0]}; rule: copy them back, or name another folder with --out"
+        )
     return prepared
+
+
+def _size(path: Path) -> int | None:
+    """Return a file's bytes, None where it is not there; raises UserError where that cannot be told."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be looked at: {error.strerror}") from error
 
 
 def write_rejected(task: Task) -> Counter[str]:

@@ -385,3 +385,13 @@ def test_a_damaged_file_of_the_work_ends_it_by_its_name(
     with pytest.raises(UserError, match=rf"{damaged.name}: cannot be read: .*; delete .*out and begin anew"):
         run(inputs, out="out", workers=1)
     signal.alarm(0)
+
+
+def test_a_finished_preparation_that_has_lost_shards_says_so(inputs: Path) -> None:
+    done = run(inputs)
+    (inputs / "out" / "00003.tar").unlink()
+    with open(inputs / "out" / "00005.tar", "ab") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"since then 2 shards of 12 went missing or changed size, first 00003\.tar"):
+        run(inputs)
+    assert done.shards == 12
