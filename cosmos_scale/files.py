@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from cosmos_scale.errors import UserError
 
@@ -242,7 +242,7 @@ class LineFile:
 
 
 @contextmanager
-def temporary_copy() -> Iterator[IO[bytes]]:
+def temporary_copy() -> Iterator[BinaryIO]:
     """Yield a temporary file for a whole shard; raises UserError where no folder takes it, or has room for it."""
     try:
         folder = tempfile.gettempdir()
@@ -250,7 +250,7 @@ def temporary_copy() -> Iterator[IO[bytes]]:
         raise UserError(f"{error.strerror}; rule: TMPDIR names a folder that can be written to") from error
     try:
         with tempfile.NamedTemporaryFile() as file:
-            yield file
+            yield cast(BinaryIO, file)
     except OSError as error:
         if error.errno not in NO_ROOM or error.filename is not None:
             raise

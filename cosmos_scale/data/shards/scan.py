@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.shards.index_report import SECOND_PICTURE
@@ -92,7 +92,7 @@ def scan_shard(
     try:
         with ExitStack() as stack:
             if isinstance(address, str) and is_remote(address):
-                file: IO[bytes] = stack.enter_context(temporary_copy())
+                file: BinaryIO = stack.enter_context(temporary_copy())
                 fetch_into(file, address, remote)
             else:
                 file = stack.enter_context(open(address, "rb", opener=regular_only))
@@ -105,7 +105,7 @@ def scan_shard(
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
-def _scan(file: IO[bytes], rules: ScanRules) -> ShardScan:
+def _scan(file: BinaryIO, rules: ScanRules) -> ShardScan:
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     samples = _Samples(file, rules)
@@ -128,7 +128,7 @@ def _scan(file: IO[bytes], rules: ScanRules) -> ShardScan:
 class _Samples:
     """The samples of one shard, made of groups of members that have one key and lie side by side."""
 
-    def __init__(self, file: IO[bytes], rules: ScanRules) -> None:
+    def __init__(self, file: BinaryIO, rules: ScanRules) -> None:
         self.entries: list[Entry] = []
         self.rejected: list[Rejected] = []
         self.unread: list[Rejected] = []

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -158,7 +158,7 @@ class Stores:
         return WebStore(*limits) if kind == "web" else FilesystemStore(*limits)
 
 
-def fetch_into(file: IO[bytes], address: str, remote: RemoteConfig) -> None:
+def fetch_into(file: BinaryIO, address: str, remote: RemoteConfig) -> None:
     """Write a shard or other file from its store into an open file; raises Transient where all tries fail."""
     stores = Stores(remote)
 
