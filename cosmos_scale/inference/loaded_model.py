@@ -67,6 +67,10 @@ class LoadedModel:
         )
         self._queries = remember(partial(encode_queries, encoder, gather=one_process))
 
+    def __reduce__(self) -> tuple[type["LoadedModel"], tuple[Encoder, Path, str]]:
+        """What pickle and copy take: all but the remembered features, so that other processes can be given a model."""
+        return LoadedModel, (self.encoder, self.checkpoint, self.which)
+
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""

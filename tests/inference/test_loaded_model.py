@@ -4,7 +4,9 @@ Features are compared to 1e-6: batches of another size add the same float32 prod
 have length 1.
 """
 
+import copy
 import io
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -241,6 +243,18 @@ def test_student_and_teacher_are_two_models(model: LoadedModel, saved: Saved) ->
     assert worst(student.encode_text(NAMES), model.encode_text(NAMES)) > 0.01
     assert (student.image_size, student.embed_dim, str(student.device)) == (16, 64, "cpu")
     assert student.logit_scale == pytest.approx(1 / 0.07)
+
+
+def test_a_model_is_given_to_other_processes_and_copied(model: LoadedModel, saved: Saved) -> None:
+    """With weights of its own: what the first one remembers of its texts does not go along."""
+    cosines = model.classify(saved.files()[:2], NAMES).cosines
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert other.encoder is not model.encoder
+        assert repr(other) == repr(model)
+        assert torch.equal(other.classify(saved.files()[:2], NAMES).cosines, cosines)
+        with torch.no_grad():
+            other.encoder.model.token_embedding.weight.zero_()
+    assert torch.equal(model.classify(saved.files()[:2], NAMES).cosines, cosines)
 
 
 def test_results_print_as_people_read_them(model: LoadedModel, saved: Saved) -> None:
