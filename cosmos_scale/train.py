@@ -66,9 +66,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
             if step < last_step and run.opened.evaluations.due(step):
                 with progress.pause(), watchdog.longer(f"the evaluation of step {step}") as goes_on:
                     run.opened.evaluations.run_due(step, student, teacher, progress, goes_on)
+        progress.read_pending()
         if ahead.stopped_by is not None and ahead.failure is None:
             progress.stopping(step, ahead.stopped_by)
-        progress.read_pending()
         if step > run.first_step:
             with watchdog.longer(f"the last checkpoint, after step {step}"):
                 checkpoints.save(run.state(step))

@@ -14,6 +14,9 @@ from cosmos_scale.files import load_json, read_regular
 from cosmos_scale.host import process_seconds
 
 
+_SECONDS = {"train": "step_seconds_max", "stop": "useful_seconds"}  # what a kind of record must have
+
+
 class Goodput:
     """Counts useful seconds over all launches of a run; it reads what earlier launches had from their records."""
 
@@ -22,7 +25,7 @@ class Goodput:
 
         first_step: steps done before this launch. anew: whether it begins another run, to which no record belongs.
         """
-        found = [] if anew else _training_records(records)
+        found = [] if anew else _records(records)
         self._useful = _useful_seconds(found, first_step)
         # The clock may have been set back since: then at least what the records tell.
         between = time.time() - process_seconds() - _first_start(found)
@@ -38,8 +41,8 @@ class Goodput:
         return {"useful_seconds": self._useful, "wall_seconds": wall, "goodput": self._useful / wall}
 
 
-def _training_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of training in a file, those that are whole."""
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of training and of stops with their useful seconds in a file, those that are whole."""
     try:
         lines = read_regular(path).splitlines()
     except OSError:  # none yet; what else is wrong with the file is said where it is opened to be written
@@ -48,7 +51,7 @@ def _training_records(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = load_json(line)
-            if record["kind"] == "train" and min(record["step"], record["step_seconds_max"], record["time"]) >= 0:
+            if min(record["step"], record[_SECONDS[record["kind"]]], record["time"]) >= 0:
                 found.append(record)
         except (ValueError, KeyError, TypeError):
             continue
@@ -78,8 +81,10 @@ def _useful_seconds(records: list[dict[str, Any]], step: int) -> float:
     steps, seconds = [0.0], [0.0]
     for record in records:
         if record["step"] > steps[-1]:
-            own = (record["step"] - steps[-1]) * record["step_seconds_max"]
-            seconds.append(record.get("useful_seconds", seconds[-1] + own))
+            if "useful_seconds" in record:
+                seconds.append(record["useful_seconds"])
+            else:
+                seconds.append(seconds[-1] + (record["step"] - steps[-1]) * record["step_seconds_max"])
             steps.append(record["step"])
     if step > steps[-1] and len(steps) > 1:  # saved behind the last record
         slope = (seconds[-1] - seconds[-2]) / (steps[-1] - steps[-2])

@@ -116,9 +116,9 @@ class MetricLog:
         facts = {"step": self._first_step, "world_size": world_size, "device": device, **code_facts()}
         self._file.append([json.dumps({"kind": "start", "time": round(time.time(), 3), **facts})])
 
-    def stopped(self, step: int, reason: str) -> None:
+    def stopped(self, step: int, reason: str, goodput: Mapping[str, float]) -> None:
         """Write after which step the run was asked to stop, and by what, such as a signal; not to trackers."""
-        entry = {"kind": "stop", "time": round(time.time(), 3), "step": step, "reason": reason}
+        entry = {"kind": "stop", "time": round(time.time(), 3), "step": step, "reason": reason, **goodput}
         self._file.append([json.dumps(entry)])
 
     def training(self, record: dict[str, float]) -> None:

@@ -68,9 +68,9 @@ def _is_of_another_run(config: RunConfig, folder: Path, found: list[dict[str, An
 def _had_a_checkpoint(config: RunConfig, found: list[dict[str, Any]], last_step: int) -> bool:
     """Whether the records go as far as the first checkpoint; in doubt they do.
 
-    A run saves every so many steps, at its end, and where it is asked to stop.
+    A run saves every so many steps, at its end, and where it is asked to stop and has taken a step.
     """
-    if any(entry.get("kind") == "stop" or (entry.get("kind") == "start" and _step(entry) > 0) for entry in found):
+    if any(entry.get("kind") in ("start", "stop") and _step(entry) > 0 for entry in found):
         return True
     reached = max((_step(entry) for entry in found if _has_numbers(entry)), default=0)
     first_save = min(config.checkpoint.every or last_step, last_step)

@@ -173,10 +173,17 @@ class Progress:
             self._log.say(text)
 
     def stopping(self, step: int, reason: str) -> None:
-        """Say after which step the run stops and what asked for it, and write both, on the main rank."""
-        if self._log is not None:
-            self._log.say(f"stopping after step {step} of {self._last_step}: {reason}")
-            self._log.stopped(step, reason)
+        """Say after which step the run stops and what asked for it, and write both, on the main rank.
+
+        The time of the steps behind the last record goes with it, by this rank's clock.
+        """
+        if self._log is None or self._goodput is None:
+            return
+        if steps := step - self._marked_step:
+            skipped = self._skipped - self._skipped_before
+            self._goodput.add((time.perf_counter() - self._marked_time) * (1 - skipped / steps))
+        self._log.say(f"stopping after step {step} of {self._last_step}: {reason}")
+        self._log.stopped(step, reason, self._goodput.numbers())
 
     def after_step(
         self, step: int, output: StepOutput, batch: Batch, *, lr: float, momentum: float, wait_seconds: float

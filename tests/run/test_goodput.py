@@ -52,6 +52,16 @@ def test_steps_saved_behind_the_last_record_count_as_those_before(tmp_path: Path
     assert Goodput(path, 14, anew=False).numbers()["useful_seconds"] == pytest.approx(28.0 + 2 * 3.0)
 
 
+def test_steps_behind_the_last_record_count_by_the_stop_that_saved_them(tmp_path: Path) -> None:
+    stop = {"kind": "stop", "step": 5, "time": NOW - 80, "reason": "SIGTERM", "useful_seconds": 9.0}
+    path = written(tmp_path, stop | {"wall_seconds": 20.0})
+    numbers = Goodput(path, 5, anew=False).numbers()
+    assert numbers == pytest.approx({"useful_seconds": 9.0, "wall_seconds": 100.0, "goodput": 0.09})
+    # A stop of an older version tells nothing of the time.
+    written(tmp_path, {"kind": "stop", "step": 5, "time": NOW - 80, "reason": "SIGTERM"})
+    assert Goodput(path, 5, anew=False).numbers()["useful_seconds"] == 0.0
+
+
 def test_a_launch_that_left_no_checkpoint_counts_as_lost(tmp_path: Path) -> None:
     path = written(tmp_path, training(8, 70, useful=16.0, wall=30.0))
     assert Goodput(path, 0, anew=False).numbers() == {"useful_seconds": 0.0, "wall_seconds": 100.0, "goodput": 0.0}

@@ -66,5 +66,5 @@ def test_a_start_that_ended_before_its_first_checkpoint_is_no_earlier_run(tmp_pa
         left_by_a_run(folder, {"kind": kind, "step": step})
         assert "kept in" in keep_old_run(config, folder, 8), kind
         prepare_folder(config, folder)
-    left_by_a_run(folder, {"kind": "start", "step": 0})  # whose run printed no record
+    left_by_a_run(folder, {"kind": "start", "step": 0}, {"kind": "stop", "step": 0})  # whose run took no step
     assert keep_old_run(load_config(run, ["resume=never"]), folder, 8) == ""

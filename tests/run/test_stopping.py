@@ -70,6 +70,7 @@ def test_a_run_stopped_by_a_signal_resumes_as_if_nothing_was(run: Path, receiver
     assert any(f": SIGUSR1 at rank {rank}\n" in finished.output for rank in receivers)
     (stop,) = records(run, kind="stop")
     assert (stop["step"], stop["reason"].partition(" at ")[0]) == (step, "SIGUSR1")
+    assert 0 < stop["useful_seconds"] < stop["wall_seconds"]
     train_to_end(run, f"train.max_steps={step + 2}", ranks=2).require(0)
     train_to_end(run, "name=whole", f"train.max_steps={step + 2}", ranks=2).require(0)
     whole = [(record["step"], record["loss"]) for record in records(run, "whole")]
