@@ -13,7 +13,6 @@ import numpy as np
 from cosmos_scale.files import load_json, read_regular
 from cosmos_scale.host import process_seconds
 
-
 _SECONDS = {"train": "step_seconds_max", "stop": "useful_seconds"}  # what a kind of record must have
 
 
