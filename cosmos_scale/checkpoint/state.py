@@ -319,6 +319,10 @@ def read_manifest(folder: Path) -> Manifest:
         # The checksum comes first: a damaged format number would look like another version's. Format 1 had no checksum.
         if ("checksum" in content or content["format"] == FORMAT) and content["checksum"] != manifest_checksum(content):
             raise ValueError("its checksum is another")
+        if isinstance(content["format"], str):  # `data build` leaves a file of this name too
+            raise UserError(
+                f"checkpoint {folder}: holds {content['format']!r}, no checkpoint; rule: name a step-* folder of a run"
+            )
         if content["format"] != FORMAT:
             raise UserError(
                 f"checkpoint {folder}: format {content['format']}; rule: this version reads format {FORMAT}"

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, read_manifest
+from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, read_manifest, such_as_runs
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.section import redact_urls
@@ -123,7 +123,8 @@ def _read_run(folder: Path) -> RunRecords:
         what = "is not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{whole_path(folder)}: {what}; rule: name the folder of a run, such as runs/NAME")
     if not any((folder / name).exists() for name in (METRICS_FILE, CONFIG_FILE, CHECKPOINTS)):
-        raise UserError(f"{folder}: no run; rule: the folder of a run holds {METRICS_FILE} and {CONFIG_FILE}")
+        rule = f"the folder of a run holds {METRICS_FILE} and {CONFIG_FILE}{such_as_runs(folder)}"
+        raise UserError(f"{folder}: no run; rule: {rule}")
     notes: list[str] = []
     tree, config = _config(folder / CONFIG_FILE, notes)
     records = _lines(folder / METRICS_FILE, _is_metric, notes, missing="so that there are no curves")

@@ -57,7 +57,7 @@ class Run:
             began = f"new run from the weights of {self.config.init_from}"
         steps = f"steps {self.first_step + 1}-{self.last_step}"
         if self.first_step >= self.last_step:
-            steps = f"nothing left to do at step {self.first_step} of {self.last_step}"
+            steps = f"nothing left to do: step {self.first_step} is done, and the last one is {self.last_step}"
         world = counted(self.ranks.world_size, "rank")
         lines = [
             *self.said,

@@ -193,6 +193,7 @@ def test_the_library_of_the_format_reads_the_files(saved: Path) -> None:
         ("manifest without state", r"no readable manifest\.json"),
         ("manifest of a list", r"no readable manifest\.json"),
         ("other format", "format 99; rule: this version reads format 2"),
+        ("built shards", "holds 'built shards 1', no checkpoint; rule: name a step-"),
         ("missing file", r"fragments-00001\.safetensors.*must be whole"),
         ("truncated file", r"fragments-00001\.safetensors.*must be whole"),
         ("empty file", r"fragments-00001\.safetensors.*must be whole"),
@@ -216,6 +217,8 @@ def test_broken_checkpoints_are_refused_in_one_line(saved: Path, tmp_path: Path,
         path.write_text(text[: len(text) // 2])
     elif damage == "manifest of a list":
         path.write_text("[1]")
+    elif damage == "built shards":
+        path.write_text('{"format": "built shards 1"}')
     elif damage == "missing file":
         file.unlink()
     elif damage == "truncated file":

@@ -84,7 +84,11 @@ def test_a_config_of_other_code_keeps_the_curves(tmp_path: Path) -> None:
 def test_folders_that_are_no_run_are_refused_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    for name, said in (("empty", "no run"), ("file", "is not a folder"), ("none", "no such folder")):
+    saved = tmp_path / "runs" / "a" / "checkpoints" / "step-00000002"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
+    refusals = [("empty", "no run"), ("file", "is not a folder"), ("none", "no such folder")]
+    for name, said in (*refusals, ("runs", r"no run; rule: .*: a \(1 checkpoint, the newest step-00000002\)$")):
         with pytest.raises(UserError, match=said) as refused:
             read_runs([tmp_path / name])
         assert "\n" not in str(refused.value)
