@@ -81,7 +81,7 @@ def test_names_that_no_font_or_formula_has_are_drawn(checkpoints: Path, tmp_path
         (["--image", "missing.jpg", "--caption", "a"], "missing.jpg: the picture cannot be read: No such file"),
         (
             ["--dataset", "coco_val2017", "--data", "nowhere"],
-            "nowhere: no such folder; rule: coco_val2017 is annotations",
+            "NOWHERE: no such folder; rule: coco_val2017 is annotations",
         ),
         (["--dataset", "pairs", "--data", "PAIRS"], "PAIRS: no sample can be used"),
     ],
@@ -91,7 +91,8 @@ def test_wrong_use_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     (tmp_path / "a.jsonl").write_text('{"image": "broken.jpg", "caption": "a"}\n')
-    for name, path in (("BROKEN", tmp_path / "broken.jpg"), ("PAIRS", tmp_path / "a.jsonl")):
+    places = {"BROKEN": tmp_path / "broken.jpg", "PAIRS": tmp_path / "a.jsonl", "NOWHERE": Path("nowhere").absolute()}
+    for name, path in places.items():
         options = [str(path) if option == name else option for option in options]
         said = said.replace(name, str(path))
     assert cli.main(command(checkpoints, tmp_path / "maps", *options)) == 2

@@ -128,6 +128,6 @@ def test_more_prefetching_than_shared_memory_is_refused(shards: Path) -> None:
     config = shards_config(shards, workers=1, prefetch=1000, views={"local_size": 8192})
     with (
         closing(TrainLoader(config, open_folder(shards), Tokenizer(16), 0, 1).batches(0)) as batches,
-        pytest.raises(UserError, match=r"^data\.prefetch: 1000 batches .* /dev/shm has .*--shm-size\)$"),
+        pytest.raises(UserError, match=r"^data\.prefetch: 1,000 batches .* /dev/shm has .*--shm-size\)$"),
     ):
         next(batches)
