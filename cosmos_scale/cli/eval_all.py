@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
-from cosmos_scale.cli.eval_command import FEATURES, encoder_of, of_one_checkpoint, on_ranks
+from cosmos_scale.cli.eval_command import FEATURES, encoder_of, of_one_checkpoint, on_ranks, require_same_options
 from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
 from cosmos_scale.files import make_output_folder
@@ -81,6 +81,7 @@ def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
         make_output_folder(arguments.out)
         return {name: encoder_of(arguments, ranks, checkpoint, which) for name, which in models.items()}, row
 
+    require_same_options(arguments, None, ranks)
     checkpoint, (models, (name, row)) = of_one_checkpoint(arguments.checkpoint, load, ranks)
     results = Results(str(checkpoint), str(arguments.data_root), arguments.names, name, row)
     bar = WorkBar(show=prints)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 FEATURES = "features"  # folder beside a checkpoint, for --cache
+SHARED_OPTIONS = ("checkpoint", "weights", "activation", "batch", "names", "published")  # equal on all ranks
 ONE_LINE = "print one JSON line for each model instead of a table"
 
 
@@ -146,6 +147,7 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
             make_output_folder(arguments.out)
         return {name: (which, encoder_of(arguments, ranks, checkpoint, which)) for name, which in models.items()}
 
+    require_same_options(arguments, section, ranks)
     checkpoint, models = of_one_checkpoint(arguments.checkpoint, load, ranks)
     results: dict[str, Numbers] = {}
     evaluator: Evaluator | None = None
@@ -165,6 +167,31 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
             if lines:
                 console.print(f"{name}:", *lines, sep="\n")
     return 0
+
+
+def require_same_options(
+    arguments: argparse.Namespace, section: "EvaluatorConfig | None", ranks: "Ranks | None"
+) -> None:
+    """Raise JointError where ranks were started with other options, and would measure other parts; collective.
+
+    section: that the arguments make, None where they make several.
+    """
+    if ranks is None:
+        return
+    from cosmos_scale.config.compare import different_between_hosts
+    from cosmos_scale.engine.ranks import from_all
+
+    own = {name: getattr(arguments, name) for name in SHARED_OPTIONS if hasattr(arguments, name)}
+    (options, first), *others = from_all((own, section), ranks)
+    for rank, (other_options, other) in enumerate(others, start=1):
+        for name, value in options.items():
+            if value != other_options[name]:
+                raise JointError(
+                    f"--{name}: {value} on rank 0, {other_options[name]} on rank {rank}; rule: all ranks have the same"
+                )
+        if first is not None and other is not None and (keys := different_between_hosts(first, other)):
+            named = ", ".join(f"--{key.replace('_', '-')}" for key in keys)
+            raise JointError(f"{named}: rank {rank} has other values than rank 0; rule: all ranks have the same")
 
 
 def _measured(

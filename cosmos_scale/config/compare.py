@@ -30,8 +30,8 @@ def changed_on_resume(old: RunConfig, new: RunConfig) -> list[Difference]:
     return list(_differences(old, new, RESUME_MAY_CHANGE, ""))
 
 
-def different_between_hosts(one: RunConfig, other: RunConfig) -> list[str]:
-    """Return the dotted keys that differ between two hosts of one run, and may not."""
+def different_between_hosts(one: BaseModel, other: BaseModel) -> list[str]:
+    """Return the dotted keys of a config, or of a section, that differ between two hosts of one run, and may not."""
     return [difference.key for difference in _differences(one, other, MAY_DIFFER_BY_HOST, "")]
 
 

@@ -1,8 +1,10 @@
 """`cosmos-scale eval retrieval` on a checkpoint of a real run."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ import torch.distributed as dist
 
 from cosmos_scale.checkpoint import find_checkpoint, load_weights
 from cosmos_scale.cli import main as cli
-from cosmos_scale.cli.eval_command import main_ranks_choice
+from cosmos_scale.cli.eval_command import main_ranks_choice, require_same_options
+from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.engine.ranks import Ranks
-from cosmos_scale.errors import UserError
+from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import REFUSED
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.shard_files import flip_bytes, picture, sample, write_shard, write_shards
@@ -214,3 +217,33 @@ def chosen(rank: int, world_size: int, root: Path) -> list[Path]:
 def test_all_ranks_measure_the_checkpoint_that_rank_0_found(tmp_path: Path) -> None:
     expected = [tmp_path / "checkpoints" / "step-00000000", tmp_path / "x.pt"]
     assert run_ranks(chosen, 2, tmp_path) == [expected, expected]
+
+
+def refused_options(rank: int, world_size: int, options: dict[str, Any], keys: dict[str, Any]) -> str:
+    """What ranks are told of which rank 1 has other options and another section than rank 0."""
+    assert dist.group.WORLD is not None
+    ranks = Ranks(rank, world_size, torch.device("cpu"), dist.group.WORLD, Contact(rank, {}))
+    given = argparse.Namespace(checkpoint=Path("a"), weights="both", batch=8, json=rank == 0, out=Path(f"out{rank}"))
+    section = RetrievalConfig(kind="retrieval", shards="a", index=f"host{rank}", max_samples=9)
+    if rank == 1:
+        vars(given).update(options)
+        section = section.model_copy(update=keys)
+    try:
+        require_same_options(given, section, ranks)
+    except JointError as refusal:
+        return str(refusal)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "keys", "said"),
+    [
+        ({}, {}, ""),
+        ({"batch": 16}, {}, "--batch: 8 on rank 0, 16 on rank 1; rule: all ranks have the same"),
+        ({"checkpoint": Path("b")}, {}, "--checkpoint: a on rank 0, b on rank 1; rule: all ranks have the same"),
+        ({}, {"max_samples": 5}, "--max-samples: rank 1 has other values than rank 0; rule: all ranks have the same"),
+    ],
+)
+def test_ranks_with_other_options_are_refused(options: dict[str, Any], keys: dict[str, Any], said: str) -> None:
+    """They would measure parts that do not make up the whole: each rank's part follows from its own options."""
+    assert run_ranks(refused_options, 2, options, keys) == [said, said]
