@@ -147,7 +147,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...], read: Iterator[int]) ->
     tree: dict[str, Any] = {}
     origins: Origins = {}
     for base in bases:
-        _add(tree, origins, *_read_with_bases(_base_file(base, path), (*seen, resolved), read))
+        beside = resolved if path.is_symlink() else path  # a file means the same bases by whichever link it is read
+        _add(tree, origins, *_read_with_bases(_base_file(base, beside), (*seen, resolved), read))
     _add(tree, origins, own, dict.fromkeys(_dotted_keys(own), os.path.normpath(path)))
     return tree, origins
 

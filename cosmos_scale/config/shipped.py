@@ -74,8 +74,8 @@ def find_run(text: str) -> RunFile:
     bare = os.sep not in text and path.suffix not in SUFFIXES
     if bare and is_shipped_run(text):
         file = shipped_file(text)
-        others = [f"./{text}{suffix}" for suffix in SUFFIXES if Path(f"{text}{suffix}").exists()]
-        more = f"; {others[0]} is another file, and is taken where its suffix is written" if others else ""
+        others = [f"./{text}{suffix}" for suffix in (*SUFFIXES, "") if Path(f"{text}{suffix}").is_file()]
+        more = f"; {others[0]} is another file, and is taken by this name" if others else ""
         return RunFile(file, f"{text}: the shipped run, {file}{more}")
     if path.exists():
         return RunFile(path, "")

@@ -51,6 +51,14 @@ def test_extends_merges_bases_first_then_own_keys(run: Path) -> None:
     assert [source.name for source in config.data.sources] == ["a", "b"]
 
 
+def test_a_file_means_the_same_bases_by_whichever_link_it_is_read(run: Path) -> None:
+    link = run.parent / "links" / "mine.yaml"
+    (link.parent / "shared").mkdir(parents=True)
+    (link.parent / "shared" / "base.yaml").write_text("train: {epochs: 9}\n")
+    link.symlink_to("../run.yaml")
+    assert load_config(link) == load_config(run)
+
+
 def test_overrides_win_and_reach_into_lists_and_unset_sections(run: Path) -> None:
     config = load_config(
         run,

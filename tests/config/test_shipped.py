@@ -52,10 +52,12 @@ def test_a_bare_name_is_the_shipped_run(tmp_path: Path) -> None:
     (tmp_path / "cc3m_vitb16").write_text("name: mine\n")
     found = find_run("cc3m_vitb16")
     assert found.file == shipped
-    assert "./cc3m_vitb16.yaml is another file" in found.said
+    assert found.said.endswith("; ./cc3m_vitb16.yaml is another file, and is taken by this name")
     assert find_run("cc3m_vitb16.yaml") == (Path("cc3m_vitb16.yaml"), "")
     assert find_run("./cc3m_vitb16") == (Path("cc3m_vitb16"), "")
     assert find_run("cosmos:run/cc3m_vitb16").file == shipped
+    (tmp_path / "cc3m_vitb16.yaml").unlink()
+    assert find_run("cc3m_vitb16").said.endswith("; ./cc3m_vitb16 is another file, and is taken by this name")
 
 
 def test_a_file_without_suffix_is_read_where_no_shipped_run_has_its_name(tmp_path: Path) -> None:
