@@ -69,7 +69,7 @@ def test_report_prints_a_table_and_writes_every_figure(tmp_path: Path, capsys: p
     ]
     assert rows[0]["note"].startswith("of a; ")
     assert "CPU cores" in rows[0]["note"]
-    assert "threads" in rows[0]["note"]
+    assert " thread" in rows[0]["note"]
     table = capsys.readouterr().out
     for text in ("Speeds", "a_speed", "1,235", "samples/s", "b_share", "0.25"):
         assert text in table

@@ -184,4 +184,4 @@ def test_the_benchmark_writes_its_figures(tmp_path: Path) -> None:
     assert list(figures) == ["step_speedup_tiny", "sgemm_share_tiny", "step_memory_ratio_tiny"]
     assert all(row["value"] > 0 for row in figures.values())
     assert "medians of 1 steps" in figures["step_speedup_tiny"]["note"]
-    assert "1 threads" in figures["step_speedup_tiny"]["note"]
+    assert "1 thread" in figures["step_speedup_tiny"]["note"]

@@ -132,7 +132,7 @@ def _loop(
     copies = CopyStream(recorder.device)
     following = copies.bring(setting.batches[0])
     with tempfile.TemporaryDirectory() as folder:
-        bounds = {"first_step": 0, "last_step": steps, "steps_per_epoch": steps}
+        bounds = {"first_step": 0, "last_step": steps, "steps_per_epoch": steps, "skipped": 0}
         with Progress(setting.config, setting.ranks, Path(folder), **bounds, finish_saving=lambda: None) as progress:
 
             def run() -> None:
