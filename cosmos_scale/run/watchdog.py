@@ -28,7 +28,7 @@ LOOK = 0.25  # seconds between looks
 ANSWER = 3.0  # seconds in which a rank that lives says what it does
 DISK, TERMINAL = 10.0, 1.0  # seconds for what may never end either: writing the stacks, printing a line
 NAMED = 8  # ranks that a line names of those that do the same
-ASK, DOES, HANGS = "ask", "does", "hangs"
+ASK, DOES, HANGS, WROTE = "ask", "does", "hangs", "wrote"
 
 
 class _Phase(NamedTuple):
@@ -51,6 +51,7 @@ class Watchdog:
     ) -> None:
         """seconds: the limit. folder: the run's, for the stacks. collectives: lines on this rank's, for that file."""
         self._seconds, self._folder, self._contact, self._collectives = seconds, folder, contact, collectives
+        self._hosts = {**contact.hosts, contact.rank: socket.gethostname()}
         self._usual = LONGER  # until the first step is done: it compiles
         self._phase = _Phase(0, "the start of the run", LONGER, datetime.now())
         self._steps, self._first_step_end, self._step_seconds = 0, 0.0, 0.0
@@ -58,6 +59,7 @@ class Watchdog:
         self._idle = 0.0  # seconds in this phase
         self._hangs = False  # as another rank has found
         self._ending: dict[int, str] = {}  # what ranks did that have found so, and end
+        self._wrote: set[int] = set()  # ranks whose stacks are written
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -131,13 +133,17 @@ class Watchdog:
             may_print = self._contact.end()
             self._contact.send_all(f"{HANGS} {self._phase.what}")
             _within(DISK, self._write_stacks)
+            self._contact.send_all(WROTE)
             silent = self._ask()
             if may_print and (self._contact.rank == 0 or silent):
                 stacks = self._folder / "hang-rank-*.txt"
                 rule = f"rule: train.watchdog_seconds, {self._seconds:g}"
                 self._print(f"no progress for {self._idle:.0f} s: {self._found(silent)}; stacks: {stacks}; {rule}")
-            if self._contact.rank > 0 and not silent:
-                time.sleep(ANSWER)  # rank 0 speaks first: with the end of this process its main thread may fail
+            # With the end of one process the main threads of others fail: rank 0 ends first, after all have written.
+            if self._contact.rank == 0:
+                _wait_until(lambda: self._contact.hosts.keys() <= self._wrote | silent.keys(), DISK)
+            elif not silent:
+                _wait_until(lambda: not self._contact.hosts, DISK + ANSWER)
             for child in multiprocessing.active_children():  # loader processes, stopped ones too
                 child.kill()
         finally:  # whatever fails here: nothing else would end the process
@@ -145,23 +151,28 @@ class Watchdog:
 
     def _ask(self) -> Mapping[int, str]:
         """Ask what the other ranks do (rank 0 all, others rank 0); returns the hosts of the silent ones, by rank."""
-        self._answers = dict(self._ending)
+        self._answers = {}
         asked = self._contact.hosts
         self._contact.send_all(ASK)
-        deadline = time.monotonic() + ANSWER
-        while len(self._answers) < len(asked) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return {rank: host for rank, host in asked.items() if rank not in self._answers}
+        _wait_until(lambda: len(self._others()) >= len(asked), ANSWER)
+        others = self._others()
+        return {rank: host for rank, host in asked.items() if rank not in others}
+
+    def _others(self) -> dict[int, str]:
+        """Return what other ranks do: their answers, or, of one that ended before its answer, its last word."""
+        return {**self._ending, **self._answers}
 
     def _hear(self, rank: int, line: str) -> None:
         """In the contact's thread: what another rank's watchdog says."""
         word, _, rest = line.partition(" ")
         if word == DOES:
             self._answers[rank] = rest
+        elif word == WROTE:
+            self._wrote.add(rank)
         elif not self._ended.is_set():
             if word == HANGS:
+                self._ending[rank] = rest
                 self._hangs = True
-                self._ending[rank] = rest  # it may be gone before it is asked
             self._contact.send_all(f"{DOES} {self._phase.what}", to=rank)
 
     def _found(self, silent: Mapping[int, str]) -> str:
@@ -170,11 +181,10 @@ class Watchdog:
         if len(silent) > NAMED:
             parts.append(f"nor do {len(silent) - NAMED} others")
         doing: dict[str, list[int]] = {}
-        for rank, what in sorted({**self._answers, self._contact.rank: self._phase.what}.items()):
+        for rank, what in sorted({**self._others(), self._contact.rank: self._phase.what}.items()):
             doing.setdefault(what, []).append(rank)
-        hosts = {**self._contact.hosts, self._contact.rank: socket.gethostname()}
         for what, ranks in sorted(doing.items(), key=lambda item: len(item[1])):
-            named = [f"rank {rank} on host {hosts[rank]}" for rank in ranks[:NAMED]]
+            named = [f"rank {rank} on host {self._hosts[rank]}" for rank in ranks[:NAMED]]
             more = f" and {len(ranks) - NAMED} others" if len(ranks) > NAMED else ""
             parts.append(f"{', '.join(named)}{more}: {what}")
         return "; ".join(parts)
@@ -194,6 +204,12 @@ class Watchdog:
     def _print(self, line: str) -> None:
         told = f"cosmos-scale train: {datetime.now():%m-%d %H:%M:%S} {line}"
         _within(TERMINAL, lambda: print(told, file=sys.stderr, flush=True))
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _within(seconds: float, work: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""The training program, whose last rank stays in a step for ever or is slow in each, while the others wait for it.
+"""The training program, one of whose ranks stays in a step for ever or is slow in each, while the others wait for it.
 
 Or one whose evaluations are slow in each batch, and longer than the watchdog's limit.
 """
@@ -18,23 +18,26 @@ from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.step import train_step
 
 STEP = 3
+LATE = 2.0  # seconds after which a rank that waits hears that another has found the standstill
+STAYS = "RANK_THAT_STAYS"  # environment variable; the last rank without it
 SLOW = "SECONDS_OF_A_SLOW_FORWARD"  # environment variable; without it the rank stays in the step
 SLOW_BATCH = "SECONDS_OF_A_SLOW_BATCH"  # environment variable: of evaluations, whose limit is the usual one
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `cosmos-scale`."""
-    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    stays = int(os.environ.get("RANK", "0")) == int(os.environ.get(STAYS, last))
     slow = os.environ.get(SLOW)
     steps = iter(range(1, 100))
 
     def step(*args: Any, **keys: Any) -> Any:
-        if next(steps) == STEP and last:
+        if next(steps) == STEP and stays:
             time.sleep(3600)
         return train_step(*args, **keys)
 
     def forward(self: Student, *args: Any) -> Any:
-        if last:
+        if stays:
             time.sleep(float(slow or 0))
         return forwarded(self, *args)
 
@@ -52,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
             patch.setattr(Evaluations, "run_due", measure)
             patch.setattr(Encoder, "images", images)
         elif slow is None:
+            patch.setattr(watchdog, "LOOK", watchdog.LOOK if stays else LATE)
             patch.setattr("cosmos_scale.train.train_step", step)
         else:
             patch.setattr(Student, "__call__", forward)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
-from cosmos_scale.engine.contact import Contact
+from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.run.watchdog import Watchdog
 from cosmos_scale.testing.runs import Launched, records, start, train_to_end, wait_for_step, write_run
-from tests.run.hanging_train import SLOW, SLOW_BATCH
+from tests.run.hanging_train import SLOW, SLOW_BATCH, STAYS
 
 HOST = socket.gethostname()
 ENDS_WITHIN = 40.0  # seconds, of which the limit is 5
@@ -46,21 +46,24 @@ def test_a_stopped_rank_is_named_by_the_other(run: Path, stopped: int) -> None:
     assert "train.py" in stacks(run, 1 - stopped)
 
 
-def test_an_endless_collective_ends_all_ranks_with_their_stacks(run: Path) -> None:
+@pytest.mark.parametrize("stays", [0, 1])
+def test_an_endless_collective_ends_all_ranks_with_their_stacks(
+    run: Path, stays: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STAYS, str(stays))
     with start(run, ranks=2, program="tests.run.hanging_train") as process:
         finished = process.wait().require(1)
     end = finished.errors.splitlines()[-1]
     assert f"rank 0 on host {HOST}, rank 1 on host {HOST}: step 3; stacks: " in end
-    assert "in step\n" in stacks(run, 1)
-    assert "hanging_train.py" in stacks(run, 1)
-    first, *numbers = [stacks(run, rank).splitlines()[:4] for rank in (0, 1)]
-    assert re.search(r": step 3 \(since 20[-0-9]+ [0-9:]+\) for \d+ s without progress$", first[0])
-    assert re.search(r"^last collective: \w+, called in cosmos_scale/\w+/\w+\.py, line \d+, has not come", first[1])
-    last = numbers[0]
+    assert "in step\n" in stacks(run, stays)
+    assert "hanging_train.py" in stacks(run, stays)
+    waits, last = [stacks(run, rank).splitlines()[:4] for rank in (1 - stays, stays)]
+    assert re.search(r": step 3 \(since 20[-0-9]+ [0-9:]+\) for \d+ s without progress$", waits[0])
+    assert re.search(r"^last collective: \w+, called in cosmos_scale/\w+/\w+\.py, line \d+, has not come", waits[1])
     assert last[1] == "last collective: all that the main thread has called have come back"
-    begun = [[int(line.rpartition(": ")[2]) for line in lines[2:]] for lines in (first, last)]
-    assert begun[0][0] > begun[1][0]  # rank 1 is behind
-    assert first[2].startswith("collectives begun in the group of tensors: ")
+    begun = [[int(line.rpartition(": ")[2]) for line in lines[2:]] for lines in (waits, last)]
+    assert begun[0][0] > begun[1][0]  # the one that stays is behind
+    assert waits[2].startswith("collectives begun in the group of tensors: ")
 
 
 def test_a_loader_process_that_stands_still_ends_the_run(run: Path) -> None:
@@ -125,6 +128,25 @@ def test_a_standstill_between_steps_is_told_long_before_the_limit(tmp_path: Path
     assert watchdog._told_after(watchdog._phase, 1800.0) == 100.0
     with watchdog.longer("an evaluation"):
         assert watchdog._told_after(watchdog._phase, 4 * 1800.0) == 1800.0
+
+
+def test_the_last_word_of_a_rank_that_ends_is_its_answer(tmp_path: Path) -> None:
+    """As it comes while the rank is asked, whose process ends before it answers."""
+    here, there = socket.socketpair()
+    with here, there:
+        contact = Contact(1, {0: Peer(0, "first", here)})
+        watchdog = Watchdog(1800.0, tmp_path, contact, list)
+        contact.listen(watchdog._hear)
+        contact.watch()
+        asked = threading.Thread(target=lambda: there.sendall(b"" if read_line(there, 5.0) != "watch ask" else LAST))
+        asked.start()
+        assert watchdog._ask() == {}
+        asked.join()
+        assert watchdog._found({}) == f"rank 0 on host first, rank 1 on host {HOST}: the start of the run"
+        contact._parted = True  # nothing that follows is a loss
+
+
+LAST = b"watch hangs the start of the run\n"
 
 
 class Ended(Exception):
