@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import torch.distributed as dist
@@ -173,8 +173,9 @@ def test_a_rank_that_is_refused_on_its_host_ends_the_wait_of_all(refused: int) -
     assert not telling.is_alive()
 
 
-def test_ranks_that_come_after_a_refusal_hear_it_too() -> None:
+def test_ranks_that_come_after_a_refusal_hear_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have connected and not spoken yet, and those that have not connected."""
+    monkeypatch.setattr(refusal, "TELLS_FOR", 3 * SECONDS)
     port = free_port()
     told = f"rank 3 on host {socket.gethostname()}: no such file"
     with ThreadPoolExecutor(1) as pool:
@@ -186,8 +187,16 @@ def test_ranks_that_come_after_a_refusal_hear_it_too() -> None:
             assert read_line(silent, SECONDS).startswith("cosmos-scale welcome to ")
             assert read_line(silent, SECONDS) == f"refused: {told}"
         assert said([place(2, 4, port)]) == [told]
-    with socket.create_server(("", port)):  # all are told, so the port is free before TELLS_FOR ends
-        pass
+    deadline = time.monotonic() + SECONDS
+    while not is_free(port):  # all are told, so nobody is waited for until TELLS_FOR ends
+        assert time.monotonic() < deadline, "rank 0 still listens"
+        time.sleep(0.01)
+
+
+def is_free(port: int) -> bool:
+    with suppress(OSError), socket.create_server(("", port)):
+        return True
+    return False
 
 
 def test_hosts_that_are_all_refused_wait_for_nobody() -> None:
