@@ -195,10 +195,10 @@ class WandbTracker:
 
 def _signal_library(number: signal.Signals) -> None:
     """Send a signal to the library's process, where it is one of this process."""
-    for path in Path("/proc/self/task").glob("*/children"):
+    for thread in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # of a process, or a thread, that ends meanwhile
-            for pid in path.read_text().split():
-                if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            for pid in read_regular(thread / "children").split():
+                if b"wandb-core" in read_regular(f"/proc/{int(pid)}/cmdline"):
                     os.kill(int(pid), number)
 
 
