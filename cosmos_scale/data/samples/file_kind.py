@@ -1,9 +1,11 @@
 """What a file is by its first bytes, for messages on a file of another kind than its name or its place says."""
 
+import re
+import tarfile
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import regular_only
+from cosmos_scale.files import regular_only, text_lines
 
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -27,9 +29,14 @@ _NO_TEXT = {
     b"\xff\xd8\xff": ("a JPEG picture", "name the file of texts"),
     b"\x89PNG": ("a PNG picture", "name the file of texts"),
 }
+# More files that lie among shards and are none.
+_NO_SHARD = {
+    **{magic: what for magic, (what, _) in _NO_TEXT.items()},
+    b"\x93NUMPY": "a NumPy array (as of an index)",
+}
+_SHARD_LINE = re.compile(r"\S*\.tar\b")
 _IN_WORKBOOKS = (b"[Content_Types].xml", b"_rels/", b"docProps/")  # first members of the zip that a workbook is
-_TAR_AT = 257  # where a tar's first header says so
-HEAD = 512  # bytes that tell a file's kind
+HEAD = tarfile.BLOCKSIZE  # bytes that tell a file's kind
 
 
 def compression_of(head: bytes) -> str:
@@ -50,7 +57,7 @@ def no_text(path: Path) -> str:
         found = ("an Excel workbook", _TO_CSV)
     elif kind:
         found = ("a zip archive" if kind == "zip" else f"{kind}-compressed", f"unpack it ({_UNPACK[kind]})")
-    elif is_tar(head):
+    elif is_tar(head) and head.strip(b"\0"):
         found = ("a tar", "unpack it (tar -xf)")
     else:
         found = next((said for magic, said in _NO_TEXT.items() if head.startswith(magic)), ("", ""))
@@ -68,5 +75,39 @@ def refuse_no_text(path: Path) -> None:
 
 
 def is_tar(head: bytes) -> bool:
-    """Return whether a file begins as a tar with a member, by its first bytes (HEAD or more)."""
-    return head[_TAR_AT:].startswith(b"ustar")
+    """Return whether a file begins as a tar, by its first bytes (HEAD or more): with a member, or at its end."""
+    try:
+        tarfile.TarInfo.frombuf(head[:HEAD], "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        return True
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def no_shard(path: Path) -> str:
+    """Return what a file is that is no shard, by its first bytes, and the way to shards; empty where it may be one.
+
+    A compressed tar is left to the reader of shards. Raises: OSError where the file cannot be read.
+    """
+    with open(path, "rb", opener=regular_only) as file:
+        head = file.read(1 << 12)
+    if is_tar(head) or compression_of(head):
+        return ""
+    rule = "rule: name the folder of the shards, or .tar files, as in 'FOLDER/{00000..00331}.tar' or '{a,b}.tar'"
+    build = f"{rule}; `cosmos-scale data build` makes shards of pictures and a file of captions"
+    if not head:
+        return f"is empty, no shard; {rule}"
+    for magic, what in _NO_SHARD.items():
+        if head.startswith(magic):
+            return f"is {what} by its first bytes, no shard; {build}"
+    text = head.decode("utf-8-sig", "ignore")
+    if "\0" in text:
+        return f"is no tar by its first bytes; {rule}"
+    lines = [line for line in text_lines(text) if line.strip()]
+    if text.lstrip().startswith(("{", "[")):
+        kind = "the index of shards" if path.name == "index.json" else "a JSON text"
+        return f"is {kind}, no shard; {rule if path.name == 'index.json' else build}"
+    if lines and _SHARD_LINE.match(lines[0]):
+        return f"is a text that lists shards, no shard; {rule}"
+    return f"is a text, no shard; {build}"
