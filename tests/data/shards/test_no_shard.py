@@ -22,7 +22,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index.json": (lambda path: path, f"is the index of shards, no shard{RULE}"),
     "captions.csv": (lambda path: path.write_text("image,caption\n"), f"is a text, no shard{RULE}{BUILD}"),
     "captions.jsonl": (
-        lambda path: path.write_text(json.dumps({"image": "a"})),
+        lambda path: path.write_text('{"image": "a"}'),
         f"is a JSON text, no shard{RULE}{BUILD}",
     ),
     "0.jpg": (
