@@ -97,13 +97,21 @@ class Evaluations:
     ) -> None:
         """Measure what is due at a resumed run's first step and has no record, as `run_due` does; collective.
 
-        The step was saved before it was evaluated, and the launch that saved it was ended in between.
+        The step was saved before it was evaluated, and the launch that saved it was ended in between. What has failed
+        at the last step is measured too: it is due at no later step.
         """
         due = self._evaluators if step == last_step else self._due(step)
-        if due:
-            done = progress.evaluated_at(step)
-            missed = [evaluator for evaluator in due if evaluator.name not in done]
-            self._run(missed, step, student, teacher, progress, goes_on)
+        if not due:
+            return
+        measured = progress.evaluated_at(step)
+        missed = []
+        for evaluator in due:
+            if evaluator.name in measured:
+                if measured[evaluator.name] or step < last_step:
+                    continue
+                progress.say(f"step {step}: evaluation {evaluator.name} failed in an earlier launch, and is tried again")
+            missed.append(evaluator)
+        self._run(missed, step, student, teacher, progress, goes_on)
 
     def _run(
         self,

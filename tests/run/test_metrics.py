@@ -107,8 +107,11 @@ def test_the_evaluators_with_a_record_of_a_step_are_known(tmp_path: Path) -> Non
     with opened(tmp_path, first_step=1) as log:
         log.evaluation(1, "pairs", {"student": {"R@1": 0.5}}, Table())
         log.evaluation_failed(1, "far", 1)
-        assert log.evaluated_at(1) == ["retrieval", "held", "lost", "pairs", "far"]
-        assert log.evaluated_at(2) == []
+        log.evaluation_failed(1, "late", 1)
+        log.evaluation(1, "late", {"student": {"R@1": 0.5}}, Table())
+        measured = {"retrieval": True, "held": True, "lost": False, "pairs": True, "far": False, "late": True}
+        assert log.evaluated_at(1) == measured
+        assert log.evaluated_at(2) == {}
 
 
 def test_resumed_run_writes_each_step_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
