@@ -71,6 +71,10 @@ class Evaluations:
         """Return what each evaluator reads, by its name; empty for one whose data is not opened yet."""
         return {evaluator.name: evaluator.gallery() for evaluator in self._evaluators}
 
+    def same_data(self) -> dict[str, str]:
+        """Return the rule that ranks with unequal galleries break, by the evaluator's name."""
+        return {evaluator.name: evaluator.same_data() for evaluator in self._evaluators}
+
     def due(self, step: int) -> bool:
         """Whether anything is to be measured after a number of steps."""
         return bool(self._due(step))

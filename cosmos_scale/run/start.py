@@ -21,7 +21,7 @@ from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair, drawn_pair, initial_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import JointError, UserError
-from cosmos_scale.evaluation.retrieval import SAME_GALLERY
+from cosmos_scale.evaluation.evaluator import DIFFERENT_DATA
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
@@ -225,9 +225,9 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
     _check_same_start(opened.found_start, ranks)
     _check_same_weights(config, opened.initial, ranks)
     if opened.found_start.state is None:  # an evaluation of a resumed run fails instead, and the run goes on
-        for name in galleries[0]:
-            problem = f"eval.{name}: ranks see different galleries"
-            _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], SAME_GALLERY)
+        for name, rule in opened.evaluations.same_data().items():
+            problem = f"eval.{name}: {DIFFERENT_DATA}"
+            _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], rule)
 
 
 def main_ranks_weights(config: RunConfig, initial: InitialWeights | None, ranks: Ranks) -> InitialWeights | None:

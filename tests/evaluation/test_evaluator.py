@@ -270,7 +270,7 @@ def test_ranks_with_different_galleries_all_fail_and_name_the_rank(tmp_path: Pat
         for failure in outcome:
             assert isinstance(failure, EvaluationFailed)
             assert re.fullmatch(
-                r"eval\.retrieval: ranks see different galleries \(rank 0: digest \w{15}, rank 2: digest \w{15}\); "
+                r"eval\.retrieval: ranks see different data \(rank 0: digest \w{15}, rank 2: digest \w{15}\); "
                 r"rule: every host has the same gallery, so copy its shards along with their index \(rank 0\)",
                 str(failure),
             )

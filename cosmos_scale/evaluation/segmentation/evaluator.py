@@ -38,7 +38,6 @@ from cosmos_scale.files import read_regular, reason_of
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
 
-SAME_MASKS = "rule: every host has the same pictures and masks"
 _LOOKED_AT = 16  # masks, spread over the set, that tell whether the classes are theirs
 _AHEAD = 4  # pictures in memory that are read before their turn
 
@@ -81,6 +80,10 @@ class Segmentation(Evaluator):
         classes = counted(len(self._names), "class", "classes")
         return f"{counted(len(self._pictures), 'picture')}, {classes}, digest {digest_of(repr((self._names, files)))}"
 
+    def same_data(self) -> str:
+        """The same pictures, masks and names of classes."""
+        return "rule: every host has the same pictures and masks, and the same file of class names, so copy them whole"
+
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield pictures, mIoU, aAcc, mAcc, the trivial answer's mIoU, how many were left out, on request IoU by class.
 
@@ -91,7 +94,7 @@ class Segmentation(Evaluator):
             raise UserError(
                 f"crop: {self._recipe.crop} is smaller than the model's patches of {patch} x {patch} pixels"
             )
-        self.require_same_data(gather, SAME_MASKS)
+        self.require_same_data(gather)
         queries = self.queries(encoder, gather)
         counts_3C, used, left_out = self._count(encoder, queries, folder)
         sums = torch.cat([counts_3C.flatten(), counts_3C.new_tensor([used, left_out])])
