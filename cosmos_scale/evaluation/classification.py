@@ -75,7 +75,9 @@ class Classification(Evaluator):
     def same_data(self) -> str:
         """The same pictures, in what they lie in, with the same names and templates."""
         pictures = _SAME_PICTURES.get(self._config.dataset, f"files of {self._config.dataset}")
-        return f"rule: every host has the same {pictures}, and the same files of names and templates, so copy them whole"
+        return (
+            f"rule: every host has the same {pictures}, and the same files of names and templates, so copy them whole"
+        )
 
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield how many pictures and classes there are, top1, top5, mean_per_class, chance and what was left out.

@@ -139,7 +139,7 @@ class Evaluator(ABC):
         return ""
 
     def same_data(self) -> str:
-        """The rule that ranks with unequal galleries break: what every host has, and what mends it. Empty for no data."""
+        """The rule that ranks with unequal galleries break: what every host has, and what mends it; empty: no data."""
         return ""
 
     def require_same_data(self, gather: Gather) -> None:

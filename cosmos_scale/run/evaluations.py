@@ -113,7 +113,9 @@ class Evaluations:
             if evaluator.name in measured:
                 if measured[evaluator.name] or step < last_step:
                     continue
-                progress.say(f"step {step}: evaluation {evaluator.name} failed in an earlier launch, and is tried again")
+                progress.say(
+                    f"step {step}: evaluation {evaluator.name} failed in an earlier launch, and is tried again"
+                )
             missed.append(evaluator)
         self._run(missed, step, student, teacher, progress, goes_on)
 

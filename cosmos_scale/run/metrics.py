@@ -150,7 +150,7 @@ class MetricLog:
         self._progress.console.print(table)
 
     def evaluated_at(self, step: int) -> dict[str, bool]:
-        """Return the evaluators that have a record of a step, by name: whether one is of numbers, or all of failures."""
+        """Return the evaluators that have a record of a step, by name: whether one is of numbers, or none."""
         found: dict[str, bool] = {}
         for entry in records_of(self._file.path):
             if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step:

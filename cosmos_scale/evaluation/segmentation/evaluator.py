@@ -18,6 +18,7 @@ from cosmos_scale.data.decode.picture import Pixels
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
+from cosmos_scale.evaluation.left_out import LeftOutWords
 from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, pair_names, shown_pairs
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
 from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
@@ -61,6 +62,7 @@ class Segmentation(Evaluator):
         ]
         self._recipe = recipe_of(config, setting.image_size)
         self._constant = 0  # the label of the trivial answer, known once masks are read
+        self._words = LeftOutWords()
         self._scores: Scores | None = None
         self._true_C = torch.zeros(len(self._names), dtype=torch.int64)
 
@@ -132,7 +134,7 @@ class Segmentation(Evaluator):
                 predicted = segment(encoder.model.visual, pixels, queries, self._recipe)
             except DamagedSample as damage:
                 left_out += 1
-                print(f"left out: {picture.name} of {self.subject()['data']}: {damage}", file=sys.stderr)
+                self._words.say(f"{picture.name} of {self.subject()['data']}: {damage}")
             else:
                 on_device = torch.from_numpy(true).to(predicted.device)
                 counts_3C += count_overlap(predicted, on_device, len(self._names))
