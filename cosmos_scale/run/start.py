@@ -98,7 +98,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
     assert opened is not None
     _require_one_run(config, opened, ranks)
     if opened.initial is not None:
-        opened = replace(opened, initial=of_one_checkpoint(config, opened.initial, ranks, lambda initial: initial))
+        opened = replace(opened, initial=with_agreed_weights(config, opened.initial, ranks, lambda initial: initial))
     _prepare_folder(config, opened, ranks)
     return opened
 
@@ -168,7 +168,7 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
     start = opened.found_start
     if start.checkpoint is None and config.init_from is not None:
         use = partial(initial_pair, config, ranks)
-        pair, origin = of_one_checkpoint(config, opened.initial, ranks, use)
+        pair, origin = with_agreed_weights(config, opened.initial, ranks, use)
         return Built(pair, start, origin, [])
     pair = drawn_pair(config, ranks)
     while start.checkpoint is not None:
@@ -241,7 +241,7 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
             _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], rule)
 
 
-def of_one_checkpoint(
+def with_agreed_weights(
     config: RunConfig, initial: InitialWeights | None, ranks: Ranks, use: Callable[[InitialWeights], Value]
 ) -> Value:
     """Return what is made of the weights that `init_from` names, the same ones on every rank; collective.

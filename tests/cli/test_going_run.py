@@ -35,8 +35,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, no_report
 from cosmos_scale.report import run_pictures
 from cosmos_scale.report.records import RunRecords, SavedCheckpoint
-from cosmos_scale.run.start import build_pair, open_run
-from cosmos_scale.run.start import of_one_checkpoint as one_source
+from cosmos_scale.run.start import build_pair, open_run, with_agreed_weights
 from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.runs import train_to_end, write_run
 from tests.checkpoint.edit import content_of, rewrite
@@ -222,7 +221,7 @@ def started_from(rank: int, world_size: int, run: Path, keep: bool) -> str:
     initial = open_initial(config)
     if rank == 0:
         dist.barrier()
-    weights = one_source(config, initial, ranks, lambda weights: weights)
+    weights = with_agreed_weights(config, initial, ranks, lambda weights: weights)
     return f"{initial.path.name} {weights.path.name}"
 
 
