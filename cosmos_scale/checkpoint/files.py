@@ -30,9 +30,11 @@ class BrokenCheckpoint(UserError):
 class GoneCheckpoint(BrokenCheckpoint):
     """A checkpoint whose folder was deleted after it was found; its run may have a newer one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: str = "") -> None:
+        """Key: the key that names the checkpoint, with a colon and a blank, where there is one."""
+        self.folder = folder
         super().__init__(
-            f"checkpoint {folder}: deleted since it was found, as by its run, which keeps the newest; "
+            f"{key}checkpoint {folder}: deleted since it was found, as by its run, which keeps the newest; "
             "rule: name the run again, or let it keep more (checkpoint.keep_last)"
         )
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cosmos_scale.checkpoint.files import GoneCheckpoint
 from cosmos_scale.checkpoint.interchange.names import Shape, is_of_heads, tensor_shapes
 from cosmos_scale.checkpoint.interchange.reading import first_model, is_public, of_newest, open_public
 from cosmos_scale.checkpoint.interchange.resize import can_resize, resize_tables, resizing
@@ -65,12 +66,13 @@ class _Ours:
             name: () if name.endswith("logit_scale") else tuple(entry["shape"]) for name, entry in saved
         }
         self.shapes: dict[Which, dict[str, Shape]] = {"student": shapes, "teacher": shapes}
+        self._digest = manifest_digest(self.path)  # read now: the run may delete the checkpoint
 
     def read(self, which: Which) -> dict[str, Tensor]:
         return load_weights(self.path, which)
 
     def digest(self) -> str:
-        return manifest_digest(self.path)
+        return self._digest
 
 
 class _Public:
@@ -157,7 +159,7 @@ class InitialWeights:
     def read(self, which: Which) -> dict[str, Tensor]:
         """Return a model's float32 tensors by state-dict name, in the shapes of the run's model, without untaken heads.
 
-        Raises UserError where they are damaged or not finite.
+        Raises UserError where they are damaged or not finite, GoneCheckpoint where their run has deleted them since.
         """
         with _named():
             tensors = self._source.read(which)
@@ -200,6 +202,15 @@ def open_initial(config: RunConfig) -> InitialWeights:
         return of_newest(config.init_from, lambda found: InitialWeights(_Ours(found), config), lambda line: None)
 
 
+def open_chosen(config: RunConfig, checkpoint: Path) -> InitialWeights:
+    """Look for the weights of a checkpoint that another rank has found in the run that `init_from` names.
+
+    Raises as `open_initial` does, and GoneCheckpoint where the run has deleted the checkpoint meanwhile.
+    """
+    with _named():
+        return InitialWeights(_Ours(checkpoint), config)
+
+
 def _agreed(source: _Source, model: ModelConfig, key: str) -> str:
     """Return the value of a key that nothing in the checkpoint tells, with its name; empty where it is told.
 
@@ -232,5 +243,7 @@ def _named() -> Iterator[None]:
     """Name the key in what is refused."""
     try:
         yield
+    except GoneCheckpoint as gone:  # another one may be taken
+        raise GoneCheckpoint(gone.folder, "init_from: ") from gone
     except UserError as failure:
         raise UserError(f"init_from: {failure}") from failure

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from cosmos_scale.checkpoint.files import BrokenCheckpoint
+from cosmos_scale.checkpoint.files import BrokenCheckpoint, GoneCheckpoint
 from cosmos_scale.checkpoint.initial import InitialWeights, open_initial
 from cosmos_scale.checkpoint.state import RunState, load_checkpoint
 from cosmos_scale.config import RunConfig
@@ -25,19 +25,21 @@ class Pair(NamedTuple):
     def restore(self, folder: Path) -> RunState:
         """Go on from a checkpoint of any world size and stage; collective.
 
-        Raises, on all ranks alike: BrokenCheckpoint where any rank finds a file that is not what was written; then
-        another checkpoint may be restored. UserError where the checkpoint holds another model.
+        Raises, on all ranks alike: BrokenCheckpoint where any rank finds a file that is not what was written, or
+        GoneCheckpoint; then another checkpoint may be restored. UserError where the checkpoint holds another model.
         """
         ranks = self.student.ranks
-        state, broken, error = None, None, None
+        state, broken, gone, error = None, None, False, None
         try:
             state = load_checkpoint(folder, self.student.fragments)
         except BrokenCheckpoint as failure:
-            broken = str(failure)
+            broken, gone = str(failure), isinstance(failure, GoneCheckpoint)
         except UserError as failure:
             error = failure
         raise_together(ranks, error)
         broken = next((text for text in from_all(broken, ranks) if text is not None), None)
+        if any(from_all(gone, ranks)):
+            raise GoneCheckpoint(folder)
         if broken is not None:
             raise BrokenCheckpoint(broken)
         assert state is not None
@@ -76,9 +78,10 @@ def initial_pair(config: RunConfig, ranks: Ranks, initial: InitialWeights | None
 
     Heads that are not taken from there are drawn from the run's seed, the same for student and teacher: those that a
     run without init_from would draw. Returns the pair, and on one line where its weights came from and what was done to
-    them. Raises UserError on all ranks alike.
+    them. Raises UserError on all ranks alike, GoneCheckpoint where a run has deleted its checkpoint meanwhile.
     """
     student, teacher, origin, error = CosmosModel(config.model), CosmosModel(config.model), "", None
+    gone = None
     try:
         initial = initial or open_initial(config)
         if not initial.has_heads:
@@ -86,7 +89,12 @@ def initial_pair(config: RunConfig, ranks: Ranks, initial: InitialWeights | None
         student.load_state_dict(student.state_dict() | initial.read("student"))
         teacher.load_state_dict(student.state_dict() | initial.read("teacher"))
         origin = initial.describe()
+    except GoneCheckpoint as failure:
+        gone = failure.folder
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
+    gone = next((folder for folder in from_all(gone, ranks) if folder is not None), None)
+    if gone is not None:
+        raise GoneCheckpoint(gone, "init_from: ")
     return pair_of_models(config, ranks, student, teacher), origin

@@ -4,9 +4,11 @@ import atexit
 import contextlib
 import io
 import os
+import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from cosmos_scale.engine.meeting import meet, meet_at_agent
 from cosmos_scale.engine.messages import limit_messages
 from cosmos_scale.engine.rank_variables import WrongRankVariable, check_nccl_interfaces, read_rank_variables
 from cosmos_scale.errors import JointError, UserError
+from cosmos_scale.files import read_regular
 from cosmos_scale.host import ranks_of_this_host, usable_cores, uses_gpu
 
 Value = TypeVar("Value")
@@ -55,6 +58,7 @@ class Ranks:
 _started: list[Ranks] = []  # the ranks of this process, once they have started
 _contacts: list[Contact] = []  # this process's contact to the other ranks, once it has met them
 
+FIRST_PORT, PORTS_TRIED = 10_000, 50  # of `free_port`: below lie the ports of well-known services
 NAMED_WITHIN = 5.0  # seconds in which the contact learns of a rank whose end broke a collective
 
 
@@ -174,11 +178,22 @@ def choose_device(device: str) -> torch.device:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on now."""
+    """Return a TCP port of this machine that nobody listens on now.
+
+    Who is to listen there may first import for seconds. So it is, where possible, none of the ports that the kernel
+    gives to outgoing connections meanwhile.
+    """
+    low = FIRST_PORT
+    with contextlib.suppress(OSError, ValueError):
+        low = int(read_regular(Path("/proc/sys/net/ipv4/ip_local_port_range")).split()[0])
+    for _ in range(PORTS_TRIED if low > FIRST_PORT else 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := FIRST_PORT + secrets.randbelow(low - FIRST_PORT)))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        given: int = probe.getsockname()[1]
+        return given
 
 
 def check_precision(precision: str) -> None:

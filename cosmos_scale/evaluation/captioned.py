@@ -1,6 +1,5 @@
 """Pictures with all texts that are correct for each of them, whatever they lie in: what retrieval is measured on."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.evaluation.ahead import prepared_blocks
+from cosmos_scale.evaluation.left_out import LeftOutWords
 
 NAMED = 20  # samples without captions that a pass names; it names all that are damaged
 
@@ -42,6 +42,7 @@ class CaptionedPictures(ABC):
     def __init__(self, samples: int) -> None:
         self._samples = samples
         self._left_out = LeftOut(0, 0)
+        self._words = LeftOutWords()
 
     def __len__(self) -> int:
         """How many samples there are, with those that cannot be used."""
@@ -88,7 +89,7 @@ class CaptionedPictures(ABC):
         """Yield one rank's contiguous slice of the samples in order, `batch` at a time.
 
         Ranks together cover each sample once; a slice may be empty. A damaged sample, one of more than max_pixels, and
-        one without captions are left out, counted and named on stderr.
+        one without captions are left out, counted, and in the first pass named on stderr.
         Raises: UnreachableShard where a shard cannot be reached any more, after all retries.
         """
         self._left_out = LeftOut(0, 0)
@@ -117,6 +118,6 @@ class CaptionedPictures(ABC):
         lacks = isinstance(damage, NoCaptions)
         self._left_out = LeftOut(without_captions + lacks, damaged + (not lacks))
         if not lacks or without_captions < NAMED:
-            print(f"left out: {self.name(sample)}: {damage}", file=sys.stderr)
+            self._words.say(f"{self.name(sample)}: {damage}")
         elif without_captions == NAMED:
-            print("left out: more samples without captions, which are counted and not named", file=sys.stderr)
+            self._words.say("more samples without captions, which are counted and not named")

@@ -28,7 +28,12 @@ from cosmos_scale.words import counted
 
 LOGIT_SCALE = 100.0  # of the published evaluation; the model's own is not used
 _SHOWN = 5  # classes that are named where more have no picture
-SAME_SET = "rule: every host has the same pictures and text files"
+# What every host has the same of, by the layout; all other sets are published ones.
+_SAME_PICTURES = {
+    "folders": "class folders with the same pictures",
+    "imagenet": "class folders with the same pictures",
+    "webdataset": "shards",
+}
 
 
 class _Counts(NamedTuple):
@@ -67,6 +72,13 @@ class Classification(Evaluator):
         texts = digest_of(repr((names, templates)))
         return f"{pictures.describe()}, {counted(len(names), 'class', 'classes')}, digest {texts}"
 
+    def same_data(self) -> str:
+        """The same pictures, in what they lie in, with the same names and templates."""
+        pictures = _SAME_PICTURES.get(self._config.dataset, f"files of {self._config.dataset}")
+        return (
+            f"rule: every host has the same {pictures}, and the same files of names and templates, so copy them whole"
+        )
+
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield how many pictures and classes there are, top1, top5, mean_per_class, chance and what was left out.
 
@@ -74,7 +86,7 @@ class Classification(Evaluator):
         pictures, of the class's own top-1. Source: Radford et al. 2021, section 3.1, and the published evaluation.
         """
         self._confused = []
-        self.require_same_data(gather, SAME_SET)
+        self.require_same_data(gather)
         weights_UE = text_weights(encoder, self._texts, self._set.templates, gather)
         counts = self._count(encoder, weights_UE)
         hits_C3 = gather(counts.hits[None]).sum(0).cpu()

@@ -35,6 +35,9 @@ def no_report(work: str, done: int, total: int) -> None:
 DIGITS = 15  # hexadecimal, of a digest of data: as many as an int64 has room for
 
 
+DIFFERENT_DATA = "ranks see different data"
+
+
 def digest_of(text: str) -> str:
     """A digest of a text that says what data was read, in DIGITS hexadecimal digits."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:DIGITS]
@@ -135,7 +138,11 @@ class Evaluator(ABC):
         """What `measure` reads, in words with digests: equal on ranks that read equal data, empty for no data."""
         return ""
 
-    def require_same_data(self, gather: Gather, rule: str) -> None:
+    def same_data(self) -> str:
+        """The rule that ranks with unequal galleries break: what every host has, and what mends it; empty: no data."""
+        return ""
+
+    def require_same_data(self, gather: Gather) -> None:
         """Raise UserError, on all ranks, where ranks would measure on parts of different data, as `gallery` says.
 
         A run's start compares galleries too, but a gallery may be opened later.
@@ -145,7 +152,7 @@ class Evaluator(ABC):
         other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
         if other is not None:
             seen = ", ".join(f"rank {rank}: digest {digests[rank]:0{DIGITS}x}" for rank in (0, other))
-            raise UserError(f"eval.{self.name}: ranks see different galleries ({seen}); {rule}")
+            raise UserError(f"eval.{self.name}: {DIFFERENT_DATA} ({seen}); {self.same_data()}")
 
     @abstractmethod
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:

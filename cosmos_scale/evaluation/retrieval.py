@@ -35,7 +35,6 @@ from cosmos_scale.evaluation.gallery import Gallery
 from cosmos_scale.evaluation.ranking import RECALL_AT, ROWS, RankFigures, best_ranks, rank_figures
 from cosmos_scale.words import counted
 
-SAME_GALLERY = "rule: every host has the same gallery, so copy its shards along with their index"
 LEFT_OUT = ("left_out_without_captions", "left_out_damaged")
 DIRECTIONS = ("image_to_text", "text_to_image")
 
@@ -87,13 +86,22 @@ class Retrieval(Evaluator):
         """The gallery's samples and captions, in words with digests."""
         return self._gallery.describe()
 
+    def same_data(self) -> str:
+        """The same gallery, in what it lies in."""
+        files = "its file of captions along with the pictures"
+        if isinstance(self._gallery, Gallery):
+            files = "its shards along with their index"
+        elif self._config.dataset == "webdataset":
+            files = "its shards"
+        return f"rule: every host has the same gallery, so copy {files}"
+
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield the numbers of `RetrievalResult.as_dict`, and how many samples were left out; leaves no files.
 
         A cache of the setting keeps the features of the whole gallery.
         """
         setting = self.setting
-        self.require_same_data(gather, SAME_GALLERY)
+        self.require_same_data(gather)
         cache = setting.cache if encoder.weights else None
         made_of = (
             json.dumps(["retrieval, equal texts as one", encoder.weights, self._gallery.contents()])

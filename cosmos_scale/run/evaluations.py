@@ -71,6 +71,10 @@ class Evaluations:
         """Return what each evaluator reads, by its name; empty for one whose data is not opened yet."""
         return {evaluator.name: evaluator.gallery() for evaluator in self._evaluators}
 
+    def same_data(self) -> dict[str, str]:
+        """Return the rule that ranks with unequal galleries break, by the evaluator's name."""
+        return {evaluator.name: evaluator.same_data() for evaluator in self._evaluators}
+
     def due(self, step: int) -> bool:
         """Whether anything is to be measured after a number of steps."""
         return bool(self._due(step))
@@ -97,13 +101,23 @@ class Evaluations:
     ) -> None:
         """Measure what is due at a resumed run's first step and has no record, as `run_due` does; collective.
 
-        The step was saved before it was evaluated, and the launch that saved it was ended in between.
+        The step was saved before it was evaluated, and the launch that saved it was ended in between. What has failed
+        at the last step is measured too: it is due at no later step.
         """
         due = self._evaluators if step == last_step else self._due(step)
-        if due:
-            done = progress.evaluated_at(step)
-            missed = [evaluator for evaluator in due if evaluator.name not in done]
-            self._run(missed, step, student, teacher, progress, goes_on)
+        if not due:
+            return
+        measured = progress.evaluated_at(step)
+        missed = []
+        for evaluator in due:
+            if evaluator.name in measured:
+                if measured[evaluator.name] or step < last_step:
+                    continue
+                progress.say(
+                    f"step {step}: evaluation {evaluator.name} failed in an earlier launch, and is tried again"
+                )
+            missed.append(evaluator)
+        self._run(missed, step, student, teacher, progress, goes_on)
 
     def _run(
         self,

@@ -149,13 +149,14 @@ class MetricLog:
         self._write({"step": step, **flat}, "eval", {"evaluator": name}, tables, named_pictures(folders or {}))
         self._progress.console.print(table)
 
-    def evaluated_at(self, step: int) -> list[str]:
-        """Return the names of the evaluators that have a record of a step, those that failed among them."""
-        return [
-            evaluator_of(entry)
-            for entry in records_of(self._file.path)
-            if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step
-        ]
+    def evaluated_at(self, step: int) -> dict[str, bool]:
+        """Return the evaluators that have a record of a step, by name: whether one is of numbers, or none."""
+        found: dict[str, bool] = {}
+        for entry in records_of(self._file.path):
+            if entry.get("kind") in ("eval", "eval_failed") and entry.get("step") == step:
+                name = evaluator_of(entry)
+                found[name] = found.get(name, False) or entry["kind"] == "eval"
+        return found
 
     def evaluation_failed(self, step: int, name: str, failures: int) -> None:
         """Write how often an evaluator has failed; the record's kind is another than that of results."""

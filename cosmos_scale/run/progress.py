@@ -220,9 +220,9 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
-    def evaluated_at(self, step: int) -> list[str]:
-        """Return the names of the evaluators that have a record of a step, of numbers or of a failure; collective."""
-        return from_all([] if self._log is None else self._log.evaluated_at(step), self._ranks)[0]
+    def evaluated_at(self, step: int) -> dict[str, bool]:
+        """Return the evaluators that have a record of a step, by name: whether one is of numbers; collective."""
+        return from_all({} if self._log is None else self._log.evaluated_at(step), self._ranks)[0]
 
     def evaluation(self, step: int, evaluator: Evaluator, results: dict[str, Numbers], table: Table) -> None:
         """Write and show an evaluator's numbers by model; its name stands before them where it is not its kind.

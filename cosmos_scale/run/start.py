@@ -3,16 +3,17 @@
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from cosmos_scale.checkpoint.files import BrokenCheckpoint
-from cosmos_scale.checkpoint.initial import InitialWeights, open_initial
+from cosmos_scale.checkpoint.files import BrokenCheckpoint, GoneCheckpoint
+from cosmos_scale.checkpoint.initial import InitialWeights, open_chosen, open_initial
 from cosmos_scale.checkpoint.resume import PassedOver, Start, find_start, set_aside
+from cosmos_scale.checkpoint.state import MOST_TRIES
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.compare import different_between_hosts
 from cosmos_scale.data.shards.index import MergedIndex
@@ -21,7 +22,7 @@ from cosmos_scale.data.training.order import steps_per_epoch
 from cosmos_scale.engine.pair import Pair, drawn_pair, initial_pair
 from cosmos_scale.engine.ranks import Ranks, from_all, raise_together
 from cosmos_scale.errors import JointError, UserError
-from cosmos_scale.evaluation.retrieval import SAME_GALLERY
+from cosmos_scale.evaluation.evaluator import DIFFERENT_DATA
 from cosmos_scale.model.tokenizer import Tokenizer
 from cosmos_scale.run.evaluations import Evaluations
 from cosmos_scale.run.folder import CHECKPOINTS, prepare_folder
@@ -41,6 +42,8 @@ from cosmos_scale.words import counted
 SEEN_WITHIN = 60.0  # seconds in which a file of rank 0 must be seen by all ranks
 POLL = 0.1  # seconds between looks for it
 SAME_CHECKPOINT = "rule: all ranks read one shared folder, or equal copies of it"
+
+Value = TypeVar("Value")
 
 _say = partial(print, flush=True)
 
@@ -93,8 +96,9 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         error = failure
     raise_together(ranks, error)
     assert opened is not None
-    opened = replace(opened, initial=main_ranks_weights(config, opened.initial, ranks))
     _require_one_run(config, opened, ranks)
+    if opened.initial is not None:
+        opened = replace(opened, initial=with_agreed_weights(config, opened.initial, ranks, lambda initial: initial))
     _prepare_folder(config, opened, ranks)
     return opened
 
@@ -163,14 +167,15 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
     """
     start = opened.found_start
     if start.checkpoint is None and config.init_from is not None:
-        pair, origin = initial_pair(config, ranks, opened.initial)
+        use = partial(initial_pair, config, ranks)
+        pair, origin = with_agreed_weights(config, opened.initial, ranks, use)
         return Built(pair, start, origin, [])
     pair = drawn_pair(config, ranks)
     while start.checkpoint is not None:
         try:
             pair.restore(start.checkpoint)
         except BrokenCheckpoint as broken:
-            start = _older_start(config, opened, start, broken, ranks)
+            start = _other_start(config, opened, start, broken, ranks)
             if start.checkpoint is None:  # all are gone, and the pair holds a part of one
                 return build_pair(config, replace(opened, found_start=start), ranks)
             continue
@@ -178,14 +183,21 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
     return Built(pair, start, "" if start.state is None else start.state.origin, _set_aside(start, ranks))
 
 
-def _older_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:
-    """Find an older checkpoint than one that cannot be read; collective."""
+def _other_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:
+    """Find another start than a checkpoint that cannot be read; collective.
+
+    `resume: auto` passes it over. The newest one of a run that `resume` names may have been deleted, since that run
+    goes on: then the next one is taken.
+    """
     older, error = start, None
     try:
-        if config.resume != "auto":
-            raise UserError(str(broken))
         assert start.checkpoint is not None
-        known = (*start.broken, PassedOver(start.checkpoint, str(broken)))
+        if config.resume == "auto":
+            known = (*start.broken, PassedOver(start.checkpoint, str(broken)))
+        elif isinstance(broken, GoneCheckpoint) and start.checkpoint != Path(config.resume):
+            known = start.broken
+        else:
+            raise UserError(str(broken))
         older = find_start(config, opened.folder / CHECKPOINTS, opened.index.fingerprint(), known)
     except UserError as failure:
         error = failure
@@ -223,46 +235,63 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
     if all(marks):
         _require_same("data.sources: ranks see shards that begin with other bytes", marks, rule)
     _check_same_start(opened.found_start, ranks)
-    _check_same_weights(config, opened.initial, ranks)
     if opened.found_start.state is None:  # an evaluation of a resumed run fails instead, and the run goes on
-        for name in galleries[0]:
-            problem = f"eval.{name}: ranks see different galleries"
-            _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], SAME_GALLERY)
+        for name, rule in opened.evaluations.same_data().items():
+            problem = f"eval.{name}: {DIFFERENT_DATA}"
+            _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], rule)
 
 
-def main_ranks_weights(config: RunConfig, initial: InitialWeights | None, ranks: Ranks) -> InitialWeights | None:
-    """Return the weights of the checkpoint that rank 0 has found in the run that `init_from` names; collective.
+def with_agreed_weights(
+    config: RunConfig, initial: InitialWeights | None, ranks: Ranks, use: Callable[[InitialWeights], Value]
+) -> Value:
+    """Return what is made of the weights that `init_from` names, the same ones on every rank; collective.
 
-    Of a run that goes on, ranks may find different ones. initial: found by this rank.
+    Where that is a run, rank 0 chooses: of one that goes on, ranks may find different checkpoints. Where the run
+    deletes the chosen one before all ranks have used it, the next one is taken, a few times at most. initial: found by
+    this rank; None: look for them. use: collective; it may raise GoneCheckpoint on all ranks alike.
     """
-    if config.init_from is None:
-        return initial
-    named = config.init_from
-    choice = from_all(None if initial is None else initial.path.relative_to(named), ranks)[0]
+    for left in reversed(range(MOST_TRIES)):
+        try:
+            return use(_agreed_weights(config, initial, ranks))
+        except GoneCheckpoint as gone:
+            if left == 0 or gone.folder == config.init_from:
+                raise JointError(str(gone)) from gone
+            initial = None
+    raise AssertionError("the last try returns or raises")
+
+
+def _agreed_weights(config: RunConfig, initial: InitialWeights | None, ranks: Ranks) -> InitialWeights:
+    """Return the weights that rank 0 has found; raises GoneCheckpoint on all ranks where one comes too late for them.
+
+    Raises JointError where the ranks would start from different weights, or one cannot read them.
+    """
     error = None
-    if initial is not None and choice is not None and named / choice != initial.path:
-        try:
-            initial = open_initial(config.model_copy(update={"init_from": named / choice}))
-        except UserError as failure:
-            error = failure
+    try:
+        initial = initial or open_initial(config)
+    except UserError as failure:
+        error = failure
     raise_together(ranks, error)
-    return initial
-
-
-def _check_same_weights(config: RunConfig, initial: InitialWeights | None, ranks: Ranks) -> None:
-    """Raise JointError where the ranks would start from different weights, or one cannot read them; collective."""
-    digest, digests, error = None, "", None
-    if initial is not None:
-        try:
-            digest, digests = initial.digest(), initial.digests
-        except UserError as failure:  # deleted since it was looked for, or unreadable on this host
-            error = failure
+    assert initial is not None
+    assert config.init_from is not None
+    chosen = config.init_from / from_all(initial.path.relative_to(config.init_from), ranks)[0]
+    digest, is_gone = None, False
+    try:
+        if chosen not in (initial.path, config.init_from):
+            initial = open_chosen(config, chosen)
+        digest = initial.digest()
+    except GoneCheckpoint:
+        is_gone = True
+    except UserError as failure:  # unreadable on this host
+        error = failure
     raise_together(ranks, error)
+    if any(from_all(is_gone, ranks)):
+        raise GoneCheckpoint(chosen, "init_from: ")
     _require_same(
-        f"init_from: ranks see different checkpoints in {config.init_from}, by the digests of their {digests}",
+        f"init_from: ranks see different checkpoints in {config.init_from}, by the digests of their {initial.digests}",
         from_all(digest, ranks),
         SAME_CHECKPOINT,
     )
+    return initial
 
 
 def _check_same_start(start: Start, ranks: Ranks) -> None:

@@ -167,7 +167,7 @@ def save_where_the_thread_fails(rank: int, world_size: int, root: Path, where: s
     ],
 )
 def test_nobody_waits_for_a_thread_that_fails_in_any_way(tmp_path: Path, where: str, said: str) -> None:
-    for message, folders in run_ranks(save_where_the_thread_fails, 2, tmp_path, where, timeout=60):
+    for message, folders in run_ranks(save_where_the_thread_fails, 2, tmp_path, where):
         assert said in message
         assert folders == ["step-00000006"]
 
@@ -223,7 +223,7 @@ def leave_while_another_rank_never_writes(rank: int, world_size: int, root: Path
 
 
 def test_a_rank_that_is_gone_does_not_keep_the_others(tmp_path: Path) -> None:
-    messages = run_ranks(leave_while_another_rank_never_writes, 2, tmp_path, timeout=60)
+    messages = run_ranks(leave_while_another_rank_never_writes, 2, tmp_path)
     assert messages == ["gloo: connection closed"] * 2
     assert checkpoints(tmp_path) == []
 
@@ -244,7 +244,7 @@ def wait_for_a_rank_that_ended(rank: int, world_size: int, root: Path) -> str:
 
 
 def test_waiting_ends_where_contact_is_lost(tmp_path: Path) -> None:
-    first, second = run_ranks(wait_for_a_rank_that_ended, 2, tmp_path, timeout=60)
+    first, second = run_ranks(wait_for_a_rank_that_ended, 2, tmp_path)
     assert first != "no error"
     assert second == "left"
 

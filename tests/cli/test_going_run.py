@@ -14,17 +14,30 @@ from cosmos_scale.checkpoint.files import GoneCheckpoint
 from cosmos_scale.checkpoint.initial import open_initial
 from cosmos_scale.checkpoint.interchange.reading import of_newest
 from cosmos_scale.checkpoint.resume import find_start
-from cosmos_scale.checkpoint.state import MOST_TRIES, FragmentReader, Manifest, checkpoint_name, newest, read_manifest
+from cosmos_scale.checkpoint.state import (
+    MOST_TRIES,
+    FragmentReader,
+    Manifest,
+    checkpoint_name,
+    load_weights,
+    newest,
+    read_manifest,
+    step_of,
+)
 from cosmos_scale.cli import main as cli
 from cosmos_scale.cli.eval_command import of_one_checkpoint
 from cosmos_scale.config import RetrievalConfig
+from cosmos_scale.config.load import load_config
+from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.contact import Contact
-from cosmos_scale.engine.ranks import Ranks
+from cosmos_scale.engine.ranks import Ranks, start_ranks
+from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, no_report
 from cosmos_scale.report import run_pictures
 from cosmos_scale.report.records import RunRecords, SavedCheckpoint
-from cosmos_scale.run.start import main_ranks_weights
+from cosmos_scale.run.start import build_pair, open_run, with_agreed_weights
 from cosmos_scale.testing.ranks import run_ranks
+from cosmos_scale.testing.runs import train_to_end, write_run
 from tests.checkpoint.edit import content_of, rewrite
 from tests.evaluation.labelled import ANIMALS, tiny_run, write_folders
 from tests.inference.conftest import write_checkpoint
@@ -150,10 +163,14 @@ def test_the_next_one_that_comes_while_the_list_is_gone_through_is_found(
     assert found.name == checkpoint_name(4)
 
 
+def of_rank(rank: int, world_size: int) -> Ranks:
+    assert dist.group.WORLD is not None
+    return Ranks(rank, world_size, torch.device("cpu"), dist.group.WORLD, Contact(rank, {}))
+
+
 def taken(rank: int, world_size: int, run: Path) -> tuple[str, str]:
     """What each rank takes where rank 1 alone comes too late for the checkpoint of step 3."""
-    assert dist.group.WORLD is not None
-    ranks = Ranks(rank, world_size, torch.device("cpu"), dist.group.WORLD, Contact(rank, {}))
+    ranks = of_rank(rank, world_size)
 
     def read(checkpoint: Path) -> str:
         if rank == 1 and checkpoint.name == checkpoint_name(3):
@@ -194,25 +211,76 @@ def test_a_resumed_run_goes_on_from_the_next_one(run: Path, tmp_path: Path, monk
     assert start.checkpoint == run / "checkpoints" / checkpoint_name(4)
 
 
-def started_from(rank: int, world_size: int, run: Path) -> str:
+def started_from(rank: int, world_size: int, run: Path, keep: bool) -> str:
     """The checkpoint that a new run starts from where its source goes on once rank 0 has looked."""
-    assert dist.group.WORLD is not None
-    ranks = Ranks(rank, world_size, torch.device("cpu"), dist.group.WORLD, Contact(rank, {}))
+    ranks = of_rank(rank, world_size)
     config = tiny_run().model_copy(update={"init_from": run})
     if rank == 1:
         dist.barrier()
-        go_on(run, 3, keep=True)
+        go_on(run, 3, keep=keep)
     initial = open_initial(config)
     if rank == 0:
         dist.barrier()
-    weights = main_ranks_weights(config, initial, ranks)
-    assert weights is not None
+    weights = with_agreed_weights(config, initial, ranks, lambda weights: weights)
     return f"{initial.path.name} {weights.path.name}"
 
 
-def test_all_ranks_start_from_the_checkpoint_that_rank_0_has_found(run: Path) -> None:
+@pytest.mark.parametrize("keep", [True, False])
+def test_all_ranks_start_from_the_checkpoint_that_rank_0_has_found(run: Path, keep: bool) -> None:
+    """Or from the next one, where that is gone before the others have looked into it."""
     old, new = checkpoint_name(3), checkpoint_name(4)
-    assert run_ranks(started_from, 2, run) == [f"{old} {old}", f"{new} {old}"]
+    chosen = old if keep else new
+    assert run_ranks(started_from, 2, run, keep) == [f"{old} {chosen}", f"{new} {chosen}"]
+
+
+def built_from(rank: int, world_size: int, run: Path, cases: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Build a run from another one that goes on as the last rank reads its tensors; cases: the key, and what it names.
+
+    Returns what the run starts from, or the refusal, and whether it has the weights of the checkpoint that is left.
+    """
+    enter, ranks, found = FragmentReader.__enter__, start_ranks("cpu"), []
+    root = run.parent / "source" / "tiny"
+    for key, is_named in cases:
+        dist.barrier()
+        source = newest(root / "checkpoints")
+        assert source is not None
+
+        def entered(self: FragmentReader, source: Path = source) -> FragmentReader:
+            if rank == world_size - 1 and self.folder == source and source.exists():
+                go_on(root, step_of(source))
+            return enter(self)
+
+        config = load_config(run, [f"{key}={source if is_named else root}"])
+        opened = open_run(config, ranks)
+        with opened.held, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FragmentReader, "__enter__", entered)
+            try:
+                pair, start, origin, _ = build_pair(config, opened, ranks)
+            except UserError as refusal:
+                found.append((str(refusal), False))
+                continue
+        weights = load_weights(source.with_name(checkpoint_name(step_of(source) + 1)), "student")
+        same = [
+            torch.equal(fragment.weight, weights[fragment.name].flatten()[fragment.start :][: len(fragment.weight)])
+            for fragment in pair.student.fragments
+        ]
+        found.append((origin or str(start.checkpoint), len(same) > 10 and all(same)))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_ranks_take_the_next_one_where_tensors_are_gone(tmp_path: Path, scenes: SceneShards, ranks: int) -> None:
+    run = write_run(tmp_path, scenes, zero={"stage": 1})
+    train_to_end(run, f"output={tmp_path / 'source'}", "train.max_steps=2").require(0)
+    cases = [(key, is_named) for key in ("init_from", "resume") for is_named in (False, True)]
+    names = [str(tmp_path / "source" / "tiny" / "checkpoints" / checkpoint_name(step)) for step in range(2, 7)]
+    for found in run_ranks(built_from, ranks, run, cases):
+        taken, refused, went_on, not_resumed = found
+        assert taken[0].startswith(f"{names[1]}: checkpoint of step 3 (")
+        assert refused[0].startswith(f"init_from: checkpoint {names[1]}: deleted since it was found")
+        assert went_on[0] == names[3]
+        assert not_resumed[0].startswith(f"checkpoint {names[3]}: deleted since it was found")
+        assert [same for _, same in found] == [True, False, True, False]
 
 
 def test_nothing_is_said_where_nothing_went(run: Path) -> None:

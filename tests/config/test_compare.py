@@ -1,5 +1,6 @@
 """Which keys may change on resume or differ by host: every key of the config, changed alone, is named or marked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +210,49 @@ def test_a_difference_shows_both_values(run: Path, overrides: list[str], said: s
 
 
 def test_a_difference_shows_no_secret_and_no_long_value(run: Path) -> None:
-    secret = "data.sources=[{name: a, shards: 'https://user:password@host/0.tar?token=secret'}]"
-    (difference,) = changed_on_resume(load_config(run), load_config(run, [secret]))
+    secret = "{name: c, shards: 'https://user:password@host/0.tar?token=secret'}"
+    sources = f"data.sources=[{{name: a, shards: x}}, {{name: b, shards: y}}, {secret}]"
+    (difference,) = changed_on_resume(load_config(run), load_config(run, [sources]))
     said = str(difference)
-    assert said.startswith('data.sources: [{"name": "a", "shards": "https://***@host/0.tar?***"')
-    assert "secret" not in said
-    assert "password" not in said
+    shown = '{"name": "c", "shards": "https://***@host/0.tar?***", "index": null, "weight": 1.0}'
+    assert said == f"data.sources: 3 entries, was 2; the first that is new is data.sources.2: {shown[:77]}..."
     assert len(said) < 200
+
+
+def test_of_long_values_the_difference_is_shown_not_their_equal_beginnings(run: Path) -> None:
+    """Lists of sources (their shards may change), lists of keys, and a long text: each side at most 80 characters."""
+
+    def said(*overrides: Sequence[str]) -> str:
+        (difference,) = changed_on_resume(*(load_config(run, list(given)) for given in overrides))
+        return str(difference)
+
+    def sources(*names: str) -> list[str]:
+        return [f"data.sources=[{', '.join(f'{{name: {name}, shards: /data/{name}}}' for name in names)}]"]
+
+    def keys(*names: str) -> list[str]:
+        return [f"data.captions.keys=[{', '.join(names)}]"]
+
+    def moved(given: list[str]) -> list[str]:
+        return [given[0].replace("/data/", "/moved/")]
+
+    names = [f"source_{number}" for number in range(40)]
+    with_one_more = [*names[:3], "more", *names[3:]]
+    first = "the first that differs is data.sources.3.name: more, was source_3"
+    assert said(sources(*names), moved(sources(*with_one_more))) == f"data.sources: 41 entries, was 40; {first}"
+    gone = '{"name": "source_39", "shards": "/data/source_39", "index": null, "weight": 1.0}'
+    assert (
+        said(sources(*names), sources(*names[:39]))
+        == f"data.sources: 39 entries, was 40; the first that is gone is data.sources.39: {gone}"
+    )
+    other = [*names[:9], "other", *names[10:]]
+    assert said(sources(*names), sources(*other)) == "data.sources.9.name: other, was source_9"
+    assert said(keys(*names), keys(*other)) == "data.captions.keys.9: other, was source_9"
+    assert said(keys(*names), keys(*names, "more")) == (
+        "data.captions.keys: 41 entries, was 40; the first that is new is data.captions.keys.40: more"
+    )
+    first = "the first that differs is data.captions.keys.3: more, was source_3"
+    assert said(keys(*names), keys(*with_one_more)) == f"data.captions.keys: 41 entries, was 40; {first}"
+    beginning, end = "of_a_long_name_" * 10, "_and_on" * 20
+    texts = [[f"data.sources.0.name={beginning}{text}"] for text in ("first", f"second{end}")]
+    start = f"...{beginning[-20:]}"
+    assert said(*texts) == f"data.sources.0.name: {f'{start}second{end}'[:77]}..., was {start}first"

@@ -23,14 +23,14 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.interfaces import interface_of, own_addresses
 from cosmos_scale.versions import build_of_this_rank
 
-SECONDS = 20.0  # for what takes one at most
+SECONDS = 60.0  # for what takes one at most
 
 
 def place(rank: int, world_size: int, port: int) -> RankVariables:
     return RankVariables(rank, world_size, rank, "127.0.0.1", port)
 
 
-def said(places: list[RankVariables], wait: float = SECONDS, answer: float = 1.0) -> list[str]:
+def said(places: list[RankVariables], wait: float = SECONDS, answer: float = SECONDS) -> list[str]:
     """What each rank says: the value that rank 0 put into the store, or the refusal."""
 
     def one(own: RankVariables) -> str:
@@ -124,7 +124,7 @@ SERVERS: dict[str, Callable[[socket.socket], object]] = {
 @pytest.mark.parametrize("serve", SERVERS.values(), ids=SERVERS)
 def test_a_taken_port_is_told_on_every_rank(serve: Callable[[socket.socket], object]) -> None:
     with stranger(serve) as port:
-        first, *others = said([place(rank, 3, port) for rank in range(3)])
+        first, *others = said([place(rank, 3, port) for rank in range(3)], answer=1.0)
     assert first.startswith(f"MASTER_PORT: {port} is taken by another program on this host; rule: a free port")
     for other in others:
         assert other.startswith(f"MASTER_PORT: what listens at 127.0.0.1:{port} is not rank 0 of this launch; rule: ")
@@ -159,8 +159,8 @@ def test_ranks_of_other_sources_or_packages_are_refused(change: dict[str, str], 
 
 
 @pytest.fixture(autouse=True)
-def _told_for_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusal, "TELLS_FOR", 2.0)
+def _told_for_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal, "TELLS_FOR", 5.0)
 
 
 @pytest.mark.parametrize("refused", [0, 2])
@@ -209,8 +209,8 @@ def test_hosts_that_are_all_refused_wait_for_nobody() -> None:
 
 def test_ranks_that_do_not_come_are_named() -> None:
     port = free_port()
-    text = "ranks 2, 3 have not come within 1 s; rule: every rank of WORLD_SIZE starts"
-    assert said([place(0, 4, port), place(1, 4, port)], wait=1.0) == [text, text]
+    text = "ranks 2, 3 have not come within 4 s; rule: every rank of WORLD_SIZE starts"
+    assert said([place(0, 4, port), place(1, 4, port)], wait=4.0) == [text, text]
 
 
 def test_waiting_is_told_seldom_and_names_who_is_missing(
@@ -221,7 +221,7 @@ def test_waiting_is_told_seldom_and_names_who_is_missing(
         "rank 1 has not come within 1.5 s; rule: every rank of WORLD_SIZE starts"
     ]
     told = capfd.readouterr().err.splitlines()
-    assert len(told) == 3  # after 0.25, 0.5 and 1 s
+    assert 1 <= len(told) <= 3  # after 0.25, 0.5 and 1 s; on a busy machine some of these pass at one look
     line = r"cosmos-scale: rank 0 has waited [01] s for rank 1 of 2; it waits for 1\.5 s in all"
     assert all(re.fullmatch(line, one) for one in told)
     (text,) = said([place(1, 2, free_port())], wait=0.9)
@@ -263,7 +263,7 @@ def test_many_strangers_that_stay_keep_nobody_waiting(words: bytes) -> None:
         ranks = pool.submit(said, [place(0, 2, port)])
         for _ in range(20):
             strangers.enter_context(connected(port)).sendall(words)
-        assert said([place(1, 2, port)], answer=SECONDS) == ["value"]
+        assert said([place(1, 2, port)]) == ["value"]
         assert ranks.result(SECONDS) == ["value"]
 
 

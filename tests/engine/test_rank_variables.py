@@ -20,7 +20,7 @@ from cosmos_scale.engine.rank_variables import (
     check_nccl_interfaces,
     read_rank_variables,
 )
-from cosmos_scale.engine.ranks import choose_device, free_port
+from cosmos_scale.engine.ranks import FIRST_PORT, choose_device, free_port
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.runs import write_run
 
@@ -240,7 +240,7 @@ def test_each_rank_prints_its_own_line(rank: str, local_rank: str | None, tmp_pa
     if local_rank is not None:
         own["LOCAL_RANK"] = local_rank
     command = [sys.executable, "-m", "cosmos_scale.cli", "train", str(run)]
-    ended = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert re.fullmatch(r"cosmos-scale train: (LOCAL_RANK|RANK): .*; rule: .*\n", ended.stderr), ended.stderr
 
@@ -272,3 +272,16 @@ def test_a_folder_of_extensions_that_cannot_be_made_is_refused(monkeypatch: pyte
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
     with pytest.raises(UserError, match=r"^TORCH_EXTENSIONS_DIR: /proc/none: .*; rule: a folder that can be made$"):
         use_own_environment()
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_others() -> None:
+    """Else an outgoing connection may have it by the time that a rank listens there, after its imports."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if first <= FIRST_PORT:
+        pytest.skip(f"this machine gives ports from {first} on to outgoing connections")
+    ports = [free_port() for _ in range(20)]
+    assert all(FIRST_PORT <= port < first for port in ports)
+    assert len(set(ports)) > 10  # two launches of one moment seldom get the same
+    for port in ports:
+        with socket.create_server(("127.0.0.1", port)):
+            pass

@@ -123,6 +123,9 @@ def test_samples_without_the_key_are_left_out_and_counted_wherever_they_lie(
     assert batch.sample_ids.tolist() == [NAMED + 5, NAMED + 6]
     assert gallery.left_out == LeftOut(without_captions=NAMED + 5, damaged=1)
     assert len(capsys.readouterr().err.splitlines()) == NAMED + 2  # the damaged one, and that more lack captions
+    (batch,) = gallery.batches(0, 1, 4)  # for the next model
+    assert gallery.left_out == LeftOut(without_captions=NAMED + 5, damaged=1)
+    assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=rf"its keys are url; no other of {NAMED} samples has captions there"):
         opened(folder, "alt", most=NAMED)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = socket.gethostname()
-SECONDS = 60.0
+SECONDS = 120.0  # for what takes some at most
 
 
 class Ended(NamedTuple):

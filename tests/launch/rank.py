@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDER = Path(sys.argv[1])
 RANK = int(os.environ["RANK"])
-SECONDS = 60.0  # after which a rank that waits gives up
+SECONDS = 300.0  # after which a rank that waits gives up: longer than any test waits for it
 
 stopped: list[int] = []
 
@@ -34,6 +34,15 @@ def ignore() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (FOLDER / f"waits-{RANK}").write_text(str(os.getpid()))
     time.sleep(SECONDS)
+
+
+def outlive(rank: str) -> None:
+    """Wait until a rank that has said that it is there has ended."""
+    file = FOLDER / f"waits-{rank}"
+    while not (file.exists() and file.read_text()):
+        time.sleep(0.01)
+    while Path(f"/proc/{file.read_text()}").exists():
+        time.sleep(0.01)
 
 
 def step(text: str) -> None:
@@ -64,6 +73,8 @@ ACTIONS: dict[str, Callable[[str], object]] = {
     "err": lambda text: print(text.replace("+", " ").format(rank=RANK), file=sys.stderr, flush=True),
     "exit": lambda text: os._exit(int(text)),
     "kill": lambda text: os.kill(os.getpid(), int(text)),
+    "there": lambda text: (FOLDER / f"waits-{RANK}").write_text(str(os.getpid())),
+    "outlive": outlive,
     "sleep": lambda text: time.sleep(float(text)),
     "step": step,
     "further": lambda text: step(str(len(list(FOLDER.glob(f"attempt-*-{RANK}"))))),

@@ -16,6 +16,7 @@ from cosmos_scale.engine.ranks import free_port
 SERVER = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 MISSING = "no ssh server here (apt-get install openssh-server)"
 NAMES = ("worker-a", "worker-b")
+SECONDS = 60.0  # for what takes some at most
 
 _SERVER_CONFIG = """\
 Port {port}
@@ -49,7 +50,7 @@ def two_hosts(folder: Path, second: str = ":") -> Iterator[Path]:
     port, client, keys = free_port(), "", ""
     for name in ("host_key", *NAMES):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
-        subprocess.run(command, check=True, timeout=30)
+        subprocess.run(command, check=True, timeout=SECONDS)
     for name, before in zip(NAMES, (":", second), strict=True):
         (folder / f"home-{name}").mkdir()
         start = folder / f"start-{name}"
@@ -69,16 +70,16 @@ def two_hosts(folder: Path, second: str = ":") -> Iterator[Path]:
     log = folder / "log"
     server = subprocess.Popen([SERVER, "-D", "-f", str(folder / "sshd_config"), "-E", str(log)])
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + SECONDS
         while subprocess.run(
-            [ssh, "-o", "BatchMode=yes", NAMES[0], "true"], capture_output=True, timeout=20
+            [ssh, "-o", "BatchMode=yes", NAMES[0], "true"], capture_output=True, timeout=SECONDS
         ).returncode:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield ssh.parent
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(SECONDS)
 
 
 def write_hostfile(folder: Path, *slots: int) -> Path:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,9 +81,7 @@ def test_a_killed_rank_costs_a_restart_from_the_last_checkpoint(tmp_path: Path, 
         process.wait_until(lambda: len(records(run)) > 12, "twelve steps", 2 * SECONDS)
         (rank,) = ranks_of(process.process.pid, "1")
         os.kill(rank, signal.SIGKILL)
-        start = time.monotonic()
-        process.wait_until(lambda: "restart 1 of 3" in process.text(), "the restart", 30.0)
-        assert time.monotonic() - start < 30
+        process.wait_until(lambda: "restart 1 of 3" in process.text(), "the restart", SECONDS)
         ended = process.end(2 * SECONDS).require(FINISHED)
     assert not lives(rank)
     assert "rank 1 on host " in ended.errors

@@ -15,13 +15,13 @@ import pytest
 
 from cosmos_scale.launch.printer import Printer
 
-SECONDS = 20.0  # for what comes at once
+SECONDS = 60.0  # for what comes at once
 LONG = "x" * 1000
 
 
 @contextmanager
-def printing(monkeypatch: pytest.MonkeyPatch, out: int, err: int) -> Iterator[Printer]:
-    """A printer over two descriptors, in the place of the process's own."""
+def printing(monkeypatch: pytest.MonkeyPatch, out: int, err: int, *, waits: float = SECONDS) -> Iterator[Printer]:
+    """A printer over two descriptors, in the place of the process's own; waits: at its end, where nothing is taken."""
     with open(out, "w", closefd=False) as stdout, open(err, "w", closefd=False) as stderr:
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -29,7 +29,7 @@ def printing(monkeypatch: pytest.MonkeyPatch, out: int, err: int) -> Iterator[Pr
         try:
             yield printer
         finally:
-            printer.close(0.5)
+            printer.close(waits)
 
 
 class Reader:
@@ -68,7 +68,7 @@ def test_an_output_that_nobody_reads_does_not_silence_the_other(monkeypatch: pyt
     unread, out = os.pipe()
     read, err = os.pipe()
     reader = Reader(read)
-    with printing(monkeypatch, out, err) as printer:
+    with printing(monkeypatch, out, err, waits=0.5) as printer:
         for _ in range(200):
             printer.rank_line(LONG, 0, "a", "out")
         printer.say("rank 1 is lost")
@@ -127,8 +127,8 @@ def test_a_stopped_terminal_goes_on_where_it_is_continued(monkeypatch: pytest.Mo
 def test_a_slow_reader_gets_the_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes longer than the printer waits for one that takes nothing."""
     read, out = os.pipe()
-    reader = Reader(read, pause=0.1)
-    with printing(monkeypatch, out, out) as printer:
+    reader = Reader(read, pause=0.2)
+    with printing(monkeypatch, out, out, waits=3.0) as printer:
         for _ in range(1500):
             printer.rank_line(LONG, 0, "a", "out")
         printer.say("finished")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.exit_status import FAILED, FINISHED, INTERRUPTED, STOPPED
-from tests.launch.launches import Launch, launched, lives, run_to_end
+from tests.launch.launches import SECONDS, Launch, launched, lives, run_to_end
 
 
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
@@ -82,10 +82,10 @@ def test_an_output_that_nobody_takes_ends_nothing(tmp_path: Path, event: str) ->
         if event == "closed":
             process.stdout.close()
         try:
-            assert process.wait(60) == FINISHED, (folder / "err").read_text()
+            assert process.wait(SECONDS) == FINISHED, (folder / "err").read_text()
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGABRT)
-            process.wait(10)
+            process.wait(SECONDS)
             with suppress(ProcessLookupError):  # nobody is left of its group
                 os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"does not end: {(folder / 'err').read_text()}")
@@ -143,7 +143,7 @@ def test_a_terminal_stops_with_a_checkpoint(tmp_path: Path, event: str) -> None:
             os.write(ours, b"\x03")
         else:
             os.close(ours)
-        assert process.wait(60) == STOPPED
+        assert process.wait(SECONDS) == STOPPED
         assert not any(map(lives, pids))
         assert (folder / "saved-0").exists()
         assert (folder / "saved-1").exists()

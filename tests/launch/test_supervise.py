@@ -52,7 +52,7 @@ LOST = "cosmos-scale+train:+rank+0+lost+contact+with+another+rank:+rank+1+on+hos
 def test_what_a_survivor_says_of_a_dead_rank_is_told_where_nothing_better_is_known(
     tmp_path: Path, end: str, told: int
 ) -> None:
-    words = [f"0:err~{LOST}", "*:sleep~0.3", f"1:{end}", "0:exit~1"]
+    words = [f"0:err~{LOST}", "1:there", f"1:{end}", "0:outlive~1", "0:exit~1"]
     ended = run_to_end(tmp_path / "run", *words, restarts=0).require(FAILED)
     assert ended.errors.count("rank 1 on host x has ended") == told
     assert (tmp_path / "run" / "logs" / f"{HERE}-0.log").read_text().count("rank 1 on host x has ended") == 1

@@ -20,6 +20,7 @@ from cosmos_scale.step import train_step
 STEP = 3
 LATE = 2.0  # seconds after which a rank that waits hears that another has found the standstill
 STAYS = "RANK_THAT_STAYS"  # environment variable; the last rank without it
+IN_THE_STEP = "stays in the step"  # what that rank prints
 SLOW = "SECONDS_OF_A_SLOW_FORWARD"  # environment variable; without it the rank stays in the step
 SLOW_BATCH = "SECONDS_OF_A_SLOW_BATCH"  # environment variable: of evaluations, whose limit is the usual one
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
     def step(*args: Any, **keys: Any) -> Any:
         if next(steps) == STEP and stays:
+            print(IN_THE_STEP, flush=True)
             time.sleep(3600)
         return train_step(*args, **keys)
 

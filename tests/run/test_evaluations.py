@@ -131,6 +131,33 @@ def test_an_evaluation_that_was_cut_off_is_measured_by_the_next_launch(
     assert evaluated == ["again", "retrieval"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_same_command_tries_a_failed_last_evaluation_again_and_no_other(
+    tmp_path: Path, scenes: SceneShards, ranks: int
+) -> None:
+    """Its gallery is away while the run ends, and comes back: what was measured is not measured again."""
+    gallery, away = write_shards(tmp_path / "gallery", [4]), tmp_path / "away"
+    sections = [{"kind": "retrieval", "every": 9, "shards": str(shards)} for shards in (scenes.gallery, gallery)]
+    sections[0] |= {"name": "sound", "max_samples": 4}
+    run = write_run(tmp_path, scenes, eval=sections, zero={"stage": 1})
+    train_to_end(run, "train.max_steps=1", "eval=[]", ranks=ranks).require(0)
+    gallery.rename(away)  # a run that resumes goes on without it
+    train_to_end(run, "train.max_steps=2", ranks=ranks).require(0)
+    assert len(records(run, kind="eval_failed")) == 1
+    again = "step 2: evaluation retrieval failed in an earlier launch, and is tried again"
+    finished = train_to_end(run, "train.max_steps=2", ranks=ranks).require(0)
+    assert finished.output.splitlines().count(again) == 1
+    assert len(records(run, kind="eval_failed")) == 2
+    away.rename(gallery)
+    finished = train_to_end(run, "train.max_steps=2", ranks=ranks).require(0)
+    assert finished.output.splitlines().count(again) == 1
+    finished = train_to_end(run, "train.max_steps=2", ranks=ranks).require(0)
+    assert "tried again" not in finished.output
+    evaluated = [(record["step"], record["evaluator"]) for record in records(run, kind="eval")]
+    assert evaluated == [(2, "sound"), (2, "retrieval")]
+    assert len(records(run, kind="eval_failed")) == 2
+
+
 def test_runs_that_wrote_the_old_form_resume(failing: Failing, tmp_path: Path) -> None:
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000004"
     shutil.copytree(failing.run.parent / "tiny" / "checkpoints" / "step-00000004", checkpoint)

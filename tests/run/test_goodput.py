@@ -109,5 +109,5 @@ def test_a_clock_that_was_set_back_between_launches_leaves_what_the_records_tell
 def test_a_process_knows_how_long_it_has_run() -> None:
     before = process_seconds()
     time.sleep(0.05)
-    assert 0.04 <= process_seconds() - before < 5.0
+    assert 0.04 <= process_seconds() - before < 60.0
     assert 0 < before < 24 * 3600

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ import pytest
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.run.lock import LAUNCH_TOKEN, LOCK_FILE, RunLock, launcher_holds
-from cosmos_scale.testing.runs import last_checkpoint, records, start, train_to_end, wait_for_step, write_run
+from cosmos_scale.testing.runs import (
+    SECONDS,
+    Launched,
+    last_checkpoint,
+    records,
+    start,
+    train_to_end,
+    wait_for_step,
+    write_run,
+)
 
 HELD = rf"on host {re.escape(socket.gethostname())} by process (\d+) since 20\d\d-\d\d-\d\d "
 
@@ -60,12 +70,22 @@ def test_a_killed_run_holds_nobody_up(run: Path) -> None:
 
 def test_of_two_starts_at_one_moment_one_trains(run: Path) -> None:
     """As tasks of srun whose variables say nothing of ranks."""
-    with start(run, "train.max_steps=40") as one, start(run, "train.max_steps=40") as other:
-        ended = [one.wait(), other.wait()]
-    assert sorted(finished.statuses for finished in ended) == [[0], [2]]
-    (refused,) = [finished.errors for finished in ended if finished.statuses == [2]]
-    assert re.search(HELD, refused)
-    assert [record["step"] for record in records(run)] == list(range(1, 41))
+    with start(run) as one, start(run) as other:
+        until = time.monotonic() + SECONDS
+        while not (has_ended(one) or has_ended(other)):
+            assert time.monotonic() < until, "both train, or both wait"
+            time.sleep(0.01)
+        refused, trains = (one, other) if has_ended(one) else (other, one)
+        assert re.search(HELD, refused.wait().require(2).errors)
+        wait_for_step(trains, run, 3)
+        trains.signal(0, signal.SIGTERM)
+        trains.wait().require(0)
+    step = int(last_checkpoint(run).name.removeprefix("step-"))
+    assert [record["step"] for record in records(run)] == list(range(1, step + 1))
+
+
+def has_ended(launched: Launched) -> bool:
+    return launched.processes[0].exitcode is not None  # type: ignore[union-attr]
 
 
 def test_an_error_of_the_start_gives_the_lock_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from cosmos_scale.run.progress import PendingStep
 from cosmos_scale.testing.runs import Launched, start, write_run
 from tests.run.losing_train import DESTROYED, PLACE, PLACES
 
-SECONDS = 30.0  # from the end of the one rank to the ends of all
+SECONDS = 90.0  # from the end of the one rank to the ends of all
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """The start of a run: ranks whose hosts do not hold the same files are told so, instead of training on a mixture."""
 
 import hashlib
+import json
 import os
 import re
 import resource
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from cosmos_scale.testing.ranks import run_ranks
 from cosmos_scale.testing.runs import train_to_end, write_run
 from cosmos_scale.testing.shard_files import write_shards
 from tests.checkpoint.edit import content_of, rewrite
+from tests.evaluation.labelled import write_folders, write_labelled_shards
+from tests.evaluation.segmentation.own_set import OwnSet
 
 # Keys that may change on resume, but decide when ranks meet: ranks that differ would wait for one another forever.
 OF_ALL_RANKS = (
@@ -154,10 +158,46 @@ def test_hosts_with_other_galleries_are_refused(tmp_path: Path, scenes: SceneSha
     assert one[0] == "prepared"
     for said, samples in ((one[1], 17), (one[2], 16)):
         assert re.fullmatch(
-            rf"eval\.held: ranks see different galleries \(rank 0: 16 samples, index .*, captions raw_caption, "
-            rf"rank 1: {samples} samples, index .*\); rule: every host has the same gallery, .*",
+            rf"eval\.held: ranks see different data \(rank 0: 16 samples, index .*, captions raw_caption, "
+            rf"rank 1: {samples} samples, index .*\); rule: every host has the same gallery, so copy its shards along "
+            "with their index",
             said,
         )
+
+
+def test_what_hosts_lack_is_named_by_what_their_evaluations_read(tmp_path: Path, scenes: SceneShards) -> None:
+    hosts = [tmp_path / name for name in "ab"]
+    for host, count in zip(hosts, (2, 3), strict=True):
+        folders = write_folders(host / "folders", [count, 2])
+        rows = [json.dumps({"image": f"bird/{number:03d}.jpg", "caption": "a bird"}) for number in range(count)]
+        (folders / "pairs.jsonl").write_text("\n".join(rows))
+        write_labelled_shards(host / "labelled", [count], ["bird", "cat"])
+        own_set = OwnSet(host / "masked")
+        if count == 3:
+            for folder in ("images", "masks"):
+                shutil.copy(own_set.folder / folder / "0.png", own_set.folder / folder / "more.png")
+    classified, names = {"kind": "classification"}, "and the same files of names and templates, so copy them whole"
+    own = {"images": "masked/images", "masks": "masked/masks", "classes": "masked/names.txt", "background": True}
+    rules: list[tuple[dict[str, Any], str]] = [
+        (classified | {"data": "folders"}, f"class folders with the same pictures, {names}"),
+        (classified | {"data": "labelled", "dataset": "webdataset"}, f"shards, {names}"),
+        (
+            {"kind": "retrieval", "data": "folders/pairs.jsonl", "dataset": "pairs"},
+            "gallery, so copy its file of captions along with the pictures",
+        ),
+        (
+            {"kind": "segmentation", **own},
+            "pictures and masks, and the same file of class names, so copy them whole",
+        ),
+    ]
+    for host in hosts:
+        write_run(host, scenes, output=str(tmp_path / "out"))
+    overrides = [[f"eval={json.dumps([{**section, 'every': 1}])}"] for section, _ in rules]
+    one, two = run_ranks(built, 2, [[(host, override) for host in hosts] for override in overrides])
+    assert one == two
+    for said, (section, rule) in zip(one, rules, strict=True):
+        assert said.startswith(f"eval.{section['kind']}: ranks see different data (rank 0: ")
+        assert said.endswith(f"; rule: every host has the same {rule}")
 
 
 def built(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.run.stop_request import TIME_LIMIT, encode_reason, name_reason
 from cosmos_scale.testing.runs import (
+    SECONDS,
     Finished,
     checkpoint_tensors,
     last_checkpoint,
@@ -27,6 +28,7 @@ from cosmos_scale.testing.runs import (
     write_run,
 )
 from tests.conftest import REPOSITORY
+from tests.run.hanging_train import IN_THE_STEP
 from tests.run.marking_train import MARKS, PLACE
 
 PROGRAM = "tests.run.marking_train"
@@ -35,8 +37,8 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 
 @pytest.fixture
 def run(tmp_path: Path, scenes: SceneShards) -> Path:
-    """A run of 400 steps of two ranks, which never comes to its end here."""
-    train = {"global_batch": 8, "schedule_steps": 400}
+    """A run of 4,000 steps of two ranks, which never comes to its end here."""
+    train = {"global_batch": 8, "schedule_steps": 4000}
     return write_run(tmp_path, scenes, train=train, zero={"stage": 1}, checkpoint={"every": 0})
 
 
@@ -55,7 +57,7 @@ def test_each_signal_stops_with_a_checkpoint_and_is_named(run: Path, number: sig
         process.signal(0, number)
         finished = process.wait().require(0)
     stopped_after(finished, run)
-    assert f" of 400: {number.name}\n" in finished.output
+    assert f" of 4000: {number.name}\n" in finished.output
 
 
 @pytest.mark.parametrize("receivers", [[1], [0, 1]])
@@ -89,20 +91,24 @@ def test_a_signal_during_what_is_no_step_waits_for_the_next_one(
     with start(run, "checkpoint.every=3", evaluation, ranks=2, program=PROGRAM) as process:
         process.wait_until((tmp_path / "mark-1").exists, place)
         process.signal(1, signal.SIGTERM)
+        (tmp_path / "mark-signalled").touch()
         finished = process.wait().require(0)
     assert ": SIGTERM at rank 1\n" in finished.output
     if place in ("save", "evaluation"):
         assert stopped_after(finished, run) == 3
     else:
-        assert "stopping after step 0 of 400" in finished.output
+        assert "stopping after step 0 of 4000" in finished.output
 
 
 def test_a_second_interrupt_ends_a_rank_that_waits_in_a_library(run: Path) -> None:
     with start(run, ranks=2, program="tests.run.hanging_train") as process:
-        wait_for_step(process, run, 1)
-        time.sleep(1.0)  # now rank 0 waits for rank 1 in a collective
-        for _ in range(2):
-            process.signal(0, signal.SIGINT)
+        # Rank 0 has begun the step too, and waits for rank 1 in a collective.
+        process.wait_until(lambda: IN_THE_STEP in process._read("out"), "rank 1 in its step")
+        process.signal(0, signal.SIGINT)
+        time.sleep(1.5)
+        until = time.monotonic() + SECONDS
+        while process.processes[0].exitcode is None and time.monotonic() < until:  # type: ignore[union-attr]
+            process.signal(0, signal.SIGINT)  # again: on a busy machine the first may be heard late
             time.sleep(1.5)
         process.wait_until_ended(0)
         process.kill()
@@ -127,7 +133,7 @@ def test_a_signal_ends_a_start_that_waits_in_a_library(number: signal.Signals) -
             assert process.stdout.readline() == "waits\n"
             time.sleep(0.5)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=SECONDS)
         finally:
             process.kill()
     assert process.returncode == (130 if number == signal.SIGINT else 143)
@@ -149,12 +155,12 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint(run: Path) -> None:
     ) as process:
         try:
             os.close(side)
-            until = time.monotonic() + 60.0
+            until = time.monotonic() + SECONDS
             while len(records(run)) < 3 and time.monotonic() < until:
                 if select.select([terminal], [], [], 0.1)[0]:
                     os.read(terminal, 1 << 16)
             os.close(terminal)
-            assert process.wait(60.0) == 0
+            assert process.wait(SECONDS) == 0
         finally:
             process.kill()
     assert last_checkpoint(run).name == f"step-{records(run)[-1]['step']:08d}"
@@ -163,7 +169,7 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint(run: Path) -> None:
 def test_a_signal_that_is_repeated_changes_nothing(run: Path) -> None:
     with start(run) as process:
         wait_for_step(process, run, 2)
-        until = time.monotonic() + 60.0
+        until = time.monotonic() + SECONDS
         while process.processes[0].exitcode is None and time.monotonic() < until:  # type: ignore[union-attr]
             process.signal(0, signal.SIGTERM)
             time.sleep(0.02)

@@ -13,7 +13,7 @@ import pytest
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.run.lock import LOCK_FILE
-from cosmos_scale.testing.runs import last_checkpoint, launch, records, wait_for_step, write_run
+from cosmos_scale.testing.runs import SECONDS, last_checkpoint, launch, records, wait_for_step, write_run
 from tests.conftest import REPOSITORY
 
 # Its command line names a launcher, and so does that of DeepSpeed's.
@@ -24,7 +24,7 @@ LAUNCHER = "import subprocess, sys; assert sys.argv[1]; sys.exit(subprocess.run(
 RUNNER = """
 import socket, sys, time
 connection = socket.create_connection((sys.argv[2], int(sys.argv[3])))
-time.sleep(60)
+time.sleep(300)
 """
 RANK = """
 import signal, sys
@@ -46,7 +46,7 @@ def run(tmp_path: Path, scenes: SceneShards) -> Path:
 
 
 def wait_for_release(run: Path) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + SECONDS
     while (run.parent / "tiny" / LOCK_FILE).read_text():
         assert time.monotonic() < deadline, "the rank trains on"
         time.sleep(0.1)
@@ -65,7 +65,7 @@ def test_a_rank_whose_launcher_is_killed_stops_with_a_checkpoint(run: Path, tmp_
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + SECONDS
         while len(records(run)) < 2:
             assert time.monotonic() < deadline, (tmp_path / "out").read_text()
             time.sleep(0.05)
@@ -117,7 +117,7 @@ def test_a_rank_finds_the_launcher_at_the_other_end_of_its_ssh_connection(addres
             assert launcher.stdout.readline() == b"watches\n"
             assert launcher.poll() is None
             runner.kill()
-            assert launcher.wait(30) == 7
+            assert launcher.wait(SECONDS) == 7
         finally:
             runner.kill()
             runner.wait()
@@ -141,7 +141,7 @@ def test_a_hostfile_that_is_missing_is_refused(tmp_path: Path, words: list[str])
             env=os.environ | {"RANK": "0", "PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=SECONDS,
         )
 
     assert (

@@ -261,7 +261,7 @@ def in_a_process(
     code = f"take_steps_and_signal_wandb(Path({str(folder)!r}), {signals}, {last_step}, {goes_on})"
     imports = "from pathlib import Path; from tests.run.test_trackers import take_steps_and_signal_wandb"
     command = [sys.executable, "-c", f"{imports}; {code}"]
-    ended = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=90, check=False)
+    ended = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=240, check=False)
     errors = [line for line in ended.stderr.splitlines() if line != "wandb: ERROR Problem finishing run"]
     assert (ended.returncode, errors) == (0, [])
     assert [step for kind, step in steps(folder) if kind == "train"] == [*range(1, last_step + 1)]

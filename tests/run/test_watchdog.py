@@ -15,17 +15,18 @@ import pytest
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.run.watchdog import Watchdog
-from cosmos_scale.testing.runs import Launched, records, start, train_to_end, wait_for_step, write_run
+from cosmos_scale.testing.runs import SECONDS, Launched, records, start, train_to_end, wait_for_step, write_run
 from tests.run.hanging_train import SLOW, SLOW_BATCH, STAYS
 
 HOST = socket.gethostname()
-ENDS_WITHIN = 40.0  # seconds, of which the limit is 5
+LIMIT = 8  # seconds of a step; the start, which is slow on a busy machine, gets four times as many
+ENDS_WITHIN = 120.0  # seconds from a standstill on
 
 
 @pytest.fixture
 def run(tmp_path: Path, scenes: SceneShards) -> Path:
     """A run that does not come to its end here, with a limit of a few seconds."""
-    train = {"global_batch": 8, "schedule_steps": 4000, "watchdog_seconds": 5}
+    train = {"global_batch": 8, "schedule_steps": 4000, "watchdog_seconds": LIMIT}
     return write_run(tmp_path, scenes, train=train, zero={"stage": 1}, checkpoint={"every": 0})
 
 
@@ -42,10 +43,10 @@ def test_a_stopped_rank_is_named_by_the_other(run: Path, stopped: int) -> None:
         process.signal(stopped, signal.SIGKILL)
         finished = process.wait()
     assert finished.statuses[1 - stopped] == 1
-    warning, end = finished.errors.splitlines()[-2:]  # on a busy machine the start has a warning too
-    assert f" s: rank {stopped} on host {HOST} does not answer; rank {1 - stopped} on" in warning
-    assert f"rank {stopped} on host {HOST} does not answer" in end
-    assert "rule: train.watchdog_seconds, 5" in end
+    # On a busy machine the start has a warning too, of either rank.
+    silent = [line for line in finished.errors.splitlines() if f"rank {stopped} on host {HOST} does not answer" in line]
+    assert f" s: rank {stopped} on host {HOST} does not answer; rank {1 - stopped} on" in silent[-2]
+    assert f"; rule: train.watchdog_seconds, {LIMIT}" in silent[-1]
     assert "train.py" in stacks(run, 1 - stopped)
 
 
@@ -56,8 +57,7 @@ def test_an_endless_collective_ends_all_ranks_with_their_stacks(
     monkeypatch.setenv(STAYS, str(stays))
     with start(run, ranks=2, program="tests.run.hanging_train") as process:
         finished = process.wait().require(1)
-    end = finished.errors.splitlines()[-1]
-    assert f"rank 0 on host {HOST}, rank 1 on host {HOST}: step 3; stacks: " in end
+    assert f"rank 0 on host {HOST}, rank 1 on host {HOST}: step 3; stacks: " in finished.errors
     assert "in step\n" in stacks(run, stays)
     assert "hanging_train.py" in stacks(run, stays)
     waits, last = [stacks(run, rank).splitlines()[:4] for rank in (1 - stays, stays)]
@@ -75,8 +75,8 @@ def test_a_loader_process_that_stands_still_ends_the_run(run: Path) -> None:
         (worker,) = children(process)
         os.kill(worker, signal.SIGSTOP)
         finished = process.wait(ENDS_WITHIN).require(1)
-        process.wait_until_gone(10.0)
-    end = finished.errors.splitlines()[-1]
+        process.wait_until_gone()
+    (end,) = [line for line in finished.errors.splitlines() if "; stacks: " in line]
     assert f"rank 0 on host {HOST}: its wait for the batch of step " in end
 
 
@@ -95,13 +95,14 @@ def test_stacks_that_cannot_be_written_are_told_and_all_ranks_end(run: Path) -> 
 
 
 def test_a_rank_that_comes_back_changes_nothing(run: Path) -> None:
-    with start(run, "train.watchdog_seconds=8", "train.max_steps=40", ranks=2) as process:
+    silent = f"rank 1 on host {HOST} does not answer"
+    with start(run, "train.watchdog_seconds=12", "train.max_steps=40", ranks=2) as process:
         wait_for_step(process, run, 3)
         process.signal(1, signal.SIGSTOP)
-        process.wait_until(lambda: "no progress" in process._read("err"), "the warning")
+        process.wait_until(lambda: silent in process._read("err"), "the warning")
         process.signal(1, signal.SIGCONT)
         finished = process.wait().require(0)
-    assert finished.errors.count("no progress for 2 s") == 1
+    assert len(re.findall(rf"no progress for \d s: {re.escape(silent)}", finished.errors)) == 1
     assert "progress again" in finished.errors
     train_to_end(run, "name=whole", "train.max_steps=40", ranks=2).require(0)
     losses = [record["loss"] for record in records(run)]
@@ -110,15 +111,15 @@ def test_a_rank_that_comes_back_changes_nothing(run: Path) -> None:
 
 def test_a_slow_rank_is_named_by_its_own_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All ranks have the same step time, since all wait for the slow one."""
-    monkeypatch.setenv(SLOW, "0.4")
+    monkeypatch.setenv(SLOW, "1.5")
     options = ["train.watchdog_seconds=0", "log.every=2", "train.max_steps=4"]
     finished = train_to_end(run, *options, ranks=2, program="tests.run.hanging_train").require(0)
     (line,) = [line for line in finished.output.splitlines() if line.startswith("slow at step")]
-    assert line.startswith(f"slow at step 4: rank 1 on host {HOST}, data wait 0.")
+    assert line.startswith(f"slow at step 4: rank 1 on host {HOST}, data wait ")
     first, second = records(run)
     for record in (first, second):
         assert record["own_seconds_rank"] == 1
-        assert record["own_seconds_max"] >= 0.4
+        assert record["own_seconds_max"] >= 1.5
         assert record["own_seconds_median"] < record["own_seconds_max"]
 
 
@@ -127,7 +128,7 @@ def test_a_long_evaluation_that_goes_on_is_no_standstill(
 ) -> None:
     monkeypatch.setenv(SLOW_BATCH, "0.5")
     section = f'{{kind: retrieval, shards: "{scenes.gallery}", every: 2, batch: 1, max_samples: 16}}'  # 2 x 8 s
-    options = [f"eval=[{section}]", "train.max_steps=3", "train.watchdog_seconds=4"]
+    options = [f"eval=[{section}]", "train.max_steps=3", f"train.watchdog_seconds={LIMIT}"]
     finished = train_to_end(run, *options, program="tests.run.hanging_train").require(0)
     assert "does not answer" not in finished.errors
     assert [record["step"] for record in records(run, kind="eval")] == [2, 3]
@@ -147,15 +148,18 @@ def test_a_standstill_between_steps_is_told_long_before_the_limit(tmp_path: Path
         assert watchdog._told_after(watchdog._phase, 4 * 1800.0) == 1800.0
 
 
-def test_the_last_word_of_a_rank_that_ends_is_its_answer(tmp_path: Path) -> None:
+def test_the_last_word_of_a_rank_that_ends_is_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it comes while the rank is asked, whose process ends before it answers."""
+    monkeypatch.setattr("cosmos_scale.run.watchdog.ANSWER", SECONDS)
     here, there = socket.socketpair()
     with here, there:
         contact = Contact(1, {0: Peer(0, "first", here)})
         watchdog = Watchdog(1800.0, tmp_path, contact, list)
         contact.listen(watchdog._hear)
         contact.watch()
-        asked = threading.Thread(target=lambda: there.sendall(b"" if read_line(there, 5.0) != "watch ask" else LAST))
+        asked = threading.Thread(
+            target=lambda: there.sendall(b"" if read_line(there, SECONDS) != "watch ask" else LAST)
+        )
         asked.start()
         assert watchdog._ask() == {}
         asked.join()

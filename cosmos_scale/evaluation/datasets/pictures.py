@@ -1,7 +1,6 @@
 """Pictures with a class each, whatever they lie in: read one by one, in an order that all ranks share."""
 
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.evaluation.ahead import prepared_blocks
 from cosmos_scale.evaluation.evaluator import Setting, digest_of
+from cosmos_scale.evaluation.left_out import LeftOutWords
 from cosmos_scale.files import reason_of, regular_only
 from cosmos_scale.words import counted
 
@@ -125,13 +125,14 @@ class RankPictures:
 
     def __init__(self, pictures: LabelledPictures, setting: Setting, batch: int) -> None:
         self._pictures, self._setting, self._batch = pictures, setting, batch
+        self._words = LeftOutWords()
         self.damaged = 0
 
     def batches(self) -> Iterator[PictureBatch]:
         """Yield every picture of this rank, prepared as the model sees it; reports each batch.
 
         The set is cut into blocks of `batch` pictures, and a rank takes whole blocks: the batches, and so the last bits
-        of the features, are the same on any number of ranks. A picture that cannot be used is left out and named.
+        of the features, are the same on any number of ranks. A picture that cannot be used is left out, and named once.
         """
         rank, world_size, batch = self._setting.rank, self._setting.world_size, self._batch
         blocks = -(-len(self._pictures) // batch)
@@ -143,7 +144,7 @@ class RankPictures:
             for place, damage in found:
                 if isinstance(damage, DamagedSample):
                     self.damaged += 1
-                    print(f"left out: {self._pictures.name(place)}: {damage}", file=sys.stderr)
+                    self._words.say(f"{self._pictures.name(place)}: {damage}")
             if sound:
                 labels = [self._pictures.labels[place] for place, _ in sound]
                 yield PictureBatch(torch.stack([image for _, image in sound]), torch.tensor(labels))

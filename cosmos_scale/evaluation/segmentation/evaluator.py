@@ -18,6 +18,7 @@ from cosmos_scale.data.decode.picture import Pixels
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
+from cosmos_scale.evaluation.left_out import LeftOutWords
 from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, pair_names, shown_pairs
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
 from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
@@ -38,7 +39,6 @@ from cosmos_scale.files import read_regular, reason_of
 from cosmos_scale.host import ranks_of_this_host, usable_cores
 from cosmos_scale.words import counted
 
-SAME_MASKS = "rule: every host has the same pictures and masks"
 _LOOKED_AT = 16  # masks, spread over the set, that tell whether the classes are theirs
 _AHEAD = 4  # pictures in memory that are read before their turn
 
@@ -62,6 +62,7 @@ class Segmentation(Evaluator):
         ]
         self._recipe = recipe_of(config, setting.image_size)
         self._constant = 0  # the label of the trivial answer, known once masks are read
+        self._words = LeftOutWords()
         self._scores: Scores | None = None
         self._true_C = torch.zeros(len(self._names), dtype=torch.int64)
 
@@ -81,6 +82,10 @@ class Segmentation(Evaluator):
         classes = counted(len(self._names), "class", "classes")
         return f"{counted(len(self._pictures), 'picture')}, {classes}, digest {digest_of(repr((self._names, files)))}"
 
+    def same_data(self) -> str:
+        """The same pictures, masks and names of classes."""
+        return "rule: every host has the same pictures and masks, and the same file of class names, so copy them whole"
+
     def measure(self, encoder: Encoder, gather: Gather, folder: Path | None) -> Iterator[tuple[str, float]]:
         """Yield pictures, mIoU, aAcc, mAcc, the trivial answer's mIoU, how many were left out, on request IoU by class.
 
@@ -91,7 +96,7 @@ class Segmentation(Evaluator):
             raise UserError(
                 f"crop: {self._recipe.crop} is smaller than the model's patches of {patch} x {patch} pixels"
             )
-        self.require_same_data(gather, SAME_MASKS)
+        self.require_same_data(gather)
         queries = self.queries(encoder, gather)
         counts_3C, used, left_out = self._count(encoder, queries, folder)
         sums = torch.cat([counts_3C.flatten(), counts_3C.new_tensor([used, left_out])])
@@ -129,7 +134,7 @@ class Segmentation(Evaluator):
                 predicted = segment(encoder.model.visual, pixels, queries, self._recipe)
             except DamagedSample as damage:
                 left_out += 1
-                print(f"left out: {picture.name} of {self.subject()['data']}: {damage}", file=sys.stderr)
+                self._words.say(f"{picture.name} of {self.subject()['data']}: {damage}")
             else:
                 on_device = torch.from_numpy(true).to(predicted.device)
                 counts_3C += count_overlap(predicted, on_device, len(self._names))

@@ -121,7 +121,10 @@ def test_broken_files_cost_a_picture_each_and_are_named(own_set: OwnSet, capsys:
     (masks / "1.png").unlink()
     Image.fromarray(np.full((33, 64), 5, dtype=np.uint8)).save(masks / "2.png")
     Image.fromarray(np.zeros((33, 64), dtype=np.uint8)).save(masks / "3.png")
-    alone = measured(own_set.section())
+    encoder = golden_encoder()
+    evaluator = make_evaluator(own_set.section(), encoder.setting)
+    alone = measure(evaluator, encoder)
+    assert measure(evaluator, encoder) == alone  # another model: nothing is named again
     assert (alone["pictures"], alone["left_out"]) == (1, 4)
     lines = capsys.readouterr().err.splitlines()
     said = [
