@@ -200,20 +200,18 @@ def build_shards(
         raise _nothing_left(captions, rejected, out / REJECTED)
     repeated = len(named) - len(np.unique(np.asarray(named)))
     return BuildReport(
-        *(
-            out,
-            index.shards,
-            index.samples,
-            rejected,
-            transparent,
-            turned,
-            rules,
-            repeated,
-            join_rows,
-            unread,
-            animated,
-        ),
-        converted,
+        folder=out,
+        shards=index.shards,
+        samples=index.samples,
+        rejected=rejected,
+        transparent=transparent,
+        turned=turned,
+        rules=rules,
+        repeated=repeated,
+        joined=join_rows,
+        unread=unread,
+        animated=animated,
+        converted=converted,
     )
 
 
