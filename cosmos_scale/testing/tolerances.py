@@ -31,17 +31,17 @@ TOLERANCES: dict[str, dict[str, float]] = {
     # float32's rounding of logits up to 100 (4e-6, some of them). Gradients, relative by norm: in float32 and where
     # features are widened the softmaxes' rounding, elsewhere slopes are rounded to the dtype before the second product.
     "contrastive statistics, absolute": {"float32": 2e-5, "float16": 2e-5, "bfloat16": 2e-5},
-    "contrastive, widened, relative": {"float64": 1e-12, "float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6},
-    "contrastive gradients, relative": {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3},
+    "contrastive, widened, relative": {"float64": 1e-12, "float32": 6e-6, "float16": 6e-6, "bfloat16": 6e-6},
+    "contrastive gradients, relative": {"float32": 6e-6, "float16": 1e-3, "bfloat16": 8e-3},
     # Of one sample, absolute: softmaxes over one logit are 1 up to rounding, then come factors below 20.
     "contrastive of one sample": {"float64": 1e-14},
     # At scale 100 a logit rounds to 4e-6, and so does a softmax; where only features that differ by a tenth decide,
-    # gradients are a tenth of the terms that they are sums of.
+    # gradients are a tenth of the terms that they are sums of (1e-4 was seen). The derivative by the scale is what is
+    # left of such gradients where they cancel: less than a thousandth of logits near 100 (5e-3 was seen).
     "contrastive at scale 100, relative": {"float32": 1e-5},
     "contrastive at scale 100, distant samples, relative": {"float32": 2e-5},
-    "contrastive at scale 100, near samples, relative": {"float32": 2e-4},
-    # Each part's logsumexp is rounded to 4e-6, and so is their sum's; a thousandth of the terms is left of them.
-    "contrastive at scale 100, near samples, columns by parts, relative": {"float32": 4e-3},
+    "contrastive at scale 100, near samples, relative": {"float32": 4e-4},
+    "contrastive at scale 100, near samples, by the scale, relative": {"float32": 1e-2},
     # A loss of small differences of logits near 90, of the weights' sum: roundings of 4e-6 average over 64 samples.
     "contrastive loss of near samples, of the weights": {"float32": 1e-6},
     # AdamW and the average after some updates, of values above 1: roundings of weights around 1. Moments are small.

@@ -24,7 +24,7 @@ def test_all_forms_compute_the_same(form: Callable[[Problem], Answer], samples: 
     answer, expected = form(problem), published(Problem(*(tensor.double() for tensor in problem)))
     # Float32 against float64: logits near 14 carry rounding of 1e-6, and so do softmaxes.
     for name, actual, wanted in zip(Answer._fields, answer, expected, strict=True):
-        assert (actual - wanted).norm() <= 3e-6 * wanted.norm(), name
+        assert (actual - wanted).norm() <= 6e-6 * wanted.norm(), name
 
 
 def test_peak_counts_what_is_held_at_once() -> None:
