@@ -17,8 +17,8 @@ from cosmos_scale.checkpoint.state import MANIFEST, RunState, read_manifest, sav
 from cosmos_scale.config import SourceConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.data.prepare import parquet
-from cosmos_scale.data.prepare.csv_records import refuse_utf16
 from cosmos_scale.data.prepare.images import ImageShard, read_listing
+from cosmos_scale.data.samples.file_kind import refuse_no_text
 from cosmos_scale.data.shards.index import index_shards, open_index
 from cosmos_scale.data.shards.reader import ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import scan_shard
@@ -126,7 +126,7 @@ def test_a_picture_that_is_a_fifo_is_a_rejected_row(fifo: Path, tmp_path: Path) 
 
 def test_captions_of_a_preparation_that_are_a_fifo_are_refused(fifo: Path) -> None:
     with pytest.raises(OSError, match=SAID):
-        refuse_utf16(fifo)
+        refuse_no_text(fifo)
 
 
 def test_an_index_of_fifos_is_refused(fifo: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.files import text_lines
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -24,6 +25,9 @@ _DECIMAL = re.compile(
     r"|\.(?:nan|NaN|NAN)$"
 )
 _REPLACED = {f"{_TAG}{kind}" for kind in ("int", "float", "timestamp")}  # dates stay texts
+
+# Kinds of pydantic's error where a key wants one value: a text, a number, a name.
+_ONE_VALUE = ("string_type", "int_type", "float_type", "bool_type", "literal_error")
 
 # The beginning of what YAML 1.1 reads as a number, as a pattern for the hint of an error.
 _LIKE_A_NUMBER = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*(?::[0-9_.]+)+)$")
@@ -44,7 +48,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}:{line} is not valid YAML: {error.problem or error.context}") from None
+        hint = _syntax_hint(text, error)
+        raise UserError(f"{where}:{line} is not valid YAML: {error.problem or error.context}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
         raise UserError(f"{where}: is not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -72,8 +77,41 @@ def reading_hint(value: Any, wanted: str) -> str:
         return "; rule: a text that looks like a number, or like yes and no, stands in quotes"
     if wanted in ("int_type", "float_type") and isinstance(value, str) and _LIKE_A_NUMBER.match(value):
         return "; rule: a number has neither leading zeros nor colons, which YAML would read in base 8 or 60"
+    if value is None and wanted in _ONE_VALUE:
+        return "; rule: a value stands behind the colon, in quotes if it begins with # (a comment for YAML) or &"
     if value is None and wanted in ("model_type", "model_attributes_type", "tuple_type"):
         return f"; rule: remove the line, or give it {'entries' if wanted == 'tuple_type' else 'keys'}"
+    return ""
+
+
+def _syntax_hint(text: str, error: yaml.MarkedYAMLError) -> str:
+    """Return how a value is written that YAML takes for its own signs, as far as the place of an error tells."""
+    problem, mark = error.problem or "", error.problem_mark
+    lines = text_lines(text)
+    if mark is None or mark.line >= len(lines):
+        if error.context_mark is not None and "quoted scalar" in (error.context or ""):
+            return f"; rule: the quote that opens on line {error.context_mark.line + 1} is closed"
+        return ""
+    line = lines[mark.line]
+    word = re.split(r"[\s,\[\]{}]", line[: mark.column + 1])[-1]
+    if problem.startswith("expected ',' or "):
+        return "; rule: inside [ ] and { } a value with braces, brackets or ${NAME} stands in quotes"
+    if "'\\t'" in problem:
+        return "; rule: blanks indent a line, not tabs"
+    if word[:1] in tuple("*&!%@`?-"):
+        return f"; rule: a value that begins with {word[0]} stands in quotes"
+    if problem.startswith("expected a comment or a line break"):
+        return "; rule: a value that begins with | or > stands in quotes"
+    if (
+        problem.startswith("expected <block end>")
+        and "<scalar>" in problem
+        and re.search(r"[\]}]", line[: mark.column])
+    ):
+        return "; rule: a value that begins with [ or { stands in quotes"
+    if problem.startswith("mapping values"):
+        return "; rule: a value that holds a colon and a blank stands in quotes"
+    if "escape" in problem:
+        return "; rule: a value with backslashes stands in single quotes"
     return ""
 
 

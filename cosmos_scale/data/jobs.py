@@ -118,15 +118,19 @@ def _leave(*_: object) -> None:
 
 
 def _do(function: Callable[[Job], Result], job: Job) -> Result:
-    """In a worker: do a job."""
+    """In a worker: do a job. Wherever an interrupt comes, `_leave` or this function ends the worker.
+
+    An error that leaves this function would be sent to the parent as the job's, and the worker would take the next job.
+    """
     global _busy
-    _busy = True
     try:
-        return function(job)
+        try:
+            _busy = True
+            return function(job)
+        finally:
+            _busy = False
     except KeyboardInterrupt:
         os._exit(130)
-    finally:
-        _busy = False
 
 
 def _end_with_parent(parent: int) -> None:

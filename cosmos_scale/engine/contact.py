@@ -129,7 +129,7 @@ class Contact:
     def end(self) -> bool:
         """Let no loss be told any more, since this process ends itself; returns whether none has been told before."""
         self._ending = True
-        return self._telling.acquire(blocking=False)
+        return self._telling.acquire(blocking=False) and not self._told_by_first
 
     @property
     def broken(self) -> bool:
@@ -138,21 +138,29 @@ class Contact:
 
     def _watch(self) -> None:
         while not self._parted and self._peers and self.lost is None:
-            for peer in self._speaking():
-                line = ""  # of a closed connection
-                with suppress(OSError):
-                    line = read_line(peer.connection, SECONDS_A_LINE)
-                self._hear(peer, line)
+            self._hear_all()
         if self.lost is None:
             return
-        time.sleep(SECONDS_TO_END)
         try:
+            end = time.monotonic() + SECONDS_TO_END
+            while time.monotonic() < end or self._ending:
+                if self._parted or not self._peers:
+                    time.sleep(LOOK)
+                else:  # the watchdogs of those that are left may ask each other
+                    self._hear_all()
             line = f"cosmos-scale: rank {self.rank} lost contact with another rank: {self.lost}"
             teller = threading.Thread(target=self.tell, args=(line,), daemon=True)  # the output may be stuck too
             teller.start()
             teller.join(1.0)
         finally:  # also where no thread can be started
             os._exit(FAILED)
+
+    def _hear_all(self) -> None:
+        for peer in self._speaking():
+            line = ""  # of a closed connection
+            with suppress(OSError):
+                line = read_line(peer.connection, SECONDS_A_LINE)
+            self._hear(peer, line)
 
     def _speaking(self) -> list[Peer]:
         """Wait a while, and return the peers that have said something or whose connection is closed."""
@@ -164,15 +172,18 @@ class Contact:
 
     def _hear(self, peer: Peer, line: str) -> None:
         word, _, name = line.partition(" ")
-        if self._parted or self.lost is not None:
+        if self._parted:
             return
         if word == WATCH:
             if self._listener is not None:
                 self._listener(peer.rank, name)
             return
-        if word == GOODBYE or self._ending:
+        if self.lost is None and word != GOODBYE and not self._ending:
+            self._lose(peer, word, name)
+        if word != LOST or self._ending:
             del self._peers[peer.rank]
-            return
+
+    def _lose(self, peer: Peer, word: str, name: str) -> None:
         lost = name if word == LOST else _ended(peer.rank, peer.host)
         for other in self._peers.values():
             if self.rank == 0 and other is not peer:

@@ -1,5 +1,6 @@
 """What a run needs, looked for in one order before anything is built: by a launch, and by the dry run."""
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from cosmos_scale.checkpoint.resume import Start, find_start
 from cosmos_scale.checkpoint.state import KINDS
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import MergedIndex, open_sources
+from cosmos_scale.data.shards.shared import describe_shared
 from cosmos_scale.data.training.caption_check import check_captions
 from cosmos_scale.data.training.loader import check_loading, ready_batches
 from cosmos_scale.data.training.lost import check_shards
@@ -103,7 +105,11 @@ class Opening:
 
     def _shards(self) -> str:
         check_shards(self.index, self._config, self._found_start.lost_shards, resumed=self._is_resumed)
-        return "shards and the tables of their samples are there"
+        found = "shards and the tables of their samples are there"
+        if self._ranks.rank == 0 and not self._is_resumed and (shared := describe_shared(self.index.sources)):
+            print(f"warning: {shared}", file=sys.stderr)
+            return f"{found}; {shared}"
+        return found
 
     def _captions(self) -> str:
         """Look at some samples; where a run is resumed they were looked at before."""

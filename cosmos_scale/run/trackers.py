@@ -8,6 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from cosmos_scale.config import LogConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.tracker_entries import TrackerEntry, read_pictures, table_rows
 from cosmos_scale.run.wandb_tracker import WandbTracker, require_login
+from cosmos_scale.words import counted
 
 MOST_RECORDS_KEPT = 100_000  # for a place, while it cannot be written
 
@@ -51,9 +53,7 @@ class KeptRecords:
         """Write what there is of a step, after what waits."""
         self._waiting.append(entry)
         try:
-            while self._waiting:
-                self._tracker.write(self._waiting[0])
-                self._waiting.popleft()
+            self._write_waiting()
         except Exception as failure:
             if not self._failing:
                 self._failing = True
@@ -64,11 +64,24 @@ class KeptRecords:
             self._say(f"{self._tracker.name}: takes records again")
 
     def close(self, *, failed: bool) -> None:
-        """Close the place; failed: whether the run ends with an error."""
+        """Close the place, after a last try with what waits; failed: whether the run ends with an error."""
+        with suppress(Exception):  # told already
+            self._write_waiting()
+        said = []
         try:
             self._tracker.close(failed=failed)
         except Exception as failure:
-            self._say(f"{self._tracker.name}: cannot be closed: {_in_one_line(failure)}")
+            said.append(f"cannot be closed: {_in_one_line(failure)}")
+        if self._waiting:
+            records = counted(len(self._waiting), "record is", "records are")
+            said.append(f"{records} missing there, which metrics.jsonl has")
+        if said:
+            self._say(f"{self._tracker.name}: {'; '.join(said)}")
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._tracker.write(self._waiting[0])
+            self._waiting.popleft()
 
 
 def check_trackers(config: LogConfig) -> None:

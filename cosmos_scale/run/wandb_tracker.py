@@ -5,8 +5,11 @@ import math
 import os
 import re
 import secrets
+import signal
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from cosmos_scale.config import WandbConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, whole_file, writing
 from cosmos_scale.run.folder import SUPERSEDED_WANDB_ID, WANDB_ID
+from cosmos_scale.run.long_call import LongCall
 from cosmos_scale.run.tracker_entries import TrackerEntry, read_pictures, table_rows
 from cosmos_scale.words import counted
 
@@ -21,6 +25,14 @@ CACHE = "WANDB_CACHE_DIR"
 LOG_IN = "rule: log in (wandb login), or set log.wandb.mode to offline"
 WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+INIT_TIMEOUT = "WANDB_INIT_TIMEOUT"
+LONGEST_INIT = 20.0
+"""Seconds for the service's answer when a record is opened, where INIT_TIMEOUT says none: the library waits for 90."""
+LONGEST_WRITE = 10.0
+"""Seconds that the training waits for the library's process to take an entry; it takes milliseconds."""
+LONGEST_CLOSE = 60.0
+LONGEST_UPLOAD = 300.0
+"""Seconds for the end of a record that stays here, and of one that is sent; WANDB_FINISH_TIMEOUT may say more."""
 SUPERSEDED = "superseded_by"
 """The key, in the config of a record whose steps were taken again, that names the record in its place."""
 
@@ -49,6 +61,7 @@ class WandbTracker:
         import wandb  # here: the import takes a second, and few runs need it
 
         self._wandb, self._mode = wandb, wandb_mode(config)
+        self._under_way: tuple[TrackerEntry, LongCall] | None = None
         identity = _identity_in(folder / WANDB_ID)
         new, old = identity is None, _identity_in(folder / SUPERSEDED_WANDB_ID)
         identity = identity or secrets.token_hex(4)
@@ -57,6 +70,7 @@ class WandbTracker:
         given = {"project": config.project, "dir": str(folder), "config": dict(run_config)}
         if new and old:
             self._mark(old, identity, {**given, "name": f"{name} (superseded)"})
+        begun = time.monotonic()
         try:
             self._run = self._open(**given, name=name, id=identity, resume="allow")
             # The library's own step only grows, and it counts entries. The x axis is the run's step.
@@ -67,31 +81,73 @@ class WandbTracker:
         except UserError:
             raise
         except Exception as failure:  # any: the library reads the environment and the network
-            raise UserError(f"log.wandb: {_one_line(failure)}; {LOG_IN}") from failure
+            slow = time.monotonic() - begun > LONGEST_INIT
+            rule = f"{LOG_IN}{f'; {INIT_TIMEOUT} allows more seconds' if slow else ''}"
+            raise UserError(f"log.wandb: {_one_line(failure)}; {rule}") from failure
         if self._mode == "offline":
             where = Path(self._run.dir).parent
             self.announcements.append(f"{self.name}: offline; to send it: wandb sync {where}")
 
     def write(self, entry: TrackerEntry) -> None:
-        """Write what there is of a step, with the time at which it was logged."""
+        """Write what there is of a step, with the time at which it was logged.
+
+        Raises: TimeoutError where the library does not take it: it waits for its process for ever. The entry is on its
+        way then, and to write it again waits for it, so that the record has it once.
+        """
+        limit = 0.0
+        if self._under_way is None:
+            self._under_way, limit = (entry, LongCall(partial(self._log, entry))), LONGEST_WRITE
+        begun, call = self._under_way
+        if not call.ends_within(limit):
+            raise TimeoutError(f"the library's process has not taken an entry within {LONGEST_WRITE:g} s")
+        self._under_way = None
+        call.result()
+        if begun is not entry:  # that one is no longer kept
+            self.write(entry)
+
+    def close(self, *, failed: bool) -> None:
+        """End the record."""
+        limit = LONGEST_WRITE if self._under_way else self._longest_close()
+        finish = LongCall(partial(self._run.finish, exit_code=1 if failed else 0))
+        ended = finish.ends_within(limit)
+        if not ended:
+            _signal_library(signal.SIGCONT)  # a stopped process still has what is on its way to it
+            ended = finish.ends_within(LONGEST_WRITE)
+        if not ended:
+            # It would hold the run's output open, so that whoever reads the output would wait for its end.
+            _signal_library(signal.SIGKILL)
+            finish.ends_within(LONGEST_WRITE)
+        # The library's own process may still write its file: `finish` does not wait for that, and a run leaves at
+        # once. And what the library would do at the exit is taken back by this.
+        leave = LongCall(self._end_process)
+        left = leave.ends_within(LONGEST_CLOSE)
+        if not ended or not left:
+            have = "written" if self._mode == "offline" else "sent"
+            raise TimeoutError(
+                f"the library's process has not ended the record within {limit:g} s, and what it has not {have} is "
+                f"missing there; what it has written: wandb sync {Path(self._run.dir).parent}"
+            )
+        try:
+            finish.result()
+        finally:
+            leave.result()
+
+    def _log(self, entry: TrackerEntry) -> None:
         tables = {}
         for key, results in entry.tables.items():
             heads, rows = table_rows(results)
             tables[key] = self._wandb.Table(columns=[*heads], data=[list(row) for row in rows], allow_mixed_types=True)
         pictures: dict[str, Any] = {key: self._wandb.Image(picture) for key, picture in read_pictures(entry).items()}
-        time = {} if math.isnan(entry.time) else {"_timestamp": entry.time}
-        self._run.log({"step": entry.step, **time, **entry.numbers, **tables, **pictures})
+        logged_at = {} if math.isnan(entry.time) else {"_timestamp": entry.time}
+        self._run.log({"step": entry.step, **logged_at, **entry.numbers, **tables, **pictures})
 
-    def close(self, *, failed: bool) -> None:
-        """End the record."""
-        try:
-            self._run.finish(exit_code=1 if failed else 0)
-        finally:
-            # The library's own process may still write its file: `finish` does not wait for that, and a run leaves at
-            # once. Where that process was killed, the library would show a traceback at the exit without this.
-            self._end_process()
+    def _longest_close(self) -> float:
+        """Seconds for the end of the record, with some more than the user allows the library for its uploads."""
+        own = float(getattr(self._run.settings, "finish_timeout", 0.0))  # older versions have no such setting
+        return max(LONGEST_CLOSE if self._mode == "offline" else LONGEST_UPLOAD, own and own + LONGEST_CLOSE)
 
     def _end_process(self) -> None:
+        # Where that process was killed, the library would show a traceback at the exit without this.
         try:
             self._wandb.teardown()
         except SystemExit as end:
@@ -101,6 +157,8 @@ class WandbTracker:
         # The library takes some 30 lines to tell where an offline run lies; `announcements` takes one.
         offline, mode = self._mode == "offline", self._mode
         settings = self._wandb.Settings(silent=True) if offline else self._wandb.Settings(quiet=True)
+        if INIT_TIMEOUT not in os.environ:
+            settings.init_timeout = LONGEST_INIT
         return self._wandb.init(**given, mode=mode, settings=settings)  # type: ignore[arg-type]
 
     def _mark(self, old: str, new: str, given: Mapping[str, Any]) -> None:
@@ -109,7 +167,10 @@ class WandbTracker:
             # "must": a record that was deleted, or never sent, is not made anew. Offline the library does not ask.
             record = self._open(**given, id=old, resume="must")
             record.config.update({SUPERSEDED: new})
-            record.finish(exit_code=0)
+            finish = LongCall(partial(record.finish, exit_code=0))
+            if not finish.ends_within(LONGEST_CLOSE):
+                raise TimeoutError(f"the library's process has not ended it within {LONGEST_CLOSE:g} s")
+            finish.result()
         except Exception as failure:
             said = _one_line(failure)
             self.announcements.append(f"{self.name}: record {old} cannot be marked as superseded: {said}")
@@ -130,6 +191,15 @@ class WandbTracker:
             self.announcements.append(
                 f"{self.name}: steps are taken again: record {identity}, with {kept}, takes the place of {old}"
             )
+
+
+def _signal_library(number: signal.Signals) -> None:
+    """Send a signal to the library's process, where it is one of this process."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # of a process, or a thread, that ends meanwhile
+            for pid in read_regular(thread / "children").split():
+                if b"wandb-core" in read_regular(f"/proc/{int(pid)}/cmdline"):
+                    os.kill(int(pid), number)
 
 
 def wandb_mode(config: WandbConfig) -> str | None:

@@ -20,6 +20,7 @@ from typing import NamedTuple, NoReturn
 
 from cosmos_scale.engine.contact import Contact
 from cosmos_scale.exit_status import FAILED
+from cosmos_scale.files import reason_of
 
 LONGER = 4.0  # times the limit, for what takes longer than a step: the start and first step, evaluations, checkpoints
 WARNED = 0.25  # part of the limit after which a standstill is told; between steps it is told before:
@@ -59,7 +60,8 @@ class Watchdog:
         self._idle = 0.0  # seconds in this phase
         self._hangs = False  # as another rank has found
         self._ending: dict[int, str] = {}  # what ranks did that have found so, and end
-        self._wrote: set[int] = set()  # ranks whose stacks are written
+        self._wrote: dict[int, str] = {}  # by rank that has written its stacks, or has not: why not
+        self._unwritten = f"they were not written within {DISK:g} s"  # why this rank's are not; nothing once they are
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -111,7 +113,8 @@ class Watchdog:
             limit = self._seconds * phase.times
             if self._hangs or self._idle > limit:
                 self._end()
-            if self._idle > self._told_after(phase, limit) and not told:
+            # Where a rank is lost, the contact tells of it, and nothing goes on.
+            if self._idle > self._told_after(phase, limit) and not told and self._contact.lost is None:
                 told = True
                 self._warn(limit)
 
@@ -133,17 +136,23 @@ class Watchdog:
             may_print = self._contact.end()
             self._contact.send_all(f"{HANGS} {self._phase.what}")
             _within(DISK, self._write_stacks)
-            self._contact.send_all(WROTE)
-            silent = self._ask()
-            if may_print and (self._contact.rank == 0 or silent):
+            self._wrote[self._contact.rank] = self._unwritten
+            self._contact.send_all(f"{WROTE} {self._unwritten}")
+            silent, lost = self._ask(), self._contact.lost
+            speaks = may_print and (self._contact.rank == 0 or bool(silent) or lost is not None)
+            if speaks:
                 stacks = self._folder / "hang-rank-*.txt"
                 rule = f"rule: train.watchdog_seconds, {self._seconds:g}"
-                self._print(f"no progress for {self._idle:.0f} s: {self._found(silent)}; stacks: {stacks}; {rule}")
+                found = "; ".join(filter(None, [lost, self._found(silent)]))
+                self._print(f"no progress for {self._idle:.0f} s: {found}; stacks: {stacks}; {rule}")
             # With the end of one process the main threads of others fail: rank 0 ends first, after all have written.
             if self._contact.rank == 0:
-                _wait_until(lambda: self._contact.hosts.keys() <= self._wrote | silent.keys(), DISK)
+                _wait_until(lambda: self._contact.hosts.keys() <= self._wrote.keys() | silent.keys(), DISK + ANSWER)
             elif not silent:
-                _wait_until(lambda: not self._contact.hosts, DISK + ANSWER)
+                _wait_until(lambda: not self._contact.hosts, 2 * (DISK + ANSWER))
+            unwritten = {rank: why for rank, why in self._wrote.items() if why}
+            if speaks and unwritten:
+                self._print(f"stacks not written: {'; '.join(self._together(unwritten))}")
             for child in multiprocessing.active_children():  # loader processes, stopped ones too
                 child.kill()
         finally:  # whatever fails here: nothing else would end the process
@@ -154,7 +163,7 @@ class Watchdog:
         self._answers = {}
         asked = self._contact.hosts
         self._contact.send_all(ASK)
-        _wait_until(lambda: len(self._others()) >= len(asked), ANSWER)
+        _wait_until(lambda: asked.keys() <= self._others().keys(), ANSWER)
         others = self._others()
         return {rank: host for rank, host in asked.items() if rank not in others}
 
@@ -168,29 +177,36 @@ class Watchdog:
         if word == DOES:
             self._answers[rank] = rest
         elif word == WROTE:
-            self._wrote.add(rank)
-        elif not self._ended.is_set():
+            self._wrote[rank] = rest
+        else:
             if word == HANGS:
                 self._ending[rank] = rest
                 self._hangs = True
-            self._contact.send_all(f"{DOES} {self._phase.what}", to=rank)
+            ends = "its end, after " if self._ended.is_set() else ""  # as with the end of another rank
+            self._contact.send_all(f"{DOES} {ends}{self._phase.what}", to=rank)
 
     def _found(self, silent: Mapping[int, str]) -> str:
         """Return who does not answer, and what the others do."""
         parts = [f"rank {rank} on host {host} does not answer" for rank, host in list(silent.items())[:NAMED]]
         if len(silent) > NAMED:
             parts.append(f"nor do {len(silent) - NAMED} others")
-        doing: dict[str, list[int]] = {}
-        for rank, what in sorted({**self._others(), self._contact.rank: self._phase.what}.items()):
-            doing.setdefault(what, []).append(rank)
-        for what, ranks in sorted(doing.items(), key=lambda item: len(item[1])):
+        return "; ".join(parts + self._together({**self._others(), self._contact.rank: self._phase.what}))
+
+    def _together(self, said: Mapping[int, str]) -> list[str]:
+        """Return what is said of ranks, with all ranks of which it is said; what is said of few comes first."""
+        of: dict[str, list[int]] = {}
+        for rank, what in sorted(said.items()):
+            of.setdefault(what, []).append(rank)
+        parts = []
+        for what, ranks in sorted(of.items(), key=lambda item: len(item[1])):
             named = [f"rank {rank} on host {self._hosts[rank]}" for rank in ranks[:NAMED]]
             more = f" and {len(ranks) - NAMED} others" if len(ranks) > NAMED else ""
             parts.append(f"{', '.join(named)}{more}: {what}")
-        return "; ".join(parts)
+        return parts
 
     def _write_stacks(self) -> None:
-        with suppress(OSError):
+        try:
+            stacks = _stacks()
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / f"hang-rank-{self._contact.rank}.txt").open("w") as file:
                 when = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
@@ -198,12 +214,22 @@ class Watchdog:
                 since = f"(since {self._phase.since:%Y-%m-%d %H:%M:%S})"
                 file.write(f"{when}: {where}: {self._phase.what} {since} for {self._idle:.0f} s without progress\n")
                 file.writelines(f"{line}\n" for line in self._collectives())
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+                file.write(stacks)
+            self._unwritten = ""
+        except OSError as error:
+            self._unwritten = reason_of(error)
 
     def _print(self, line: str) -> None:
         told = f"cosmos-scale train: {datetime.now():%m-%d %H:%M:%S} {line}"
         _within(TERMINAL, lambda: print(told, file=sys.stderr, flush=True))
+
+
+def _stacks() -> str:
+    """Return the stacks of all threads: faulthandler holds Python's lock while it writes, so not to a disk."""
+    with open(os.memfd_create("stacks"), "w+", errors="replace") as memory:
+        faulthandler.dump_traceback(memory, all_threads=True)
+        memory.seek(0)
+        return memory.read()
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> None:

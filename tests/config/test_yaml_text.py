@@ -1,7 +1,10 @@
 """YAML that Python cannot hold is the user's error."""
 
+from pathlib import Path
+
 import pytest
 
+from cosmos_scale.config.load import load_config
 from cosmos_scale.config.yaml_text import parse_yaml
 from cosmos_scale.errors import UserError
 
@@ -43,3 +46,42 @@ def test_what_lies_too_deep_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"^run.yaml: a value holds itself, or lies too deep; rule: ") as error:
         parse_yaml(text, "run.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sign", list("*&!%@`"))
+def test_a_value_that_begins_with_a_sign_of_yaml_is_told_to_stand_in_quotes(sign: str) -> None:
+    for text in (f"data:\n  shards: {sign}x/y.tar\n", f"- {sign}.tar\n", f"shards: [a, {sign}.tar ]\n"):
+        with pytest.raises(UserError, match=r"^run\.yaml: line \d is not valid YAML: ") as error:
+            parse_yaml(text, "run.yaml")
+        assert str(error.value).endswith(f"; rule: a value that begins with {sign} stands in quotes")
+    quoted = f"'{sign}x/y.tar'"
+    assert parse_yaml(f"shards: {quoted}", "run.yaml") == {"shards": f"{sign}x/y.tar"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("shards: [${X}/a.tar]", "inside [ ] and { } a value with braces, brackets or ${NAME} stands in quotes"),
+        ("{shards: ${X}/a.tar}", "inside [ ] and { } a value with braces, brackets or ${NAME} stands in quotes"),
+        ("shards: {a,b}.tar", "a value that begins with [ or { stands in quotes"),
+        ("shards: | x", "a value that begins with | or > stands in quotes"),
+        ("name: a: b", "a value that holds a colon and a blank stands in quotes"),
+        ("name: a\nshards: 'x\n", "the quote that opens on line 2 is closed"),
+        ('shards: "C:\\data"', "a value with backslashes stands in single quotes"),
+        ("data:\n\tshards: x", "blanks indent a line, not tabs"),
+    ],
+)
+def test_a_syntax_error_says_how_the_value_is_written(text: str, rule: str) -> None:
+    with pytest.raises(UserError, match=r"^run\.yaml: line \d is not valid YAML: ") as error:
+        parse_yaml(text, "run.yaml")
+    assert str(error.value).endswith(f"; rule: {rule}")
+
+
+@pytest.mark.parametrize("line", ["{key}: #fff", "{key}: &fff", "{key}:"])
+@pytest.mark.parametrize("key", ["name", "seed", "precision"])
+def test_a_value_that_yaml_takes_for_a_comment_is_told_to_stand_in_quotes(tmp_path: Path, line: str, key: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{line.format(key=key)}\ndata: {{sources: [{{name: a, shards: /x}}]}}\n")
+    with pytest.raises(UserError, match=f"{key}: null should be .*; rule: a value stands behind the colon") as error:
+        load_config(path)
+    assert "in quotes if it begins with # (a comment for YAML) or &" in str(error.value)

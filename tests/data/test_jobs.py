@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -70,11 +72,11 @@ def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def wait_in_a_file(path: Path) -> None:
-    path.write_text("begun")
     try:
+        path.write_text("begun")  # inside: the test sends the interrupt as soon as the file is there
         time.sleep(60)
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def test_an_interrupt_ends_workers_without_a_word_and_cleaned_up(tmp_path: Path) -> None:
@@ -100,6 +102,43 @@ def test_an_interrupt_ends_workers_without_a_word_and_cleaned_up(tmp_path: Path)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def do_interrupted(line: int) -> None:
+    """In a worker: do a job, with an interrupt just before the line of that number, from 0, which `_do` comes to."""
+    signal.signal(signal.SIGINT, jobs._leave)
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal left
+        if frame.f_code is not jobs._do.__code__:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                os.kill(os.getpid(), signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        jobs._do(square, line)
+    except BaseException:
+        os._exit(1)  # would be taken for the job's error, and the worker goes on
+    os._exit(0)
+
+
+def test_an_interrupt_ends_a_worker_at_each_line_around_its_job() -> None:
+    """One that came between a job's end and the worker's own bookkeeping would leave the worker to the next job."""
+    context = multiprocessing.get_context("fork")
+    statuses: list[int | None] = []
+    while 0 not in statuses and len(statuses) < 20:
+        process = context.Process(target=do_interrupted, args=(len(statuses),))
+        process.start()
+        process.join(30)
+        statuses.append(process.exitcode)
+    assert len(statuses) > 4
+    assert statuses == [130] * (len(statuses) - 1) + [0]
 
 
 def test_without_shared_memory_the_process_does_the_jobs_itself(monkeypatch: pytest.MonkeyPatch) -> None:

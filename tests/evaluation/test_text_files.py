@@ -24,7 +24,7 @@ def test_lines_end_at_line_breaks_alone(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("cat\nd\0og\n", "line 2 holds a NUL: 'd\\x00og'; rule: a text file in UTF-8, a class a line"),
-        ("cat\ndog\n".encode("utf-16-le").decode(), "line 1 holds a NUL"),
+        ("cat\ndog\n".encode("utf-16-le").decode(), "is UTF-16 or no text; save it as UTF-8"),
         ("'cat',\n'dog',\n", "line 1 is code of Python: 'cat',; rule: a class a line, here: cat"),
         ('cat\n"dog",\n', 'line 2 is code of Python: "dog",; rule: a class a line, here: dog'),
     ],

@@ -54,6 +54,23 @@ def rows(printed: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+def test_shards_under_two_names_are_told_once_when_a_run_begins(
+    trained: Path, tmp_path: Path, scenes: SceneShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(scenes.train)
+    twice = f"data.sources=[{{name: a, shards: '{scenes.train}'}}, {{name: b, shards: '{tmp_path / 'link'}'}}]"
+    assert cli.main(["train", "--dry-run", str(trained), twice, f"output={tmp_path}"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("warning: data sources a and b have ") == 1
+    assert rows(shown.out)["data"][1].startswith("160 samples an epoch")
+    verdict, text = rows(shown.out)["shards"]
+    assert verdict == "ok"
+    assert "there; data sources a and b have " in text
+    begun = train_to_end(trained, twice, "train.max_steps=1", f"output={tmp_path / 'new'}")
+    begun.require(0)
+    assert begun.errors.count("warning: data sources a and b have ") == 1
+
+
 def test_a_run_that_can_start_is_all_ok(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(trained.parent.rglob("*"))
     assert cli.main(["train", "--dry-run", str(trained)]) == 0

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from cosmos_scale.config import LogConfig, WandbConfig
+from cosmos_scale.run import wandb_tracker
 from cosmos_scale.run.folder import evaluation_folder
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.run.tracker_entries import LARGEST_PICTURE, MOST_PICTURES, TrackerEntry, pictures_in
@@ -222,34 +224,119 @@ def test_a_folders_first_pictures_are_taken(tmp_path: Path) -> None:
     assert pictures_in(tmp_path / "none") == []
 
 
-def take_steps_whose_wandb_is_killed(folder: Path) -> None:
-    """In a process of its own: four steps, and the library's process is killed after the first."""
+def take_steps_and_signal_wandb(folder: Path, signals: dict[int, int], last_step: int, goes_on: bool) -> None:
+    """In a process of its own: steps, and the library's process gets a signal after some of them.
+
+    Entries are so large that a few fill the way to a process that reads nothing. goes_on: whether that process can be
+    told to go on; as one of a frozen control group cannot.
+    """
     written = MetricLog.training
 
     def training(log: MetricLog, step: dict[str, float]) -> None:
-        written(log, step)
-        if step["step"] == 1:
+        written(log, {**step, **{f"{number:0200}": 0.5 for number in range(500)}})
+        sent = signals.get(int(step["step"]))
+        if sent is not None:
             pids = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
             (core,) = [pid for pid in pids if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-            os.kill(core, signal.SIGKILL)
-            while Path(f"/proc/{core}/cmdline").read_bytes():  # until its connection is closed
+            os.kill(core, sent)
+            while (
+                sent == signal.SIGKILL and Path(f"/proc/{core}/cmdline").read_bytes()
+            ):  # until its connection is closed
                 time.sleep(0.01)
+            time.sleep(2.0 if sent == signal.SIGCONT else 0.0)  # so that it reads what is on its way
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricLog, "training", training)
-        take_steps(folder, 0, 4, 1.0, ALL_THREE.model_copy(update={"tensorboard": False}))
+        for name in ("LONGEST_WRITE", "LONGEST_CLOSE"):
+            patch.setattr(wandb_tracker, name, 3.0)
+        if not goes_on:
+            patch.setattr(signal, "SIGCONT", 0)
+        take_steps(folder, 0, last_step, 1.0, ALL_THREE.model_copy(update={"tensorboard": False}))
 
 
-def test_a_run_goes_on_without_wandbs_process_and_without_a_home(tmp_path: Path) -> None:
-    code = f"take_steps_whose_wandb_is_killed(Path({str(tmp_path)!r}))"
-    imports = "from pathlib import Path; from tests.run.test_trackers import take_steps_whose_wandb_is_killed"
-    env = {**os.environ, "HOME": "/proc", "WANDB_DIR": "/proc/none"}
-    for name in ("WANDB_CACHE_DIR", "XDG_CACHE_HOME"):
-        env.pop(name, None)
+def in_a_process(
+    folder: Path, signals: dict[int, int], last_step: int, *, goes_on: bool = True, **env: str
+) -> list[str]:
+    """Take the steps to the end of the process and of its output; return what is said of Weights & Biases."""
+    code = f"take_steps_and_signal_wandb(Path({str(folder)!r}), {signals}, {last_step}, {goes_on})"
+    imports = "from pathlib import Path; from tests.run.test_trackers import take_steps_and_signal_wandb"
     command = [sys.executable, "-c", f"{imports}; {code}"]
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    _, kept, closed = [line for line in ended.stdout.splitlines() if line.startswith("log.wandb: ")]
+    ended = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=240, check=False)
+    errors = [line for line in ended.stderr.splitlines() if line != "wandb: ERROR Problem finishing run"]
+    assert (ended.returncode, errors) == (0, [])
+    assert [step for kind, step in steps(folder) if kind == "train"] == [*range(1, last_step + 1)]
+    return [line.removeprefix("log.wandb: ") for line in ended.stdout.splitlines() if line.startswith("log.wandb: ")]
+
+
+def test_a_run_goes_on_without_wandbs_process_and_without_a_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    said = in_a_process(tmp_path, {1: int(signal.SIGKILL)}, 4, HOME="/proc", WANDB_DIR="/proc/none")
+    _, kept, closed = said
     assert kept.endswith("; its records are kept, and the run goes on")
-    assert closed.startswith("log.wandb: cannot be closed: ")
-    assert [step for kind, step in steps(tmp_path) if kind == "train"] == [1, 2, 3, 4]
+    assert closed.startswith("cannot be closed: ")
+    assert closed.endswith(" records are missing there, which metrics.jsonl has")
+
+
+NOT_TAKEN = (
+    "TimeoutError: the library's process has not taken an entry within 3 s; its records are kept, and the run goes on"
+)
+NOT_ENDED = (
+    "cannot be closed: TimeoutError: the library's process has not ended the record within 3 s, and what it has not "
+    "written is missing there; what it has written: wandb sync {folder}/wandb/offline-run-"
+)
+STOP, GO_ON = int(signal.SIGSTOP), int(signal.SIGCONT)
+
+
+def test_a_run_goes_on_and_ends_beside_a_wandb_that_is_stuck(tmp_path: Path) -> None:
+    """The library waits for its process for ever, once the way to it is full, and at the end in any case."""
+    _, kept, closed = in_a_process(tmp_path, {1: STOP}, 12, goes_on=False)
+    assert kept == NOT_TAKEN
+    assert closed.startswith(NOT_ENDED.format(folder=tmp_path))
+    assert re.search(r"; \d+ records are missing there, which metrics\.jsonl has$", closed)
+
+
+@pytest.mark.slow
+def test_a_run_ends_beside_a_wandb_that_is_stuck_at_its_end(tmp_path: Path) -> None:
+    _, closed = in_a_process(tmp_path, {2: STOP}, 2, goes_on=False)
+    assert closed.startswith(NOT_ENDED.format(folder=tmp_path))
+    assert "records are missing" not in closed
+
+
+def test_a_wandb_that_is_stopped_at_its_end_goes_on_and_has_all(tmp_path: Path) -> None:
+    assert len(in_a_process(tmp_path, {1: STOP}, 2)) == 1  # that it is offline
+    assert train_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_wandb_that_goes_on_has_each_entry_once(tmp_path: Path) -> None:
+    _, kept, again = in_a_process(tmp_path, {1: STOP, 9: GO_ON}, 11)
+    assert kept == NOT_TAKEN
+    assert again == "takes records again"
+    assert train_steps(tmp_path) == [*range(1, 12)]
+
+
+def train_steps(folder: Path) -> list[int]:
+    (name,) = record_names(folder)
+    return [entry["step"] for entry in wandb_records(folder, name) if "train/loss" in entry]
+
+
+def test_a_service_that_is_not_there_is_told_soon(tmp_path: Path) -> None:
+    """The library's own limit is 90 s."""
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="online"))
+    code = (
+        "from pathlib import Path; from cosmos_scale.config import *; from cosmos_scale.errors import UserError\n"
+        "from cosmos_scale.run import trackers, wandb_tracker\n"
+        "wandb_tracker.LONGEST_INIT = 2.0\n"
+        f"config = LogConfig.model_validate({config.model_dump()})\n"
+        f"try: trackers.open_trackers(Path({str(tmp_path)!r}), config, name='run', run_config={{}}, first_step=0)\n"
+        "except UserError as error: print(error)"
+    )
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("log.wandb: ")]
+    assert line.endswith("or set log.wandb.mode to offline; WANDB_INIT_TIMEOUT allows more seconds")

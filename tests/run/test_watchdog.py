@@ -5,6 +5,9 @@ import re
 import signal
 import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,20 @@ def test_a_loader_process_that_stands_still_ends_the_run(run: Path) -> None:
         process.wait_until_gone()
     (end,) = [line for line in finished.errors.splitlines() if "; stacks: " in line]
     assert f"rank 0 on host {HOST}: its wait for the batch of step " in end
+
+
+def test_stacks_that_cannot_be_written_are_told_and_all_ranks_end(run: Path) -> None:
+    folder = run.parent / "tiny"
+    (folder / "hang-rank-0.txt").mkdir(parents=True)
+    path = folder / "hang-rank-1.txt"
+    with start(run, ranks=2, program="tests.run.hanging_train") as process, almost_full_pipe(path):
+        finished = process.wait().require(1)
+    end, unwritten = finished.errors.splitlines()[-2:]
+    assert f"rank 0 on host {HOST}, rank 1 on host {HOST}: step 3; stacks: " in end
+    assert unwritten.endswith(
+        f"stacks not written: rank 0 on host {HOST}: Is a directory; "
+        f"rank 1 on host {HOST}: they were not written within 10 s"
+    )
 
 
 def test_a_rank_that_comes_back_changes_nothing(run: Path) -> None:
@@ -150,6 +167,56 @@ def test_the_last_word_of_a_rank_that_ends_is_its_answer(tmp_path: Path, monkeyp
         contact._parted = True  # nothing that follows is a loss
 
 
+@pytest.mark.parametrize("last", [b"", b"watch hangs step 3\n"])
+def test_where_a_rank_is_lost_the_others_are_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bytes
+) -> None:
+    """As one that is killed just before a standstill is found, or just after it has found it."""
+    monkeypatch.setattr("cosmos_scale.engine.contact.SECONDS_TO_END", 1e6)
+    here, there = socket.socketpair()
+    to_lost, lost = socket.socketpair()
+    with here, there, to_lost:
+        contact = Contact(0, {1: Peer(1, "lost", to_lost), 2: Peer(2, "other", here)})
+        watchdog = Watchdog(1800.0, tmp_path, contact, list)
+        contact.listen(watchdog._hear)
+        contact.watch()
+        with lost:
+            lost.sendall(last)
+        assert contact.lost_within(5.0) == "rank 1 on host lost has ended"
+        asked = threading.Thread(target=_answer, args=(there,))
+        asked.start()
+        assert watchdog._ask() == {}
+        asked.join()
+        assert "rank 2 on host other: step 9" in watchdog._found({})
+        contact._parted = True
+
+
+def _answer(connection: socket.socket) -> None:
+    while read_line(connection, 5.0) not in ("watch ask", ""):
+        pass
+    time.sleep(0.2)  # as a busy rank
+    connection.sendall(b"watch does step 9\n")
+
+
+def test_a_loss_that_rank_0_tells_is_not_told_by_the_watchdog_of_another() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        contact = Contact(1, {0: Peer(0, "first", here)})
+        contact._hear(contact._peers[0], "lost rank 2 on host other has ended")
+        assert contact.lost == "rank 2 on host other has ended"
+        assert not contact.end()
+
+
+def test_a_rank_that_ends_answers_to_the_last(tmp_path: Path) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        contact = Contact(1, {0: Peer(0, "first", here)})
+        with Watchdog(1800.0, tmp_path, contact, list) as watchdog:
+            watchdog.enter("step 7")
+        watchdog._hear(0, "ask")
+        assert read_line(there, 5.0) == "watch does its end, after step 7"
+
+
 LAST = b"watch hangs the start of the run\n"
 
 
@@ -181,6 +248,20 @@ def test_no_limit_watches_nothing(tmp_path: Path) -> None:
     with Watchdog(0.0, tmp_path, contact, list) as watchdog:
         watchdog.enter("step 1")
     assert contact._listener is None
+
+
+@contextmanager
+def almost_full_pipe(path: Path) -> Iterator[None]:
+    """A named pipe that takes the first lines of stacks, and hangs then."""
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b"." * 4096)
+    os.read(pipe, 4096)
+    os.write(pipe, b"." * 2000)
+    yield
+    os.close(pipe)
 
 
 def children(process: Launched) -> list[int]:

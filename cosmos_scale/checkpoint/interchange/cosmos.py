@@ -10,6 +10,7 @@ from cosmos_scale.checkpoint.interchange.names import Shape
 from cosmos_scale.checkpoint.interchange.openclip import named, stored_model
 from cosmos_scale.checkpoint.interchange.sizes import Known
 from cosmos_scale.checkpoint.interchange.weights import StoredWeights, Which, refusal
+from cosmos_scale.checkpoint.interchange.wrapped import prefix_of, said
 
 MODELS: tuple[Which, ...] = ("student", "teacher")
 
@@ -24,6 +25,7 @@ def cosmos_model(path: Path, content: Mapping[Any, Any], which: Which, known: Kn
         raise refusal(path, f"found a COSMOS checkpoint without a {which}, with a {models[0]}")
     epoch = content.get("epoch")
     kind = f"COSMOS checkpoint of epoch {epoch}" if isinstance(epoch, int) else "COSMOS checkpoint"
+    kind += said(prefix_of(path, content[which]))
     tensors = named(path, content[which])
     stored = stored_model(path, tensors, kind, known)._replace(form="cosmos", models=models)
     for other in models:

@@ -22,6 +22,7 @@ from cosmos_scale.checkpoint.interchange.settings import (
 )
 from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
 from cosmos_scale.checkpoint.interchange.weights import Activation, StoredWeights, refusal, shape_of
+from cosmos_scale.checkpoint.interchange.wrapped import prefix_of, said
 from cosmos_scale.config import TOKENIZER_VOCABULARY, ModelConfig, TextConfig, VisionConfig
 from cosmos_scale.words import with_article
 
@@ -52,7 +53,8 @@ def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
     activation = _activation(path, vision, text)
     pixels = read_settings(folder / HF_PIXELS) if (folder / HF_PIXELS).exists() else {}
     check_pixels(folder / HF_PIXELS, pixels.get("image_mean"), pixels.get("image_std"))
-    rows = _our_rows(folder, _tensors(folder))
+    held = _content(folder)
+    rows = _our_rows(folder, named(folder, held))
     heads = stated_count(path, "vision_config.num_attention_heads", vision["num_attention_heads"])
     width = shape_of(rows["visual.class_embedding"])[0]
     if width % heads:
@@ -62,7 +64,7 @@ def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
     shapes = {name: shape_of(tensors) for name, tensors in rows.items()}
     inferred = infer_model(folder, shapes, known, activation)
     compare(path, _sizes(content, vision, text, inferred.model))
-    kind = "Hugging Face CLIPModel folder"
+    kind = f"Hugging Face CLIPModel folder{said(prefix_of(folder, held))}"
     return StoredWeights("hf", kind, inferred.model, rows, False, inferred.guessed, None, inferred.told)
 
 
@@ -86,16 +88,16 @@ def _activation(path: Path, vision: dict[str, Any], text: dict[str, Any]) -> Act
     return _ACTIVATIONS[vision["hidden_act"]]
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder, by their names there."""
-    tensors: dict[str, Tensor] = {}
+def _content(folder: Path) -> dict[str, Any]:
+    """Return what the files of a folder hold together, by the names there."""
+    found: dict[str, Any] = {}
     for file in _files(folder):
         content = open_tensors(file)
         if not isinstance(content, Mapping):
             raise refusal(file, f"found {with_article(type(content).__name__)}, not a dict of tensors")
         # Old versions saved the positions' numbers beside the weights.
-        tensors |= named(file, {key: value for key, value in content.items() if not str(key).endswith("position_ids")})
-    return tensors
+        found |= {str(key): value for key, value in content.items() if not str(key).endswith("position_ids")}
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

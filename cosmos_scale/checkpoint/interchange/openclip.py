@@ -11,8 +11,8 @@ from torch import Tensor
 from cosmos_scale.checkpoint.interchange.names import is_of_heads
 from cosmos_scale.checkpoint.interchange.sizes import Known, infer_model
 from cosmos_scale.checkpoint.interchange.weights import Activation, PublicForm, StoredWeights, refusal, shape_of
+from cosmos_scale.checkpoint.interchange.wrapped import prefix_of, said
 
-WRAPPED = "module."  # before each name, of a model that was trained on several devices
 TEXT = "text."  # before the text tower's names, where OpenCLIP built the tower as a module of its own
 # What OpenAI's state dicts hold beside the weights.
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
@@ -23,9 +23,9 @@ QUICK_GELU_NAMES = re.compile(r"quick_?gelu|(?<![a-z])(openai|metaclip|dfn)", re
 def named(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the tensors of a state dict under our names; buffers and sizes that are no weights stay away.
 
-    Raises UserError where it holds anything but floating-point tensors, or two under one name.
+    Raises UserError where it holds anything but floating-point tensors, or two under one name; and as `prefix_of`.
     """
-    prefix = WRAPPED if str(next(iter(state), "")).startswith(WRAPPED) else ""
+    prefix = prefix_of(path, state)
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         name = str(key).removeprefix(prefix)
@@ -52,7 +52,7 @@ def assumed_activation(path: Path, names: Mapping[Any, Any]) -> Activation:
     OpenAI's own state dicts hold sizes beside the weights. Others have OpenCLIP's tag in the name of file or folder.
     """
     tagged = QUICK_GELU_NAMES.search(path.name) or QUICK_GELU_NAMES.search(path.absolute().parent.name)
-    marked = any(str(name).removeprefix(WRAPPED) in OPENAI_SIZES for name in names)
+    marked = any(str(name).rpartition(".")[2] in OPENAI_SIZES for name in names)
     return "quick_gelu" if tagged or marked else "gelu"
 
 
@@ -84,4 +84,5 @@ def openclip_model(path: Path, content: Mapping[Any, Any], known: Known) -> Stor
         raise refusal(path, f"found {f'a dict of {shown}' if content else 'an empty dict'}, without tensors")
     tensors = named(path, state)
     program = "COSMOS" if any(map(is_of_heads, tensors)) else "OpenCLIP"
-    return stored_model(path, tensors, f"{program} {kind}", known, assumed_activation(path, state))
+    kind = f"{program} {kind}{said(prefix_of(path, state))}"
+    return stored_model(path, tensors, kind, known, assumed_activation(path, state))

@@ -70,7 +70,8 @@ def open_openclip_folder(folder: Path, asked: Activation | None) -> StoredWeight
     stored = openclip_model(weights, open_tensors(weights), known)
     compare(path, _sizes(model, vision, text, stored.model))
     program = "COSMOS" if stored.has_heads else "OpenCLIP"
-    return stored._replace(kind=f"{program} folder with {OPENCLIP_CONFIG}")
+    _, comma, prefix = stored.kind.partition(", ")  # what is said of names that have a prefix
+    return stored._replace(kind=f"{program} folder with {OPENCLIP_CONFIG}{comma}{prefix}")
 
 
 def _check_keys(path: Path, section: str, keys: dict[str, Any]) -> None:

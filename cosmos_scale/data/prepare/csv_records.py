@@ -7,12 +7,12 @@ import csv
 import re
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import regular_only
 
 # Characters of one cell, and lines of one record. Captions have fewer; an unclosed quote soon reaches one of the two.
 CELL_LIMIT = 1 << 24
@@ -21,6 +21,10 @@ LINE_LIMIT = 1000
 MOST_ROWS_ALIKE = 5
 # So is a single line that also has a picture's name or address where the record itself has one.
 _PICTURE = re.compile(r".+\.(?:jpe?g|png|webp)|https?://\S+", re.IGNORECASE)
+
+
+# The line by which Excel is told what separates the cells below it: no row and no header.
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)
 
 
 class CsvRecord(NamedTuple):
@@ -33,14 +37,6 @@ class CsvRecord(NamedTuple):
     lines: int
     cells: list[str]
     fault: str | None
-
-
-def refuse_utf16(path: Path) -> None:
-    """Raise UserError where a file of captions begins as UTF-16 or UTF-32 does, and OSError where it cannot be read."""
-    with open(path, "rb", opener=regular_only) as file:
-        head = file.read(4)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:
-        raise UserError(f"{path}: is UTF-16 or no text; save it as UTF-8")
 
 
 def refuse_columns_twice(path: Path, header: Iterable[str], used: Collection[str]) -> None:
@@ -66,8 +62,17 @@ def read_header(path: Path, records: Iterator[CsvRecord]) -> list[str]:
     header = [] if first is None else first.cells
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars (|)")):
         if len(header) == 1 and separator in header[0]:
-            raise UserError(f"{path}: its columns are separated by {name}; rule: commas separate the columns of a .csv")
+            raise UserError(
+                f"{path}: its columns are separated by {name}; rule: commas separate the columns of a .csv, or what "
+                "its first line names, such as sep=;"
+            )
     return header
+
+
+def named_separator(line: str) -> str | None:
+    """Return what separates cells by a file's first line, where it is such a line (`sep=;`); None for other lines."""
+    found = _SEPARATOR_LINE.fullmatch(line)
+    return None if found is None else found[1]
 
 
 class _TooManyLines(Exception):
@@ -110,14 +115,23 @@ class _Feed:
 def read_records(lines: Iterable[str], delimiter: str = ",", *, spaced: bool = False) -> Iterator[CsvRecord]:
     """Yield the records of a CSV file's lines in order; an empty line is a record without cells.
 
-    delimiter: what separates cells. The header is the first record with cells. spaced: whether a quote may stand behind
+    delimiter: what separates cells, unless the first line names something else (`sep=;`, as Excel reads it); that line
+    is a record without cells too. The header is the first record with cells. spaced: whether a quote may stand behind
     spaces, as people write it: in `1.jpg, "a cat"`. Else such quotes are a part of the text.
     A record of another number of cells than the header has a fault; its lines, however many, are this record's.
     """
     csv.field_size_limit(CELL_LIMIT)
+    lines = iter(lines)
+    first = next(lines, None)
+    line, width = 1, None
+    if first is not None and (named := named_separator(first)) is not None:
+        delimiter = named
+        yield CsvRecord(line, 1, [], None)
+        line += 1
+    elif first is not None:
+        lines = chain([first], lines)
     feed = _Feed(lines)
     reader = csv.reader(feed, delimiter=delimiter)
-    line, width = 1, None
     while True:
         feed.begin()
         fault, cells = None, []

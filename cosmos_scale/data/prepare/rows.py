@@ -9,7 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -17,14 +17,15 @@ from cosmos_scale.data.prepare import parquet
 from cosmos_scale.data.prepare.cells import read_cell
 from cosmos_scale.data.prepare.csv_records import (
     CELL_LIMIT,
+    named_separator,
     read_header,
     read_records,
     refuse_columns_twice,
-    refuse_utf16,
 )
 from cosmos_scale.data.prepare.datasets import Dataset, Join
 from cosmos_scale.data.samples.caption_keys import plain_column
 from cosmos_scale.data.samples.document import encode_document
+from cosmos_scale.data.samples.file_kind import no_text, refuse_no_text
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only
@@ -33,16 +34,21 @@ BOM = b"\xef\xbb\xbf"
 
 
 class RowFile(NamedTuple):
-    """A file whose rows can be read by place. columns: the plain names, None for columns that are left out."""
+    """A file whose rows can be read by place.
+
+    columns: the plain names, None for columns that are left out. delimiter: what separates the cells of a CSV row.
+    """
 
     path: Path
     kind: Literal["csv", "json"]
     columns: list[str | None]
+    delimiter: str = ","  # noted last: tables of older versions lack it
 
     def cells(self, data: bytes, joins: Container[str] = ()) -> dict[str, Any]:
         """Return a row's cells by plain column name. joins: columns of the join value, whose cells stay text."""
         if self.kind == "csv":
-            cells: Iterable[tuple[str | None, Any]] = zip(self.columns, next(csv.reader([data.decode()])), strict=True)
+            record = next(csv.reader([data.decode()], delimiter=self.delimiter))
+            cells: Iterable[tuple[str | None, Any]] = zip(self.columns, record, strict=True)
         else:
             cells = zip(self.columns, json.loads(data), strict=True)
         return {name: cell if name in joins else read_cell(name, cell) for name, cell in cells if name is not None}
@@ -75,7 +81,10 @@ def caption_files(paths: list[Path]) -> list[Path]:
         elif not path.is_file():
             raise UserError(f"{path.absolute()}: no such captions file or folder")
         elif path.suffix.lower() not in (".csv", ".parquet"):
-            raise UserError(f"{path}: captions come as .csv or .parquet")
+            said = ""
+            with suppress(OSError):
+                said = no_text(path)
+            raise UserError(f"{path}: captions come as .csv or .parquet{f'; it {said}' if said else ''}")
         else:
             files.append(path)
     return files
@@ -121,15 +130,17 @@ def _scan_csv(
     path: Path, dataset: Dataset, join: Join, advance: Callable[[int], None]
 ) -> tuple[RowFile, Iterator[PlacedRow]]:
     try:
-        refuse_utf16(path)
+        refuse_no_text(path)
         with open(path, "rb", opener=regular_only) as file:
+            delimiter = named_separator(next(_Lines(file), ""))
+            file.seek(0)
             header = read_header(path, read_records(_Lines(file)))
     except OSError as error:
         raise UserError(f"{path}: its header cannot be read: {error}") from error
     column = join_column(path, header, dataset, join)
     names = [plain_column(name) for name in header]
     kept: list[str | None] = [name if name == column or name in dataset.captions else None for name in names]
-    return RowFile(path, "csv", kept), _csv_rows(path, names.index(column), advance)
+    return RowFile(path, "csv", kept, delimiter or ","), _csv_rows(path, names.index(column), advance)
 
 
 def _csv_rows(path: Path, position: int, advance: Callable[[int], None]) -> Iterator[PlacedRow]:

@@ -95,7 +95,7 @@ def build_table(folder: Path, captions: Sequence[Path], dataset: Dataset, join: 
     with _full_disk_named(folder):
         builder.sort()
     content = {
-        "files": [[os.path.abspath(file.path), file.kind, file.columns] for file in builder.files],
+        "files": [[os.path.abspath(file.path), *file[1:]] for file in builder.files],
         "rows": builder.rows,
         "examples": builder.examples,
     }
@@ -118,7 +118,7 @@ def read_table_summary(folder: Path) -> TableSummary:
     path = folder / "table.json"
     with reading_work(path):
         content = load_json(read_regular(path))
-        files = [RowFile(Path(path), kind, columns) for path, kind, columns in content["files"]]
+        files = [RowFile(Path(path), *others) for path, *others in content["files"]]
         return TableSummary(files, content["rows"], content["examples"])
 
 

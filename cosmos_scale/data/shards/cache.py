@@ -5,23 +5,29 @@ locked. Another process that wants the shard waits for the lock, so that no shar
 lock was left by a process that died; it is never taken for a shard. Whole shards are not locked and not kept open
 between reads. So the least recently used shard can be deleted at any time: a process that reads it at that moment still
 has the open file.
+
+Behind a shard's bytes its file holds their checksums, which each read compares. A copy that the local disk has damaged
+is deleted and downloaded anew, so that it costs no sample.
 """
 
 import fcntl
 import hashlib
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from cosmos_scale.data.shards.block_sums import BlockSums, read_checked, sums_size
 from cosmos_scale.data.shards.store import Transient, WrongSize
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import no_locks, regular_only
 
 WHOLE, PART = ".shard", ".part"  # only files with these endings are counted and deleted
+_FORM = "with sums of 16 KiB"  # of the files, in their names
 _FAILED = b"failed"  # what a part holds after its download failed, for the processes that wait for it
 _WAIT = 0.05  # seconds between two looks for room, while other downloads hold it
 
@@ -40,27 +46,56 @@ class ShardCache:
 
         version: a shard's address, and what tells its content from one that lay there before. pieces: yields the whole
         shard.
-        Raises: UserError where the folder cannot be written or the shard is larger than the limit; Transient,
-        WrongSize, and what `pieces` raises, where the download fails.
+        Raises: UserError where the folder cannot be written or does not hold what is written, or where the shard is
+        larger than the limit; Transient, WrongSize, and what `pieces` raises, where the download fails.
         """
         path = self.folder / _name(version, total)
         try:
-            file = _open_whole(path, total)
-            while file is None:
-                file = self._download(path, total, pieces) or _open_whole(path, total)
-            with file:
-                os.utime(file.fileno())  # used just now
-                return os.pread(file.fileno(), size, offset)
+            for _ in range(2):  # one more download where the copy is damaged; the disk that damages that one is broken
+                file = self._open_whole(path, total)
+                while file is None:
+                    file = self._download(path, total, pieces) or self._open_whole(path, total)
+                with file:
+                    os.utime(file.fileno())  # used just now
+                    data = read_checked(file.fileno(), total, offset, size)
+                    if data is not None:
+                        return data
+                    self._drop(file, path)
         except OSError as error:
             raise UserError(
                 f"data.remote.cache: {self.folder}: {no_locks(error) or error.strerror or error}"
             ) from error
+        raise UserError(
+            f"data.remote.cache: {self.folder}: {path.name} was downloaded twice, and reads otherwise than it was "
+            "written; rule: a folder on a sound disk"
+        )
+
+    def _open_whole(self, path: Path, total: int) -> BinaryIO | None:
+        """Open a shard's file; None where there is none, or where it is not whole, which deletes it."""
+        try:
+            file = open(path, "rb", buffering=0, opener=regular_only)  # noqa: SIM115 - stays open
+        except FileNotFoundError:
+            return None
+        if os.fstat(file.fileno()).st_size == total + sums_size(total):
+            return file
+        with file:
+            self._drop(file, path)
+        return None
+
+    def _drop(self, file: BinaryIO, path: Path) -> None:
+        """Delete a damaged copy of a shard, unless another process has done so already."""
+        with self._locked():
+            if not _is(file, path):
+                return
+            path.unlink()
+        print(f"data.remote.cache: {path}: is damaged on the disk; fetched again", file=sys.stderr)
 
     def _download(self, path: Path, total: int, pieces: Pieces) -> BinaryIO | None:
         """Return the shard's file, downloaded by this process or another; None where the caller must look again."""
-        if total > self._limit:
+        size = total + sums_size(total)
+        if size > self._limit:
             raise UserError(
-                f"data.remote.cache_gb: {self._limit / 1e9:g} is less than one shard, which has {total / 1e9:g}"
+                f"data.remote.cache_gb: {self._limit / 1e9:g} is less than one shard, which takes {size / 1e9:g}"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(PART)
@@ -68,7 +103,7 @@ class ShardCache:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is(file, part):
-                return self._of_another(file, total)
+                return self._of_another(file, size)
             if path.exists():  # another process finished the shard after this one had looked for it
                 part.unlink()
             else:
@@ -83,14 +118,14 @@ class ShardCache:
         file.close()
         return None
 
-    def _of_another(self, file: BinaryIO, total: int) -> BinaryIO | None:
+    def _of_another(self, file: BinaryIO, size: int) -> BinaryIO | None:
         """Return the shard's file from a part that another process had locked; None where that process gave it up."""
-        size = os.fstat(file.fileno()).st_size
-        if size == total:  # whole, even if its name is gone from the folder by now
+        found = os.fstat(file.fileno()).st_size
+        if found == size:  # whole, even if its name is gone from the folder by now
             fcntl.flock(file, fcntl.LOCK_UN)
             return file
         file.close()
-        if size:
+        if found:
             raise Transient("another process failed to download it")
         return None  # the part was cleared away
 
@@ -98,18 +133,18 @@ class ShardCache:
         """Download into the locked part; where the download fails, leave only a word for the processes that wait."""
         try:
             file.truncate(0)
-            self._reserve(file, total)
-            came = 0
+            self._reserve(file, total + sums_size(total))
+            came, sums = 0, BlockSums()
             with closing(pieces()) as stream:
                 for piece in stream:
                     came += len(piece)
                     if came > total:
                         raise WrongSize(f"more than {total}", final=True)
-                    view = memoryview(piece)
-                    while view:
-                        view = view[file.write(view) :]
+                    sums.add(piece)
+                    _write(file, piece)
             if came != total:
                 raise WrongSize(str(came), final=False)
+            _write(file, sums.packed())
             os.fdatasync(file.fileno())  # in a crash of the machine the name must not outlive the bytes
         except BaseException:
             file.truncate(0)
@@ -117,18 +152,18 @@ class ShardCache:
             part.unlink(missing_ok=True)
             raise
 
-    def _reserve(self, file: BinaryIO, total: int) -> None:
+    def _reserve(self, file: BinaryIO, size: int) -> None:
         """Give the part its full size once there is room: delete whole shards, and wait for other downloads."""
         while True:
             with self._locked():
                 used, whole = self._contents()
-                for _, path, size in sorted(whole):
-                    if used + total <= self._limit:
+                for _, path, freed in sorted(whole):
+                    if used + size <= self._limit:
                         break
                     path.unlink(missing_ok=True)
-                    used -= size
-                if used + total <= self._limit:
-                    file.truncate(total)
+                    used -= freed
+                if used + size <= self._limit:
+                    file.truncate(size)
                     return
             time.sleep(_WAIT)
 
@@ -156,22 +191,19 @@ class ShardCache:
 
 
 def _name(version: str, total: int) -> str:
-    """Name a shard's file by the end of its address and a digest of the whole: an address may hold secrets."""
-    digest = hashlib.sha256(f"{total} {version}".encode()).hexdigest()[:24]
+    """Name a shard's file by the end of its address and a digest of the whole: an address may hold secrets.
+
+    Older caches hold the same shards without checksums, by other names; they are the first to be deleted.
+    """
+    digest = hashlib.sha256(f"{_FORM} {total} {version}".encode()).hexdigest()[:24]
     shown = re.findall(r"[\w-]+(?=\.tar)", version)
     return f"{shown[-1][-40:] if shown else 'shard'}-{digest}{WHOLE}"
 
 
-def _open_whole(path: Path, total: int) -> BinaryIO | None:
-    try:
-        file = open(path, "rb", buffering=0, opener=regular_only)  # noqa: SIM115 - stays open
-    except FileNotFoundError:
-        return None
-    if os.fstat(file.fileno()).st_size == total:
-        return file
-    file.close()
-    path.unlink(missing_ok=True)  # something has cut the file
-    return None
+def _write(file: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def _is(file: BinaryIO, path: Path) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
+from cosmos_scale.data.samples.file_kind import no_shard
 from cosmos_scale.data.shards.store import PIPE, is_remote, is_web, join_url, list_filesystem, redact
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import reason_of, whole_path
@@ -41,7 +42,7 @@ class ShardPattern(ABC):
         """List the shards that are known without asking a server: (sorted names, missing paths that are named in full).
 
         Names are relative to the deepest folder before any wildcard or brace.
-        Raises: UserError where a folder holds compressed tars, or the pattern is not one.
+        Raises: UserError where a folder holds compressed tars, a file is no tar, or the pattern is not one.
         """
 
     @abstractmethod
@@ -120,6 +121,9 @@ class _Paths(ShardPattern):
                 names.update(glob.glob(_plain_root(path, self.folder), root_dir=root))
             else:
                 missing.append(os.path.relpath(path, root))
+        for name in sorted(names):
+            if not _is_tar(name):
+                _refuse_no_shard(root / name)
         return sorted(names), missing
 
     def list_names(self) -> list[str]:
@@ -267,6 +271,13 @@ def _refuse_parents(shown: str, names: Iterable[str]) -> None:
 def _show_command(command: str) -> str:
     words = _TAR_WORD.findall(command[len(PIPE) :])
     return f"{PIPE} ... {redact(words[-1])}"
+
+
+def _refuse_no_shard(path: Path) -> None:
+    """Raise UserError where a file is no tar; one that cannot be read is left to the reader of shards."""
+    with suppress(OSError):
+        if said := no_shard(path):
+            raise UserError(f"{whole_path(path)}: {said}")
 
 
 def _require_folder(path: str) -> None:

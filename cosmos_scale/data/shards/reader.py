@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.samples.document import parse_json
+from cosmos_scale.data.samples.file_kind import compression_of
 from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.cache import ShardCache
 from cosmos_scale.data.shards.mark import HEAD, is_other
@@ -33,13 +34,6 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # in order of preference, whi
 TEXT_EXTENSIONS = ("json", "txt")  # in order of preference: img2dataset writes both, and the json says more
 # Kinds of text whose bytes reach from the first of two members to the end of the second, headers between them included.
 JSON_THEN_TXT, TXT_THEN_JSON = "j+t", "t+j"
-COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\x03\x04": "zip",
-}
 MARKED = 64  # shards whose marks are compared before a run
 OPEN_SHARDS = 64  # files kept open per process: a window of the order spans a few dozen shards
 CLOSE = 64 * 1024  # most bytes between a sample's members that are read along with them, in one request for both
@@ -118,9 +112,8 @@ class Location(NamedTuple):
 
 def refuse_compressed(path: Path | str, head: bytes) -> None:
     """Raise UserError where a file's first bytes (six or more) are those of a compressed archive."""
-    for magic, kind in COMPRESSED.items():
-        if head.startswith(magic):
-            raise UserError(f"{path}: is {kind}-compressed; samples are read by offset, so unpack it to a plain .tar")
+    if kind := compression_of(head):
+        raise UserError(f"{path}: is {kind}-compressed; samples are read by offset, so unpack it to a plain .tar")
 
 
 def parse_text(data: bytes, kind: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from cosmos_scale.config import BACKGROUND
-from cosmos_scale.data.decode.background import KEEP
 from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.samples.document import encode_document
 from cosmos_scale.data.samples.origin import ORIGIN_KEY, make_origin
@@ -31,6 +30,7 @@ from cosmos_scale.data.shards.checksums import (
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.index_report import REJECTED, refuse_foreign_rejected
 from cosmos_scale.data.shards.summary import SUMMARY, refuse_foreign_summary
+from cosmos_scale.data.tools.build_report import BuildReport
 from cosmos_scale.data.tools.captions_file import (
     DEFAULT_COLUMNS,
     CaptionRow,
@@ -39,73 +39,21 @@ from cosmos_scale.data.tools.captions_file import (
     read_rows,
     with_unique_keys,
 )
-from cosmos_scale.data.tools.finished_build import MADE_OF, captions_digest, finished_shards, made_of, pictures_digest
+from cosmos_scale.data.tools.finished_build import (
+    captions_digest,
+    finished_build,
+    made_of,
+    pictures_digest,
+    refuse_other_build,
+)
 from cosmos_scale.data.tools.joined_rows import joined_rows, picture_digest
 from cosmos_scale.data.tools.packed_picture import Orientation, PackedPicture, PictureRules, pack_picture
 from cosmos_scale.data.tools.picture_path import picture_path
 from cosmos_scale.data.work import BUILD, MANIFEST, Work, close_work, open_work
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only, replace_file, whole_file, whole_path, writing
-from cosmos_scale.words import counted, first_frame
 
 MANIFEST_FORMAT = "cosmos-scale built shards 1"
-
-
-class BuildReport(NamedTuple):
-    """What `build_shards` made; `rejected` counts rows by reason.
-
-    transparent, turned: pictures with transparent pixels, and those whose EXIF tag says to turn them.
-    rules: what became of both. animated: pictures of several frames, of which the first is packed. repeated: rows whose
-    picture an earlier row named. joined: whether their captions are in the sample of the earlier row. unread: rows by a
-    column called as captions are called, whose text is not read. before: whether the build was finished before, so that
-    shards and samples alone are known.
-    """
-
-    folder: Path
-    shards: int
-    samples: int
-    rejected: Counter[str]
-    transparent: int
-    turned: int
-    rules: PictureRules
-    repeated: int
-    joined: bool
-    unread: Counter[str]
-    animated: int
-    before: bool = False
-
-    def describe(self) -> str:
-        """Return the report as lines for a terminal."""
-        lines = [f"{counted(self.samples, 'sample')} in {counted(self.shards, 'indexed shard')} in {self.folder}"]
-        if self.before:
-            return f"{lines[0]}: built before, of the same files with the same options"
-        if self.transparent:
-            background = self.rules.background
-            how = "hidden colours shown" if background == KEEP else f"put on {background}"
-            lines.append(f"{counted(self.transparent, 'transparent picture')}: {how} (--background)")
-        if self.turned:
-            them = "it" if self.turned == 1 else "them"
-            upright = "turned upright (--orientation keep leaves them)"
-            kept = f"with a tag that says to turn {them}, which training ignores (--orientation upright does it)"
-            how = upright if self.rules.orientation == "upright" else kept
-            lines.append(f"{counted(self.turned, 'picture')} {how}")
-        if self.animated:
-            lines.append(f"{counted(self.animated, 'animated picture')}: {first_frame(self.animated)} packed")
-        if self.repeated and self.joined:
-            lines.append(f"{counted(self.repeated, 'row')} joined to an earlier row's sample of the same picture")
-        elif self.repeated:
-            rows = counted(self.repeated, "row names", "rows name")
-            lines.append(
-                f"{rows} a picture that an earlier row named: each row is a sample, and retrieval counts the picture's "
-                "other captions as misses (--join-rows makes one sample a picture)"
-            )
-        for name, times in self.unread.items():
-            rows = counted(times, "row has", "rows have")
-            lines.append(f"{rows} text under {name}, which is not read (--caption-column {name} reads it alone)")
-        lines += [f"{counted(times, 'row')} rejected: {reason}" for reason, times in self.rejected.most_common()]
-        if self.rejected:
-            lines.append(f"each is named in {self.folder / REJECTED}")
-        return "\n".join(lines)
 
 
 class _Reject(NamedTuple):
@@ -147,8 +95,9 @@ class _Written(NamedTuple):
     named: list[int]
     size: int
     pictures: str
-    animated: int = 0  # noted last: reports of older versions have neither this number nor the digest
+    animated: int = 0  # noted last: reports of older versions have none of what follows
     sha256: str = ""
+    converted: int = 0
 
 
 def build_shards(
@@ -197,10 +146,9 @@ def build_shards(
     refuse_foreign_rejected(out / REJECTED)
     rejected: Counter[str] = Counter()
     unread: Counter[str] = Counter()
-    samples = transparent = turned = animated = 0
+    samples = transparent = turned = animated = converted = 0
     named = array("Q")
     sums: list[ShardSum] = []
-    pictures: list[str] = []
 
     def jobs_of(copy: Path) -> Iterator[_Job]:
         rows = read_rows(captions, columns)
@@ -208,13 +156,13 @@ def build_shards(
             rows = joined_rows(rows, partial(_found_picture, images), copy / "rows.jsonl")
         return _jobs(with_unique_keys(rows), captions.name, work, samples_per_shard, unread)
 
-    if not work.folder.exists() and (finished := finished_shards(out)) is not None:
+    if not work.folder.exists() and (finished := finished_build(out)) is not None:
         with TemporaryDirectory() as copy:
-            now = made_of(options, (pictures_digest(images, job.rows) for job in jobs_of(Path(copy))))
-        if now == finished[0]:
-            counts = len(finished[1]), sum(shard.samples for shard in finished[1])
-            return BuildReport(out, *counts, rejected, 0, 0, rules, 0, join_rows, Counter(), 0, before=True)
-        unread.clear()
+            pictures = [pictures_digest(images, job.rows) for job in jobs_of(Path(copy))]
+        refuse_other_build(finished, work, options, pictures)
+        counts = len(finished.shards), sum(shard.samples for shard in finished.shards)
+        return BuildReport(out, *counts, rejected, 0, 0, rules, 0, join_rows, Counter(), 0, 0, before=True)
+    pictures = []
     with open_work(work, options):
         jobs = jobs_of(work.folder)
         results = map_jobs(partial(_write_shard, images, rules), jobs, workers)
@@ -233,6 +181,7 @@ def build_shards(
                 transparent += written.transparent
                 turned += written.turned
                 animated += written.animated
+                converted += written.converted
                 named.extend(written.named)
                 for reject in written.rejected:
                     rejected[reason_class(reject.reason)] += 1
@@ -244,14 +193,25 @@ def build_shards(
             index = index_shards(os.path.abspath(out), None, finishing=True, workers=workers, progress=progress)
             rejected.update(index.rejected)
             totals = {"samples": samples, "bytes": sum(one.bytes for one in sums)}
-            content = {"format": MANIFEST_FORMAT, **totals, MADE_OF: made_of(options, pictures)}
+            content = {"format": MANIFEST_FORMAT, **totals, **made_of(options, pictures)}
             write_shard_sums(out / MANIFEST, content, sums)
     close_work(work)
     if not samples:
         raise _nothing_left(captions, rejected, out / REJECTED)
     repeated = len(named) - len(np.unique(np.asarray(named)))
     return BuildReport(
-        *(out, index.shards, index.samples, rejected, transparent, turned, rules, repeated, join_rows, unread, animated)
+        folder=out,
+        shards=index.shards,
+        samples=index.samples,
+        rejected=rejected,
+        transparent=transparent,
+        turned=turned,
+        rules=rules,
+        repeated=repeated,
+        joined=join_rows,
+        unread=unread,
+        animated=animated,
+        converted=converted,
     )
 
 
@@ -337,7 +297,7 @@ def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) 
     """Write a job's samples; return the report without what concerns the whole shard."""
     rejected = []
     named = []
-    samples = transparent = turned = animated = 0
+    samples = transparent = turned = animated = converted = 0
     for row in job.rows:
         key = row.key or f"{row.number:09d}"
         document = {**row.document, ORIGIN_KEY: make_origin(job.captions, row.number, row.image, row.joined)}
@@ -354,9 +314,11 @@ def _write_rows(images: Path, rules: PictureRules, job: _Job, shard: TarWriter) 
         transparent += picture.transparent
         turned += picture.turned
         animated += picture.animated
+        converted += picture.converted
         named += [digest] * (1 + len(row.joined))
     rows = sum(1 + len(row.joined) for row in job.rows)
-    return _Written(rows, samples, rejected, transparent, turned, named, size=0, pictures="", animated=animated)
+    written = _Written(rows, samples, rejected, transparent, turned, named, size=0, pictures="")
+    return written._replace(animated=animated, converted=converted)
 
 
 def _packed(images: Path, rules: PictureRules, row: CaptionRow) -> PackedPicture:

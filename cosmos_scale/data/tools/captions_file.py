@@ -1,5 +1,6 @@
 """Files of captions, one row a picture: JSON lines or CSV, with DreamLIP's, PixelProse's or plain columns."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
@@ -12,7 +13,6 @@ from cosmos_scale.data.prepare.csv_records import (
     read_header,
     read_records,
     refuse_columns_twice,
-    refuse_utf16,
 )
 from cosmos_scale.data.samples.caption_keys import (
     KNOWN_NAMES,
@@ -23,6 +23,7 @@ from cosmos_scale.data.samples.caption_keys import (
     plain_column,
 )
 from cosmos_scale.data.samples.document import parse_json
+from cosmos_scale.data.samples.file_kind import no_text, refuse_no_text
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, whole_path
 from cosmos_scale.words import with_article
@@ -32,6 +33,10 @@ IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "fi
 
 # A key of one's own: the name before the first dot of a tar's members, in one folder.
 _KEY = re.compile(r"(?!__)[^./\\\x00-\x1f\x7f]{1,200}")
+
+# A whole number as a column of floats has it: pandas makes floats of a column of numbers in which a cell is empty.
+# More digits may be lost in a float.
+_WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]{0,14})\.0")
 
 # What a line of the rejected.jsonl of a build holds. Its `captions` is the name of a file.
 REJECT_KEYS = {"captions", "row", "key", "image", "reason"}
@@ -95,10 +100,11 @@ def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Captio
     Raises: UserError where the file cannot be read, is of another kind, or its header lacks a needed column.
     """
     readers = {".jsonl": _read_json_lines, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: captions come as .jsonl or .csv")
     try:
-        refuse_utf16(path)
+        if path.suffix.lower() not in readers:
+            said = no_text(path)
+            raise UserError(f"{path}: captions come as .jsonl or .csv{f'; it {said}' if said else ''}")
+        refuse_no_text(path)
         yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:
         raise UserError(f"{whole_path(path)}: cannot be read: {error.strerror or error}") from error
@@ -181,7 +187,7 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
     used = {*columns.image_names, *columns.caption_keys(plain), *filter(None, [columns.key])}
     if len(plain) < len(values) and (twice := next(filter(used.__contains__, _twice(values)), None)):
         return CaptionRow(number, image, {}, f"two keys of one name: {twice}; the row has {shown}")
-    own_key = None if columns.key is None else str(plain.get(columns.key, "")).strip()
+    own_key = None if columns.key is None else _own_key(plain.get(columns.key, ""))
     if own_key is not None and (fault := _key_fault(plain.get(columns.key or ""), own_key)):
         return CaptionRow(number, image, {}, f"{fault}; the row has {shown}")
     document: dict[str, str | list[str]] = {}
@@ -219,11 +225,24 @@ def with_unique_keys(rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
             yield row
 
 
+def _own_key(value: object) -> str:
+    """Return a row's own key; that of a whole number which is written as 7.0 is 7."""
+    key = str(value).strip()
+    whole = _WHOLE_NUMBER.fullmatch(key)
+    return key if whole is None else whole[1]
+
+
 def _key_fault(value: object, key: str) -> str | None:
     """What is wrong with a row's own key; None where nothing is."""
     if value == "" or is_missing(value):
         return "no key: --key names an empty one"
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or not _KEY.fullmatch(key):
+    if isinstance(value, (bool, list, dict)):
+        kind = {bool: "true or false", list: "a list", dict: "an object"}[type(value)]
+        shown = json.dumps(value, ensure_ascii=False)[:40]
+        return f"wrong key: {shown} is {kind}; rule: a key is a text or a whole number"
+    if isinstance(value, float) and not _WHOLE_NUMBER.fullmatch(str(value)):
+        return f"wrong key: {value!r} is a float; rule: a key is a text or a whole number"
+    if not isinstance(value, (str, int, float)) or not _KEY.fullmatch(key):
         return f"wrong key: {key[:40]!r}; rule: at most 200 characters, none of them . / \\, and no __ before them"
     return None
 

@@ -2,21 +2,25 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.checksums import ShardSum
 from cosmos_scale.data.shards.summary import SUMMARY
 from cosmos_scale.data.tools.captions_file import CaptionRow
 from cosmos_scale.data.tools.picture_path import picture_path
-from cosmos_scale.data.work import MANIFEST
+from cosmos_scale.data.work import MANIFEST, Work, check_options
+from cosmos_scale.errors import UserError
 from cosmos_scale.files import load_json, read_regular, regular_only
+from cosmos_scale.words import counted
 
-MADE_OF = "made_of"
-"""The manifest's key for the digest of what a build was made of; builds of older versions have none."""
+# Keys of the manifest: the digest of all that a build was made of, its options, and the digest of its pictures.
+# Builds of older versions have none of them, or the first alone.
+MADE_OF, OPTIONS, PICTURES = "made_of", "options", "pictures_digest"
 
 
 def captions_digest(path: Path) -> str:
@@ -41,20 +45,100 @@ def pictures_digest(images: Path, rows: Iterable[CaptionRow]) -> str:
     return digest.hexdigest()[:16]
 
 
-def made_of(options: Mapping[str, Any], pictures: Iterable[str]) -> str:
-    """Return the digest of a build's options and of its pictures. pictures: the digest of each shard's."""
+def made_of(options: Mapping[str, Any], pictures: Iterable[str]) -> dict[str, Any]:
+    """Return what the manifest says of a build's options and pictures. pictures: the digest of each shard's.
+
+    The folder of pictures counts, but is not named: shards are handed on, and its path is of this machine.
+    """
+    digests = list(pictures)
+    noted = {name: value for name, value in options.items() if name != "images"}
+    return {MADE_OF: _digest(options, digests), OPTIONS: noted, PICTURES: _digest({}, digests)}
+
+
+def _digest(options: Mapping[str, Any], pictures: Iterable[str]) -> str:
     digest = sha256(json.dumps(options).encode())
     for one in pictures:
         digest.update(one.encode())
     return digest.hexdigest()[:16]
 
 
-def finished_shards(out: Path) -> tuple[str, list[ShardSum]] | None:
-    """Return what a finished build was made of, and its shards; None where it does not say, or not all are there."""
+class FinishedBuild(NamedTuple):
+    """What the manifest of a finished build says. made_of, pictures: digests. options: None of older versions."""
+
+    shards: list[ShardSum]
+    made_of: str
+    options: dict[str, Any] | None
+    pictures: str
+
+
+def finished_build(out: Path) -> FinishedBuild | None:
+    """Return what a folder's manifest says of its build; None where it says nothing, or no shard of it is there.
+
+    Raises: UserError where some of its shards or its index are gone, or a shard has another size.
+    """
     try:
         content = load_json(read_regular(out / MANIFEST))
         shards = [ShardSum(**shard) for shard in content["shards"]]
-        there = all((out / shard.shard).stat().st_size == shard.bytes for shard in shards)
-        return (str(content[MADE_OF]), shards) if there and (out / SUMMARY).is_file() else None
+        options = content.get(OPTIONS)
+        found = FinishedBuild(
+            *(shards, str(content[MADE_OF])),
+            *(dict(options) if isinstance(options, dict) else None, str(content.get(PICTURES))),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    sizes = [_size(out / shard.shard) for shard in shards]
+    if not any(size is not None for size in sizes):
+        return None
+    for shard, size in zip(shards, sizes, strict=True):
+        if size != shard.bytes:
+            what = "is missing" if size is None else f"has {counted(size, 'byte')}, not {shard.bytes:,}"
+            raise UserError(
+                f"{out}: its build was done, but since then shard {shard.shard} of its {MANIFEST} {what}; rule: copy "
+                f"it back, {_anew(out)}"
+            )
+    if not (out / SUMMARY).is_file():
+        command = f"cosmos-scale data index {shlex.quote(str(out))}"
+        raise UserError(
+            f"{out}: its build was done, but since then its {SUMMARY} is missing; rule: run `{command}`, {_anew(out)}"
+        )
+    return found
+
+
+def _size(path: Path) -> int | None:
+    """Return a file's bytes; None where it is not there, or cannot be looked at."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _anew(out: Path) -> str:
+    return f"name another folder with --out, or delete {out} to build anew"
+
+
+def refuse_other_build(
+    finished: FinishedBuild, work: Work, options: Mapping[str, Any], pictures: Iterable[str]
+) -> None:
+    """Raise UserError where a finished build was made of other files or with other options: it says of which.
+
+    options, pictures: those of now, as `made_of` takes them.
+    """
+    now = made_of(options, pictures)
+    if now[MADE_OF] == finished.made_of:
+        return
+    before = finished.options
+    if before is None:
+        raise UserError(
+            f"{work.out}: its build was done by an older version, of other files or with other options; rule: "
+            f"{_anew(work.out)}"
+        )
+    digest = "captions_digest"
+    check_options(work, {name: value for name, value in now[OPTIONS].items() if name != digest}, before, "done")
+    if before.get(digest) != options[digest]:
+        what = f"{options['captions']} has changed since this build"
+        what += f" (its digest is {options[digest]}, then {before.get(digest)})"
+    elif now[PICTURES] != finished.pictures:
+        what = f"pictures in {options['images']} have changed since this build (their sizes or times)"
+    else:
+        what = f"its build was done with another folder of pictures than {options['images']}"
+    raise UserError(f"{work.out}: {what}; rule: {_anew(work.out)}")

@@ -32,12 +32,16 @@ class PictureRules(NamedTuple):
 
 
 class PackedPicture(NamedTuple):
-    """A JPEG. transparent, animated: what it was made of. turned: whether its tag said to turn it."""
+    """A JPEG. transparent, animated: what it was made of. turned: whether its tag said to turn it.
+
+    converted: whether it was made of a PNG or WebP.
+    """
 
     data: bytes
     transparent: bool
     turned: bool
     animated: bool = False
+    converted: bool = False
 
 
 def pack_picture(data: bytes, rules: PictureRules) -> PackedPicture:
@@ -56,4 +60,4 @@ def pack_picture(data: bytes, rules: PictureRules) -> PackedPicture:
     # Empty EXIF writes no byte.
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, exif=tag.tobytes() if len(tag) else b"")
     transparent, animated = (tells(data, DEFAULT_MAX_PIXELS) for tells in (is_transparent, is_animated))
-    return PackedPicture(buffer.getvalue(), transparent, turned, animated)
+    return PackedPicture(buffer.getvalue(), transparent, turned, animated, not is_jpeg)

@@ -10,6 +10,7 @@ flipped bits of a JPEG often decode, to other pixels.
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache, partial
@@ -29,6 +30,7 @@ from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.members import ScanRules, holds_string
 from cosmos_scale.data.shards.reader import Entry, OldIndex, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
+from cosmos_scale.data.shards.shared import describe_shared
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.tools.verdict import OLD_INDEX, Fault, Verdict
@@ -90,6 +92,8 @@ def verify_shards(
     trained = len(data.sources)
     data = data.model_copy(update={"sources": (*data.sources, *more)})
     indexes = open_sources(data.sources, data.remote).sources
+    if shared := describe_shared(indexes[:trained]):
+        print(f"warning: {shared}", file=sys.stderr)
     verdict = Verdict(
         shards=sum(len(index.rows) for index in indexes),
         samples=sum(row.samples for index in indexes for row in index.rows),

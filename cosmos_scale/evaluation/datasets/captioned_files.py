@@ -14,6 +14,7 @@ from cosmos_scale.data.prepare.cells import read_cell
 from cosmos_scale.data.prepare.csv_records import read_header, read_records, refuse_columns_twice
 from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, is_missing, plain_column
 from cosmos_scale.data.samples.document import parse_json
+from cosmos_scale.data.samples.file_kind import refuse_no_text
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import PlacedFile
 from cosmos_scale.files import load_json, read_regular, reason_of, whole_path
@@ -203,6 +204,7 @@ def _placed(path: Path, name: str, texts: list[str]) -> Captioned:
 
 def _read_text(path: Path, rule: str) -> str:
     try:
+        refuse_no_text(path)
         return read_regular(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason_of(error)}; rule: {rule}") from error

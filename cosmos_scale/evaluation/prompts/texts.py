@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from cosmos_scale.data.samples.file_kind import refuse_no_text
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, reason_of, text_lines, whole_path
 
@@ -116,6 +117,7 @@ def filled_in(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 def _lines(path: Path, what: str) -> list[str]:
     """Return the lines of a text file, only their ends stripped; empty lines may stand at the end."""
     try:
+        refuse_no_text(path)
         text = read_regular(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(

@@ -159,7 +159,14 @@ def with_nan(tensor: Tensor) -> Tensor:
         ),
         (lambda: prefixed("module.") | towers(state_of(1)), "found two tensors for positional_embedding, with a"),
         (lambda: prefixed("text.") | towers(state_of(1)), "found two tensors for positional_embedding, with a"),
-        (lambda: prefixed("_orig_mod."), "found no CLIP model, but tensors such as _orig_mod.positional_embedding"),
+        (
+            lambda: {"state_dict": prefixed("student.") | prefixed("teacher.")},
+            "found 2 models, behind student. and teacher. before names: save the tensors of one model alone, without",
+        ),
+        (
+            lambda: prefixed("model._orig_mod.") | {"loss.scale": torch.zeros(1)},
+            "found a model behind model._orig_mod. before its names, and loss.scale without it: save the tensors of",
+        ),
         (lambda: [torch.zeros(1)], "found a list, not a dict of tensors"),
         (lambda: {"base_model.model.visual.lora_A.weight": torch.zeros(1)}, "found a LoRA, which changes a model"),
         (

@@ -100,6 +100,17 @@ def test_hf_folder_in_parts_and_in_half(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, whole.tensors[name].half().float()) for name, tensor in found.tensors.items())
 
 
+def test_a_prefix_of_another_tool_in_folders(tmp_path: Path) -> None:
+    save_openclip_folder(tmp_path / "openclip")
+    save_hf_folder(tmp_path / "hf", "gelu")
+    for file in (tmp_path / "openclip" / "open_clip_model.safetensors", tmp_path / "hf" / "model.safetensors"):
+        plain = read_public(file.parent, "student")
+        save_file({f"model._orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+        found = read_public(file.parent, "student")
+        assert (found.digest, found.model) == (plain.digest, plain.model)
+        assert found.kind == f"{plain.kind}, with model._orig_mod. before its names"
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [

@@ -172,3 +172,28 @@ def test_sizes_that_openclip_knows(name: str) -> None:
     assert model.embed_dim == said["embed_dim"]
     assert {key: getattr(model.vision, key) for key in vision} == vision
     assert {key: getattr(model.text, key) for key in said["text_cfg"]} == said["text_cfg"]
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "student.", "net.module.", "module._orig_mod."])
+def test_a_prefix_of_another_tool_is_taken_off_and_said(tmp_path: Path, prefix: str) -> None:
+    def before(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+    said = f", with {prefix} before its names"
+    path = tmp_path / "model.ckpt"
+    for content, kind, expected in (
+        (before(state_of(1)), f"COSMOS state dict{said}", state_of(1)),
+        ({"state_dict": before(towers(state_of(1)))}, f"OpenCLIP training checkpoint{said}", towers(state_of(1))),
+        ({"student": before(state_of(1)), "teacher": state_of(2)}, f"COSMOS checkpoint{said}", state_of(1)),
+    ):
+        torch.save(content, path)
+        found = read_public(path, "student")
+        assert found.kind == kind
+        assert found.tensors.keys() == expected.keys()
+        assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in expected.items())
+
+
+def test_a_prefix_before_openais_sizes_still_tells_its_activation(tmp_path: Path) -> None:
+    state = {**towers(state_of(1)), "input_resolution": torch.tensor(32), "vocab_size": torch.tensor(49408)}
+    torch.save({f"_orig_mod.{name}": tensor for name, tensor in state.items()}, tmp_path / "model.pt")
+    assert read_public(tmp_path / "model.pt", "student").model.activation == "quick_gelu"

@@ -1,5 +1,6 @@
 """Published captions joined with downloaded images: what is kept, in which form, what is rejected; training on it."""
 
+import csv
 import hashlib
 import json
 import tarfile
@@ -110,6 +111,21 @@ def test_dreamlip_with_every_form_of_download(tmp_path: Path, captions: Path, fo
             },
         )
     assert samples == {}
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_a_first_line_for_excel_names_the_separator(tmp_path: Path, captions: Path, separator: str) -> None:
+    rows = [dreamlip_row(number) for number in (4, 2)]
+    with (captions / "cc3m.csv").open("w", newline="") as file:
+        file.write(f"sep={separator}\r\n")
+        csv.writer(file, delimiter=separator).writerows([DREAMLIP_HEADER, *rows, ["too", "few"]])
+    write_tar(tmp_path / "images", "00000", [download(number) for number in (2, 4)])
+    report = run(tmp_path)
+    assert (report.samples, report.rows) == (2, 3)
+    assert [row for _, row, _, _ in rejected(tmp_path / "out")] == [3]
+    write_dreamlip(captions / "cc3m.csv", rows)
+    run(tmp_path, out="other")
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "other")
 
 
 def test_the_published_split_and_none(tmp_path: Path, captions: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale.config import RemoteConfig, SourceConfig
+from cosmos_scale.data.shards.block_sums import BLOCK, BlockSums, read_checked, sums_size
 from cosmos_scale.data.shards.cache import PART, WHOLE, ShardCache
 from cosmos_scale.data.shards.index import index_shards, open_index
 from cosmos_scale.data.shards.reader import ShardReader
@@ -22,6 +23,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture, write_shard
 
 SIZE = 10_240
+FILE = SIZE + sums_size(SIZE)  # of a shard in the cache
 FORK = multiprocessing.get_context("fork")
 
 
@@ -73,13 +75,13 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    cache = ShardCache(tmp_path / "cache", SIZE)
+    cache = ShardCache(tmp_path / "cache", FILE)
     with pytest.raises(UserError, match=r"cache: Function not implemented: its file system has no locks; rule: choose"):
         cache.read("http://h/a.tar", SIZE, 0, 1, pieces("a", tmp_path / "log"))
 
 
 def test_the_least_recently_used_shards_go_first(tmp_path: Path) -> None:
-    cache, log = ShardCache(tmp_path / "cache", 3 * SIZE + 10), tmp_path / "log"
+    cache, log = ShardCache(tmp_path / "cache", 3 * FILE + 10), tmp_path / "log"
 
     def read(names: str) -> None:
         for name in names:
@@ -96,8 +98,8 @@ def test_the_least_recently_used_shards_go_first(tmp_path: Path) -> None:
 
 
 def test_a_shard_above_the_limit_is_refused(tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path, SIZE - 1)
-    with pytest.raises(UserError, match=r"^data\.remote\.cache_gb: 1\.0239e-05 is less than one shard"):
+    cache = ShardCache(tmp_path, FILE - 1)
+    with pytest.raises(UserError, match=r"^data\.remote\.cache_gb: 1\.0243e-05 is less than one shard, which takes"):
         cache.read("a.tar", SIZE, 0, 1, pieces("a", tmp_path / "log"))
 
 
@@ -116,12 +118,83 @@ def test_a_download_of_another_size_leaves_nothing(tmp_path: Path) -> None:
     assert files(tmp_path / "cache", WHOLE) == files(tmp_path / "cache", PART) == []
 
 
-def test_a_shard_that_somebody_cut_is_downloaded_again(tmp_path: Path) -> None:
+def flip(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        byte = os.pread(file.fileno(), 1, place)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 0x10]), place)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: os.truncate(path, SIZE // 2),
+    "a bit": lambda path: flip(path, SIZE - 1),
+    "a bit of the checksums": lambda path: flip(path, SIZE + 1),
+    "all zeros": lambda path: path.write_bytes(bytes(FILE)),
+    "longer": lambda path: os.truncate(path, 2 * FILE),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_copy_that_the_disk_has_damaged_is_downloaded_again(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache, log = ShardCache(tmp_path / "cache", 10 * SIZE), tmp_path / "log"
     cache.read("a.tar", SIZE, 0, 1, pieces("a", log))
-    os.truncate(files(tmp_path / "cache", WHOLE)[0], SIZE // 2)
+    (copy,) = files(tmp_path / "cache", WHOLE)
+    DAMAGE[damage](copy)
+    for offset in (SIZE - 100, 0):
+        assert cache.read("a.tar", SIZE, offset, SIZE, pieces("a", log)) == content("a")[offset:]
+    assert log.read_text() == "a\na\n"
+    assert capsys.readouterr().err == f"data.remote.cache: {copy}: is damaged on the disk; fetched again\n"
+
+
+def test_a_copy_with_a_broken_sector_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, log, broken = ShardCache(tmp_path / "cache", 10 * SIZE), tmp_path / "log", [1]
+    cache.read("a.tar", SIZE, 0, 1, pieces("a", log))
+    read = os.pread
+
+    def fail_once(descriptor: int, size: int, offset: int) -> bytes:
+        if broken:
+            broken.pop()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail_once)
     assert cache.read("a.tar", SIZE, 0, SIZE, pieces("a", log)) == content("a")
     assert log.read_text() == "a\na\n"
+
+
+def test_a_disk_that_does_not_hold_what_is_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the shard would be downloaded for ever."""
+    log = tmp_path / "log"
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: os.pwrite(descriptor, b"damage", 7))
+    with pytest.raises(
+        UserError, match=r"^data\.remote\.cache: .*/cache: a-.* was downloaded twice, .*; rule: a folder"
+    ):
+        ShardCache(tmp_path / "cache", 10 * SIZE).read("a.tar", SIZE, 0, SIZE, pieces("a", log))
+    assert log.read_text() == "a\na\n"
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 100])
+def test_each_block_is_checked_by_the_reads_that_touch_it(tmp_path: Path, size: int) -> None:
+    data = (content("x") * (size // SIZE + 1))[:size]
+    sums = BlockSums()
+    for first in range(0, size, 10_000):  # pieces that end within blocks
+        sums.add(data[first : first + 10_000])
+    packed = sums.packed()
+    assert len(packed) == sums_size(size)
+    places = sorted({0, size // 2, size - 1, *range(BLOCK - 1, size, BLOCK), *range(BLOCK, size, BLOCK)})
+    for damaged in (None, *places):
+        path = tmp_path / "shard"
+        path.write_bytes(data + packed)
+        if damaged is not None:
+            flip(path, damaged)
+        with path.open("rb") as file:
+            for first in places:
+                for end in (first + 1, *(place for place in places if place > first), size + 9):
+                    blocks = range(first // BLOCK, (min(end, size) - 1) // BLOCK + 1)
+                    found = read_checked(file.fileno(), size, first, end - first)
+                    sound = damaged is None or damaged // BLOCK not in blocks
+                    assert found == (data[first:end] if sound else None)
 
 
 def read_all(folder: Path, limit: int, names: str, wait: float) -> None:
@@ -169,7 +242,7 @@ def test_a_killed_download_is_never_taken_for_whole(tmp_path: Path) -> None:
         killed = FORK.Process(target=read_all, args=(tmp_path, 5 * SIZE // 2, "a", 100.0))
         killed.start()
         part = tmp_path / "cache"
-        while not (part.exists() and any(os.path.getsize(path) == SIZE for path in files(part, PART))):
+        while not (part.exists() and any(os.path.getsize(path) == FILE for path in files(part, PART))):
             time.sleep(0.01)
         killed.kill()
         killed.join()

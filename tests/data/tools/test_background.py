@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from cosmos_scale.data.decode.picture import decode_rgbx
-from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.build import build_shards
+from cosmos_scale.data.tools.build_report import BuildReport
 from cosmos_scale.errors import UserError
 from tests.data.tools.test_build import read_all
 

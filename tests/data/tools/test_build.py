@@ -17,7 +17,8 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES
 from cosmos_scale.data.samples.captions import caption_pool
 from cosmos_scale.data.shards.reader import ShardReader
-from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.build import build_shards
+from cosmos_scale.data.tools.build_report import BuildReport
 from cosmos_scale.data.tools.captions_file import IMAGE_COLUMNS, read_rows
 from cosmos_scale.data.tools.verify import verify_shards
 from cosmos_scale.errors import UserError
@@ -318,7 +319,7 @@ def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
     with pytest.raises(UserError, match=r"no row of 1 can be used; see .*rejected\.jsonl"):
         build(images, [{"image": "missing.jpg", "caption": "x"}])
     build(images, [{"image": "0.jpg", "caption": "x"}])
-    with pytest.raises(UserError, match=r"out: holds shards already"):
+    with pytest.raises(UserError, match=r"out: captions\.jsonl has changed since this build"):
         build(images, [{"image": "0.jpg", "caption": "another"}])
 
 

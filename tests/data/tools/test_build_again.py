@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,14 +266,99 @@ def test_a_finished_build_is_left_as_it_is(
     assert main(command) == 0
     said = f"14 samples in 7 indexed shards in {out}: built before, of the same files with the same options\n"
     assert capsys.readouterr().out == said
-    refusal = f"cosmos-scale data build: {out}: holds shards already; name an empty folder\n"
-    for other in (["--background", "black"], ["--orientation", "keep"]):
-        assert main([*command, *other]) == 2
-        assert capsys.readouterr().err == refusal
-    os.utime(inputs / "images" / "1.jpeg", (1, 1))
-    assert main(command) == 2
+    for option, then, now in (("background", "white", "black"), ("orientation", "upright", "keep")):
+        assert main([*command, f"--{option}", now]) == 2
+        assert capsys.readouterr().err == (
+            f'cosmos-scale data build: {out}: its build was done with {option} "{then}", not "{now}"; go on with the '
+            "same options and files, or name another folder with --out\n"
+        )
     assert contents(out) == before
+
+
+Change = Callable[[Path], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda folder: (folder / "captions.jsonl").open("a").write('{"image": "1.jpeg", "caption": "x"}\n'),
+            r"captions\.jsonl has changed since this build \(its digest is \w+, then \w+\); rule: {anew}",
+        ),
+        (
+            lambda folder: os.utime(folder / "images" / "1.jpeg", (1, 1)),
+            r"pictures in {images} have changed since this build \(their sizes or times\); rule: {anew}",
+        ),
+        (
+            lambda folder: (folder / "out" / "000001.tar").unlink(),
+            r"its build was done, but since then shard 000001\.tar of its manifest\.json is missing; "
+            "rule: copy it back, {anew}",
+        ),
+        (
+            lambda folder: (folder / "out" / "000002.tar").write_bytes(b"cut"),
+            r"its build was done, but since then shard 000002\.tar of its manifest\.json has 3 bytes, not [\d,]+; "
+            "rule: copy it back, {anew}",
+        ),
+        (
+            lambda folder: (folder / "out" / "index.json").unlink(),
+            r"its build was done, but since then its index\.json is missing; "
+            "rule: run `cosmos-scale data index {out}`, {anew}",
+        ),
+    ],
+    ids=["captions", "pictures", "shard gone", "shard cut", "index gone"],
+)
+def test_what_has_changed_since_a_build_is_named(
+    inputs: Path, capsys: pytest.CaptureFixture[str], change: Change, said: str
+) -> None:
+    command = arguments(inputs, "out", "--workers", "1")
+    out = inputs / "out"
+    assert main(command) == 0
+    change(inputs)
+    before = contents(out)
     capsys.readouterr()
-    (out / "000001.tar").unlink()
     assert main(command) == 2
-    assert capsys.readouterr().err == refusal
+    anew = f"name another folder with --out, or delete {out} to build anew"
+    said = said.format(anew=anew, images=inputs / "images", out=out)
+    assert re.fullmatch(f"cosmos-scale data build: {out}: {said}\n", capsys.readouterr().err)
+    assert contents(out) == before
+    assert main(arguments(inputs, "other", "--workers", "1")) == 0
+
+
+def test_another_folder_of_the_same_pictures_is_named(inputs: Path) -> None:
+    build(inputs)
+    (inputs / "images").rename(inputs / "moved")
+    (inputs / "images").mkdir()
+    with pytest.raises(UserError, match=f"its build was done with another folder of pictures than {inputs}/moved; "):
+        build_shards(
+            inputs / "moved",
+            inputs / "captions.jsonl",
+            inputs / "out",
+            samples_per_shard=PER_SHARD,
+            workers=1,
+            progress=False,
+        )
+
+
+def test_a_manifest_of_an_older_version_still_tells_a_finished_build(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the digest of all that the build was made of, but not the options that a difference could be told by."""
+    command = arguments(inputs, "out", "--workers", "1")
+    assert main(command) == 0
+    manifest = inputs / "out" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: content[key] for key in content if key not in ("options", "pictures_digest")}))
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "built before, of the same files with the same options" in capsys.readouterr().out
+    assert main([*command, "--background", "black"]) == 2
+    assert "its build was done by an older version, of other files or with other options" in capsys.readouterr().err
+
+
+def test_a_folder_whose_shards_are_all_gone_is_built_anew(inputs: Path) -> None:
+    build(inputs)
+    before = contents(inputs / "out")
+    for shard in (inputs / "out").glob("*.tar"):
+        shard.unlink()
+    build(inputs)
+    assert contents(inputs / "out") == before

@@ -66,3 +66,36 @@ def test_a_key_that_is_no_column_is_refused(inputs: Path, capsys: pytest.Capture
     assert main(arguments(inputs, "c.csv", "--key", "id")) == 2
     assert capsys.readouterr().err.endswith("c.csv: no column --key id among image, caption\n")
     assert not (inputs / "out").exists()
+
+
+def test_a_whole_number_among_floats_is_the_key_without_its_point(inputs: Path) -> None:
+    """As pandas writes a column of numbers in which a cell is empty, to either form."""
+    (inputs / "c.csv").write_text("image,caption,id\n0.jpg,a cat,7.0\n1.jpg,a dog,-8.0\n2.jpg,a cow,\n3.jpg,an ox,7\n")
+    assert main(arguments(inputs, "c.csv", "--key", "id")) == 0
+    assert keys(inputs / "out") == ["7", "-8"]
+    assert reasons(inputs / "out") == [
+        (3, "000000003", "no key: --key names an empty one"),
+        (4, "000000004", "key of another row: 7 is the key of row 1"),
+    ]
+    rows = [{"image": "0.jpg", "caption": "x", "id": key} for key in (7.0, 0.0, "007.0", 8)]
+    (inputs / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (inputs / "out").rename(inputs / "before")
+    assert main(arguments(inputs, "c.jsonl", "--key", "id")) == 0
+    assert keys(inputs / "out") == ["7", "0", "8"]
+    assert reasons(inputs / "out") == [(3, "000000003", "wrong key: '007.0'")]
+
+
+def test_a_key_of_another_type_is_rejected_by_its_type(inputs: Path) -> None:
+    values = [1.5, 1e20, 12345678901234567.0, True, [7], {"a": 7}, "last"]
+    rows = [{"image": "0.jpg", "caption": "x", "id": key} for key in values]
+    (inputs / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(inputs, "c.jsonl", "--key", "id")) == 0
+    assert keys(inputs / "out") == ["last"]
+    assert [reason for _, _, reason in reasons(inputs / "out")] == [
+        "wrong key: 1.5 is a float",
+        "wrong key: 1e+20 is a float",
+        "wrong key: 1.2345678901234568e+16 is a float",
+        "wrong key: true is true or false",
+        "wrong key: [7] is a list",
+        'wrong key: {"a": 7} is an object',
+    ]

@@ -52,7 +52,9 @@ def test_the_manifest_has_each_shards_size_and_digest(inputs: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     data = {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
     assert list(data) == ["000000.tar", "000002.tar"]
-    assert len(manifest.pop("made_of")) == 16
+    assert len(manifest.pop("made_of")) == len(manifest.pop("pictures_digest")) == 16
+    assert str(inputs) not in json.dumps(manifest)  # shards are handed on, and paths are of this machine
+    assert manifest.pop("options")["samples-per-shard"] == 2
     assert manifest == {
         "format": build_module.MANIFEST_FORMAT,
         "samples": 4,

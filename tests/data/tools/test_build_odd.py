@@ -12,7 +12,8 @@ from PIL import Image
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.samples.caption_keys import caption_fault
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.build import build_shards
+from cosmos_scale.data.tools.build_report import BuildReport
 from cosmos_scale.data.tools.captions_file import read_rows
 from cosmos_scale.data.tools.near_names import near_names
 from cosmos_scale.errors import UserError
@@ -87,6 +88,16 @@ def test_a_url_in_the_place_of_a_path_is_refused(
         assert errors.endswith(f"error: argument {option}: a URL is given; rule: a path of this machine\n")
         assert "secret" not in errors
     assert not (images.parent / "s3:").exists()
+
+
+def test_pictures_that_are_encoded_anew_are_counted(images: Path, tmp_path: Path) -> None:
+    for name, kind in (("a.png", "PNG"), ("b.webp", "WEBP"), ("c.jpg", "JPEG")):
+        (images / name).write_bytes(picture(1, kind))
+    rows: list[dict[str, object]] = [{"image": name, "caption": "a"} for name in ("a.png", "b.webp", "c.jpg")]
+    report = build(images, rows, tmp_path / "all")
+    assert report.converted == 2
+    assert "2 PNG or WebP pictures encoded as JPEG of quality 95" in report.describe().splitlines()
+    assert "PNG" not in build(images, rows[2:], tmp_path / "jpeg").describe()
 
 
 def test_animated_pictures_are_counted(images: Path, tmp_path: Path) -> None:

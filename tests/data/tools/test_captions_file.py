@@ -130,3 +130,23 @@ def test_another_separator_than_commas_is_named(tmp_path: Path, separator: str, 
     path.write_text(f"image{separator}caption\na.jpg{separator}a, b\n")
     with pytest.raises(UserError, match=f"columns are separated by {name}.*; rule: commas separate the columns"):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;", "\ufeffsep=;"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_first_line_for_excel_names_the_separator(tmp_path: Path, first: str, end: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(end.join([first, "image;caption", "a.jpg;a, b", '"b.jpg"; "c; d"', "c.jpg;e;f", ""]).encode())
+    rows = list(read_rows(path))
+    assert [(row.number, row.image, row.document) for row in rows[:2]] == [
+        (1, "a.jpg", {"caption": "a, b"}),
+        (2, "b.jpg", {"caption": "c; d"}),
+    ]
+    assert rows[2].fault == "wrong number of cells: 3, the header has 2"
+
+
+@pytest.mark.parametrize("separator", [",", "\t", "|"])
+def test_a_first_line_may_name_any_separator(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"sep={separator}\nimage{separator}caption\na.jpg{separator}a b\n")
+    assert [row.document for row in read_rows(path)] == [{"caption": "a b"}]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cosmos_scale.data.tools import build as build_module
-from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.build import build_shards
+from cosmos_scale.data.tools.build_report import BuildReport
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
 from tests.data.tools.test_build import read_whole

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from cosmos_scale.cli import main as cli
 from cosmos_scale.data.decode.orientation import orientation_of
 from cosmos_scale.data.decode.picture import ignore_warnings_of_pillow
-from cosmos_scale.data.tools.build import BuildReport, build_shards
+from cosmos_scale.data.tools.build import build_shards
+from cosmos_scale.data.tools.build_report import BuildReport
 from cosmos_scale.data.tools.packed_picture import Orientation
 from tests.data.tools.test_build import read_all
 
