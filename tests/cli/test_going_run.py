@@ -14,6 +14,7 @@ from cosmos_scale.checkpoint.files import GoneCheckpoint
 from cosmos_scale.checkpoint.initial import open_initial
 from cosmos_scale.checkpoint.interchange.reading import of_newest
 from cosmos_scale.checkpoint.resume import find_start
+from cosmos_scale.checkpoint.room import delete_checkpoint
 from cosmos_scale.checkpoint.state import (
     MOST_TRIES,
     FragmentReader,
@@ -44,14 +45,16 @@ from tests.inference.conftest import write_checkpoint
 
 
 def go_on(run: Path, step: int, *, keep: bool = False) -> None:
-    """Save the checkpoint of the next step, and delete that of this one, or keep it."""
+    """Save the checkpoint of the next step, and delete that of this one, or keep it; each at once, as a run does."""
     old, new = (run / "checkpoints" / checkpoint_name(number) for number in (step, step + 1))
-    shutil.copytree(old, new)
-    content = content_of(new)
+    under_way = new.with_name(f"{new.name}.tmp")
+    shutil.copytree(old, under_way)
+    content = content_of(under_way)
     content["state"]["step"] = step + 1
-    rewrite(new, content)
+    rewrite(under_way, content)
+    under_way.rename(new)
     if not keep:
-        shutil.rmtree(old)
+        delete_checkpoint(old)
 
 
 @pytest.fixture
