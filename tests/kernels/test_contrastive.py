@@ -162,7 +162,7 @@ def _float32(problem: Problem) -> Problem:
 
 
 def _assert_close(answer: Answer, expected: Answer, limit: float, by_scale: float | None = None) -> None:
-    """limit: of all differences, relative by norm; by_scale: of the derivative by the scale, where it is another one."""
+    """limit: of differences, relative by norm; by_scale: of the derivative by the scale, where it is another one."""
     for name, actual, wanted in zip(Answer._fields, answer, expected, strict=True):
         assert actual.shape == wanted.shape, name
         difference = (actual.double() - wanted).norm() / wanted.norm().clamp_min(1e-9)
