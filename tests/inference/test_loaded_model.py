@@ -97,8 +97,9 @@ def test_a_file_and_its_pil_picture_give_the_same(mode: str, kind: str, model: L
         image = Image.fromarray(levels)
         image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image.convert(mode)
     image.save(tmp_path / f"picture.{kind}")
-    both = model.encode_image([tmp_path / f"picture.{kind}", Image.open(tmp_path / f"picture.{kind}")])
-    assert torch.equal(both[0], both[1])
+    file = tmp_path / f"picture.{kind}"
+    # One by one: on some CPUs the last bits depend on a picture's place in its batch.
+    assert torch.equal(model.encode_image([file]), model.encode_image([Image.open(file)]))
 
 
 def test_home_and_variables_stand_in_every_path(
