@@ -78,36 +78,40 @@ def reading_hint(value: Any, wanted: str) -> str:
     if wanted in ("int_type", "float_type") and isinstance(value, str) and _LIKE_A_NUMBER.match(value):
         return "; rule: a number has neither leading zeros nor colons, which YAML would read in base 8 or 60"
     if value is None and wanted in _ONE_VALUE:
-        return "; rule: a value stands behind the colon, in quotes if it begins with # (a comment for YAML) or &"
+        return "; rule: this key must have a value, in quotes if it begins with # (a comment for YAML) or &"
     if value is None and wanted in ("model_type", "model_attributes_type", "tuple_type"):
-        return f"; rule: remove the line, or give it {'entries' if wanted == 'tuple_type' else 'keys'}"
+        return f"; rule: leave the key out, or give it {'entries' if wanted == 'tuple_type' else 'keys'}"
     return ""
 
 
 def _syntax_hint(text: str, error: yaml.MarkedYAMLError) -> str:
     """Return how a value is written that YAML takes for its own signs, as far as the place of an error tells."""
     problem, mark = error.problem or "", error.problem_mark
+    if problem.startswith("expected ',' or "):
+        return (
+            "; rule: [ ] and { } are closed, commas stand between their entries, and a value with braces, brackets or "
+            "${NAME} stands in quotes there"
+        )
     lines = text_lines(text)
     if mark is None or mark.line >= len(lines):
         if error.context_mark is not None and "quoted scalar" in (error.context or ""):
             return f"; rule: the quote that opens on line {error.context_mark.line + 1} is closed"
         return ""
     line = lines[mark.line]
+    before = line[: mark.column]
     word = re.split(r"[\s,\[\]{}]", line[: mark.column + 1])[-1]
-    if problem.startswith("expected ',' or "):
-        return "; rule: inside [ ] and { } a value with braces, brackets or ${NAME} stands in quotes"
     if "'\\t'" in problem:
-        return "; rule: blanks indent a line, not tabs"
-    if word[:1] in tuple("*&!%@`?-"):
+        return "; rule: blanks stand before a key or a value, not tabs"
+    if word[:1] in tuple("*&!%@`") or (word[:1] in ("-", "?") and problem.endswith("are not allowed here")):
         return f"; rule: a value that begins with {word[0]} stands in quotes"
     if problem.startswith("expected a comment or a line break"):
         return "; rule: a value that begins with | or > stands in quotes"
-    if (
-        problem.startswith("expected <block end>")
-        and "<scalar>" in problem
-        and re.search(r"[\]}]", line[: mark.column])
-    ):
+    if problem.startswith("expected <block end>") and "<scalar>" in problem and re.search(r"[\]}]", before):
         return "; rule: a value that begins with [ or { stands in quotes"
+    # The line may continue the value above it: a key that stands too deep, or below a line without a colon.
+    first_colon = problem.startswith("mapping values") and not re.search(r":\s", before)
+    if first_colon or (problem.startswith("expected <block end>") and "<block mapping start>" in problem):
+        return "; rule: keys that belong together begin in one column, each with a colon and a blank behind it"
     if problem.startswith("mapping values"):
         return "; rule: a value that holds a colon and a blank stands in quotes"
     if "escape" in problem:

@@ -297,8 +297,8 @@ def test_a_utf16_file_is_named_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ema:\n", "ema: null should be an object; rule: remove the line, or give it keys"),
-        ("eval:\n", "eval: null should be a valid array; rule: remove the line, or give it entries"),
+        ("ema:\n", "ema: null should be an object; rule: leave the key out, or give it keys"),
+        ("eval:\n", "eval: null should be a valid array; rule: leave the key out, or give it entries"),
         (
             "eval: {kind: retrieval, name: a, shards: x}\n",
             'eval.kind: "retrieval" stands in a mapping, but eval is a list of evaluations: put `- ` before',

@@ -58,17 +58,32 @@ def test_a_value_that_begins_with_a_sign_of_yaml_is_told_to_stand_in_quotes(sign
     assert parse_yaml(f"shards: {quoted}", "run.yaml") == {"shards": f"{sign}x/y.tar"}
 
 
+INSIDE = (
+    "[ ] and { } are closed, commas stand between their entries, and a value with braces, brackets or ${NAME} stands "
+    "in quotes there"
+)
+COLUMNS = "keys that belong together begin in one column, each with a colon and a blank behind it"
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("shards: [${X}/a.tar]", "inside [ ] and { } a value with braces, brackets or ${NAME} stands in quotes"),
-        ("{shards: ${X}/a.tar}", "inside [ ] and { } a value with braces, brackets or ${NAME} stands in quotes"),
+        ("shards: [${X}/a.tar]", INSIDE),
+        ("{shards: ${X}/a.tar}", INSIDE),
         ("shards: {a,b}.tar", "a value that begins with [ or { stands in quotes"),
         ("shards: | x", "a value that begins with | or > stands in quotes"),
         ("name: a: b", "a value that holds a colon and a blank stands in quotes"),
         ("name: a\nshards: 'x\n", "the quote that opens on line 2 is closed"),
         ('shards: "C:\\data"', "a value with backslashes stands in single quotes"),
-        ("data:\n\tshards: x", "blanks indent a line, not tabs"),
+        ("data:\n  shards: [a, b\n", INSIDE),
+        ("sources: [{name: a}\n  {name: b}]", INSIDE),
+        ("data:\n  a: 1\n   b: 2\n", COLUMNS),
+        ("data:\n    a: 1\n  b: 2\n", COLUMNS),
+        ("data\n  a: 1\n", COLUMNS),
+        ("a:1\nb: 2\n", COLUMNS),
+        ("eval:\n  - kind: a\n   every: 5\n", COLUMNS),
+        ("seed: \t1", "blanks stand before a key or a value, not tabs"),
+        ("data:\n\tshards: x", "blanks stand before a key or a value, not tabs"),
     ],
 )
 def test_a_syntax_error_says_how_the_value_is_written(text: str, rule: str) -> None:
@@ -77,11 +92,18 @@ def test_a_syntax_error_says_how_the_value_is_written(text: str, rule: str) -> N
     assert str(error.value).endswith(f"; rule: {rule}")
 
 
+@pytest.mark.parametrize("text", ["a: 1\n---\nb: 2\n", "a: 1\n- b\n"])
+def test_a_syntax_error_that_no_quotes_mend_gives_no_rule_on_quotes(text: str) -> None:
+    with pytest.raises(UserError, match=r"^run\.yaml: line 2 is not valid YAML: ") as error:
+        parse_yaml(text, "run.yaml")
+    assert "quotes" not in str(error.value)
+
+
 @pytest.mark.parametrize("line", ["{key}: #fff", "{key}: &fff", "{key}:"])
 @pytest.mark.parametrize("key", ["name", "seed", "precision"])
 def test_a_value_that_yaml_takes_for_a_comment_is_told_to_stand_in_quotes(tmp_path: Path, line: str, key: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(f"{line.format(key=key)}\ndata: {{sources: [{{name: a, shards: /x}}]}}\n")
-    with pytest.raises(UserError, match=f"{key}: null should be .*; rule: a value stands behind the colon") as error:
+    with pytest.raises(UserError, match=f"{key}: null should be .*; rule: this key must have a value") as error:
         load_config(path)
     assert "in quotes if it begins with # (a comment for YAML) or &" in str(error.value)

@@ -15,6 +15,7 @@ from cosmos_scale.data.jobs import map_jobs, progress_bar
 from cosmos_scale.data.prepare.images import SUCCESS, ImageShard, read_listing
 from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summary
 from cosmos_scale.data.prepare.work import Task, reading_work
+from cosmos_scale.data.samples.file_kind import HEAD
 from cosmos_scale.data.samples.normal_forms import other_forms
 from cosmos_scale.data.shards.reader import refuse_compressed
 from cosmos_scale.errors import UserError
@@ -115,7 +116,7 @@ def _no_overlap(task: Task, images: int, unknown: str | None, examples: list[str
     if not images:
         for shard in task.images:
             with suppress(OSError), open(shard.path, "rb", opener=regular_only) as file:  # no folder
-                refuse_compressed(shard.path, file.read(6))
+                refuse_compressed(shard.path, file.read(HEAD))
         return f"{folder}: no image was downloaded into its {counted(len(task.images), 'shard')}"
     if unknown and not examples:
         return (

@@ -7,9 +7,10 @@ from pathlib import Path
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, text_lines
 
+# A name or a text may begin with letters alone: BZh, PAR1. So more than letters tells these kinds.
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
+    **{b"BZh%d%b" % (level, block): "bzip2" for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")},
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PK\x03\x04": "zip",
@@ -20,12 +21,12 @@ _TO_LINES = "write it as JSON lines, as pandas' to_json(..., orient='records', l
 _TO_CSV = "save it as CSV UTF-8"
 # The beginning of files that are taken for a text by their names: what each is, and how to come to a text.
 _NO_TEXT = {
-    b"PAR1": ("a parquet file", _TO_LINES),
-    b"ARROW1": ("an Arrow file", _TO_LINES),
+    b"PAR1\x15": ("a parquet file", _TO_LINES),
+    b"ARROW1\0": ("an Arrow file", _TO_LINES),
     b"\xd0\xcf\x11\xe0": ("an Excel workbook", _TO_CSV),
     b"SQLite format 3\0": ("an SQLite database", "write the table as CSV"),
     b"\x89HDF": ("an HDF5 file", "write its texts as JSON lines"),
-    b"%PDF": ("a PDF", "name the text that it was made of"),
+    b"%PDF-": ("a PDF", "name the text that it was made of"),
     b"\xff\xd8\xff": ("a JPEG picture", "name the file of texts"),
     b"\x89PNG": ("a PNG picture", "name the file of texts"),
 }
@@ -40,7 +41,7 @@ HEAD = tarfile.BLOCKSIZE  # bytes that tell a file's kind
 
 
 def compression_of(head: bytes) -> str:
-    """Return how a file is compressed, by its first bytes (six or more); empty where it is not."""
+    """Return how a file is compressed, by its first bytes (ten or more); empty where it is not."""
     return next((kind for magic, kind in COMPRESSED.items() if head.startswith(magic)), "")
 
 

@@ -40,7 +40,15 @@ from cosmos_scale.data.shards.summary import (
     summary_before,
     write_index_summary,
 )
-from cosmos_scale.data.shards.table import SampleTable, entry_of, open_table, pack_table, table_digest
+from cosmos_scale.data.shards.table import (
+    SampleTable,
+    entry_of,
+    open_table,
+    pack_table,
+    refuse_one_table,
+    table_digest,
+    table_name,
+)
 from cosmos_scale.data.shards.unfinished import IndexedShard, Unfinished
 from cosmos_scale.data.work import refuse_unfinished
 from cosmos_scale.errors import UserError
@@ -88,6 +96,7 @@ def index_shards(
     before = summary_before(folder)
     _require_own_shards(before, folder, shards, names)
     others = [row for row in before.rows if row.name not in names and _may_exist(shards.address(row.name))]
+    refuse_one_table([*names, *(row.name for row in others)], shards.show)
     marks = {row.name: before.marks[row.name] for row in others if row.name in before.marks}
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
@@ -122,7 +131,7 @@ def index_shards(
             f"{''.join(f'; {hint}' for hint in key_hints(rejected))}"
         )
     for row in (row for row in rows if row.samples == 0):  # a refusal leaves the tables of an earlier index
-        replace_file(folder / _table_name(row.name), pack_table([]))
+        replace_file(folder / table_name(row.name), pack_table([]))
     write_index_summary(folder / SUMMARY, Summary(sorted([*others, *rows]), marks))
     if unfinished:
         unfinished.remove()
@@ -189,7 +198,7 @@ class SourceIndex:
 
     def table_path(self, shard: int) -> str:
         """Say where a shard's table lies, a path or URL."""
-        return _place(self.folder, _table_name(self.rows[shard].name))
+        return _place(self.folder, table_name(self.rows[shard].name))
 
     def _table(self, shard: int) -> SampleTable:
         table = self._tables.get(shard)
@@ -343,7 +352,7 @@ def _local_folders(shards: ShardPattern, names: Iterable[str]) -> list[Path]:
 def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) -> IndexedShard:
     """Scan one shard and write its table, unless the table is empty."""
     scan = scan_shard(shards.address(name), shards.show(name), rules=rules)
-    path = folder / _table_name(name)
+    path = folder / table_name(name)
     make_folder(path.parent)
     if scan.entries:
         replace_file(path, pack_table(scan.entries))
@@ -352,10 +361,6 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
     return IndexedShard(
         name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread
     )
-
-
-def _table_name(shard: str) -> str:
-    return shard.removesuffix(".tar") + ".index.npy"
 
 
 def _place(folder: str, name: str) -> str:

@@ -111,7 +111,7 @@ class Location(NamedTuple):
 
 
 def refuse_compressed(path: Path | str, head: bytes) -> None:
-    """Raise UserError where a file's first bytes (six or more) are those of a compressed archive."""
+    """Raise UserError where a file's first bytes (ten or more) are those of a compressed archive."""
     if kind := compression_of(head):
         raise UserError(f"{path}: is {kind}-compressed; samples are read by offset, so unpack it to a plain .tar")
 

@@ -3,7 +3,7 @@
 import errno
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,23 @@ class NoTable(Transient):
     """A file that is no table, or a damaged table."""
 
     final = True
+
+
+def table_name(shard: str) -> str:
+    """Return the file of a shard's table, in the folder of the index."""
+    return shard.removesuffix(".tar") + ".index.npy"
+
+
+def refuse_one_table(names: Sequence[str], show: Callable[[str], str]) -> None:
+    """Raise UserError where two shards of an index would have one table, as `a` and `a.tar`. show: for messages."""
+    shards: dict[str, str] = {}
+    for name in names:
+        other = shards.setdefault(table_name(name), name)
+        if other != name:
+            raise UserError(
+                f"{show(other)} and {show(name)}: both would have the table {table_name(name)} in one index; rule: "
+                "rename one, or index it with --out in a folder of its own"
+            )
 
 
 def pack_table(entries: Sequence[Entry]) -> bytes:

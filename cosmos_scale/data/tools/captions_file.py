@@ -241,7 +241,9 @@ def _key_fault(value: object, key: str) -> str | None:
         shown = json.dumps(value, ensure_ascii=False)[:40]
         return f"wrong key: {shown} is {kind}; rule: a key is a text or a whole number"
     if isinstance(value, float) and not _WHOLE_NUMBER.fullmatch(str(value)):
-        return f"wrong key: {value!r} is a float; rule: a key is a text or a whole number"
+        return (
+            f"wrong key: {value!r} is a float; rule: a key is a text or a whole number, as a float of at most 15 digits"
+        )
     if not isinstance(value, (str, int, float)) or not _KEY.fullmatch(key):
         return f"wrong key: {key[:40]!r}; rule: at most 200 characters, none of them . / \\, and no __ before them"
     return None

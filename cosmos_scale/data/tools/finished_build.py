@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.checksums import ShardSum
 from cosmos_scale.data.shards.summary import SUMMARY
+from cosmos_scale.data.shards.table import table_name
 from cosmos_scale.data.tools.captions_file import CaptionRow
 from cosmos_scale.data.tools.picture_path import picture_path
 from cosmos_scale.data.work import MANIFEST, Work, check_options
@@ -96,10 +97,11 @@ def finished_build(out: Path) -> FinishedBuild | None:
                 f"{out}: its build was done, but since then shard {shard.shard} of its {MANIFEST} {what}; rule: copy "
                 f"it back, {_anew(out)}"
             )
-    if not (out / SUMMARY).is_file():
+    index = (SUMMARY, *(table_name(shard.shard) for shard in shards))
+    if gone := next((name for name in index if not (out / name).is_file()), None):
         command = f"cosmos-scale data index {shlex.quote(str(out))}"
         raise UserError(
-            f"{out}: its build was done, but since then its {SUMMARY} is missing; rule: run `{command}`, {_anew(out)}"
+            f"{out}: its build was done, but since then its {gone} is missing; rule: run `{command}`, {_anew(out)}"
         )
     return found
 

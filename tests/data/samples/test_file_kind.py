@@ -79,6 +79,20 @@ def test_a_file_that_is_no_text_is_named_by_its_first_bytes(tmp_path: Path, name
     assert str(refusal.value).startswith(f"{tmp_path / name}: is ")
 
 
+@pytest.mark.parametrize("first", ["BZh9", "PAR1", "ARROW1", "%PDF", "PK", "ustar", "\ufeffPAR1", "猫"])
+def test_a_text_that_begins_with_the_letters_of_another_kind_is_a_text(tmp_path: Path, first: str) -> None:
+    (tmp_path / "names.txt").write_text(f"{first}\na cat\n", encoding="utf-8")
+    assert read_names(tmp_path / "names.txt") == ((first.lstrip("\ufeff"),), ("a cat",))
+
+
+@pytest.mark.parametrize("data", [b"", TEXT])
+@pytest.mark.parametrize("level", [1, 9])
+def test_bzip2_is_told_at_any_level_and_size(tmp_path: Path, data: bytes, level: int) -> None:
+    (tmp_path / "names.txt").write_bytes(bz2.compress(data, level))
+    with pytest.raises(UserError, match="is bzip2-compressed by its first bytes"):
+        read_names(tmp_path / "names.txt")
+
+
 def test_another_ending_is_refused_with_the_way_to_a_text(tmp_path: Path) -> None:
     (tmp_path / "c.csv.gz").write_bytes(gzip.compress(TEXT))
     with pytest.raises(UserError, match=r"captions come as \.jsonl or \.csv; it is gzip-compressed .*gzip -dc"):

@@ -1,6 +1,8 @@
 """A file that is named as a shard and is none: one line says what it is, before anything is written."""
 
+import io
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,3 +58,15 @@ def test_a_tar_of_another_name_is_a_shard(tmp_path: Path, name: str) -> None:
     shutil.copy(folder / "00000.tar", tmp_path / "named" / name)
     report = index_shards(str(tmp_path / "named" / "*"), tmp_path / "out", workers=1, progress=False)
     assert (report.shards, report.samples) == (1, 2)
+
+
+@pytest.mark.parametrize("key", ["BZh9", "PAR1", "%PDF-1", "{x"])
+@pytest.mark.parametrize("name", ["0.tar", "0.bin"])
+def test_a_tar_whose_first_name_begins_as_another_kind_of_file_is_a_shard(tmp_path: Path, name: str, key: str) -> None:
+    with tarfile.open(tmp_path / name, "w") as archive:
+        for ending, data in (("jpg", picture(0)), ("txt", b"a cat")):
+            member = tarfile.TarInfo(f"{key}.{ending}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    report = index_shards(str(tmp_path / name), tmp_path / "out", workers=1, progress=False)
+    assert (report.shards, report.samples) == (1, 1)

@@ -304,8 +304,13 @@ Change = Callable[[Path], object]
             r"its build was done, but since then its index\.json is missing; "
             "rule: run `cosmos-scale data index {out}`, {anew}",
         ),
+        (
+            lambda folder: (folder / "out" / "000003.index.npy").unlink(),
+            r"its build was done, but since then its 000003\.index\.npy is missing; "
+            "rule: run `cosmos-scale data index {out}`, {anew}",
+        ),
     ],
-    ids=["captions", "pictures", "shard gone", "shard cut", "index gone"],
+    ids=["captions", "pictures", "shard gone", "shard cut", "index gone", "table gone"],
 )
 def test_what_has_changed_since_a_build_is_named(
     inputs: Path, capsys: pytest.CaptureFixture[str], change: Change, said: str
