@@ -39,6 +39,15 @@ class PassedOver(NamedTuple):
     reason: str
 
 
+class _Read(NamedTuple):
+    """A checkpoint with its state, the config of its run, and the digest of its manifest."""
+
+    folder: Path
+    state: RunState
+    written: RunConfig
+    manifest: str
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run starts: at `state` of `checkpoint`, or at step 0 where both are None.
@@ -68,13 +77,17 @@ class Start:
         )
 
 
-def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[PassedOver, ...] = ()) -> Start:
+def find_start(
+    config: RunConfig, root: Path, data: str | None, broken: tuple[PassedOver, ...] = (), chosen: Path | None = None
+) -> Start:
     """Decide where a run starts, by the config's `resume` and the checkpoints under root.
 
     data: digest of the run's index, None where a dry run has no index to compare. broken: checkpoints that were found
-    broken when they were read; `resume: auto` passes them over too.
-    Raises UserError where `resume: never` finds another run's checkpoint, where the folder named has no checkpoint,
-    where all checkpoints are broken, or where data or keys differ that must stay the same.
+    broken when they were read; `resume: auto` passes them over too. chosen: the checkpoint that another rank has found
+    in the run that `resume` names.
+    Raises GoneCheckpoint where the chosen one is deleted meanwhile; UserError where `resume: never` finds another run's
+    checkpoint, where the folder named has no checkpoint, where all checkpoints are broken, or where data or keys differ
+    that must stay the same.
     """
     if config.resume == "never":
         found = newest(root)
@@ -86,16 +99,17 @@ def find_start(config: RunConfig, root: Path, data: str | None, broken: tuple[Pa
         return Start(None, None)
     if config.resume == "auto":
         folder, broken = _newest_whole(root, broken)
+        if folder is None:
+            return Start(None, None, broken)
+        try:
+            read = _read(folder)
+        except BrokenCheckpoint as failure:  # it was whole, so somebody deletes it
+            return find_start(config, root, data, (*broken, PassedOver(folder, str(failure))))
+    elif chosen is not None:
+        read = _read_whole(chosen)
     else:
-        folder = of_newest(Path(config.resume), _whole, lambda line: None, find_checkpoint)
-    if folder is None:
-        return Start(None, None, broken)
-    try:
-        state, written, digest = read_state(folder), read_run_config(folder), manifest_digest(folder)
-    except BrokenCheckpoint as failure:  # it was whole, so somebody deletes it
-        if config.resume != "auto":
-            raise
-        return find_start(config, root, data, (*broken, PassedOver(folder, str(failure))))
+        read = of_newest(Path(config.resume), _read_whole, lambda line: None, find_checkpoint)
+    folder, state, written, digest = read
     last = newest(root)
     if config.resume != "auto" and last is not None and step_of(last) > state.step:
         # A later `resume: auto` would start from the newer checkpoint, and what this run adds would be lost.
@@ -127,10 +141,14 @@ def _other_weights(written: RunConfig, config: RunConfig) -> Path | None:
     return now
 
 
-def _whole(folder: Path) -> Path:
-    """Return a checkpoint once its files are as they were written; raises BrokenCheckpoint."""
+def _read_whole(folder: Path) -> _Read:
+    """Read what `_read` does of a checkpoint whose files are as they were written; raises BrokenCheckpoint."""
     check_files(folder, read_manifest(folder))
-    return folder
+    return _read(folder)
+
+
+def _read(folder: Path) -> _Read:
+    return _Read(folder, read_state(folder), read_run_config(folder), manifest_digest(folder))
 
 
 def _on_longer_schedules(changed: Sequence[Difference]) -> str:

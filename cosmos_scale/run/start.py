@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from cosmos_scale.checkpoint.files import BrokenCheckpoint, GoneCheckpoint
 from cosmos_scale.checkpoint.initial import InitialWeights, open_chosen, open_initial
@@ -96,7 +96,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
         error = failure
     raise_together(ranks, error)
     assert opened is not None
-    _require_one_run(config, opened, ranks)
+    opened = _of_one_run(config, opened, ranks)
     if opened.initial is not None:
         opened = replace(opened, initial=with_agreed_weights(config, opened.initial, ranks, lambda initial: initial))
     _prepare_folder(config, opened, ranks)
@@ -198,12 +198,54 @@ def _other_start(config: RunConfig, opened: Opened, start: Start, broken: Broken
             known = start.broken
         else:
             raise UserError(str(broken))
-        older = find_start(config, opened.folder / CHECKPOINTS, opened.index.fingerprint(), known)
+        older = _find_start(config, opened, known)
     except UserError as failure:
         error = failure
     raise_together(ranks, error)
-    _check_same_start(older, ranks)
-    return older
+    return _agreed_start(config, opened, older, ranks)
+
+
+def _find_start(config: RunConfig, opened: Opened, known: tuple[PassedOver, ...], chosen: Path | None = None) -> Start:
+    return find_start(config, opened.folder / CHECKPOINTS, opened.index.fingerprint(), known, chosen)
+
+
+def _agreed_start(config: RunConfig, opened: Opened, start: Start, ranks: Ranks) -> Start:
+    """Return the start that all ranks take; collective. start: found by this rank.
+
+    Where `resume` names a run, rank 0 chooses: of one that goes on, ranks may find different checkpoints. Where the run
+    deletes the chosen one before all ranks have looked into it, the next one is taken, a few times at most.
+    Raises JointError where the ranks would start from different checkpoints.
+    """
+    names_run = config.resume not in ("auto", "never")
+    for left in reversed(range(MOST_TRIES)):
+        chosen, error, gone = from_all(start.checkpoint, ranks)[0], None, None
+        try:
+            if names_run and start.checkpoint != chosen:
+                start = _find_start(config, opened, start.broken, chosen)
+        except GoneCheckpoint as failure:
+            gone = failure
+        except UserError as failure:
+            error = failure
+        raise_together(ranks, error)
+        if not any(from_all(gone is not None, ranks)):
+            break
+        assert chosen is not None
+        if left == 0:
+            _raise_gone("resume: ", chosen, ranks)
+        try:
+            start = _find_start(config, opened, start.broken)
+        except UserError as failure:
+            error = failure
+        raise_together(ranks, error)
+    _check_same_start(start, ranks)
+    return start
+
+
+def _raise_gone(key: str, checkpoint: Path, ranks: Ranks) -> NoReturn:
+    """Raise JointError for a checkpoint that was found on rank 0 and that a rank did not find there; collective."""
+    seen = ["there" if there else "not there" for there in from_all(checkpoint.exists(), ranks)]
+    _require_same(f"{key}ranks see different checkpoints: {checkpoint}", seen, SAME_CHECKPOINT)
+    raise JointError(str(GoneCheckpoint(checkpoint, key)))
 
 
 def _set_aside(start: Start, ranks: Ranks) -> list[str]:
@@ -221,8 +263,11 @@ def _set_aside(start: Start, ranks: Ranks) -> list[str]:
     return said
 
 
-def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
-    """Raise JointError where ranks have different keys, data, checkpoint or galleries; collective."""
+def _of_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> Opened:
+    """Return what this rank has opened, with the start that all ranks take; collective.
+
+    Raises JointError where ranks have different keys, data, checkpoint or galleries.
+    """
     seen = (config, opened.index.fingerprint(), opened.marks, opened.evaluations.galleries())
     configs, indexes, marks, galleries = zip(*from_all(seen, ranks), strict=True)
     for rank, other in enumerate(configs):
@@ -234,11 +279,12 @@ def _require_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
     _require_same("data.sources: ranks see different indexes", indexes, rule)
     if all(marks):
         _require_same("data.sources: ranks see shards that begin with other bytes", marks, rule)
-    _check_same_start(opened.found_start, ranks)
+    opened = replace(opened, found_start=_agreed_start(config, opened, opened.found_start, ranks))
     if opened.found_start.state is None:  # an evaluation of a resumed run fails instead, and the run goes on
         for name, rule in opened.evaluations.same_data().items():
             problem = f"eval.{name}: {DIFFERENT_DATA}"
             _require_same(problem, [rank_galleries[name] for rank_galleries in galleries], rule)
+    return opened
 
 
 def with_agreed_weights(
@@ -255,7 +301,7 @@ def with_agreed_weights(
             return use(_agreed_weights(config, initial, ranks))
         except GoneCheckpoint as gone:
             if left == 0 or gone.folder == config.init_from:
-                raise JointError(str(gone)) from gone
+                _raise_gone("init_from: ", gone.folder, ranks)
             initial = None
     raise AssertionError("the last try returns or raises")
 

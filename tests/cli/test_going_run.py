@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import cosmos_scale
 from cosmos_scale.checkpoint.files import GoneCheckpoint
 from cosmos_scale.checkpoint.initial import open_initial
 from cosmos_scale.checkpoint.interchange.reading import of_newest
-from cosmos_scale.checkpoint.resume import find_start
+from cosmos_scale.checkpoint.resume import Start, find_start
 from cosmos_scale.checkpoint.room import delete_checkpoint
 from cosmos_scale.checkpoint.state import (
     MOST_TRIES,
@@ -234,6 +235,39 @@ def test_all_ranks_start_from_the_checkpoint_that_rank_0_has_found(run: Path, ke
     old, new = checkpoint_name(3), checkpoint_name(4)
     chosen = old if keep else new
     assert run_ranks(started_from, 2, run, keep) == [f"{old} {chosen}", f"{new} {chosen}"]
+
+
+def resumed_from(rank: int, world_size: int, run: Path, keep: bool) -> str:
+    """The checkpoint that a run goes on from where the run that `resume` names goes on once rank 0 has looked."""
+    root = run.parent / "source" / "tiny"
+
+    def found(*given: Any) -> Start:
+        if rank == 1:
+            dist.barrier()
+            go_on(root, 2, keep=keep)
+        start = find_start(*given)
+        if rank == 0:
+            dist.barrier()
+        return start
+
+    ranks = start_ranks("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cosmos_scale.run.opening.find_start", found)
+        opened = open_run(load_config(run, [f"resume={root}"]), ranks)
+    with opened.held:
+        assert opened.found_start.state is not None
+        assert opened.found_start.checkpoint == root / "checkpoints" / checkpoint_name(opened.found_start.state.step)
+        return opened.found_start.checkpoint.name
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_all_ranks_resume_from_the_checkpoint_that_rank_0_has_found(
+    tmp_path: Path, scenes: SceneShards, keep: bool
+) -> None:
+    """Or from the next one, where that is gone before the others have looked into it."""
+    run = write_run(tmp_path, scenes)
+    train_to_end(run, f"output={tmp_path / 'source'}", "train.max_steps=2").require(0)
+    assert run_ranks(resumed_from, 2, run, keep) == [checkpoint_name(2 if keep else 3)] * 2
 
 
 def built_from(rank: int, world_size: int, run: Path, cases: list[tuple[str, bool]]) -> list[tuple[str, bool]]:

@@ -245,6 +245,21 @@ def test_hosts_with_other_weights_under_one_path_are_refused(tmp_path: Path, sce
     assert one[5] == f"init_from: ranks see different checkpoints in public.pt, {seen}; {rule}"
 
 
+def test_hosts_with_other_checkpoints_of_the_run_that_is_named_are_refused(tmp_path: Path, scenes: SceneShards) -> None:
+    """The one that rank 0 has found was not deleted: the other host never had it."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    own.mkdir()
+    train_to_end(write_run(own, scenes, checkpoint={"every": 1}), "train.max_steps=2").require(0)
+    shutil.copytree(own, other)
+    shutil.rmtree(other / "tiny/checkpoints/step-00000002")
+    keys = ["resume", "init_from"]
+    cases = [[(host, [f"output={tmp_path}/new", f"{key}=tiny"]) for host in (own, other)] for key in keys]
+    one, two = run_ranks(built, 2, cases)
+    assert one == two
+    seen = "ranks see different checkpoints: tiny/checkpoints/step-00000002 (rank 0: there, rank 1: not there)"
+    assert one == [f"{key}: {seen}; rule: all ranks read one shared folder, or equal copies of it" for key in keys]
+
+
 def built_in_vain(rank: int, world_size: int, cases: list[list[tuple[Path, list[str]]]]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cosmos_scale.run.start.SEEN_WITHIN", 0.5)
