@@ -130,10 +130,9 @@ def open_work(work: Work, options: dict[str, Any]) -> Iterator[None]:
         else:
             replace_file(path, json.dumps(options).encode())
         make_folder(work.folder / "shards")
-        for part in work.out.glob("*.part"):
-            if _PART.fullmatch(part.name):  # not what a download of the user left
-                part.unlink()
+        _delete_parts(work)
         yield
+        _delete_parts(work)  # a killed process's worker may have begun a file after this process went on
 
 
 def close_work(work: Work) -> None:
@@ -142,6 +141,13 @@ def close_work(work: Work) -> None:
     delete_folder(finished)
     work.folder.rename(finished)
     delete_folder(finished)
+
+
+def _delete_parts(work: Work) -> None:
+    """Delete what killed processes have begun to write."""
+    for part in work.out.glob("*.part"):
+        if _PART.fullmatch(part.name):  # not what a download of the user left
+            part.unlink(missing_ok=True)
 
 
 def _read_options(path: Path) -> dict[str, Any]:

@@ -209,6 +209,18 @@ def test_an_interrupted_deletion_leaves_the_build_finished(inputs: Path, monkeyp
     assert len(open_folder(work.out)) == 14
 
 
+def test_what_a_killed_worker_began_after_the_build_went_on_is_deleted(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def index_later(*arguments: Any, **options: Any) -> Any:
+        (inputs / "out" / "000005.tar.30694.part").touch()
+        return index_shards(*arguments, **options)
+
+    monkeypatch.setattr(build_module, "index_shards", index_later)
+    build(inputs)
+    assert not list((inputs / "out").glob("*.part"))
+
+
 def test_a_build_deletes_no_file_of_the_user(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (inputs / "out").mkdir()
     download = inputs / "out" / "movie.tar.part"
