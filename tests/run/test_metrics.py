@@ -266,28 +266,6 @@ def test_what_wandb_refuses_in_the_environment_is_one_line(
         check_trackers(config)
 
 
-@pytest.mark.parametrize("name", ["WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"])
-@pytest.mark.parametrize("value", ["90 s", "", "-1", "inf", "nan"])
-def test_a_wrong_limit_for_wandb_is_refused_by_the_dry_run_too(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    """The library names keys of its own; it takes infinite limits, which no wait does."""
-    monkeypatch.setenv(name, value)
-    with pytest.raises(
-        UserError, match=rf"^{name}: '{value}'; rule: a number of seconds from 0 to 1,000,000, or unset$"
-    ):
-        check_trackers(LogConfig(wandb=WandbConfig(project="scenes", mode="offline")))
-
-
-def test_no_login_is_asked_for_where_none_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_CONSOLE", "none")
-    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="offline"))
-    with pytest.raises(
-        UserError, match=r"^log\.wandb: [^\n]*console[^\n]*; rule: mend what it names, or leave log\.wandb out$"
-    ):
-        open_trackers(tmp_path, config, name="tiny", run_config={}, first_step=0)
-
-
 def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
