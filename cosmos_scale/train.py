@@ -33,7 +33,12 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
     cosmos_loss = CosmosLoss(config.optimizer.gradient_scale, kernels=config.kernels)
     step, last_step = run.first_step, run.last_step
 
-    with run.opened.held, run.writer() as checkpoints, run.progress(checkpoints) as progress:
+    with (
+        run.opened.held,
+        run.writer() as checkpoints,
+        run.progress(checkpoints) as progress,
+        watchdog.before("the end of the records", progress.longest_end),
+    ):
         progress.begin(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
             checkpoints.save(run.state(0))

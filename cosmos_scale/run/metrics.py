@@ -93,6 +93,11 @@ class MetricLog:
         for tracker in self._trackers:
             tracker.close(failed=error is not None)
 
+    @property
+    def longest_end(self) -> float:
+        """Seconds that the end of the records may take where the library of a place does not answer."""
+        return sum(tracker.longest_close for tracker in self._trackers)
+
     def advance(self, steps_done: int) -> None:
         """Move the progress bar."""
         self._progress.update(self._task, completed=steps_done)

@@ -253,6 +253,11 @@ class Progress:
             self._log.evaluation_failed(step, name, failures)
         self.say(f"step {step}: evaluation {name} failed, {failures} so far, and the run goes on: {reason}")
 
+    @property
+    def longest_end(self) -> float:
+        """Seconds that the end of this rank's records may take where the library of a place does not answer."""
+        return 0.0 if self._log is None else self._log.longest_end
+
     def pause(self) -> "_Pause":
         """Read all steps, so that a bad loss stops the run here; then a context whose time is not a step's."""
         self.read_pending()

@@ -18,7 +18,7 @@ import numpy as np
 from cosmos_scale.config import LogConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.tracker_entries import TrackerEntry, read_pictures, table_rows
-from cosmos_scale.run.wandb_tracker import WandbTracker, require_login
+from cosmos_scale.run.wandb_tracker import WandbTracker, check_seconds, require_login
 from cosmos_scale.words import counted
 
 MOST_RECORDS_KEPT = 100_000  # for a place, while it cannot be written
@@ -33,6 +33,8 @@ class Tracker(Protocol):
     name: str
     announcements: list[str]
     """Lines for the run's start."""
+    longest_close: float
+    """Seconds after which `close` gives up on what does not answer, and returns; 0 where it waits for no process."""
 
     def write(self, entry: TrackerEntry) -> None:
         """Write what there is of a step."""
@@ -62,6 +64,11 @@ class KeptRecords:
         if self._failing:
             self._failing = False
             self._say(f"{self._tracker.name}: takes records again")
+
+    @property
+    def longest_close(self) -> float:
+        """Seconds that `close` may take where a library's process does not answer."""
+        return self._tracker.longest_close
 
     def close(self, *, failed: bool) -> None:
         """Close the place, after a last try with what waits; failed: whether the run ends with an error."""
@@ -93,6 +100,7 @@ def check_trackers(config: LogConfig) -> None:
         if wanted and find_spec(package) is None:
             raise UserError(f"{key}: the package {package} is not installed; rule: install it, or leave {key} out")
     if config.wandb is not None:
+        check_seconds()
         require_login(config.wandb)
 
 
@@ -125,6 +133,7 @@ def open_trackers(
 
 class _TensorBoard:
     name = "log.tensorboard"
+    longest_close = 0.0
 
     def __init__(self, folder: Path, first_step: int, run_config: Mapping[str, Any]) -> None:
         self.announcements: list[str] = []

@@ -25,7 +25,8 @@ CACHE = "WANDB_CACHE_DIR"
 LOG_IN = "rule: log in (wandb login), or set log.wandb.mode to offline"
 WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
-INIT_TIMEOUT = "WANDB_INIT_TIMEOUT"
+INIT_TIMEOUT, FINISH_TIMEOUT = "WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"
+MOST_SECONDS = 1_000_000  # of these two; Python waits for no infinite time
 LONGEST_INIT = 20.0
 """Seconds for the service's answer when a record is opened, where INIT_TIMEOUT says none: the library waits for 90."""
 LONGEST_WRITE = 10.0
@@ -83,7 +84,11 @@ class WandbTracker:
         except Exception as failure:  # any: the library reads the environment and the network
             slow = time.monotonic() - begun > LONGEST_INIT
             rule = f"{LOG_IN}{f'; {INIT_TIMEOUT} allows more seconds' if slow else ''}"
+            if self._mode in WITHOUT_LOGIN:
+                rule = "rule: mend what it names, or leave log.wandb out"
             raise UserError(f"log.wandb: {_one_line(failure)}; {rule}") from failure
+        # A last entry, the three waits of `close` for the record, and that for the library's process.
+        self.longest_close = self._longest_finish() + 4 * LONGEST_WRITE + LONGEST_CLOSE
         if self._mode == "offline":
             where = Path(self._run.dir).parent
             self.announcements.append(f"{self.name}: offline; to send it: wandb sync {where}")
@@ -107,7 +112,7 @@ class WandbTracker:
 
     def close(self, *, failed: bool) -> None:
         """End the record."""
-        limit = LONGEST_WRITE if self._under_way else self._longest_close()
+        limit = LONGEST_WRITE if self._under_way else self._longest_finish()
         finish = LongCall(partial(self._run.finish, exit_code=1 if failed else 0))
         ended = finish.ends_within(limit)
         if not ended:
@@ -141,7 +146,7 @@ class WandbTracker:
         logged_at = {} if math.isnan(entry.time) else {"_timestamp": entry.time}
         self._run.log({"step": entry.step, **logged_at, **entry.numbers, **tables, **pictures})
 
-    def _longest_close(self) -> float:
+    def _longest_finish(self) -> float:
         """Seconds for the end of the record, with some more than the user allows the library for its uploads."""
         own = float(getattr(self._run.settings, "finish_timeout", 0.0))  # older versions have no such setting
         return max(LONGEST_CLOSE if self._mode == "offline" else LONGEST_UPLOAD, own and own + LONGEST_CLOSE)
@@ -208,6 +213,21 @@ def wandb_mode(config: WandbConfig) -> str | None:
     if environment is not None and environment not in WANDB_MODES:  # the library refuses it whatever the config says
         raise UserError(f"WANDB_MODE: {environment!r}; rule: one of {', '.join(WANDB_MODES)}, or unset")
     return config.mode or environment
+
+
+def check_seconds() -> None:
+    """Raise UserError where the environment has a wrong limit for the library: it refuses it when a record is opened.
+
+    Infinite ones fail at the end of a record only.
+    """
+    for name in (INIT_TIMEOUT, FINISH_TIMEOUT):
+        text = os.environ.get(name, "0")
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds <= MOST_SECONDS:
+            raise UserError(f"{name}: {text!r}; rule: a number of seconds from 0 to {MOST_SECONDS:,}, or unset")
 
 
 def require_login(config: WandbConfig) -> None:

@@ -99,6 +99,15 @@ class Watchdog:
         finally:
             self.enter(f"what follows {what}")
 
+    @contextmanager
+    def before(self, what: str, seconds: float) -> Iterator[None]:
+        """Allow LONGER times the limit, and some seconds beyond, for what follows the block and knows its own end."""
+        try:
+            yield
+        finally:
+            times = LONGER + (seconds / self._seconds if self._seconds > 0 else 0.0)
+            self._phase = _Phase(self._phase.number + 1, what, times, datetime.now())
+
     def _watch(self) -> None:
         seen, told, last = self._phase, False, time.monotonic()
         while not self._ended.wait(LOOK):

@@ -18,11 +18,12 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from cosmos_scale.config import LogConfig, WandbConfig
+from cosmos_scale.errors import UserError
 from cosmos_scale.run import wandb_tracker
 from cosmos_scale.run.folder import evaluation_folder
 from cosmos_scale.run.metrics import MetricLog
 from cosmos_scale.run.tracker_entries import LARGEST_PICTURE, MOST_PICTURES, TrackerEntry, pictures_in
-from cosmos_scale.run.trackers import KeptRecords, flattened, open_trackers
+from cosmos_scale.run.trackers import KeptRecords, check_trackers, flattened, open_trackers
 from tests.run.test_metrics import events_of, record, scalars, steps, wandb_messages, wandb_records
 
 CONFIG = {"seed": 7, "train": {"global_batch": 8, "max_steps": None}, "eval": [{"every": 2}], "precision": "fp32"}
@@ -340,3 +341,25 @@ def test_a_service_that_is_not_there_is_told_soon(tmp_path: Path) -> None:
     )
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("log.wandb: ")]
     assert line.endswith("or set log.wandb.mode to offline; WANDB_INIT_TIMEOUT allows more seconds")
+
+
+@pytest.mark.parametrize("name", ["WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"])
+@pytest.mark.parametrize("value", ["90 s", "", "-1", "inf", "nan"])
+def test_a_wrong_limit_for_wandb_is_refused_by_the_dry_run_too(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """The library names keys of its own; it takes infinite limits, which no wait does."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=rf"^{name}: '{value}'; rule: a number of seconds from 0 to 1,000,000, or unset$"
+    ):
+        check_trackers(LogConfig(wandb=WandbConfig(project="scenes", mode="offline")))
+
+
+def test_no_login_is_asked_for_where_none_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_CONSOLE", "none")
+    config = LogConfig(progress=False, wandb=WandbConfig(project="scenes", mode="offline"))
+    with pytest.raises(
+        UserError, match=r"^log\.wandb: [^\n]*console[^\n]*; rule: mend what it names, or leave log\.wandb out$"
+    ):
+        open_trackers(tmp_path, config, name="tiny", run_config={}, first_step=0)

@@ -16,6 +16,7 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.engine.contact import Contact, Peer, read_line
 from cosmos_scale.run.watchdog import Watchdog
 from cosmos_scale.testing.runs import SECONDS, Launched, records, start, train_to_end, wait_for_step, write_run
+from tests.run import stuck_wandb_train
 from tests.run.hanging_train import SLOW, SLOW_BATCH, STAYS
 
 HOST = socket.gethostname()
@@ -268,3 +269,13 @@ def children(process: Launched) -> list[int]:
     pid = process.processes[0].pid
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]
+
+
+@pytest.mark.slow
+def test_the_end_of_the_records_may_take_what_it_waits_for_others(tmp_path: Path, scenes: SceneShards) -> None:
+    """All is saved by then: a process of Weights & Biases that is stuck makes no failed run of it."""
+    log = {"every": 1, "progress": False, "wandb": {"project": "scenes", "mode": "offline"}}
+    run = write_run(tmp_path, scenes, log=log)
+    options = ["train.max_steps=2", f"train.watchdog_seconds={stuck_wandb_train.LIMIT}"]
+    ended = train_to_end(run, *options, ranks=2, program="tests.run.stuck_wandb_train").require(0)
+    assert "stacks" not in ended.errors
