@@ -23,6 +23,7 @@ from typing import TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cosmos_scale.console import make_console
+from cosmos_scale.data.forked import leave_parents_garbage, no_collection
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular
 from cosmos_scale.host import shared_memory_obstacle, usable_cores
@@ -57,7 +58,8 @@ def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: in
     with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         running: deque[Future[Result]] = deque()
         try:
-            running.extend(pool.submit(do, job) for job in islice(waiting, _AHEAD * workers))
+            with no_collection():  # the first one forks the processes
+                running.extend(pool.submit(do, job) for job in islice(waiting, _AHEAD * workers))
             while running:
                 yield _result(running.popleft())
                 running.extend(pool.submit(do, job) for job in islice(waiting, 1))
@@ -105,6 +107,7 @@ _busy = False  # in a worker: whether it does a job now
 
 
 def _start_worker(parent: int) -> None:
+    leave_parents_garbage()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # the parent goes on after an interrupt, so go on too
         signal.signal(signal.SIGINT, _leave)
     _end_with_parent(parent)

@@ -21,6 +21,7 @@ from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode.blocks import block_bytes
 from cosmos_scale.data.decode.dali import DaliDecoder, Encoded, require_dali
 from cosmos_scale.data.decode.pictures import batch_fields
+from cosmos_scale.data.forked import no_collection
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.training.damage import Damage, DamageCount, DamageLog
 from cosmos_scale.data.training.lost import LostShards
@@ -259,10 +260,11 @@ def _without_child_signals(loader: "DataLoader[Loaded]") -> Iterator[Loaded]:
     torch's handler raises a dead worker's error at any place in the training process, even in a collective. Without
     the handler the death is noticed where a batch is asked for, within seconds.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    results = iter(loader)
+    with no_collection():
+        if threading.current_thread() is not threading.main_thread():
+            return iter(loader)
+        handler = signal.getsignal(signal.SIGCHLD)
+        results = iter(loader)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
     return results
 

@@ -3,7 +3,6 @@
 Failures come back as values: an exception would reach the training process only as the text of a traceback.
 """
 
-import gc
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from cosmos_scale.batch import caption_lengths
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode.blocks import TensorBlock
 from cosmos_scale.data.decode.pictures import start_pictures
+from cosmos_scale.data.forked import leave_parents_garbage
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.origin import describe_origin
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey, UnreachableShard
@@ -165,9 +165,7 @@ class StepBatches(Dataset[Loaded]):
 
 def start_worker(worker: int) -> None:
     """Make a loader process outlive signals to all processes: the training process alone decides when it ends."""
-    # Garbage from before the fork belongs to the training process. Its finalisers, such as those that end an older
-    # loader's processes, must not run here. And memory that no garbage collection looks at stays shared.
-    gc.freeze()
+    leave_parents_garbage()
     stop_listening()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
         signal.signal(number, signal.SIG_IGN)
