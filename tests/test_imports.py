@@ -73,16 +73,17 @@ MAY_IMPORT = {
     "testing": PARTS | {"run", "train", "launch", "cli", "profiling"},
 }
 # Within data, arrows go the way of a sample: samples <- decode <- shards <- training. Three rooms stand beside it:
-# tools, prepare and scenes. The modules jobs and work lie in no room: the long work of every room uses them.
-SAMPLE_WAY = {"jobs", "work", "samples", "decode", "shards", "training"}
+# tools, prepare and scenes. The modules jobs, forked and work lie in no room: the long work of every room uses them.
+SAMPLE_WAY = {"forked", "jobs", "work", "samples", "decode", "shards", "training"}
 MAY_IMPORT_IN_DATA: dict[str, set[str]] = {
     "__init__": set(),
-    "jobs": set(),
+    "forked": set(),
+    "jobs": {"forked"},
     "work": set(),
     "samples": {"jobs"},
     "decode": {"jobs", "samples"},
     "shards": {"jobs", "work", "samples", "decode"},
-    "training": {"jobs", "samples", "decode", "shards"},
+    "training": {"forked", "jobs", "samples", "decode", "shards"},
     "tools": SAMPLE_WAY | {"prepare"},
     "prepare": SAMPLE_WAY,
     "scenes": SAMPLE_WAY,
