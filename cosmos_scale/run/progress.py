@@ -106,9 +106,11 @@ class Progress:
         steps_per_epoch: int,
         skipped: int,
         finish_saving: Callable[[], object],
+        substituted: int = 0,
     ) -> None:
         """skipped: steps before first_step whose update was skipped.
 
+        substituted: samples over all ranks that were replaced in the steps before first_step which have no record yet.
         finish_saving: waits until the checkpoint under way is whole; collective.
         """
         self._config = config
@@ -139,7 +141,8 @@ class Progress:
         self._pending: PendingStep | None = None
         self._skipped = self._skipped_before = skipped  # in all launches; up to the last record
         self._skipped_in_a_row = 0
-        self._substituted = 0  # of this rank, since the last record
+        # Of this rank, since the last record; the main rank has those of earlier launches, of whatever ranks.
+        self._substituted = substituted if ranks.is_main else 0
         self._data_wait = 0.0
         self._forwards: list[float] = []  # seconds of each step since the last record
         self._first_step = self._step = first_step
@@ -219,6 +222,10 @@ class Progress:
             self._write(pending.step, figures, pending.measured)
         if self._log is not None:
             self._log.advance(pending.step)
+
+    def unrecorded_substitutes(self) -> int:
+        """Return how many samples over all ranks were replaced since the last record; collective."""
+        return sum(from_all(self._substituted, self._ranks))
 
     def evaluated_at(self, step: int) -> dict[str, bool]:
         """Return the evaluators that have a record of a step, by name: whether one is of numbers; collective."""

@@ -91,11 +91,12 @@ class Run:
             last_step=self.last_step,
             steps_per_epoch=self.loader.steps_per_epoch,
             skipped=0 if self.start.state is None else self.first_step - self.start.state.updates,
+            substituted=0 if self.start.state is None else self.start.state.substituted,
             finish_saving=checkpoints.wait,
         )
 
-    def state(self, step: int) -> RunState:
-        """Return what a checkpoint says of the run after a number of steps."""
+    def state(self, step: int, progress: Progress) -> RunState:
+        """Return what a checkpoint says of the run after a number of steps, which progress has read; collective."""
         return RunState(
             step=step,
             samples=step * self.config.train.global_batch,
@@ -108,6 +109,7 @@ class Run:
             steps_per_epoch=self.loader.steps_per_epoch,
             marks=self.opened.marks,
             origin=self.origin,
+            substituted=progress.unrecorded_substitutes(),
         )
 
 

@@ -169,6 +169,19 @@ def test_lines_that_are_no_records_are_taken_out_and_kept_in_a_copy(
     assert not (tmp_path / "metrics.jsonl.old-3").exists()
 
 
+@pytest.mark.parametrize("end", [b'[{"kind": "train", "step": 1}, {"kind": "train", "step": 2}]', b"7", b"# lr is 0.1"])
+def test_a_last_line_without_an_end_that_is_no_torn_record_is_kept_in_the_copy(end: bytes, tmp_path: Path) -> None:
+    """As a list other programs write all records, and no end of a line: nothing else has them then."""
+    path = tmp_path / "metrics.jsonl"
+    for before in (end, b'{"kind": "train", "step": 1}\n' + end):
+        path.write_bytes(before)
+        with opened(tmp_path, first_step=3):
+            pass
+        copy = path.with_name("metrics.jsonl.old")
+        assert copy.read_bytes() == before
+        copy.unlink()
+
+
 def test_a_file_that_is_a_link_stays_one(tmp_path: Path) -> None:
     """The records are on another disk, say; those before the resume would stay there, and the others come here."""
     (tmp_path / "run").mkdir()
