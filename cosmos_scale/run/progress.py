@@ -223,6 +223,11 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
+    @property
+    def skipped(self) -> int:
+        """Steps of all launches that changed nothing."""
+        return self._skipped
+
     def unrecorded_substitutes(self) -> int:
         """Return how many samples over all ranks were replaced since the last record; collective."""
         return sum(from_all(self._substituted, self._ranks))

@@ -90,7 +90,7 @@ class Run:
             first_step=self.first_step,
             last_step=self.last_step,
             steps_per_epoch=self.loader.steps_per_epoch,
-            skipped=0 if self.start.state is None else self.first_step - self.start.state.updates,
+            skipped=0 if self.start.state is None else self.start.state.skipped_steps,
             substituted=0 if self.start.state is None else self.start.state.substituted,
             finish_saving=checkpoints.wait,
         )
@@ -110,6 +110,7 @@ class Run:
             marks=self.opened.marks,
             origin=self.origin,
             substituted=progress.unrecorded_substitutes(),
+            skipped=progress.skipped,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
 from cosmos_scale.config.load import load_config
@@ -108,6 +109,19 @@ def test_skipped_steps_change_nothing_and_are_counted(run: Path) -> None:
     again = train_to_end(run, *start, "train.max_steps=4").require(0)
     assert "step 4: the loss is not finite" in again.output
     assert "its update was skipped, 4 so far" in again.output  # of both launches
+
+
+@pytest.mark.skipif(not get_accelerator().is_fp16_supported(), reason="DeepSpeed takes no fp16 on this CPU")
+def test_updates_that_the_loss_scaler_drops_are_no_skipped_steps_after_a_resume_either(
+    tmp_path: Path, scenes: SceneShards
+) -> None:
+    run = write_run(tmp_path, scenes, precision="fp16", checkpoint={"every": 4, "keep_last": 2})
+    train_to_end(run).require(0)
+    whole = [(record["step"], record["grad_norm"], record["skipped_steps"]) for record in records(run)]
+    assert whole[0][1:] == (None, 0)  # the first scales are too large
+    shutil.rmtree(last_checkpoint(run))
+    assert "step-00000004" in train_to_end(run).require(0).output
+    assert [(record["step"], record["grad_norm"], record["skipped_steps"]) for record in records(run)] == whole
 
 
 def test_weights_that_never_recover_end_a_run_that_skips(run: Path) -> None:
