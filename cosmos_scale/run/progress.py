@@ -289,7 +289,8 @@ class Progress:
             return
         step_times, waits, forwards, substituted, hosts, work = zip(*numbers, strict=True)
         seconds, samples = measured.steps * max(step_times), measured.steps * self._config.train.global_batch
-        self._goodput.add(seconds - skipped * max(step_times))
+        # By this rank's clock: a span in which all were stopped would count twice where it falls into different steps.
+        self._goodput.add((measured.steps - skipped) * measured.step_seconds)
         own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
         slowest = own.index(max(own))
         self._log.training(
