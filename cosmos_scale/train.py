@@ -41,7 +41,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
     ):
         progress.begin(run.describe())
         if config.checkpoint.at_start and run.start.checkpoint is None:
-            checkpoints.save(run.state(0))
+            checkpoints.save(run.state(0, progress))
         if step > 0:
             with progress.pause(), watchdog.longer(f"the evaluation of step {step}") as goes_on:
                 run.opened.evaluations.run_missed(step, last_step, student, teacher, progress, goes_on)
@@ -67,7 +67,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
             watchdog.step_done()
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < last_step:
                 with progress.pause(), watchdog.longer(f"the checkpoint after step {step}"):
-                    checkpoints.save(run.state(step))
+                    checkpoints.save(run.state(step, progress))
             if step < last_step and run.opened.evaluations.due(step):
                 with progress.pause(), watchdog.longer(f"the evaluation of step {step}") as goes_on:
                     run.opened.evaluations.run_due(step, student, teacher, progress, goes_on)
@@ -76,7 +76,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog
             progress.stopping(step, ahead.stopped_by)
         if step > run.first_step:
             with watchdog.longer(f"the last checkpoint, after step {step}"):
-                checkpoints.save(run.state(step))
+                checkpoints.save(run.state(step, progress))
                 progress.say(f"checkpoint: {checkpoints.finish()}")
         if ahead.failure is not None:
             raise ahead.failure

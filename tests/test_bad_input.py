@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import yaml
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.testing.runs import TINY, Finished, launch, records, start, train_to_end, write_run
+from cosmos_scale.testing.runs import TINY, Finished, last_checkpoint, launch, records, start, train_to_end, write_run
 
 Edit = Callable[[str, bytes], bytes]
 WRONG_SHAPE = json.dumps({"raw_caption": [1, 2], "url": "https://example.org/1.jpg"}).encode()
@@ -144,6 +146,21 @@ def test_damaged_samples_are_counted_and_too_many_stop(tmp_path: Path, scenes: S
         assert all(reasons[entry["key"]] in entry["reason"] for entry in damaged)
         assert sum(record["substituted"] for record in records(run, name)) == 2
     refused(run, [*one_epoch, "name=strict", "data.max_damaged=0"], "data.max_damaged", "strict/damaged.jsonl")
+
+
+def test_replaced_samples_between_a_record_and_a_checkpoint_are_counted(tmp_path: Path, scenes: SceneShards) -> None:
+    """Recorded after step 5, saved after step 6, and resumed there at another number of ranks."""
+    sections: dict[str, Any] = {"log": {"every": 5}, "checkpoint": {"every": 6, "keep_last": 3}}
+    run = write_run(tmp_path, scenes, **sections)  # of 8 steps
+    shards = repack(scenes, tmp_path / "shards", lambda name, data: corrupt(data) if "7.jpg" in name else data)
+    command = [f"data.sources.0.shards={shards}", "data.max_damaged=1"]
+    train_to_end(run, *command, ranks=2).require(0)
+    whole = [(record["step"], record["substituted"]) for record in records(run)]
+    assert whole[0][1] > 0
+    assert whole[1][1] > 0
+    shutil.rmtree(last_checkpoint(run))
+    assert "step-00000006" in train_to_end(run, *command).require(0).output
+    assert [(record["step"], record["substituted"]) for record in records(run)] == whole
 
 
 def test_shard_truncated_after_indexing(tmp_path: Path, scenes: SceneShards) -> None:

@@ -48,7 +48,9 @@ class RunState:
     config: the run's configuration as plain data. lost_shards: the shards given up, each with the step from which on
     its samples are replaced. steps_per_epoch: of the data at this global batch, None where that was not saved.
     marks: digest of the shards' marks, empty where there is none. origin: where the run's first weights came from and
-    what was done to them, in words; empty where they were drawn, or that was not saved.
+    what was done to them, in words; empty where they were drawn, or that was not saved. substituted: samples over all
+    ranks that were replaced in the steps since the last record of metrics.jsonl, for the next one. skipped: steps that
+    changed nothing, None where that was not saved; fp16's loss scaler drops further updates.
     """
 
     step: int
@@ -62,6 +64,13 @@ class RunState:
     steps_per_epoch: int | None = None
     marks: str = ""
     origin: str = ""
+    substituted: int = 0
+    skipped: int | None = None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing; of older checkpoints all without an update."""
+        return self.step - self.updates if self.skipped is None else self.skipped
 
 
 def checkpoint_name(step: int) -> str:

@@ -14,6 +14,8 @@ from cosmos_scale.files import load_json, read_regular
 from cosmos_scale.host import process_seconds
 
 _SECONDS = {"train": "step_seconds_max", "stop": "useful_seconds"}  # what a kind of record must have
+_OPTIONAL = {"useful_seconds", "wall_seconds"}  # older versions did not write these
+_MOST = 1e12  # no clock shows so many seconds, and no run lasts so long
 
 
 class Goodput:
@@ -50,11 +52,17 @@ def _records(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = load_json(line)
-            if min(record["step"], record[_SECONDS[record["kind"]]], record["time"]) >= 0:
+            needed = ("step", "time", _SECONDS[record["kind"]])
+            if all(_is_count(record[key]) for key in (*needed, *(_OPTIONAL & record.keys()))):
                 found.append(record)
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def _is_count(value: object) -> bool:
+    """Whether a value can be counted with: other programs that write the file again may leave null, text, or more."""
+    return isinstance(value, int | float) and 0 <= value <= _MOST
 
 
 def _first_start(records: list[dict[str, Any]]) -> float:

@@ -12,6 +12,9 @@ from cosmos_scale.files import load_json, read_regular, replace_file
 from cosmos_scale.run.folder import METRICS_FILE, evaluation_folder
 from cosmos_scale.run.tracker_entries import TrackerEntry, named_pictures
 
+_RECORD = b'{"kind": "'  # what each record begins with
+_BLANK = b"\0 \t\r\n"  # zeros are left where the power failed
+
 TRACKED_KINDS = ("train", "eval", "eval_failed")
 """Kinds of records that trackers get, too."""
 
@@ -122,6 +125,7 @@ def cut_after(path: Path, step: int) -> Cut:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     kept, tracked, dropped, foreign = [], 0, 0, 0
     for line in before.splitlines(keepends=True):
+        record: Any = None
         try:
             record = load_json(line)
             if record["step"] <= step > 0:
@@ -130,8 +134,17 @@ def cut_after(path: Path, step: int) -> Cut:
                 tracked += record["kind"] in TRACKED_KINDS
                 dropped += 1
         except (ValueError, KeyError, TypeError):
-            if line.endswith((b"\r", b"\n")):
-                foreign += line.strip(b"\0 \t\r\n") != b""
+            if record is None and _is_torn(line):
+                dropped += 1
             else:
-                dropped += 1  # torn, by a run that was killed
+                foreign += line.strip(_BLANK) != b""
     return Cut(path, before, b"".join(kept), dropped, tracked, foreign)
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line is the begin of a record, of a run that was killed while it wrote: it has no end.
+
+    A last line without an end may be anything else, such as all records as one list, which other programs write so.
+    """
+    begin = line.strip(_BLANK)[: len(_RECORD)]
+    return not line.endswith((b"\r", b"\n")) and begin != b"" and _RECORD.startswith(begin)

@@ -106,9 +106,11 @@ class Progress:
         steps_per_epoch: int,
         skipped: int,
         finish_saving: Callable[[], object],
+        substituted: int = 0,
     ) -> None:
         """skipped: steps before first_step whose update was skipped.
 
+        substituted: samples over all ranks that were replaced in the steps before first_step which have no record yet.
         finish_saving: waits until the checkpoint under way is whole; collective.
         """
         self._config = config
@@ -139,7 +141,8 @@ class Progress:
         self._pending: PendingStep | None = None
         self._skipped = self._skipped_before = skipped  # in all launches; up to the last record
         self._skipped_in_a_row = 0
-        self._substituted = 0  # of this rank, since the last record
+        # Of this rank, since the last record; the main rank has those of earlier launches, of whatever ranks.
+        self._substituted = substituted if ranks.is_main else 0
         self._data_wait = 0.0
         self._forwards: list[float] = []  # seconds of each step since the last record
         self._first_step = self._step = first_step
@@ -220,6 +223,15 @@ class Progress:
         if self._log is not None:
             self._log.advance(pending.step)
 
+    @property
+    def skipped(self) -> int:
+        """Steps of all launches that changed nothing."""
+        return self._skipped
+
+    def unrecorded_substitutes(self) -> int:
+        """Return how many samples over all ranks were replaced since the last record; collective."""
+        return sum(from_all(self._substituted, self._ranks))
+
     def evaluated_at(self, step: int) -> dict[str, bool]:
         """Return the evaluators that have a record of a step, by name: whether one is of numbers; collective."""
         return from_all({} if self._log is None else self._log.evaluated_at(step), self._ranks)[0]
@@ -277,7 +289,8 @@ class Progress:
             return
         step_times, waits, forwards, substituted, hosts, work = zip(*numbers, strict=True)
         seconds, samples = measured.steps * max(step_times), measured.steps * self._config.train.global_batch
-        self._goodput.add(seconds - skipped * max(step_times))
+        # By this rank's clock: a span in which all were stopped would count twice where it falls into different steps.
+        self._goodput.add((measured.steps - skipped) * measured.step_seconds)
         own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
         slowest = own.index(max(own))
         self._log.training(

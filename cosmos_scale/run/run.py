@@ -90,12 +90,13 @@ class Run:
             first_step=self.first_step,
             last_step=self.last_step,
             steps_per_epoch=self.loader.steps_per_epoch,
-            skipped=0 if self.start.state is None else self.first_step - self.start.state.updates,
+            skipped=0 if self.start.state is None else self.start.state.skipped_steps,
+            substituted=0 if self.start.state is None else self.start.state.substituted,
             finish_saving=checkpoints.wait,
         )
 
-    def state(self, step: int) -> RunState:
-        """Return what a checkpoint says of the run after a number of steps."""
+    def state(self, step: int, progress: Progress) -> RunState:
+        """Return what a checkpoint says of the run after a number of steps, which progress has read; collective."""
         return RunState(
             step=step,
             samples=step * self.config.train.global_batch,
@@ -108,6 +109,8 @@ class Run:
             steps_per_epoch=self.loader.steps_per_epoch,
             marks=self.opened.marks,
             origin=self.origin,
+            substituted=progress.unrecorded_substitutes(),
+            skipped=progress.skipped,
         )
 
 

@@ -1,6 +1,7 @@
 """Goodput over the launches of a run, read from the records that earlier launches left."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def test_records_of_older_versions_and_torn_lines_are_read(tmp_path: Path) -> No
         file.write('{"kind": "train", "step": 30, "ti')
     numbers = Goodput(path, 20, anew=False).numbers()
     assert numbers == pytest.approx({"useful_seconds": 40.0, "wall_seconds": 90.0, "goodput": 40 / 90})
+
+
+@pytest.mark.parametrize("key", ["step", "time", "useful_seconds", "wall_seconds"])
+@pytest.mark.parametrize("value", [None, "12", math.nan, 10**400], ids=["null", "text", "nan", "huge"])
+def test_records_that_cannot_be_counted_with_count_as_torn(key: str, value: object, tmp_path: Path) -> None:
+    """Other programs, which people let write the file anew, leave such values."""
+    whole, other = training(8, 70, useful=16.0, wall=30.0), training(12, 60, useful=28.0, wall=40.0)
+    expected = Goodput(written(tmp_path, whole), 8, anew=False).numbers()
+    assert Goodput(written(tmp_path, whole, other | {key: value}), 8, anew=False).numbers() == expected
 
 
 @pytest.mark.parametrize("day", [-86_400.0, 86_400.0])

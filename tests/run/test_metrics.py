@@ -169,6 +169,14 @@ def test_lines_that_are_no_records_are_taken_out_and_kept_in_a_copy(
     assert not (tmp_path / "metrics.jsonl.old-3").exists()
 
 
+@pytest.mark.parametrize("before", [b'[{"kind": "train", "step": 1}]', b'{"kind": "train", "step": 1}\n# my note'])
+def test_an_end_that_is_no_torn_record_is_kept_in_the_copy(before: bytes, tmp_path: Path) -> None:
+    """As a list other programs write all records, without the end of a line: nothing else has them then."""
+    (tmp_path / "metrics.jsonl").write_bytes(before)
+    with opened(tmp_path, first_step=3):
+        assert (tmp_path / "metrics.jsonl.old").read_bytes() == before
+
+
 def test_a_file_that_is_a_link_stays_one(tmp_path: Path) -> None:
     """The records are on another disk, say; those before the resume would stay there, and the others come here."""
     (tmp_path / "run").mkdir()
