@@ -170,12 +170,13 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
         use = partial(initial_pair, config, ranks)
         pair, origin = with_agreed_weights(config, opened.initial, ranks, use)
         return Built(pair, start, origin, [])
-    pair = drawn_pair(config, ranks)
+    pair, tried = drawn_pair(config, ranks), 0
     while start.checkpoint is not None:
         try:
             pair.restore(start.checkpoint)
         except BrokenCheckpoint as broken:
-            start = _other_start(config, opened, start, broken, ranks)
+            tried += 1
+            start = _other_start(config, opened, start, broken, tried, ranks)
             if start.checkpoint is None:  # all are gone, and the pair holds a part of one
                 return build_pair(config, replace(opened, found_start=start), ranks)
             continue
@@ -183,18 +184,20 @@ def build_pair(config: RunConfig, opened: Opened, ranks: Ranks) -> Built:
     return Built(pair, start, "" if start.state is None else start.state.origin, _set_aside(start, ranks))
 
 
-def _other_start(config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, ranks: Ranks) -> Start:
-    """Find another start than a checkpoint that cannot be read; collective.
+def _other_start(
+    config: RunConfig, opened: Opened, start: Start, broken: BrokenCheckpoint, tried: int, ranks: Ranks
+) -> Start:
+    """Find another start than a checkpoint that cannot be read; collective. tried: how many could not be read so far.
 
     `resume: auto` passes it over. The newest one of a run that `resume` names may have been deleted, since that run
-    goes on: then the next one is taken.
+    goes on: then the next one is taken, a few times at most.
     """
     older, error = start, None
     try:
         assert start.checkpoint is not None
         if config.resume == "auto":
             known = (*start.broken, PassedOver(start.checkpoint, str(broken)))
-        elif isinstance(broken, GoneCheckpoint) and start.checkpoint != Path(config.resume):
+        elif isinstance(broken, GoneCheckpoint) and start.checkpoint != Path(config.resume) and tried < MOST_TRIES:
             known = start.broken
         else:
             raise UserError(str(broken))

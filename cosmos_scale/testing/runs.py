@@ -92,13 +92,14 @@ class Launched:
             with suppress(ProcessLookupError):
                 assert process.pid is not None
                 os.killpg(process.pid, signal.SIGKILL)
-            _wait(process, 10.0)
+        for process in self.processes:
+            assert _wait(process, SECONDS) is not None, f"process {process.pid} lives on after SIGKILL"
 
     def wait(self, timeout: float = SECONDS) -> Finished:
         """Wait for all processes to end; fail where one runs past the time limit."""
         deadline = time.monotonic() + timeout
         statuses = [_wait(process, deadline - time.monotonic()) for process in self.processes]
-        finished = Finished([status for status in statuses if status is not None], self._read("out"), self._read("err"))
+        finished = Finished([status for status in statuses if status is not None], self.printed(), self._read("err"))
         if None in statuses:
             self.kill()
             raise AssertionError(f"still running after {timeout:.0f} s\n{finished.output}\n{finished.errors}")
@@ -126,6 +127,10 @@ class Launched:
             if ended or time.monotonic() > deadline:
                 raise AssertionError(f"waited for {what} in vain\n{self._read('out')}\n{self._read('err')}")
             time.sleep(0.005)
+
+    def printed(self) -> str:
+        """Return what all processes have printed so far, their standard error left out."""
+        return self._read("out")
 
     def _read(self, kind: str) -> str:
         files = sorted(Path(self._folder.name).glob(f"*.{kind}"))

@@ -23,13 +23,13 @@ def last_step(root: Path) -> int:
     return -1 if folder is None else step_of(folder)
 
 
-def temporary_folders(root: Path, since: float = 0.0) -> list[Path]:
-    """Checkpoints under way, which an earlier kill may have left, and old ones being deleted, that changed since."""
-    found = []
+def temporary_folders(root: Path) -> set[tuple[str, int, int]]:
+    """Checkpoints under way and old ones being deleted, each as it is now: what a kill has left does not change."""
+    found = set()
     for folder in root.glob("step-*.tmp"):
         with suppress(FileNotFoundError):
-            if folder.stat().st_mtime > since:
-                found.append(folder)
+            status = folder.stat()
+            found.add((folder.name, status.st_ino, status.st_mtime_ns))
     return found
 
 
@@ -52,14 +52,17 @@ def time_saves(process: Launched, root: Path, count: int) -> Iterator[float]:
     process.kill()
 
 
-def kill_while_saving(process: Launched, root: Path, delay: float, saves: int, rank: int, began: float) -> None:
-    """Kill a run some time into a save of its own, one rank first."""
+def kill_while_saving(
+    process: Launched, root: Path, delay: float, saves: int, rank: int, left: set[tuple[str, int, int]]
+) -> None:
+    """Kill a run some time into a save of its own, one rank first; left: the temporary folders from before it."""
     first = last_step(root)
+    process.wait_until(lambda: "resumed from" in process.printed(), "its start")
     process.wait_until(lambda: last_step(root) >= first + saves, f"{saves} saves")
-    while not temporary_folders(root, began):
-        process.wait_until(lambda: bool(temporary_folders(root, began)), "another save")
+    while not temporary_folders(root) - left:
+        process.wait_until(lambda: bool(temporary_folders(root) - left), "another save")
         end = time.monotonic() + delay
-        while time.monotonic() < end and temporary_folders(root, began):
+        while time.monotonic() < end and temporary_folders(root) - left:
             time.sleep(0.001)
         delay /= 2  # of a save that was shorter than most, nothing is left to hit: the next one
     process.signal(rank, signal.SIGKILL)
@@ -85,21 +88,21 @@ def test_killed_while_saving_it_goes_on_from_the_checkpoint_before(
         typical = statistics.median(time_saves(process, root, 5))
     hits = 0
     for _ in range(kills):
-        expected, began = last_step(root), time.time()
+        expected, left = last_step(root), temporary_folders(root)
         with start(run, "name=killed", ranks=ranks) as process:
             delay, saves = generator.uniform(0.0, typical), generator.randint(0, 2)
-            kill_while_saving(process, root, delay, saves, generator.randrange(ranks), began)
+            kill_while_saving(process, root, delay, saves, generator.randrange(ranks), left)
             finished = process.wait()
         assert f"resumed from {root}/step-{expected:08d}" in finished.output, finished
         assert "passed over" not in finished.output
-        hits += bool(temporary_folders(root, began))
+        hits += bool(temporary_folders(root) - left)
         assert last_step(root) >= expected + saves
         assert_all_whole(root)
     print(f"{hits} of {kills} kills hit a save, which takes {1000 * typical:.0f} ms")
     assert hits > kills / 2, f"only {hits} of {kills} kills hit a save: they prove little"
     end = f"train.max_steps={last_step(root) + 2}"
     train_to_end(run, "name=killed", end, ranks=ranks).require(0)
-    assert temporary_folders(root) == []
+    assert temporary_folders(root) == set()
     train_to_end(run, "name=whole", "checkpoint.every=0", end, ranks=ranks).require(0)
     killed, whole = (
         [{key: record[key] for key in COMPUTED} for record in records(run, name)] for name in ("killed", "whole")

@@ -270,21 +270,22 @@ def test_all_ranks_resume_from_the_checkpoint_that_rank_0_has_found(
     assert run_ranks(resumed_from, 2, run, keep) == [checkpoint_name(2 if keep else 3)] * 2
 
 
-def built_from(rank: int, world_size: int, run: Path, cases: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Build a run from another one that goes on as the last rank reads its tensors; cases: the key, and what it names.
+def built_from(rank: int, world_size: int, run: Path, cases: list[tuple[str, bool, bool]]) -> list[tuple[str, bool]]:
+    """Build a run from another one that goes on as the last rank reads its tensors.
 
+    cases: the key, whether it names a checkpoint, and whether the run goes on each time.
     Returns what the run starts from, or the refusal, and whether it has the weights of the checkpoint that is left.
     """
     enter, ranks, found = FragmentReader.__enter__, start_ranks("cpu"), []
     root = run.parent / "source" / "tiny"
-    for key, is_named in cases:
+    for key, is_named, each_time in cases:
         dist.barrier()
         source = newest(root / "checkpoints")
         assert source is not None
 
-        def entered(self: FragmentReader, source: Path = source) -> FragmentReader:
-            if rank == world_size - 1 and self.folder == source and source.exists():
-                go_on(root, step_of(source))
+        def entered(self: FragmentReader, source: Path = source, each_time: bool = each_time) -> FragmentReader:
+            if rank == world_size - 1 and (each_time or self.folder == source) and self.folder.exists():
+                go_on(root, step_of(self.folder))
             return enter(self)
 
         config = load_config(run, [f"{key}={source if is_named else root}"])
@@ -309,15 +310,17 @@ def built_from(rank: int, world_size: int, run: Path, cases: list[tuple[str, boo
 def test_all_ranks_take_the_next_one_where_tensors_are_gone(tmp_path: Path, scenes: SceneShards, ranks: int) -> None:
     run = write_run(tmp_path, scenes, zero={"stage": 1})
     train_to_end(run, f"output={tmp_path / 'source'}", "train.max_steps=2").require(0)
-    cases = [(key, is_named) for key in ("init_from", "resume") for is_named in (False, True)]
-    names = [str(tmp_path / "source" / "tiny" / "checkpoints" / checkpoint_name(step)) for step in range(2, 7)]
-    for found in run_ranks(built_from, ranks, run, cases):
-        taken, refused, went_on, not_resumed = found
+    cases = [(key, is_named, False) for key in ("init_from", "resume") for is_named in (False, True)]
+    steps = range(2, 7 + MOST_TRIES)
+    names = [str(tmp_path / "source" / "tiny" / "checkpoints" / checkpoint_name(step)) for step in steps]
+    for found in run_ranks(built_from, ranks, run, [*cases, ("resume", False, True)]):
+        taken, refused, went_on, not_resumed, at_no_end = found
         assert taken[0].startswith(f"{names[1]}: checkpoint of step 3 (")
         assert refused[0].startswith(f"init_from: checkpoint {names[1]}: deleted since it was found")
         assert went_on[0] == names[3]
         assert not_resumed[0].startswith(f"checkpoint {names[3]}: deleted since it was found")
-        assert [same for _, same in found] == [True, False, True, False]
+        assert at_no_end[0].startswith(f"checkpoint {names[3 + MOST_TRIES]}: deleted since it was found")
+        assert [same for _, same in found] == [True, False, True, False, False]
 
 
 def test_nothing_is_said_where_nothing_went(run: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_signal_during_what_is_no_step_waits_for_the_next_one(
 def test_a_second_interrupt_ends_a_rank_that_waits_in_a_library(run: Path) -> None:
     with start(run, ranks=2, program="tests.run.hanging_train") as process:
         # Rank 0 has begun the step too, and waits for rank 1 in a collective.
-        process.wait_until(lambda: IN_THE_STEP in process._read("out"), "rank 1 in its step")
+        process.wait_until(lambda: IN_THE_STEP in process.printed(), "rank 1 in its step")
         process.signal(0, signal.SIGINT)
         time.sleep(1.5)
         until = time.monotonic() + SECONDS
