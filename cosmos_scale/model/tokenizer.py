@@ -72,7 +72,7 @@ class Tokenizer:
         """Return ids [N, L] int32; a longer text keeps its first L - 1 ids, the start included, and EOT."""
         rows = np.zeros((len(texts), self.context_length), dtype=np.int32)
         for row, text in zip(rows, texts, strict=True):
-            ids = self._encode(text)[: self.context_length - 2]
+            ids = self._encode(text, self.context_length - 2)
             row[0], row[1 : 1 + len(ids)], row[1 + len(ids)] = START_OF_TEXT, ids, END_OF_TEXT
         return torch.from_numpy(rows)
 
@@ -95,8 +95,8 @@ class Tokenizer:
             room -= len(kept)
         return found
 
-    def _encode(self, text: str) -> list[int]:
-        """Return all ids of a text, without start and EOT."""
+    def _encode(self, text: str, most: int) -> list[int]:
+        """Return the first ids of a text, `most` or fewer, without start and EOT; words behind them are not merged."""
         ids: list[int] = []
         for word in words(clean(text)):
             known = self._ids.get(word)
@@ -107,7 +107,9 @@ class Tokenizer:
                         self._ids = dict(SPECIAL_WORDS)
                     self._ids[word] = known
             ids += known
-        return ids
+            if len(ids) >= most:  # a caption may hold a megabyte, such as a picture in base64
+                break
+        return ids[:most]
 
 
 def clean(text: str) -> str:

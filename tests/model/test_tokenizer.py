@@ -129,6 +129,26 @@ def test_a_thousand_line_breaks_are_mended_as_one(monkeypatch: pytest.MonkeyPatc
         assert mended.pop() == "caf\u00e9\na cat"
 
 
+def test_words_behind_the_last_id_are_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caption with a picture in base64 has a million words: merging them all took a second a view."""
+    whole = Tokenizer(77)
+    text = "a1b2" * 1000
+    wanted = whole([text])
+    merged = []
+    merge = whole._merge
+
+    class Counting:
+        def encode(self, word: str) -> object:
+            merged.append(word)
+            return merge.encode(word)
+
+    short = Tokenizer(77)
+    monkeypatch.setattr(short, "_merge", Counting())
+    monkeypatch.setattr("cosmos_scale.model.tokenizer.REMEMBERED_LENGTH", 0)
+    assert torch.equal(short([text]), wanted)
+    assert len(merged) == 75
+
+
 def test_memory_of_words_is_bounded_and_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = captions(300)
     expected = Tokenizer(LENGTH)(texts)

@@ -34,6 +34,8 @@ IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "fi
 # A key of one's own: the name before the first dot of a tar's members, in one folder.
 _KEY = re.compile(r"(?!__)[^./\\\x00-\x1f\x7f]{1,200}")
 
+_HALF = re.compile(r"[\ud800-\udfff]")  # json may spell it; no file can hold it as text
+
 # A whole number as a column of floats has it: pandas makes floats of a column of numbers in which a cell is empty.
 # More digits may be lost in a float.
 _WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]{0,14})\.0")
@@ -244,6 +246,8 @@ def _key_fault(value: object, key: str) -> str | None:
         return (
             f"wrong key: {value!r} is a float; rule: a key is a text or a whole number, as a float of at most 15 digits"
         )
+    if half := _HALF.search(key):  # the key is a name in a tar, which would hold another one, or none
+        return f"wrong key: {key[:40]!r} is no text: half of a surrogate pair, \\u{ord(half[0]):04x}, is in it"
     if not isinstance(value, (str, int, float)) or not _KEY.fullmatch(key):
         return f"wrong key: {key[:40]!r}; rule: at most 200 characters, none of them . / \\, and no __ before them"
     return None

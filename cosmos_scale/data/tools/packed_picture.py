@@ -14,8 +14,10 @@ from cosmos_scale.data.decode.picture import (
     is_transparent,
     picture_format,
 )
+from cosmos_scale.data.samples.sample import DamagedSample
 
 JPEG_QUALITY = 95  # of converted pictures, with full colour resolution: almost no loss
+JPEG_SIDE = 65_500  # pixels: libjpeg writes and reads no picture of more
 
 Orientation = Literal["upright", "keep"]
 
@@ -45,13 +47,19 @@ class PackedPicture(NamedTuple):
 
 
 def pack_picture(data: bytes, rules: PictureRules) -> PackedPicture:
-    """Make a JPEG of a picture, whose bytes stay where no rule changes them; raises DamagedSample if it is damaged."""
+    """Make a JPEG of a picture, whose bytes stay where no rule changes them.
+
+    Raises: DamagedSample where it is damaged, or has a longer side than a JPEG may have.
+    """
     pixels = decode_rgbx(data, DEFAULT_MAX_PIXELS, rules.background)
     orientation = orientation_of(data)
     turned = orientation != UPRIGHT
     is_jpeg = picture_format(data[:12]) == "jpeg"
     if is_jpeg and (rules.orientation == "keep" or not turned):
         return PackedPicture(data, False, turned)
+    height, width = pixels.shape[:2]
+    if max(height, width) > JPEG_SIDE:
+        raise DamagedSample(f"the picture has {width} x {height} pixels, and a JPEG at most {JPEG_SIDE} on a side")
     image = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
     tag = orientation_tag(orientation if rules.orientation == "keep" else UPRIGHT)
     if rules.orientation == "upright":

@@ -99,3 +99,15 @@ def test_a_key_of_another_type_is_rejected_by_its_type(inputs: Path) -> None:
         "wrong key: [7] is a list",
         'wrong key: {"a": 7} is an object',
     ]
+
+
+@pytest.mark.parametrize("half", [0xD83D, 0xDCE9])
+def test_a_key_with_half_of_a_surrogate_pair_rejects_its_row(inputs: Path, half: int) -> None:
+    """A tar cannot have the first as a name, and has the second as a byte that is no UTF-8: another key."""
+    rows = [{"image": "0.jpg", "caption": "x", "id": key} for key in (f"a{chr(half)}", "\U0001f600")]
+    (inputs / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(inputs, "c.jsonl", "--key", "id")) == 0
+    assert keys(inputs / "out") == ["\U0001f600"]
+    escaped = f"\\u{half:04x}"
+    rule = f"is no text: half of a surrogate pair, {escaped}, is in it"
+    assert reasons(inputs / "out") == [(1, "000000001", f"wrong key: 'a{escaped}' {rule}")]

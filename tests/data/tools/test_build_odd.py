@@ -1,8 +1,10 @@
-"""Rows that nearly name a picture, folders with a colon in their names, animated pictures, captions of no sign."""
+"""Rows that nearly name a picture, odd names of files and folders, animated and long pictures, captions of no sign."""
 
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from cosmos_scale.data.tools.captions_file import read_rows
 from cosmos_scale.data.tools.near_names import near_names
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -151,3 +155,44 @@ def test_what_is_no_file_is_named_and_not_called_missing(images: Path, tmp_path:
         build(images, [{"image": f"{name}.jpg", "caption": "a"} for name in names], tmp_path / "out")
     kinds = ["a folder", "a FIFO", "a device", "a link to what is not there"]
     assert reasons(tmp_path / "out") == [f"picture is {kind}, not a file" for kind in kinds]
+
+
+def test_a_picture_that_no_jpeg_can_be_costs_its_row(images: Path, tmp_path: Path) -> None:
+    """Written as JPEG it ended the build, which could not go on behind it."""
+    for name, size in (("wide.png", (65_501, 1)), ("tall.png", (1, 65_501)), ("longest.png", (65_500, 1))):
+        Image.new("RGB", size, "red").save(images / name)
+    report = build(images, [{"image": name} for name in ("wide.png", "tall.png", "longest.png")], tmp_path / "out")
+    assert report.samples == 1
+    sizes = ("65501 x 1", "1 x 65501")
+    assert reasons(tmp_path / "out") == [
+        f"the picture has {size} pixels, and a JPEG at most 65500 on a side" for size in sizes
+    ]
+
+
+def test_a_name_at_the_file_systems_limit_may_lack_its_extension(images: Path, tmp_path: Path) -> None:
+    """Of 255 bytes: behind it `.jpeg` and `.webp` make names that no file can have."""
+    (images / f"{'a' * 251}.jpg").write_bytes(picture(5))
+    Image.new("RGB", (9, 9), "red").save(images / f"{'b' * 251}.png")
+    build(images, [{"image": name} for name in ("a" * 251, "b" * 251, "c" * 251, "d" * 256)], tmp_path / "out")
+    found = reasons(tmp_path / "out")
+    assert found[0] == "picture not found"
+    assert found[1].startswith("picture cannot be read: [Errno 36] File name too long")
+    assert len(found) == 2
+
+
+def test_names_in_another_locale_are_the_same_bytes(images: Path, tmp_path: Path) -> None:
+    """Without UTF-8 Python looks for the locale's bytes of a name, and found no picture with an accent."""
+    (images / "café.jpg").write_bytes(picture(5))
+    (tmp_path / "c.csv").write_text("image,caption\ncafé.jpg,a cat\ncafé,a dog\n", encoding="utf-8")
+    command = ["data", "build", "--images", str(images), "--captions", str(tmp_path / "c.csv"), "--quiet"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "cosmos_scale.cli", *command, "--out", str(tmp_path / "out"), "--workers", "1"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert reasons(tmp_path / "out") == []
