@@ -277,7 +277,7 @@ def test_masks_in_black_and_white_are_doubtful(own_set: OwnSet, capsys: pytest.C
     make_evaluator(own_set.section(), setting)
     said = capsys.readouterr().err
     assert said.startswith(
-        f"doubtful masks: {masks}: 5 masks looked at hold 0 and 255 alone, and pixels of 255 count no"
+        f"doubtful masks: {masks}: 0 and 255 alone in 5 masks looked at, and pixels of 255 count nowhere;"
     )
     assert said.endswith("rule: 0 to 4 are the classes, such as 1 for 'aeroplane'\n")
     assert said.count("\n") == 1
