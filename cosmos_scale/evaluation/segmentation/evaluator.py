@@ -200,9 +200,9 @@ class Segmentation(Evaluator):
         own = self._config.dataset is None and not self._config.reduce_zero
         if own and self.setting.rank == 0 and labels_found == {0, IGNORED} and len(self._names) > 1:
             print(
-                f"doubtful masks: {self._config.masks}: 0 and {IGNORED} alone in {counted(masks, 'mask')} looked at, and "
-                f"pixels of {IGNORED} count nowhere; rule: 0 to {len(self._names) - 1} are the classes, such as 1 for "
-                f"{self._names[1][0]!r}",
+                f"doubtful masks: {self._config.masks}: 0 and {IGNORED} alone in {counted(masks, 'mask')} looked at, "
+                f"and pixels of {IGNORED} count nowhere; rule: 0 to {len(self._names) - 1} are the classes, such as 1 "
+                f"for {self._names[1][0]!r}",
                 file=sys.stderr,
             )
 
