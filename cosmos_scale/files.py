@@ -297,6 +297,16 @@ def whole_path(path: str | Path) -> str:
     return str(path) if re.match(r"\w{2,}:/", str(path)) else os.path.abspath(path)
 
 
+def name_on_disk(name: str) -> str:
+    """Return a name such that its UTF-8 bytes are looked for on the disk, whatever the locale's encoding.
+
+    Python would look for the locale's bytes: in ISO-8859-1 for others, and in ASCII for none.
+    """
+    with suppress(UnicodeEncodeError):  # half of a surrogate pair: such a name has no bytes
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    return name
+
+
 def reason_of(error: OSError) -> str:
     """Return why the system refused a file, with the way on where too few open files are allowed."""
     said = error.strerror or str(error)

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import sys
+from codecs import lookup
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,11 @@ def as_rank(command: str, work: Callable[[ThisRank], int]) -> int:
 
 def told_cause(error: Exception) -> str | None:
     """Return what to tell of an error whose cause is the machine, a named path or a library; None: another cause."""
+    if isinstance(error, UnicodeEncodeError) and lookup(error.encoding) == lookup(sys.getfilesystemencoding()):
+        return (
+            f"{error.object}: the locale's encoding of paths, {error.encoding}, lacks "
+            f"{error.object[error.start : error.end]!r}; rule: choose one that has it, such as LC_ALL=C.UTF-8"
+        )
     cause = cause_in_the_machine(error)
     if cause is None:
         return refused_import(error)

@@ -1,7 +1,10 @@
 """Paths on the command line that no file system takes, for every command."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ from PIL import Image
 from cosmos_scale.cli import main as cli
 
 LONG = "a" * 5000
+
+WITHOUT_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.mark.parametrize(
@@ -110,3 +115,43 @@ def test_a_relative_path_that_is_not_there_is_shown_whole(
     assert cli.main(command) == (0 if "--dry-run" in command else 2)  # a plan refuses nothing for what is not here
     captured = capsys.readouterr()
     assert f"{tmp_path}/nope" in captured.err.replace("\n", "") + "".join(captured.out.split())
+
+
+def without_utf8(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "cosmos_scale.cli", *command],
+        env=os.environ | WITHOUT_UTF8,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_names_of_pictures_are_the_same_bytes_in_each_locale(tmp_path: Path) -> None:
+    (tmp_path / "été").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "été" / "é.jpg")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": "été/é.jpg", "caption": "a cat"}) + "\n", "utf-8")
+    code = (
+        "import sys; from pathlib import Path; "
+        "from cosmos_scale.evaluation.datasets.captioned_files import open_pairs; "
+        "((picture, _),) = open_pairs(Path(sys.argv[1]), None); sys.exit(not Path(picture.path).is_file())"
+    )
+    environment = os.environ | WITHOUT_UTF8
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "pairs.jsonl"], env=environment, check=False, timeout=60
+    )
+    assert ended.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["train", "launch"])
+def test_a_path_that_the_locale_cannot_spell_is_one_line(command: str, tmp_path: Path) -> None:
+    """A run's YAML is UTF-8, whatever the locale."""
+    run = tmp_path / "run.yaml"
+    source = f"{{name: a, shards: {tmp_path}/été}}"
+    run.write_text(f"extends: cosmos:train/published\noutput: {tmp_path}/été\ndata: {{sources: [{source}]}}\n", "utf-8")
+    ended = without_utf8(*command.split(), str(run))
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    rule = "the locale's encoding of paths, ascii, lacks '\\xe9'; rule: choose one that has it, such as LC_ALL=C.UTF-8"
+    assert ended.stderr.startswith(f"cosmos-scale {command}: {tmp_path}/\\xe9t\\xe9")
+    assert ended.stderr.endswith(f": {rule}\n")

@@ -2,13 +2,13 @@
 
 import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.tools.near_names import near_names, other_kind
+from cosmos_scale.files import name_on_disk
 
 
 def picture_path(images: Path, name: str) -> Path:
@@ -26,7 +26,7 @@ def picture_path(images: Path, name: str) -> Path:
             if (near := f"{place}{slash}{other}") != name and _named_picture(images, near) is not None:
                 form = (other_forms(file) | other_forms(folder))[other if other != file else place]
                 raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
-    if kind := other_kind(images / _of_file_system(name)):
+    if kind := other_kind(images / name_on_disk(name)):
         raise DamagedSample(f"picture is {kind}, not a file")
     meant = next((other for other in near_names(name) if _is_there(images, other)), None)
     raise DamagedSample(f"picture not found{f': {meant} is there; change the row or --images' if meant else ''}")
@@ -45,7 +45,7 @@ def _named_picture(images: Path, name: str) -> Path | None:
     root = os.path.abspath(images)
     found: list[Path] = []
     for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):
-        path = Path(os.path.abspath(images / _of_file_system(candidate)))
+        path = Path(os.path.abspath(images / name_on_disk(candidate)))
         if not path.is_relative_to(root):
             raise DamagedSample(f"picture outside the folder: {images} does not hold it")
         try:
@@ -62,13 +62,3 @@ def _named_picture(images: Path, name: str) -> Path | None:
     if len(found) > 1:
         raise DamagedSample(f"picture unclear: the name is that of {', '.join(path.name for path in found)}")
     return found[0] if found else None
-
-
-def _of_file_system(name: str) -> str:
-    """Return a name such that its UTF-8 bytes are looked for on the disk, whatever the locale's encoding.
-
-    Python would look for the locale's bytes: in ISO-8859-1 for others, and in ASCII for none.
-    """
-    with suppress(UnicodeEncodeError):  # half of a surrogate pair: such a name has no bytes
-        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
-    return name

@@ -17,7 +17,7 @@ from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.data.samples.file_kind import refuse_no_text
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import PlacedFile
-from cosmos_scale.files import load_json, read_regular, reason_of, whole_path
+from cosmos_scale.files import load_json, name_on_disk, read_regular, reason_of, whole_path
 from cosmos_scale.words import counted
 
 Captioned = tuple[PlacedFile, list[str]]
@@ -55,7 +55,7 @@ def open_coco(root: Path) -> list[Captioned]:
             f"{path}: has no images and annotations of COCO's form ({_shown(error)}); rule: {COCO}"
         ) from error
     folder = _folder_of(root, ["images/val2017", "val2017"], list(captions), COCO)
-    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+    return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
 def open_karpathy(root: Path) -> list[Captioned]:
@@ -75,7 +75,7 @@ def open_karpathy(root: Path) -> list[Captioned]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has another form ({_shown(error)}); rule: {KARPATHY}") from error
     folder = _folder_of(root, ["images", "."], list(captions), KARPATHY)
-    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+    return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
 def open_flickr30k(root: Path, split: str) -> list[Captioned]:
@@ -93,7 +93,7 @@ def open_flickr30k(root: Path, split: str) -> list[Captioned]:
         raise UserError(f"{path}: has another form ({_shown(error)}); rule: {rule}") from error
     here, there = Path(os.path.abspath(root)), root.resolve()
     folder = _folder_of(root, [here.parent, there.parent, here], list(captions), rule)
-    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+    return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
 def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
@@ -127,7 +127,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     if not captions:
         raise UserError(f"{path}: names no picture; rule: {PAIRS}")
     folder = _folder_of(path.parent, [path.absolute().parent, path.resolve().parent], list(captions), PAIRS)
-    return [_placed(folder / name, name, texts) for name, texts in captions.items()]
+    return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
 def _caption_key(row: dict[str, Any], where: str) -> str:
@@ -190,7 +190,7 @@ def _folder_of(root: Path, folders: Sequence[str | Path], names: Sequence[str], 
         raise UserError(f"{root}: its list names no picture; rule: {rule}")
     for name in names:
         for folder in folders:
-            if (root / folder / name).is_file():
+            if (root / folder / name_on_disk(name)).is_file():
                 return root / folder
     where = " or ".join(dict.fromkeys(str((root / folder).absolute()) for folder in folders))
     raise UserError(
@@ -198,8 +198,8 @@ def _folder_of(root: Path, folders: Sequence[str | Path], names: Sequence[str], 
     )
 
 
-def _placed(path: Path, name: str, texts: list[str]) -> Captioned:
-    return PlacedFile(str(path), name), texts
+def _placed(folder: Path, name: str, texts: list[str]) -> Captioned:
+    return PlacedFile(str(folder / name_on_disk(name)), name), texts
 
 
 def _read_text(path: Path, rule: str) -> str:
