@@ -60,7 +60,7 @@ def add_convert_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from cosmos_scale.checkpoint.interchange.export_folder import check_target, write_export
+    from cosmos_scale.checkpoint.interchange.export_folder import check_apart, check_target, write_export
     from cosmos_scale.checkpoint.interchange.formats import check_format
     from cosmos_scale.checkpoint.interchange.model_card import Card
     from cosmos_scale.checkpoint.interchange.reading import of_newest
@@ -70,6 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
     to, folder = arguments.to, arguments.folder
     models: tuple[Which, ...] = ("student", "teacher") if to == "cosmos" else (arguments.which,)
     check_target(folder, (), force=arguments.force)  # before anything takes time
+    check_apart(folder, arguments.checkpoint)
     with WorkBar(show=True) as bar:
 
         def read(checkpoint: "Path") -> "tuple[Source, list[ExportedFile]]":

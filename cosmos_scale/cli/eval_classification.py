@@ -1,10 +1,13 @@
 """The command `cosmos-scale eval classification`: its own arguments."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any, get_args
 
 from cosmos_scale.cli.arguments import count, place
 from cosmos_scale.cli.eval_command import EvalCommand
+from cosmos_scale.errors import UserError
 from cosmos_scale.set_names import LabelledLayout
 
 EXAMPLES = """\
@@ -43,8 +46,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _keys(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.out is not None and arguments.dataset in ("folders", "imagenet"):
+        _require_apart(arguments.out, arguments.data)
     names = ("dataset", "data", "classes", "templates", "names", "split", "confusions")
     return {name: getattr(arguments, name) for name in names}
+
+
+def _require_apart(out: Path, data: str) -> None:
+    """Raise UserError where what is drawn would be a class of the folders at the next evaluation."""
+    place, folders = Path(os.path.realpath(out)), Path(os.path.realpath(data))
+    if place.is_relative_to(folders) and not any(part.startswith(".") for part in place.relative_to(folders).parts):
+        raise UserError(
+            f"--out: {out} lies in --data {data}, where each folder is a class, with all pictures below it; rule: "
+            "a folder elsewhere"
+        )
 
 
 CLASSIFICATION = EvalCommand(

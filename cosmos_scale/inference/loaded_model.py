@@ -42,6 +42,7 @@ from cosmos_scale.inference.inputs import (
     upright_pixels_of,
 )
 from cosmos_scale.inference.results import CaptionAttention, ClassifiedPictures, SegmentedPicture
+from cosmos_scale.inference.torch_state import usual_torch
 from cosmos_scale.words import with_article
 
 _ACTIVATIONS = 2**29  # bytes that the activations of a batch may take on the CPU; on CUDA an eighth of what is free
@@ -107,6 +108,7 @@ class LoadedModel:
         sizes = f"pictures of {self.image_size} pixels in patches of {patch}, features of {self.embed_dim}"
         return "\n  ".join([f"{self.which} of {self.checkpoint}", f"on {self.device}; {sizes}", *self.notes])
 
+    @usual_torch()
     @torch.no_grad()
     def encode_image(self, images: Iterable[PictureLike] | Tensor) -> Tensor:
         """Return the features of N pictures, of length 1: [N, E] float32.
@@ -135,6 +137,7 @@ class LoadedModel:
     def _crop(self, picture: PictureLike, where: str) -> Tensor:
         return evaluation_crop(pixels_of(picture, where, self.encoder.setting), self.image_size)
 
+    @usual_torch()
     @torch.no_grad()
     def encode_text(self, texts: Iterable[str]) -> Tensor:
         """Return the features of N texts, of length 1: [N, E] float32; of a long text the first tokens count."""
@@ -144,6 +147,7 @@ class LoadedModel:
         parts = [listed[first : first + batch] for first in range(0, len(listed), batch)]
         return torch.cat([self.encoder.texts(part).float().cpu() for part in parts])
 
+    @usual_torch()
     @torch.no_grad()
     def classify(
         self,
@@ -165,6 +169,7 @@ class LoadedModel:
         probabilities_NC = (self.logit_scale * cosines_NC).softmax(1)
         return ClassifiedPictures(titles, tuple(title for title, *_ in names), cosines_NC, probabilities_NC)
 
+    @usual_torch()
     @torch.no_grad()
     def segment(
         self,
@@ -196,6 +201,7 @@ class LoadedModel:
             raise UserError(f"{where}: {damage}") from damage
         return SegmentedPicture(title_of(image, None), tuple(title for title, *_ in names), labels_HW.cpu())
 
+    @usual_torch()
     @torch.no_grad()
     def attention_maps(self, image: PictureLike, caption: str) -> CaptionAttention:
         """Return where the caption looks in the picture, and which of its words the picture looks at.
@@ -222,6 +228,7 @@ class LoadedModel:
         return max(1, min(_LARGEST_BATCH, memory // of_one))
 
 
+@usual_torch()
 def load(
     checkpoint: str | os.PathLike[str],
     which: Which = "teacher",
@@ -256,10 +263,10 @@ def load(
     said: list[str] = []
     found, name, encoder = of_newest(_possible_path(checkpoint), read, said.append)
     for line in said:
-        warnings.warn(line, stacklevel=2)
+        warnings.warn(line, stacklevel=3)  # the caller of the function in its context
     encoder.model.requires_grad_(requires_grad=False)
     if encoder.notes[1:]:  # the first says what the file is
-        warnings.warn(f"{found}: {'; '.join(encoder.notes)}", stacklevel=2)
+        warnings.warn(f"{found}: {'; '.join(encoder.notes)}", stacklevel=3)  # the caller of the function in its context
     return LoadedModel(encoder, found, name)
 
 

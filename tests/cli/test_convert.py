@@ -67,6 +67,25 @@ def test_what_is_there_is_replaced_with_force_only(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "cosmos.pt"]
 
 
+def test_a_checkpoint_is_not_replaced_by_its_own_export(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, link = tmp_path / "out", tmp_path / "link"
+    assert cli.main(["convert", "--checkpoint", str(run), "--to", "cosmos", str(out)]) == 0
+    link.symlink_to(out / "cosmos.pt")
+    before = (out / "cosmos.pt").read_bytes()
+    for checkpoint in (out / "cosmos.pt", link):
+        assert cli.main(["convert", "--checkpoint", str(checkpoint), "--to", "hf", "--force", str(out)]) == 2
+        said = f"{out}: its files are the checkpoint {checkpoint}, and would be replaced; rule: name another folder\n"
+        assert capsys.readouterr().err.endswith(said)
+    assert (out / "cosmos.pt").read_bytes() == before
+    (out / "mine.pt").write_bytes(before)  # a file that no export wrote stays
+    assert cli.main(["convert", "--checkpoint", str(out / "mine.pt"), "--to", "hf", "--force", str(out)]) == 0
+    assert (out / "mine.pt").read_bytes() == before
+    assert cli.main(["convert", "--checkpoint", str(out), "--to", "openclip", "--force", str(out)]) == 2
+    assert (out / "model.safetensors").exists()
+
+
 def test_folders_that_are_no_utf8_are_read_and_written(run: Path, tmp_path: Path) -> None:
     checkpoint, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"th\xe9")
     checkpoint.symlink_to(run)

@@ -1,6 +1,7 @@
 """`cosmos-scale eval classification` on a checkpoint of a real run: tables, JSON, files, ranks, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,18 @@ def test_refusals_are_one_line(
     assert error.startswith("cosmos-scale eval classification: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_pictures_are_not_written_among_the_classes(
+    checkpoints: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, link = tmp_path / "data", tmp_path / "link"
+    shutil.copytree(pictures, data)
+    link.symlink_to(data)
+    for out in (data, data / "results", link / "results"):
+        assert cli.main(command(checkpoints, data, "--out", str(out))) == 2
+        said = f"--out: {out} lies in --data {data}, where each folder is a class, with all pictures below it; rule: a "
+        assert said in capsys.readouterr().err
+    assert not (data / "results").exists()
+    for out in (data / ".results", tmp_path / "data_results"):
+        assert cli.main(command(checkpoints, data, "--out", str(out))) == 0

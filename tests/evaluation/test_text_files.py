@@ -26,6 +26,9 @@ def test_lines_end_at_line_breaks_alone(tmp_path: Path) -> None:
         ("cat\nd\0og\n", "line 2 holds a NUL: 'd\\x00og'; rule: a text file in UTF-8, a class a line"),
         ("cat\ndog\n".encode("utf-16-le").decode(), "is UTF-16 or no text; save it as UTF-8"),
         ("'cat',\n'dog',\n", "line 1 is code of Python: 'cat',; rule: a class a line, here: cat"),
+        ('["cat", "dog"]\n', 'line 1 is a list, as in JSON: ["cat", "dog"]; rule: a class a line, without quotes'),
+        ("cat\ndog, \n", "line 2 is 'dog, ', with an empty name beside a comma; rule: names of a class are"),
+        ("- cat\n- dog\n", "line 1 is '- cat', and each line has a bullet beside the name, which would become"),
         ('cat\n"dog",\n', 'line 2 is code of Python: "dog",; rule: a class a line, here: dog'),
     ],
 )

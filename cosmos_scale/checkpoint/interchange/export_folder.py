@@ -62,6 +62,20 @@ def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
         )
 
 
+def check_apart(folder: Path, checkpoint: Path) -> None:
+    """Raise UserError where an export to a folder would replace the checkpoint that it is made of.
+
+    What the new files leave out, such as the other model, would be lost. Files of others in the folder stay.
+    """
+    place, source = Path(os.path.realpath(folder)), Path(os.path.realpath(checkpoint))
+    own = source.parent == place and source.name in _own_files(folder)
+    if own or (source == place and _own_files(folder)):
+        raise UserError(
+            f"{whole_path(folder)}: its files are the checkpoint {checkpoint}, and would be replaced; rule: name "
+            "another folder"
+        )
+
+
 def write_export(
     folder: Path, files: Sequence[ExportedFile], card: str, *, force: bool, advance: Advance = lambda count: None
 ) -> None:

@@ -33,8 +33,10 @@ def named(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
             continue
         if not isinstance(value, Tensor):
             raise refusal(path, f"found a dict with {key!r}, which is no tensor, among its tensors")
-        if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
-            dtype, layout = (str(kind).removeprefix("torch.") for kind in (value.dtype, value.layout))
+        plain = value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
+        if not value.is_floating_point() or not plain:
+            dtype = str(value.dtype).removeprefix("torch.")
+            layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
             form = dtype if layout == "strided" else f"{dtype}, {layout}"
             raise refusal(path, f"found {name} in {form}, not in plain floating-point numbers")
         if name == "logit_scale" and value.numel() == 1:

@@ -25,6 +25,8 @@ _FOLDER = Path(__file__).parent
 _NUMBER = re.compile(r"\W*(?P<number>\d+)\W*[\s:,;.)]\s*(?P<name>\S.*)")
 _WNID = re.compile(r"n\d{8}[\s:,;]+(?P<name>\S.*)")
 _COLOUR = re.compile(r"(?P<name>.*\S)[\s:,;(\[]+\d{1,3}[\s,;]+\d{1,3}[\s,;]+\d{1,3}[)\]]?")
+_BULLET = re.compile(r"\s*[-*\u2022]\s+(?P<name>\S.*)")  # of a list in YAML or Markdown
+_LIST = re.compile(r"""\s*\[\s*["'].*["']\s*,?\s*\]\s*""")  # a whole list of texts on one line, as in JSON
 # A line of a list in Python: a text in quotes with a comma behind it, or OpenCLIP's form of a template.
 _CODE = re.compile(r"""\s*(?:lambda +\w+ *: *f?(?P<template>.+?),?|f?(?P<quoted>'[^']*'|"[^"]*") *,)\s*""")
 _PACKAGE, _FILE = "open_clip", "zero_shot_metadata.py"
@@ -76,12 +78,19 @@ def read_names(path: Path, *, several: bool = True) -> Names:
     """
     lines = _lines(path, "a class")
     _refuse_numbers(path, lines)
-    return tuple(tuple(line.split(", ")) if several else (line,) for line in lines)
+    names = tuple(tuple(line.split(", ")) if several else (line,) for line in lines)
+    for number, of_class in enumerate(names, start=1):
+        if not all(map(str.strip, of_class)):
+            raise UserError(
+                f"{path}: line {number} is {lines[number - 1]!r}, with an empty name beside a comma; rule: names of a "
+                "class are separated by a comma and a blank"
+            )
+    return names
 
 
 def _refuse_numbers(path: Path, lines: Sequence[str]) -> None:
-    """Raise UserError where every line has a number, a wnid or a colour beside a name of its own."""
-    for form, what in ((_NUMBER, "a number"), (_WNID, "a wnid"), (_COLOUR, "a colour")):
+    """Raise UserError where every line has a number, a wnid, a colour or a bullet beside a name of its own."""
+    for form, what in ((_NUMBER, "a number"), (_WNID, "a wnid"), (_COLOUR, "a colour"), (_BULLET, "a bullet")):
         found = [match for line in lines if (match := form.fullmatch(line.strip()))]
         names = {match["name"] for match in found}
         if len(lines) < 2 or len(names) < len(lines):  # "1 apple", "2 apples", "3 apples" are names
@@ -136,6 +145,10 @@ def _lines(path: Path, what: str) -> list[str]:
         if "\0" in line:
             raise UserError(
                 f"{path}: line {number} holds a NUL: {line[:100]!r}; rule: a text file in UTF-8, {what} a line"
+            )
+        if _LIST.fullmatch(line):
+            raise UserError(
+                f"{path}: line {number} is a list, as in JSON: {line[:100]}; rule: {what} a line, without quotes"
             )
         if code := _CODE.fullmatch(line):
             bare = (code["template"] or code["quoted"]).strip("'\"")

@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -173,11 +173,14 @@ class Segmentation(Evaluator):
     def _require_classes(self) -> None:
         """Raise UserError where most of some masks hold labels that no class has; single ones cost their picture."""
         greatest: list[tuple[int, Path]] = []
+        labels_found: set[int] = set()
         for place in sorted({len(self._pictures) * part // _LOOKED_AT for part in range(_LOOKED_AT)}):
             picture = self._pictures[place]
             with suppress(OSError, DamagedSample):  # which `measure` names
                 labels = picture.law(read_regular(picture.mask), self.setting.max_pixels)
                 greatest.append((greatest_label(labels), picture.mask))
+                labels_found.update(np.unique(labels).tolist())
+        self._warn_of_white(labels_found, len(greatest))
         classes = len(self._names)
         beyond = [found for found in greatest if found[0] >= classes]
         if 2 * len(beyond) > len(greatest):
@@ -187,6 +190,20 @@ class Segmentation(Evaluator):
                 f"{self._config.classes or self._config.dataset}: has {counted(classes, 'class', 'classes')}, 0 to "
                 f"{classes - 1}, but {len(beyond)} of {counted(len(greatest), 'mask')} looked at {hold} "
                 f"greater labels, such as {most} in {mask}; rule: a class for each label, in the order of the labels"
+            )
+
+    def _warn_of_white(self, labels_found: Set[int], masks: int) -> None:
+        """Say it where masks of one's own that are looked at seem to be in black and white.
+
+        Programs that draw a thing so write 255 for it, and nothing of it would be measured.
+        """
+        own = self._config.dataset is None and not self._config.reduce_zero
+        if own and self.setting.rank == 0 and labels_found == {0, IGNORED} and len(self._names) > 1:
+            print(
+                f"doubtful masks: {self._config.masks}: 0 and {IGNORED} alone in {counted(masks, 'mask')} looked at, "
+                f"and pixels of {IGNORED} count nowhere; rule: 0 to {len(self._names) - 1} are the classes, such as 1 "
+                f"for {self._names[1][0]!r}",
+                file=sys.stderr,
             )
 
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:

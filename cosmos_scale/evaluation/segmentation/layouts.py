@@ -113,6 +113,8 @@ PUBLIC_LAYOUTS: Mapping[MaskedSet, PublicLayout] = {
     ),
 }
 
+_SUFFIXES = (".png", ".PNG")  # of masks of one's own
+
 
 def find_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
     """Find the pictures of a section's set, with the places of their masks; a picture's own mask may be missing.
@@ -165,8 +167,9 @@ def _own_pictures(config: SegmentationConfig) -> list[MaskedPicture]:
     names = _names_below(images, is_picture)
     if not names:
         raise UserError(f"{images}: holds no picture; rule: {', '.join(PICTURES)}, in it or below it")
-    law = MaskFiles(".png", reduced_labels if config.reduce_zero else stored_labels)
-    pictures = [MaskedPicture(name, images / name, *_mask_of((masks / name).with_suffix(""), (law,))) for name in names]
+    law = reduced_labels if config.reduce_zero else stored_labels
+    kinds = [MaskFiles(suffix, law) for suffix in _SUFFIXES]
+    pictures = [MaskedPicture(name, images / name, *_mask_of((masks / name).with_suffix(""), kinds)) for name in names]
 
     def wrong(what: str) -> UserError:
         rule = "rule: a PNG of the picture's name, in its folder"
@@ -182,11 +185,11 @@ def lone_masks(config: SegmentationConfig) -> list[str]:
         return []
     images, masks = Path(config.images or ""), Path(config.masks or "")
     stems = {os.path.splitext(name)[0] for name in _names_below(images, is_picture)}
-    return [name for name in _names_below(masks, _is_mask) if name.removesuffix(".png") not in stems]
+    return [name for name in _names_below(masks, _is_mask) if os.path.splitext(name)[0] not in stems]
 
 
 def _is_mask(path: str) -> bool:
-    return path.endswith(".png") and not os.path.basename(path).startswith(".")
+    return path.endswith(_SUFFIXES) and not os.path.basename(path).startswith(".")
 
 
 def _mask_of(stem: Path, kinds: Iterable[MaskFiles]) -> tuple[Path, MaskLaw]:

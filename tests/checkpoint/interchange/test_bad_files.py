@@ -140,6 +140,10 @@ def with_nan(tensor: Tensor) -> Tensor:
             lambda: changed("ln_final.bias", lambda tensor: tensor.to_sparse()),
             "found ln_final.bias in float32, sparse_coo, not in plain floating-point numbers",
         ),
+        (
+            lambda: changed("ln_final.bias", lambda tensor: torch.nested.nested_tensor([tensor])),
+            "found ln_final.bias in float32, nested, not in plain floating-point numbers",
+        ),
         (lambda: changed("ln_final.bias", lambda tensor: tensor.to("meta")), "found ln_final.bias in float32, not"),
         (lambda: without("ln_final.bias"), "found a model without ln_final.bias"),
         (lambda: without("text_token_mapping.bias"), "found a model without text_token_mapping.bias"),

@@ -265,3 +265,22 @@ def test_overlays_of_any_size_show_each_label_in_its_colour(tmp_path: Path) -> N
             shown = tuple(int(0.4 * 100 + 0.6 * part) for part in colour)
             near = [other for other in found if max(abs(a - b) for a, b in zip(other, shown, strict=True)) <= 1]
             assert near, (colour, shown)  # within one level: how Pillow rounds a blend
+
+
+def test_masks_in_black_and_white_are_doubtful(own_set: OwnSet, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = own_set.folder / "masks"
+    for place, (height, width) in enumerate(SIZES):
+        white = np.zeros((height, width), dtype=np.uint8)
+        white[3:9, 3:9] = 255
+        Image.fromarray(white).save(masks / f"{place}.png")
+    setting = golden_encoder().setting
+    make_evaluator(own_set.section(), setting)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"doubtful masks: {masks}: 0 and 255 alone in 5 masks looked at, and pixels of 255 count nowhere;"
+    )
+    assert said.endswith("rule: 0 to 4 are the classes, such as 1 for 'aeroplane'\n")
+    assert said.count("\n") == 1
+    Image.fromarray(np.ones(SIZES[4], dtype=np.uint8)).save(masks / "4.png")
+    make_evaluator(own_set.section(), setting)
+    assert capsys.readouterr().err == ""

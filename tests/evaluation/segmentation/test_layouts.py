@@ -105,7 +105,7 @@ def test_own_pictures_of_any_form_are_found(tmp_path: Path) -> None:
 
 def test_own_pictures_find_masks_of_their_names_in_their_folders(tmp_path: Path) -> None:
     touch(tmp_path / "photos", "b.jpg", "more/a.PNG", "c.webp", "notes.txt", "d.e.jpeg")
-    touch(tmp_path / "masks", "b.png", "more/a.png", "d.e.png")
+    touch(tmp_path / "masks", "b.png", "more/a.PNG", "d.e.png")
     keys = {"images": str(tmp_path / "photos"), "masks": str(tmp_path / "masks"), "classes": "names.txt"}
     section = SegmentationConfig(kind="segmentation", **keys)
     pictures = find_pictures(section)

@@ -1,0 +1,79 @@
+"""What a caller has set in torch changes nothing of a loaded model, and holds again afterwards."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+
+import cosmos_scale
+from tests.inference.conftest import Saved
+
+
+def results(saved: Saved) -> list[torch.Tensor]:
+    """One of each thing that a loaded model computes."""
+    model, files = cosmos_scale.load(saved.run, device="cpu"), saved.files()
+    shares = model.attention_maps(files[0], "a cat on a mat").image_map
+    labels = model.segment(files[0], ["cat", "dog"]).labels
+    cosines = model.classify(files, ["cat", "dog"]).cosines
+    return [model.encode_image(files), model.encode_text(["a cat"]), cosines, labels, shares]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block"),
+    [
+        (torch.float64, nullcontext),
+        (torch.bfloat16, nullcontext),
+        (torch.float16, nullcontext),
+        (torch.float32, lambda: torch.device("meta")),
+        (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
+        (torch.float32, torch.inference_mode),
+    ],
+)
+def test_nothing_that_is_set_changes_what_is_computed(
+    saved: Saved, dtype: torch.dtype, block: Callable[[], AbstractContextManager[object]]
+) -> None:
+    expected = results(saved)
+    torch.set_default_dtype(dtype)
+    try:
+        with block():
+            device, autocast = torch.get_default_device(), torch.is_autocast_enabled("cpu")
+            found = results(saved)
+            assert torch.get_default_dtype() == dtype
+            assert (torch.get_default_device(), torch.is_autocast_enabled("cpu")) == (device, autocast)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+FORKING = """
+import multiprocessing, signal, sys, torch, cosmos_scale
+
+torch.set_num_threads(2)
+model = cosmos_scale.load(sys.argv[1], device="cpu")
+files = sys.argv[2:]
+expected = model.encode_image(files)
+torch.randn(800, 800) @ torch.randn(800, 800)  # which is sure to take both threads
+
+
+def use():
+    signal.alarm(60)
+    torch.randn(800, 800) @ torch.randn(800, 800)
+    assert (model.encode_image(files) - expected).abs().max() < 1e-6
+
+
+child = multiprocessing.get_context("fork").Process(target=use)
+child.start()
+child.join()
+sys.exit(child.exitcode != 0)
+"""
+
+
+def test_a_forked_process_can_use_a_model(saved: Saved) -> None:
+    command = [sys.executable, "-c", FORKING, str(saved.run), *map(str, saved.files())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
