@@ -1,14 +1,17 @@
 """What a caller has set in torch changes nothing of a loaded model, and holds again afterwards."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
 
 import cosmos_scale
+from cosmos_scale.inference.torch_state import usual_torch
 from tests.inference.conftest import Saved
 
 
@@ -48,6 +51,55 @@ def test_nothing_that_is_set_changes_what_is_computed(
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+@contextmanager
+def another_thread_that_computes() -> Iterator[None]:
+    """In this block a thread is within `usual_torch`."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with usual_torch():
+            inside.set()
+            assert leave.wait(60)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        yield
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_a_thread_that_ends_leaves_float32_to_those_that_still_compute() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ExitStack() as first:
+            first.enter_context(another_thread_that_computes())
+            with usual_torch():
+                first.close()
+                assert torch.get_default_dtype() == torch.float32
+            assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_process_forked_while_a_thread_computes_has_what_the_caller_has_set() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with another_thread_that_computes():
+            child = os.fork()
+            if not child:
+                before = torch.get_default_dtype()
+                with usual_torch():
+                    within = torch.get_default_dtype()
+                after = torch.get_default_dtype()
+                os._exit((before, within, after) != (torch.float64, torch.float32, torch.float64))
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 FORKING = """
