@@ -29,8 +29,11 @@ class FeatureCache:
 
     def load(self, made_of: str) -> dict[str, Tensor] | None:
         """Return the tensors that were made of the same, None where there are none."""
+        path = self._path(made_of)
+        if not path.is_file():  # a pipe in its place would be waited for
+            return None
         try:
-            with safe_open(self._path(made_of), framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get(_OF) != made_of:
                     return None
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,6 +1,8 @@
 """What is told where features cannot be kept: the file or folder, and the way out."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,17 @@ def test_a_full_disk_is_told_with_the_file(
     assert ".safetensors: cannot be written: " in said
     assert "No space left on device" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for_and_replaced(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.save("weights", TENSORS)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    # In a process of its own: opened, it would be waited for in a library that no signal interrupts.
+    load = "import sys, pathlib, cosmos_scale.evaluation.feature_cache as c; c.FeatureCache(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{load}.load('weights')", str(tmp_path)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    cache.save("weights", TENSORS)
+    assert cache.load("weights") is not None

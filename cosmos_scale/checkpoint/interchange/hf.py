@@ -17,6 +17,7 @@ from cosmos_scale.checkpoint.interchange.settings import (
     compare,
     object_of,
     one_activation,
+    other_pictures,
     read_settings,
     stated_count,
 )
@@ -65,7 +66,17 @@ def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
     inferred = infer_model(folder, shapes, known, activation)
     compare(path, _sizes(content, vision, text, inferred.model))
     kind = f"Hugging Face CLIPModel folder{said(prefix_of(folder, held))}"
-    return StoredWeights("hf", kind, inferred.model, rows, False, inferred.guessed, None, inferred.told)
+    pictures = other_pictures(folder / HF_PIXELS, pixels, _pictures(inferred.model.vision.image_size))
+    return StoredWeights("hf", kind, inferred.model, rows, False, (*inferred.guessed, *pictures), None, inferred.told)
+
+
+def _pictures(side: int) -> dict[str, tuple[Any, ...]]:
+    """Return what a preprocessing of pictures like ours says, in old versions of transformers too; side: in pixels."""
+    said: dict[str, tuple[Any, ...]] = dict.fromkeys(
+        ("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)
+    )
+    sizes = {"size": (side, {"shortest_edge": side}), "crop_size": (side, {"height": side, "width": side})}
+    return said | {"resample": (3,)} | sizes
 
 
 def _section(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:

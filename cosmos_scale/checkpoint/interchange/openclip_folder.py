@@ -11,6 +11,7 @@ from cosmos_scale.checkpoint.interchange.settings import (
     compare,
     object_of,
     one_activation,
+    other_pictures,
     read_settings,
     stated_count,
 )
@@ -29,6 +30,8 @@ _ONLY: dict[str, dict[str, Any]] = {
     "vision_cfg": {"mlp_ratio": 4, "pos_embed_type": "learnable", "pool_type": "tok"},
     "text_cfg": {"mlp_ratio": 4, "pool_type": "argmax", "proj_type": "linear"},
 }
+# What a preprocessing of pictures like ours says.
+_PICTURES = {"mode": ("RGB",), "interpolation": ("bicubic", "random"), "resize_mode": ("shortest",)}
 # Keys that are looked at elsewhere, or change nothing in an evaluation of our towers.
 _FREE = {
     "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "cast_dtype"}
@@ -71,7 +74,8 @@ def open_openclip_folder(folder: Path, asked: Activation | None) -> StoredWeight
     compare(path, _sizes(model, vision, text, stored.model))
     program = "COSMOS" if stored.has_heads else "OpenCLIP"
     _, comma, prefix = stored.kind.partition(", ")  # what is said of names that have a prefix
-    return stored._replace(kind=f"{program} folder with {OPENCLIP_CONFIG}{comma}{prefix}")
+    kind = f"{program} folder with {OPENCLIP_CONFIG}{comma}{prefix}"
+    return stored._replace(kind=kind, guessed=(*stored.guessed, *other_pictures(path, pixels, _PICTURES)))
 
 
 def _check_keys(path: Path, section: str, keys: dict[str, Any]) -> None:

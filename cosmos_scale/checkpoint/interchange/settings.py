@@ -63,6 +63,19 @@ def check_pixels(path: Path, mean: Any, deviation: Any) -> None:
             raise refusal(path, f"found pixels normalised by {key} {value}, not by CLIP's {list(ours)}")
 
 
+def other_pictures(path: Path, stated: Mapping[str, Any], ours: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
+    """Return what is assumed where a config has pictures prepared otherwise than ours: a line, or none.
+
+    ours: the values of each key that mean what we do; None: not stated. path: of the config. Some published models were
+    trained on pictures that are squashed to a square, say: their numbers here are not those of their own program.
+    """
+    others = [f"{key} {stated[key]!r}" for key, usual in ours.items() if stated.get(key) not in (None, *usual)]
+    if not others:
+        return ()
+    how = "pictures: normalised, resized by their shorter side, bicubic, and cut to their middle"
+    return (f"{how} (though {path.name} says {', '.join(others)})",)
+
+
 def one_activation(path: Path, stated: Activation, asked: Activation | None) -> Activation:
     """Return the activation that a config states; raises UserError where another was asked for."""
     if asked not in (None, stated):

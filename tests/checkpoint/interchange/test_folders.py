@@ -148,6 +148,54 @@ def test_openclip_configs_that_do_not_fit(tmp_path: Path, config: dict[str, Any]
     refused(tmp_path, said)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        ({}, None),
+        ({"size": 32, "crop_size": 32, "do_center_crop": True, "resample": 3}, None),  # of old versions of transformers
+        ({"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_normalize": None}, None),
+        ({"do_center_crop": False, "size": {"height": 32, "width": 32}}, "do_center_crop False, size {'height': 32, "),
+        ({"do_normalize": False, "image_mean": None}, "do_normalize False"),
+        ({"resample": 2}, "resample 2"),
+        ({"size": {"shortest_edge": 36}}, "size {'shortest_edge': 36}"),
+    ],
+)
+def test_pictures_that_hf_prepares_otherwise_are_told(tmp_path: Path, pixels: dict[str, Any], said: str | None) -> None:
+    save_hf_folder(tmp_path, "gelu")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    told_of_pictures(tmp_path, "preprocessor_config.json", said)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        ({"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", "size": 32, "fill_color": 0}, None),
+        (
+            {"interpolation": "bicubic", "resize_mode": "squash"},
+            "resize_mode 'squash'",
+        ),  # as published with DFN's weights
+        ({"interpolation": "bilinear"}, "interpolation 'bilinear'"),
+    ],
+)
+def test_pictures_that_openclip_prepares_otherwise_are_told(
+    tmp_path: Path, pixels: dict[str, Any], said: str | None
+) -> None:
+    save_openclip_folder(tmp_path)
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess_cfg": pixels}))
+    told_of_pictures(tmp_path, path.name, said)
+
+
+def told_of_pictures(folder: Path, name: str, said: str | None) -> None:
+    guessed = read_public(folder, "student").guessed
+    if said is None:
+        assert guessed == ()
+        return
+    (line,) = guessed
+    assert line.startswith("pictures: normalised, resized by their shorter side, bicubic, and cut to their middle")
+    assert f"(though {name} says {said}" in line
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     save_openclip_folder(tmp_path)
     path = tmp_path / "open_clip_config.json"
