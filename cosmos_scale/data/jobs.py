@@ -16,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,25 +41,31 @@ _FILES_AT_LEAST, _FILES_A_WORKER = 32, 4  # open files that a pool of processes 
 def map_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int | None) -> Iterator[Result]:
     """Yield function(job) for each job, in the jobs' order; jobs are read only as far ahead as needed.
 
-    function, jobs and results must be picklable. workers: processes; None: one per usable core; 0 or 1: this process,
-    and so where the process may open only a few files (ulimit -n) or start only a few processes (ulimit -u), or
-    processes cannot share locks (/dev/shm).
+    function, jobs and results must be picklable. workers: processes, of which no more than there are jobs are started;
+    None: one per usable core; 0 or 1: this process, and so where the process may open only a few files (ulimit -n) or
+    start only a few processes (ulimit -u), or processes cannot share locks (/dev/shm).
     Raises: what `function` raises; UserError where a worker process is killed, or stays stopped.
     """
     if workers is None:
         workers = usable_cores()
-    # Starting processes needs open files; where the system has too few, a process that lacks one would wait for ever.
-    few_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _FILES_AT_LEAST + _FILES_A_WORKER * workers
-    if workers <= 1 or few_files or shared_memory_obstacle() or _few_processes(workers):
+    if workers <= 1:
         yield from map(function, jobs)
         return
     waiting = iter(jobs)
+    first = list(islice(waiting, _AHEAD * workers))
+    workers = min(workers, max(1, len(first)))  # the pool would start all of them, however few jobs there are
+    # Starting processes needs open files; where the system has too few, a process that lacks one would wait for ever.
+    few_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _FILES_AT_LEAST + _FILES_A_WORKER * workers
+    if not first or few_files or shared_memory_obstacle() or _few_processes(workers):
+        yield from map(function, chain(first, waiting))
+        return
     do = partial(_do, function)
     with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         running: deque[Future[Result]] = deque()
         try:
             with no_collection():  # the first one forks the processes
-                running.extend(pool.submit(do, job) for job in islice(waiting, _AHEAD * workers))
+                running.extend(pool.submit(do, job) for job in first)
+            first.clear()
             while running:
                 yield _result(running.popleft())
                 running.extend(pool.submit(do, job) for job in islice(waiting, 1))

@@ -48,6 +48,14 @@ def test_jobs_are_read_as_they_are_needed() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
+def test_no_more_processes_are_started_than_there_are_jobs() -> None:
+    results = map_jobs(square, range(3), 40)
+    assert next(results) == 0
+    assert len(multiprocessing.active_children()) <= 3
+    assert list(results) == [1, 4]
+    assert list(map_jobs(square, range(0), 40)) == []
+
+
 def test_a_killed_worker_is_one_line() -> None:
     with pytest.raises(UserError, match="a worker process was killed"):
         list(map_jobs(die, range(4), 2))
