@@ -106,8 +106,9 @@ def test_more_lost_than_allowed_ends_all_ranks_in_one_line(tmp_path: Path, ranks
         finished = process.wait().require(2)
     (line,) = finished.errors.splitlines()
     assert "is lost: No such file or directory" in line
-    # The steps before are saved: with the data back, the run goes on.
+    # The steps before are saved: with the data back, the run goes on, and reads all but the four that were given up.
     assert step_of(last_checkpoint(run)) == records(run)[-1]["step"] >= 1
+    assert len(read_state(last_checkpoint(run)).lost_shards) <= 4
     # Five of 40 shards are too many. When ranks look for substitutes, each rank may find another shard lost.
     assert re.search(
         r"[56] lost shards hold 1[25]\.[05]0% of all samples, more than data\.max_damaged 0\.1 allows", line

@@ -159,6 +159,16 @@ class Preflight:
 
     def _config(self) -> None:
         configs = [RunConfig.model_validate(facts["config"]) for facts in self._all()]
+        for host, config in zip(self._hosts, configs, strict=True):
+            # A file that was edited since would start another run under this launch; other hosts may mount elsewhere.
+            folder = (config.output / config.name).absolute()
+            if folder != self._run.folder and (host.is_here or config.name != self._run.config.name):
+                self._refuse(
+                    "config",
+                    f"{self._run.file} on {host.name}: the run is {folder}, but this launch is of {self._run.folder}; "
+                    "rule: name and output stay while a launch goes on",
+                )
+                return
         equal = True
         for host, config in zip(self._hosts[1:], configs[1:], strict=True):
             if different := different_between_hosts(configs[0], config):

@@ -136,6 +136,12 @@ class WandbTracker:
             finish.result()
         finally:
             leave.result()
+        if self._mode == "offline" and not (where := Path(self._run.dir).parent).exists():
+            # The library writes on into a file that nobody can open any more.
+            raise FileNotFoundError(
+                f"{where} was removed while the run went on, and its entries are gone; metrics.jsonl has them: without "
+                f"{WANDB_ID} the next launch begins a record with the whole curve"
+            )
 
     def _log(self, entry: TrackerEntry) -> None:
         tables = {}

@@ -12,7 +12,7 @@ from cosmos_scale.config.load import load_config
 from cosmos_scale.errors import UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
 from cosmos_scale.launch.connection import Connection
-from cosmos_scale.launch.hostfile import Host
+from cosmos_scale.launch.hostfile import Host, this_host
 from cosmos_scale.launch.preflight import LOOKER, look_at
 from cosmos_scale.launch.signals import StopSignals
 from cosmos_scale.launch.supervise import LaunchedRun
@@ -157,3 +157,17 @@ def test_a_restart_does_without_hosts_that_are_gone(tmp_path: Path, monkeypatch:
         assert said == ["host b is gone: ssh: connect to host b port 22: No route to host"]
         with pytest.raises(UserError, match="hosts: b does not answer"):
             look([Host("b", 8)], False)
+
+
+@pytest.mark.parametrize("key", ["name", "output"])
+def test_a_restart_of_a_file_that_has_become_another_run_is_refused(tmp_path: Path, key: str) -> None:
+    """It would train the other run under the lock and the records of this one."""
+    run = tmp_path / "run.yaml"
+    keys = {"name": "run", "output": str(tmp_path)}
+    run.write_text(yaml.safe_dump(keys))
+    config = load_config(run)
+    run.write_text(yaml.safe_dump(keys | {key: str(tmp_path / "next") if key == "output" else "next"}))
+    with StopSignals() as stop:
+        look = look_at(LaunchedRun(str(run), (), config), print, print, stop)
+        with pytest.raises(UserError, match=r"config: .*: the run is .*next.*, but this launch is of .*/run; rule: "):
+            look([this_host(1)], False)

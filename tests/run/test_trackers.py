@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,16 @@ def test_only_steps_that_are_taken_again_make_a_new_record(tmp_path: Path, capsy
     losses = [(entry["step"], entry.get("train/loss")) for entry in wandb_records(tmp_path, second)]
     assert losses == [(1, 1.0), (2, 3.0), (2, None), (3, 3.0), (4, 4.0), (4, None)]
     assert {path.name for path in tmp_path.glob("wandb_id*")} == {"wandb_id"}
+
+
+def test_a_folder_of_the_record_that_is_removed_meanwhile_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ALL_THREE.model_copy(update={"tensorboard": False})
+    with MetricLog(tmp_path, config, name="run", run_config={}, first_step=0, last_step=9, steps_per_epoch=4) as log:
+        log.training(record(1, loss=1.0))
+        shutil.rmtree(tmp_path / "wandb")
+    assert re.search(r"log\.wandb: .*/offline-run-\S+ was removed while the run went on", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("torn", [b"", b"\0" * 8])

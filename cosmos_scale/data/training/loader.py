@@ -156,14 +156,16 @@ class TrainLoader:
         for rank, shards in enumerate(found):
             for name, reason in shards.items():
                 reasons.setdefault(name, f"{reason} (rank {rank})" if len(found) > 1 else reason)
-        self._lost.add(reasons, step)
-        share, limit = self._lost.share(), self._config.data.max_damaged
+        share, limit = self._lost.share(reasons), self._config.data.max_damaged
         if share > limit:
-            name = next(iter(reasons))
+            # Not given up: the last checkpoint would say so, and the run would never read them again.
+            name, number = next(iter(reasons)), len({*self._lost.steps, *reasons})
             raise JointError(
-                f"shard {name} is lost: {reasons[name]}; {len(self._lost.steps)} lost shards hold {share:.2%} of all "
-                f"samples, more than data.max_damaged {limit:g} allows"
+                f"shard {name} is lost: {reasons[name]}; {counted(number, 'lost shard')} "
+                f"{'holds' if number == 1 else 'hold'} {share:.2%} of all samples, more than data.max_damaged "
+                f"{limit:g} allows"
             )
+        self._lost.add(reasons, step)
         if self._rank == 0:
             epoch = step // self.steps_per_epoch
             for name, reason in reasons.items():

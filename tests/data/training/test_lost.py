@@ -213,7 +213,7 @@ def test_past_the_limit_the_run_stops_in_one_line(shards: Path) -> None:
     with pytest.raises(UserError) as error:
         take(make(shards, config_of(shards, max_damaged=0.3)), 0, 6)
     assert str(error.value).startswith(f"shard {NAMES[1]} is lost: ")
-    assert "1 lost shards hold 33.33% of all samples, more than data.max_damaged 0.3 allows" in str(error.value)
+    assert "1 lost shard holds 33.33% of all samples, more than data.max_damaged 0.3 allows" in str(error.value)
     assert "\n" not in str(error.value)
 
 
