@@ -12,11 +12,16 @@ from cosmos_scale.files import delete_folder, load_json, read_regular
 def superfluous(root: Path, config: CheckpointConfig, keep: int) -> list[Path]:
     """Return the checkpoints, oldest first, that are beyond the `keep` to be kept and not kept for good.
 
+    For good stay those at multiples of keep_every, and those that nobody may write to: users protect one that way.
     The oldest are beyond them, but first those after which no step has changed a weight until the next checkpoint: else
     a run whose steps are all skipped would lose the checkpoints from before its weights went bad.
     """
     found, every = checkpoints(root), config.keep_every
-    passing = [n for n, folder in enumerate(found[:-1]) if every is None or step_of(folder) % every != 0]
+    passing = [
+        n
+        for n, folder in enumerate(found[:-1])
+        if (every is None or step_of(folder) % every != 0) and not _is_protected(folder)
+    ]
     count = sum(n < len(found) - keep for n in passing)
     if count == 0:
         return []
@@ -24,6 +29,19 @@ def superfluous(root: Path, config: CheckpointConfig, keep: int) -> list[Path]:
     unchanged = [n for n in passing if (own := _updates(found[n])) is not None and own == _updates(found[n + 1])]
     going = [*unchanged, *(n for n in passing if n not in unchanged)][:count]
     return [found[n] for n in sorted(going)]
+
+
+def _is_protected(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint's folder is read-only; the superuser, who may delete it all the same, did not mean to.
+
+    Of one that cannot be deleted only the name would go, and with it the checkpoint from all lists.
+    """
+    if checkpoint.is_symlink():  # the link goes, its target stays
+        return False
+    try:
+        return not checkpoint.stat().st_mode & 0o222 or not os.access(checkpoint, os.W_OK | os.X_OK)
+    except OSError:  # it is gone
+        return False
 
 
 def _updates(checkpoint: Path) -> int | None:

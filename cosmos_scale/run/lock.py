@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,28 @@ class RunLock:
                 f"{self._path}: gone while the run trains, with all that lay beside it if the folder was deleted or "
                 f"moved; the run goes on in {self._path.parent}"
             )
+
+
+def hold_linked(checkpoints: Path, held: ExitStack, say: Callable[[str], None]) -> None:
+    """Hold the folder that a run's checkpoints are linked to, where they are; else nothing is done.
+
+    The links of two runs may lead to one folder, and each would delete the other's checkpoints. Where the link leads to
+    the checkpoints of another run, the lock is that run's.
+    Raises UserError where another run saves there.
+    """
+    if not checkpoints.is_symlink():
+        return
+    target = checkpoints.resolve()
+    is_of_a_run = target.name == checkpoints.name and os.access(target.parent, os.W_OK | os.X_OK)
+    place = target.parent if is_of_a_run else target
+    if place == checkpoints.parent.resolve():
+        return
+    if (holder := who_holds(place, RANKS_LOCK_FILE)) is not None:
+        raise UserError(
+            f"output: {checkpoints} leads to {target}, where another run saves, {holder}; "
+            "rule: a run's checkpoints lie in a folder of their own"
+        )
+    held.enter_context(RunLock(place, say, file=RANKS_LOCK_FILE))
 
 
 def _server_time(folder: Path) -> float:

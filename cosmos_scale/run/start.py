@@ -31,6 +31,7 @@ from cosmos_scale.run.lock import (
     LOCK_FILE,
     RANKS_LOCK_FILE,
     RunLock,
+    hold_linked,
     launcher_holds,
     token_in,
     wait_for_ranks,
@@ -112,6 +113,7 @@ def _prepare_folder(config: RunConfig, opened: Opened, ranks: Ranks) -> None:
                 if not launcher_holds(opened.folder):
                     token = opened.held.enter_context(RunLock(opened.folder, _say)).token
                 opened.held.enter_context(RunLock(opened.folder, _say, file=RANKS_LOCK_FILE))
+                hold_linked(opened.folder / CHECKPOINTS, opened.held, _say)
                 if opened.found_start.state is None:
                     last_step = config.last_step(steps_per_epoch(opened.index.epoch_samples, config))
                     if kept := keep_old_run(config, opened.folder, last_step):

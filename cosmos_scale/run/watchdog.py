@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -217,7 +218,9 @@ class Watchdog:
         try:
             stacks = _stacks()
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / f"hang-rank-{self._contact.rank}.txt").open("w") as file:
+            path = self._folder / f"hang-rank-{self._contact.rank}.txt"
+            _keep_earlier(path)
+            with path.open("w") as file:
                 when = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
                 where = f"rank {self._contact.rank} on host {socket.gethostname()}, process {os.getpid()}"
                 since = f"(since {self._phase.since:%Y-%m-%d %H:%M:%S})"
@@ -231,6 +234,13 @@ class Watchdog:
     def _print(self, line: str) -> None:
         told = f"cosmos-scale train: {datetime.now():%m-%d %H:%M:%S} {line}"
         _within(TERMINAL, lambda: print(told, file=sys.stderr, flush=True))
+
+
+def _keep_earlier(path: Path) -> None:
+    """Rename the file of an earlier standstill: a launch that starts again may stand still again, in another place."""
+    if path.is_file():
+        names = (path.with_name(f"{path.name}.old{'' if number == 1 else f'-{number}'}") for number in count(1))
+        path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _stacks() -> str:

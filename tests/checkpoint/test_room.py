@@ -95,6 +95,17 @@ def test_a_run_on_a_short_disk_goes_on_with_fewer(
     assert caplog.text.count(": deleted, since the disk has no room for the next one beside it") == 3
 
 
+def test_a_read_only_checkpoint_stays_for_good(tmp_path: Path) -> None:
+    """Users protect one so. It was renamed, and out of all lists, where its files could not be deleted."""
+    write_checkpoints(tmp_path, 2, 4, 6, 8)
+    (tmp_path / checkpoint_name(2)).chmod(0o555)
+    config = CheckpointConfig(keep_last=2)
+    assert [step_of(folder) for folder in superfluous(tmp_path, config, 2)] == [4]
+    assert [step_of(folder) for folder in prunable(tmp_path, config)] == [4, 6]
+    (tmp_path / checkpoint_name(2)).chmod(0o755)
+    assert [step_of(folder) for folder in superfluous(tmp_path, config, 2)] == [2, 4]
+
+
 def test_links_in_the_place_of_checkpoints_go_and_their_targets_stay(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     root.mkdir()

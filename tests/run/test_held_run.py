@@ -56,6 +56,26 @@ def test_a_second_start_is_refused_and_the_first_one_goes_on(run: Path, capfd: p
     assert [record["step"] for record in records(run)] == list(range(1, step + 2))
 
 
+@pytest.mark.parametrize("target", ["disk", "first/checkpoints"])
+def test_checkpoints_of_two_runs_in_one_folder_are_refused(run: Path, target: str) -> None:
+    """Each would delete the other's checkpoints as its own old ones."""
+    places = [run.parent / name / "checkpoints" for name in ("first", "second")]
+    (run.parent / target).mkdir(parents=True)
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        if place != run.parent / target:
+            place.symlink_to(run.parent / target)
+    with start(run, "name=first") as first:
+        wait_for_step(first, run, 2, "first")
+        (line,) = train_to_end(run, "name=second", "train.max_steps=2").require(2).errors.splitlines()
+        expected = f"output: {places[1]} leads to {(run.parent / target).resolve()}, where another run saves, "
+        assert expected in line
+        assert re.search(f"{HELD}.*; rule: a run's checkpoints lie in a folder of their own$", line), line
+        first.signal(0, signal.SIGTERM)
+        first.wait().require(0)
+    train_to_end(run, "name=first", "train.max_steps=1").require(0)  # its own lock is in nobody's way
+
+
 def test_a_killed_run_holds_nobody_up(run: Path) -> None:
     with start(run, "checkpoint.every=1") as first:
         wait_for_step(first, run, 3)

@@ -95,6 +95,16 @@ def test_stacks_that_cannot_be_written_are_told_and_all_ranks_end(run: Path) -> 
     )
 
 
+def test_the_stacks_of_an_earlier_standstill_stay(tmp_path: Path) -> None:
+    """A launch starts again after one, and may stand still again."""
+    for _ in range(3):
+        Watchdog(1800.0, tmp_path, Contact(0, {}), list)._write_stacks()
+        (tmp_path / "hang-rank-0.txt").open("a").write("seen\n")
+    names = ["hang-rank-0.txt", "hang-rank-0.txt.old", "hang-rank-0.txt.old-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all((tmp_path / name).read_text().count("seen\n") == 1 for name in names)
+
+
 def test_a_rank_that_comes_back_changes_nothing(run: Path) -> None:
     silent = f"rank 1 on host {HOST} does not answer"
     with start(run, "train.watchdog_seconds=12", "train.max_steps=40", ranks=2) as process:
