@@ -103,8 +103,8 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
         ".jsonl": _json_rows,
-        ".csv": lambda path: _csv_rows(path, ","),
-        ".tsv": lambda path: _csv_rows(path, "\t"),
+        ".csv": lambda path: _csv_rows(path, ",", captions_key),
+        ".tsv": lambda path: _csv_rows(path, "\t", captions_key),
     }
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: its name ends with none of {', '.join(readers)}; rule: {PAIRS}")
@@ -151,10 +151,11 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, delimiter: str, captions_key: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     records = read_records(io.StringIO(_read_text(path, PAIRS), newline=""), delimiter, spaced=True)
     header = read_header(path, records)
-    refuse_columns_twice(path, header, {plain_column(name) for name in header})
+    captions = (*KNOWN_NAMES, *OTHER_NAMES) if captions_key is None else (plain_column(captions_key),)
+    refuse_columns_twice(path, header, {*IMAGE_KEYS, *captions})
     for record in records:
         if record.fault is not None:
             raise UserError(f"{path}: line {record.line}: {record.fault}; rule: {PAIRS}")
