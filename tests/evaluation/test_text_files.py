@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_scale.data.tools.captions_file import read_rows
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.captioned_files import open_pairs
 from cosmos_scale.evaluation.prompts.texts import read_names, read_templates
@@ -83,3 +84,21 @@ def test_pairs_may_have_columns_of_one_name_that_are_not_read(tmp_path: Path) ->
     path.write_text("image,Image,caption\na.jpg,b.jpg,one\n")
     with pytest.raises(UserError, match=r"two columns are called image \(image, Image\)"):
         open_pairs(path, None)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_pairs_name_their_pictures_as_captions_files_of_a_build_do(tmp_path: Path, ending: str) -> None:
+    """Of several columns that may name the picture both take the same one, wherever it stands."""
+    for name in ("0.jpg", "1.jpg", "2.jpg"):
+        (tmp_path / name).touch()
+    path = tmp_path / f"pairs.{ending}"
+    if ending == "csv":
+        path.write_text("key,file,image,caption\n0.jpg,1.jpg,2.jpg,one\n0.jpg,1.jpg,,two\n0.jpg,,,three\n,,,\n")
+    else:
+        path.write_text(
+            '{"key": "0.jpg", "file": "1.jpg", "image": "2.jpg", "caption": "one"}\n'
+            '{"key": "0.jpg", "file": "1.jpg", "image": null, "caption": "two"}\n{"key": "0.jpg", "caption": "three"}\n'
+        )
+    pairs = {Path(file.path).name: texts for file, texts in open_pairs(path, None)}
+    assert pairs == {"2.jpg": ["one"], "1.jpg": ["two"], "0.jpg": ["three"]}
+    assert [row.image for row in read_rows(path)][:3] == ["2.jpg", "1.jpg", "0.jpg"]
