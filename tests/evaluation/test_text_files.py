@@ -1,10 +1,12 @@
-"""Users' files of class names and templates: where a line ends, and what no line is."""
+"""Users' files of class names, templates and pairs: where a line ends, what no line is, which columns are read."""
 
 from pathlib import Path
 
 import pytest
 
+from cosmos_scale.data.tools.captions_file import read_rows
 from cosmos_scale.errors import UserError
+from cosmos_scale.evaluation.datasets.captioned_files import open_pairs
 from cosmos_scale.evaluation.prompts.texts import read_names, read_templates
 from cosmos_scale.files import text_lines
 
@@ -66,3 +68,37 @@ def test_quotes_that_belong_to_a_text_stay(tmp_path: Path) -> None:
     assert read_templates(file) == ("a photo of 'the' {}.", '"{}"', "'{}'")
     file.write_text("Persian'\n'em up, cats\ncat, 'kitty'\n")
     assert read_names(file) == (("Persian'",), ("'em up", "cats"), ("cat", "'kitty'"))
+
+
+def test_pairs_may_have_columns_of_one_name_that_are_not_read(tmp_path: Path) -> None:
+    """Spreadsheets write empty columns behind the last one, and pandas an index without a name before the first."""
+    (tmp_path / "a.jpg").touch()
+    path = tmp_path / "pairs.csv"
+    path.write_text("\ufeff,image,caption,note,Note,,\r\n0,a.jpg,one,x,y,,\r\n")
+    assert [texts for _, texts in open_pairs(path, None)] == [["one"]]
+    path.write_text("image,caption,Caption,words\na.jpg,one,two,three\n")
+    assert [texts for _, texts in open_pairs(path, "words")] == [["three"]]
+    path.write_text("image,words,Words\na.jpg,one,two\n")
+    with pytest.raises(UserError, match=r"two columns are called words \(words, Words\)"):
+        open_pairs(path, "words")
+    path.write_text("image,Image,caption\na.jpg,b.jpg,one\n")
+    with pytest.raises(UserError, match=r"two columns are called image \(image, Image\)"):
+        open_pairs(path, None)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_pairs_name_their_pictures_as_captions_files_of_a_build_do(tmp_path: Path, ending: str) -> None:
+    """Of several columns that may name the picture both take the same one, wherever it stands."""
+    for name in ("0.jpg", "1.jpg", "2.jpg"):
+        (tmp_path / name).touch()
+    path = tmp_path / f"pairs.{ending}"
+    if ending == "csv":
+        path.write_text("key,file,image,caption\n0.jpg,1.jpg,2.jpg,one\n0.jpg,1.jpg,,two\n0.jpg,,,three\n,,,\n")
+    else:
+        path.write_text(
+            '{"key": "0.jpg", "file": "1.jpg", "image": "2.jpg", "caption": "one"}\n'
+            '{"key": "0.jpg", "file": "1.jpg", "image": null, "caption": "two"}\n{"key": "0.jpg", "caption": "three"}\n'
+        )
+    pairs = {Path(file.path).name: texts for file, texts in open_pairs(path, None)}
+    assert pairs == {"2.jpg": ["one"], "1.jpg": ["two"], "0.jpg": ["three"]}
+    assert [row.image for row in read_rows(path)][:3] == ["2.jpg", "1.jpg", "0.jpg"]

@@ -166,7 +166,8 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                 )
         if columns.key is not None and columns.key not in present:
             raise UserError(f"{path}: no column --key {columns.key} among {', '.join(header)}")
-        refuse_columns_twice(path, header, {*columns.image_names, *columns.caption_keys(present), columns.key or ""})
+        used = {*columns.image_names, *columns.caption_keys(present), *filter(None, [columns.key])}
+        refuse_columns_twice(path, header, used)
         for number, record in enumerate(records, start=1):
             cells = record.cells
             if fault := next(filter(None, map(_undecoded, cells)), record.fault):
@@ -264,7 +265,7 @@ def _twice(names: Iterable[str]) -> list[str]:
 
 
 def _no_caption(plain: dict[str, Any], columns: Columns, shown: str) -> str:
-    empty = [name for name in columns.caption_names if name in plain]
+    empty = [name for name in columns.caption_names if name in plain and not has_text(plain[name])]
     if empty:
         return f"no caption: empty is {', '.join(empty)}"
     return f"no caption: expected one of {', '.join(columns.caption_names)}; the row has {shown}"

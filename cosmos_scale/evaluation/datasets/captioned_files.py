@@ -15,6 +15,7 @@ from cosmos_scale.data.prepare.csv_records import read_header, read_records, ref
 from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, is_missing, plain_column
 from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.data.samples.file_kind import refuse_no_text
+from cosmos_scale.data.tools.captions_file import IMAGE_COLUMNS
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.pictures import PlacedFile
 from cosmos_scale.files import load_json, name_on_disk, read_regular, reason_of, whole_path
@@ -35,7 +36,6 @@ PAIRS = (
     'a .jsonl file of {"image": "a.jpg", "caption": "a text" or ["a text", ...]}, or a .csv or .tsv file with the '
     "columns image and caption; pictures lie beside the file"
 )
-IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "image_path", "path", "file")
 
 
 def open_coco(root: Path) -> list[Captioned]:
@@ -103,8 +103,8 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
         ".jsonl": _json_rows,
-        ".csv": lambda path: _csv_rows(path, ","),
-        ".tsv": lambda path: _csv_rows(path, "\t"),
+        ".csv": lambda path: _csv_rows(path, ",", captions_key),
+        ".tsv": lambda path: _csv_rows(path, "\t", captions_key),
     }
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: its name ends with none of {', '.join(readers)}; rule: {PAIRS}")
@@ -113,9 +113,12 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     for number, cells in readers[path.suffix.lower()](path):
         where = f"{path}: line {number}"
         row = {key: read_cell(plain_column(key), value) for key, value in cells.items()}
-        image = next((row[key] for key in row if plain_column(key) in IMAGE_KEYS and row[key]), None)
+        named = [(plain_column(key), value) for key, value in row.items() if value and not is_missing(value)]
+        image = next((value for column in IMAGE_COLUMNS for name, value in named if name == column), None)
         if not isinstance(image, str):
-            raise UserError(f"{where}: has no picture under {', '.join(IMAGE_KEYS)}, but {_keys(row)}; rule: {PAIRS}")
+            raise UserError(
+                f"{where}: has no picture under {', '.join(IMAGE_COLUMNS)}, but {_keys(row)}; rule: {PAIRS}"
+            )
         image = spelt.setdefault(path.absolute().parent / image, image)
         key = captions_key or _caption_key(row, where)
         if key not in row:
@@ -151,14 +154,15 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, delimiter: str, captions_key: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     records = read_records(io.StringIO(_read_text(path, PAIRS), newline=""), delimiter, spaced=True)
     header = read_header(path, records)
-    refuse_columns_twice(path, header, {plain_column(name) for name in header})
+    captions = (*KNOWN_NAMES, *OTHER_NAMES) if captions_key is None else (plain_column(captions_key),)
+    refuse_columns_twice(path, header, {*IMAGE_COLUMNS, *captions})
     for record in records:
         if record.fault is not None:
             raise UserError(f"{path}: line {record.line}: {record.fault}; rule: {PAIRS}")
-        if record.cells:
+        if any(cell.strip() for cell in record.cells):  # spreadsheets write rows of empty cells behind the last one
             yield record.line, dict(zip(header, record.cells, strict=True))
 
 

@@ -150,3 +150,17 @@ def test_a_first_line_may_name_any_separator(tmp_path: Path, separator: str) -> 
     path = tmp_path / "rows.csv"
     path.write_text(f"sep={separator}\nimage{separator}caption\na.jpg{separator}a b\n")
     assert [row.document for row in read_rows(path)] == [{"caption": "a b"}]
+
+
+def test_columns_without_a_name_are_no_columns_of_one_name(tmp_path: Path) -> None:
+    """Spreadsheets write empty columns behind the last one, and pandas an index without a name before the first."""
+    path = tmp_path / "captions.csv"
+    path.write_text("\ufeff,image,caption,,\r\n0,a.jpg,one,,\r\n1,b.jpg,two,,a note\r\n")
+    assert [row.document for row in read_rows(path, DEFAULT_COLUMNS)] == [{"caption": "one"}, {"caption": "two"}]
+
+
+def test_a_row_whose_text_stands_in_a_column_that_is_not_read_is_not_called_empty(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("image,caption,text,title\na.jpg,,one,\n")
+    (row,) = read_rows(path, DEFAULT_COLUMNS)
+    assert (row.fault, row.unread) == ("no caption: empty is caption, title", ("text",))
