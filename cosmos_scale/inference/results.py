@@ -1,6 +1,7 @@
 """What a loaded model returns: small tuples of tensors on the CPU, which print as a person reads them."""
 
 import os
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +42,14 @@ class ClassifiedPictures(NamedTuple):
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return of each picture the k most likely classes, or all of fewer, with their probabilities.
 
-        Raises UserError where k is below 1.
+        Raises UserError where k is no whole number of at least 1.
         """
-        if k < 1:
-            raise UserError(f"k: {k}; rule: at least 1")
+        try:
+            wrong = index(k) < 1
+        except TypeError:
+            wrong = True
+        if wrong:
+            raise UserError(f"k: {k!r}; rule: a whole number, at least 1")
         order_NC = self.cosines.argsort(dim=1, descending=True, stable=True)[:, :k]
         return [
             [(self.classes[label], float(row[label])) for label in labels]

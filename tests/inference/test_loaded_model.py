@@ -148,6 +148,9 @@ def test_classes_are_those_that_the_evaluator_counts(model: LoadedModel, encoder
     true = torch.arange(len(NAMES)).repeat_interleave(2)
     assert float((found.labels == true).double().mean()) == numbers["top1"]
     in_five = [NAMES[label] in [name for name, _ in best] for label, best in zip(true, found.top(5), strict=True)]
+    for wrong in (0, -1, 1.5, "2", None):
+        with pytest.raises(UserError, match=r"^k: .*; rule: a whole number, at least 1$"):
+            found.top(wrong)  # type: ignore[arg-type]
     assert sum(in_five) / len(in_five) == numbers["top5"]
 
     with torch.no_grad():

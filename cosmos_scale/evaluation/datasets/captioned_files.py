@@ -109,7 +109,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: its name ends with none of {', '.join(readers)}; rule: {PAIRS}")
     captions: dict[str, list[str]] = {}
-    spelt: dict[Path, str] = {}  # of a picture that rows spell unlike (a.jpg, ./a.jpg), the first spelling
+    spelt: dict[str, str] = {}  # of a picture that rows spell unlike (a.jpg, ./a.jpg, b/../a.jpg), the first spelling
     for number, cells in readers[path.suffix.lower()](path):
         where = f"{path}: line {number}"
         row = {key: read_cell(plain_column(key), value) for key, value in cells.items()}
@@ -119,7 +119,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
             raise UserError(
                 f"{where}: has no picture under {', '.join(IMAGE_COLUMNS)}, but {_keys(row)}; rule: {PAIRS}"
             )
-        image = spelt.setdefault(path.absolute().parent / image, image)
+        image = spelt.setdefault(os.path.abspath(path.parent / image), image)
         key = captions_key or _caption_key(row, where)
         if key not in row:
             raise UserError(f"{where}: has no captions under {key!r}, but {_keys(row)}; rule: {PAIRS}")
