@@ -23,6 +23,7 @@ from typing import Any
 
 from cosmos_scale.exit_status import REFUSED
 from cosmos_scale.files import LineFile
+from cosmos_scale.launch.signals import ASK
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
 
 BEAT = 5.0  # seconds between two signs of life, of both sides
@@ -130,7 +131,7 @@ class Agent:
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGCHLD, *ASK):  # what asks the launch may go to all processes of a job
             signal.signal(number, self._note)
         self._waits.register(Inbox(wake_read), selectors.EVENT_READ, None)
         self._waits.register(self._orders, selectors.EVENT_READ, None)
