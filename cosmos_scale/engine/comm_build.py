@@ -33,6 +33,7 @@ def load_cpu_communication() -> None:
 
     torch builds anew where CXX or the flags have changed. Raises UserError where the build or the loading fails.
     """
+    check_extensions()
     from deepspeed.accelerator import get_accelerator  # here, since it takes seconds and --help should not
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -47,6 +48,28 @@ def load_cpu_communication() -> None:
             f"compiler ({os.environ.get('CXX', 'g++')}) and ninja work here; delete {folder} where its files are "
             "damaged; `cosmos-scale setup` builds once for all runs"
         ) from error
+
+
+def check_extensions() -> None:
+    """Raise UserError where torch's own folder for extensions is the one to build into, and cannot be made.
+
+    So it is in a container with another user: its environment belongs to root, its home is / or not known. torch would
+    make a folder called ~ in the current one where no home is known.
+    """
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):  # looked at by use_own_environment
+        return
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # as torch does
+    wrong = "no home folder is known" if cache.startswith("~") else None
+    try:
+        if wrong is None:
+            os.makedirs(os.path.join(cache, "torch_extensions"), exist_ok=True)
+    except OSError as error:
+        wrong = f"{error.strerror or error}"
+    if wrong is not None:
+        raise UserError(
+            f"TORCH_EXTENSIONS_DIR: not set, and {cache}/torch_extensions cannot be made: {wrong}; rule: name a folder "
+            "that can be made there, where DeepSpeed's communication for CPUs is built once"
+        )
 
 
 def _line_of_cause(text: str) -> str:

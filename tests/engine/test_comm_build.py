@@ -1,9 +1,11 @@
 """DeepSpeed's communication for CPUs that cannot be built or loaded: one line that names what failed."""
 
+from pathlib import Path
+
 import pytest
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-from cosmos_scale.engine.comm_build import load_cpu_communication
+from cosmos_scale.engine.comm_build import check_extensions, load_cpu_communication
 from cosmos_scale.errors import UserError
 
 NINJA = "Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed."
@@ -44,3 +46,23 @@ def test_what_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatch, error
         "ninja work here; delete /env/torch_extensions where its files are damaged; `cosmos-scale setup` builds once "
         "for all runs"
     )
+
+
+def test_torchs_folder_that_cannot_be_made_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user of a container: the environment is root's, and home is / or not known."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, and no such user in /etc/passwd
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^TORCH_EXTENSIONS_DIR: not set, and ~/.* no home folder is known; rule: "):
+        load_cpu_communication()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    with pytest.raises(
+        UserError, match=r"^TORCH_EXTENSIONS_DIR: not set, and /proc/none/.* cannot be made: .*; rule: "
+    ):
+        check_extensions()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_extensions()
