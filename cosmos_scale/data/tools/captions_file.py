@@ -20,6 +20,7 @@ from cosmos_scale.data.samples.caption_keys import (
     has_text,
     holds_caption,
     is_missing,
+    may_be_caption,
     plain_column,
 )
 from cosmos_scale.data.samples.document import parse_json
@@ -208,8 +209,9 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
             if key in document:
                 return CaptionRow(number, image, {}, f"two captions for {key}: {column} is one; the row has {shown}")
             document[key] = value
-    named = (*KNOWN_NAMES, *OTHER_NAMES) if columns.caption is None else ()
-    unread = tuple(name for name in named if name not in used and has_text(plain.get(name)))
+    # Whoever names the only column of captions knows of the others.
+    others = plain.items() if columns.caption is None else ()
+    unread = tuple(name for name, value in others if name not in used and may_be_caption(name, value))
     fault = None if document else _no_caption(plain, columns, shown)
     if document and not any(holds_caption(key, value) for key, value in document.items()):
         fault = f"no caption: no sentence in {', '.join(document)}"
