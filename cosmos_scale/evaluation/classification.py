@@ -1,6 +1,5 @@
 """Zero-shot classification: each picture goes to the class whose name, in many sentences, it is most like."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +52,8 @@ class Classification(Evaluator):
         super().__init__(config, setting)
         self._config = config
         self._set = open_labelled_set(config)
-        if setting.rank == 0 and self._set.pairs.doubt:
-            print(f"doubtful names: {self._set.pairs.doubt}", file=sys.stderr)
+        if setting.rank == 0:
+            self._set.pairs.warn()
         self._mine = RankPictures(self._set.pictures, setting, config.batch)
         # Classes of one name, such as ImageNet's two of "sunglasses", share a feature: else rounding would choose.
         self._texts = list(dict.fromkeys(self._set.names))
