@@ -27,7 +27,13 @@ from cosmos_scale.evaluation.prompts.class_pairs import (
     shown_pairs,
 )
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
-from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
+from cosmos_scale.evaluation.segmentation.layouts import (
+    PUBLIC_LAYOUTS,
+    MaskedPicture,
+    find_pictures,
+    lone_masks,
+    pictures_of_one_mask,
+)
 from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels, greatest_label
 from cosmos_scale.evaluation.segmentation.names import public_names
 from cosmos_scale.evaluation.segmentation.overlap import IGNORED, Scores, constant_counts, count_overlap
@@ -58,6 +64,8 @@ class Segmentation(Evaluator):
         self._config = config
         self._pictures = find_pictures(config)
         self._lone_masks = lone_masks(config)
+        if setting.rank == 0:
+            self._warn_of_shared_masks()
         self._names = _names(config)
         self._require_classes()
         self._class_pairs = _class_pairs(config, self._names)
@@ -194,6 +202,16 @@ class Segmentation(Evaluator):
                 f"{self._config.classes or self._config.dataset}: has {counted(classes, 'class', 'classes')}, 0 to "
                 f"{classes - 1}, but {len(beyond)} of {counted(len(greatest), 'mask')} looked at {hold} "
                 f"greater labels, such as {most} in {mask}; rule: a class for each label, in the order of the labels"
+            )
+
+    def _warn_of_shared_masks(self) -> None:
+        """Say it where several pictures have one mask: one may be a copy, and both count."""
+        if shared := pictures_of_one_mask(self._pictures):
+            first = " and ".join(picture.name for picture in shared[0])
+            print(
+                f"doubtful pictures: {self._config.images}: {counted(len(shared), 'mask')} with several pictures, such "
+                f"as {shared[0][0].mask.name} with {first}, each of which counts; rule: a picture for each mask",
+                file=sys.stderr,
             )
 
     def _warn_of_white(self, labels_found: Set[int], masks: int) -> None:
