@@ -14,6 +14,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.run.folder import CHECKPOINTS
 from cosmos_scale.run.lock import RANKS_LOCK_FILE, other_run_saves, who_holds
 from cosmos_scale.run.opening import Opening
+from cosmos_scale.run.since_checkpoint import changed_since
 from cosmos_scale.words import print_row
 
 NAMES, VERDICTS = 14, 10  # columns of the table's first two
@@ -63,6 +64,11 @@ def look_before_launch(config: RunConfig, world_size: int) -> None:
                 continue
             _print_row(look.name, "REFUSED", str(error))
             refusals.append(str(error))
+    if hasattr(opening, "start"):
+        index, evaluations = (getattr(opening, name, None) for name in ("index", "evaluations"))
+        galleries = evaluations.galleries() if evaluations is not None else {}
+        for line in changed_since(config, opening.folder, opening.start, index, galleries):
+            _print_row("changed", "warning", line)
     if (holder := who_holds(opening.folder)) is not None:
         _print_row("lock", "held", f"this run is launched now, {holder}: a launch is refused until that one has ended")
     elif who_holds(opening.folder, RANKS_LOCK_FILE) is None and (said := other_run_saves(opening.folder / CHECKPOINTS)):
