@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +164,7 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                 raise UserError(
                     f"{path}: no {needed} column among {', '.join(header) or 'none'}; "
                     f"one of these is needed: {', '.join(known)}; {option} names another"
+                    f"{_list_hint(dict.fromkeys(present, 'a text')) if needed == 'caption' else ''}"
                 )
         if columns.key is not None and columns.key not in present:
             raise UserError(f"{path}: no column --key {columns.key} among {', '.join(header)}")
@@ -270,7 +271,14 @@ def _no_caption(plain: dict[str, Any], columns: Columns, shown: str) -> str:
     empty = [name for name in columns.caption_names if name in plain and not has_text(plain[name])]
     if empty:
         return f"no caption: empty is {', '.join(empty)}"
-    return f"no caption: expected one of {', '.join(columns.caption_names)}; the row has {shown}"
+    return f"no caption: expected one of {', '.join(columns.caption_names)}; the row has {shown}{_list_hint(plain)}"
+
+
+def _list_hint(plain: Mapping[str, Any]) -> str:
+    """How several captions of a picture are given, where columns such as caption_1 and caption_2 hold them."""
+    if sum(may_be_caption(name, value) for name, value in plain.items()) < 2:
+        return ""
+    return "; several captions of a picture are a json list in one column, or a row each with --join-rows"
 
 
 def _named(plain: dict[str, Any], columns: Columns) -> str | None:
