@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,7 +50,8 @@ class RunState:
     marks: digest of the shards' marks, empty where there is none. origin: where the run's first weights came from and
     what was done to them, in words; empty where they were drawn, or that was not saved. substituted: samples over all
     ranks that were replaced in the steps since the last record of metrics.jsonl, for the next one. skipped: steps that
-    changed nothing, None where that was not saved; fp16's loss scaler drops further updates.
+    changed nothing, None where that was not saved; fp16's loss scaler drops further updates. galleries: what each
+    evaluator reads, by its name, in words with digests.
     """
 
     step: int
@@ -66,6 +67,7 @@ class RunState:
     origin: str = ""
     substituted: int = 0
     skipped: int | None = None
+    galleries: dict[str, str] = field(default_factory=dict)
 
     @property
     def skipped_steps(self) -> int:
@@ -337,6 +339,12 @@ def read_manifest(folder: Path) -> Manifest:
                 f"checkpoint {folder}: format {content['format']}; rule: this version reads format {FORMAT}"
             )
         files = {file["name"]: FileRecord(**file) for file in content["files"]}
+        # The checkpoint is sound: passed over as a broken one, its steps would be lost.
+        if unknown := sorted(content["state"].keys() - {known.name for known in fields(RunState)}):
+            raise UserError(
+                f"checkpoint {folder}: holds {', '.join(unknown)}, which this version does not know; rule: go on with "
+                f"the version that wrote it, cosmos-scale {content['versions']['cosmos_scale']}"
+            )
         state = RunState(**content["state"])
         if step_of(folder) not in (-1, state.step):
             raise ValueError(f"it is of step {state.step}, not of the step in the folder's name")

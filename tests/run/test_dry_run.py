@@ -288,6 +288,15 @@ def test_a_path_that_is_too_long_is_refused(trained: Path, tmp_path: Path, capsy
     assert rows(captured.out)["output"][0] == "REFUSED"
 
 
+def test_links_in_a_circle_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "checkpoints").symlink_to("checkpoints")
+    for where in ([], [f"resume={last_checkpoint(trained)}"]):
+        assert cli.main(["train", "--dry-run", str(trained), f"output={tmp_path}", *where]) == 2
+        captured = capsys.readouterr()
+        assert "/checkpoints: cannot be listed: Too many levels of symbolic links" in captured.err
+
+
 def test_a_full_disk_is_refused(trained: Path, tmp_path: Path) -> None:
     """A disk without a free byte, on which a file can still be made."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
