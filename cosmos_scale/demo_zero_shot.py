@@ -22,7 +22,7 @@ from cosmos_scale.data.decode.picture import decode_rgbx
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.scenes.layouts import LabelledScene, SceneLayouts, read_scenes
 from cosmos_scale.evaluation.attention_maps import attention_maps, encode_pairs, levels_of, peak_of, word_weights
-from cosmos_scale.evaluation.attention_pictures import SampleMaps, write_page, write_png
+from cosmos_scale.evaluation.attention_pictures import SampleMaps, write_page, write_picture
 from cosmos_scale.evaluation.bar import WorkBar
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Numbers, measure
 from cosmos_scale.evaluation.kinds import make_evaluator
@@ -128,7 +128,7 @@ def _attention(encoder: Encoder, scenes: Sequence[LabelledScene], folder: Path |
     if folder is not None:
         make_folder(folder)
         for sample in drawn:
-            write_png(sample, folder / f"{sample.title}.png")
+            write_picture(sample, folder / f"{sample.title}.png")
         write_page(drawn, folder / PAGE, "Attention maps", "held-out scenes of the demo")
     peak, chance, weight, other_name = (totals / len(scenes)).tolist()
     return {"scenes": len(scenes), "peak": peak, "chance_peak": chance, "weight": weight, "peak_other_name": other_name}

@@ -50,7 +50,8 @@ class RunState:
     marks: digest of the shards' marks, empty where there is none. origin: where the run's first weights came from and
     what was done to them, in words; empty where they were drawn, or that was not saved. substituted: samples over all
     ranks that were replaced in the steps since the last record of metrics.jsonl, for the next one. skipped: steps that
-    changed nothing, None where that was not saved; fp16's loss scaler drops further updates.
+    changed nothing, None where that was not saved; fp16's loss scaler drops further updates. galleries: what each
+    evaluator reads, by its name, in words with digests.
     """
 
     step: int
@@ -66,6 +67,7 @@ class RunState:
     origin: str = ""
     substituted: int = 0
     skipped: int | None = None
+    galleries: dict[str, str] = field(default_factory=dict)
 
     @property
     def skipped_steps(self) -> int:

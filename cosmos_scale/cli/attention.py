@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.checkpoint.interchange.reading import of_newest
     from cosmos_scale.console import make_console
     from cosmos_scale.evaluation.attention_maps import peak_of, require_heads, strongest
-    from cosmos_scale.evaluation.attention_pictures import write_page, write_png
+    from cosmos_scale.evaluation.attention_pictures import write_page, write_picture
     from cosmos_scale.evaluation.bar import WorkBar
     from cosmos_scale.evaluation.loading import load_encoder, models_of
     from cosmos_scale.files import make_folder
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for sample in _samples(arguments, encoder):
             pages.append(sample)
             picture = arguments.out / f"attention-{len(pages):04d}.png"
-            write_png(sample, picture)
+            write_picture(sample, picture)
             bar.report("samples", len(pages), total)
             if arguments.json:
                 named = {"checkpoint": str(checkpoint), "weights": weights}

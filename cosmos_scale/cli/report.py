@@ -1,9 +1,11 @@
 """The command `cosmos-scale report`: one page of HTML on one run, or on several beside each other."""
 
 import argparse
+from mimetypes import MimeTypes
 from pathlib import Path
 
 from cosmos_scale.cli.arguments import path, with_examples
+from cosmos_scale.errors import UserError
 
 EXAMPLES = """\
 examples:
@@ -37,6 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from cosmos_scale.files import keep_foreign, make_output_folder
     from cosmos_scale.report.page import SIGN, write_report
 
+    _refuse_other_forms(arguments.out)
     keep_foreign(arguments.out, SIGN, "report of this program")
     make_output_folder(arguments.out.parent)
     with WorkBar(show=True) as bar:
@@ -51,3 +54,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print(note)
     print(f"{arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _refuse_other_forms(out: Path) -> None:
+    """Raise UserError where the page's name says that it is something else, such as report.pdf."""
+    # An instance knows no machine's own list, by which report.1 may be a page of a manual.
+    form, compression = MimeTypes().guess_type(out.name)
+    if form not in (None, "text/html") or compression is not None:
+        raise UserError(f"--out: {out}: the page is HTML; rule: a name that ends in .html")

@@ -1,4 +1,4 @@
-"""Attention maps for people: a PNG of one sample, and one page of HTML for many, which needs no other file."""
+"""Attention maps for people: a picture of one sample, and one page of HTML for many, which needs no other file."""
 
 import base64
 import html
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.attention_maps import AttentionMaps, WordWeight, heat_of
 from cosmos_scale.files import replace_file, whole_file, writing
 from cosmos_scale.words import figure_text
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 HEAT, WORDS = "inferno", "Oranges"  # matplotlib's colour maps
 HEAT_SHARE = 0.6  # of the heat's colour over the crop
 SMALLEST = 224  # pixels of a side of a picture on the page
+FORMS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")  # of a drawn sample, by its file's name
 
 Levels = npt.NDArray[np.uint8]
 
@@ -37,11 +39,17 @@ class SampleMaps(NamedTuple):
     words: Sequence[WordWeight]
 
 
-def write_png(sample: SampleMaps, path: Path) -> None:
-    """Draw the crop, its heat map, and the caption with its tokens' weights; raises UserError where it cannot write."""
+def write_picture(sample: SampleMaps, path: Path) -> None:
+    """Draw the crop, its heat map, and the caption with its tokens' weights, in the form that the path's suffix names.
+
+    Without a suffix it is a PNG. Raises UserError where the suffix is another one, or the file cannot be written.
+    """
     from matplotlib import colormaps  # here: it takes half a second
     from matplotlib.figure import Figure
 
+    form = path.suffix.lower() or FORMS[0]
+    if form not in FORMS:
+        raise UserError(f"{path}: {path.suffix} is no form that can be drawn; rule: {', '.join(FORMS)}")
     figure = Figure(figsize=(7.6, 4.9), dpi=100)
     figure.suptitle(figure_text(sample.title), fontsize=10, x=0.02, ha="left")
     crop, heat = figure.add_axes((0.02, 0.31, 0.43, 0.6)), figure.add_axes((0.48, 0.31, 0.43, 0.6))
@@ -57,7 +65,7 @@ def write_png(sample: SampleMaps, path: Path) -> None:
     figure.text(0.02, 0.25, said, fontsize=9)
     _draw_words(figure, sample.words, colormaps[WORDS])
     with writing(path), whole_file(path) as part:
-        figure.savefig(part, format="png")
+        figure.savefig(part, format=form.removeprefix("."))
 
 
 def _draw_words(figure: "Figure", words: Sequence[WordWeight], colours: "Colormap") -> None:

@@ -53,8 +53,10 @@ class Classification(Evaluator):
         super().__init__(config, setting)
         self._config = config
         self._set = open_labelled_set(config)
-        if setting.rank == 0 and self._set.pairs.doubt:
-            print(f"doubtful names: {self._set.pairs.doubt}", file=sys.stderr)
+        if setting.rank == 0:
+            self._set.pairs.warn()
+            if loose := self._set.pictures.loose:
+                print(f"left out: {config.data}: {_loose_pictures(loose)}, in no class", file=sys.stderr)
         self._mine = RankPictures(self._set.pictures, setting, config.batch)
         # Classes of one name, such as ImageNet's two of "sunglasses", share a feature: else rounding would choose.
         self._texts = list(dict.fromkeys(self._set.names))
@@ -90,7 +92,8 @@ class Classification(Evaluator):
         weights_UE = text_weights(encoder, self._texts, self._set.templates, gather)
         counts = self._count(encoder, weights_UE)
         hits_C3 = gather(counts.hits[None]).sum(0).cpu()
-        damaged = int(gather(torch.tensor([self._mine.damaged], device=self.setting.device)).sum())
+        left_out = self._mine.damaged + (len(self._set.pictures.loose) if self.setting.rank == 0 else 0)
+        left_out = int(gather(torch.tensor([left_out], device=self.setting.device)).sum())
         total, first, fifth = hits_C3.sum(0).tolist()
         if not total:
             number = counted(len(self._set.pictures), "picture")
@@ -103,7 +106,7 @@ class Classification(Evaluator):
         yield "top5", fifth / total
         yield "mean_per_class", mean_per_class(hits_C3)
         yield "chance_top1", 1 / len(hits_C3)
-        yield "pictures_left_out", damaged
+        yield "pictures_left_out", left_out
 
     def _count(self, encoder: Encoder, weights_UE: Tensor) -> _Counts:
         """Classify this rank's pictures; weights: a feature for each of the unequal names."""
@@ -136,8 +139,10 @@ class Classification(Evaluator):
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of shares in percent: a row a model."""
         first = next(iter(results.values()))
-        left_out = int(first["pictures_left_out"])
-        said = f"; left out, damaged or too large: {left_out:,}" if left_out else ""
+        loose = self._set.pictures.loose
+        damaged = int(first["pictures_left_out"]) - len(loose)
+        said = f"; left out, damaged or too large: {damaged:,}" if damaged else ""
+        said += f"; left out, {_loose_pictures(loose)}" if loose else ""
         what = f"{counted(int(first['pictures']), 'picture')}, {counted(int(first['classes']), 'class', 'classes')}"
         caption = f"{what}; chance top-1: {100 * first['chance_top1']:.2f} %{said}"
         caption += _empty_classes(self._empty)
@@ -155,6 +160,10 @@ def _empty_classes(names: Sequence[str]) -> str:
         return ""
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     return f"; {counted(len(names), 'class', 'classes')} without a picture: {shown}"
+
+
+def _loose_pictures(names: Sequence[str]) -> str:
+    return f"{counted(len(names), 'picture')} beside the folders of the classes, such as {names[0]}"
 
 
 def ranks_of(logits_NC: Tensor, labels_N: Tensor) -> Tensor:

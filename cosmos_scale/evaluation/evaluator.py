@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cosmos_scale.config import DataConfig, EvaluatorConfig, ModelConfig, RemoteConfig, RunConfig
+from cosmos_scale.data.shards.reader import ShardFile
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.feature_cache import FeatureCache
 from cosmos_scale.model.cosmos import CosmosModel
@@ -137,6 +138,10 @@ class Evaluator(ABC):
     def gallery(self) -> str:
         """What `measure` reads, in words with digests: equal on ranks that read equal data, empty for no data."""
         return ""
+
+    def shard_files(self) -> list[ShardFile]:
+        """Return the indexed shards that `measure` reads; empty where it reads other files."""
+        return []
 
     def same_data(self) -> str:
         """The rule that ranks with unequal galleries break: what every host has, and what mends it; empty: no data."""

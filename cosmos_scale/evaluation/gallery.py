@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from cosmos_scale.config import RemoteConfig
@@ -23,7 +24,7 @@ from cosmos_scale.data.samples.origin import ORIGIN_KEY
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.mark import marks_digest
-from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Location, ShardReader
+from cosmos_scale.data.shards.reader import DEFAULT_REMOTE, Location, ShardFile, ShardReader
 from cosmos_scale.data.training.picture_check import LOOKED_AT as PICTURES
 from cosmos_scale.data.training.picture_check import picture_sizes
 from cosmos_scale.errors import UserError
@@ -70,6 +71,11 @@ class Gallery(CaptionedPictures):
         marks = marks_digest(file.mark for file in self._index.shard_files())
         shards = f"index {self._index.fingerprint()}, shards {marks or 'without marks'}"
         return f"{counted(self._samples, 'sample')}, {shards}, captions {self.captions_key}"
+
+    def shard_files(self) -> list[ShardFile]:
+        """Return the shards of the samples, without those behind the last one."""
+        starts = np.cumsum(self._index.shard_samples) - self._index.shard_samples
+        return [file for file, start in zip(self._index.shard_files(), starts, strict=True) if start < self._samples]
 
     def oversized(self) -> str:
         """Say how many pictures exceed max_pixels, of some that are looked at; empty where none does."""

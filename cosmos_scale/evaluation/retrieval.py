@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.config.section import redact_urls
+from cosmos_scale.data.shards.reader import ShardFile
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.captioned import GalleryBatch
 from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
@@ -85,6 +86,10 @@ class Retrieval(Evaluator):
     def gallery(self) -> str:
         """The gallery's samples and captions, in words with digests."""
         return self._gallery.describe()
+
+    def shard_files(self) -> list[ShardFile]:
+        """The shards of a gallery of shards."""
+        return self._gallery.shard_files() if isinstance(self._gallery, Gallery) else []
 
     def same_data(self) -> str:
         """The same gallery, in what it lies in."""

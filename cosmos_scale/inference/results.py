@@ -127,10 +127,13 @@ class CaptionAttention(NamedTuple):
         return peak_of(self.image_map)
 
     def save(self, path: str | Path) -> None:
-        """Draw crop, heat and words into a PNG; raises UserError where it cannot be written."""
-        from cosmos_scale.evaluation.attention_pictures import SampleMaps, write_png
+        """Draw crop, heat and words into a PNG, JPEG, WebP, TIFF, PDF or SVG, by the suffix; without one a PNG.
 
-        write_png(
+        Raises UserError for another suffix, and where the file cannot be written.
+        """
+        from cosmos_scale.evaluation.attention_pictures import SampleMaps, write_picture
+
+        write_picture(
             SampleMaps(self.title, self.caption, self.image.numpy(), self.maps, self.words), expanded(path, "path")
         )
 

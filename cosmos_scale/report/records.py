@@ -182,6 +182,8 @@ def _lines(path: Path, is_record: Callable[[Record], bool], notes: list[str], *,
             torn += bool(line.strip())
     if torn:
         notes.append(f"{path.name}: {counted(torn, 'line')} torn or not understood, left out.")
+    elif missing and not found:
+        notes.append(f"{path.name} is empty, {missing}.")
     return found
 
 

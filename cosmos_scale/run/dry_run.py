@@ -11,8 +11,10 @@ from cosmos_scale.data.shards.store import is_remote
 from cosmos_scale.engine.comm_build import use_own_environment
 from cosmos_scale.engine.ranks import choose_device
 from cosmos_scale.errors import UserError
-from cosmos_scale.run.lock import who_holds
+from cosmos_scale.run.folder import CHECKPOINTS
+from cosmos_scale.run.lock import RANKS_LOCK_FILE, other_run_saves, who_holds
 from cosmos_scale.run.opening import Opening
+from cosmos_scale.run.since_checkpoint import changed_since
 from cosmos_scale.words import print_row
 
 NAMES, VERDICTS = 14, 10  # columns of the table's first two
@@ -62,8 +64,15 @@ def look_before_launch(config: RunConfig, world_size: int) -> None:
                 continue
             _print_row(look.name, "REFUSED", str(error))
             refusals.append(str(error))
-    if (holder := who_holds(config.output / config.name)) is not None:
+    if hasattr(opening, "start"):
+        index, evaluations = (getattr(opening, name, None) for name in ("index", "evaluations"))
+        galleries = evaluations.galleries() if evaluations is not None else {}
+        for line in changed_since(config, opening.folder, opening.start, index, galleries):
+            _print_row("changed", "warning", line)
+    if (holder := who_holds(opening.folder)) is not None:
         _print_row("lock", "held", f"this run is launched now, {holder}: a launch is refused until that one has ended")
+    elif who_holds(opening.folder, RANKS_LOCK_FILE) is None and (said := other_run_saves(opening.folder / CHECKPOINTS)):
+        _print_row("lock", "held", f"{said}: a launch is refused until that run has ended")
     if refusals:
         more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
         raise UserError(f"{refusals[0]}{more}")

@@ -10,6 +10,8 @@ import torch
 from rich.table import Table
 
 from cosmos_scale.config import EvaluatorConfig, RunConfig
+from cosmos_scale.data.shards.index import SourceIndex
+from cosmos_scale.data.shards.shared import describe_seen
 from cosmos_scale.engine.ranks import gather_rows
 from cosmos_scale.engine.student import Student
 from cosmos_scale.engine.teacher import Teacher
@@ -70,6 +72,11 @@ class Evaluations:
     def galleries(self) -> dict[str, str]:
         """Return what each evaluator reads, by its name; empty for one whose data is not opened yet."""
         return {evaluator.name: evaluator.gallery() for evaluator in self._evaluators}
+
+    def seen_in_training(self, trained: Sequence[SourceIndex]) -> dict[str, str]:
+        """Return what to say of each evaluator that reads shards that the run trains on, by its name."""
+        said = {evaluator.name: describe_seen(trained, evaluator.shard_files()) for evaluator in self._evaluators}
+        return {name: text for name, text in said.items() if text}
 
     def same_data(self) -> dict[str, str]:
         """Return the rule that ranks with unequal galleries break, by the evaluator's name."""

@@ -194,19 +194,31 @@ def hold_linked(checkpoints: Path, held: ExitStack, say: Callable[[str], None]) 
     the checkpoints of another run, the lock is that run's.
     Raises UserError where another run saves there.
     """
-    if not checkpoints.is_symlink():
-        return
-    target = checkpoints.resolve()
+    if (refusal := other_run_saves(checkpoints)) is not None:
+        raise UserError(refusal)
+    if (place := _linked_place(checkpoints)) is not None:
+        held.enter_context(RunLock(place, say, file=RANKS_LOCK_FILE))
+
+
+def other_run_saves(checkpoints: Path) -> str | None:
+    """Return the refusal of a launch whose checkpoints are linked to where another run saves now, None elsewhere."""
+    place = _linked_place(checkpoints)
+    if place is None or (holder := who_holds(place, RANKS_LOCK_FILE)) is None:
+        return None
+    return (
+        f"output: {checkpoints} leads to {os.path.realpath(checkpoints)}, where another run saves, {holder}; "
+        "rule: a run's checkpoints lie in a folder of their own"
+    )
+
+
+def _linked_place(checkpoints: Path) -> Path | None:
+    """Return where the lock lies of the folder that a run's checkpoints are linked to, None where they are not."""
+    if not os.path.islink(checkpoints):
+        return None
+    target = Path(os.path.realpath(checkpoints))  # of links in a circle too, which a dry run has refused
     is_of_a_run = target.name == checkpoints.name and os.access(target.parent, os.W_OK | os.X_OK)
     place = target.parent if is_of_a_run else target
-    if place == checkpoints.parent.resolve():
-        return
-    if (holder := who_holds(place, RANKS_LOCK_FILE)) is not None:
-        raise UserError(
-            f"output: {checkpoints} leads to {target}, where another run saves, {holder}; "
-            "rule: a run's checkpoints lie in a folder of their own"
-        )
-    held.enter_context(RunLock(place, say, file=RANKS_LOCK_FILE))
+    return None if place == Path(os.path.realpath(checkpoints.parent)) else place
 
 
 def _server_time(folder: Path) -> float:

@@ -127,6 +127,9 @@ class Opening:
         self.evaluations = Evaluations(self._config, self._ranks, self.folder, resumed=self._is_resumed)
         opened = [f"{section.name}: {section.describe()}" for section in self._config.eval if section.every]
         unopened = self.evaluations.unopened
+        if self._ranks.rank == 0 and hasattr(self, "index"):  # a dry run may have none
+            for name, seen in self.evaluations.seen_in_training(self.index.sources).items():
+                print(f"warning: eval.{name}: {seen}", file=sys.stderr)
         return "; ".join([*opened, *([f"cannot be opened now: {', '.join(unopened)}"] if unopened else [])]) or "none"
 
     def _loaders(self) -> str:

@@ -12,13 +12,9 @@ from cosmos_scale.engine.pair import Pair
 from cosmos_scale.engine.ranks import Ranks
 from cosmos_scale.run.folder import CHECKPOINTS, DAMAGE_FILE
 from cosmos_scale.run.progress import Progress
+from cosmos_scale.run.since_checkpoint import changed_since
 from cosmos_scale.run.start import Opened, build_pair, open_run
 from cosmos_scale.words import counted
-
-OTHER_SHARDS = (
-    "warning: the shards have the names, sizes and counts of those that this run has trained on, but begin with other "
-    "bytes: they were written anew"
-)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Run:
         world = counted(self.ranks.world_size, "rank")
         lines = [
             *self.said,
-            *([OTHER_SHARDS] if self._shards_written_anew() else []),
+            *(self._changed_since() if self.ranks.is_main else []),
             f"{self.opened.folder}: {began}; {counted(self.opened.index.epoch_samples, 'sample')} and "
             f"{counted(self.loader.steps_per_epoch, 'step')} an epoch",
             *([f"init_from: {self.origin}"] if self.origin and self.start.state is None else []),
@@ -71,10 +67,10 @@ class Run:
         ]
         return "\n".join(lines)
 
-    def _shards_written_anew(self) -> bool:
-        """Whether a resumed run's shards begin with other bytes than those that it has trained on."""
-        state, now = self.start.state, self.opened.marks
-        return state is not None and bool(state.marks and now) and state.marks != now
+    def _changed_since(self) -> list[str]:
+        opened = self.opened
+        found = changed_since(self.config, opened.folder, self.start, opened.index, opened.galleries)
+        return [f"warning: {line}" for line in found]
 
     def writer(self) -> CheckpointWriter:
         """Return what writes the run's checkpoints, beside the training."""
@@ -111,7 +107,11 @@ class Run:
             origin=self.origin,
             substituted=progress.unrecorded_substitutes(),
             skipped=progress.skipped,
+            galleries={**({} if self.start.state is None else self.start.state.galleries), **self._known_galleries()},
         )
+
+    def _known_galleries(self) -> dict[str, str]:
+        return {name: gallery for name, gallery in self.opened.galleries.items() if gallery}
 
 
 def start_run(config: RunConfig, ranks: Ranks) -> Run:

@@ -53,14 +53,15 @@ _say = partial(print, flush=True)
 class Opened:
     """What a run reads, and where it is to start: the same on every rank. `build_pair` may find an older start.
 
-    initial: the weights that a new run starts from, None where it draws them or resumes. held: a context at whose end
-    the main rank gives its locks on the folder back.
+    galleries: what each evaluator reads, in words, by its name. initial: the weights that a new run starts from, None
+    where it draws them or resumes. held: a context at whose end the main rank gives its locks on the folder back.
     """
 
     folder: Path
     index: MergedIndex
     tokenizer: Tokenizer
     evaluations: Evaluations
+    galleries: dict[str, str]
     found_start: Start
     initial: InitialWeights | None
     held: ExitStack
@@ -89,6 +90,7 @@ def open_run(config: RunConfig, ranks: Ranks) -> Opened:
             opening.index,
             opening.tokenizer,
             opening.evaluations,
+            opening.evaluations.galleries(),
             opening.start,
             opening.initial,
             ExitStack(),
@@ -273,7 +275,7 @@ def _of_one_run(config: RunConfig, opened: Opened, ranks: Ranks) -> Opened:
 
     Raises JointError where ranks have different keys, data, checkpoint or galleries.
     """
-    seen = (config, opened.index.fingerprint(), opened.marks, opened.evaluations.galleries())
+    seen = (config, opened.index.fingerprint(), opened.marks, opened.galleries)
     configs, indexes, marks, galleries = zip(*from_all(seen, ranks), strict=True)
     for rank, other in enumerate(configs):
         if different := different_between_hosts(configs[0], other):

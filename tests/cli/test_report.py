@@ -261,6 +261,17 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
     assert "cannot be made" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["report.pdf", "report.PNG", "report.html.gz"])
+def test_a_page_is_not_called_as_what_it_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    report = ["report", str(tmp_path), "--no-pictures", "--out"]
+    assert cli.main([*report, str(tmp_path / name)]) == 2
+    assert f"--out: {tmp_path / name}: the page is HTML; rule: a name that ends in .html" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+    for other in ("report", "report.htm", "report.1", "report.2024-01-05"):
+        assert cli.main([*report, str(tmp_path / other)]) == 0
+
+
 def test_a_report_replaces_reports_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = tmp_path / "metrics.jsonl"
     records.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')

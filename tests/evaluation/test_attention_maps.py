@@ -26,7 +26,7 @@ from cosmos_scale.evaluation.attention_maps import (
     unit,
     word_weights,
 )
-from cosmos_scale.evaluation.attention_pictures import SampleMaps, write_page, write_png
+from cosmos_scale.evaluation.attention_pictures import SampleMaps, write_page, write_picture
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.model.cross_modal import AttentionPooler
 from cosmos_scale.model.tokenizer import Tokenizer
@@ -172,10 +172,32 @@ def sample_maps(caption: str = CAPTIONS[0], number: int = 0) -> SampleMaps:
 
 @pytest.mark.parametrize("caption", [CAPTIONS[0], "", "$x^2$ \\frac{1} 漢字 " * 40])
 def test_a_picture_is_written_for_any_caption(caption: str, tmp_path: Path) -> None:
-    write_png(sample_maps(caption), tmp_path / "a.png")
+    write_picture(sample_maps(caption), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as drawn:
         assert (drawn.format, drawn.size) == ("PNG", (760, 490))
         assert len(drawn.convert("RGB").getcolors(10**6) or []) > 200
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a", "PNG"), ("a.PNG", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.tif", "TIFF")],
+)
+def test_a_picture_has_the_form_of_its_name(name: str, form: str, tmp_path: Path) -> None:
+    write_picture(sample_maps(), tmp_path / name)
+    with Image.open(tmp_path / name) as drawn:
+        assert (drawn.format, drawn.size) == (form, (760, 490))
+
+
+def test_drawings_are_written_and_other_forms_refused(tmp_path: Path) -> None:
+    for name, begin in (("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
+        write_picture(sample_maps(), tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begin)
+    rule = (
+        r"a\.gif: \.gif is no form that can be drawn; rule: \.png, \.jpg, \.jpeg, \.webp, \.tif, \.tiff, \.pdf, \.svg$"
+    )
+    with pytest.raises(UserError, match=rule):
+        write_picture(sample_maps(), tmp_path / "a.gif")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "a.svg"]
 
 
 def test_the_page_needs_no_other_file(tmp_path: Path) -> None:

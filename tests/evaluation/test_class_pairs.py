@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from cosmos_scale.config import SegmentationConfig
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.labelled_sets import open_labelled_set
+from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
-from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, pair_names
+from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, alike_names, pair_names
 from cosmos_scale.evaluation.prompts.texts import published_names, read_names
 from cosmos_scale.evaluation.segmentation.names import public_names
+from cosmos_scale.set_names import MaskedSet
 from cosmos_scale.testing.shard_files import picture, write_shard
 from tests.evaluation.labelled import ANIMALS, section, tiny_encoder, write_folders
+from tests.evaluation.segmentation.own_set import OwnSet
 
 FILE = Path("names.txt")
 
@@ -80,6 +84,43 @@ def test_doubt_and_pairs_reach_the_user(tmp_path: Path, capsys: pytest.CaptureFi
     assert str(caption).endswith("; bird is 'car', blue_whale is 'lorry'")
 
 
+def test_folders_of_one_name_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_folders(tmp_path / "set", [1, 1, 1], ["Red ball", "cat", "red_ball"])
+    make_evaluator(section(root), tiny_encoder().setting)
+    assert capsys.readouterr().err == (
+        f"doubtful names: {root}: folders Red ball and red_ball are 'Red ball', so that 1 class of 3 cannot be told "
+        "from another; rule: classnames.txt or --classes FILE names the classes\n"
+    )
+    make_evaluator(section(root), tiny_encoder(1, 2).setting)
+    (root / "classnames.txt").write_text("red ball, ball\ncat\nred balloon, ball\n")
+    make_evaluator(section(root), tiny_encoder().setting)
+    assert capsys.readouterr().err == ""
+
+
+def test_equal_lines_are_told_and_keep_their_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = OwnSet(tmp_path / "own")
+    (tmp_path / "own/names.txt").write_text("dog\nsky, wall\ncat\n Wall,  sky\ndog, hound\n")
+    evaluator = make_evaluator(own.section(background=False, per_class=True), tiny_encoder().setting)
+    assert capsys.readouterr().err == (
+        f"doubtful names: {tmp_path}/own/names.txt: lines 2 and 4 are 'sky', so that 1 class of 5 cannot be told from "
+        "another; rule: a line a class, in the masks' order\n"
+    )
+    numbers = measure(evaluator, tiny_encoder())
+    of_classes = [name for name in numbers if name.startswith("IoU_")]
+    assert of_classes == ["IoU_dog (label 0)", "IoU_sky", "IoU_cat", "IoU_ Wall", "IoU_dog (label 4)"]
+    root = write_folders(tmp_path / "set", [1, 1, 1], ["ant", "bee", "cat"])
+    (root / "classnames.txt").write_text("ant\nbee\nbee\n")
+    alike = open_labelled_set(section(root)).pairs.alike
+    assert alike.startswith(f"{root}/classnames.txt: lines 2 and 3 are 'bee', so that 1 class of 3 cannot")
+
+
+@pytest.mark.parametrize("dataset", get_args(MaskedSet))
+def test_copied_lists_of_public_sets_are_not_doubtful(tmp_path: Path, dataset: MaskedSet) -> None:
+    """Not even COCO-Object's, whose background is called "bed" too."""
+    names = public_names(dataset, "corrected")
+    assert alike_names("", names, range(len(names)), "") == ""
+
+
 def test_wnids_without_names_are_told(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [1, 1], ["n01440764", "n01443537"])
     assert "its folder n01440764 is a wnid and no name, so a text is 'a photo of a n01440764.'" in (
@@ -120,7 +161,7 @@ def test_public_sets_know_their_classes(tmp_path: Path) -> None:
     for dataset in ("imagenet", "folders"):
         config = section(tmp_path / "imagenet", dataset=dataset, classes=str(file))
         file.write_text("".join(f"{name}\n" for name in of_imagenet))
-        assert open_labelled_set(config).pairs.doubt == ""
+        assert open_labelled_set(config).pairs == ClassPairs("", "")
         file.write_text("".join(f"{name}\n" for name in sorted(of_imagenet)))
         with pytest.raises(
             UserError, match=r"line 1 is .*, but folder 1 is 'n00000000'; rule: the lines have the order"

@@ -168,6 +168,32 @@ def test_a_broken_picture_costs_one_picture_and_is_named(tmp_path: Path, capsys:
     assert table.caption == "4 pictures, 3 classes; chance top-1: 33.33 %; left out, damaged or too large: 3"
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_loose_pictures_beside_the_folders_are_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: int
+) -> None:
+    root = write_folders(tmp_path / "set", [2, 2])
+    (root / "bird" / "000.jpg").write_bytes(b"x")
+    for name in ("loose.JPG", "another.heic", ".hidden.jpg", "notes.txt"):
+        (root / name).write_bytes(picture(0))
+    tables = []
+
+    def measures(evaluator: Any, encoder: Any, *others: Any) -> Numbers:
+        encoder = tiny_encoder(evaluator.setting.rank, world_size)
+        evaluator = make_evaluator(section(root, batch=1), encoder.setting)
+        numbers = measure_together(evaluator, encoder, *others)
+        tables.append(evaluator.table({"student": numbers}, ""))
+        return numbers
+
+    for outcome in together(tiny_run(), world_size, lambda rank, place: None, measures=measures):
+        for numbers in outcome:
+            assert isinstance(numbers, dict)
+            assert (numbers["pictures"], numbers["pictures_left_out"]) == (3, 3)
+    said = "2 pictures beside the folders of the classes, such as another.heic"
+    assert f"left out: {root}: {said}, in no class" in capsys.readouterr().err.splitlines()
+    assert str(tables[0].caption).endswith(f"; left out, damaged or too large: 1; left out, {said}")
+
+
 def test_a_set_without_any_sound_picture_is_an_error(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [1, 1])
     encoder = tiny_encoder(max_pixels=10)

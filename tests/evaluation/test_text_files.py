@@ -1,5 +1,6 @@
 """Users' files of class names, templates and pairs: where a line ends, what no line is, which columns are read."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,20 @@ def test_pairs_name_their_pictures_as_captions_files_of_a_build_do(tmp_path: Pat
     pairs = {Path(file.path).name: texts for file, texts in open_pairs(path, None)}
     assert pairs == {"2.jpg": ["one"], "1.jpg": ["two"], "0.jpg": ["three"]}
     assert [row.image for row in read_rows(path)][:3] == ["2.jpg", "1.jpg", "0.jpg"]
+
+
+def test_links_to_one_file_are_one_picture(tmp_path: Path) -> None:
+    """By its first name, with the captions in the order of the rows; names that no file can have are pictures too."""
+    (tmp_path / "0.jpg").write_bytes(b"a picture")
+    (tmp_path / "1.jpg").write_bytes(b"a picture")
+    (tmp_path / "link.jpg").symlink_to("0.jpg")
+    (tmp_path / "folder").symlink_to(".")
+    named = ["link.jpg", "1.jpg", "0.jpg", "folder/0.jpg", "folder/1.jpg", "a\0b.jpg", "\ud800.jpg"]
+    rows = [json.dumps({"image": image, "caption": f"text {place}"}) for place, image in enumerate(named)]
+    (tmp_path / "list").mkdir()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "list" / "rows.jsonl").symlink_to("../rows.jsonl")  # the pictures lie beside the file that it leads to
+    for file in ("rows.jsonl", "list/rows.jsonl"):
+        found = [(picture.name, texts) for picture, texts in open_pairs(tmp_path / file, None)]
+        assert found[:2] == [("link.jpg", ["text 0", "text 2", "text 3"]), ("1.jpg", ["text 1", "text 4"])]
+        assert [texts for _, texts in found[2:]] == [["text 5"], ["text 6"]]

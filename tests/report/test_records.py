@@ -70,6 +70,14 @@ def test_a_missing_file_is_said(tmp_path: Path, missing: str) -> None:
     assert head_of(only(folder)).facts[0] == ("folder", str(folder.resolve()))
 
 
+def test_empty_records_are_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [])
+    (folder / "damaged.jsonl").write_text("")
+    assert only(folder).notes == ["metrics.jsonl is empty, so that there are no curves."]
+    (folder / "metrics.jsonl").write_text('{"torn": ')
+    assert only(folder).notes == ["metrics.jsonl: 1 line torn or not understood, left out."]
+
+
 def test_a_config_of_other_code_keeps_the_curves(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [train_record(10)])
     with open(folder / "config.yaml", "a") as file:

@@ -71,6 +71,21 @@ def test_shards_under_two_names_are_told_once_when_a_run_begins(
     assert begun.errors.count("warning: data sources a and b have ") == 1
 
 
+def test_an_evaluation_on_the_shards_of_training_is_told(
+    trained: Path, tmp_path: Path, scenes: SceneShards, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = f"eval=[{{kind: retrieval, name: seen, every: 100, shards: '{scenes.train}', max_samples: 4}}]"
+    said = f"warning: eval.seen: reads 1 shard that the run trains on, such as {scenes.train}/train-00000.tar: "
+    for changed, times in ((), 0), ((seen,), 1):
+        assert cli.main(["train", "--dry-run", str(trained), *changed, f"output={tmp_path}"]) == 0
+        shown = capsys.readouterr()
+        assert shown.err.count(said) == times
+        assert rows(shown.out)["evaluation"][0] == "ok"
+    begun = train_to_end(trained, seen, "train.max_steps=1", f"output={tmp_path / 'new'}")
+    begun.require(0)
+    assert begun.errors.count(said) == 1
+
+
 def test_a_run_that_can_start_is_all_ok(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(trained.parent.rglob("*"))
     assert cli.main(["train", "--dry-run", str(trained)]) == 0
@@ -258,6 +273,15 @@ def test_a_path_that_is_too_long_is_refused(trained: Path, tmp_path: Path, capsy
     captured = capsys.readouterr()
     assert "/checkpoints: cannot be listed: File name too long" in captured.err
     assert rows(captured.out)["output"][0] == "REFUSED"
+
+
+def test_links_in_a_circle_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "checkpoints").symlink_to("checkpoints")
+    for where in ([], [f"resume={last_checkpoint(trained)}"]):
+        assert cli.main(["train", "--dry-run", str(trained), f"output={tmp_path}", *where]) == 2
+        captured = capsys.readouterr()
+        assert "/checkpoints: cannot be listed: Too many levels of symbolic links" in captured.err
 
 
 def test_a_full_disk_is_refused(trained: Path, tmp_path: Path) -> None:

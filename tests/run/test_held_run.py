@@ -57,7 +57,9 @@ def test_a_second_start_is_refused_and_the_first_one_goes_on(run: Path, capfd: p
 
 
 @pytest.mark.parametrize("target", ["disk", "first/checkpoints"])
-def test_checkpoints_of_two_runs_in_one_folder_are_refused(run: Path, target: str) -> None:
+def test_checkpoints_of_two_runs_in_one_folder_are_refused(
+    run: Path, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Each would delete the other's checkpoints as its own old ones."""
     places = [run.parent / name / "checkpoints" for name in ("first", "second")]
     (run.parent / target).mkdir(parents=True)
@@ -71,6 +73,12 @@ def test_checkpoints_of_two_runs_in_one_folder_are_refused(run: Path, target: st
         expected = f"output: {places[1]} leads to {(run.parent / target).resolve()}, where another run saves, "
         assert expected in line
         assert re.search(f"{HELD}.*; rule: a run's checkpoints lie in a folder of their own$", line), line
+        for name, said in (("second", expected), ("first", "this run is launched now")):
+            capfd.readouterr()
+            assert main(["train", "--dry-run", str(run), f"name={name}"]) == 0
+            table = capfd.readouterr().out
+            assert "".join(said.split()) in "".join(table.partition("  lock          held ")[2].split()), table
+            assert table.count("  lock ") == 1
         first.signal(0, signal.SIGTERM)
         first.wait().require(0)
     train_to_end(run, "name=first", "train.max_steps=1").require(0)  # its own lock is in nobody's way

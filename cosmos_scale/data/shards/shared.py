@@ -1,4 +1,4 @@
-"""Shards that two sources of a run have in common: their samples count once for each source."""
+"""Shards that two sources of a run have in common, or training and an evaluation: a warning, since it may be meant."""
 
 import os
 from collections import defaultdict
@@ -33,6 +33,28 @@ def describe_shared(sources: Sequence[SourceIndex]) -> str:
         f"data sources {sources[one].name} and {sources[other].name} have {counted(len(files), 'shard')} in common, "
         f"such as {files[0].shown}{more}: an epoch visits their samples once for each source; rule: name shards once, "
         "with a weight for more visits, unless this is meant"
+    )
+
+
+def describe_seen(trained: Sequence[SourceIndex], evaluated: Sequence[ShardFile]) -> str:
+    """Return what to say of an evaluation whose shards a run trains on, links and copies too; empty without one.
+
+    Only shards of one size are compared. A copy is told by its mark, the digest of its first bytes.
+    """
+    sizes = {file.size for file in evaluated}
+    alike = [
+        source.shard_file(shard)
+        for source in trained
+        for shard, row in enumerate(source.rows)
+        if row.samples and row.size in sizes
+    ]
+    places, marks = {_identity(file) for file in alike}, {(file.size, file.mark) for file in alike if file.mark}
+    seen = [file for file in evaluated if (file.size, file.mark) in marks or _identity(file) in places]
+    if not seen:
+        return ""
+    return (
+        f"reads {counted(len(seen), 'shard')} that the run trains on, such as {seen[0].shown}: its "
+        "numbers are of samples seen in training; rule: evaluate on shards held out, unless this is meant"
     )
 
 

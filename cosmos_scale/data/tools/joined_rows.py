@@ -15,8 +15,12 @@ from cosmos_scale.files import regular_only, writing
 
 
 def picture_digest(path: Path) -> int:
-    """Return 64 bits that tell a picture's path from others."""
-    return int.from_bytes(blake2b(os.fsencode(path), digest_size=8).digest(), "big")
+    """Return 64 bits that tell a picture's file from others: a link is the picture that it leads to."""
+    return _digest(os.path.realpath(path))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(os.fsencode(text), digest_size=8).digest(), "big")
 
 
 def joined_rows(
@@ -33,7 +37,7 @@ def joined_rows(
     with writing(copy), open(copy, "wb", opener=regular_only) as file:
         for place, row in enumerate(rows):
             path = picture_of(row)
-            digests.append(picture_digest(path) if path is not None else picture_digest(Path(f"\n{place}")))
+            digests.append(picture_digest(path) if path is not None else _digest(f"\n{place}"))
             offsets.append(file.tell())
             file.write(json.dumps(row).encode() + b"\n")
     _, first, group = np.unique(np.asarray(digests), return_index=True, return_inverse=True)

@@ -30,7 +30,7 @@ from cosmos_scale.data.shards.index import SourceIndex, open_sources
 from cosmos_scale.data.shards.members import ScanRules, holds_string
 from cosmos_scale.data.shards.reader import Entry, OldIndex, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
-from cosmos_scale.data.shards.shared import describe_shared
+from cosmos_scale.data.shards.shared import describe_seen, describe_shared
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.data.tools.passes import Pass, begin_pass, opened_index
 from cosmos_scale.data.tools.verdict import OLD_INDEX, Fault, Verdict
@@ -94,6 +94,11 @@ def verify_shards(
     indexes = open_sources(data.sources, data.remote).sources
     if shared := describe_shared(indexes[:trained]):
         print(f"warning: {shared}", file=sys.stderr)
+    opened = {(source.shards, source.index): index for source, index in zip(data.sources, indexes, strict=True)}
+    for gallery in galleries:
+        index = opened[gallery.shards, gallery.index]
+        if seen := describe_seen(indexes[:trained], [index.shard_file(shard) for shard in range(len(index.rows))]):
+            print(f"warning: {gallery.name}: {seen}", file=sys.stderr)
     verdict = Verdict(
         shards=sum(len(index.rows) for index in indexes),
         samples=sum(row.samples for index in indexes for row in index.rows),

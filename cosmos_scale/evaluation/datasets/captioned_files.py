@@ -99,6 +99,7 @@ def open_flickr30k(root: Path, split: str) -> list[Captioned]:
 def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     """Pictures and captions of a .jsonl, .csv or .tsv file; rows of one picture are put together, in order.
 
+    One picture is one file, whichever links and spellings (./a.jpg, b/../a.jpg) lead to it: its first name counts.
     captions_key: the key or column of the captions; None: the one that is called as captions are called.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
@@ -108,8 +109,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     }
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: its name ends with none of {', '.join(readers)}; rule: {PAIRS}")
-    captions: dict[str, list[str]] = {}
-    spelt: dict[str, str] = {}  # of a picture that rows spell unlike (a.jpg, ./a.jpg, b/../a.jpg), the first spelling
+    rows: list[tuple[str, list[str]]] = []
     for number, cells in readers[path.suffix.lower()](path):
         where = f"{path}: line {number}"
         row = {key: read_cell(plain_column(key), value) for key, value in cells.items()}
@@ -119,18 +119,31 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
             raise UserError(
                 f"{where}: has no picture under {', '.join(IMAGE_COLUMNS)}, but {_keys(row)}; rule: {PAIRS}"
             )
-        image = spelt.setdefault(os.path.abspath(path.parent / image), image)
         key = captions_key or _caption_key(row, where)
         if key not in row:
             raise UserError(f"{where}: has no captions under {key!r}, but {_keys(row)}; rule: {PAIRS}")
         found = row[key] if isinstance(row[key], list) else [row[key]]
         if not all(isinstance(text, str) or is_missing(text) for text in found):
             raise UserError(f"{where}: {key} is neither a text nor a list of texts; rule: {PAIRS}")
-        captions.setdefault(image, []).extend(text for text in found if isinstance(text, str) and text.strip())
-    if not captions:
+        rows.append((image, [text for text in found if isinstance(text, str) and text.strip()]))
+    if not rows:
         raise UserError(f"{path}: names no picture; rule: {PAIRS}")
-    folder = _folder_of(path.parent, [path.absolute().parent, path.resolve().parent], list(captions), PAIRS)
-    return [_placed(folder, name, texts) for name, texts in captions.items()]
+    names = list(dict.fromkeys(name for name, _ in rows))
+    folder = _folder_of(path.parent, [path.absolute().parent, path.resolve().parent], names, PAIRS)
+    files = {name: _file_of(folder, name) for name in names}
+    pictures: dict[str, Captioned] = {}
+    for name, texts in rows:
+        pictures.setdefault(files[name], _placed(folder, name, []))[1].extend(texts)
+    return list(pictures.values())
+
+
+def _file_of(folder: Path, name: str) -> str:
+    """Return the path of the file that a picture's name leads to; that of a name no file can have is as good as any."""
+    path = folder / name_on_disk(name)
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a NUL, or half of a surrogate pair
+        return str(path)
 
 
 def _caption_key(row: dict[str, Any], where: str) -> str:

@@ -16,13 +16,16 @@ LAYOUT = "a folder for each class, with its pictures in it"
 def open_folders(config: ClassificationConfig) -> FilePictures:
     """Find the pictures below the folders of a folder; the classes are the folders' names, sorted.
 
+    Pictures beside the folders are loose: nothing tells their class.
     Raises UserError where there is no such folder, no picture in it, where its folders hold those of the classes,
     or where one of them cannot be listed.
     """
     root = Path(config.data)
     if not root.is_dir():
         raise UserError(f"{whole_path(root)}: no such folder; rule: {LAYOUT}")
-    classes = sorted(name for name in _listed(str(root)) if (root / name).is_dir() and not is_hidden(name))
+    names = _listed(str(root))
+    folders = {name for name in names if (root / name).is_dir()}
+    classes = [name for name in names if name in folders and not is_hidden(name)]
     if not classes:
         raise UserError(f"{root}: has no folder in it; rule: {LAYOUT}")
     samples = [(path, label) for label, name in enumerate(classes) for path in _pictures_below(str(root / name))]
@@ -36,7 +39,8 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
             f"{root}: {named} no class, but a part of a set with folders in it; rule: {LAYOUT}; name one part"
         )
     files = [PlacedFile(path, os.path.relpath(path, root)) for path, _ in samples]
-    return FilePictures(files, [label for _, label in samples], classes)
+    loose = [name for name in names if name not in folders and is_picture(name)]
+    return FilePictures(files, [label for _, label in samples], classes, loose)
 
 
 def _pictures_below(folder: str) -> list[str]:

@@ -11,7 +11,7 @@ from cosmos_scale.evaluation.datasets.folders import open_folders
 from cosmos_scale.evaluation.datasets.labelled_shards import LABEL, LabelledShards, open_webdataset
 from cosmos_scale.evaluation.datasets.pictures import LabelledPictures
 from cosmos_scale.evaluation.datasets.published_sets import PUBLISHED, open_published
-from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, pair_names
+from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, alike_names, pair_names
 from cosmos_scale.evaluation.prompts.texts import (
     CLASS_NAMES_FILE,
     DEFAULT_TEMPLATES,
@@ -106,14 +106,19 @@ def _class_pairs(
     templates: Sequence[str],
 ) -> ClassPairs:
     """Compare names with what the data calls its classes; raises UserError where lines are those of other classes."""
-    wnid = next(filter(_WNID.fullmatch, pictures.classes), None)
     if path is not None:
-        return pair_names(path, names, _data_names(config, pictures))
-    if config.dataset == "folders" and wnid is not None:
+        rule = "rule: a line for each class, of names that no other class has"
+        alike = alike_names(f"{path}: lines", names, range(1, len(names) + 1), rule)
+        return pair_names(path, names, _data_names(config, pictures))._replace(alike=alike)
+    if config.dataset != "folders":
+        return ClassPairs("", "")
+    rule = f"rule: {CLASS_NAMES_FILE} or --classes FILE names the classes"
+    doubt, alike = "", alike_names(f"{config.data}: folders", names, pictures.classes, rule)
+    if wnid := next(filter(_WNID.fullmatch, pictures.classes), None):
         text = templates[0].replace("{}", wnid)
-        rule = f"rule: {CLASS_NAMES_FILE} or --classes FILE names the classes; --dataset imagenet knows ImageNet's"
-        return ClassPairs("", f"{config.data}: its folder {wnid} is a wnid and no name, so a text is {text!r}; {rule}")
-    return ClassPairs("", "")
+        doubt = f"{config.data}: its folder {wnid} is a wnid and no name, so a text is {text!r}; {rule}"
+        doubt += "; --dataset imagenet knows ImageNet's"
+    return ClassPairs("", doubt, alike)
 
 
 def _data_names(config: ClassificationConfig, pictures: LabelledPictures) -> DataNames:

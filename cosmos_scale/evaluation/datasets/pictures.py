@@ -37,10 +37,13 @@ def is_hidden(folder: str) -> bool:
 
 
 class LabelledPictures(ABC):
-    """Pictures of one set. labels: the class of each picture, from 0. classes: what the data calls its classes."""
+    """Pictures of one set. labels: the class of each picture, from 0. classes: what the data calls its classes.
 
-    def __init__(self, labels: Sequence[int], classes: Sequence[str]) -> None:
-        self.labels, self.classes = labels, classes
+    loose: names of pictures that lie there too, but in no class, so that they are none of the set's.
+    """
+
+    def __init__(self, labels: Sequence[int], classes: Sequence[str], loose: Sequence[str] = ()) -> None:
+        self.labels, self.classes, self.loose = labels, classes, loose
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -83,8 +86,10 @@ def placed_pixels(file: PlacedFile, setting: Setting) -> Pixels:
 class FilePictures(LabelledPictures):
     """Pictures that are files, or parts of files."""
 
-    def __init__(self, files: Sequence[PlacedFile], labels: Sequence[int], classes: Sequence[str]) -> None:
-        super().__init__(labels, classes)
+    def __init__(
+        self, files: Sequence[PlacedFile], labels: Sequence[int], classes: Sequence[str], loose: Sequence[str] = ()
+    ) -> None:
+        super().__init__(labels, classes, loose)
         self._files = files
 
     def name(self, place: int) -> str:

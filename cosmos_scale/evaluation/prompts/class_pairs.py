@@ -1,16 +1,21 @@
 """Whether a file's class names are those of the classes that the data has: by the names that the data itself gives."""
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.prompts.texts import Names
+from cosmos_scale.model.tokenizer import clean
 from cosmos_scale.words import counted
 
 _SHOWN = 3  # pairs
 _LEAST_LETTERS = 3  # of a word that says something
+# Names that lists of ImageNet's 1,000 classes have twice, by origin: there is nothing that a user could mend.
+_IMAGENET_CLASSES = 1000
+_IMAGENET_TWICE = frozenset({"cardigan", "crane", "maillot", "missile", "sunglasses"})
 
 
 class DataNames(NamedTuple):
@@ -25,10 +30,19 @@ class DataNames(NamedTuple):
 
 
 class ClassPairs(NamedTuple):
-    """The first classes as data and lines call them, and what is doubtful about the lines; "" where nothing is."""
+    """The first classes as data and lines call them, and what is doubtful about the lines; "" where nothing is.
+
+    alike: which classes have the same names, as `alike_names` says it.
+    """
 
     shown: str
     doubt: str
+    alike: str = ""
+
+    def warn(self) -> None:
+        """Say on stderr what is doubtful."""
+        for doubt in filter(None, (self.doubt, self.alike)):
+            print(f"doubtful names: {doubt}", file=sys.stderr)
 
 
 def pair_names(path: Path, lines: Names, data: DataNames) -> ClassPairs:
@@ -63,6 +77,24 @@ def pair_names(path: Path, lines: Names, data: DataNames) -> ClassPairs:
     pairs = [f"{names[0]} is {lines[label][0]!r}" for label, names in sorted(data.names.items())]
     shown = shown_pairs(pairs) if len(right) < len(plain_data) else ""
     return ClassPairs(shown, doubt)
+
+
+def alike_names(where: str, names: Names, called: Sequence[str | int], rule: str) -> str:
+    """Say which classes have the same names for the tokenizer, so that a model gives all of them to one; "" for none.
+
+    where: such as "names.txt: lines". called: what stands there for each class, such as its line's number.
+    """
+    labels_of: dict[frozenset[str], list[int]] = {}
+    for label, of_class in enumerate(names):
+        labels_of.setdefault(frozenset(map(clean, of_class)), []).append(label)
+    known = _IMAGENET_TWICE if len(names) == _IMAGENET_CLASSES else frozenset()
+    alike = [labels for texts, labels in labels_of.items() if len(labels) > 1 and not texts <= known]
+    if not alike:
+        return ""
+    said = [f"{' and '.join(str(called[label]) for label in labels)} are {names[labels[0]][0]!r}" for labels in alike]
+    never = sum(len(labels) - 1 for labels in alike)
+    lost = f"{counted(never, 'class', 'classes')} of {len(names):,} cannot be told from another"
+    return f"{where} {shown_pairs(said)}, so that {lost}; {rule}"
 
 
 def shown_pairs(pairs: list[str]) -> str:

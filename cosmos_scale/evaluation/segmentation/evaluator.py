@@ -19,9 +19,21 @@ from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.evaluator import Encoder, Evaluator, Gather, Numbers, Setting, digest_of
 from cosmos_scale.evaluation.left_out import LeftOutWords
-from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, pair_names, shown_pairs
+from cosmos_scale.evaluation.prompts.class_pairs import (
+    ClassPairs,
+    DataNames,
+    alike_names,
+    pair_names,
+    shown_pairs,
+)
 from cosmos_scale.evaluation.prompts.texts import Names, imagenet_templates, read_names
-from cosmos_scale.evaluation.segmentation.layouts import PUBLIC_LAYOUTS, MaskedPicture, find_pictures, lone_masks
+from cosmos_scale.evaluation.segmentation.layouts import (
+    PUBLIC_LAYOUTS,
+    MaskedPicture,
+    find_pictures,
+    lone_masks,
+    pictures_of_one_mask,
+)
 from cosmos_scale.evaluation.segmentation.masks import Labels, checked_labels, greatest_label
 from cosmos_scale.evaluation.segmentation.names import public_names
 from cosmos_scale.evaluation.segmentation.overlap import IGNORED, Scores, constant_counts, count_overlap
@@ -52,14 +64,14 @@ class Segmentation(Evaluator):
         self._config = config
         self._pictures = find_pictures(config)
         self._lone_masks = lone_masks(config)
+        if setting.rank == 0:
+            self._warn_of_shared_masks()
         self._names = _names(config)
         self._require_classes()
         self._class_pairs = _class_pairs(config, self._names)
-        if setting.rank == 0 and self._class_pairs.doubt:
-            print(f"doubtful names: {self._class_pairs.doubt}", file=sys.stderr)
-        self._titles = [
-            "background" if config.has_background and not label else names[0] for label, names in enumerate(self._names)
-        ]
+        if setting.rank == 0:
+            self._class_pairs.warn()
+        self._titles = _titles(self._names, background=config.has_background)
         self._recipe = recipe_of(config, setting.image_size)
         self._constant = 0  # the label of the trivial answer, known once masks are read
         self._words = LeftOutWords()
@@ -192,6 +204,16 @@ class Segmentation(Evaluator):
                 f"greater labels, such as {most} in {mask}; rule: a class for each label, in the order of the labels"
             )
 
+    def _warn_of_shared_masks(self) -> None:
+        """Say it where several pictures have one mask: one may be a copy, and both count."""
+        if shared := pictures_of_one_mask(self._pictures):
+            first = " and ".join(picture.name for picture in shared[0])
+            print(
+                f"doubtful pictures: {self._config.images}: {counted(len(shared), 'mask')} with several pictures, such "
+                f"as {shared[0][0].mask.name} with {first}, each of which counts; rule: a picture for each mask",
+                file=sys.stderr,
+            )
+
     def _warn_of_white(self, labels_found: Set[int], masks: int) -> None:
         """Say it where masks of one's own that are looked at seem to be in black and white.
 
@@ -279,11 +301,20 @@ def _class_pairs(config: SegmentationConfig, names: Names) -> ClassPairs:
     """Compare the names of a file with those of the public set; of other sets nothing but numbers is known."""
     if config.classes is None:
         return ClassPairs("", "")
-    if config.dataset is None:
-        return ClassPairs(shown_pairs([f"{label} is {of_class[0]!r}" for label, of_class in enumerate(names)]), "")
-    known = dict(enumerate(public_names(config.dataset, "corrected")))
     rule = "rule: a line a class, in the masks' order"
-    return pair_names(Path(config.classes), names, DataNames(f"{config.dataset}'s class", known, rule))
+    alike = alike_names(f"{config.classes}: lines", names, range(1, len(names) + 1), rule)
+    if config.dataset is None:
+        shown = shown_pairs([f"{label} is {of_class[0]!r}" for label, of_class in enumerate(names)])
+        return ClassPairs(shown, "", alike)
+    known = dict(enumerate(public_names(config.dataset, "corrected")))
+    pairs = pair_names(Path(config.classes), names, DataNames(f"{config.dataset}'s class", known, rule))
+    return pairs._replace(alike=alike)
+
+
+def _titles(names: Names, *, background: bool) -> list[str]:
+    """Return what each class is called in tables and files; where first names are equal, with the label."""
+    titles = ["background" if background and not label else of_class[0] for label, of_class in enumerate(names)]
+    return [f"{title} (label {label})" if titles.count(title) > 1 else title for label, title in enumerate(titles)]
 
 
 def _size(path: Path) -> int:

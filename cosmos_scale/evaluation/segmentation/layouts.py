@@ -188,6 +188,14 @@ def lone_masks(config: SegmentationConfig) -> list[str]:
     return [name for name in _names_below(masks, _is_mask) if os.path.splitext(name)[0] not in stems]
 
 
+def pictures_of_one_mask(pictures: Iterable[MaskedPicture]) -> list[list[MaskedPicture]]:
+    """Return the pictures that share a mask, such as a.jpg and a.png: each of them counts."""
+    of_masks: dict[Path, list[MaskedPicture]] = {}
+    for picture in pictures:
+        of_masks.setdefault(picture.mask, []).append(picture)
+    return [shared for mask, shared in of_masks.items() if len(shared) > 1 and mask.exists()]
+
+
 def _is_mask(path: str) -> bool:
     return path.endswith(_SUFFIXES) and not os.path.basename(path).startswith(".")
 

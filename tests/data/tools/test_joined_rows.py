@@ -78,6 +78,16 @@ def test_a_joined_build_goes_on_to_the_same_bytes(inputs: Path, monkeypatch: pyt
     assert contents(inputs / "out") == contents(inputs / "whole")
 
 
+def test_links_to_one_file_are_one_picture(inputs: Path) -> None:
+    (inputs / "images" / "link.jpg").symlink_to("0.jpg")
+    (inputs / "images" / "folder").symlink_to(".")
+    (inputs / "links.csv").write_text("image,caption\n0.jpg,a\n1.jpg,b\nlink.jpg,c\nfolder/0.jpg,d\n")
+    assert build(inputs, captions="links.csv").repeated == 2
+    build(inputs, "joined", captions="links.csv", join_rows=True)
+    found = [document["caption"] for _, document in read_whole(inputs / "joined").values()]
+    assert found == [["a", "c", "d"], "b"]
+
+
 def test_damage_and_texts_that_stay_whole_name_every_row(inputs: Path) -> None:
     (inputs / "images" / "1.jpg").write_bytes(b"no picture")
     rows = [

@@ -267,6 +267,21 @@ def test_overlays_of_any_size_show_each_label_in_its_colour(tmp_path: Path) -> N
             assert near, (colour, shown)  # within one level: how Pillow rounds a blend
 
 
+def test_pictures_of_one_mask_are_named(own_set: OwnSet, capsys: pytest.CaptureFixture[str]) -> None:
+    images = own_set.folder / "images"
+    for name in ("1.jpg", "3.JPEG", "alone.png", "alone.jpg"):
+        Image.fromarray(own_set.pictures[1]).convert("RGB").save(images / name)
+    setting = golden_encoder().setting
+    make_evaluator(own_set.section(), setting)
+    assert capsys.readouterr().err == (
+        f"doubtful pictures: {images}: 2 masks with several pictures, such as 1.png with 1.jpg and 1.png, each of "
+        "which counts; rule: a picture for each mask\n"
+    )
+    make_evaluator(own_set.section(), replace(setting, rank=1, world_size=2))
+    make_evaluator(own_set.section(max_samples=2), setting)
+    assert capsys.readouterr().err == ""
+
+
 def test_masks_in_black_and_white_are_doubtful(own_set: OwnSet, capsys: pytest.CaptureFixture[str]) -> None:
     masks = own_set.folder / "masks"
     for place, (height, width) in enumerate(SIZES):
