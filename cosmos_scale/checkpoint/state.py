@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -339,6 +339,12 @@ def read_manifest(folder: Path) -> Manifest:
                 f"checkpoint {folder}: format {content['format']}; rule: this version reads format {FORMAT}"
             )
         files = {file["name"]: FileRecord(**file) for file in content["files"]}
+        # The checkpoint is sound: passed over as a broken one, its steps would be lost.
+        if unknown := sorted(content["state"].keys() - {known.name for known in fields(RunState)}):
+            raise UserError(
+                f"checkpoint {folder}: holds {', '.join(unknown)}, which this version does not know; rule: go on with "
+                f"the version that wrote it, cosmos-scale {content['versions']['cosmos_scale']}"
+            )
         state = RunState(**content["state"])
         if step_of(folder) not in (-1, state.step):
             raise ValueError(f"it is of step {state.step}, not of the step in the folder's name")

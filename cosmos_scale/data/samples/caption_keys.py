@@ -1,6 +1,7 @@
 """Which keys of a sample's json hold captions: the known keys, other datasets' names for captions, what is none."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ KNOWN_NAMES = {name.lower(): name for name in DREAMLIP_KEYS} | {
 }
 # Names of captions in other datasets, in order of preference: read only where there is no known key.
 OTHER_NAMES = ("captions", "text", "title")
+# Names that tables give to further captions of a picture: caption_2, blip_caption, text1, and caption.1, pandas' name
+# for a second column `caption`.
+_FURTHER = re.compile(r"(?:.*_)?captions?(?:_.*)?|(?:captions?|text|title)[_.-]?[0-9]+")
 # Signs that show nothing, and that `strip` leaves: a zero-width space, joiners, the byte order mark, a soft hyphen.
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 
@@ -39,6 +43,23 @@ def has_text(value: object) -> bool:
     """Return whether a value is a caption: a string that is not blank, or a list with one."""
     texts = value if isinstance(value, list) else [value]
     return any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def may_be_caption(name: str, value: object) -> bool:
+    """Return whether a column, named in plain form, is called as captions are or much like it, and holds a text."""
+    if name in KNOWN_NAMES or name in OTHER_NAMES:
+        return has_text(value)
+    return _is_further(name, value)
+
+
+def further_captions(document: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a sample's json that hold text, and are called much like captions but not as those are."""
+    return [name for name, value in document.items() if not _called_caption(name) and _is_further(name.lower(), value)]
+
+
+def _is_further(name: str, value: object) -> bool:
+    # The value of caption_id is a number, which in a CSV file is a text without a letter.
+    return bool(_FURTHER.fullmatch(name)) and has_text(value) and any(map(str.isalpha, str(value)))
 
 
 def holds_caption(name: str, value: object) -> bool:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from cosmos_scale.data.samples.caption_keys import (
     has_text,
     holds_caption,
     is_missing,
+    may_be_caption,
     plain_column,
 )
 from cosmos_scale.data.samples.document import parse_json
@@ -163,6 +164,7 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                 raise UserError(
                     f"{path}: no {needed} column among {', '.join(header) or 'none'}; "
                     f"one of these is needed: {', '.join(known)}; {option} names another"
+                    f"{_list_hint(dict.fromkeys(present, 'a text')) if needed == 'caption' else ''}"
                 )
         if columns.key is not None and columns.key not in present:
             raise UserError(f"{path}: no column --key {columns.key} among {', '.join(header)}")
@@ -208,8 +210,9 @@ def _row(number: int, values: dict[str, Any], columns: Columns) -> CaptionRow:
             if key in document:
                 return CaptionRow(number, image, {}, f"two captions for {key}: {column} is one; the row has {shown}")
             document[key] = value
-    named = (*KNOWN_NAMES, *OTHER_NAMES) if columns.caption is None else ()
-    unread = tuple(name for name in named if name not in used and has_text(plain.get(name)))
+    # Whoever names the only column of captions knows of the others.
+    others = plain.items() if columns.caption is None else ()
+    unread = tuple(name for name, value in others if name not in used and may_be_caption(name, value))
     fault = None if document else _no_caption(plain, columns, shown)
     if document and not any(holds_caption(key, value) for key, value in document.items()):
         fault = f"no caption: no sentence in {', '.join(document)}"
@@ -268,7 +271,14 @@ def _no_caption(plain: dict[str, Any], columns: Columns, shown: str) -> str:
     empty = [name for name in columns.caption_names if name in plain and not has_text(plain[name])]
     if empty:
         return f"no caption: empty is {', '.join(empty)}"
-    return f"no caption: expected one of {', '.join(columns.caption_names)}; the row has {shown}"
+    return f"no caption: expected one of {', '.join(columns.caption_names)}; the row has {shown}{_list_hint(plain)}"
+
+
+def _list_hint(plain: Mapping[str, Any]) -> str:
+    """How several captions of a picture are given, where columns such as caption_1 and caption_2 hold them."""
+    if sum(may_be_caption(name, value) for name, value in plain.items()) < 2:
+        return ""
+    return "; several captions of a picture are a json list in one column, or a row each with --join-rows"
 
 
 def _named(plain: dict[str, Any], columns: Columns) -> str | None:

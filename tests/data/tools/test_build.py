@@ -306,6 +306,9 @@ def test_inputs_that_cannot_work_are_refused(images: Path) -> None:
         UserError, match=r"no caption column among image, colour; one of these is needed: .*raw_caption"
     ):
         attempt(images, captions)
+    captions.write_text("image,caption_1,caption_2\n0.jpg,red,a red one\n")
+    with pytest.raises(UserError, match=r"names another; several captions of a picture are a json list in one column"):
+        attempt(images, captions)
     captions.write_text("caption\nred\n")
     with pytest.raises(UserError, match="no picture column among caption"):
         attempt(images, captions)

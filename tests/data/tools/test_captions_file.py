@@ -164,3 +164,19 @@ def test_a_row_whose_text_stands_in_a_column_that_is_not_read_is_not_called_empt
     path.write_text("image,caption,text,title\na.jpg,,one,\n")
     (row,) = read_rows(path, DEFAULT_COLUMNS)
     assert (row.fault, row.unread) == ("no caption: empty is caption, title", ("text",))
+
+
+def test_further_captions_of_a_picture_that_are_not_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"  # caption.1 is what pandas makes of a second column `caption`
+    path.write_text("image,caption,Caption 2,caption.1,blip_caption,caption_id,text2,notes\na.jpg,a,b,c,d,7,,e\n")
+    (row,) = read_rows(path, DEFAULT_COLUMNS)
+    assert (row.fault, row.document) == (None, {"caption": "a"})
+    assert row.unread == ("caption_2", "caption.1", "blip_caption")
+    (row,) = read_rows(path, captions_file.Columns(caption="caption_2"))
+    assert (row.document, row.unread) == ({"caption": "b"}, ())
+    objects = tmp_path / "captions.jsonl"
+    objects.write_text('{"image": "a.jpg", "caption_1": "x", "caption_2": "y"}\n{"image": "a.jpg", "caption_1": "x"}\n')
+    both, one = read_rows(objects, DEFAULT_COLUMNS)
+    hint = "; several captions of a picture are a json list in one column, or a row each with --join-rows"
+    assert str(both.fault).endswith(f"the row has image, caption_1, caption_2{hint}")
+    assert str(one.fault).endswith("the row has image, caption_1")
