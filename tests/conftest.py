@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("PYTHONUNBUFFERED", None)  # streams with buffers, and with their locks, as users have them
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each program that a test starts compiles this checkout anew
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for others otherwise and warns of each it lacks
 torch.set_num_threads(1)

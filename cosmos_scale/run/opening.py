@@ -113,9 +113,12 @@ class Opening:
 
     def _captions(self) -> str:
         """Look at some samples; where a run is resumed they were looked at before."""
+        found = ["each source has captions"]
         if not self._is_resumed:
-            check_captions(self.index, self._config.data.captions, self._config.data.remote)
-        return "each source has captions"
+            found += check_captions(self.index, self._config.data.captions, self._config.data.remote)
+        for line in found[1:]:
+            print(f"warning: {line}", file=sys.stderr)
+        return "; ".join(found)
 
     def _pictures(self) -> str:
         """Look at the sizes of some pictures; where a run is resumed they were looked at before."""

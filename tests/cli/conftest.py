@@ -1,12 +1,11 @@
 """A checkpoint of a real run, for the commands that evaluate one."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cosmos_scale.data.scenes.scene_shards import SceneShards, build_scenes
+from cosmos_scale.testing.runs import train_to_end
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
 SMALL = [
@@ -34,7 +33,5 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, shards: SceneShards) -
     """The folder of the checkpoints of steps 0 and 2, by a run that evaluates at step 2."""
     folder = tmp_path_factory.mktemp("run")
     places = [f"output={folder}", f"data.sources.0.shards={shards.train}", f"eval.retrieval.shards={shards.gallery}"]
-    command = [sys.executable, "-m", "cosmos_scale.train", str(DEMO), *SMALL, *places, "eval.every=2"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_to_end(DEMO, *SMALL, *places, "eval.every=2").require(0)
     return folder / "small" / "checkpoints"

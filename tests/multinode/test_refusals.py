@@ -9,7 +9,7 @@ from cosmos_scale.data.scenes.scene_shards import build_scenes
 from cosmos_scale.exit_status import REFUSED
 from tests.multinode.two_hosts import START, TwoHosts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("hosts")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_host_out_of_reach_is_refused(hosts: TwoHosts) -> None:

@@ -10,7 +10,7 @@ from cosmos_scale.exit_status import FINISHED, STOPPED
 from cosmos_scale.testing.hosts import HostProgram
 from tests.multinode.two_hosts import ENDS_WITHIN, START, TwoHosts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("hosts")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def parent_of(pid: int) -> int:

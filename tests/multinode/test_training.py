@@ -9,7 +9,7 @@ import pytest
 from cosmos_scale.exit_status import FINISHED
 from tests.multinode.two_hosts import ENDS_WITHIN, OTHER_WORLD_SIZE, START, STEPS, TwoHosts
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("hosts")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_link_that_is_cut_for_a_while_changes_no_loss(hosts: TwoHosts) -> None:

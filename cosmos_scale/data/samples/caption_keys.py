@@ -49,6 +49,15 @@ def may_be_caption(name: str, value: object) -> bool:
     """Return whether a column, named in plain form, is called as captions are or much like it, and holds a text."""
     if name in KNOWN_NAMES or name in OTHER_NAMES:
         return has_text(value)
+    return _is_further(name, value)
+
+
+def further_captions(document: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a sample's json that hold text, and are called much like captions but not as those are."""
+    return [name for name, value in document.items() if not _called_caption(name) and _is_further(name.lower(), value)]
+
+
+def _is_further(name: str, value: object) -> bool:
     # The value of caption_id is a number, which in a CSV file is a text without a letter.
     return bool(_FURTHER.fullmatch(name)) and has_text(value) and any(map(str.isalpha, str(value)))
 

@@ -174,3 +174,9 @@ def test_further_captions_of_a_picture_that_are_not_read_are_named(tmp_path: Pat
     assert row.unread == ("caption_2", "caption.1", "blip_caption")
     (row,) = read_rows(path, captions_file.Columns(caption="caption_2"))
     assert (row.document, row.unread) == ({"caption": "b"}, ())
+    objects = tmp_path / "captions.jsonl"
+    objects.write_text('{"image": "a.jpg", "caption_1": "x", "caption_2": "y"}\n{"image": "a.jpg", "caption_1": "x"}\n')
+    both, one = read_rows(objects, DEFAULT_COLUMNS)
+    hint = "; several captions of a picture are a json list in one column, or a row each with --join-rows"
+    assert str(both.fault).endswith(f"the row has image, caption_1, caption_2{hint}")
+    assert str(one.fault).endswith("the row has image, caption_1")

@@ -28,8 +28,8 @@ def shards_of(folder: Path, documents: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def check(folder: Path, **captions: Any) -> None:
-    check_captions(open_folder(folder), CaptionsConfig(**captions), DEFAULT_REMOTE)
+def check(folder: Path, **captions: Any) -> list[str]:
+    return check_captions(open_folder(folder), CaptionsConfig(**captions), DEFAULT_REMOTE)
 
 
 def test_a_source_without_captions_is_refused_with_its_keys(tmp_path: Path) -> None:
@@ -54,6 +54,18 @@ def test_keys_of_another_sampling_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rule: data\.captions\.sampling may fit original_caption, or data"):
         check(folder)
     check(folder, sampling="textcrop_pixelprose")
+
+
+def test_further_captions_that_are_not_read_are_told(tmp_path: Path) -> None:
+    document = {"caption": "a dog", "re_caption": "a brown dog", "caption_id": 7, "caption_2": " ", "title": "Rex"}
+    folder = shards_of(tmp_path / "s", [document] * 3)
+    for sampling in ("textcrop", "random"):
+        assert check(folder, sampling=sampling) == [
+            "data source test: its samples have text under re_caption too, which is not read; rule: data.captions.keys "
+            "names all that is read, such as [caption, re_caption]"
+        ]
+    assert check(folder, keys=["caption"]) == []
+    assert check(folder, sampling="raw") == []
 
 
 def test_one_caption_is_enough_and_mostly_one_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
