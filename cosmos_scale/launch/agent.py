@@ -123,6 +123,7 @@ class Agent:
         self._stop_limit: float | None = None
         self._alone = False  # the launcher is gone
         self._signal: int | None = None  # that this agent itself got
+        self._asked = False  # the launcher has asked the ranks to stop
         self._kill_at: float | None = None
 
     def run(self) -> None:
@@ -173,8 +174,12 @@ class Agent:
             self._start(message["job"])
             return True
         if "signal" in message:
+            number = message["signal"]
+            if number == signal.SIGTERM and self._alone:  # they are asked, and may end now, when Python takes no signal
+                return False
+            self._asked = self._asked or number == signal.SIGTERM
             for rank in self._ranks.values():
-                rank.signal(message["signal"])
+                rank.signal(number)
         return False
 
     def _start(self, job: Message) -> None:
@@ -255,7 +260,8 @@ class Agent:
         said = f"{why}; its ranks stop after their step and save a checkpoint"
         for rank in self._ranks.values():
             rank.note(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}, the agent of this host: {said}")
-            rank.signal(signal.SIGTERM)
+            if not self._asked:
+                rank.signal(signal.SIGTERM)
         self._reports.send({"alone": said})
         if self._stop_limit is not None:
             self._kill_by(self._stop_limit)
