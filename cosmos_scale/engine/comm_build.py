@@ -3,8 +3,11 @@
 import logging
 import os
 import shutil
+import stat
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
@@ -45,7 +48,7 @@ def load_cpu_communication() -> None:
         raise UserError(
             f"DeepSpeed's communication for CPUs cannot be built or loaded: {_line_of_cause(str(error))}; rule: a C++ "
             f"compiler ({os.environ.get('CXX', 'g++')}) and ninja work here; delete {folder} where its files are "
-            "damaged; `cosmos-scale setup` builds once for all runs"
+            "damaged, or name another by TORCH_EXTENSIONS_DIR; `cosmos-scale setup` builds once for all runs"
         ) from error
 
 
@@ -62,7 +65,9 @@ def use_own_environment() -> None:
 
     The environment's programs (ninja, deepspeed) come first on PATH. Extensions are built into the environment:
     DeepSpeed's build depends on where its sources lie, so two environments that share torch's usual cache would each
-    undo the other's build. Raises UserError where the folder for extensions cannot be made.
+    undo the other's build. Where neither the environment nor the user's cache can be written to, as in containers that
+    run as a user without a home, they are built into a folder for temporary files. Raises UserError where the folder
+    for extensions cannot be made.
     """
     # torch's module warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -70,11 +75,34 @@ def use_own_environment() -> None:
     folders = os.environ.get("PATH", "").split(os.pathsep)
     if folder not in folders:
         os.environ["PATH"] = os.pathsep.join([folder, *folders])
-    if os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and (chosen := _extensions_folder()) is not None:
+        os.environ["TORCH_EXTENSIONS_DIR"] = chosen
     if extensions := os.environ.get("TORCH_EXTENSIONS_DIR"):
         try:
             os.makedirs(extensions, exist_ok=True)  # as torch does, without a line for the user
         except OSError as error:
             said = error.strerror or error
             raise UserError(f"TORCH_EXTENSIONS_DIR: {extensions}: {said}; rule: a folder that can be made") from error
+
+
+def _extensions_folder() -> str | None:
+    """Return where extensions are built, None where torch's usual place serves, or none does."""
+    if os.access(sys.prefix, os.W_OK):
+        return str(Path(sys.prefix) / "torch_extensions")
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # as torch finds it
+    usual = os.path.join(cache, "torch_extensions")
+    with suppress(OSError):
+        # Without a home ~ stays as it is, and torch would make a folder of that name in the current one.
+        if not cache.startswith("~"):
+            os.makedirs(usual, exist_ok=True)
+            if os.access(usual, os.W_OK | os.X_OK):
+                return None
+    with suppress(OSError):
+        own = Path(tempfile.gettempdir(), f"torch_extensions_{os.geteuid()}")
+        with suppress(FileExistsError):
+            own.mkdir(mode=0o700)
+        found = own.lstat()
+        # What lies there is executed, and all users can make this name.
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+            return str(own)
+    return None
