@@ -3,11 +3,8 @@
 import logging
 import os
 import shutil
-import stat
 import sys
-import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.errors import UserError
@@ -36,6 +33,7 @@ def load_cpu_communication() -> None:
 
     torch builds anew where CXX or the flags have changed. Raises UserError where the build or the loading fails.
     """
+    check_extensions()
     from deepspeed.accelerator import get_accelerator  # here, since it takes seconds and --help should not
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -52,6 +50,28 @@ def load_cpu_communication() -> None:
         ) from error
 
 
+def check_extensions() -> None:
+    """Raise UserError where torch's own folder for extensions is the one to build into, and cannot be made.
+
+    So it is in a container with another user: its environment belongs to root, its home is / or not known. torch would
+    make a folder called ~ in the current one where no home is known.
+    """
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):  # looked at by use_own_environment
+        return
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # as torch does
+    wrong = "no home folder is known" if cache.startswith("~") else None
+    try:
+        if wrong is None:
+            os.makedirs(os.path.join(cache, "torch_extensions"), exist_ok=True)
+    except OSError as error:
+        wrong = f"{error.strerror or error}"
+    if wrong is not None:
+        raise UserError(
+            f"TORCH_EXTENSIONS_DIR: not set, and {cache}/torch_extensions cannot be made: {wrong}; rule: name a folder "
+            "that can be made there, where DeepSpeed's communication for CPUs is built once"
+        )
+
+
 def _line_of_cause(text: str) -> str:
     """Return the line of a build's output that says what failed: the first with an error in it, or the first."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason is given"]
@@ -65,9 +85,7 @@ def use_own_environment() -> None:
 
     The environment's programs (ninja, deepspeed) come first on PATH. Extensions are built into the environment:
     DeepSpeed's build depends on where its sources lie, so two environments that share torch's usual cache would each
-    undo the other's build. Where neither the environment nor the user's cache can be written to, as in containers that
-    run as a user without a home, they are built into a folder for temporary files. Raises UserError where the folder
-    for extensions cannot be made.
+    undo the other's build. Raises UserError where the folder for extensions cannot be made.
     """
     # torch's module warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -75,34 +93,11 @@ def use_own_environment() -> None:
     folders = os.environ.get("PATH", "").split(os.pathsep)
     if folder not in folders:
         os.environ["PATH"] = os.pathsep.join([folder, *folders])
-    if "TORCH_EXTENSIONS_DIR" not in os.environ and (chosen := _extensions_folder()) is not None:
-        os.environ["TORCH_EXTENSIONS_DIR"] = chosen
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     if extensions := os.environ.get("TORCH_EXTENSIONS_DIR"):
         try:
             os.makedirs(extensions, exist_ok=True)  # as torch does, without a line for the user
         except OSError as error:
             said = error.strerror or error
             raise UserError(f"TORCH_EXTENSIONS_DIR: {extensions}: {said}; rule: a folder that can be made") from error
-
-
-def _extensions_folder() -> str | None:
-    """Return where extensions are built, None where torch's usual place serves, or none does."""
-    if os.access(sys.prefix, os.W_OK):
-        return str(Path(sys.prefix) / "torch_extensions")
-    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # as torch finds it
-    usual = os.path.join(cache, "torch_extensions")
-    with suppress(OSError):
-        # Without a home ~ stays as it is, and torch would make a folder of that name in the current one.
-        if not cache.startswith("~"):
-            os.makedirs(usual, exist_ok=True)
-            if os.access(usual, os.W_OK | os.X_OK):
-                return None
-    with suppress(OSError):
-        own = Path(tempfile.gettempdir(), f"torch_extensions_{os.geteuid()}")
-        with suppress(FileExistsError):
-            own.mkdir(mode=0o700)
-        found = own.lstat()
-        # What lies there is executed, and all users can make this name.
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
-            return str(own)
-    return None

@@ -23,6 +23,7 @@ from typing import Any
 
 from cosmos_scale.exit_status import REFUSED
 from cosmos_scale.files import LineFile
+from cosmos_scale.launch.signals import ASK
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
 
 BEAT = 5.0  # seconds between two signs of life, of both sides
@@ -122,6 +123,7 @@ class Agent:
         self._stop_limit: float | None = None
         self._alone = False  # the launcher is gone
         self._signal: int | None = None  # that this agent itself got
+        self._asked = False  # the launcher has asked the ranks to stop
         self._kill_at: float | None = None
 
     def run(self) -> None:
@@ -130,7 +132,7 @@ class Agent:
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGCHLD, *ASK):  # what asks the launch may go to all processes of a job
             signal.signal(number, self._note)
         self._waits.register(Inbox(wake_read), selectors.EVENT_READ, None)
         self._waits.register(self._orders, selectors.EVENT_READ, None)
@@ -172,8 +174,12 @@ class Agent:
             self._start(message["job"])
             return True
         if "signal" in message:
+            number = message["signal"]
+            if number == signal.SIGTERM and self._alone:  # they are asked, and may end now, when Python takes no signal
+                return False
+            self._asked = self._asked or number == signal.SIGTERM
             for rank in self._ranks.values():
-                rank.signal(message["signal"])
+                rank.signal(number)
         return False
 
     def _start(self, job: Message) -> None:
@@ -254,7 +260,8 @@ class Agent:
         said = f"{why}; its ranks stop after their step and save a checkpoint"
         for rank in self._ranks.values():
             rank.note(f"--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}, the agent of this host: {said}")
-            rank.signal(signal.SIGTERM)
+            if not self._asked:
+                rank.signal(signal.SIGTERM)
         self._reports.send({"alone": said})
         if self._stop_limit is not None:
             self._kill_by(self._stop_limit)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-_ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _ONE_WISH = 1.0  # seconds: programs that wrap this one pass on the Ctrl-C that the terminal sends to all
 
 
@@ -31,7 +31,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for descriptor in (self.wakes, self._writes):
             os.set_blocking(descriptor, False)
-        for number in _ASK:
+        for number in ASK:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 self._handlers[number] = signal.signal(number, self._note)
         return self

@@ -8,7 +8,7 @@ import torch
 from cosmos_scale.config import EvaluatorConfig, RunConfig, SourceConfig
 from cosmos_scale.data.shards.patterns import parse_pattern
 from cosmos_scale.data.shards.store import is_remote
-from cosmos_scale.engine.comm_build import use_own_environment
+from cosmos_scale.engine.comm_build import check_extensions, use_own_environment
 from cosmos_scale.engine.ranks import choose_device
 from cosmos_scale.errors import UserError
 from cosmos_scale.run.folder import CHECKPOINTS
@@ -40,7 +40,10 @@ def look_before_launch(config: RunConfig, world_size: int) -> None:
     planned = False  # without the shards
     try:
         use_own_environment()  # as ranks do at their start
-        opening = Opening(config, SupposedRank(0, world_size, choose_device(config.device)))
+        device = choose_device(config.device)
+        if device.type == "cpu":
+            check_extensions()
+        opening = Opening(config, SupposedRank(0, world_size, device))
     except UserError as error:
         _print_row("device", "REFUSED", str(error))
         raise

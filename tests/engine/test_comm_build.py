@@ -1,15 +1,11 @@
 """DeepSpeed's communication for CPUs that cannot be built or loaded: one line that names what failed."""
 
-import os
-import pwd
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-from cosmos_scale.engine.comm_build import load_cpu_communication, use_own_environment
+from cosmos_scale.engine.comm_build import check_extensions, load_cpu_communication
 from cosmos_scale.errors import UserError
 
 NINJA = "Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed."
@@ -52,54 +48,21 @@ def test_what_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatch, error
     )
 
 
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, where the environment cannot be written to and no variable names a place."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(sys, "prefix", "/no/environment")
+def test_torchs_folder_that_cannot_be_made_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user of a container: the environment is root's, and home is / or not known."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME, and no such user in /etc/passwd
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # put back after the test, whatever is set in it
-    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    return folder
-
-
-def _no_entry(uid: int) -> None:
-    raise KeyError(f"getpwuid(): uid not found: {uid}")
-
-
-@pytest.mark.parametrize("home", ["file/home", None])
-def test_a_user_without_a_home_builds_into_a_temporary_folder(
-    monkeypatch: pytest.MonkeyPatch, temporary: Path, home: str | None
-) -> None:
-    (temporary.parent / "file").touch()
-    if home is None:  # a user by number alone, as in containers
-        monkeypatch.delenv("HOME", raising=False)
-        monkeypatch.setattr(pwd, "getpwuid", _no_entry)
-    else:
-        monkeypatch.setenv("HOME", str(temporary.parent / home))
-    for _ in range(2):  # every rank and every launch finds the same folder
-        os.environ.pop("TORCH_EXTENSIONS_DIR", None)
-        use_own_environment()
-        assert os.environ["TORCH_EXTENSIONS_DIR"] == str(temporary / f"torch_extensions_{os.geteuid()}")
-    assert not (temporary.parent / "~").exists()
-
-
-def test_a_home_that_can_be_written_to_is_used(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
-    monkeypatch.setenv("HOME", str(temporary.parent))
-    use_own_environment()
-    assert "TORCH_EXTENSIONS_DIR" not in os.environ
-    assert not list(temporary.iterdir())
-
-
-def test_a_temporary_folder_that_others_can_write_to_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, temporary: Path
-) -> None:
-    monkeypatch.setenv("HOME", "/proc/none")
-    folder = temporary / f"torch_extensions_{os.geteuid()}"
-    folder.mkdir()
-    folder.chmod(0o777)
-    use_own_environment()
-    assert "TORCH_EXTENSIONS_DIR" not in os.environ
+    with pytest.raises(UserError, match=r"^TORCH_EXTENSIONS_DIR: not set, and ~/.* no home folder is known; rule: "):
+        load_cpu_communication()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    with pytest.raises(
+        UserError, match=r"^TORCH_EXTENSIONS_DIR: not set, and /proc/none/.* cannot be made: .*; rule: "
+    ):
+        check_extensions()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_extensions()

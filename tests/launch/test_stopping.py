@@ -56,15 +56,33 @@ def test_ranks_stop_with_a_checkpoint_when_their_launcher_is_killed(tmp_path: Pa
         launch.wait_until(lambda: not any(map(lives, pids)), "the ranks' end")
 
 
+def _agent_of(rank: int) -> int:
+    """The process that has started a rank's."""
+    return int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_ranks_stop_with_a_checkpoint_when_their_agent_is_killed(tmp_path: Path) -> None:
     with launched(tmp_path / "run", "*:wait", restarts=0) as launch:
         pids = [launch.pid_of(rank) for rank in range(2)]
-        agent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(agent, signal.SIGKILL)
+        os.kill(_agent_of(pids[0]), signal.SIGKILL)
         launch.wait_for("saved-0", "saved-1")
         launch.wait_until(lambda: not any(map(lives, pids)), "the ranks' end")
         ended = launch.end().require(FAILED)
     assert "is lost (exit status -9)" in ended.errors
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_a_signal_to_the_launch_and_its_agent_is_one_stop(tmp_path: Path, name: str) -> None:
+    """As schedulers and service managers send it, to all processes of a job; ranks end by a stop of their own."""
+    with launched(tmp_path / "run", "0:step~7", "*:wait", restarts=0) as launch:
+        agent = _agent_of(launch.pid_of(0))
+        launch.pid_of(1)
+        os.kill(agent, getattr(signal, name))
+        launch.signal(getattr(signal, name))
+        ended = launch.end().require(STOPPED)
+    assert "is lost" not in ended.errors
+    assert (tmp_path / "run" / "saved-0").exists()
+    assert (tmp_path / "run" / "saved-1").exists()
 
 
 @pytest.mark.parametrize("event", ["closed", "never read", "neither output read"])

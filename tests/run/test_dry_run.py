@@ -217,6 +217,19 @@ def test_a_folder_of_extensions_that_cannot_be_made_is_refused(
     assert captured.err.startswith("cosmos-scale train: TORCH_EXTENSIONS_DIR: /proc/none: ")
 
 
+def test_torchs_own_folder_that_cannot_be_made_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a user of a container to whom neither the environment nor the home belongs."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr("cosmos_scale.run.dry_run.use_own_environment", lambda: None)  # an environment of others
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    assert cli.main(["train", "--dry-run", str(trained)]) == 2
+    captured = capsys.readouterr()
+    assert rows(captured.out)["device"][0] == "REFUSED"
+    assert captured.err.startswith("cosmos-scale train: TORCH_EXTENSIONS_DIR: not set, and /proc/none/torch_extensions")
+
+
 def test_memory_for_the_loaders_is_looked_at(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ import requests
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.data.shards.pace import PIECE, PacedAdapter, TooSlow, paced_output, paced_part
-from cosmos_scale.data.shards.web_answer import first_bytes, first_cause, says_its_end
+from cosmos_scale.data.shards.web_answer import first_bytes, first_cause, says_its_end, through_proxy
 from cosmos_scale.errors import UserError
 
 PIPE = "pipe:"
@@ -250,7 +250,7 @@ class WebStore:
         ) as error:
             raise UserError(f"{redact(address)}: {redact(str(error), address)}") from error
         except requests.RequestException as error:
-            raise Transient(redact(self._cause(error), address)) from error
+            raise Transient(redact(self._cause(error), address) + through_proxy(address)) from error
 
     def _cause(self, error: BaseException) -> str:
         """Word the error at the bottom of a chain; those above it repeat it in more words."""

@@ -1,8 +1,11 @@
-"""The answers of web servers, whose end some servers do not tell."""
+"""The answers of web servers, whose end some servers do not tell, and what stands between."""
 
 from collections.abc import Iterator
 
 import requests
+from requests.utils import get_environ_proxies, select_proxy
+
+from cosmos_scale.config.section import redact_urls
 
 HTTP_1_0 = 10  # by urllib3's count; its servers close the connection after each answer
 
@@ -29,3 +32,9 @@ def first_cause(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
+
+
+def through_proxy(address: str) -> str:
+    """Name the proxy that the environment sends requests for an address through, for the end of a sentence."""
+    proxy = select_proxy(address, get_environ_proxies(address))
+    return f" (through the proxy {redact_urls(proxy)} of the environment)" if proxy else ""

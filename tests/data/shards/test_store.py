@@ -30,6 +30,7 @@ from cosmos_scale.data.shards.store import (
     redact,
     retried,
 )
+from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
 from tests.data.web_server import Fault, web_server
 
@@ -77,6 +78,22 @@ def test_a_web_servers_ranges(folder: Path, tmp_path: Path) -> None:
             web.read(f"{server.url}/refused/a.tar?token=secret", 0, 1, len(DATA))
     with pytest.raises(Transient, match="Connection refused"):
         web.read(url, 0, 1, len(DATA))
+    web.close()
+
+
+def test_a_proxy_that_refuses_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    web = WebStore(5.0)
+    with pytest.raises(
+        Transient, match=r"refused \(through the proxy http://\S*127\.0\.0\.1:\d+ of the env"
+    ) as refusal:
+        web.read("http://shards.invalid/a.tar", 0, 1, 1)
+    assert "secret" not in str(refusal.value)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(Transient, match=r"Connection refused$"):
+        web.read(f"http://127.0.0.1:{free_port()}/a.tar", 0, 1, 1)
     web.close()
 
 
