@@ -1,5 +1,6 @@
 """DeepSpeed's communication for CPUs that cannot be built or loaded: one line that names what failed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,4 +66,25 @@ def test_torchs_folder_that_cannot_be_made_is_named_with_the_way_out(
     ):
         check_extensions()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_extensions()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_for_extensions_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, named: bool
+) -> None:
+    """The dry run would find nothing, and the launch fail at torch's lock."""
+    folder = tmp_path / "torch_extensions"
+    below = folder / "py311_cpu"
+    below.mkdir(parents=True)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if named:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own: set[Path] = set()
+    monkeypatch.setattr("os.access", lambda path, _: path in own)  # root, as which tests may run, has access to all
+    said = f"TORCH_EXTENSIONS_DIR: {'' if named else 'not set, and '}{folder} cannot be written to; rule: name a folder"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        check_extensions()
+    own.add(below)  # of this Python alone
     check_extensions()

@@ -1,6 +1,5 @@
 """The dry run looks at all that a launch refuses: the same refusals, the same exit status, and nothing written."""
 
-import errno
 import io
 import os
 import resource
@@ -19,7 +18,6 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.training import room
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
-from cosmos_scale.run import folder
 from cosmos_scale.run.folder import check_disk_room, check_folder
 from cosmos_scale.run.opening import checkpoint_bytes
 from cosmos_scale.run.start import open_run
@@ -337,18 +335,6 @@ def test_an_output_that_cannot_be_written_leaves_nothing(trained: Path, tmp_path
     with pytest.raises(UserError, match="checkpoints is no folder; rule: "):
         check_folder(config, tmp_path / "run2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "run", "run2"]
-
-
-def test_a_file_of_another_user_is_named(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder that both can write to; root, as which tests may run, is refused no file."""
-
-    def refuse(path: str, flags: int) -> int:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-
-    (tmp_path / "metrics.jsonl").touch()
-    monkeypatch.setattr(folder, "regular_only", refuse)
-    with pytest.raises(UserError, match=r"^output: .*/metrics\.jsonl cannot be written to: Permission denied$"):
-        check_folder(load_config(trained, []), tmp_path)
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path: Path) -> None:
