@@ -33,18 +33,20 @@ CUT = "/env/torch_extensions/deepspeed_shm_comm.so: file too short"
         (OSError(), "no reason is given"),
     ],
 )
-def test_what_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, cause: str) -> None:
+def test_what_cannot_be_built_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, cause: str
+) -> None:
     def fail(self: object, verbose: bool = False) -> None:
         raise error
 
     monkeypatch.setattr(ShareMemCommBuilder, "load", fail)
     monkeypatch.setenv("CXX", "/no/g++")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/env/torch_extensions")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     with pytest.raises(UserError) as raised:
         load_cpu_communication()
     assert str(raised.value) == (
         f"DeepSpeed's communication for CPUs cannot be built or loaded: {cause}; rule: a C++ compiler (/no/g++) and "
-        "ninja work here; delete /env/torch_extensions where its files are damaged, or name another by "
+        f"ninja work here; delete {tmp_path} where its files are damaged, or name another by "
         "TORCH_EXTENSIONS_DIR; `cosmos-scale setup` builds once for all runs"
     )
 
