@@ -46,29 +46,32 @@ def load_cpu_communication() -> None:
         raise UserError(
             f"DeepSpeed's communication for CPUs cannot be built or loaded: {_line_of_cause(str(error))}; rule: a C++ "
             f"compiler ({os.environ.get('CXX', 'g++')}) and ninja work here; delete {folder} where its files are "
-            "damaged; `cosmos-scale setup` builds once for all runs"
+            "damaged, or name another by TORCH_EXTENSIONS_DIR; `cosmos-scale setup` builds once for all runs"
         ) from error
 
 
 def check_extensions() -> None:
-    """Raise UserError where torch's own folder for extensions is the one to build into, and cannot be made.
+    """Raise UserError where the folder to build into cannot be made, or neither it nor a folder in it be written to.
 
     So it is in a container with another user: its environment belongs to root, its home is / or not known. torch would
-    make a folder called ~ in the current one where no home is known.
+    make a folder called ~ in the current one where no home is known. What root has built does not serve other users:
+    torch takes a lock beside it.
     """
-    if os.environ.get("TORCH_EXTENSIONS_DIR"):  # looked at by use_own_environment
-        return
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")  # made by use_own_environment
     cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # as torch does
-    wrong = "no home folder is known" if cache.startswith("~") else None
+    folder = Path(named or os.path.join(cache, "torch_extensions"))
+    wrong = "made: no home folder is known" if not named and cache.startswith("~") else None
     try:
         if wrong is None:
-            os.makedirs(os.path.join(cache, "torch_extensions"), exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(os.access(place, os.W_OK | os.X_OK) for place in (folder, *folder.glob("*/"))):
+                wrong = "written to"
     except OSError as error:
-        wrong = f"{error.strerror or error}"
+        wrong = f"made: {error.strerror or error}"
     if wrong is not None:
         raise UserError(
-            f"TORCH_EXTENSIONS_DIR: not set, and {cache}/torch_extensions cannot be made: {wrong}; rule: name a folder "
-            "that can be made there, where DeepSpeed's communication for CPUs is built once"
+            f"TORCH_EXTENSIONS_DIR: {'' if named else 'not set, and '}{folder} cannot be {wrong}; rule: name a folder "
+            "that can be made and written to, where DeepSpeed's communication for CPUs is built once"
         )
 
 

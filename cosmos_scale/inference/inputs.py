@@ -100,7 +100,8 @@ def _levels(picture: object, background: str) -> Pixels:
         try:
             return rgbx_of(picture, background)
         except Exception as error:  # of any type, as Pillow reads its file only now
-            raise DamagedSample(f"the picture does not decode: {error}") from error
+            said = str(error) or "its file is closed, or it cannot be read"  # Pillow asserts so, without a word
+            raise DamagedSample(f"the picture does not decode: {said}") from error
     if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.ndim == 3 and len(picture) == 3:
         if not picture.numel():
             raise DamagedSample(f"{_kind(picture)} has no pixel; {_FORMS}")

@@ -48,7 +48,8 @@ def check_folder(config: RunConfig, folder: Path) -> None:
                 _try_to_write(config, folder / CHECKPOINTS)
         for name in (METRICS_FILE, DAMAGE_FILE):
             if (folder / name).exists():
-                open(folder / name, "ab", opener=regular_only).close()
+                with _told(folder / name):  # it may be another user's in a folder that both can write to
+                    open(folder / name, "ab", opener=regular_only).close()
             elif os.path.islink(folder / name):  # a run may make the file that is not there, but not its folder
                 target = Path(os.path.realpath(folder / name))
                 if target.is_symlink() or not target.parent.is_dir():

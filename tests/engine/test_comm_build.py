@@ -1,5 +1,6 @@
 """DeepSpeed's communication for CPUs that cannot be built or loaded: one line that names what failed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,19 +33,21 @@ CUT = "/env/torch_extensions/deepspeed_shm_comm.so: file too short"
         (OSError(), "no reason is given"),
     ],
 )
-def test_what_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, cause: str) -> None:
+def test_what_cannot_be_built_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, cause: str
+) -> None:
     def fail(self: object, verbose: bool = False) -> None:
         raise error
 
     monkeypatch.setattr(ShareMemCommBuilder, "load", fail)
     monkeypatch.setenv("CXX", "/no/g++")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/env/torch_extensions")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     with pytest.raises(UserError) as raised:
         load_cpu_communication()
     assert str(raised.value) == (
         f"DeepSpeed's communication for CPUs cannot be built or loaded: {cause}; rule: a C++ compiler (/no/g++) and "
-        "ninja work here; delete /env/torch_extensions where its files are damaged; `cosmos-scale setup` builds once "
-        "for all runs"
+        f"ninja work here; delete {tmp_path} where its files are damaged, or name another by "
+        "TORCH_EXTENSIONS_DIR; `cosmos-scale setup` builds once for all runs"
     )
 
 
@@ -65,4 +68,25 @@ def test_torchs_folder_that_cannot_be_made_is_named_with_the_way_out(
     ):
         check_extensions()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_extensions()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_for_extensions_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, named: bool
+) -> None:
+    """The dry run would find nothing, and the launch fail at torch's lock."""
+    folder = tmp_path / "torch_extensions"
+    below = folder / "py311_cpu"
+    below.mkdir(parents=True)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if named:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own: set[Path] = set()
+    monkeypatch.setattr("os.access", lambda path, _: path in own)  # root, as which tests may run, has access to all
+    said = f"TORCH_EXTENSIONS_DIR: {'' if named else 'not set, and '}{folder} cannot be written to; rule: name a folder"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        check_extensions()
+    own.add(below)  # of this Python alone
     check_extensions()

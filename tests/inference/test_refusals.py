@@ -72,6 +72,14 @@ def test_what_is_no_picture(one: Any, model: LoadedModel) -> None:
     assert refused(model.attention_maps, one, "a cat").startswith("image: ")
 
 
+def test_a_picture_whose_file_is_closed(model: LoadedModel, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pass
+    said = "images: number 0: the picture does not decode: its file is closed, or it cannot be read"
+    assert refused(model.encode_image, [picture]) == said
+
+
 def test_files_and_pictures_that_do_not_decode(model: LoadedModel, tmp_path: Path) -> None:
     path = broken_file(tmp_path)
     said = f": {path}: the picture does not decode"

@@ -1,5 +1,6 @@
 """The start of a run: ranks whose hosts do not hold the same files are told so, instead of training on a mixture."""
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.engine.ranks import start_ranks
 from cosmos_scale.errors import UserError
+from cosmos_scale.run import folder
+from cosmos_scale.run.folder import check_folder
 from cosmos_scale.run.run import start_run
 from cosmos_scale.run.start import open_run
 from cosmos_scale.testing.ranks import run_ranks
@@ -278,3 +281,16 @@ def test_hosts_that_do_not_share_the_folder_are_refused_at_the_start(tmp_path: P
         "rule: all ranks share one folder (rank 1)"
     )
     assert (tmp_path / "a" / "here" / "tiny" / "launch.lock").read_text() == ""  # given back
+
+
+def test_a_file_of_another_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that both can write to; root, as which tests may run, is refused no file."""
+
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    run = write_run(tmp_path, SceneShards(tmp_path, tmp_path))
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(folder, "regular_only", refuse)
+    with pytest.raises(UserError, match=r"^output: .*/metrics\.jsonl cannot be written to: Permission denied$"):
+        check_folder(load_config(run, []), tmp_path)
