@@ -57,10 +57,8 @@ def check_extensions() -> None:
     make a folder called ~ in the current one where no home is known. What root has built does not serve other users:
     torch takes a lock beside it.
     """
-    named = os.environ.get("TORCH_EXTENSIONS_DIR")  # made by use_own_environment
-    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))  # as torch does
-    folder = Path(named or os.path.join(cache, "torch_extensions"))
-    wrong = "made: no home folder is known" if not named and cache.startswith("~") else None
+    named, folder = os.environ.get("TORCH_EXTENSIONS_DIR"), _extensions()  # if named, made by use_own_environment
+    wrong = "made: no home folder is known" if not named and str(folder).startswith("~") else None
     try:
         if wrong is None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +71,17 @@ def check_extensions() -> None:
             f"TORCH_EXTENSIONS_DIR: {'' if named else 'not set, and '}{folder} cannot be {wrong}; rule: name a folder "
             "that can be made and written to, where DeepSpeed's communication for CPUs is built once"
         )
+
+
+def is_built() -> bool:
+    """Return whether torch's extensions hold what DeepSpeed's ranks on CPUs need, of whichever version."""
+    return any(_extensions().glob("**/deepspeed_shm_comm.so"))
+
+
+def _extensions() -> Path:
+    """Return the folder that torch builds extensions into, or makes folders for its versions in."""
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions"))
 
 
 def _line_of_cause(text: str) -> str:

@@ -6,6 +6,7 @@ import io
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_scale.engine.comm_build import load_cpu_communication, use_own_environment
+from cosmos_scale.engine.comm_build import is_built, load_cpu_communication, use_own_environment
 from cosmos_scale.engine.comm_memory import check_room, delete_name, sweep
 from cosmos_scale.engine.contact import Contact, LostRank
 from cosmos_scale.engine.gpu_memory import use_expandable_segments
@@ -98,6 +99,9 @@ def _start(use_cuda: bool, level: str) -> Ranks:
     if not use_cuda:
         if local_rank == 0:
             sweep()
+            if not is_built():
+                said = "DeepSpeed compiles its communication for ranks on CPUs, once per environment: a minute or two"
+                print(f"{said}; `cosmos-scale setup` does it beforehand", file=sys.stderr, flush=True)
         check_room()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its communication library at every start
         if not use_cuda:
@@ -138,7 +142,7 @@ def _join(backend: str) -> None:
     """Join the process group named by the launcher's environment, or make a group of one, without a port."""
     place = read_rank_variables()
     if place is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        _be_alone(backend)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
     else:
         from deepspeed.constants import default_pg_timeout
@@ -149,6 +153,18 @@ def _join(backend: str) -> None:
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.world_size, timeout=default_pg_timeout
         )
+
+
+def _be_alone(backend: str) -> None:
+    """Make a group of this process; raises UserError where gloo, which listens there too, finds no interface."""
+    try:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        cause = " ".join(str(error).partition("] ")[2].split()) or str(error)
+        raise UserError(
+            f"this host's network: {cause}; rule: an interface is up, be it the loopback (ip link set lo up), and "
+            "GLOO_SOCKET_IFNAME names one or is unset"
+        ) from error
 
 
 def _keep_contact(contact: Contact) -> None:

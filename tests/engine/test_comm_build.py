@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-from cosmos_scale.engine.comm_build import check_extensions, load_cpu_communication
+from cosmos_scale.engine.comm_build import check_extensions, is_built, load_cpu_communication, use_own_environment
 from cosmos_scale.errors import UserError
 
 NINJA = "Unable to JIT load the deepspeed_shm_comm op due to ninja not being installed."
@@ -49,6 +49,21 @@ def test_what_cannot_be_built_is_one_line(
         f"ninja work here; delete {tmp_path} where its files are damaged, or name another by "
         "TORCH_EXTENSIONS_DIR; `cosmos-scale setup` builds once for all runs"
     )
+
+
+def test_a_first_build_is_known_by_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    use_own_environment()
+    load_cpu_communication()
+    assert is_built()
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # torch's own folder has one for each version
+    assert not is_built()
+    folder = tmp_path / "torch_extensions" / "py311_cpu" / "deepspeed_shm_comm"
+    folder.mkdir(parents=True)
+    assert not is_built()
+    (folder / "deepspeed_shm_comm.so").touch()
+    assert is_built()
 
 
 def test_torchs_folder_that_cannot_be_made_is_named_with_the_way_out(

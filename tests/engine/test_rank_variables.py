@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -243,6 +244,24 @@ def test_each_rank_prints_its_own_line(rank: str, local_rank: str | None, tmp_pa
     ended = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert re.fullmatch(r"cosmos-scale train: (LOCAL_RANK|RANK): .*; rule: .*\n", ended.stderr), ended.stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-n", "true"], check=False).returncode != 0,
+    reason="may not make a namespace of the network, as in unshare -n",
+)
+def test_a_host_without_any_network_is_one_line(tmp_path: Path, scenes: SceneShards) -> None:
+    """In a sandbox whose loopback is down."""
+    run = write_run(tmp_path, scenes)
+    command = ["unshare", "-n", sys.executable, "-m", "cosmos_scale.cli", "train", str(run)]
+    environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    said = (
+        r"cosmos-scale train: this host's network: .*Unable to find .*; rule: an interface is up, be it the loopback "
+    )
+    assert re.match(said, ended.stderr.splitlines()[-1]), ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("value", ["foo", "", "CPU", "xpu"])

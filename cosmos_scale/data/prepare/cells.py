@@ -8,15 +8,18 @@ from typing import Any
 
 from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS
 
+# What pandas (and `astype(str)`) and MySQL write for a value that they lack. Such as null and NA may be words.
+_LACKS = frozenset({"nan", "NaN", "None", "<NA>", "\\N"})
+
 
 def read_cell(column: str, value: Any) -> Any:
-    """Return what a cell says: None for a text that spells NaN, as pandas may write what it lacks.
+    """Return what a cell says: None for a text of _LACKS.
 
     A text may spell a list of strings in json or Python's syntax, but for columns of WHOLE_KEYS: then the list. It may
     hold other items too, which its reader refuses; a list without strings is text. Values that are no text stay.
     column: its plain name.
     """
-    if value in ("nan", "NaN"):
+    if isinstance(value, str) and value in _LACKS:
         return None
     if column in WHOLE_KEYS or not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
         return value

@@ -59,7 +59,11 @@ def test_a_cell_that_spells_a_list_keeps_its_sentences_apart(tmp_path: Path, cel
         ("[2019]", "[2019]"),
         ("nan", None),
         ("NaN", None),
+        ("None", None),
+        ("<NA>", None),
+        ("\\N", None),
         ("Nan bread", "Nan bread"),
+        ("none", "none"),
     ],
 )
 @pytest.mark.parametrize("column", ["caption", "original_caption"])
