@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 
 import torch
 
@@ -31,6 +32,22 @@ def check_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) ->
                 f"model.compile: true, but there is no compiler ({' or '.join(names)}) on PATH; "
                 "rule: torch.compile needs one, so install it or use false"
             )
+        _check_compiled_code()
+
+
+def _check_compiled_code() -> None:
+    """Raise UserError where torch.compile cannot write what it compiles: its folder may be another user's."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir  # here: it imports the compiler
+
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    try:
+        with tempfile.TemporaryFile(dir=cache_dir()):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"TORCHINDUCTOR_CACHE_DIR: {folder} cannot be written to: {error.strerror or error}; rule: with "
+            "model.compile true, name a folder of your own there"
+        ) from error
 
 
 def _head_sizes(model: ModelConfig) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a run's model asks of this machine is checked first, in one line; and the keys reach the computation."""
 
 import shutil
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -68,6 +69,19 @@ def test_a_compiler_is_asked_for_only_where_blocks_are_compiled(monkeypatch: pyt
     assert existing is not None
     monkeypatch.setenv("CXX", existing)
     check_model(changed(compile=True), CPU, torch.float32)
+
+
+def test_a_folder_of_compiled_code_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left by another user, or on a read-only mount: the first step would end in torch's traceback."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")
+    check_model(SMALL, CPU, torch.float32)
+    with pytest.raises(UserError, match=r"^TORCHINDUCTOR_CACHE_DIR: /proc cannot be written to: .*; rule: with model"):
+        check_model(changed(compile=True), CPU, torch.float32)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    check_model(changed(compile=True), CPU, torch.float32)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_the_key_reaches_both_towers_and_both_poolers(monkeypatch: pytest.MonkeyPatch) -> None:
