@@ -160,6 +160,8 @@ def _be_alone(backend: str) -> None:
     try:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     except RuntimeError as error:
+        if "interface" not in str(error):
+            raise
         cause = " ".join(str(error).partition("] ")[2].split()) or str(error)
         raise UserError(
             f"this host's network: {cause}; rule: an interface is up, be it the loopback (ip link set lo up), and "

@@ -21,9 +21,8 @@ OTHER_SHARDS = (
 
 _NUMBERS_STAY = {"name", "every", "batch", "confusions", "per_class", "overlays"}
 # What these keys lead to is in the words of `Evaluator.gallery`, by which a set that was moved is still the same.
-_IN_GALLERY = {"dataset", "data", "shards", "index", "captions", "max_samples", "split"} | {
-    *("classes", "templates", "names", "images", "masks")
-}
+_PLACES = {"dataset", "data", "shards", "index", "images", "masks"}
+_IN_GALLERY = _PLACES | {"captions", "classes", "names", "templates", "max_samples", "split"}
 
 
 def changed_since(
