@@ -42,6 +42,8 @@ _NO_MEMORY = (
 _NO_THREAD = ("can't start new thread", "pthread_create", os.strerror(errno.EAGAIN))
 _MORE_PROCESSES = "allow more (ulimit -u), or more memory (ulimit -v)"
 
+_COMPILERS_FOLDERS = "torch's compiler (TORCHINDUCTOR_CACHE_DIR, TMPDIR)"
+
 TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)
 
 _BEGIN = 1 << 16  # bytes of a file in which its sign is looked for
@@ -330,6 +332,10 @@ def cause_in_the_machine(error: BaseException) -> OSError | None:
     text = str(error)
     if isinstance(error, RuntimeError) and TOO_MANY_OPEN_FILES in text:  # of libraries, which keep no errno
         return OSError(errno.EMFILE, TOO_MANY_OPEN_FILES)
+    full = next((number for number in NO_ROOM if os.strerror(number) in text), None)
+    if isinstance(error, RuntimeError) and full is not None:
+        place = _COMPILERS_FOLDERS if type(error).__module__.startswith("torch._inductor") else None
+        return OSError(full, os.strerror(full), place)
     if isinstance(error, RuntimeError) and any(said in text for said in _NO_THREAD):
         return OSError(errno.EAGAIN, f"no thread can be started; {_MORE_PROCESSES}")
     if isinstance(error, BlockingIOError) and error.strerror == os.strerror(errno.EAGAIN):  # of a fork

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_scale.cli.arguments import add_checkpoint, path, place, positive, say, say_notes, with_examples
+from cosmos_scale.cli.earlier_files import EarlierFiles
 from cosmos_scale.cli.eval_retrieval import DATASETS
 from cosmos_scale.errors import UserError
 
@@ -77,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     pages = []
     table = Table("", "caption", "on words", "strongest word", "peak (top, left)")
     make_folder(arguments.out)
+    earlier = EarlierFiles([arguments.out])
     with WorkBar(show=True) as bar:
         for sample in _samples(arguments, encoder):
             pages.append(sample)
@@ -94,6 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.data or arguments.image[0]}: no sample can be used")
     page = arguments.out / PAGE
     write_page(pages, page, "Attention maps", f"{weights} of {checkpoint}")
+    earlier.say(arguments.out)
     if not arguments.json:
         console = make_console()
         console.print(table)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say, say_notes, with_examples
+from cosmos_scale.cli.earlier_files import EarlierFiles
 from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FAILED, REFUSED
 from cosmos_scale.files import make_output_folder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+_WEIGHTS = ("student", "teacher")
 FEATURES = "features"  # folder beside a checkpoint, for --cache
 SHARED_OPTIONS = ("checkpoint", "weights", "activation", "batch", "names", "published")  # equal on all ranks
 ONE_LINE = "print one JSON line for each model instead of a table"
@@ -55,7 +57,7 @@ def add_eval_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     command.add_arguments(parser)
     parser.add_argument(
         "--weights",
-        choices=("student", "teacher", "both"),
+        choices=(*_WEIGHTS, "both"),
         default="student",
         help="default: student",
     )
@@ -150,6 +152,7 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
     require_same_options(arguments, section, ranks)
     checkpoint, models = of_one_checkpoint(arguments.checkpoint, load, ranks)
     results: dict[str, Numbers] = {}
+    earlier = None if arguments.out is None else EarlierFiles([arguments.out / which for which in _WEIGHTS])
     evaluator: Evaluator | None = None
     details: dict[str, Sequence[Any]] = {}
     for name in list(models):
@@ -166,6 +169,8 @@ def _evaluate(arguments: argparse.Namespace, section: "EvaluatorConfig", ranks: 
         for name, lines in details.items():
             if lines:
                 console.print(f"{name}:", *lines, sep="\n")
+    if prints and earlier is not None:
+        earlier.say(arguments.out)
     return 0
 
 

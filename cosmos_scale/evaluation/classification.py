@@ -55,8 +55,8 @@ class Classification(Evaluator):
         self._set = open_labelled_set(config)
         if setting.rank == 0:
             self._set.pairs.warn()
-            if loose := self._set.pictures.loose:
-                print(f"left out: {config.data}: {_loose_pictures(loose)}, in no class", file=sys.stderr)
+            for said in self._passed_over():
+                print(f"left out: {config.data}: {said}", file=sys.stderr)
         self._mine = RankPictures(self._set.pictures, setting, config.batch)
         # Classes of one name, such as ImageNet's two of "sunglasses", share a feature: else rounding would choose.
         self._texts = list(dict.fromkeys(self._set.names))
@@ -92,7 +92,8 @@ class Classification(Evaluator):
         weights_UE = text_weights(encoder, self._texts, self._set.templates, gather)
         counts = self._count(encoder, weights_UE)
         hits_C3 = gather(counts.hits[None]).sum(0).cpu()
-        left_out = self._mine.damaged + (len(self._set.pictures.loose) if self.setting.rank == 0 else 0)
+        passed_over = sum(map(len, self._set.pictures.passed_over.values()))
+        left_out = self._mine.damaged + (passed_over if self.setting.rank == 0 else 0)
         left_out = int(gather(torch.tensor([left_out], device=self.setting.device)).sum())
         total, first, fifth = hits_C3.sum(0).tolist()
         if not total:
@@ -139,10 +140,9 @@ class Classification(Evaluator):
     def table(self, results: Mapping[str, Numbers], title: str) -> Table:
         """A table of shares in percent: a row a model."""
         first = next(iter(results.values()))
-        loose = self._set.pictures.loose
-        damaged = int(first["pictures_left_out"]) - len(loose)
+        damaged = int(first["pictures_left_out"]) - sum(map(len, self._set.pictures.passed_over.values()))
         said = f"; left out, damaged or too large: {damaged:,}" if damaged else ""
-        said += f"; left out, {_loose_pictures(loose)}" if loose else ""
+        said += "".join(f"; left out, {passed_over}" for passed_over in self._passed_over())
         what = f"{counted(int(first['pictures']), 'picture')}, {counted(int(first['classes']), 'class', 'classes')}"
         caption = f"{what}; chance top-1: {100 * first['chance_top1']:.2f} %{said}"
         caption += _empty_classes(self._empty)
@@ -153,6 +153,11 @@ class Classification(Evaluator):
             table.add_row(model, *(f"{100 * numbers[key]:.2f} %" for key in ("top1", "top5", "mean_per_class")))
         return table
 
+    def _passed_over(self) -> list[str]:
+        """Say of each kind of pictures that lie there, but are none of the set's, how many they are."""
+        kinds = self._set.pictures.passed_over.items()
+        return [f"{counted(len(names), 'picture')} {why}, such as {names[0]}" for why, names in kinds if names]
+
 
 def _empty_classes(names: Sequence[str]) -> str:
     """Say which classes have no picture: pictures are taken for them, but they are no part of the mean per class."""
@@ -160,10 +165,6 @@ def _empty_classes(names: Sequence[str]) -> str:
         return ""
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     return f"; {counted(len(names), 'class', 'classes')} without a picture: {shown}"
-
-
-def _loose_pictures(names: Sequence[str]) -> str:
-    return f"{counted(len(names), 'picture')} beside the folders of the classes, such as {names[0]}"
 
 
 def ranks_of(logits_NC: Tensor, labels_N: Tensor) -> Tensor:

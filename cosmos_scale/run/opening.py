@@ -105,11 +105,12 @@ class Opening:
 
     def _shards(self) -> str:
         check_shards(self.index, self._config, self._found_start.lost_shards, resumed=self._is_resumed)
-        found = "shards and the tables of their samples are there"
-        if self._ranks.rank == 0 and not self._is_resumed and (shared := describe_shared(self.index.sources)):
-            print(f"warning: {shared}", file=sys.stderr)
-            return f"{found}; {shared}"
-        return found
+        found = ["shards and the tables of their samples are there"]
+        if self._ranks.rank == 0 and not self._is_resumed:
+            found += filter(None, (describe_shared(self.index.sources), self.index.unindexed().describe()))
+        for line in found[1:]:
+            print(f"warning: {line}", file=sys.stderr)
+        return "; ".join(found)
 
     def _captions(self) -> str:
         """Look at some samples; where a run is resumed they were looked at before."""

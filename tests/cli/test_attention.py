@@ -40,6 +40,9 @@ def test_samples_of_shards_are_drawn_and_their_share_on_words_is_printed(
     assert "on words" in shown
     assert str(out / "attention.html") in shown
     assert "teacher of " in (out / "attention.html").read_text()
+    assert cli.main(command(checkpoints, out, "--data", str(shards.gallery), "--samples", "2")) == 0
+    left = f"--out: {out} still holds 1 file of an earlier command, such as {out / 'attention-0003.png'}"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("--out")] == [left]
 
 
 def test_pictures_with_captions_of_the_command_line(

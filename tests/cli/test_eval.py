@@ -175,7 +175,7 @@ def test_samples_that_indexing_rejected_are_said_not_to_count(
     assert cli.main([*command, "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["images"] == 2
-    said = f"{tmp_path}: not in the index, so in no number: 2 samples that indexing rejected (rejected.jsonl)"
+    said = f"{tmp_path}: not in the index, so never read: 2 samples and 2 second pictures (rejected.jsonl)"
     assert captured.err.splitlines().count(said) == 1
 
 

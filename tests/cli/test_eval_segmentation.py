@@ -70,6 +70,21 @@ def test_the_table_and_the_overlays(
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 4
 
 
+def test_pictures_of_an_earlier_command_are_told(
+    run: Path, own_set: OwnSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = tmp_path / "drawn"
+    for weights, overlays, said in (("both", "3", ""), ("student", "3", "2 files"), ("both", "1", "2 files")):
+        options = ["--background", "--weights", weights, "--overlays", overlays, "--out", str(drawn)]
+        assert evaluate(own_set, run, *options) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--out: ")]
+        first = (
+            sorted(drawn.glob("teacher/*.png"))[0] if weights == "student" else sorted(drawn.glob("student/*.png"))[-1]
+        )
+        told = f"--out: {drawn} still holds {said} of an earlier command, such as {first}"
+        assert lines == ([told] if said else [])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

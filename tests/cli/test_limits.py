@@ -72,6 +72,22 @@ def test_a_folder_of_torchs_compiler_that_cannot_be_made_is_one_line(
     assert said.startswith(f"cosmos-scale train: TORCHINDUCTOR_CACHE_DIR: {tmp_path}/file/cache cannot be made: Not a ")
 
 
+@pytest.mark.parametrize("of_the_compiler", [True, False])
+def test_a_full_disk_under_torchs_compiler_is_one_line(
+    of_the_compiler: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._inductor.exc import InductorError
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a write, which names no file
+
+    def fail() -> int:
+        raise InductorError(full, None) if of_the_compiler else RuntimeError(f"of another library: {full}")
+
+    assert cli.exit_status("cosmos-scale train", fail) == 2
+    where = "torch's compiler (TORCHINDUCTOR_CACHE_DIR, TMPDIR): " if of_the_compiler else ""
+    assert capsys.readouterr().err == f"cosmos-scale train: {where}No space left on device\n"
+
+
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_librarys_error_of_too_few_open_files_is_one_line(direct: bool, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -119,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.options["length"]
         if length is not None:
             self.send_header("Content-Length", str(len(data)) if length == "right" else length)
+        if kind := guess_type(self.path)[0]:
+            self.send_header("Content-Type", kind)
         if content_range is not None:
             self.send_header("Content-Range", content_range)
         self.end_headers()

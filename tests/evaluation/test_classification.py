@@ -169,13 +169,17 @@ def test_a_broken_picture_costs_one_picture_and_is_named(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_loose_pictures_beside_the_folders_are_counted_and_said(
+def test_pictures_in_no_class_and_those_named_as_none_are_counted_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: int
 ) -> None:
     root = write_folders(tmp_path / "set", [2, 2])
     (root / "bird" / "000.jpg").write_bytes(b"x")
     for name in ("loose.JPG", "another.heic", ".hidden.jpg", "notes.txt"):
         (root / name).write_bytes(picture(0))
+    for name in ("1.jpg_large", "2", ".3.jpg_large"):
+        (root / "blue_whale" / name).write_bytes(picture(0))
+    (root / "blue_whale" / "3.tif_original").write_bytes(b"II*\0 and more")
+    (root / "blue_whale" / "notes.txt").write_text("no picture")
     tables = []
 
     def measures(evaluator: Any, encoder: Any, *others: Any) -> Numbers:
@@ -188,10 +192,26 @@ def test_loose_pictures_beside_the_folders_are_counted_and_said(
     for outcome in together(tiny_run(), world_size, lambda rank, place: None, measures=measures):
         for numbers in outcome:
             assert isinstance(numbers, dict)
-            assert (numbers["pictures"], numbers["pictures_left_out"]) == (3, 3)
-    said = "2 pictures beside the folders of the classes, such as another.heic"
-    assert f"left out: {root}: {said}, in no class" in capsys.readouterr().err.splitlines()
-    assert str(tables[0].caption).endswith(f"; left out, damaged or too large: 1; left out, {said}")
+            assert (numbers["pictures"], numbers["pictures_left_out"]) == (3, 6)
+    said = (
+        "2 pictures beside the folders of the classes, in no class, such as another.heic",
+        "3 pictures named as no picture is, such as blue_whale/1.jpg_large",
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert all(f"left out: {root}: {what}" in lines for what in said)
+    assert str(tables[0].caption).endswith(
+        f"; left out, damaged or too large: 1; left out, {'; left out, '.join(said)}"
+    )
+
+
+def test_a_set_of_pictures_that_are_named_as_none_says_so(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.jpg_large").write_bytes(picture(0))
+    said = (
+        "no picture in its 1 folder, but 1 file that is one, such as cat/1.jpg_large; rule: the names of pictures end"
+    )
+    with pytest.raises(UserError, match=f"^{tmp_path}: {said} with .jpg, "):
+        make_evaluator(section(tmp_path), tiny_encoder().setting)
 
 
 def test_a_set_without_any_sound_picture_is_an_error(tmp_path: Path) -> None:

@@ -89,25 +89,38 @@ def key_hints(rejected: Counter[str]) -> list[str]:
 
 
 class Unindexed(NamedTuple):
-    """What an index leaves out: samples that it rejected, and pictures that are not read beside another one."""
+    """What an index leaves out: samples that it rejected, pictures that are not read beside another one, and what lies
+    behind the break of shards that break off.
+    """
 
     samples: int = 0
     pictures: int = 0
+    torn: int = 0
+
+    def describe(self) -> str:
+        """Return what was left out, and where it is listed; empty where nothing was."""
+        kinds = (("sample", self.samples), ("second picture", self.pictures))
+        parts = [counted(number, noun) for noun, number in kinds if number]
+        if self.torn:
+            parts.append(f"what lies behind the break of {counted(self.torn, 'shard')}")
+        return f"not in the index, so never read: {' and '.join(parts)} ({REJECTED})" if parts else ""
 
 
 def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
     """Count what an index of this machine leaves out of some shards; nothing where no file can be read there."""
-    samples = pictures = 0
+    samples = pictures = torn = 0
     lines: list[bytes] = []
     with suppress(OSError):
         lines = read_regular(Path(folder) / REJECTED).splitlines()
     for line in lines:
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             fault = load_json(line)
-            if fault.get("shard") in shards and fault["key"] is not None:
-                is_picture = fault["reason"].startswith(SECOND_PICTURE)
-                samples, pictures = samples + (not is_picture), pictures + is_picture
-    return Unindexed(samples, pictures)
+            if fault.get("shard") not in shards:
+                continue
+            is_torn, is_picture = fault["key"] is None, fault["reason"].startswith(SECOND_PICTURE)
+            torn, pictures = torn + is_torn, pictures + (is_picture and not is_torn)
+            samples += not is_torn and not is_picture
+    return Unindexed(samples, pictures, torn)
 
 
 def refuse_foreign_rejected(path: Path) -> None:

@@ -189,12 +189,12 @@ class WebStore:
         """Read a range; raises NoParts where the server ignores ranges."""
         with self._errors(address), self._get(address, {"Range": f"bytes={offset}-{offset + size - 1}"}) as answer:
             if answer.status_code == 200:
-                _check_total(answer.headers.get("Content-Length"), total)
+                _check_total(answer.headers.get("Content-Length"), total, answer)
                 raise NoParts
             found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
             if found is None or int(found[1]) != offset:
                 raise Transient("the server sent another range than was asked for")
-            _check_total(found[3], total)
+            _check_total(found[3], total, answer)
             data = answer.content if says_its_end(answer) else b"".join(first_bytes(answer, size, PIECE))
             if len(data) != size:
                 raise Transient(f"the server sent {len(data)} of {size} bytes")
@@ -204,7 +204,7 @@ class WebStore:
         """Yield a whole file."""
         with self._errors(address), self._get(address, {}) as answer:
             length = answer.headers.get("Content-Length")
-            _check_total(length, total)
+            _check_total(length, total, answer)
             if total is not None and not says_its_end(answer):
                 yield from first_bytes(answer, total, PIECE)
                 return
@@ -262,8 +262,10 @@ class WebStore:
         return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-def _check_total(found: str | None, total: int | None) -> None:
+def _check_total(found: str | None, total: int | None, answer: requests.Response) -> None:
     if found is not None and total is not None and found.isdigit() and int(found) != total:
+        if answer.headers.get("Content-Type", "").startswith("text/html"):
+            raise Transient("the server sent a web page, as for a login, instead of the shard")
         raise WrongSize(found, final=True)
 
 

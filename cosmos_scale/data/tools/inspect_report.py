@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.data.tools.inspect import Survey, Tally
 from cosmos_scale.data.tools.own_pictures import MARK, MARK_FIELD
 from cosmos_scale.files import make_folder, replace_file
@@ -155,10 +154,8 @@ def print_survey(survey: Survey, sampling: str, context_length: int, seed: int, 
     console.print(
         f"\nread: {which}; captions as epoch {epoch} of seed {seed} draws them, sampling {sampling}", soft_wrap=True
     )
-    samples, pictures = survey.unindexed
-    if samples or pictures:
-        left = [counted(samples, "sample")] * bool(samples) + [counted(pictures, "second picture")] * bool(pictures)
-        console.print(f"not in the index, so never read: {' and '.join(left)} ({REJECTED})", soft_wrap=True)
+    if left := survey.unindexed.describe():
+        console.print(left, soft_wrap=True)
     if tally.damaged:
         count = tally.damaged.total()
         console.print(

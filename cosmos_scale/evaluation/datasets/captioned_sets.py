@@ -12,7 +12,6 @@ from cosmos_scale.config import RetrievalConfig, SourceConfig
 from cosmos_scale.config.section import redact_urls
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.shards.index import open_sources
-from cosmos_scale.data.shards.index_report import REJECTED
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.captioned import CaptionedPictures, NoCaptions
 from cosmos_scale.evaluation.datasets.captioned_files import open_coco, open_flickr30k, open_karpathy, open_pairs
@@ -92,9 +91,8 @@ def open_captioned(config: RetrievalConfig, setting: Setting) -> CaptionedPictur
 def _open_shards(config: RetrievalConfig, setting: Setting) -> Gallery:
     source = SourceConfig(name=config.name, shards=config.place, index=config.index)
     index = open_sources([source], setting.remote)
-    if setting.rank == 0 and (rejected := index.unindexed().samples):
-        where = f"{redact_urls(config.place)}: not in the index, so in no number"
-        print(f"{where}: {counted(rejected, 'sample')} that indexing rejected ({REJECTED})", file=sys.stderr)
+    if setting.rank == 0 and (left := index.unindexed().describe()):
+        print(f"{redact_urls(config.place)}: {left}", file=sys.stderr)
     gallery = Gallery(
         index,
         config.captions,

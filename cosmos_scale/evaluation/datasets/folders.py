@@ -5,7 +5,14 @@ from pathlib import Path
 
 from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.datasets.pictures import FilePictures, PlacedFile, is_hidden, is_picture
+from cosmos_scale.evaluation.datasets.pictures import (
+    PICTURES,
+    FilePictures,
+    PlacedFile,
+    is_hidden,
+    is_misnamed,
+    is_picture,
+)
 from cosmos_scale.files import reason_of, whole_path
 from cosmos_scale.words import counted
 
@@ -16,7 +23,8 @@ LAYOUT = "a folder for each class, with its pictures in it"
 def open_folders(config: ClassificationConfig) -> FilePictures:
     """Find the pictures below the folders of a folder; the classes are the folders' names, sorted.
 
-    Pictures beside the folders are loose: nothing tells their class.
+    Pictures beside the folders are passed over, since nothing tells their class, and those whose names end as no
+    picture's, as torchvision does.
     Raises UserError where there is no such folder, no picture in it, where its folders hold those of the classes,
     or where one of them cannot be listed.
     """
@@ -28,9 +36,15 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
     classes = [name for name in names if name in folders and not is_hidden(name)]
     if not classes:
         raise UserError(f"{root}: has no folder in it; rule: {LAYOUT}")
-    samples = [(path, label) for label, name in enumerate(classes) for path in _pictures_below(str(root / name))]
+    below = [_files_below(str(root / name)) for name in classes]
+    samples = [(path, label) for label, files in enumerate(below) for path in files if is_picture(path)]
+    others = [path for files in below for path in files if not is_picture(path)]
+    misnamed = [os.path.relpath(path, root) for path in others if is_misnamed(path)]
     if not samples:
-        raise UserError(f"{root}: no picture in its {counted(len(classes), 'folder')}; rule: {LAYOUT}")
+        rule = f"the names of pictures end with {', '.join(PICTURES)}" if misnamed else LAYOUT
+        those = counted(len(misnamed), "file that is one", "files that are some")
+        found = f", but {those}, such as {misnamed[0]}" if misnamed else ""
+        raise UserError(f"{root}: no picture in its {counted(len(classes), 'folder')}{found}; rule: {rule}")
     # ImageFolder would take each part for a class: one part for one class, of which every answer is right.
     nested = all(os.path.dirname(path) != str(root / classes[label]) for path, label in samples)
     if nested and all(name.lower() in _PARTS for name in classes):
@@ -40,11 +54,12 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
         )
     files = [PlacedFile(path, os.path.relpath(path, root)) for path, _ in samples]
     loose = [name for name in names if name not in folders and is_picture(name)]
-    return FilePictures(files, [label for _, label in samples], classes, loose)
+    passed_over = {"beside the folders of the classes, in no class": loose, "named as no picture is": misnamed}
+    return FilePictures(files, [label for _, label in samples], classes, passed_over)
 
 
-def _pictures_below(folder: str) -> list[str]:
-    """Return the paths of the pictures below a folder, by folder, then by name; links to folders are followed.
+def _files_below(folder: str) -> list[str]:
+    """Return the paths of the files below a folder, by folder, then by name; links to folders are followed.
 
     A link to a folder that the link lies in adds nothing: its pictures would count again and again.
     """
@@ -58,7 +73,7 @@ def _pictures_below(folder: str) -> list[str]:
         names = _listed(place)
         folders = {name for name in names if os.path.isdir(os.path.join(place, name))}
         waiting += [(os.path.join(place, name), (*above, real)) for name in folders if not is_hidden(name)]
-        found.append((place, [name for name in names if name not in folders and is_picture(name)]))
+        found.append((place, [name for name in names if name not in folders and not name.startswith(".")]))
     return [os.path.join(place, name) for place, names in sorted(found) for name in names]
 
 

@@ -2,15 +2,16 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cosmos_scale.data.decode.picture import Pixels, decode_rgbx
+from cosmos_scale.data.decode.picture import Pixels, decode_rgbx, picture_format
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.evaluation.ahead import prepared_blocks
@@ -22,13 +23,25 @@ from cosmos_scale.words import counted
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # Found too, so that what cannot be read is left out by name and counted.
 _OTHER_PICTURES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff")
+_OTHER_BEGINNINGS = (b"GIF8", b"II*\0", b"MM\0*")  # GIF, TIFF
 _TOOLS_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")  # of file servers, archives and disks
+_NONE: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 def is_picture(path: str) -> bool:
     """Whether a file is called as pictures are, in letters of either case; hidden files are none."""
     name = os.path.basename(path)
     return not name.startswith(".") and name.lower().endswith(PICTURES + _OTHER_PICTURES)
+
+
+def is_misnamed(path: str) -> bool:
+    """Whether a file whose name ends as no picture's is one by its first bytes; none where it cannot be read."""
+    try:
+        with open(path, "rb", opener=regular_only) as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return picture_format(head) is not None or head.startswith(_OTHER_BEGINNINGS)
 
 
 def is_hidden(folder: str) -> bool:
@@ -39,11 +52,13 @@ def is_hidden(folder: str) -> bool:
 class LabelledPictures(ABC):
     """Pictures of one set. labels: the class of each picture, from 0. classes: what the data calls its classes.
 
-    loose: names of pictures that lie there too, but in no class, so that they are none of the set's.
+    passed_over: names of pictures that lie there too, but are none of the set's, by the words on why.
     """
 
-    def __init__(self, labels: Sequence[int], classes: Sequence[str], loose: Sequence[str] = ()) -> None:
-        self.labels, self.classes, self.loose = labels, classes, loose
+    def __init__(
+        self, labels: Sequence[int], classes: Sequence[str], passed_over: Mapping[str, Sequence[str]] = _NONE
+    ) -> None:
+        self.labels, self.classes, self.passed_over = labels, classes, passed_over
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -87,9 +102,13 @@ class FilePictures(LabelledPictures):
     """Pictures that are files, or parts of files."""
 
     def __init__(
-        self, files: Sequence[PlacedFile], labels: Sequence[int], classes: Sequence[str], loose: Sequence[str] = ()
+        self,
+        files: Sequence[PlacedFile],
+        labels: Sequence[int],
+        classes: Sequence[str],
+        passed_over: Mapping[str, Sequence[str]] = _NONE,
     ) -> None:
-        super().__init__(labels, classes, loose)
+        super().__init__(labels, classes, passed_over)
         self._files = files
 
     def name(self, place: int) -> str:

@@ -200,6 +200,17 @@ def test_contradicting_lengths_are_refused_at_once(folder: Path, tmp_path: Path)
         retried(lambda: WebStore(20.0).read(f"{server.url}/a.tar", 0, 9, len(DATA)), RemoteConfig(backoff_s=60.0))
 
 
+def test_a_page_in_the_place_of_a_shard_is_called_one(folder: Path, tmp_path: Path) -> None:
+    (folder / "login.html").write_bytes(DATA)
+    web = WebStore(5.0)
+    with web_server(folder, tmp_path / "log") as server:
+        for read in (lambda url: web.read(url, 0, 1, 9), lambda url: list(web.pieces(url, 9))):
+            with pytest.raises(Transient, match=r"^the server sent a web page, as for a login, instead of the shard$"):
+                read(f"{server.url}/login.html")
+            with pytest.raises(WrongSize):
+                read(f"{server.url}/a.tar")
+
+
 def test_waits_double_up_to_a_limit_and_then_the_last_failure_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)  # the waits would be minutes
