@@ -64,6 +64,8 @@ def check_extensions() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if not any(os.access(place, os.W_OK | os.X_OK) for place in (folder, *folder.glob("*/"))):
                 wrong = "written to"
+            elif (build := _build_of_another(folder)) is not None:
+                folder, wrong = build, "written to, which another user has built"
     except OSError as error:
         wrong = f"made: {error.strerror or error}"
     if wrong is not None:
@@ -71,6 +73,18 @@ def check_extensions() -> None:
             f"TORCH_EXTENSIONS_DIR: {'' if named else 'not set, and '}{folder} cannot be {wrong}; rule: name a folder "
             "that can be made and written to, where DeepSpeed's communication for CPUs is built once"
         )
+
+
+def _build_of_another(folder: Path) -> Path | None:
+    """Return the folder of a build in which this user cannot take torch's lock, None where there is none.
+
+    So it is in an environment that a group shares, whose first user has built with files that only he may write.
+    """
+    for build in (*folder.glob("deepspeed_shm_comm"), *folder.glob("*/deepspeed_shm_comm")):
+        lock = build / "lock"
+        if not os.access(build, os.W_OK | os.X_OK) or (lock.exists() and not os.access(lock, os.W_OK)):
+            return build
+    return None
 
 
 def is_built() -> bool:
@@ -97,7 +111,8 @@ def use_own_environment() -> None:
 
     The environment's programs (ninja, deepspeed) come first on PATH. Extensions are built into the environment:
     DeepSpeed's build depends on where its sources lie, so two environments that share torch's usual cache would each
-    undo the other's build. Raises UserError where the folder for extensions cannot be made.
+    undo the other's build. Where the environment is another user's, or has his build, torch's usual cache serves, which
+    is of the user's home. Raises UserError where the folder for extensions cannot be made.
     """
     # torch's module warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -105,8 +120,9 @@ def use_own_environment() -> None:
     folders = os.environ.get("PATH", "").split(os.pathsep)
     if folder not in folders:
         os.environ["PATH"] = os.pathsep.join([folder, *folders])
-    if os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    own = Path(sys.prefix) / "torch_extensions"
+    if os.access(own if own.exists() else sys.prefix, os.W_OK) and _build_of_another(own) is None:
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own))
     if extensions := os.environ.get("TORCH_EXTENSIONS_DIR"):
         try:
             os.makedirs(extensions, exist_ok=True)  # as torch does, without a line for the user

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import signal
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from cosmos_scale.run.long_call import LongCall
 from cosmos_scale.run.tracker_entries import TrackerEntry, read_pictures, table_rows
 from cosmos_scale.words import counted
 
-CACHE = "WANDB_CACHE_DIR"
+CACHE, DATA, SETTINGS = "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"
 LOG_IN = "rule: log in (wandb login), or set log.wandb.mode to offline"
 WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
@@ -34,6 +35,7 @@ LONGEST_WRITE = 10.0
 LONGEST_CLOSE = 60.0
 LONGEST_UPLOAD = 300.0
 """Seconds for the end of a record that stays here, and of one that is sent; WANDB_FINISH_TIMEOUT may say more."""
+_SMALL_FILE = 1 << 16  # bytes
 SUPERSEDED = "superseded_by"
 """The key, in the config of a record whose steps were taken again, that names the record in its place."""
 
@@ -67,7 +69,7 @@ class WandbTracker:
         new, old = identity is None, _identity_in(folder / SUPERSEDED_WANDB_ID)
         identity = identity or secrets.token_hex(4)
         self.announcements: list[str] = []
-        _use_cache_that_can_be_written(folder)
+        _use_folders_that_can_be_written(folder)
         given = {"project": config.project, "dir": str(folder), "config": dict(run_config)}
         if new and old:
             self._mark(old, identity, {**given, "name": f"{name} (superseded)"})
@@ -255,20 +257,39 @@ def require_login(config: WandbConfig) -> None:
         raise UserError(f"log.wandb: no key to log in with is configured; {LOG_IN}")
 
 
-def _use_cache_that_can_be_written(folder: Path) -> None:
-    """Let the library keep its cache in the run's folder where its own cannot be written to, as without a home.
+def _use_folders_that_can_be_written(folder: Path) -> None:
+    """Let the library keep its cache and its data in the run's folder where its own cannot be written to.
 
-    Its process writes its log there, and to standard error otherwise: 20 lines a run.
+    So it is without a home, with one that is read-only, and with one whose quota is used up. Its process writes its log
+    into the cache, and to standard error otherwise: 20 lines a run. An evaluation's table goes through the data: one
+    that it cannot take would hold up all records behind it.
     """
-    of_user = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")
-    cache = os.environ.get(CACHE) or Path(of_user, "wandb")
+    own = folder / "wandb"
+    for variable, of_user, of_home, used, here in (
+        (CACHE, "XDG_CACHE_HOME", ".cache", "logs", "cache"),
+        (DATA, "XDG_DATA_HOME", ".local/share", "artifacts/staging", "data"),
+    ):
+        user = os.environ.get(of_user) or os.path.join(os.path.expanduser("~"), of_home)
+        place = Path(os.environ.get(variable) or os.path.join(user, "wandb"), used)
+        if not _takes_files(place):
+            os.environ[variable] = os.path.abspath(own / here)
+    if os.path.expanduser("~") == "~":  # of a container's user whom the system does not know: the library asks for it
+        os.environ.setdefault(SETTINGS, os.path.abspath(own / "config"))
+        os.environ.setdefault("XDG_DATA_HOME", os.path.abspath(own))  # it asks for this where DATA is set, too
+
+
+def _takes_files(folder: Path) -> bool:
+    """Return whether a folder is there, or can be made, and takes a small file."""
+    if str(folder).startswith("~"):  # no home is known: a folder of this name would be made in the current one
+        return False
     try:
-        os.makedirs(Path(cache, "logs"), exist_ok=True)
-        if os.access(Path(cache, "logs"), os.W_OK | os.X_OK):
-            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_SMALL_FILE))
+            file.flush()
     except OSError:
-        pass
-    os.environ[CACHE] = os.path.abspath(folder / "wandb" / "cache")
+        return False
+    return True
 
 
 def supersede(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """DeepSpeed's communication for CPUs that cannot be built or loaded: one line that names what failed."""
 
+import os
 import re
 from pathlib import Path
 
@@ -105,3 +106,25 @@ def test_a_folder_for_extensions_of_another_user_is_refused(
         check_extensions()
     own.add(below)  # of this Python alone
     check_extensions()
+
+
+@pytest.mark.parametrize("closed", ["deepspeed_shm_comm", "deepspeed_shm_comm/lock"])
+def test_a_build_of_another_user_is_passed_over_in_an_environment_and_refused_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """A group shares an environment that all may write to; what one of them has built is his alone."""
+    folder = tmp_path / "torch_extensions"
+    (folder / "deepspeed_shm_comm").mkdir(parents=True)
+    (folder / "deepspeed_shm_comm" / "lock").touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    use_own_environment()
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(folder)
+    check_extensions()
+    monkeypatch.setattr("os.access", lambda path, _: path != folder / closed)
+    said = f"TORCH_EXTENSIONS_DIR: {folder}/deepspeed_shm_comm cannot be written to, which another user has built; rule"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        check_extensions()
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    use_own_environment()
+    assert "TORCH_EXTENSIONS_DIR" not in os.environ

@@ -292,6 +292,18 @@ def test_a_run_goes_on_without_wandbs_process_and_without_a_home(
     assert closed.endswith(" records are missing there, which metrics.jsonl has")
 
 
+def test_an_evaluation_reaches_wandb_without_a_home_that_takes_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its table goes through a folder of the library in the home, and held up all records behind it."""
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    said = in_a_process(tmp_path, {}, 4, HOME="/proc")
+    assert [line.partition(";")[0] for line in said] == ["offline"]
+    entries = wandb_records(tmp_path, newest_record(tmp_path))
+    assert [entry["step"] for entry in entries if "eval/pairs/table._type" in entry] == [2, 4]
+
+
 NOT_TAKEN = (
     "TimeoutError: the library's process has not taken an entry within 3 s; its records are kept, and the run goes on"
 )
