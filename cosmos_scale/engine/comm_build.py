@@ -78,7 +78,7 @@ def check_extensions() -> None:
 def _build_of_another(folder: Path) -> Path | None:
     """Return the folder of a build in which this user cannot take torch's lock, None where there is none.
 
-    So it is in an environment that a group shares, whose first user has built with files that only he may write.
+    So it is in an environment that a group shares, where the first user's build has files that others may not write.
     """
     for build in (*folder.glob("deepspeed_shm_comm"), *folder.glob("*/deepspeed_shm_comm")):
         lock = build / "lock"
@@ -111,8 +111,8 @@ def use_own_environment() -> None:
 
     The environment's programs (ninja, deepspeed) come first on PATH. Extensions are built into the environment:
     DeepSpeed's build depends on where its sources lie, so two environments that share torch's usual cache would each
-    undo the other's build. Where the environment is another user's, or has his build, torch's usual cache serves, which
-    is of the user's home. Raises UserError where the folder for extensions cannot be made.
+    undo the other's build. Where the environment, or a build in it, is another user's, torch's usual cache serves, which
+    is below the user's home. Raises UserError where the folder for extensions cannot be made.
     """
     # torch's module warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
