@@ -49,6 +49,21 @@ def test_ranks_of_two_hosts_are_started_stopped_and_ended(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("on_path")
+def test_a_signal_to_all_processes_of_a_launch_loses_no_host(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", "*:wait", hosts=HOSTS) as running:
+        for rank in range(2):
+            running.pid_of(rank)
+        clients = children_of(running.process.pid)
+        assert all(any(name.encode() in command_of(pid) for pid in clients) for name in NAMES)
+        for pid in (*clients, running.process.pid):
+            os.kill(pid, signal.SIGUSR1)  # it ends ssh
+        ended = running.end().require(STOPPED)
+    assert (tmp_path / "run" / "saved-0").exists()
+    assert (tmp_path / "run" / "saved-1").exists()
+    assert " lost" not in ended.errors
+
+
+@pytest.mark.usefixtures("on_path")
 def test_a_dead_rank_of_another_host_is_named_and_ends_all(tmp_path: Path) -> None:
     with launched(tmp_path / "run", "*:wait", hosts=HOSTS, restarts=0) as running:
         pids = [running.pid_of(rank) for rank in range(2)]
