@@ -1,6 +1,7 @@
 """Names of a file against what the data calls its classes: what is refused, what is doubtful, what is only shown."""
 
 import json
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -126,6 +127,17 @@ def test_wnids_without_names_are_told(tmp_path: Path) -> None:
     assert "its folder n01440764 is a wnid and no name, so a text is 'a photo of a n01440764.'" in (
         open_labelled_set(section(root)).pairs.doubt
     )
+
+
+def test_folders_whose_names_are_no_text_are_told(tmp_path: Path) -> None:
+    """As archives of a Chinese Windows unpack: the model would be asked for a text that means nothing."""
+    root = write_folders(tmp_path, [1, 1], ["a cat", os.fsdecode("大象".encode("gbk"))])
+    assert open_labelled_set(section(root)).pairs.doubt == (
+        f"{root}: the name of its folder \\xb4\\xf3\\xcf\\xf3 is no utf-8 text, so it cannot mean its class; "
+        "rule: classnames.txt or --classes FILE names the classes"
+    )
+    (root / "classnames.txt").write_text("a cat\n大象\n", encoding="utf-8")
+    assert "text, so it cannot" not in open_labelled_set(section(root)).pairs.doubt
 
 
 def test_json_of_shards_names_their_classes(tmp_path: Path) -> None:

@@ -359,6 +359,7 @@ def test_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:
 def test_shards_have_labels_and_lines_have_one_name(tmp_path: Path) -> None:
     root = write_labelled_shards(tmp_path, [2] * 11)
     (root / "classnames.txt").write_text("a, b\n" + "c\n" * 6)
+    (root / "test" / "._0.tar").write_bytes(b"\0\5\x16\7")  # as a Mac leaves it beside each file
     found = open_labelled_set(section(root, dataset="webdataset"))
     assert list(found.pictures.labels) == [place % 7 for place in range(22)]
     assert found.pictures.name(21) == "test/10.tar: s0021"  # behind 9.tar

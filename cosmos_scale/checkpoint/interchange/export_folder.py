@@ -1,10 +1,11 @@
 """The folder of an export: written whole or not at all, and replaced only as far as an export before wrote it.
 
-Which files an export has written is told by the last line of its README.md.
+Which files an export has written, and their sums, is told by the last lines of its README.md.
 """
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -19,7 +20,11 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import folder_descriptor, read_regular, reason_of, regular_only, whole_path
 
 CARD = "README.md"
-_OWN = re.compile(r"<!-- files of cosmos-scale convert: (.+) -->\s*\Z")
+# Exports of earlier versions have no sums.
+_OWN = re.compile(
+    r"(?:^<!-- their sums: (.+) -->\n)?^<!-- files of cosmos-scale convert: (.+) -->[ \t\r]*$", re.MULTILINE
+)
+_SUMMED = 1 << 20  # bytes at each end of a file: its whole would take seconds, and who writes a model anew changes both
 _SPARE = 1 << 20  # bytes beside the tensors: tables of contents of files, folders
 _LOCKED_AFTER = 60  # seconds after which, where there are no locks, no live export is between two steps
 _LOCK_SECONDS = 30.0  # that an export waits for another one, which changes names in the same folder
@@ -30,7 +35,8 @@ def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
     """Raise UserError unless files of these names and a card may be written as a folder.
 
     Without `force` the folder must be absent or empty. With it the folder may also be one that an earlier export wrote:
-    its files go, and files of others in it stay; but none of the new files may have the name of another's file.
+    its files go, and files of others in it stay; but none of the new files may have the name of another's file, and its
+    own files must be as it wrote them: there may be somebody's words in the card, or a model that was trained on.
     """
     with _told(folder):
         if not os.path.lexists(folder):
@@ -60,6 +66,13 @@ def check_target(folder: Path, names: Sequence[str], *, force: bool) -> None:
             f"{whole_path(folder / foreign)}: convert did not write it, so --force does not replace it; rule: move it "
             "away, or name another folder"
         )
+    changed = _changed_file(folder)
+    if changed is not None:
+        way_out = "name another folder" if changed == CARD else "move it away, or name another folder"
+        raise UserError(
+            f"{whole_path(folder / changed)}: was changed since convert wrote it, so --force does not replace it; "
+            f"rule: {way_out}"
+        )
 
 
 def check_apart(folder: Path, checkpoint: Path) -> None:
@@ -86,8 +99,6 @@ def write_export(
     """
     names = [file.name for file in files]
     check_target(folder, names, force=force)
-    own = ", ".join([*(file.name for file in files), CARD])
-    files = [*files, text_file(CARD, f"{card.rstrip()}\n\n<!-- files of cosmos-scale convert: {own} -->\n")]
     with _told(folder):
         place = folder.resolve()  # a link to a folder stays a link
         part = place.with_name(f".{place.name}.{os.getpid()}.part")
@@ -109,6 +120,7 @@ def write_export(
         try:
             for file in files:
                 _write(file, part / file.name, advance)
+            _write(text_file(CARD, _marked(card, [part / name for name in names])), part / CARD, advance)
             with _alone_in(place.parent):
                 check_target(folder, names, force=force)  # another export may have taken the place meanwhile
                 _take_place(part, place)
@@ -189,14 +201,58 @@ def _lock(folder: int) -> bool:
     return True
 
 
+def _marked(card: str, paths: Sequence[Path]) -> str:
+    """Return a card whose last lines name the files of an export, with their sums and the card's own."""
+    body = card.encode(errors="backslashreplace").decode().rstrip()
+    sums = ", ".join([*(f"{path.name} {_sum(path)}" for path in paths), f"{CARD} {_card_sum(body)}"])
+    own = ", ".join([*(path.name for path in paths), CARD])
+    return f"{body}\n\n<!-- their sums: {sums} -->\n<!-- files of cosmos-scale convert: {own} -->\n"
+
+
+def _sum(path: Path) -> str:
+    """Return a digest of a file's size and of both its ends."""
+    with open(path, "rb", opener=regular_only) as file:
+        digest = hashlib.sha256(file.read(_SUMMED))
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _SUMMED))
+        digest.update(file.read() + b"%d" % size)
+    return digest.hexdigest()[:16]
+
+
+def _card_sum(body: str) -> str:
+    """Return a digest of a card's text without its last lines."""
+    return hashlib.sha256(body.rstrip().encode()).hexdigest()[:16]
+
+
+def _mark(folder: Path) -> tuple[str, re.Match[str] | None]:
+    """Return the card of a folder, and its lines that tell what an export wrote; None where there are none."""
+    try:
+        card = read_regular(folder / CARD).decode(errors="replace")
+    except OSError:
+        return "", None
+    return card, next(reversed(list(_OWN.finditer(card))), None)
+
+
 def _own_files(folder: Path) -> list[str]:
     """Return which files an export wrote to a folder, by its card; none where there is no such card."""
-    try:
-        found = _OWN.search(read_regular(folder / CARD).decode(errors="replace"))
-    except OSError:
-        return []
-    names = found[1].split(", ") if found else []
+    found = _mark(folder)[1]
+    names = found[2].split(", ") if found else []
     return [name for name in names if re.fullmatch(r"\w[\w.-]*", name)]  # the card may be edited, or another's
+
+
+def _changed_file(folder: Path) -> str | None:
+    """Return the first file of an export that is no longer as it was written, the card first; None where all are."""
+    card, found = _mark(folder)
+    if found is None:
+        return None
+    sums = dict(re.findall(r"(\S+) ([0-9a-f]{16})", found[1] or ""))
+    if card[found.end() :].strip() or sums.get(CARD, "") not in ("", _card_sum(card[: found.start()])):
+        return CARD
+    for name in _own_files(folder):
+        with _told(folder), suppress(FileNotFoundError):
+            if name != CARD and sums.get(name, "") not in ("", _sum(folder / name)):
+                return name
+    return None
 
 
 def _take_place(part: Path, place: Path) -> None:

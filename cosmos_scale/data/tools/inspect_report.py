@@ -297,7 +297,8 @@ def _mark_cut(axes: "Axes", context_length: int) -> None:
     if axes.get_xlim()[1] <= context_length:
         return
     axes.axvline(context_length + 0.5, color=RED, linewidth=1)
-    place = (context_length + 0.5, 0.97)
+    # Where all captions are cut, the axis may begin behind the line: a word out there would leave the panels no room.
+    place = (max(context_length + 0.5, axes.get_xlim()[0]), 0.97)
     axes.annotate(
         f" cut at {context_length}", place, xycoords=axes.get_xaxis_transform(), color=RED, fontsize=8, va="top"
     )

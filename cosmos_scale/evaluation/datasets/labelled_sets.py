@@ -1,6 +1,8 @@
 """Every layout of labelled pictures that can be classified: its pictures, and what its classes are called."""
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -118,7 +120,16 @@ def _class_pairs(
         text = templates[0].replace("{}", wnid)
         doubt = f"{config.data}: its folder {wnid} is a wnid and no name, so a text is {text!r}; {rule}"
         doubt += "; --dataset imagenet knows ImageNet's"
+    elif unreadable := next((name for name in pictures.classes if not _is_text(name)), None):  # as old zips unpack
+        said = os.fsencode(unreadable).decode(errors="backslashreplace")
+        doubt = f"{config.data}: the name of its folder {said} is no {sys.getfilesystemencoding()} "
+        doubt += f"text, so it cannot mean its class; {rule}"
     return ClassPairs("", doubt, alike)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a folder's name is one of the disk's encoding; Python reads other bytes as halves of surrogate pairs."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _data_names(config: ClassificationConfig, pictures: LabelledPictures) -> DataNames:

@@ -106,10 +106,14 @@ def _class_name(document: PlacedFile | None) -> str | None:
 
 
 def shards_of(root: Path, layout: str) -> list[Path]:
-    """Return the .tar files of a folder, or of its folder `test`, in order; raises UserError where there are none."""
+    """Return the .tar files of a folder, or of its folder `test`, in order; raises UserError where there are none.
+
+    Hidden ones are none: a Mac leaves a `._0.tar` beside each on disks of others, and rsync what it has not copied yet.
+    """
     if not root.is_dir():
         raise UserError(f"{redact_urls(whole_path(root))}: no such folder; rule: {layout}")
-    shards = sorted(root.glob("test/*.tar"), key=_numbered) or sorted(root.glob("*.tar"), key=_numbered)
+    found = ([path for path in root.glob(each) if not path.name.startswith(".")] for each in ("test/*.tar", "*.tar"))
+    shards = sorted(next(filter(None, found), []), key=_numbered)
     if not shards:
         raise UserError(f"{root}: no .tar file in it nor in {root / 'test'}; rule: {layout}")
     return shards

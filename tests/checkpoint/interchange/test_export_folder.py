@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,11 @@ def test_a_folder_is_written_with_its_card_and_nothing_beside_it(tmp_path: Path)
     write_export(tmp_path / "new" / "out", files, "# A card\n", force=False, advance=told.append)
     assert held(tmp_path / "new" / "out") == {"a.json": "{}", "b.txt": "hello"}
     card = (tmp_path / "new" / "out" / "README.md").read_text()
-    assert card == "# A card\n\n<!-- files of cosmos-scale convert: a.json, b.txt, README.md -->\n"
+    sums = (
+        re.escape("# A card\n\n<!-- their sums: ")
+        + "a.json [0-9a-f]{16}, b.txt [0-9a-f]{16}, README.md [0-9a-f]{16} -->\n"
+    )
+    assert re.fullmatch(sums + "<!-- files of cosmos-scale convert: a.json, b.txt, README.md -->\n", card)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
     assert sum(told) == sum(path.stat().st_size for path in (tmp_path / "new" / "out").iterdir())
 
@@ -129,6 +134,46 @@ def test_force_does_not_touch_folders_and_files_that_no_export_wrote(
     (tmp_path / "current" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "current" / "below")
     assert "the current folder lies in it" in refused(Path(".."), [], force=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "way_out"),
+    [
+        (
+            "README.md",
+            lambda text: text.replace("# A card", "---\nlicense: mit\n---\n# A card"),
+            "rule: name another folder",
+        ),
+        ("README.md", lambda text: text + "\n## How I trained it\n", "rule: name another folder"),
+        ("model.bin", lambda text: "2" * len(text), "rule: move it away, or name another folder"),  # trained on
+    ],
+    ids=["a licence in the card", "words below it", "a model"],
+)
+def test_force_does_not_replace_what_was_changed_since(
+    name: str, change: Callable[[str], str], way_out: str, tmp_path: Path
+) -> None:
+    """A card is there to be edited, and transformers saves a model into the folder that it came from."""
+    out = tmp_path / "out"
+    write(out, {"model.bin": "1" * (3 << 20), "config.json": "{}"})
+    changed = change((out / name).read_text())
+    (out / name).write_text(changed)
+    said = refused(out, ["model.bin"], force=True)
+    assert said == f"{out / name}: was changed since convert wrote it, so --force does not replace it; {way_out}"
+    with pytest.raises(UserError, match="was changed since"):
+        write(out, {"model.bin": "3"}, force=True)
+    assert (out / name).read_text() == changed
+    if name != "README.md":
+        (out / name).rename(tmp_path / "mine")
+        write(out, {"model.bin": "3"}, force=True)
+        assert held(out) == {"model.bin": "3"}
+
+
+def test_an_export_of_an_earlier_version_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "out", {"a": "1"})
+    card = tmp_path / "out" / "README.md"
+    card.write_text("My words\n\n<!-- files of cosmos-scale convert: a, README.md -->\n")  # without sums
+    write(tmp_path / "out", {"a": "2"}, force=True)
+    assert held(tmp_path / "out") == {"a": "2"}
 
 
 def test_an_edited_card_names_no_file_outside_of_its_folder(tmp_path: Path) -> None:

@@ -275,6 +275,16 @@ def test_a_caption_of_a_megabyte_does_not_fill_the_sheet(tmp_path: Path, capsys:
     assert Image.open(tmp_path / "views.png").height < 4000  # eight captions of 1,000 characters each
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
+def test_captions_that_are_all_cut_leave_the_panels_their_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Chinese ones are, of two tokens a letter: the word at the cut stood far left of the panel, and needed room."""
+    write_shard(tmp_path / "0.tar", [{**member(0), "json": json.dumps({"raw_caption": ["狗" * 200]}).encode()}])
+    index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert "cut off at 77 tokens: 100.0% of global captions" in run(capsys, tmp_path, "--out", tmp_path)
+
+
 @pytest.mark.parametrize("spread", [1, 30, 5000])
 def test_quantiles_and_bins_of_counts(spread: int) -> None:
     values = np.random.default_rng(spread).gamma(3.0, spread, 2000).astype(np.int64)
