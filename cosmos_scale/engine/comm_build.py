@@ -111,8 +111,8 @@ def use_own_environment() -> None:
 
     The environment's programs (ninja, deepspeed) come first on PATH. Extensions are built into the environment:
     DeepSpeed's build depends on where its sources lie, so two environments that share torch's usual cache would each
-    undo the other's build. Where the environment, or a build in it, is another user's, torch's usual cache serves, below
-    the user's home. Raises UserError where the folder for extensions cannot be made.
+    undo the other's build. Where the environment, or a build in it, is another user's, torch's usual cache serves,
+    below the user's home. Raises UserError where the folder for extensions cannot be made.
     """
     # torch's module warns on machines with a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
