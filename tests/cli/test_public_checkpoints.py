@@ -149,6 +149,14 @@ def test_another_vocabulary_is_refused(animals: Path, tmp_path: Path, capsys: py
 
 
 def test_paths_that_are_not_enough(cosmos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder of a download \(hf download openai/clip-b32 --local-dir DIR\)$"):
+        find_model(Path("openai/clip-b32"))
+    with pytest.raises(UserError, match=r", or a run with one$"):
+        find_model(Path("runs/b32"))
+    snapshot = tmp_path / "models--openai--clip-b32" / "snapshots" / "3d74acf9"
+    snapshot.mkdir(parents=True)
+    with pytest.raises(UserError, match=f", or {snapshot}$"):
+        find_model(snapshot.parents[1])
     with pytest.raises(UserError, match=r"none there; rule: .*, or a file in it, such as cosmos_tiny\.pt$"):
         find_model(cosmos.parent)
     student = torch.load(cosmos, weights_only=False)["student"]

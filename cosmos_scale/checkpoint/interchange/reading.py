@@ -1,5 +1,6 @@
 """Public checkpoints of every form: which form a path has, and one model of it."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from cosmos_scale.words import with_article
 ADAPTER = "adapter_config.json"  # of a LoRA
 # A folder with one of these is another program's, whatever it turns out to be.
 SETTINGS = (OPENCLIP_CONFIG, HF_CONFIG, ADAPTER)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]*(clip|cosmos)[\w.-]*", re.IGNORECASE)
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 Value = TypeVar("Value")
@@ -89,10 +91,15 @@ def of_newest(
 def or_a_file(folder: Path) -> str:
     """Return the end of a rule for a folder that is no checkpoint: name a file of weights in it, where there is one.
 
-    Empty for a path without, and for a folder of a run's step, whose files are parts of a checkpoint.
+    Or the folder of a download, where the path may be a name of Hugging Face's hub. Empty for any other path, and for a folder of a run's
+    step, whose files are parts of a checkpoint.
     """
+    if not folder.exists() and _HUB_NAME.fullmatch(str(folder)) and not folder.parent.exists():
+        return f", or, of a name of Hugging Face's hub, the folder of a download (hf download {folder} --local-dir DIR)"
     if not folder.is_dir() or step_of(folder) >= 0:
         return ""
+    if snapshots := sorted(folder.glob("snapshots/*/")):  # in the cache of Hugging Face's library
+        return f", or {snapshots[-1]}"
     files = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     return f", or a file in it, such as {files[0]}" if files else ""
 

@@ -9,27 +9,29 @@ from typing import Any
 from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS
 
 # What pandas (and `astype(str)`) and MySQL write for a value that they lack. Such as null and NA may be words.
+_BRACKETS = {("[", "]"), ("(", ")")}
 _LACKS = frozenset({"nan", "NaN", "None", "<NA>", "\\N"})
 
 
 def read_cell(column: str, value: Any) -> Any:
     """Return what a cell says: None for a text of _LACKS.
 
-    A text may spell a list of strings in json or Python's syntax, but for columns of WHOLE_KEYS: then the list. It may
-    hold other items too, which its reader refuses; a list without strings is text. Values that are no text stay.
+    A text may spell a list of strings in json or Python's syntax, or a tuple, but for columns of WHOLE_KEYS: then the
+    list. It may hold other items too, which its reader refuses; a list without strings is text. Values that are no text
+    stay.
     column: its plain name.
     """
     if isinstance(value, str) and value in _LACKS:
         return None
-    if column in WHOLE_KEYS or not (isinstance(value, str) and value.startswith("[") and value.endswith("]")):
+    if column in WHOLE_KEYS or not (isinstance(value, str) and (value[:1], value[-1:]) in _BRACKETS):
         return value
     for parse in (json.loads, _python_list):
         try:
             listed = parse(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if isinstance(listed, list) and (not listed or any(isinstance(item, str) for item in listed)):
-            return listed
+        if isinstance(listed, list | tuple) and (not listed or any(isinstance(item, str) for item in listed)):
+            return list(listed)
     return value
 
 
