@@ -91,8 +91,8 @@ def of_newest(
 def or_a_file(folder: Path) -> str:
     """Return the end of a rule for a folder that is no checkpoint: name a file of weights in it, where there is one.
 
-    Or the folder of a download, where the path may be a name of Hugging Face's hub. Empty for any other path, and for a folder of a run's
-    step, whose files are parts of a checkpoint.
+    Or the folder of a download, where the path may be a name of Hugging Face's hub. Empty for any other path, and for a
+    folder of a run's step, whose files are parts of a checkpoint.
     """
     if not folder.exists() and _HUB_NAME.fullmatch(str(folder)) and not folder.parent.exists():
         return f", or, of a name of Hugging Face's hub, the folder of a download (hf download {folder} --local-dir DIR)"
