@@ -74,8 +74,10 @@ def run_file(text: str) -> Path:
 
     The main rank says on stderr which file was taken where the user named none. Raises UserError where there is none.
     """
-    from cosmos_scale.config.shipped import find_run  # here: --help need not wait for it
+    from cosmos_scale.config.paths import refuse_unseen_end  # here: --help need not wait for it
+    from cosmos_scale.config.shipped import find_run
 
+    refuse_unseen_end(text)
     found = find_run(text)
     if found.said and os.environ.get("RANK", "0") == "0":
         print(found.said, file=sys.stderr)

@@ -30,15 +30,35 @@ PATH_KEYS = LOCAL_KEYS | {"data.sources.N.shards", "data.sources.N.index", "eval
 _ELSEWHERE = re.compile(r"([\w+.:-]+://)|pipe:")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
+# Signs that neither a terminal nor an editor shows at the ends of a path, but for the blank, which quotes may ask for:
+# white space, and the marks of width and direction that come along when a text is copied from a page or a dialogue.
+_UNSEEN = "[^\\S ]|[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
+_UNSEEN_END = re.compile(rf"\A(?:{_UNSEEN})|(?:{_UNSEEN})\Z")
+
+
+def refuse_unseen_end(text: str) -> None:
+    """Raise UserError where a path that does not exist begins or ends with a sign that does not show.
+
+    The carriage return that a script with Windows line ends gives its last argument would make a second folder beside
+    the one that is meant, whose name looks the same.
+    """
+    if (found := _UNSEEN_END.search(text)) and not os.path.exists(text):
+        where = "before" if found.start() == 0 else "behind"
+        raise UserError(
+            f"{_UNSEEN_END.sub('', text)}: {found[0]!a} stands {where} the path, which does not show; rule: take "
+            "it out (where a script has Windows line ends: sed -i 's/\\r$//' SCRIPT)"
+        )
+
 
 def expand_path(text: str) -> str:
     """Return a path with the home folder for a first ~, and the values of its $VARIABLES and ${VARIABLES}.
 
     URLs and commands (pipe:COMMAND) stay as they are, and so do variables in the path of a file that exists. Raises
-    UserError where a variable is not set, or ~USER has no home folder.
+    UserError where a variable is not set, ~USER has no home folder, or a sign at an end does not show.
     """
     if "://" in text or text.startswith("pipe:"):
         return text
+    refuse_unseen_end(text)
     path = os.path.expanduser(text)
     if path.startswith("~") and not os.path.exists(path):
         raise UserError(f"{text}: {path.split('/')[0]} has no home folder; rule: ./~ is a file of this name")

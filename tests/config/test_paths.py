@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_scale.cli.arguments import path, place
+from cosmos_scale.cli.arguments import path, place, run_file
 from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.config.keys import sections, with_positions_named
 from cosmos_scale.config.load import load_config, make_config
@@ -55,6 +55,42 @@ def test_what_is_not_there_is_refused(text: str, said: str) -> None:
         expand_path(text)
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(said)):
         path(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("/no/runs\r", "/no/runs: '\\r' stands behind the path, which does not show; rule: take it out"),
+        ("~/runs\xa0", "~/runs: '\\xa0' stands behind the path"),
+        ("/no/{0..3}.tar\u200b", "/no/{0..3}.tar: '\\u200b' stands behind the path"),
+        ("\u202a/no/runs", "/no/runs: '\\u202a' stands before the path"),
+        ("/no/folded\n", "/no/folded: '\\n' stands behind the path"),
+    ],
+)
+def test_a_sign_that_does_not_show_makes_no_second_path(text: str, said: str) -> None:
+    """As a script with Windows line ends, or a text copied from a page, has them."""
+    with pytest.raises(UserError, match=re.escape(said)):
+        expand_path(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(said)):
+        path(text)
+    with pytest.raises(UserError, match=re.escape(f"command line: output: {said}")):
+        make_config({}, [f"output={text}"])
+    with pytest.raises(UserError, match=re.escape(said)):
+        run_file(text)
+
+
+def test_signs_that_show_or_exist_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "runs\r").mkdir()
+    for text in (
+        f"{tmp_path}/runs\r",
+        "/no/a ",
+        "/no/\u0645\u200c",
+        "/no/\u0645\u06cc\u200c\u0631",
+        "/no/\u00e9",
+        "pipe:cat a\n",
+        "",
+    ):
+        assert expand_path(text) == text
 
 
 def test_options_are_put_in_too(home: Path) -> None:
