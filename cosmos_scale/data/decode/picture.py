@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from cosmos_scale.config import DataConfig
 from cosmos_scale.data.decode.background import KEEP, eight_bits, has_transparent_pixels, on_background
 from cosmos_scale.data.samples.sample import DamagedSample
+from cosmos_scale.words import with_article
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -21,6 +22,18 @@ DEFAULT_MAX_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 # Every size is compared with data.max_pixels before Pillow sees the picture. Pillow's own limit would warn of pictures
 # that the config allows, or refuse them.
 Image.MAX_IMAGE_PIXELS = None
+
+# Of each format that is not read: where its files have which bytes.
+_NOT_READ = (
+    ("GIF", (0, b"GIF8")),
+    ("TIFF", (0, b"II*\0")),
+    ("TIFF", (0, b"MM\0*")),
+    ("AVIF", (4, b"ftypavi")),
+    ("HEIC", (4, b"ftyphe")),
+    ("HEIF", (4, b"ftypmif1")),
+    ("JPEG 2000", (4, b"jP  ")),
+    ("JPEG XL", (4, b"JXL ")),
+)
 
 
 def ignore_warnings_of_pillow() -> None:
@@ -40,6 +53,19 @@ def picture_format(head: bytes) -> Literal["jpeg", "png", "webp"] | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
     return None
+
+
+def other_format(head: bytes) -> str | None:
+    """Tell the format of a picture that is not read here from its first bytes, 12 or more; None for anything else."""
+    if head.startswith(b"BM") and head[6:10] == bytes(4):
+        return "BMP"
+    return next((name for name, (place, sign) in _NOT_READ if head.startswith(sign, place)), None)
+
+
+def not_read(head: bytes) -> str:
+    """Say that a file is not a picture that is read here, and of which format it is, by its first bytes."""
+    kind = other_format(head)
+    return f"{with_article(kind)}, not a JPEG, PNG or WebP" if kind else "not a JPEG, PNG or WebP"
 
 
 def decode_rgbx(image_bytes: bytes, max_pixels: int, background: str = KEEP) -> Pixels:
@@ -125,7 +151,7 @@ def open_picture(image_bytes: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(image_bytes), formats=("JPEG", "PNG", "WEBP"))
     except UnidentifiedImageError:
-        raise DamagedSample("the picture is not a JPEG, PNG or WebP") from None
+        raise DamagedSample(f"the picture is {not_read(image_bytes[:12])}") from None
     _check_size(image.height, image.width, max_pixels)
     return image
 

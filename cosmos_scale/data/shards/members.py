@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import IO, Any, NamedTuple
 
-from cosmos_scale.data.decode.picture import decode_rgbx, picture_format
+from cosmos_scale.data.decode.picture import decode_rgbx, not_read, picture_format
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, caption_fault, caption_keys, has_text, holds_caption
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import (
@@ -75,9 +75,10 @@ def foreign_fault(members: Iterable[TarMember | None]) -> str | None:
 def picture_fault(file: IO[bytes], member: TarMember) -> str | None:
     """What is wrong with a picture, judged by its first and last bytes. Decoding shows damage between them."""
     descriptor = file.fileno()
-    kind = picture_format(os.pread(descriptor, min(12, member.size), member.offset))
+    head = os.pread(descriptor, min(12, member.size), member.offset)
+    kind = picture_format(head)
     if kind is None:
-        return "not a JPEG, PNG or WebP picture"
+        return f"{not_read(head)} picture"
     tail = min(JPEG_TAIL, member.size)
     if kind == "jpeg" and b"\xff\xd9" not in os.pread(descriptor, tail, member.offset + member.size - tail):
         try:  # without an end marker the picture is cut off, or a camera's own data follows it

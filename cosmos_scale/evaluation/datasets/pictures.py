@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmos_scale.data.decode.picture import Pixels, decode_rgbx, picture_format
+from cosmos_scale.data.decode.picture import Pixels, decode_rgbx, other_format, picture_format
 from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.evaluation.ahead import prepared_blocks
@@ -23,7 +23,6 @@ from cosmos_scale.words import counted
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # Found too, so that what cannot be read is left out by name and counted.
 _OTHER_PICTURES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff")
-_OTHER_BEGINNINGS = (b"GIF8", b"II*\0", b"MM\0*")  # GIF, TIFF
 _TOOLS_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")  # of file servers, archives and disks
 _NONE: Mapping[str, Sequence[str]] = MappingProxyType({})
 
@@ -41,7 +40,7 @@ def is_misnamed(path: str) -> bool:
             head = file.read(12)
     except OSError:
         return False
-    return picture_format(head) is not None or head.startswith(_OTHER_BEGINNINGS)
+    return picture_format(head) is not None or other_format(head) is not None
 
 
 def is_hidden(folder: str) -> bool:

@@ -371,7 +371,11 @@ def test_every_flipped_bit_of_a_png_is_found(mode: str) -> None:
     [
         (b"", "empty"),
         (b"hello, this is no picture", "not a JPEG, PNG or WebP"),
-        (encoded(photo(), "GIF"), "not a JPEG, PNG or WebP"),
+        (encoded(photo(), "GIF"), "is a GIF, not a JPEG, PNG or WebP"),
+        (encoded(photo(), "BMP"), "is a BMP, not a JPEG, PNG or WebP"),
+        (encoded(photo(), "TIFF"), "is a TIFF, not a JPEG, PNG or WebP"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "is a HEIC, not a JPEG, PNG or WebP"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "is an AVIF, not a JPEG, PNG or WebP"),
         (b"\xff\xd8\xff\xe0" + bytes(100), "does not decode"),
         (JPEG[:300] + bytes(200) + JPEG[500:], "does not decode"),
     ],

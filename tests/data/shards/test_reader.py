@@ -116,7 +116,7 @@ def test_unusable_samples_are_named(tmp_path: Path) -> None:
     assert {fault.key: fault.reason.split(":")[0] for fault in scan.rejected} == {
         "no_text": "no text (.json, .txt)",
         "no_picture": "no picture (.jpg, .jpeg, .png, .webp)",
-        "gif": "not a JPEG, PNG or WebP picture",
+        "gif": "a GIF, not a JPEG, PNG or WebP picture",
         "empty": "not a JPEG, PNG or WebP picture",
         "cut": "damaged JPEG",
         "broken": "unreadable json",
