@@ -364,6 +364,16 @@ def test_the_last_of_two_overrides_counts_which_is_said(capsys: pytest.CaptureFi
     assert "max_steps is given" not in errors
 
 
+def test_a_range_that_the_shell_has_parted_is_said_on_a_short_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """bash makes hundreds of overrides of shards=/data/{00000..00331}.tar, of which the last counts."""
+    parted = [f"data.sources.0.shards=/data/{number:05d}.tar" for number in range(332)]
+    assert cli.main(["train", "cc3m_vitb16", *parted, "seed=none"]) == 2
+    assert (
+        "data.sources.0.shards is given 332 times (/data/00000.tar, /data/00001.tar, ..., /data/00331.tar): "
+        "/data/00331.tar counts; braces need quotes, or the shell parts them\n"
+    ) in capsys.readouterr().err
+
+
 def test_a_deleted_current_folder_is_one_line(tmp_path: Path) -> None:
     """MKL ends a process there as soon as torch is imported."""
     program = (
