@@ -131,7 +131,10 @@ def say_repeats(overrides: Sequence[str]) -> None:
             from cosmos_scale.config.section import redact_urls  # here: --help need not wait for it
 
             shown = [redact_urls(text) for text in texts]
-            print(f"{key} is given {len(shown)} times ({', '.join(shown)}): {shown[-1]} counts", file=sys.stderr)
+            # Of hundreds of shards the first and the last tell enough, and most likely why there are so many.
+            named = shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]]
+            why = "; braces need quotes, or the shell parts them" if key.endswith(".shards") else ""
+            print(f"{key} is given {len(shown)} times ({', '.join(named)}): {shown[-1]} counts{why}", file=sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -356,14 +356,6 @@ def test_an_option_may_be_repeated_with_one_value(tmp_path: Path) -> None:
     assert cli.main(["data", "index", str(shards), "--out", out, "--out", out, "--workers", "1", "--quiet"]) == 0
 
 
-def test_the_last_of_two_overrides_counts_which_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["seed=3", "seed=3", "train.max_steps=1", "seed=none"]
-    assert cli.main(["train", "cc3m_vitb16", *overrides, "--dry-run"]) == 2
-    errors = capsys.readouterr().err
-    assert "seed is given 3 times (3, 3, none): none counts\n" in errors
-    assert "max_steps is given" not in errors
-
-
 def test_a_deleted_current_folder_is_one_line(tmp_path: Path) -> None:
     """MKL ends a process there as soon as torch is imported."""
     program = (

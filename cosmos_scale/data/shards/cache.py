@@ -4,12 +4,13 @@ While a shard is downloaded, its file is called `.part`, has its full size at on
 locked. Another process that wants the shard waits for the lock, so that no shard is downloaded twice. A part without a
 lock was left by a process that died; it is never taken for a shard. Whole shards are not locked and not kept open
 between reads. So the least recently used shard can be deleted at any time: a process that reads it at that moment still
-has the open file.
+has the open file. The same holds where users empty the folder while runs read through it.
 
 Behind a shard's bytes its file holds their checksums, which each read compares. A copy that the local disk has damaged
 is deleted and downloaded anew, so that it costs no sample.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -40,6 +41,7 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder = folder
         self._limit = limit
+        self._told = False  # that the disk is smaller than the limit
 
     def read(self, version: str, total: int, offset: int, size: int, pieces: Pieces) -> bytes:
         """Read a part of a shard of `total` bytes. A shard that is not in the folder is downloaded before.
@@ -109,7 +111,9 @@ class ShardCache:
             else:
                 self._fill(file, part, total, pieces)
                 with self._locked():  # a rename could hide the file from a process that lists the folder meanwhile
-                    part.rename(path)
+                    # Somebody may have emptied the folder: then the name is gone, or is another process's part by now.
+                    if _is(file, part):
+                        part.rename(path)
                 fcntl.flock(file, fcntl.LOCK_UN)
                 return file
         except BaseException:
@@ -141,16 +145,43 @@ class ShardCache:
                     if came > total:
                         raise WrongSize(f"more than {total}", final=True)
                     sums.add(piece)
-                    _write(file, piece)
+                    self._write(file, piece)
             if came != total:
                 raise WrongSize(str(came), final=False)
-            _write(file, sums.packed())
+            self._write(file, sums.packed())
             os.fdatasync(file.fileno())  # in a crash of the machine the name must not outlive the bytes
         except BaseException:
             file.truncate(0)
             os.pwrite(file.fileno(), _FAILED, 0)
-            part.unlink(missing_ok=True)
+            if _is(file, part):
+                part.unlink(missing_ok=True)
             raise
+
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        """Write to a part; where the disk is full before the limit is reached, whole shards give their room."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[file.write(view) :]
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._delete_oldest():
+                    raise
+
+    def _delete_oldest(self) -> bool:
+        """Delete the shard that was used least recently, which is told once; False where there is none."""
+        with self._locked():
+            _, whole = self._contents()
+            if not whole:
+                return False
+            min(whole)[1].unlink(missing_ok=True)
+        if not self._told:
+            self._told = True
+            print(
+                f"data.remote.cache: {self.folder}: its disk is full, below data.remote.cache_gb: "
+                f"{self._limit / 1e9:g}; the least recently used shards go",
+                file=sys.stderr,
+            )
+        return True
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
         """Give the part its full size once there is room: delete whole shards, and wait for other downloads."""
@@ -185,6 +216,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it, to have its room
         with open(self.folder / "lock", "wb", opener=regular_only) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -198,12 +230,6 @@ def _name(version: str, total: int) -> str:
     digest = hashlib.sha256(f"{_FORM} {total} {version}".encode()).hexdigest()[:24]
     shown = re.findall(r"[\w-]+(?=\.tar)", version)
     return f"{shown[-1][-40:] if shown else 'shard'}-{digest}{WHOLE}"
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
 
 
 def _is(file: BinaryIO, path: Path) -> bool:

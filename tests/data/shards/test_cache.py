@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,6 +174,78 @@ def test_a_disk_that_does_not_hold_what_is_written_is_named(tmp_path: Path, monk
     ):
         ShardCache(tmp_path / "cache", 10 * SIZE).read("a.tar", SIZE, 0, SIZE, pieces("a", log))
     assert log.read_text() == "a\na\n"
+
+
+@pytest.mark.parametrize("folder_too", [False, True])
+@pytest.mark.parametrize("another", [False, True])
+def test_a_cache_that_is_emptied_during_a_download_ends_no_run(tmp_path: Path, folder_too: bool, another: bool) -> None:
+    """another: a process has begun to download the same shard anew; its part is not taken for this one's."""
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    cache, parts = ShardCache(folder, 10 * SIZE), []
+
+    def download() -> Generator[bytes, None, None]:
+        yield content("a")[:100]
+        parts.extend(files(folder, PART))
+        shutil.rmtree(folder)
+        if another or not folder_too:
+            folder.mkdir()
+        if another:
+            parts[0].write_bytes(bytes(FILE))
+        yield content("a")[100:]
+
+    assert cache.read("a.tar", SIZE, 0, SIZE, download) == content("a")
+    assert [path.read_bytes() for path in files(folder, PART)] == [bytes(FILE)] * another
+    assert files(folder, WHOLE) == []
+    assert cache.read("a.tar", SIZE, 0, SIZE, pieces("a", log)) == content("a")
+    assert len(files(folder, WHOLE)) == 1
+
+
+def test_a_failed_download_into_an_emptied_cache_leaves_anothers_part(tmp_path: Path) -> None:
+    folder, parts = tmp_path / "cache", []
+
+    def download() -> Generator[bytes, None, None]:
+        yield content("a")[:100]
+        parts.extend(files(folder, PART))
+        parts[0].unlink()
+        parts[0].write_bytes(bytes(FILE))
+        raise Transient("cut off")
+
+    with pytest.raises(Transient, match="cut off"):
+        ShardCache(folder, 10 * SIZE).read("a.tar", SIZE, 0, SIZE, download)
+    assert parts[0].read_bytes() == bytes(FILE)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_smaller_than_the_limit_makes_room_by_the_least_recently_used_shard(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Half of a node's disk may be taken by others, and cache_gb names the whole."""
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    cache = ShardCache(folder, 100 * SIZE)
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if len(files(folder, WHOLE)) + len(files(folder, PART)) > 2:
+                raise OSError(number, os.strerror(number))
+            return super().write(data)
+
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode, buffering: Full(descriptor, mode))
+    for name in "abcab":
+        assert cache.read(f"{name}.tar", SIZE, 0, SIZE, pieces(name, log)) == content(name)
+        time.sleep(0.01)
+    assert log.read_text() == "a\nb\nc\na\nb\n"
+    assert len(files(folder, WHOLE)) == 2
+    assert capfd.readouterr().err.count("its disk is full, below data.remote.cache_gb") == 1
+
+
+def test_a_disk_that_others_have_filled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode, buffering: Full(descriptor, mode))
+    with pytest.raises(UserError, match=r"^data\.remote\.cache: .*/cache: No space left on device$"):
+        ShardCache(tmp_path / "cache", 10 * SIZE).read("a.tar", SIZE, 0, SIZE, pieces("a", tmp_path / "log"))
 
 
 @pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 100])
