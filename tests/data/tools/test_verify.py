@@ -93,7 +93,7 @@ def test_sound_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # Damage to sample 000003 after indexing, and the beginning of the reason.
 DAMAGE: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "a picture that ends early": (end_early, "the picture does not decode"),
-    "no picture": (lambda path, key: overwrite(path, data_of(path, f"{key}.jpg")[0], b"GIF89a"), "the picture is a GIF"),
+    "no picture": (lambda path, key: overwrite(path, data_of(path, f"{key}.jpg")[0], b"GIF89a"), "the picture is a"),
     "json of another type": (lambda path, key: replace_json(path, key, [1]), "json is a list"),
     "broken json": (lambda path, key: overwrite(path, data_of(path, f"{key}.json")[0], b"]"), "unreadable json"),
     "no captions": (lambda path, key: replace_json(path, key, {"raw_caption": [], "url": "x"}), "no caption text"),
