@@ -293,7 +293,7 @@ def test_pictures_of_any_form_are_found_and_folders_of_programs_are_none(tmp_pat
         ".ipynb_checkpoints/0.jpg",
         "@eaDir/0.jpg",
         "a/@eaDir/0.jpg/thumbnail.jpg",
-        "lost+found/0.jpg",
+        *("lost+found/0.jpg", "#recycle/a/0.jpg", "$RECYCLE.BIN/S-1-5-21/0.jpg", "System Volume Information/0.jpg"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")

@@ -23,7 +23,11 @@ from cosmos_scale.words import counted
 PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # Found too, so that what cannot be read is left out by name and counted.
 _OTHER_PICTURES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".ppm", ".tif", ".tiff")
-_TOOLS_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")  # of file servers, archives and disks
+# Of file servers, archives and disks, whose bins hold pictures that were deleted; in small letters.
+_TOOLS_FOLDERS = (
+    *("@eadir", "__macosx", "lost+found", "#recycle", "@recycle", "#snapshot"),
+    *("$recycle.bin", "recycler", "system volume information"),
+)
 _NONE: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
@@ -45,7 +49,7 @@ def is_misnamed(path: str) -> bool:
 
 def is_hidden(folder: str) -> bool:
     """Whether a folder of this name is a program's, and no class and no place of pictures."""
-    return folder.startswith(".") or folder in _TOOLS_FOLDERS
+    return folder.startswith(".") or folder.lower() in _TOOLS_FOLDERS
 
 
 class LabelledPictures(ABC):

@@ -52,7 +52,7 @@ def damaged_pictures() -> dict[str, tuple[bytes, str]]:
     return {
         "empty": (b"", "the picture is empty"),
         "text": (b"<html>404 Not Found</html>" * 9, none),
-        "GIF": (encode(Image.open(io.BytesIO(jpeg)), "GIF"), none),
+        "GIF": (encode(Image.open(io.BytesIO(jpeg)), "GIF"), f"the picture is a GIF, {none.partition('is ')[2]}"),
         "JPEG without its end": (jpeg[: len(jpeg) // 2], broken),
         "JPEG with an end amid its data": (jpeg[: len(jpeg) // 2] + b"\xff\xd9" + jpeg[len(jpeg) // 2 :], broken),
         "JPEG whose head alone is left": (jpeg[:20] + b"\xff\xd9", broken),
