@@ -118,12 +118,16 @@ def read_records(lines: Iterable[str], delimiter: str = ",", *, spaced: bool = F
     delimiter: what separates cells, unless the first line names something else (`sep=;`, as Excel reads it); that line
     is a record without cells too. The header is the first record with cells. spaced: whether a quote may stand behind
     spaces, as people write it: in `1.jpg, "a cat"`. Else such quotes are a part of the text.
-    A record of another number of cells than the header has a fault; its lines, however many, are this record's.
+    A record of another number of cells than the header has a fault; its lines, however many, are this record's. So have
+    all records behind a second header whose columns stand in another order, as `cat` joins files: the cells of one
+    column would be taken for those of another.
     """
     csv.field_size_limit(CELL_LIMIT)
     lines = iter(lines)
     first = next(lines, None)
     line, width = 1, None
+    header: list[str] = []
+    turned = None
     if first is not None and (named := named_separator(first)) is not None:
         delimiter = named
         yield CsvRecord(line, 1, [], None)
@@ -161,9 +165,18 @@ def read_records(lines: Iterable[str], delimiter: str = ",", *, spaced: bool = F
                 fault += f"; it takes lines {line:,} to {line + len(feed.taken) - 1:,}: is a quote in it left open?"
         if fault is None and any("\0" in cell for cell in cells):
             fault = "not text: NUL in a cell"
+        if fault is None and _is_header_again(cells, header):
+            turned = None if cells == header else f"line {line:,} is a header again, with its columns in another order"
+        fault = fault or (turned if cells else None)
         yield CsvRecord(line, len(feed.taken), cells, fault)
         line += len(feed.taken)
-        width = width or len(cells) or None
+        header = header or cells
+        width = len(header) or None
+
+
+def _is_header_again(cells: list[str], header: list[str]) -> bool:
+    """Whether a record's cells are the names of a header's columns, in whatever order; names that differ."""
+    return len(cells) > 1 and sorted(cells) == sorted(header) and len({*cells, ""}) == len(cells) + 1
 
 
 def _unclosed(feed: _Feed, cells: list[str], line: int, width: int | None, delimiter: str) -> str | None:

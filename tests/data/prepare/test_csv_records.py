@@ -28,6 +28,16 @@ def test_sound_files_are_read_as_pythons_reader_does() -> None:
         assert sum(record.lines for record in records) == len(file.getvalue().splitlines())
 
 
+def test_rows_behind_a_second_header_in_another_order_have_a_fault() -> None:
+    header, turned = "image,caption,alt", "image,alt,caption"
+    rows = [header, "0.jpg,a ball,IMG0", header, "1.jpg,a cat,IMG1", turned, "2.jpg,IMG2,a dog", "", "3.jpg,IMG3,a hat"]
+    rows += [header, "4.jpg,a sun,IMG4"]
+    records = read("\n".join(rows) + "\n")
+    assert [record.line for record in records] == list(range(1, len(rows) + 1))
+    said = "line 5 is a header again, with its columns in another order"
+    assert [record.fault for record in records] == [None] * 4 + [said, said, None, said, None, None]
+
+
 OPEN = '1.jpg,"a cat\n'
 PLAIN = [f"{number}.jpg,caption {number}\n" for number in range(2, 1002)]
 
