@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cosmos_scale.config.keys import with_positions_named
+from cosmos_scale.config.section import redact_urls
 from cosmos_scale.errors import UserError
 
 # The keys that name files or folders of this machine.
@@ -37,15 +38,16 @@ _UNSEEN_END = re.compile(rf"\A(?:{_UNSEEN})|(?:{_UNSEEN})\Z")
 
 
 def refuse_unseen_end(text: str) -> None:
-    """Raise UserError where a path that does not exist begins or ends with a sign that does not show.
+    """Raise UserError where a URL, or a path that does not exist, begins or ends with a sign that does not show.
 
     The carriage return that a script with Windows line ends gives its last argument would make a second folder beside
     the one that is meant, whose name looks the same.
     """
     if (found := _UNSEEN_END.search(text)) and not os.path.exists(text):
         where = "before" if found.start() == 0 else "behind"
+        shown = redact_urls(_UNSEEN_END.sub("", text))
         raise UserError(
-            f"{_UNSEEN_END.sub('', text)}: {found[0]!a} stands {where} the path, which does not show; rule: take "
+            f"{shown}: {found[0]!a} stands {where} the path, which does not show; rule: take "
             "it out (where a script has Windows line ends: sed -i 's/\\r$//' SCRIPT)"
         )
 
@@ -56,9 +58,11 @@ def expand_path(text: str) -> str:
     URLs and commands (pipe:COMMAND) stay as they are, and so do variables in the path of a file that exists. Raises
     UserError where a variable is not set, ~USER has no home folder, or a sign at an end does not show.
     """
-    if "://" in text or text.startswith("pipe:"):
+    if text.startswith("pipe:"):
         return text
     refuse_unseen_end(text)
+    if "://" in text:
+        return text
     path = os.path.expanduser(text)
     if path.startswith("~") and not os.path.exists(path):
         raise UserError(f"{text}: {path.split('/')[0]} has no home folder; rule: ./~ is a file of this name")

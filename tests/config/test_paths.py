@@ -79,6 +79,13 @@ def test_a_sign_that_does_not_show_makes_no_second_path(text: str, said: str) ->
         run_file(text)
 
 
+def test_a_sign_that_does_not_show_makes_no_second_url() -> None:
+    said = "https://h/{0..3}.tar?***: '\\r' stands behind the path, which does not show"
+    with pytest.raises(UserError, match=re.escape(f"command line: data.sources.0.shards: {said}")):
+        make_config({}, ["data.sources=[{name: s}]", "data.sources.0.shards=https://h/{0..3}.tar?key=x\r"])
+    assert expand_path("pipe:cat a.tar\n") == "pipe:cat a.tar\n"  # as YAML's block text ends
+
+
 def test_signs_that_show_or_exist_are_taken(tmp_path: Path) -> None:
     (tmp_path / "runs\r").mkdir()
     for text in (

@@ -219,7 +219,7 @@ def test_cells_of_pairs_are_read_as_elsewhere(tmp_path: Path) -> None:
 def test_pairs_that_cannot_be_used_are_refused_in_a_line(text: str, name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     save(tmp_path, "0.jpg")
-    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}.*{said}.*; rule: .*image") as refusal:
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / name))}.*{said}.*; rule: .*image") as refusal:
         opened(tmp_path / name, "pairs")
     assert "\n" not in str(refusal.value)
 

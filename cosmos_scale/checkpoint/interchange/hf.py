@@ -1,7 +1,7 @@
 """A folder of Hugging Face's CLIPModel: config.json, and the tensors beside it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cosmos_scale.checkpoint.interchange.settings import (
     object_of,
     one_activation,
     other_pictures,
+    other_weights,
     read_settings,
     stated_count,
 )
@@ -41,10 +42,11 @@ _ENDS = (TOKENIZER_VOCABULARY - 1, 2)
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 
 
-def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
+def open_hf_folder(folder: Path, asked: Activation | None, weights: str | None = None) -> StoredWeights:
     """Return the model of such a folder; raises UserError where config and tensors are not those of one of our models.
 
-    asked: the activation that must be its own, None for any.
+    asked: the activation that must be its own, None for any. weights: the name of the file of its tensors, None for the
+    first of HF_WEIGHTS that is there, whole or in parts.
     """
     path = folder / HF_CONFIG
     content = read_settings(path)
@@ -54,7 +56,8 @@ def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
     activation = _activation(path, vision, text)
     pixels = read_settings(folder / HF_PIXELS) if (folder / HF_PIXELS).exists() else {}
     check_pixels(folder / HF_PIXELS, pixels.get("image_mean"), pixels.get("image_std"))
-    held = _content(folder)
+    names = [name for whole in HF_WEIGHTS for name in (whole, f"{whole}{HF_INDEX}")] if weights is None else [weights]
+    held = _content(folder, names)
     rows = _our_rows(folder, named(folder, held))
     heads = stated_count(path, "vision_config.num_attention_heads", vision["num_attention_heads"])
     width = shape_of(rows["visual.class_embedding"])[0]
@@ -66,8 +69,12 @@ def open_hf_folder(folder: Path, asked: Activation | None) -> StoredWeights:
     inferred = infer_model(folder, shapes, known, activation)
     compare(path, _sizes(content, vision, text, inferred.model))
     kind = f"Hugging Face CLIPModel folder{said(prefix_of(folder, held))}"
-    pictures = other_pictures(folder / HF_PIXELS, pixels, _pictures(inferred.model.vision.image_size))
-    return StoredWeights("hf", kind, inferred.model, rows, False, (*inferred.guessed, *pictures), None, inferred.told)
+    guessed = (
+        *other_weights(folder, names),
+        *inferred.guessed,
+        *other_pictures(folder / HF_PIXELS, pixels, _pictures(inferred.model.vision.image_size)),
+    )
+    return StoredWeights("hf", kind, inferred.model, rows, False, guessed, None, inferred.told)
 
 
 def _pictures(side: int) -> dict[str, tuple[Any, ...]]:
@@ -99,10 +106,10 @@ def _activation(path: Path, vision: dict[str, Any], text: dict[str, Any]) -> Act
     return _ACTIVATIONS[vision["hidden_act"]]
 
 
-def _content(folder: Path) -> dict[str, Any]:
-    """Return what the files of a folder hold together, by the names there."""
+def _content(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the files of a folder hold together, by the names there; names: see `_files`."""
     found: dict[str, Any] = {}
-    for file in _files(folder):
+    for file in _files(folder, names):
         content = open_tensors(file)
         if not isinstance(content, Mapping):
             raise refusal(file, f"found {with_article(type(content).__name__)}, not a dict of tensors")
@@ -111,15 +118,15 @@ def _content(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    for name in HF_WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}{HF_INDEX}"
-        if index.is_file():
-            names = set(map(str, object_of(index, read_settings(index), "weight_map").values()))
-            return [folder / Path(name).name for name in sorted(names)]
-    raise refusal(folder, f"found {HF_CONFIG}, but neither {' nor '.join(HF_WEIGHTS)}")
+def _files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the files of the first of some names that is there: itself, or those that an index of this name lists."""
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        raise refusal(folder, f"found {HF_CONFIG}, but neither {' nor '.join(HF_WEIGHTS)}")
+    if not name.endswith(HF_INDEX):
+        return [folder / name]
+    parts = set(map(str, object_of(folder / name, read_settings(folder / name), "weight_map").values()))
+    return [folder / Path(part).name for part in sorted(parts)]
 
 
 def _our_rows(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:

@@ -12,6 +12,7 @@ from cosmos_scale.checkpoint.interchange.settings import (
     object_of,
     one_activation,
     other_pictures,
+    other_weights,
     read_settings,
     stated_count,
 )
@@ -49,10 +50,11 @@ def openclip_weights(folder: Path) -> Path | None:
     return next((folder / name for name in OPENCLIP_WEIGHTS if (folder / name).is_file()), None)
 
 
-def open_openclip_folder(folder: Path, asked: Activation | None) -> StoredWeights:
+def open_openclip_folder(folder: Path, asked: Activation | None, name: str | None = None) -> StoredWeights:
     """Return the model of such a folder; raises UserError where config and tensors are not those of one of our models.
 
-    asked: the activation that must be its own, None for any.
+    asked: the activation that must be its own, None for any. name: of the file of its tensors, None for the first of
+    OPENCLIP_WEIGHTS that is there.
     """
     path = folder / OPENCLIP_CONFIG
     content = read_settings(path)
@@ -67,7 +69,7 @@ def open_openclip_folder(folder: Path, asked: Activation | None) -> StoredWeight
         stated_count(path, "text_cfg.heads", text.get("heads", TEXT_HEADS)),
         one_activation(path, "quick_gelu" if model.get("quick_gelu") else "gelu", asked),
     )
-    weights = openclip_weights(folder)
+    weights = openclip_weights(folder) if name is None else folder / name
     if weights is None:
         raise refusal(folder, f"found {OPENCLIP_CONFIG}, but neither {' nor '.join(OPENCLIP_WEIGHTS)}")
     stored = openclip_model(weights, open_tensors(weights), known)
@@ -75,7 +77,12 @@ def open_openclip_folder(folder: Path, asked: Activation | None) -> StoredWeight
     program = "COSMOS" if stored.has_heads else "OpenCLIP"
     _, comma, prefix = stored.kind.partition(", ")  # what is said of names that have a prefix
     kind = f"{program} folder with {OPENCLIP_CONFIG}{comma}{prefix}"
-    return stored._replace(kind=kind, guessed=(*stored.guessed, *other_pictures(path, pixels, _PICTURES)))
+    guessed = (
+        *(other_weights(folder, OPENCLIP_WEIGHTS) if name is None else ()),
+        *stored.guessed,
+        *other_pictures(path, pixels, _PICTURES),
+    )
+    return stored._replace(kind=kind, guessed=guessed)
 
 
 def _check_keys(path: Path, section: str, keys: dict[str, Any]) -> None:

@@ -118,9 +118,10 @@ def open_public(path: Path, which: Which, *, activation: Activation | None = Non
 
     Nothing but names and shapes is read. Numbers stay in the mapped file, those of an optimizer are never read.
     """
-    folder = path if path.is_dir() else _folder_of(path)
-    if folder is not None:
-        return _open_folder(folder, activation)
+    if path.is_dir():
+        return _open_folder(path, activation)
+    if opener := _opener_of(path):
+        return opener(path.parent, activation, path.name)
     content = _content(path)
     known = Known(activation=activation)
     if models_held(content):
@@ -133,7 +134,7 @@ def first_model(path: Path) -> Which:
 
     Raises UserError where the path cannot be read.
     """
-    if path.is_dir() or _folder_of(path) is not None:
+    if path.is_dir() or _opener_of(path) is not None:
         return "student"
     return next(iter(models_held(_content(path))), "student")
 
@@ -145,12 +146,11 @@ def _content(file: Path) -> Mapping[Any, Any]:
     return content
 
 
-def _folder_of(file: Path) -> Path | None:
-    """Return the folder whose config belongs to a file of weights, by the file's name; None where there is none."""
-    for config, names in ((OPENCLIP_CONFIG, OPENCLIP_WEIGHTS), (HF_CONFIG, HF_WEIGHTS)):
-        if file.name in names and (file.parent / config).is_file():
-            return file.parent
-    return None
+def _opener_of(file: Path) -> Callable[[Path, Activation | None, str], StoredWeights] | None:
+    """Return what opens a file of weights with the config in its folder, by the file's name; None without a config."""
+    if file.name in OPENCLIP_WEIGHTS and (file.parent / OPENCLIP_CONFIG).is_file():
+        return open_openclip_folder
+    return open_hf_folder if file.name in HF_WEIGHTS and (file.parent / HF_CONFIG).is_file() else None
 
 
 def _open_folder(folder: Path, activation: Activation | None) -> StoredWeights:

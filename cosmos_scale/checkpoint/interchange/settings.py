@@ -1,6 +1,6 @@
 """The JSON files beside the tensors of a folder: read, and compared with what the tensors tell and our towers do."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,18 @@ def other_pictures(path: Path, stated: Mapping[str, Any], ours: Mapping[str, tup
         return ()
     how = "pictures: normalised, resized by their shorter side, bicubic, and cut to their middle"
     return (f"{how} (though {path.name} says {', '.join(others)})",)
+
+
+def other_weights(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Return what is assumed where a folder has several files of weights: a line, or none.
+
+    names: of the files that may be there; the first that is there is read. A training that went on may have written
+    only one of them anew.
+    """
+    there = [name for name in names if (folder / name).is_file()]
+    if len(there) < 2:
+        return ()
+    return (f"weights: those of {there[0]} (not read: {', '.join(there[1:])} beside it)",)
 
 
 def one_activation(path: Path, stated: Activation, asked: Activation | None) -> Activation:

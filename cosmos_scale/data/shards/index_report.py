@@ -58,9 +58,9 @@ class IndexReport(NamedTuple):
             dotted = counted(self.dotted, "key has dots: it ends", "keys have dots: they end")
             lines.append(f"{dotted} at the last dot of the member's name")
         if self.unnamed:
-            where = "name its key by --captions KEY here and by data.captions.keys in the run"
+            where = "if its captions have another, name it by --captions KEY here and by data.captions.keys in the run"
             unnamed = counted(self.unnamed, "sample has", "samples have")
-            lines.append(f"{unnamed} no caption under a known key; {where}")
+            lines.append(f"{unnamed} no text or list of texts under a known key; {where}")
         if self.unread:
             order = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
             lines.append(f"{counted(self.unread, 'second picture')} of a sample not read: the first of {order} is")

@@ -54,7 +54,7 @@ def open_coco(root: Path) -> list[Captioned]:
         raise UserError(
             f"{path}: has no images and annotations of COCO's form ({_shown(error)}); rule: {COCO}"
         ) from error
-    folder = _folder_of(root, ["images/val2017", "val2017"], list(captions), COCO)
+    folder = _folder_of(path, [root / "images/val2017", root / "val2017"], list(captions), COCO)
     return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
@@ -74,7 +74,7 @@ def open_karpathy(root: Path) -> list[Captioned]:
             captions = _lists(document)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has another form ({_shown(error)}); rule: {KARPATHY}") from error
-    folder = _folder_of(root, ["images", "."], list(captions), KARPATHY)
+    folder = _folder_of(path, [root / "images", root], list(captions), KARPATHY)
     return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
@@ -92,7 +92,7 @@ def open_flickr30k(root: Path, split: str) -> list[Captioned]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: has another form ({_shown(error)}); rule: {rule}") from error
     here, there = Path(os.path.abspath(root)), root.resolve()
-    folder = _folder_of(root, [here.parent, there.parent, here], list(captions), rule)
+    folder = _folder_of(path, [here.parent, there.parent, here], list(captions), rule)
     return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
@@ -129,7 +129,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     if not rows:
         raise UserError(f"{path}: names no picture; rule: {PAIRS}")
     names = list(dict.fromkeys(name for name, _ in rows))
-    folder = _folder_of(path.parent, [path.absolute().parent, path.resolve().parent], names, PAIRS)
+    folder = _folder_of(path, [path.absolute().parent, path.resolve().parent], names, PAIRS)
     files = {name: _file_of(folder, name) for name in names}
     pictures: dict[str, Captioned] = {}
     for name, texts in rows:
@@ -201,17 +201,17 @@ def _existing(root: Path, names: Sequence[str], rule: str) -> Path:
     return found
 
 
-def _folder_of(root: Path, folders: Sequence[str | Path], names: Sequence[str], rule: str) -> Path:
-    """Return the first of some folders, from `root` on, in which a picture of one of the names lies."""
+def _folder_of(listed: Path, folders: Sequence[Path], names: Sequence[str], rule: str) -> Path:
+    """Return the first of some folders in which a picture of one of the names lies; listed: the file of the names."""
     if not names:
-        raise UserError(f"{root}: its list names no picture; rule: {rule}")
+        raise UserError(f"{listed}: names no picture; rule: {rule}")
     for name in names:
         for folder in folders:
-            if (root / folder / name_on_disk(name)).is_file():
-                return root / folder
-    where = " or ".join(dict.fromkeys(str((root / folder).absolute()) for folder in folders))
+            if (folder / name_on_disk(name)).is_file():
+                return folder
+    where = " or ".join(dict.fromkeys(str(folder.absolute()) for folder in folders))
     raise UserError(
-        f"{root}: none of its {counted(len(names), 'picture')}, such as {names[0]}, is in {where}; rule: {rule}"
+        f"{listed}: none of its {counted(len(names), 'picture')}, such as {names[0]}, is in {where}; rule: {rule}"
     )
 
 

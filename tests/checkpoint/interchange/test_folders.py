@@ -59,6 +59,24 @@ def test_openclip_folder(tmp_path: Path) -> None:
     assert_close(opened.eval().encode_text(ids, normalize=True), theirs.encode_text(ids, normalize=True))
 
 
+def test_of_two_files_of_weights_the_named_one_counts_and_else_the_one_that_is_told(tmp_path: Path) -> None:
+    save_hf_folder(tmp_path / "hf", "gelu")
+    save_openclip_folder(tmp_path / "openclip")
+    for first, second in (
+        (tmp_path / "hf" / "model.safetensors", "pytorch_model.bin"),
+        (tmp_path / "openclip" / "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    ):
+        whole = read_public(first, "student")
+        assert whole.guessed == ()
+        torch.save({name: tensor + 1 for name, tensor in load_file(first).items()}, first.with_name(second))
+        found = read_public(first.parent, "student")
+        assert found.digest == whole.digest == read_public(first, "student").digest
+        assert found.guessed == (f"weights: those of {first.name} (not read: {second} beside it)",)
+        named = read_public(first.with_name(second), "student")
+        assert named.digest != whole.digest
+        assert (named.kind, named.guessed) == (whole.kind, ())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
 def test_hf_folder(tmp_path: Path, act: str) -> None:

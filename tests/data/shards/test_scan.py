@@ -187,7 +187,8 @@ def test_captions_under_no_known_key_are_said(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [(f"{key}.{kind}", data) for key, pair in enumerate(members) for kind, data in pair])
     report = index_shards(str(tmp_path), None, workers=1, progress=False)
     assert (report.samples, report.unnamed) == (3, 2)
-    assert "2 samples have no caption under a known key; name its key by --captions KEY here" in report.describe()
+    said = "2 samples have no text or list of texts under a known key; if its captions have another, name it by"
+    assert f"{said} --captions KEY here" in report.describe()
     report = index_shards(str(tmp_path), None, rules=ScanRules(("blip",)), workers=1, progress=False)
     assert (report.samples, report.unnamed) == (2, 0)
 
