@@ -16,7 +16,12 @@ from cosmos_scale.report.figures import Bar, draw_bars
 from tests.conftest import REPOSITORY
 
 # As of a paper's matplotlibrc. LaTeX is not installed here; where it is, it reads _ and % as its own signs.
-PAPER = {"text.usetex": True, "axes.facecolor": "black", "savefig.bbox": "tight", "text.parse_math": False}
+PAPER: dict[Any, Any] = {
+    "text.usetex": True,
+    "axes.facecolor": "black",
+    "savefig.bbox": "tight",
+    "text.parse_math": False,
+}
 
 
 @pytest.fixture
@@ -24,7 +29,11 @@ def paper() -> Iterator[dict[str, Any]]:
     """The settings of a paper hold in the test, and what held before it afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcParams.update(PAPER)
-        yield dict(matplotlib.rcParams)
+        yield settings()
+
+
+def settings() -> dict[str, Any]:
+    return {name: matplotlib.rcParams[name] for name in list(matplotlib.rcParams)}
 
 
 def confusions(folder: Path) -> bytes:
@@ -34,7 +43,7 @@ def confusions(folder: Path) -> bytes:
 
 def test_what_is_set_for_a_paper_changes_no_figure(tmp_path: Path, paper: dict[str, Any]) -> None:
     drawn, bars = confusions(tmp_path / "paper"), draw_bars("a", "a", [Bar("50%_$", {"a_b": 1.0})], "x_1", "y%")
-    assert dict(matplotlib.rcParams) == paper
+    assert settings() == paper
     with matplotlib.style.context("default"):
         assert confusions(tmp_path / "plain") == drawn
         assert draw_bars("a", "a", [Bar("50%_$", {"a_b": 1.0})], "x_1", "y%") == bars
@@ -51,7 +60,7 @@ def test_threads_that_draw_leave_what_was_set(paper: dict[str, Any]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert dict(matplotlib.rcParams) == paper
+    assert settings() == paper
 
 
 @pytest.mark.parametrize(
