@@ -48,6 +48,7 @@ from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.data.shards.reader import ShardReader
 from cosmos_scale.data.tools.contact_sheet import contact_sheet
 from cosmos_scale.demo_zero_shot import SCENES, SCENES_QUICK, show_zero_shot
+from cosmos_scale.drawing import usual_figures
 from cosmos_scale.engine.comm_build import build_cpu_communication, use_own_environment
 from cosmos_scale.engine.ranks import free_port
 from cosmos_scale.errors import UserError
@@ -192,6 +193,7 @@ def draw_first_views(config: RunConfig, path: Path) -> None:
     contact_sheet(rows, path, config.data.captions.global_count, zoom=3)  # a crop of 64 pixels is small on a screen
 
 
+@usual_figures()
 def draw_curves(training: TrainingRecords, summary: dict[str, Any], path: Path) -> None:
     """Draw both losses over the steps, and the recall of student and teacher in multiples of chance."""
     import matplotlib as mpl  # here: the import takes a second, and the demo should print its first line at once

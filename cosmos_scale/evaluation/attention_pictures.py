@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cosmos_scale.drawing import usual_figures
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.attention_maps import AttentionMaps, WordWeight, heat_of
 from cosmos_scale.files import replace_file, whole_file, writing
@@ -39,6 +40,7 @@ class SampleMaps(NamedTuple):
     words: Sequence[WordWeight]
 
 
+@usual_figures()
 def write_picture(sample: SampleMaps, path: Path) -> None:
     """Draw the crop, its heat map, and the caption with its tokens' weights, in the form that the path's suffix names.
 

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from cosmos_scale.drawing import usual_figures
 from cosmos_scale.evaluation.evaluator import Gather
 from cosmos_scale.files import make_folder, whole_file, writing
 from cosmos_scale.words import figure_text
@@ -74,6 +75,7 @@ def write_confusions(counts_CC: Tensor, names: Sequence[str], found: Sequence[Co
     _draw(counts_CC, names, folder / PICTURE)
 
 
+@usual_figures()
 def _draw(counts_CC: Tensor, names: Sequence[str], path: Path) -> None:
     """Draw the shares of each class's pictures: rows are true classes, columns predicted ones."""
     from matplotlib.figure import Figure  # here: it takes half a second

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cosmos_scale.drawing import usual_figures
 from cosmos_scale.files import replace_file, whole_file, writing
 from cosmos_scale.profiling.plan_time import PlannedTime, StepTime
 from cosmos_scale.profiling.plan_time_text import PlannedRun
@@ -153,6 +154,7 @@ def _step_tree(step: StepTime) -> dict[str, Any]:
     }
 
 
+@usual_figures()
 def _draw(outlooks: Sequence[Outlook], title: str, path: Path) -> None:
     """Draw samples a second and rank by number of ranks, a line and its range for each stage."""
     from matplotlib.figure import Figure  # here: it takes half a second

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cosmos_scale.drawing import usual_figures
 from cosmos_scale.report.plots import Plot, RunCurves
 from cosmos_scale.report.series import Curve, Point
 from cosmos_scale.words import figure_text
@@ -69,6 +70,7 @@ def draw_plot(plot: Plot, batches: Sequence[int | None]) -> Drawn:
     return Drawn(plot.name, plot.title, svgs, _said(plot), plot.note, data)
 
 
+@usual_figures()
 def draw_bars(name: str, title: str, bars: Sequence[Bar], x_label: str, y_label: str, note: str = "") -> Drawn:
     """Draw a histogram; parts of equal names have equal colours, and a legend where there are several."""
     figure, axes = _new_figure()
@@ -90,6 +92,7 @@ def draw_bars(name: str, title: str, bars: Sequence[Bar], x_label: str, y_label:
     return Drawn(name, title, {"steps": _svg(figure, f"{name}-bars")}, said, note)
 
 
+@usual_figures()
 def draw_stacks(name: str, title: str, bars: Sequence[Bar], unit: str) -> Drawn:
     """Draw a lying bar for each of some stacks, the first one at the top; parts of equal names have equal colours."""
     figure, axes = _new_figure((0.2, 0.18, 0.76, 0.42))
@@ -114,6 +117,7 @@ def draw_stacks(name: str, title: str, bars: Sequence[Bar], unit: str) -> Drawn:
     return Drawn(name, title, {"steps": _svg(figure, f"{name}-stacks")}, f"{title}: {said}")
 
 
+@usual_figures()
 def draw_lines_over(
     name: str, title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str
 ) -> Drawn:
@@ -140,6 +144,7 @@ def _points(plot: Plot) -> Iterator[Point]:
             yield from curve.points
 
 
+@usual_figures()
 def _draw_over(plot: Plot, axis: str, batches: Sequence[int | None]) -> tuple[str, dict[str, Any]]:
     """Return the picture over one axis, and where its data lie in it: see `_extent`."""
     figure, axes = _new_figure()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cosmos_scale.data.tools.inspect import Survey, Tally
 from cosmos_scale.data.tools.own_pictures import MARK, MARK_FIELD
+from cosmos_scale.drawing import usual_figures
 from cosmos_scale.files import make_folder, replace_file
 from cosmos_scale.words import counted, figure_text, first_frame
 
@@ -236,6 +237,7 @@ def _shares(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count / total:.1%}" for name, count in common)
 
 
+@usual_figures()
 def draw_survey(survey: Survey, context_length: int, path: Path) -> None:
     """Write a PNG with a histogram of every measure, and the shares of picture formats."""
     from matplotlib.figure import Figure  # here: it takes half a second
