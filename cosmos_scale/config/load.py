@@ -25,7 +25,7 @@ from cosmos_scale.config.keys import nearest_key, with_positions_named
 from cosmos_scale.config.overrides import override_value
 from cosmos_scale.config.paths import LOCAL_KEYS, expand_local_path, expand_path, path_texts
 from cosmos_scale.config.section import RuleBroken
-from cosmos_scale.config.shipped import is_shipped_name, shipped_file
+from cosmos_scale.config.shipped import PREFIX, is_shipped_name, is_shipped_run, shipped_file
 from cosmos_scale.config.yaml_text import MOST_LEVELS, parse_yaml, reading_hint, shown_value, write_yaml
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import read_regular, reason_of
@@ -124,7 +124,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...], read: Iterator[int]) ->
     if path.is_dir():
         raise UserError(f"{named_by}{path.absolute()}: is a folder; a config is a YAML file")
     if not os.path.lexists(path):
-        raise UserError(f"{named_by}{path.absolute()}: no such config file")
+        shipped = f"; the shipped run of this name is {PREFIX}{path.stem}" if seen and is_shipped_run(path.stem) else ""
+        raise UserError(f"{named_by}{path.absolute()}: no such config file{shipped}")
     try:
         data = read_regular(path)
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -211,6 +211,10 @@ def test_several_errors_are_counted(run: Path) -> None:
         (f"seed: {'[' * 3000}\n", "a value holds itself, or lies too deep"),
         ("extends: 5\n", "extends: 5 must be a path or a list of paths"),
         ("extends: none.yaml\n", "none.yaml: no such config file"),
+        (
+            "extends: cc3m_vitb16\n",
+            "cc3m_vitb16: no such config file; the shipped run of this name is cosmos:cc3m_vitb16",
+        ),
         ("extends: .\n", ": is a folder; a config is a YAML file"),
         ("extends: wrong.yaml\n", "extends: a file extends itself"),
         ('extends: "a\\0b"\n', 'extends: "a\\u0000b" holds the character NUL; rule: no text of a run does'),
