@@ -99,7 +99,9 @@ class Opening:
         self.start = find_start(self._config, self.folder / CHECKPOINTS, index)
         if self.start.state is None:
             return "step 0, a new run"
-        broken = f"; {len(self.start.broken)} newer ones are broken" if self.start.broken else ""
+        broken = (
+            f"; {counted(len(self.start.broken), 'newer one is', 'newer ones are')} broken" if self.start.broken else ""
+        )
         unread = f"; {self.start.describe_unread()}" if self.start.unread else ""
         return f"{self.start.checkpoint}, after step {self.start.state.step:,}{broken}{unread}"
 

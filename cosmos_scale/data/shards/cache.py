@@ -8,6 +8,9 @@ has the open file. The same holds where users empty the folder while runs read t
 
 Behind a shard's bytes its file holds their checksums, which each read compares. A copy that the local disk has damaged
 is deleted and downloaded anew, so that it costs no sample.
+
+A folder in which a group or all may write is shared by its users: the files get the folder's rights to read and write,
+whatever the umask is. Else the shard of one user would end the run of another, who may neither lock nor delete it.
 """
 
 import errno
@@ -15,10 +18,11 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +35,9 @@ WHOLE, PART = ".shard", ".part"  # only files with these endings are counted and
 _FORM = "with sums of 16 KiB"  # of the files, in their names
 _FAILED = b"failed"  # what a part holds after its download failed, for the processes that wait for it
 _WAIT = 0.05  # seconds between two looks for room, while other downloads hold it
+
+_OF_OTHERS = 0o066  # the rights of a folder that its files share: to read and to write
+_WRITTEN_BY_OTHERS = 0o022
 
 Pieces = Callable[[], Generator[bytes, None, None]]
 
@@ -58,15 +65,17 @@ class ShardCache:
                 while file is None:
                     file = self._download(path, total, pieces) or self._open_whole(path, total)
                 with file:
-                    os.utime(file.fileno())  # used just now
+                    with suppress(PermissionError):  # another user's shard can be read all the same
+                        os.utime(file.fileno())  # used just now
                     data = read_checked(file.fileno(), total, offset, size)
                     if data is not None:
                         return data
                     self._drop(file, path)
         except OSError as error:
-            raise UserError(
-                f"data.remote.cache: {self.folder}: {no_locks(error) or error.strerror or error}"
-            ) from error
+            said = no_locks(error) or error.strerror or str(error)
+            if isinstance(error, PermissionError):
+                said = f"{error.filename or path}: {said}; rule: a folder whose files this user may read and write"
+            raise UserError(f"data.remote.cache: {self.folder}: {said}") from error
         raise UserError(
             f"data.remote.cache: {self.folder}: {path.name} was downloaded twice, and reads otherwise than it was "
             "written; rule: a folder on a sound disk"
@@ -103,6 +112,7 @@ class ShardCache:
         part = path.with_suffix(PART)
         file = os.fdopen(regular_only(str(part), os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
         try:
+            self._share(file)
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is(file, part):
                 return self._of_another(file, size)
@@ -214,10 +224,18 @@ class ShardCache:
                 continue
         return used, whole
 
+    def _share(self, file: BinaryIO) -> None:
+        """Give a file, if it is this user's, the rights of a folder in which others may write."""
+        with suppress(OSError):  # the folder may be gone by now, and some file systems keep no rights
+            folder, mode = self.folder.stat().st_mode, stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if folder & _WRITTEN_BY_OTHERS and folder & _OF_OTHERS & ~mode:
+                os.fchmod(file.fileno(), mode | folder & _OF_OTHERS)
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it, to have its room
         with open(self.folder / "lock", "wb", opener=regular_only) as lock:
+            self._share(lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
