@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say_notes, with_examples
+from cosmos_scale.cli.arguments import add_checkpoint, path, positive, say, say_notes, with_examples
 from cosmos_scale.cli.eval_command import FEATURES, encoder_of, of_one_checkpoint, on_ranks, require_same_options
 from cosmos_scale.errors import JointError, UserError
 from cosmos_scale.exit_status import FINISHED, REFUSED
@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
     """Measure the models on every set, and write what is known after each of them; returns the exit status."""
     from cosmos_scale.evaluation.bar import WorkBar
-    from cosmos_scale.evaluation.comparison import MARKDOWN_FILE, Results
+    from cosmos_scale.evaluation.comparison import MARKDOWN_FILE, Results, keep_earlier
     from cosmos_scale.evaluation.loading import models_of
     from cosmos_scale.evaluation.together import EvaluationFailed
 
@@ -100,6 +100,8 @@ def _evaluate_all(arguments: argparse.Namespace, ranks: "Ranks | None") -> int:
                     f"--data-root: {arguments.data_root} holds none of the {len(results.missing)} sets ("
                     f"{', '.join(results.missing)}); rule: one of them, in the layout that is expected"
                 )
+            if prints and (earlier := keep_earlier(arguments.out)):
+                say(f"--out: {arguments.out} holds an earlier evaluation, which is kept as {earlier.name}")
         for one in opened:
             try:
                 with bar:

@@ -1,7 +1,10 @@
 """What all sets gave, beside what was published: one JSON file and one table in Markdown."""
 
+import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +12,7 @@ from typing import Any, NamedTuple
 from cosmos_scale.evaluation.all_sets import PublicPlace
 from cosmos_scale.evaluation.evaluator import Numbers
 from cosmos_scale.evaluation.published import PublishedRow
-from cosmos_scale.files import make_folder, replace_file
+from cosmos_scale.files import make_folder, replace_file, writing
 from cosmos_scale.words import counted
 
 JSON_FILE, MARKDOWN_FILE = "evaluation.json", "evaluation.md"
@@ -139,6 +142,26 @@ class Results:
         make_folder(folder)
         replace_file(folder / JSON_FILE, (json.dumps(self.as_json(), indent=2) + "\n").encode())
         replace_file(folder / MARKDOWN_FILE, self.as_markdown().encode(errors="surrogateescape"))
+
+
+def keep_earlier(folder: Path) -> Path | None:
+    """Give an earlier command's files of a folder the names evaluation.1.json and .md, or the next number's.
+
+    Returns where its numbers are now, None where there are none. They may be of another checkpoint, and took hours.
+    Raises UserError where they cannot be moved.
+    """
+    earlier = folder / JSON_FILE
+    if not earlier.is_file():
+        return None
+    number = next(n for n in itertools.count(1) if not os.path.lexists(_kept(earlier, n)))
+    for path in (folder / MARKDOWN_FILE, earlier):  # the numbers last: killed between the two, it begins again
+        with writing(path), suppress(FileNotFoundError):
+            path.rename(_kept(path, number))
+    return _kept(earlier, number)
+
+
+def _kept(path: Path, number: int) -> Path:
+    return path.with_suffix(f".{number}{path.suffix}")
 
 
 def _row(cells: Sequence[str]) -> str:

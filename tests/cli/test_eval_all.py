@@ -102,6 +102,27 @@ def test_ranks_of_a_launcher_write_the_same(checkpoints: Path, root: Path, evalu
     assert set(document["failed"]) == set(alone["failed"])
 
 
+def test_an_earlier_evaluation_is_kept(
+    checkpoints: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of another checkpoint: --out has a default, and the numbers took hours."""
+    shutil.copytree(root / "coco", tmp_path / "data" / "coco")
+    out = tmp_path / "out"
+    out.mkdir()
+    before = {f"evaluation{suffix}": b"of another run" for suffix in (".json", ".md", ".1.json", ".1.md")}
+    for name, content in before.items():
+        (out / name).write_bytes(content + name.encode())
+    assert cli.main(command(checkpoints, tmp_path / "data", out, "--weights", "student")) == 0
+    assert f"--out: {out} holds an earlier evaluation, which is kept as evaluation.2.json" in capsys.readouterr().err
+    assert [one["weights"] for one in read_all(out)["results"]] == ["student"]
+    assert (out / "evaluation.2.json").read_bytes() == b"of another runevaluation.json"
+    assert (out / "evaluation.2.md").read_bytes() == b"of another runevaluation.md"
+    assert (out / "evaluation.1.json").read_bytes() == b"of another runevaluation.1.json"
+    assert len(list(out.iterdir())) == 6
+    assert cli.main(command(checkpoints, tmp_path, out)) == 2  # nothing is measured: everything stays
+    assert len(list(out.iterdir())) == 6
+
+
 @pytest.mark.parametrize(
     ("place", "options", "said"),
     [
