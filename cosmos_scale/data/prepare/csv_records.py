@@ -144,7 +144,8 @@ def read_records(lines: Iterable[str], delimiter: str = ",", *, spaced: bool = F
             if len(feed.taken) > 1 or feed.ended:
                 fault = _unclosed(feed, cells, line, width, delimiter)
             elif '"' in feed.taken[0] and not _is_strict(feed.taken, delimiter):
-                fault = f'stray quote: on line {line:,}; a quote inside a quoted cell is written twice ("")'
+                rule = 'a quote inside a quoted cell is written twice (""), not with a backslash'
+                fault = f"stray quote: on line {line:,}; {rule}"
             elif spaced and f"{delimiter} " in feed.taken[0] and '"' in feed.taken[0]:
                 cells, fault = _spaced(feed.taken[0], cells, line, delimiter)
         except StopIteration:

@@ -74,7 +74,10 @@ def test_an_open_quote_loses_its_row_only(rest: list[str], sign: str) -> None:
 def test_a_quote_that_is_not_doubled_costs_its_row(row: str, end: str) -> None:
     records = read(f"image,caption\n1.jpg,sound\n{row}{end}")
     assert [bool(record.fault) for record in records] == [False, False, True]
-    assert records[2].fault == 'stray quote: on line 3; a quote inside a quoted cell is written twice ("")'
+    assert (
+        records[2].fault
+        == 'stray quote: on line 3; a quote inside a quoted cell is written twice (""), not with a backslash'
+    )
 
 
 def test_quotes_outside_quoted_cells_are_text() -> None:
