@@ -142,6 +142,9 @@ class Opening:
         batches = ready_batches(self._config, self._ranks.world_size, self._ranks.device)
         batches.check_shared_memory()
         free = batches.check_host()
+        if self._ranks.rank == 0 and self._config.train.global_batch == 1:
+            one = "with one sample there is none to tell it from: each loss is 0, and nothing is learned"
+            print(f"warning: train.global_batch: 1: {one}; rule: 2 or more", file=sys.stderr)
         return f"{batches.describe()} of {free / 2**30:,.1f} free" if batches.total else batches.describe()
 
     def _weights(self) -> str:

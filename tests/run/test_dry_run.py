@@ -281,6 +281,14 @@ def test_pictures_past_max_pixels_are_told_by_dry_run_and_launch_alike(
         open_run(load_config(trained, [*new, "data.max_pixels=9"]), start_ranks("cpu"))
 
 
+def test_a_batch_of_one_sample_is_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--dry-run", str(trained), f"output={tmp_path}", "train.global_batch=1"]) == 0
+    said = (
+        "train.global_batch: 1: with one sample there is none to tell it from: each loss is 0, and nothing is learned"
+    )
+    assert f"warning: {said}; rule: 2 or more" in capsys.readouterr().err
+
+
 def test_a_path_that_is_too_long_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--dry-run", str(trained), f"output={tmp_path / ('n' * 300)}"]) == 2
     captured = capsys.readouterr()

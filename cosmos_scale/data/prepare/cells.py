@@ -8,9 +8,12 @@ from typing import Any
 
 from cosmos_scale.data.samples.caption_keys import WHOLE_KEYS
 
-# What pandas (and `astype(str)`) and MySQL write for a value that they lack. Such as null and NA may be words.
 _BRACKETS = {("[", "]"), ("(", ")")}
-_LACKS = frozenset({"nan", "NaN", "None", "<NA>", "\\N"})
+# What pandas (and `astype(str)`), R, databases and spreadsheets write for a value that they lack. pandas reads all of
+# them so, but MySQL's \N.
+_LACKS = frozenset(
+    {"nan", "NaN", "-nan", "-NaN", "None", "<NA>", "NA", "N/A", "n/a", "#N/A", "#NA", "NULL", "null", "\\N"}
+)
 
 
 def read_cell(column: str, value: Any) -> Any:

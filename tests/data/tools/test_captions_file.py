@@ -62,7 +62,12 @@ def test_a_cell_that_spells_a_list_keeps_its_sentences_apart(tmp_path: Path, cel
         ("None", None),
         ("<NA>", None),
         ("\\N", None),
+        ("NA", None),
+        ("N/A", None),
+        ("#N/A", None),
+        ("null", None),
         ("Nan bread", "Nan bread"),
+        ("NA beer", "NA beer"),
         ("none", "none"),
     ],
 )
