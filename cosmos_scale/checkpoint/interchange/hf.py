@@ -31,6 +31,7 @@ from cosmos_scale.words import with_article
 HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
+ADAPTER = "adapter_config.json"  # of a LoRA
 HF_INDEX = ".index.json"  # after such a name, of the list of the files that stand in its place
 # What CLIPConfig takes where a key is not there.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -71,6 +72,7 @@ def open_hf_folder(folder: Path, asked: Activation | None, weights: str | None =
     kind = f"Hugging Face CLIPModel folder{said(prefix_of(folder, held))}"
     guessed = (
         *other_weights(folder, names),
+        *([f"no LoRA: that of {ADAPTER} beside the weights is not applied"] if (folder / ADAPTER).is_file() else []),
         *inferred.guessed,
         *other_pictures(folder / HF_PIXELS, pixels, _pictures(inferred.model.vision.image_size)),
     )

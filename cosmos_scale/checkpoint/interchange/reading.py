@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from cosmos_scale.checkpoint.files import GoneCheckpoint
 from cosmos_scale.checkpoint.interchange.containers import open_tensors
 from cosmos_scale.checkpoint.interchange.cosmos import cosmos_model, models_held
-from cosmos_scale.checkpoint.interchange.hf import HF_CONFIG, HF_WEIGHTS, open_hf_folder
+from cosmos_scale.checkpoint.interchange.hf import ADAPTER, HF_CONFIG, HF_WEIGHTS, open_hf_folder
 from cosmos_scale.checkpoint.interchange.openclip import openclip_model
 from cosmos_scale.checkpoint.interchange.openclip_folder import (
     OPENCLIP_CONFIG,
@@ -29,7 +29,6 @@ from cosmos_scale.checkpoint.state import MANIFEST, MOST_TRIES, find_checkpoint,
 from cosmos_scale.errors import UserError
 from cosmos_scale.words import with_article
 
-ADAPTER = "adapter_config.json"  # of a LoRA
 # A folder with one of these is another program's, whatever it turns out to be.
 SETTINGS = (OPENCLIP_CONFIG, HF_CONFIG, ADAPTER)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]*(clip|cosmos)[\w.-]*", re.IGNORECASE)

@@ -101,7 +101,7 @@ def index_shards(
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
     rejected: Counter[str] = Counter()
-    torn = dotted = unnamed = unread = 0
+    torn, counts = 0, Counter[str]()
     unfinished = Unfinished(folder / UNFINISHED, rules, shards.address) if is_remote(pattern) else None
     known = unfinished.read(names) if unfinished else {}
     work = map_jobs(partial(_index_one, shards, folder, rules), [name for name in names if name not in known], workers)
@@ -111,9 +111,7 @@ def index_shards(
             if unfinished and done.name not in known and done.torn is None:
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
-            dotted += done.dotted
-            unnamed += done.unnamed
-            unread += len(done.unread)
+            counts.update(dotted=done.dotted, unnamed=done.unnamed, unread=len(done.unread), again=done.again)
             marks[done.name] = done.mark
             rejected.update(reason_class(reason) for _, reason in done.rejected)
             named = [*done.rejected, *done.unread]
@@ -137,7 +135,8 @@ def index_shards(
         unfinished.remove()
     gone = [] if finishing else gone_shards(shards, names, before.rows)
     found = alike_shards(rows, marks), passed_over(pattern, names), gone
-    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, *found)
+    dotted, unnamed, unread, again = (counts[kind] for kind in ("dotted", "unnamed", "unread", "again"))
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, *found, again)
 
 
 class SourceShards(NamedTuple):
@@ -358,8 +357,9 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
         replace_file(path, pack_table(scan.entries))
     rejected, unread = ([(fault.key, fault.reason) for fault in faults] for faults in (scan.rejected, scan.unread))
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
+    again = len(scan.entries) - len({entry.key for entry in scan.entries})
     return IndexedShard(
-        name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread
+        name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread, again
     )
 
 

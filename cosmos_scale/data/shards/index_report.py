@@ -24,7 +24,8 @@ class IndexReport(NamedTuple):
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: samples whose captions, if
     they have any, stand under no known key. unread: pictures that are not read, since their sample has another.
     alike: pairs of shards of one size and one beginning, the later one first. passed_over: tars of the folder that are
-    no shards of it. gone: shards that the manifest or the index before names, and that are no longer there.
+    no shards of it. gone: shards that the manifest or the index before names, and that are no longer there. again:
+    samples whose key another one before them in their shard has.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class IndexReport(NamedTuple):
     alike: Sequence[tuple[str, str]] = ()
     passed_over: Sequence[str] = ()
     gone: Sequence[str] = ()
+    again: int = 0
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
@@ -64,6 +66,10 @@ class IndexReport(NamedTuple):
         if self.unread:
             order = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
             lines.append(f"{counted(self.unread, 'second picture')} of a sample not read: the first of {order} is")
+        if self.again:
+            again = counted(self.again, "sample has", "samples have")
+            same = "both are taken: where they are one, corrected by tar -r or -u, write the shard anew"
+            lines.append(f"{again} the key of a sample before in the shard; {same}")
         if self.alike:
             pairs = counted(len(self.alike), "shard looks", "shards look")
             example = "{} like {}".format(*self.alike[0])

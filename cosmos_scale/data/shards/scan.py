@@ -5,7 +5,8 @@ A sample is one picture (.jpg, .png, .jpeg, .webp) and one text (.json, or .txt,
 several pictures the first in this order is read, as the published loader does; the others are named. Members of
 other extensions (`.mask.png` is one: the extension starts at the first dot) are left alone. Links and sparse files are
 no files here, as in webdataset: a sample that needs one is rejected.
-Where an extension comes a second time under one key, a second sample begins, which is rejected: keys name samples.
+Where an extension comes a second time in members of one key, a second sample begins, which is rejected: keys name
+samples. Whole samples of one key that lie apart are all taken, since joined shards have such, and counted.
 Two cases go beyond webdataset's rule, and take samples that the rule rejects. Where no extension from the first dot on
 is one of the above, the key ends at the last dot (`www.a.org_1.jpg`). And members of one key that lie apart, such as
 all pictures before all texts, are joined.

@@ -15,7 +15,7 @@ class IndexedShard(NamedTuple):
     """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off.
 
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: see ShardScan. mark: see mark.py;
-    empty: not known. unread: (key, reason) of second pictures.
+    empty: not known. unread: (key, reason) of second pictures. again: samples whose key another one before them has.
     """
 
     name: str
@@ -27,6 +27,7 @@ class IndexedShard(NamedTuple):
     unnamed: int = 0
     mark: str = ""
     unread: Sequence[tuple[str, str]] = ()
+    again: int = 0
 
 
 class Unfinished:
@@ -47,12 +48,15 @@ class Unfinished:
         done = {}
         for line in read_regular(self._path).splitlines() if self._path.exists() else []:
             try:
-                name, samples, size, rejected, torn, dotted, unnamed, mark, unread, rules, place = load_json(line)
+                *held, rules, place = load_json(line)
+                name, samples, size, rejected, torn, dotted, unnamed, mark, unread, again = held
             except (ValueError, TypeError):
                 continue
             if name in wanted and rules == self._rules and place == self._place(name):
                 faults, others = ([(key, reason) for key, reason in pairs] for pairs in (rejected, unread))
-                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed, mark, tuple(others))
+                done[name] = IndexedShard(
+                    name, samples, size, faults, torn, dotted, unnamed, mark, tuple(others), again
+                )
         return done
 
     def append(self, shard: IndexedShard) -> None:

@@ -77,6 +77,13 @@ def test_of_two_files_of_weights_the_named_one_counts_and_else_the_one_that_is_t
         assert (named.kind, named.guessed) == (whole.kind, ())
 
 
+def test_a_lora_beside_a_whole_model_is_said_to_be_left_out(tmp_path: Path) -> None:
+    save_hf_folder(tmp_path, "gelu")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    said = "no LoRA: that of adapter_config.json beside the weights is not applied"
+    assert read_public(tmp_path, "student").guessed == (said,)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
 def test_hf_folder(tmp_path: Path, act: str) -> None:

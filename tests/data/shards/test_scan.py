@@ -181,6 +181,18 @@ def test_the_users_keys_are_the_only_captions(tmp_path: Path) -> None:
     assert (verdict.samples, verdict.damaged, verdict.left_out) == (2, 0, 2)
 
 
+def test_samples_that_tar_has_appended_again_are_told(tmp_path: Path) -> None:
+    """Both are taken: joined tars may have pictures of their own under equal keys."""
+    members = [(f"{key}.{kind}", data) for key in (0, 1) for kind, data in (("jpg", picture(key)), ("txt", b"a dog"))]
+    write_tar(tmp_path / "0.tar", [*members, *members[:2], *members[:2]])
+    write_tar(tmp_path / "1.tar", members)
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert (report.samples, report.again, sum(report.rejected.values())) == (5, 1, 1)  # the third one is adjacent
+    assert (
+        "1 sample has the key of a sample before in the shard; both are taken: where they are one" in report.describe()
+    )
+
+
 def test_captions_under_no_known_key_are_said(tmp_path: Path) -> None:
     documents: list[dict[str, Any]] = [{"blip": "a dog"} | METADATA, {"caption": "x"}, {"blip": "a cat"}]
     members = [(("jpg", picture(0)), ("json", encoded(document))) for document in documents]
