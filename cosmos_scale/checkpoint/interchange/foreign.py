@@ -14,14 +14,20 @@ _KINDS = (
     (r"^(text\.)?transformer\.(embeddings|encoder)\.", "a CLIP model whose text tower is one of Hugging Face"),
     (r"\.ls_1\.|\.ls_2\.", "a model with layer scale"),
     (r"^model\.diffusion_model\.|^unet\.", "a diffusion model"),
-    (r"^(vision_model|text_model)\.", "a model of Hugging Face without its config.json: name the folder that has both"),
+)
+_WITHOUT_CONFIG = (
+    r"^(vision_model|text_model)\.",
+    "a model of Hugging Face without its config.json: name the folder that has both",
 )
 
 
-def foreign_model(names: Iterable[str]) -> str | None:
-    """Return what kind of model has tensors of these names, None where that is not known."""
+def foreign_model(names: Iterable[str], *, has_config: bool = False) -> str | None:
+    """Return what kind of model has tensors of these names, None where that is not known.
+
+    has_config: Hugging Face's config.json lies beside them.
+    """
     known = list(names)
-    for pattern, kind in _KINDS:
+    for pattern, kind in _KINDS if has_config else (*_KINDS, _WITHOUT_CONFIG):
         if any(re.search(pattern, name) for name in known):
             return kind
     return None

@@ -139,14 +139,16 @@ def _our_rows(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Te
     used: set[str] = set()
     for ours, theirs in hf_names(model).items():
         if missing := [name for name in theirs.names if name not in tensors]:
-            raise refusal(folder, f"found {foreign_model(tensors) or f'a CLIPModel without {missing[0]}'}")
+            kind = foreign_model(tensors, has_config=True)
+            raise refusal(folder, f"found {kind or f'a CLIPModel without {missing[0]}'}")
         parts = [tensors[name] for name in theirs.names]
         if len({part.shape for part in parts}) > 1:
             raise refusal(folder, f"found tensors of several shapes in {', '.join(theirs.names)}")
         rows[ours] = tuple(part.t() for part in parts) if theirs.transposed and parts[0].ndim == 2 else tuple(parts)
         used.update(theirs.names)
     if unknown := [name for name in tensors if name not in used]:
-        raise refusal(folder, f"found {foreign_model(unknown) or f'a CLIPModel with another tensor, {unknown[0]}'}")
+        kind = foreign_model(unknown, has_config=True)
+        raise refusal(folder, f"found {kind or f'a CLIPModel with another tensor, {unknown[0]}'}")
     return rows
 
 

@@ -77,6 +77,14 @@ def test_of_two_files_of_weights_the_named_one_counts_and_else_the_one_that_is_t
         assert (named.kind, named.guessed) == (whole.kind, ())
 
 
+def test_a_folder_with_one_tower_is_told_which_tensor_lacks(tmp_path: Path) -> None:
+    save_hf_folder(tmp_path, "gelu")
+    path = tmp_path / "model.safetensors"
+    vision = {name: tensor.clone() for name, tensor in load_file(path).items() if name.startswith("vision_model.")}
+    save_file(vision, path)
+    refused(tmp_path, "found a CLIPModel without text_model.")
+
+
 def test_a_lora_beside_a_whole_model_is_said_to_be_left_out(tmp_path: Path) -> None:
     save_hf_folder(tmp_path, "gelu")
     (tmp_path / "adapter_config.json").write_text("{}")
