@@ -90,6 +90,9 @@ class Opening:
     def _data(self) -> str:
         self.index = open_sources(self._config.data.sources, self._config.data.remote)
         check_loading(self._config, self.index, self._ranks.world_size)
+        if self._ranks.rank == 0 and self._config.train.global_batch == 1:
+            one = "with one sample there is none to tell it from: each loss is 0, and nothing is learned"
+            print(f"warning: train.global_batch: 1: {one}; rule: 2 or more", file=sys.stderr)
         shards = counted(len(self.index.shard_samples), "indexed shard")
         return f"{counted(self.index.epoch_samples, 'sample')} an epoch, in {shards}"
 
@@ -142,9 +145,6 @@ class Opening:
         batches = ready_batches(self._config, self._ranks.world_size, self._ranks.device)
         batches.check_shared_memory()
         free = batches.check_host()
-        if self._ranks.rank == 0 and self._config.train.global_batch == 1:
-            one = "with one sample there is none to tell it from: each loss is 0, and nothing is learned"
-            print(f"warning: train.global_batch: 1: {one}; rule: 2 or more", file=sys.stderr)
         return f"{batches.describe()} of {free / 2**30:,.1f} free" if batches.total else batches.describe()
 
     def _weights(self) -> str:

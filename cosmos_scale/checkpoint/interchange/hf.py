@@ -33,6 +33,7 @@ HF_PIXELS = "preprocessor_config.json"
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
 ADAPTER = "adapter_config.json"  # of a LoRA
 HF_INDEX = ".index.json"  # after such a name, of the list of the files that stand in its place
+_WEIGHTS = tuple(name for whole in HF_WEIGHTS for name in (whole, f"{whole}{HF_INDEX}"))
 # What CLIPConfig takes where a key is not there.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "vision_config": {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5},
@@ -43,11 +44,11 @@ _ENDS = (TOKENIZER_VOCABULARY - 1, 2)
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 
 
-def open_hf_folder(folder: Path, asked: Activation | None, weights: str | None = None) -> StoredWeights:
+def open_hf_folder(folder: Path, asked: Activation | None, name: str | None = None) -> StoredWeights:
     """Return the model of such a folder; raises UserError where config and tensors are not those of one of our models.
 
-    asked: the activation that must be its own, None for any. weights: the name of the file of its tensors, None for the
-    first of HF_WEIGHTS that is there, whole or in parts.
+    asked: the activation that must be its own, None for any. name: of the file of its tensors, None for the first of
+    HF_WEIGHTS that is there, whole or in parts.
     """
     path = folder / HF_CONFIG
     content = read_settings(path)
@@ -57,8 +58,7 @@ def open_hf_folder(folder: Path, asked: Activation | None, weights: str | None =
     activation = _activation(path, vision, text)
     pixels = read_settings(folder / HF_PIXELS) if (folder / HF_PIXELS).exists() else {}
     check_pixels(folder / HF_PIXELS, pixels.get("image_mean"), pixels.get("image_std"))
-    names = [name for whole in HF_WEIGHTS for name in (whole, f"{whole}{HF_INDEX}")] if weights is None else [weights]
-    held = _content(folder, names)
+    held = _content(_files(folder) if name is None else [folder / name])
     rows = _our_rows(folder, named(folder, held))
     heads = stated_count(path, "vision_config.num_attention_heads", vision["num_attention_heads"])
     width = shape_of(rows["visual.class_embedding"])[0]
@@ -71,7 +71,7 @@ def open_hf_folder(folder: Path, asked: Activation | None, weights: str | None =
     compare(path, _sizes(content, vision, text, inferred.model))
     kind = f"Hugging Face CLIPModel folder{said(prefix_of(folder, held))}"
     guessed = (
-        *other_weights(folder, names),
+        *(other_weights(folder, _WEIGHTS) if name is None else ()),
         *([f"no LoRA: that of {ADAPTER} beside the weights is not applied"] if (folder / ADAPTER).is_file() else []),
         *inferred.guessed,
         *other_pictures(folder / HF_PIXELS, pixels, _pictures(inferred.model.vision.image_size)),
@@ -108,10 +108,10 @@ def _activation(path: Path, vision: dict[str, Any], text: dict[str, Any]) -> Act
     return _ACTIVATIONS[vision["hidden_act"]]
 
 
-def _content(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Return what the files of a folder hold together, by the names there; names: see `_files`."""
+def _content(files: Sequence[Path]) -> dict[str, Any]:
+    """Return what the files of a folder hold together, by the names there."""
     found: dict[str, Any] = {}
-    for file in _files(folder, names):
+    for file in files:
         content = open_tensors(file)
         if not isinstance(content, Mapping):
             raise refusal(file, f"found {with_article(type(content).__name__)}, not a dict of tensors")
@@ -120,9 +120,9 @@ def _content(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the files of the first of some names that is there: itself, or those that an index of this name lists."""
-    name = next((name for name in names if (folder / name).is_file()), None)
+def _files(folder: Path) -> list[Path]:
+    """Return the first file of weights that is there, or all that an index in its place lists."""
+    name = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         raise refusal(folder, f"found {HF_CONFIG}, but neither {' nor '.join(HF_WEIGHTS)}")
     if not name.endswith(HF_INDEX):

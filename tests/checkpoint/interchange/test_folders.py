@@ -68,6 +68,8 @@ def test_of_two_files_of_weights_the_named_one_counts_and_else_the_one_that_is_t
     ):
         whole = read_public(first, "student")
         assert whole.guessed == ()
+        with pytest.raises(UserError, match=rf"{second}: cannot be read: No such file"):
+            read_public(first.with_name(second), "student")
         torch.save({name: tensor + 1 for name, tensor in load_file(first).items()}, first.with_name(second))
         found = read_public(first.parent, "student")
         assert found.digest == whole.digest == read_public(first, "student").digest
