@@ -122,6 +122,29 @@ def test_copied_lists_of_public_sets_are_not_doubtful(tmp_path: Path, dataset: M
     assert alike_names("", names, range(len(names)), "") == ""
 
 
+@pytest.mark.parametrize(
+    ("form", "first", "count", "said"),
+    [
+        ("{}", 0, 12, "line 3 is 'name c', for folder 10, but by its number that is the line of folder 2"),
+        ("class_{}", 1, 10, "line 2 is 'name b', for folder class_10, but by its number that is the line of folder c"),
+        ("{}", 0, 10, ""),
+        ("{:02}", 1, 12, ""),
+    ],
+)
+def test_folders_whose_numbers_have_another_order_are_told(
+    tmp_path: Path, form: str, first: int, count: int, said: str
+) -> None:
+    """As ImageNetV2's 0 to 999: sorted as texts, so that a list in the order of the numbers names other classes."""
+    folders = [form.format(first + number) for number in range(count)]
+    root = write_folders(tmp_path, [1] * count, folders)
+    (root / "classnames.txt").write_text("".join(f"name {letter}\n" for letter in "abcdefghijkl"[:count]))
+    doubt = open_labelled_set(section(root)).pairs.doubt
+    assert doubt.startswith(f"{root}/classnames.txt: {said}" if said else "")
+    assert bool(doubt) == bool(said)
+    (root / "classnames.txt").write_text("".join(f"{folder}\n" for folder in sorted(folders)))
+    assert open_labelled_set(section(root)).pairs.doubt == ""
+
+
 def test_wnids_without_names_are_told(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [1, 1], ["n01440764", "n01443537"])
     assert "its folder n01440764 is a wnid and no name, so a text is 'a photo of a n01440764.'" in (

@@ -13,7 +13,7 @@ from cosmos_scale.evaluation.datasets.folders import open_folders
 from cosmos_scale.evaluation.datasets.labelled_shards import LABEL, LabelledShards, open_webdataset
 from cosmos_scale.evaluation.datasets.pictures import LabelledPictures
 from cosmos_scale.evaluation.datasets.published_sets import PUBLISHED, open_published
-from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, alike_names, pair_names
+from cosmos_scale.evaluation.prompts.class_pairs import ClassPairs, DataNames, alike_names, number_doubt, pair_names
 from cosmos_scale.evaluation.prompts.texts import (
     CLASS_NAMES_FILE,
     DEFAULT_TEMPLATES,
@@ -111,7 +111,11 @@ def _class_pairs(
     if path is not None:
         rule = "rule: a line for each class, of names that no other class has"
         alike = alike_names(f"{path}: lines", names, range(1, len(names) + 1), rule)
-        return pair_names(path, names, _data_names(config, pictures))._replace(alike=alike)
+        data = _data_names(config, pictures)
+        pairs = pair_names(path, names, data)._replace(alike=alike)
+        if config.dataset == "folders" and pairs.shown and not pairs.doubt:
+            pairs = pairs._replace(doubt=number_doubt(path, names, pictures.classes, data.rule))
+        return pairs
     if config.dataset != "folders":
         return ClassPairs("", "")
     rule = f"rule: {CLASS_NAMES_FILE} or --classes FILE names the classes"

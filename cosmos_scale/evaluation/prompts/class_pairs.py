@@ -97,6 +97,22 @@ def alike_names(where: str, names: Names, called: Sequence[str | int], rule: str
     return f"{where} {shown_pairs(said)}, so that {lost}; {rule}"
 
 
+def number_doubt(path: Path, lines: Names, folders: Sequence[str], rule: str) -> str:
+    """Say where folders that differ by numbers alone, sorted as texts, have another order than their numbers; else "".
+
+    A list of names is mostly made in the order of the numbers, as ImageNetV2's and CIFAR-100's are: 2 before 10.
+    """
+    if len({re.sub(r"[0-9]+", "0", folder) for folder in folders}) > 1:
+        return ""
+    by_number = sorted(folders, key=lambda folder: [int(number) for number in re.findall(r"[0-9]+", folder)])
+    if (label := next((label for label, name in enumerate(by_number) if name != folders[label]), None)) is None:
+        return ""
+    return (
+        f"{path}: line {label + 1} is {lines[label][0]!r}, for folder {folders[label]}, but by its number that is the "
+        f"line of folder {by_number[label]}; {rule}, 10 before 2, or of their numbers where all have as many digits"
+    )
+
+
 def shown_pairs(pairs: list[str]) -> str:
     """Return the first pairs of a class and its name on one line."""
     return ", ".join(pairs[:_SHOWN]) + (", ..." if len(pairs) > _SHOWN else "")
