@@ -17,6 +17,7 @@ from cosmos_scale.data.samples.caption_keys import (
     KNOWN_NAMES,
     OTHER_NAMES,
     caption_keys,
+    further_captions,
     is_missing,
     plain_column,
 )
@@ -39,7 +40,7 @@ NAME_THE_KEY = "name the key: --captions KEY, in a run's eval section captions: 
 class Gallery(CaptionedPictures):
     """The first samples of an index, opened once and read as often as they are asked for.
 
-    captions_key: json key of the correct texts.
+    captions_key: json key of the correct texts. unread: keys of further texts, where captions_key was not asked for.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Gallery(CaptionedPictures):
         super().__init__(len(index) if max_samples is None else min(len(index), max_samples))
         self._remote = remote
         self._reader: ShardReader | None = None
+        self.unread: list[str] = []
         self.captions_key = self._look_for_captions(captions_key)
 
     def describe(self) -> str:
@@ -144,6 +146,7 @@ class Gallery(CaptionedPictures):
             for _, document in self._documents(samples, reader):
                 known.update(key for key in caption_keys(document) if _has_texts(document, key))
                 present.update(key for key in document if key != ORIGIN_KEY)
+                self.unread += [key for key in further_captions(document) if key not in self.unread]
                 if FIRST_KEY in known:
                     return FIRST_KEY
             if known:

@@ -6,13 +6,20 @@ where one is missing or has another form. A single picture that is missing is le
 
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cosmos_scale.data.prepare.cells import read_cell
 from cosmos_scale.data.prepare.csv_records import read_header, read_records, refuse_columns_twice
-from cosmos_scale.data.samples.caption_keys import KNOWN_NAMES, OTHER_NAMES, is_missing, plain_column
+from cosmos_scale.data.samples.caption_keys import (
+    KNOWN_NAMES,
+    OTHER_NAMES,
+    is_missing,
+    may_be_caption,
+    plain_column,
+)
 from cosmos_scale.data.samples.document import parse_json
 from cosmos_scale.data.samples.file_kind import refuse_no_text
 from cosmos_scale.data.tools.captions_file import IMAGE_COLUMNS
@@ -21,6 +28,7 @@ from cosmos_scale.evaluation.datasets.pictures import PlacedFile
 from cosmos_scale.files import load_json, name_on_disk, read_regular, reason_of, whole_path
 from cosmos_scale.words import counted
 
+LIST_THEM = "rule: all captions of a picture are a list under one key"
 Captioned = tuple[PlacedFile, list[str]]
 
 COCO = "coco_val2017 is annotations/captions_val2017.json and images/val2017/000000000139.jpg and so on"
@@ -96,11 +104,12 @@ def open_flickr30k(root: Path, split: str) -> list[Captioned]:
     return [_placed(folder, name, texts) for name, texts in captions.items()]
 
 
-def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
+def open_pairs(path: Path, captions_key: str | None, tell: Callable[[str], None] | None = None) -> list[Captioned]:
     """Pictures and captions of a .jsonl, .csv or .tsv file; rows of one picture are put together, in order.
 
     One picture is one file, whichever links and spellings (./a.jpg, b/../a.jpg) lead to it: its first name counts.
-    captions_key: the key or column of the captions; None: the one that is called as captions are called.
+    captions_key: the key or column of the captions; None: the one that is called as captions are called. tell: is told
+    of texts that seem to be further captions, which that one leaves out.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
         ".jsonl": _json_rows,
@@ -110,6 +119,7 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: its name ends with none of {', '.join(readers)}; rule: {PAIRS}")
     rows: list[tuple[str, list[str]]] = []
+    unread: Counter[str] = Counter()
     for number, cells in readers[path.suffix.lower()](path):
         where = f"{path}: line {number}"
         row = {key: read_cell(plain_column(key), value) for key, value in cells.items()}
@@ -120,6 +130,8 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
                 f"{where}: has no picture under {', '.join(IMAGE_COLUMNS)}, but {_keys(row)}; rule: {PAIRS}"
             )
         key = captions_key or _caption_key(row, where)
+        if captions_key is None:
+            unread.update(name for name in row if name != key and may_be_caption(plain_column(name), row[name]))
         if key not in row:
             raise UserError(f"{where}: has no captions under {key!r}, but {_keys(row)}; rule: {PAIRS}")
         found = row[key] if isinstance(row[key], list) else [row[key]]
@@ -128,6 +140,12 @@ def open_pairs(path: Path, captions_key: str | None) -> list[Captioned]:
         rows.append((image, [text for text in found if isinstance(text, str) and text.strip()]))
     if not rows:
         raise UserError(f"{path}: names no picture; rule: {PAIRS}")
+    if tell is not None:
+        for key, times in unread.items():
+            tell(
+                f"{path}: {counted(times, 'row')} {'has' if times == 1 else 'have'} text under {key}, which is not "
+                f"read; {LIST_THEM}, or lie in rows of their own; --captions KEY names another key"
+            )
     names = list(dict.fromkeys(name for name, _ in rows))
     folder = _folder_of(path, [path.absolute().parent, path.resolve().parent], names, PAIRS)
     files = {name: _file_of(folder, name) for name in names}

@@ -14,11 +14,17 @@ from cosmos_scale.data.decode.torch_cpu import evaluation_crop
 from cosmos_scale.data.shards.index import open_sources
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.captioned import CaptionedPictures, NoCaptions
-from cosmos_scale.evaluation.datasets.captioned_files import open_coco, open_flickr30k, open_karpathy, open_pairs
+from cosmos_scale.evaluation.datasets.captioned_files import (
+    LIST_THEM,
+    open_coco,
+    open_flickr30k,
+    open_karpathy,
+    open_pairs,
+)
 from cosmos_scale.evaluation.datasets.labelled_shards import shards_of, tar_samples
 from cosmos_scale.evaluation.datasets.pictures import PlacedFile, placed_pixels
 from cosmos_scale.evaluation.evaluator import Setting, digest_of
-from cosmos_scale.evaluation.gallery import Gallery
+from cosmos_scale.evaluation.gallery import NAME_THE_KEY, Gallery
 from cosmos_scale.words import counted
 
 CAPTIONS = "txt"
@@ -78,7 +84,8 @@ def open_captioned(config: RetrievalConfig, setting: Setting) -> CaptionedPictur
     if config.dataset == "webdataset":
         pictures = _webdataset(root)
     elif config.dataset == "pairs":
-        pictures = [CaptionedFile(*pair) for pair in open_pairs(root, config.captions)]
+        tell = _say if setting.rank == 0 else None
+        pictures = [CaptionedFile(*pair) for pair in open_pairs(root, config.captions, tell)]
     elif config.dataset == "coco_val2017":
         pictures = [CaptionedFile(*pair) for pair in open_coco(root)]
     elif config.dataset == "coco_karpathy_test":
@@ -92,7 +99,7 @@ def _open_shards(config: RetrievalConfig, setting: Setting) -> Gallery:
     source = SourceConfig(name=config.name, shards=config.place, index=config.index)
     index = open_sources([source], setting.remote)
     if setting.rank == 0 and (left := index.unindexed().describe()):
-        print(f"{redact_urls(config.place)}: {left}", file=sys.stderr)
+        _say(f"{redact_urls(config.place)}: {left}")
     gallery = Gallery(
         index,
         config.captions,
@@ -103,8 +110,15 @@ def _open_shards(config: RetrievalConfig, setting: Setting) -> Gallery:
         remote=setting.remote,
     )
     if setting.rank == 0 and (oversized := gallery.oversized()):
-        print(f"{redact_urls(config.place)}: {oversized}: they are left out", file=sys.stderr)
+        _say(f"{redact_urls(config.place)}: {oversized}: they are left out")
+    if setting.rank == 0 and gallery.unread:
+        unread = f"its samples have text under {', '.join(gallery.unread)} too, which is not read"
+        _say(f"{redact_urls(config.place)}: {unread}; {LIST_THEM}; {NAME_THE_KEY}")
     return gallery
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _webdataset(root: Path) -> list[CaptionedFile]:
