@@ -172,29 +172,6 @@ def test_one_picture_may_be_spelt_in_several_ways(tmp_path: Path) -> None:
     assert captions_of(opened(tmp_path / "a.csv", "pairs")) == {"0.jpg": ["a", "b", "c", "d"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("pairs.csv", "image,caption,Caption 2,caption_id\na.jpg,one,two,7\nb.jpg,three,,8\n"),
-        ("pairs.jsonl", '{"image": "a.jpg", "caption": "one", "Caption 2": ["two"], "caption_id": 7}'),
-    ],
-)
-def test_further_captions_of_pairs_are_told(
-    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A column for each caption, as tables have them: one alone is read, and fewer right answers are worse numbers."""
-    save(tmp_path, "a.jpg", "b.jpg")
-    (tmp_path / name).write_text(text)
-    opened(tmp_path / name, "pairs")
-    assert capsys.readouterr().err == (
-        f"{tmp_path}/{name}: 1 row has text under Caption 2, which is not read; rule: all captions of a picture are a "
-        "list under one key, or lie in rows of their own; --captions KEY names another key\n"
-    )
-    open_captioned(section(tmp_path / name, "pairs"), tiny_encoder(1, 2).setting)  # rank 0 says it
-    opened(tmp_path / name, "pairs", captions="caption")
-    assert capsys.readouterr().err == ""
-
-
 def test_the_key_of_pairs_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"image": "0.jpg", "caption": "a", "alt": ["b"], "text": "c"}\n')
     save(tmp_path, "0.jpg")

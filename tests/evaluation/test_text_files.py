@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.data.tools.captions_file import read_rows
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.captioned_files import open_pairs
+from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.prompts.texts import read_names, read_templates
 from cosmos_scale.files import text_lines
+from tests.evaluation.labelled import save_picture, tiny_encoder
 
 IN_A_NAME = "\u2028\u2029\x85\f\v\x1c"
 
@@ -120,3 +123,28 @@ def test_links_to_one_file_are_one_picture(tmp_path: Path) -> None:
         found = [(picture.name, texts) for picture, texts in open_pairs(tmp_path / file, None)]
         assert found[:2] == [("link.jpg", ["text 0", "text 2", "text 3"]), ("1.jpg", ["text 1", "text 4"])]
         assert [texts for _, texts in found[2:]] == [["text 5"], ["text 6"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pairs.csv", "image,caption,Caption 2,caption_id\na.jpg,one,two,7\nb.jpg,three,,8\n"),
+        ("pairs.jsonl", '{"image": "a.jpg", "caption": "one", "Caption 2": ["two"], "caption_id": 7}'),
+    ],
+)
+def test_further_captions_of_pairs_are_told(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column for each caption, as tables have them: one alone is read, and fewer right answers are worse numbers."""
+    for number, picture in enumerate(("a.jpg", "b.jpg")):
+        save_picture(tmp_path / picture, number)
+    (tmp_path / name).write_text(text)
+    section = RetrievalConfig(kind="retrieval", dataset="pairs", data=str(tmp_path / name))
+    open_captioned(section, tiny_encoder().setting)
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/{name}: 1 row has text under Caption 2, which is not read; rule: all captions of a picture are a "
+        "list under one key, or lie in rows of their own; --captions KEY names another key\n"
+    )
+    open_captioned(section, tiny_encoder(1, 2).setting)  # rank 0 says it
+    open_captioned(section.model_copy(update={"captions": "caption"}), tiny_encoder().setting)
+    assert capsys.readouterr().err == ""
