@@ -111,10 +111,10 @@ def index_shards(
             if unfinished and done.name not in known and done.torn is None:
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
-            counts.update(dotted=done.dotted, unnamed=done.unnamed, unread=len(done.unread), again=done.again)
+            counts.update(dotted=done.dotted, unnamed=done.unnamed, unread=len(done.unread), again=len(done.again))
             marks[done.name] = done.mark
             rejected.update(reason_class(reason) for _, reason in done.rejected)
-            named = [*done.rejected, *done.unread]
+            named = [*done.rejected, *done.unread, *done.again]
             faults += [{"shard": done.name, "key": key, "reason": reason} for key, reason in named]
             if done.torn is not None:
                 torn += 1
@@ -284,7 +284,7 @@ class MergedIndex:
         return source.locate(shard, sample - int(self._ends[position] - self.shard_samples[position]))
 
     def unindexed(self) -> Unindexed:
-        """Count what indexing left out of the shards, as far as files of this machine tell."""
+        """Count what indexing left out of the shards, or took twice, as far as files of this machine tell."""
         counts = [count_unindexed(source.folder, {row.name for row in source.rows}) for source in self.sources]
         return Unindexed(*map(sum, zip(*counts, strict=True)))
 
@@ -355,9 +355,9 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
     make_folder(path.parent)
     if scan.entries:
         replace_file(path, pack_table(scan.entries))
-    rejected, unread = ([(fault.key, fault.reason) for fault in faults] for faults in (scan.rejected, scan.unread))
+    lists = (scan.rejected, scan.unread, scan.again)
+    rejected, unread, again = ([(fault.key, fault.reason) for fault in faults] for faults in lists)
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
-    again = len(scan.entries) - len({entry.key for entry in scan.entries})
     return IndexedShard(
         name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread, again
     )

@@ -1,4 +1,6 @@
-"""What indexing found: a report for a terminal, and rejected.jsonl, which names what the index leaves out."""
+"""What indexing found: a report for a terminal, and rejected.jsonl, which names what the index leaves out,
+and what it may hold twice.
+"""
 
 import json
 import sys
@@ -16,6 +18,7 @@ from cosmos_scale.words import counted
 REJECTED = "rejected.jsonl"
 REFUSED = "rejected.refused.jsonl"  # of an indexing that was refused, beside an index that stays
 SECOND_PICTURE = "second picture"  # begins the reason of a picture beside the one that is read of its sample
+SECOND_SAMPLE = "second sample"  # begins the line of a sample that is read, and whose key one before it has
 
 
 class IndexReport(NamedTuple):
@@ -76,7 +79,7 @@ class IndexReport(NamedTuple):
             lines.append(f"{pairs} like another one ({example}): if they are one, its samples count twice")
         lines += [f"{counted(times, 'sample')} rejected: {reason}" for reason, times in self.rejected.most_common()]
         lines += key_hints(self.rejected)
-        if self.torn or self.rejected or self.unread:
+        if self.torn or self.rejected or self.unread or self.again:
             lines.append(f"each is named in {self.folder / REJECTED}")
         return "\n".join(lines)
 
@@ -96,25 +99,30 @@ def key_hints(rejected: Counter[str]) -> list[str]:
 
 class Unindexed(NamedTuple):
     """What an index leaves out: samples that it rejected, pictures that are not read beside another one, and what lies
-    behind the break of shards that break off.
+    behind the break of shards that break off. again: samples that it holds, whose key another one before them has.
     """
 
     samples: int = 0
     pictures: int = 0
     torn: int = 0
+    again: int = 0
 
     def describe(self) -> str:
-        """Return what was left out, and where it is listed; empty where nothing was."""
+        """Return what was left out or stands twice, and where it is listed; empty where nothing is."""
         kinds = (("sample", self.samples), ("second picture", self.pictures))
         parts = [counted(number, noun) for noun, number in kinds if number]
         if self.torn:
             parts.append(f"what lies behind the break of {counted(self.torn, 'shard')}")
-        return f"not in the index, so never read: {' and '.join(parts)} ({REJECTED})" if parts else ""
+        lines = [f"not in the index, so never read: {' and '.join(parts)}"] if parts else []
+        if self.again:
+            again = counted(self.again, "sample has", "samples have")
+            lines.append(f"{again} the key of a sample before in the shard, and both are read")
+        return f"{'; '.join(lines)} ({REJECTED})" if lines else ""
 
 
 def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
     """Count what an index of this machine leaves out of some shards; nothing where no file can be read there."""
-    samples = pictures = torn = 0
+    kinds = Counter[str]()
     lines: list[bytes] = []
     with suppress(OSError):
         lines = read_regular(Path(folder) / REJECTED).splitlines()
@@ -123,10 +131,11 @@ def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
             fault = load_json(line)
             if fault.get("shard") not in shards:
                 continue
-            is_torn, is_picture = fault["key"] is None, fault["reason"].startswith(SECOND_PICTURE)
-            torn, pictures = torn + is_torn, pictures + (is_picture and not is_torn)
-            samples += not is_torn and not is_picture
-    return Unindexed(samples, pictures, torn)
+            kind = fault["reason"].partition(":")[0]
+            kinds[
+                "torn" if fault["key"] is None else kind if kind in (SECOND_PICTURE, SECOND_SAMPLE) else "sample"
+            ] += 1
+    return Unindexed(kinds["sample"], kinds[SECOND_PICTURE], kinds["torn"], kinds[SECOND_SAMPLE])
 
 
 def refuse_foreign_rejected(path: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
-from cosmos_scale.data.shards.index_report import SECOND_PICTURE
+from cosmos_scale.data.shards.index_report import SECOND_PICTURE, SECOND_SAMPLE
 from cosmos_scale.data.shards.mark import HEAD, mark_of
 from cosmos_scale.data.shards.members import (
     DEFAULT_RULES,
@@ -76,6 +76,17 @@ class ShardScan(NamedTuple):
     unnamed: int = 0
     mark: str = ""
     unread: Sequence[Rejected] = ()
+
+    @property
+    def again(self) -> list[Rejected]:
+        """The samples among `entries` whose key another one before them has; all are read."""
+        first: dict[str, Entry] = {}
+        pairs = ((entry, first.setdefault(entry.key, entry)) for entry in self.entries)
+        return [
+            Rejected(entry.key, f"{SECOND_SAMPLE}: at byte {entry.start}, and before at {before.start}", entry.start)
+            for entry, before in pairs
+            if entry is not before
+        ]
 
 
 def scan_shard(

@@ -15,19 +15,19 @@ class IndexedShard(NamedTuple):
     """One shard whose table is written. size: bytes. rejected: (key, reason). torn: where and how it breaks off.
 
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: see ShardScan. mark: see mark.py;
-    empty: not known. unread: (key, reason) of second pictures. again: samples whose key another one before them has.
+    empty: not known. unread, again: (key, reason) of second pictures, and of samples whose key one before them has.
     """
 
     name: str
     samples: int
     size: int
-    rejected: list[tuple[str, str]]
+    rejected: Sequence[tuple[str, str]]
     torn: str | None
     dotted: int = 0
     unnamed: int = 0
     mark: str = ""
     unread: Sequence[tuple[str, str]] = ()
-    again: int = 0
+    again: Sequence[tuple[str, str]] = ()
 
 
 class Unfinished:
@@ -49,14 +49,12 @@ class Unfinished:
         for line in read_regular(self._path).splitlines() if self._path.exists() else []:
             try:
                 *held, rules, place = load_json(line)
-                name, samples, size, rejected, torn, dotted, unnamed, mark, unread, again = held
+                name, samples, size, rejected, torn, dotted, unnamed, mark, *others = held
+                faults, unread, again = (tuple((key, reason) for key, reason in pairs) for pairs in (rejected, *others))
             except (ValueError, TypeError):
                 continue
             if name in wanted and rules == self._rules and place == self._place(name):
-                faults, others = ([(key, reason) for key, reason in pairs] for pairs in (rejected, unread))
-                done[name] = IndexedShard(
-                    name, samples, size, faults, torn, dotted, unnamed, mark, tuple(others), again
-                )
+                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed, mark, unread, again)
         return done
 
     def append(self, shard: IndexedShard) -> None:

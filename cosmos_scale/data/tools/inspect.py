@@ -86,7 +86,10 @@ class SourceCounts(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What `survey` found; `tally` is of `read` samples out of `total`. unindexed: what the index leaves out."""
+    """What `survey` found; `tally` is of `read` samples out of `total`.
+
+    unindexed: what the index leaves out or has twice.
+    """
 
     sources: list[SourceCounts]
     total: int

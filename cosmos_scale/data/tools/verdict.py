@@ -46,7 +46,8 @@ class Verdict:
     their own. checksums: shards that were compared with one.
     transparent, turned: sound pictures with transparent pixels, and those whose EXIF tag says to turn them, which
     training ignores. unread: pictures that are not read, since their sample has another. animated: sound pictures of
-    several frames, of which the first is read. reasons: all faults by reason, numbers left out.
+    several frames, of which the first is read. again: samples of the index whose key another one before them in the
+    shard has. reasons: all faults by reason, numbers left out.
     """
 
     shards: int = 0
@@ -62,6 +63,7 @@ class Verdict:
     turned: int = 0
     unread: int = 0
     animated: int = 0
+    again: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[Fault] = field(default_factory=list)
 
@@ -96,6 +98,9 @@ class Verdict:
             read += f"; {counted(self.animated, 'animated picture')}, {first_frame(self.animated)} read"
         if self.unread:
             read += f"; {counted(self.unread, 'second picture')} of a sample not read"
+        if self.again:
+            again = counted(self.again, "sample has", "samples have")
+            read += f"; {again} the key of a sample before in the shard, and both are read"
         if self.sound:
             return f"{read}: {'it is' if self.samples == 1 else 'all are'} sound"
         lines = [read]

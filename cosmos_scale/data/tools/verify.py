@@ -71,6 +71,7 @@ class _Checked(NamedTuple):
     turned: int = 0  # sound pictures whose EXIF tag says to turn them
     unread: int = 0  # pictures that are not read, since their sample has another
     animated: int = 0  # sound pictures of several frames
+    again: int = 0  # samples whose key another one before them in the shard has
 
 
 def verify_shards(
@@ -122,6 +123,7 @@ def verify_shards(
             verdict.turned += sum(part.turned for part in parts)
             verdict.unread += sum(part.unread for part in parts)
             verdict.animated += sum(part.animated for part in parts)
+            verdict.again += sum(part.again for part in parts)
             verdict.checksums += any(part.checksum for part in parts)
             for fault in _faults(parts):
                 verdict.note(fault)
@@ -196,12 +198,12 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
     row, file = index.rows[job.shard], index.shard_file(job.shard)
     checksum = _checksums(pass_)[job.source].get(row.name)
     structure: list[Fault] = []
-    unread = 0
+    unread = again = 0
     try:
         _require_table(index, job.shard)
         with _here(file, pass_.data.remote) as local:
             if job.first == 0:
-                structure, unread = _compare(index, job.shard, local, pass_.data.captions.keys or ())
+                structure, unread, again = _compare(index, job.shard, local, pass_.data.captions.keys or ())
             if job.first == 0 and checksum is not None and checksum != file_sha256(local.address):
                 structure.append(Fault(file.shown, None, None, CHANGED, indexed=True))
             try:
@@ -215,7 +217,8 @@ def _check(pass_: Pass, trained: int, job: _Job) -> _Checked:
         reason = str(error).removeprefix(f"{file.shown}: ").removeprefix(f"shard of source {index.name} ")
         return _Checked(job, [], [], Fault(file.shown, None, None, reason, indexed=True))
     return _Checked(
-        *(job, read.faults, structure, None, checksum is not None, read.transparent, read.turned, unread, read.animated)
+        *(job, read.faults, structure, None, checksum is not None, read.transparent, read.turned, unread),
+        *(read.animated, again),
     )
 
 
@@ -286,8 +289,13 @@ def _scan_as_indexed(local: ShardFile, indexed: Mapping[str, Entry], captions: t
     return by_last_dot if known[1] > known[0] else scan
 
 
-def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[str, ...]) -> tuple[list[Fault], int]:
-    """Walk a shard's headers and compare what they say with its index; also count pictures that are not read."""
+def _compare(
+    index: SourceIndex, shard: int, local: ShardFile, captions: tuple[str, ...]
+) -> tuple[list[Fault], int, int]:
+    """Walk a shard's headers and compare what they say with its index.
+
+    Also count pictures that are not read, and samples of the index whose key another one before them has.
+    """
     row, path = index.rows[shard], local.shown
     indexed: dict[str, Entry] = {}
     for place in range(row.samples):
@@ -296,7 +304,7 @@ def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[s
     scan = _scan_as_indexed(local, indexed, captions)
     if scan.size != row.size:
         # The size differs. `_read` reports this, and the index's offsets mean nothing now.
-        return [], 0
+        return [], 0, 0
     faults = [Fault(path, None, None, scan.torn, indexed=True)] if scan.torn else []
     found = {entry.key: entry for entry in scan.entries}
     for rejected in scan.rejected:
@@ -311,4 +319,4 @@ def _compare(index: SourceIndex, shard: int, local: ShardFile, captions: tuple[s
     for key, entry in found.items():
         if key not in indexed:
             faults.append(Fault(path, key, entry.start, "in the shard but not in the index", indexed=False))
-    return faults, len(scan.unread)
+    return faults, len(scan.unread), row.samples - len(indexed)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from cosmos_scale.cli.main import main
-from cosmos_scale.config import CaptionsConfig, DataConfig
+from cosmos_scale.config import CaptionsConfig, DataConfig, SourceConfig
 from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
 from cosmos_scale.data.samples.captions import draw_captions
 from cosmos_scale.data.samples.sample import DamagedSample, SampleKey
 from cosmos_scale.data.shards.index import index_shards
-from cosmos_scale.data.shards.index_report import REJECTED, count_unindexed
+from cosmos_scale.data.shards.index_report import REJECTED, Unindexed, count_unindexed
 from cosmos_scale.data.shards.members import DEFAULT_RULES, ScanRules
 from cosmos_scale.data.shards.reader import BLOCK, CLOSE, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
@@ -191,6 +191,18 @@ def test_samples_that_tar_has_appended_again_are_told(tmp_path: Path) -> None:
     assert (
         "1 sample has the key of a sample before in the shard; both are taken: where they are one" in report.describe()
     )
+    again = scan_shard(tmp_path / "0.tar").entries[2].start
+    lines = [json.loads(line) for line in (tmp_path / REJECTED).read_text().splitlines()]
+    assert {"shard": "0.tar", "key": "0", "reason": f"second sample: at byte {again}, and before at 0"} in lines
+    assert count_unindexed(str(tmp_path), {"0.tar"}) == Unindexed(samples=1, again=1)
+    read = "1 sample has the key of a sample before in the shard, and both are read"
+    source = SourceConfig(name="s", shards=str(tmp_path))
+    verdict = verify_shards(DataConfig(sources=(source,)), workers=1, progress=False)
+    assert (verdict.again, read in verdict.describe(None)) == (1, True)
+    assert (
+        open_folder(tmp_path).unindexed().describe()
+        == f"not in the index, so never read: 1 sample; {read} (rejected.jsonl)"
+    )
 
 
 def test_captions_under_no_known_key_are_said(tmp_path: Path) -> None:
@@ -257,7 +269,7 @@ def test_a_key_with_dots_beside_its_first_part_is_said_with_the_option(tmp_path:
 
 
 def test_what_was_indexed_by_other_rules_is_indexed_again(tmp_path: Path) -> None:
-    shard = IndexedShard("0.tar", 3, 10, [("a", "no caption")], None, dotted=2, unnamed=1)
+    shard = IndexedShard("0.tar", 3, 10, (("a", "no caption"),), None, dotted=2, unnamed=1, again=(("b", "too"),))
     Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).append(shard)
     assert Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).read(["0.tar"]) == {"0.tar": shard}
     assert Unfinished(tmp_path / "unfinished", ScanRules(("blip",)), str).read(["0.tar"]) == {}
