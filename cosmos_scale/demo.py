@@ -108,7 +108,7 @@ def run_demo(out: Path, quick: bool) -> bool:
     run_folder = config.output / config.name
     if run_folder.exists() and not (out / "data" / "gallery").exists():
         raise UserError(
-            f"{run_folder}: is no run of an earlier demo, and would be deleted; rule: move it away, or name another --out"
+            f"{run_folder}: is no run of an earlier demo, and would be deleted; rule: move it, or name another --out"
         )
     delete_folder(run_folder)  # of an earlier demo
 
