@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cosmos_scale.cli.arguments import result_file
 from cosmos_scale.words import counted
 
 LOG_WIDTH = 120  # of tables that go to a file or a pipe
@@ -40,7 +41,7 @@ def argument_parser(name: str, description: str, examples: Sequence[str]) -> arg
         epilog="\n".join(["examples:", *(f"  {command} {options}".rstrip() for options in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="also write the figures to a file")
     return parser
 
 

@@ -106,6 +106,10 @@ def run_demo(out: Path, quick: bool) -> bool:
     assert gallery.max_samples is not None
     assert config.data.samples is not None
     run_folder = config.output / config.name
+    if run_folder.exists() and not (out / "data" / "gallery").exists():
+        raise UserError(
+            f"{run_folder}: is no run of an earlier demo, and would be deleted; rule: move it, or name another --out"
+        )
     delete_folder(run_folder)  # of an earlier demo
 
     _begin(

@@ -6,8 +6,15 @@ profile's folder: no checkpoint, no metrics, and no lock on the run's folder.
 
 # Before the imports below: they take seconds, and the command sets variables that torch reads when it is imported.
 if __name__ == "__main__":
+    import os
     import sys
     from functools import partial
+
+    # Started as a file, as by `torchrun cosmos_scale/profile.py`, its folder comes first on the path; there it would
+    # itself hide Python's `profile`, which torch imports.
+    if not __package__:
+        _folder = os.path.dirname(os.path.realpath(__file__))
+        sys.path[:] = [os.path.dirname(_folder), *(path for path in sys.path if os.path.realpath(path) != _folder)]
 
     from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
 

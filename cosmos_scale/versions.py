@@ -15,11 +15,24 @@ GIT_SECONDS = 10.0  # for one answer of git
 _PACKAGE = Path(__file__).resolve().parent
 
 
+def part_of_package(name: str) -> Path:
+    """Return the folder of `configs` or `kernels`: in an installed package, or beside the package in a checkout.
+
+    A checkout has a link to it in the package; git writes that as a file of text where core.symlinks is false.
+    """
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
 def sources_digest() -> str:
     """Return a digest of all files of this package: their names and contents."""
     digest = hashlib.sha256()
-    for folder in (_PACKAGE, _PACKAGE / "kernels", _PACKAGE / "configs"):  # the latter two may be links
+    parts = [part_of_package("kernels"), part_of_package("configs")]
+    for folder in (_PACKAGE, *parts):
         for path in sorted(folder.rglob("*")):
+            # Parts come once, wherever they lie: a checkout and a package that is installed of it have one digest.
+            if folder == _PACKAGE and any(part in path.parents for part in parts):
+                continue
             if path.suffix in (".py", ".yaml", ".cu", ".cuh", ".cpp", ".h") and path.is_file():
                 digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -34,7 +47,7 @@ def code_facts() -> dict[str, str | bool]:
     facts: dict[str, str | bool] = {"version": __version__, "sources": sources_digest()}
     # A package that is installed into a folder of some other project's checkout has nothing to do with its commit.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) and (commit := _git("rev-parse", "HEAD")):
-        folders = [str((_PACKAGE / name).resolve()) for name in (".", "kernels", "configs")]
+        folders = [str(path.resolve()) for path in (_PACKAGE, part_of_package("kernels"), part_of_package("configs"))]
         changed = _git("status", "--porcelain", "--", *folders)
         if changed is not None:
             facts |= {"commit": commit, "modified": bool(changed)}

@@ -52,6 +52,17 @@ def test_training_time_weighs_each_record_by_its_steps(tmp_path: Path) -> None:
     assert [record["step"] for record in training.evaluations] == [4]
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_run_that_is_no_demo_stays(quick: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `cosmos-scale train demo` leaves it, where the demo writes to the same folder."""
+    mine = tmp_path / "runs" / ("demo_quick" if quick else "demo") / "metrics.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert demo.main(["--out", str(tmp_path), *["--quick"] * quick]) == 2
+    assert f"{mine.parent}: is no run of an earlier demo, and would be deleted" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
 def test_curves_are_drawn(tmp_path: Path) -> None:
     path = tmp_path / "curve.png"
     demo.draw_curves(demo.read_metrics(metrics(tmp_path)), summary((0.1, 0.2)), path)

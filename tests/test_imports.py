@@ -37,7 +37,7 @@ PARTS = {"kernels", "model", "loss", "engine", "data", "checkpoint", "evaluation
 MAY_IMPORT = {
     "__init__": {"errors", "inference", "interrupt"},  # when it is asked for them
     "batch": set(),
-    "config": {"errors", "files", "set_names", "words"},
+    "config": {"errors", "files", "set_names", "versions", "words"},
     "console": {"words"},
     "drawing": set(),
     "errors": set(),

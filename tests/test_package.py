@@ -96,6 +96,18 @@ def test_the_sdist_builds_the_same_wheel(wheel: Built, sdist: Built, tmp_path: P
     assert set(zipfile.ZipFile(again).namelist()) == wheel.names
 
 
+def test_a_second_build_holds_nothing_that_is_gone_from_the_checkout(tmp_path: Path) -> None:
+    source = checkout_copy(tmp_path / "checkout")
+    gone = [source / "cosmos_scale" / "run" / "gone.py", source / "configs" / "run" / "gone.yaml"]
+    for path in gone:
+        path.touch()
+    first = zipfile.ZipFile(build("wheel", source, tmp_path / "first")).namelist()
+    for path in gone:
+        path.unlink()
+    second = zipfile.ZipFile(build("wheel", source, tmp_path / "second")).namelist()
+    assert set(first) - set(second) == {"cosmos_scale/run/gone.py", "cosmos_scale/configs/run/gone.yaml"}
+
+
 def run(installed: Path, folder: Path, arguments: Sequence[str], status: int = 0) -> str:
     """Run a module of an installed package in another folder; return all that it printed."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
@@ -139,3 +151,11 @@ def test_an_installed_wheel_needs_no_checkout(installed: Path, tmp_path: Path) -
     assert "1 sample" in run(installed, tmp_path, ["cosmos_scale.cli", *build, "--workers=1", "--quiet"])
     assert "It learned" in run(installed, tmp_path, ["cosmos_scale.demo", "--quick", "--out", "demo"])
     assert (tmp_path / "demo" / "summary.json").is_file()
+
+
+def test_the_trainer_starts_as_a_file_too(tmp_path: Path) -> None:
+    """As by `torchrun cosmos_scale/train.py`: Python puts its folder first, where `profile` is not the one of torch."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    started = [sys.executable, str(REPOSITORY / "cosmos_scale" / "train.py"), "--dry-run", "cc3m_vitb16"]
+    ended = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_scale import __version__, versions
-from cosmos_scale.versions import code_facts
+from cosmos_scale.versions import code_facts, part_of_package, sources_digest
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -49,3 +49,24 @@ def test_elsewhere_there_is_no_commit(package: Path, monkeypatch: pytest.MonkeyP
     assert set(code_facts()) == {"version", "sources"}
     monkeypatch.setenv("PATH", "")
     assert set(code_facts()) == {"version", "sources"}
+
+
+def test_a_checkout_a_package_installed_of_it_and_a_checkout_without_links_have_one_digest(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, file in (("kernels", "a.py"), ("configs", "run.yaml")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(name)
+        (package / name).symlink_to(tmp_path / name)
+    checkout = sources_digest()
+    for name in ("kernels", "configs"):  # as `git clone -c core.symlinks=false` leaves them
+        (package / name).unlink()
+        (package / name).write_text(f"../{name}")
+        assert part_of_package(name) == tmp_path / name
+    assert sources_digest() == checkout
+    for name in ("kernels", "configs"):
+        (package / name).unlink()
+        shutil.move(tmp_path / name, package)
+    assert sources_digest() == checkout
+    (package / "kernels" / "a.py").write_text("another")
+    assert sources_digest() != checkout

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.report import Figure, report
 from cosmos_scale.batch import Batch
+from cosmos_scale.cli.arguments import result_file
 from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import ModelConfig, RunConfig
 from cosmos_scale.engine.ranks import start_ranks
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=_positive, metavar="N", help="samples a step; default: the model's")
     parser.add_argument("--steps", type=_positive, metavar="N", help="measured steps; default: the model's")
     parser.add_argument("--threads", type=_positive, metavar="N", help="of torch; default: all cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="also write the figures to a file")
     arguments = parser.parse_args(argv)
     try:
         reference = Reference(arguments.reference)

@@ -22,6 +22,8 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for `python tools/gpu_report.py`
 
+from cosmos_scale.errors import UserError  # noqa: E402
+from cosmos_scale.files import make_output_folder  # noqa: E402
 from tools.gpu_page import read_rows, write_page, wrong_rows  # noqa: E402
 from tools.gpu_stages import attention, golden, graph, kernels, machine, products, real_run, step  # noqa: E402
 from tools.gpu_stages.recorder import Recorder, failure  # noqa: E402
@@ -59,8 +61,12 @@ STAGES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        make_output_folder(arguments.out)
+    except UserError as error:
+        parser.error(str(error))
     if arguments.stage:
         _run_stage(arguments)
     if not arguments.page:

@@ -28,8 +28,10 @@ from typing import TextIO
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for `python tools/soak.py`
 
-from cosmos_scale.cli.arguments import count, path  # noqa: E402
+from cosmos_scale.cli.arguments import count, path, result_file  # noqa: E402
 from cosmos_scale.cli.main import exit_status  # noqa: E402
+from cosmos_scale.errors import UserError  # noqa: E402
+from cosmos_scale.files import delete_folder, make_output_folder  # noqa: E402
 from cosmos_scale.launch.supervise import LOGS  # noqa: E402
 from cosmos_scale.run.folder import DAMAGE_FILE, METRICS_FILE  # noqa: E402
 from cosmos_scale.words import counted  # noqa: E402
@@ -46,6 +48,7 @@ from tools.soak_parts.hosts import HOSTS, Hosts  # noqa: E402
 from tools.soak_parts.setting import RUN_NAME, Setting, make_setting, small_disk  # noqa: E402
 from tools.soak_parts.watched import Fault, WatchedRun, train_undisturbed  # noqa: E402
 
+EVENTS = "events.jsonl"
 MOST_FAULTS = 5  # after which a soak ends early
 MOST_SHOWN = 20  # lines on what is wrong
 FIRST_STEP = 600.0  # seconds
@@ -72,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compared_soak(arguments: argparse.Namespace) -> int:
     """Train the disturbed run and the undisturbed ones, and say how they compare; returns the exit status."""
     out: Path = arguments.out.absolute()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    make_empty(out)
     random = Random(arguments.seed)
     setting, hosts = make_setting(out, quick=arguments.quick, random=random), Hosts(out / "hosts")
     began = time.time()
@@ -105,6 +107,18 @@ def compared_soak(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def make_empty(out: Path) -> None:
+    """Make a soak's folder, without what an earlier soak left there; raises UserError where it holds other files."""
+    if (out / EVENTS).is_file():
+        delete_folder(out)
+    make_output_folder(out)
+    if any(out.iterdir()):
+        raise UserError(
+            f"--out: {out} holds other files, which a soak would delete; rule: a folder that is new or empty"
+        )
+    (out / EVENTS).touch()  # tells a soak's folder, from its first moment on
+
+
 def disturbed(
     setting: Setting, hosts: Hosts, random: Random, seconds: float, out: Path
 ) -> tuple[WatchedRun, list[Event]]:
@@ -134,7 +148,7 @@ def soak(
     run.wait(lambda: run.last > 0, "the first step", seconds=FIRST_STEP)
     say(f"training on {run.world_size} ranks, {setting.size.every} steps between checkpoints")
     end = time.time() + seconds
-    with (out / "events.jsonl").open("w") as file:
+    with (out / EVENTS).open("w") as file:
         for sample in map(damaged_sample, setting.damaged):
             write_event(file, sample)
             yield sample
@@ -237,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a tiny model in the place of the demo's")
     parser.add_argument("--seed", type=count, default=0, metavar="N", help="of what happens (default: 0)")
     parser.add_argument("--out", type=path, default=Path("soak_out"), metavar="DIR", help="default: soak_out")
-    parser.add_argument("--json", type=path, metavar="FILE", help="write all that was found there")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write all that was found there")
     return parser
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,22 @@ def path(text: str) -> Path:
     if "://" in text:  # not shown: it may hold secrets
         raise argparse.ArgumentTypeError("a URL is given; rule: a path of this machine")
     return Path(place(text))
+
+
+def result_file(text: str) -> Path:
+    """Return the path of a file that a long work is to write at its end; one that cannot be written is refused now."""
+    from cosmos_scale.files import make_folder, writing
+
+    file = path(text)
+    try:
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; rule: name a file")
+        make_folder(file.parent)
+        with writing(file), open(file, "ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return file
 
 
 def run_file(text: str) -> Path:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
+from cosmos_scale.versions import part_of_package
 
 PREFIX = "cosmos:"
 SUFFIXES = (".yaml", ".yml")
 
-_FOLDER = Path(__file__).resolve().parents[1] / "configs"
+_FOLDER = part_of_package("configs")
 _RUNS = "run/"
 
 

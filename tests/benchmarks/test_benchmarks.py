@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import Figure, report
+from benchmarks.report import Figure, argument_parser, report
 from tests.conftest import REPOSITORY
 
 BENCHMARKS = sorted(
@@ -56,6 +56,21 @@ def test_make_bench_runs_every_benchmark() -> None:
     )
     expected = [f"RUNS benchmarks/{name}.py --json bench_out/{name}.json" for name in BENCHMARKS]
     assert [line for line in listed.stdout.splitlines() if line.startswith("RUNS")] == expected
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.json").write_text("[]")
+    parser = argument_parser("loss", "", ())
+    for file, why in ((tmp_path, "is a folder"), (tmp_path / "old.json" / "new.json", str(tmp_path / "old.json"))):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(["--json", str(file)])
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err
+    for file in (tmp_path / "old.json", tmp_path / "new" / "new.json", Path("/dev/stdout")):
+        assert parser.parse_args(["--json", str(file)]).json == file
+    assert (tmp_path / "old.json").read_text() == "[]"
 
 
 def test_report_prints_a_table_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

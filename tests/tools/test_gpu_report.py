@@ -134,6 +134,14 @@ def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     assert "everything" in finished.stderr
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    finished = report(tmp_path / "out", "--only", "machine", timeout=60)
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    assert str(tmp_path / "out") in finished.stderr
+
+
 def test_the_page_says_what_is_wrong_and_survives_a_torn_line(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"stage": "machine", "seconds": 1.0, "device": "a card", "torch": "2.11"},

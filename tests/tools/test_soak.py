@@ -112,6 +112,22 @@ def test_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 must be a number of minutes, more than 0" in capsys.readouterr().err
 
 
+def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert soak.main(["--minutes", "1", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds other files, which a soak would delete" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert soak.main(["--minutes", "1", "--out", str(tmp_path / "thesis.txt")]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+
+
+def test_what_an_earlier_soak_left_is_deleted(tmp_path: Path) -> None:
+    soak.make_empty(tmp_path / "new" / "out")
+    (tmp_path / "new" / "out" / "launch-001.log").touch()
+    soak.make_empty(tmp_path / "new" / "out")
+    assert [file.name for file in (tmp_path / "new" / "out").iterdir()] == ["events.jsonl"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_short_soak_has_every_kind_of_event_and_the_losses_of_an_undisturbed_run(tmp_path: Path) -> None:
