@@ -12,7 +12,7 @@ class FreshBuild(build_py):  # type: ignore[misc]
 
     def run(self) -> None:
         if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+            shutil.rmtree(Path(self.build_lib, "cosmos_scale"), ignore_errors=True)
         super().run()
 
 
