@@ -56,11 +56,12 @@ from cosmos_scale.evaluation.bar import WorkBar
 from cosmos_scale.evaluation.evaluator import measure
 from cosmos_scale.evaluation.kinds import make_evaluator
 from cosmos_scale.evaluation.loading import load_encoder
-from cosmos_scale.files import delete_folder, make_output_folder
+from cosmos_scale.files import delete_folder, make_own_folder
 from cosmos_scale.host import usable_cores
 from cosmos_scale.report.page import write_report
 
 SAMPLES_SHOWN = 4
+MARK = ".made_by_demo"  # in the folder of a demo: the next one may replace what lies there
 MODELS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 DIRECTIONS = {"image_to_text_R@1": "image to text", "text_to_image_R@1": "text to image"}
 
@@ -106,10 +107,6 @@ def run_demo(out: Path, quick: bool) -> bool:
     assert gallery.max_samples is not None
     assert config.data.samples is not None
     run_folder = config.output / config.name
-    if run_folder.exists() and not (out / "data" / "gallery").exists():
-        raise UserError(
-            f"{run_folder}: is no run of an earlier demo, and would be deleted; rule: move it, or name another --out"
-        )
     delete_folder(run_folder)  # of an earlier demo
 
     _begin(
@@ -349,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def demo() -> int:
-        make_output_folder(arguments.out)
+        make_own_folder(arguments.out, MARK)
         return 0 if run_demo(arguments.out, arguments.quick) else 1
 
     return exit_status("demo", demo)

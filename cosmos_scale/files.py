@@ -291,6 +291,19 @@ def make_output_folder(folder: Path) -> None:
         ) from error
 
 
+def make_own_folder(folder: Path, mark: str) -> None:
+    """Make and mark a folder that a program fills anew each time, and may empty.
+
+    Raises: UserError where it holds files and no mark: they are somebody else's.
+    """
+    make_output_folder(folder)
+    if not (folder / mark).is_file() and any(folder.iterdir()):
+        rule = "rule: a folder that is new, empty, or of an earlier run of this program"
+        raise UserError(f"--out: {folder} holds other files, which could be replaced or deleted; {rule}")
+    with writing(folder / mark):
+        (folder / mark).touch()
+
+
 def whole_path(path: str | Path) -> str:
     """Return a path for messages, from the root on: in a log nobody knows what a relative path starts from.
 

@@ -30,8 +30,7 @@ sys.path.insert(0, str(REPOSITORY))  # for `python tools/soak.py`
 
 from cosmos_scale.cli.arguments import count, path, result_file  # noqa: E402
 from cosmos_scale.cli.main import exit_status  # noqa: E402
-from cosmos_scale.errors import UserError  # noqa: E402
-from cosmos_scale.files import delete_folder, make_output_folder  # noqa: E402
+from cosmos_scale.files import delete_folder, make_own_folder  # noqa: E402
 from cosmos_scale.launch.supervise import LOGS  # noqa: E402
 from cosmos_scale.run.folder import DAMAGE_FILE, METRICS_FILE  # noqa: E402
 from cosmos_scale.words import counted  # noqa: E402
@@ -111,12 +110,7 @@ def make_empty(out: Path) -> None:
     """Make a soak's folder, without what an earlier soak left there; raises UserError where it holds other files."""
     if (out / EVENTS).is_file():
         delete_folder(out)
-    make_output_folder(out)
-    if any(out.iterdir()):
-        raise UserError(
-            f"--out: {out} holds other files, which a soak would delete; rule: a folder that is new or empty"
-        )
-    (out / EVENTS).touch()  # tells a soak's folder, from its first moment on
+    make_own_folder(out, EVENTS)
 
 
 def disturbed(

@@ -115,7 +115,7 @@ def test_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert soak.main(["--minutes", "1", "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path} holds other files, which a soak would delete" in capsys.readouterr().err
+    assert f"{tmp_path} holds other files, which could be replaced or deleted" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     assert soak.main(["--minutes", "1", "--out", str(tmp_path / "thesis.txt")]) == 2
     assert "thesis.txt" in capsys.readouterr().err
