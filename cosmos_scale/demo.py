@@ -6,6 +6,10 @@ behind. It needs no network.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
+    from cosmos_scale.import_path import libraries_first
+
+    libraries_first()
+
     from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
     from cosmos_scale.openmp import drop_wrong_threads
 

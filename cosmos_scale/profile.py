@@ -16,6 +16,10 @@ if __name__ == "__main__":
         _folder = os.path.dirname(os.path.realpath(__file__))
         sys.path[:] = [os.path.dirname(_folder), *(path for path in sys.path if os.path.realpath(path) != _folder)]
 
+    from cosmos_scale.import_path import libraries_first
+
+    libraries_first()
+
     from cosmos_scale.interrupt import refuse_to_import, tell_interrupts
 
     tell_interrupts("cosmos-scale profile")

@@ -159,3 +159,15 @@ def test_the_trainer_starts_as_a_file_too(tmp_path: Path) -> None:
     started = [sys.executable, str(REPOSITORY / "cosmos_scale" / "train.py"), "--dry-run", "cc3m_vitb16"]
     ended = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("module", ["cosmos_scale.cli", "cosmos_scale.train"])
+def test_files_of_the_current_folder_hide_no_module(module: str, tmp_path: Path) -> None:
+    """`python -m`, as launchers start a rank, puts that folder first."""
+    for name in ("PIL", "inspect", "numpy", "profile", "queue", "resource", "rich", "threading", "typing", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('mine')\n")
+    arguments = ["train"] * (module == "cosmos_scale.cli") + ["--dry-run", "cc3m_vitb16"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    started = [sys.executable, "-m", module, *arguments]
+    ended = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, "mine" in ended.stderr) == (0, False), ended.stdout + ended.stderr
