@@ -1,7 +1,7 @@
 """What a loaded model takes: pictures in three forms, classes by their names, templates; all else is refused."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ _FORMS = "rule: a path, a PIL picture, or a uint8 tensor [3, H, W] of RGB"
 def listed_pictures(images: object) -> list[PictureLike]:
     """Return pictures as a list; raises UserError for one picture alone, for none, and for what is no list.
 
-    images: any iterable, or a tensor [N, 3, H, W]. What is in it is looked at when it is read.
+    images: any iterable, or a tensor [N, 3, H, W]. What is in it is looked at when it is read. So an iterator that
+    gives one object again and again, with other pixels each time, is refused: all its pictures would be the last one.
     """
     batch = isinstance(images, Tensor) and images.ndim == 4
     if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (isinstance(images, Tensor) and not batch):
@@ -41,7 +42,21 @@ def listed_pictures(images: object) -> list[PictureLike]:
     pictures = _listed("images", images, "pictures")
     if not pictures:
         raise UserError("images: an empty list; rule: one picture or more")
+    if not isinstance(images, Sized):
+        _refuse_one_object(pictures)
     return pictures
+
+
+def _refuse_one_object(pictures: Sequence[PictureLike]) -> None:
+    """Raise UserError where two pictures have the same pixels in memory, as the frames of ImageSequence.Iterator."""
+    first_places: dict[tuple[type, int], int] = {}
+    for place, picture in enumerate(pictures):
+        if isinstance(picture, (Image.Image, Tensor)):
+            where = picture.data_ptr() if isinstance(picture, Tensor) else id(picture)
+            first = first_places.setdefault((type(picture), where), place)
+            if first != place:
+                copies = "a list, or copies: (frame.copy() for frame in frames), a tensor's clone()"
+                raise UserError(f"images: pictures {first} and {place} are one object, which changes; rule: {copies}")
 
 
 def expanded(path: str | os.PathLike[str], where: str) -> Path:
@@ -163,7 +178,8 @@ def checked_texts(what: str, texts: object) -> list[str]:
 
 
 def _listed(what: str, given: object, of: str) -> list[Any]:
-    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+    # A table of pandas is an iterable of its columns' names.
+    if isinstance(given, Mapping) or hasattr(given, "columns") or not isinstance(given, Iterable):
         raise UserError(f"{what}: {with_article(type(given).__name__)}; rule: a list of {of}")
     return list(given)
 

@@ -1,13 +1,13 @@
 """What a loaded model does not take is refused in one line that names the argument, what was given and the rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import cosmos_scale
 from cosmos_scale import LoadedModel, UserError
@@ -70,6 +70,32 @@ def test_what_is_no_list_of_pictures(images: Any, said: str, model: LoadedModel)
 def test_what_is_no_picture(one: Any, model: LoadedModel) -> None:
     assert refused(model.segment, one, ["cat"]).startswith("image: ")
     assert refused(model.attention_maps, one, "a cat").startswith("image: ")
+
+
+def test_an_iterator_that_changes_one_picture(model: LoadedModel, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "frames.gif", save_all=True, append_images=frames[1:])
+    buffer = LEVELS.clone()
+    with Image.open(tmp_path / "frames.gif") as gif:
+        for images in (ImageSequence.Iterator(gif), (buffer.fill_(level) for level in (0, 100))):
+            said = refused(model.encode_image, images)
+            assert said.startswith("images: pictures 0 and 1 are one object, which changes; rule: a list, or copies")
+        copies = model.encode_image(frame.copy() for frame in ImageSequence.Iterator(gif))
+        kept = model.encode_image([gif.convert("RGB")] * 2)
+    assert len({tuple(row.tolist()) for row in copies}) == 3
+    assert torch.equal(kept[0], kept[1])
+
+
+def test_a_table_is_no_list(model: LoadedModel) -> None:
+    """An iterable of its columns' names, as pandas' DataFrame is."""
+
+    class Table:
+        columns = ("caption",)
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.columns)
+
+    assert refused(model.encode_text, Table()) == "texts: a Table; rule: a list of texts"
 
 
 def test_a_picture_whose_file_is_closed(model: LoadedModel, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cosmos_scale.data.prepare.table import MISSING, JoinTable, read_table_summa
 from cosmos_scale.data.prepare.work import Task, reading_work
 from cosmos_scale.data.samples.file_kind import HEAD
 from cosmos_scale.data.samples.normal_forms import other_forms
-from cosmos_scale.data.shards.reader import refuse_compressed
+from cosmos_scale.data.shards.reader import refuse_other_kinds
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, whole_file, writing
 from cosmos_scale.words import counted
@@ -116,7 +116,7 @@ def _no_overlap(task: Task, images: int, unknown: str | None, examples: list[str
     if not images:
         for shard in task.images:
             with suppress(OSError), open(shard.path, "rb", opener=regular_only) as file:  # no folder
-                refuse_compressed(shard.path, file.read(HEAD))
+                refuse_other_kinds(shard.path, file.read(HEAD))
         return f"{folder}: no image was downloaded into its {counted(len(task.images), 'shard')}"
     if unknown and not examples:
         return (

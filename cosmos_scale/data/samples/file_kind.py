@@ -16,6 +16,8 @@ COMPRESSED = {
     b"PK\x03\x04": "zip",
 }
 
+POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
+
 _UNPACK = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc", "zip": "unzip -p"}
 _TO_LINES = "write it as JSON lines, as pandas' to_json(..., orient='records', lines=True) does"
 _TO_CSV = "save it as CSV UTF-8"
@@ -29,6 +31,7 @@ _NO_TEXT = {
     b"%PDF-": ("a PDF", "name the text that it was made of"),
     b"\xff\xd8\xff": ("a JPEG picture", "name the file of texts"),
     b"\x89PNG": ("a PNG picture", "name the file of texts"),
+    POINTER: ("a pointer of Git LFS", "fetch the file itself (git lfs pull)"),
 }
 # More files that lie among shards and are none.
 _NO_SHARD = {
@@ -99,6 +102,8 @@ def no_shard(path: Path) -> str:
     build = f"{rule}; `cosmos-scale data build` makes shards of pictures and a file of captions"
     if not head:
         return f"is empty, no shard; {rule}"
+    if head.startswith(POINTER):
+        return ""  # the reader of shards says so of each, with the way to the shard
     for magic, what in _NO_SHARD.items():
         if head.startswith(magic):
             return f"is {what} by its first bytes, no shard; {build}"

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.samples.document import parse_json
-from cosmos_scale.data.samples.file_kind import compression_of
+from cosmos_scale.data.samples.file_kind import POINTER, compression_of
 from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
 from cosmos_scale.data.shards.cache import ShardCache
 from cosmos_scale.data.shards.mark import HEAD, is_other
@@ -110,10 +110,12 @@ class Location(NamedTuple):
         return self.file.shown
 
 
-def refuse_compressed(path: Path | str, head: bytes) -> None:
-    """Raise UserError where a file's first bytes (ten or more) are those of a compressed archive."""
+def refuse_other_kinds(path: Path | str, head: bytes) -> None:
+    """Raise UserError where a shard is compressed, or a pointer, by its first bytes (a hundred or more)."""
     if kind := compression_of(head):
         raise UserError(f"{path}: is {kind}-compressed; samples are read by offset, so unpack it to a plain .tar")
+    if head.startswith(POINTER):
+        raise UserError(f"{path}: is a pointer of Git LFS, no shard; rule: fetch the file itself (git lfs pull)")
 
 
 def parse_text(data: bytes, kind: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from cosmos_scale.data.shards.reader import (
     IMAGE_EXTENSIONS,
     TEXT_EXTENSIONS,
     Entry,
-    refuse_compressed,
+    refuse_other_kinds,
 )
 from cosmos_scale.data.shards.store import Transient, fetch_into, is_remote
 from cosmos_scale.errors import UserError
@@ -109,7 +109,7 @@ def scan_shard(
             else:
                 file = stack.enter_context(open(address, "rb", opener=regular_only))
             head = file.read(HEAD)
-            refuse_compressed(name, head)
+            refuse_other_kinds(name, head)
             return _scan(file, rules)._replace(mark=mark_of(head))
     except Transient as failure:
         raise UserError(f"{name}: cannot be read: {failure}") from failure

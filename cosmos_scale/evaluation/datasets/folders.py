@@ -26,13 +26,17 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
     Pictures beside the folders are passed over, since nothing tells their class, and those whose names end as no
     picture's, as torchvision does.
     Raises UserError where there is no such folder, no picture in it, where its folders hold those of the classes,
-    or where one of them cannot be listed.
+    where one of them cannot be listed, or where a link among them leads nowhere: it may be a class.
     """
     root = Path(config.data)
     if not root.is_dir():
         raise UserError(f"{whole_path(root)}: no such folder; rule: {LAYOUT}")
     names = _listed(str(root))
     folders = {name for name in names if (root / name).is_dir()}
+    for name in names:
+        if not is_hidden(name) and not is_picture(name) and _leads_nowhere(root / name):
+            where = f"leads nowhere, to {os.readlink(root / name)}, where a class may lie"
+            raise UserError(f"{root}: its link {name} {where}; rule: {LAYOUT}; delete the link where it is none")
     classes = [name for name in names if name in folders and not is_hidden(name)]
     if not classes:
         raise UserError(f"{root}: has no folder in it; rule: {LAYOUT}")
@@ -40,6 +44,7 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
     samples = [(path, label) for label, files in enumerate(below) for path in files if is_picture(path)]
     others = [path for files in below for path in files if not is_picture(path)]
     misnamed = [os.path.relpath(path, root) for path in others if is_misnamed(path)]
+    nowhere = [os.path.relpath(path, root) for path in others if _leads_nowhere(path)]
     if not samples:
         rule = f"the names of pictures end with {', '.join(PICTURES)}" if misnamed else LAYOUT
         those = counted(len(misnamed), "file that is one", "files that are some")
@@ -47,14 +52,18 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
         raise UserError(f"{root}: no picture in its {counted(len(classes), 'folder')}{found}; rule: {rule}")
     # ImageFolder would take each part for a class: one part for one class, of which every answer is right.
     nested = all(os.path.dirname(path) != str(root / classes[label]) for path, label in samples)
-    if nested and all(name.lower() in _PARTS for name in classes):
+    if nested and (len(classes) == 1 or all(name.lower() in _PARTS for name in classes)):
         named = f"its folder {classes[0]} is" if len(classes) == 1 else f"its folders {', '.join(classes)} are"
         raise UserError(
             f"{root}: {named} no class, but a part of a set with folders in it; rule: {LAYOUT}; name one part"
         )
     files = [PlacedFile(path, os.path.relpath(path, root)) for path, _ in samples]
     loose = [name for name in names if name not in folders and is_picture(name)]
-    passed_over = {"beside the folders of the classes, in no class": loose, "named as no picture is": misnamed}
+    passed_over = {
+        "beside the folders of the classes, in no class": loose,
+        "named as no picture is": misnamed,
+        "behind a link that leads nowhere": nowhere,
+    }
     return FilePictures(files, [label for _, label in samples], classes, passed_over)
 
 
@@ -75,6 +84,17 @@ def _files_below(folder: str) -> list[str]:
         waiting += [(os.path.join(place, name), (*above, real)) for name in folders if not is_hidden(name)]
         found.append((place, [name for name in names if name not in folders and not name.startswith(".")]))
     return [os.path.join(place, name) for place, names in sorted(found) for name in names]
+
+
+def _leads_nowhere(path: str | Path) -> bool:
+    """Return whether a path is a link to what is not there; a link in a circle leads to itself, and adds nothing."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return os.path.islink(path)
+    except OSError:
+        pass
+    return False
 
 
 def _listed(folder: str) -> list[str]:

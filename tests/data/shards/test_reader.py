@@ -10,6 +10,7 @@ import pytest
 
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.data.samples.sample import DamagedSample, UnreachableShard
+from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.shards.reader import Location, ShardFile, ShardReader
 from cosmos_scale.data.shards.scan import ShardScan, scan_shard
 from cosmos_scale.errors import UserError
@@ -190,6 +191,16 @@ def test_a_compressed_shard_is_refused_whatever_its_name(tmp_path: Path) -> None
     path.write_bytes(gzip.compress(plain.read_bytes()))
     with pytest.raises(UserError, match=r"a\.tar: is gzip-compressed"):
         scan_shard(path)
+
+
+def test_a_pointer_of_git_lfs_is_no_shard_beside_others(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [sample(0)])
+    (tmp_path / "1.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 102400\n")
+    with pytest.raises(UserError, match=r"1\.tar: is a pointer of Git LFS, no shard; rule: fetch the file itself"):
+        index_shards(str(tmp_path), None, workers=1, progress=False)
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(UserError, match=r"1\.tar: is a pointer of Git LFS, no shard"):
+        index_shards(str(tmp_path), None, workers=1, progress=False)
 
 
 def test_a_stale_or_missing_shard_is_noticed(tmp_path: Path) -> None:
