@@ -1,12 +1,18 @@
 """Room for checkpoints: which old ones a run deletes, after a new one is whole, or before where the disk is short."""
 
+import logging
 import os
+import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.checkpoint.state import MANIFEST, checkpoints, step_of
 from cosmos_scale.config import CheckpointConfig
 from cosmos_scale.files import delete_folder, load_json, read_regular
+
+_LOG = logging.getLogger(__name__)
+_OWN = re.compile(rf"{re.escape(MANIFEST)}|fragments-\d+\.\w+")  # files of a checkpoint
 
 
 def superfluous(root: Path, config: CheckpointConfig, keep: int) -> list[Path]:
@@ -54,11 +60,37 @@ def _updates(checkpoint: Path) -> int | None:
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; what cannot be deleted harms no run."""
+    """Delete a checkpoint; what cannot be deleted harms no run.
+
+    What a user has put into its folder, such as an export of it, stays: in a folder STEP.others beside it.
+    """
     going = folder.with_name(f"{folder.name}.old.tmp")
     with suppress(OSError):
+        _keep_others(folder)
         folder.rename(going)  # under its own name, half deleted, it would look like a damaged one
         delete_folder(going)
+
+
+def _keep_others(checkpoint: Path) -> None:
+    """Move what is no part of a checkpoint out of its folder, before that one is deleted; raises OSError."""
+    if checkpoint.is_symlink():  # the link goes, its target stays
+        return
+    names = [name for name in os.listdir(checkpoint) if not (_OWN.fullmatch(name) or name.startswith("."))]
+    if names:
+        others = checkpoint.with_name(f"{checkpoint.name}.others")
+        number = 0
+        while os.path.lexists(others):  # the run went back, and has come to this step again
+            others, number = checkpoint.with_name(f"{checkpoint.name}.others.{number}"), number + 1
+        others.mkdir()
+        for name in names:
+            (checkpoint / name).rename(others / name)
+        _LOG.warning(
+            "checkpoint %s: deleted; what else lay in its folder (%s) is in %s now", checkpoint, _shown(names), others
+        )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def prunable(root: Path, config: CheckpointConfig) -> list[Path]:

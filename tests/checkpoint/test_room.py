@@ -106,6 +106,24 @@ def test_a_read_only_checkpoint_stays_for_good(tmp_path: Path) -> None:
     assert [step_of(folder) for folder in superfluous(tmp_path, config, 2)] == [2, 4]
 
 
+def test_what_a_user_has_put_into_a_checkpoints_folder_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where a run went back and deletes the checkpoint of that step once more."""
+    for text in ("first", "second"):
+        write_checkpoints(tmp_path, 2)
+        folder = tmp_path / checkpoint_name(2)
+        (folder / "hf").mkdir()
+        (folder / "hf" / "model.safetensors").write_text(text)
+        (folder / "notes.txt").touch()
+        (folder / ".DS_Store").touch()
+        delete_checkpoint(folder)
+    kept = [folder.with_name(f"{folder.name}.others{number}") for number in ("", ".0")]
+    assert sorted(tmp_path.iterdir()) == kept
+    assert [(one / "hf" / "model.safetensors").read_text() for one in kept] == ["first", "second"]
+    assert [sorted(path.name for path in one.iterdir()) for one in kept] == [["hf", "notes.txt"]] * 2
+    assert f"{folder}: deleted; what else lay in its folder (hf, notes.txt) is in {kept[1]} now" in caplog.text
+    assert checkpoints(tmp_path) == []
+
+
 def test_links_in_the_place_of_checkpoints_go_and_their_targets_stay(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     root.mkdir()

@@ -350,4 +350,6 @@ def _break_off(archive: tarfile.TarFile | None) -> str | None:
         return f"torn shard: it ends at byte {end.byte} without an end mark"
     if end.is_behind:
         return f"torn shard: more data from byte {end.byte} on, behind the end of the archive"
+    if end.zeros:
+        return f"torn shard: {end.zeros:,} bytes of zeros from byte {end.byte} on"
     return f"torn shard: no header at byte {end.byte}"

@@ -48,6 +48,7 @@ from cosmos_scale.errors import UserError
 from cosmos_scale.files import regular_only, temporary_copy
 
 _MOST_NAMED = 5  # endings in a reason
+_MOST_PADDING = 1 << 16  # bytes of zeros at a tar's end; writers make 10 KiB or less of them unless asked for more
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
@@ -261,6 +262,10 @@ def _members(archive: tarfile.TarFile, size: int, torn: list[str]) -> Iterator[T
     elif end is not None and end.is_behind:
         where = f"from byte {end.byte} on, behind the end of the archive"
         torn.append(f"unread end: more data {where}, which no reader reaches")
+    elif end is not None and end.zeros:
+        torn.append(
+            f"incomplete: {end.zeros:,} bytes of zeros from byte {end.byte} on, as in a download that was not completed"
+        )
     elif end is not None:
         torn.append(f"damaged: no tar header at byte {end.byte}; the rest cannot be reached")
 
@@ -278,19 +283,21 @@ class TornEnd(NamedTuple):
     """How an archive breaks off at a byte.
 
     The file ends there (`is_short`), or what stands there is no header. is_behind: the archive has ended before, and
-    data stand there that no reader reaches, as where one tar was appended to another.
+    data stand there that no reader reaches, as where one tar was appended to another. zeros: bytes of nothing but zeros
+    there, more than pad an archive; else 0.
     """
 
     byte: int
     is_short: bool
     is_behind: bool = False
+    zeros: int = 0
 
 
 def torn_end(archive: tarfile.TarFile) -> TornEnd | None:
     """Return how an archive breaks off after its last member was read; None where it ends as archives do.
 
     tarfile takes any broken header but the first for the end of the archive: only a block of zeros is the end, and
-    zeros alone may follow.
+    zeros alone may follow, and few of them: many stand where a download that was not completed has reserved the file.
     """
     file = archive.fileobj
     assert file is not None
@@ -305,7 +312,8 @@ def torn_end(archive: tarfile.TarFile) -> TornEnd | None:
         if behind := data.lstrip(b"\0"):
             return TornEnd(byte + len(data) - len(behind), is_short=False, is_behind=True)
         byte += len(data)
-    return None
+    zeros = byte - archive.offset
+    return TornEnd(archive.offset, is_short=False, zeros=zeros) if zeros > _MOST_PADDING else None
 
 
 def _split_repeats(members: list[TarMember]) -> tuple[list[TarMember], list[TarMember]]:

@@ -75,21 +75,6 @@ def test_a_txt_of_a_windows_editor_is_its_text(tmp_path: Path) -> None:
     assert documents(path, scan_shard(path)) == {"a": {"caption": "a photo"}}
 
 
-def test_a_tar_behind_the_end_of_another_is_said(tmp_path: Path) -> None:
-    """As `cat 0.tar 1.tar` joins them: no reader of tars goes on behind the first end."""
-    one = write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), ("a.txt", TXT)])
-    size = one.stat().st_size
-    assert scan_shard(one).torn is None
-    joined = tmp_path / "1.tar"
-    joined.write_bytes(one.read_bytes() * 2)
-    scan = scan_shard(joined)
-    assert len(scan.entries) == 1
-    where = f"from byte {size} on, behind the end of the archive"
-    assert scan.torn == f"unread end: more data {where}, which no reader reaches"
-    joined.write_bytes(one.read_bytes() + bytes(BLOCK * 3))
-    assert scan_shard(joined).torn is None
-
-
 def test_two_texts_that_do_not_lie_where_the_index_says_are_damage(tmp_path: Path) -> None:
     members = [("a.jpg", picture(0)), ("a.json", encoded(METADATA)), ("a.txt", TXT)]
     path = write_tar(tmp_path / "0.tar", members)
