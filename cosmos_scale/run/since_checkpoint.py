@@ -57,9 +57,12 @@ def changed_since(
     measured = {evaluator_of(record) for record in records if record.get("kind") == "eval"}
     before = {section.name: section for section in written.eval if section.name in measured}
     for section in config.eval:
-        if section.every and section.name in before:
+        if section.every and section.name in measured:
             known = state.galleries.get(section.name, ""), galleries.get(section.name, "")
-            if what := "; ".join(_other_measurement(before[section.name], section, *known)):
+            # The checkpoint's own config may be of a launch without this evaluator; its galleries are of all before.
+            old = before.get(section.name)
+            others = _other_gallery(section, *known) if old is None else _other_measurement(old, section, *known)
+            if what := "; ".join(others):
                 found.append(
                     f"eval.{section.name}: {what}; from here on its numbers are of what is now, in the series of "
                     "before; another name begins a series of its own"
@@ -84,6 +87,12 @@ def _other_measurement(old: EvaluatorConfig, new: EvaluatorConfig, gallery: str,
     for key in then:
         if then[key] != now[key] and key not in _NUMBERS_STAY and not (known and key in _IN_GALLERY):
             yield str(Difference(key, then[key], now[key]))
+
+
+def _other_gallery(new: EvaluatorConfig, gallery: str, gallery_now: str) -> Iterator[str]:
+    """Yield what an evaluator measures on, if it is not the gallery that is all that is known of it from before."""
+    if gallery and gallery_now and gallery != gallery_now:
+        yield f"{_in_words(new, gallery_now)}, was on {gallery}"
 
 
 def _in_words(section: EvaluatorConfig, gallery: str) -> str:

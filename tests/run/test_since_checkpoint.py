@@ -115,6 +115,15 @@ def test_another_gallery_in_the_series_of_an_evaluator_is_told(
     assert told(f"eval.0.shards={other}") == []  # it has measured nothing before
 
 
+def test_another_gallery_is_told_behind_a_launch_without_the_evaluator(
+    trained: Trained, tmp_path: Path, told: Callable[..., list[str]]
+) -> None:
+    assert main(["train", str(trained.run), "train.max_steps=3", "eval=[]"]) == 0
+    assert told() == []
+    (line,) = told(f"eval.0.shards={write_shards(tmp_path / 'other', [5])}", "eval.0.max_samples=null")
+    assert re.fullmatch(r"eval\.retrieval: retrieval on \S+ \(5 samples, .*\), was on 3 samples, .*; from .*", line)
+
+
 def test_another_kind_and_another_way_to_measure_are_told(
     trained: Trained, tmp_path: Path, told: Callable[..., list[str]]
 ) -> None:
