@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from cosmos_scale.config import ClassificationConfig, RunConfig
+from cosmos_scale.config import ClassificationConfig, RetrievalConfig, RunConfig
+from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.evaluator import Encoder, Setting
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.testing.shard_files import picture, write_shard
@@ -96,3 +98,13 @@ def saver(root: Path) -> Callable[[str], None]:
 def noise(number: int, side: int = 32) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An array of noise: [side, side, 3] uint8."""
     return np.asarray(Image.open(io.BytesIO(picture(number, "PNG", (side, side)))).convert("RGB"))
+
+
+def said_of_captions(section: RetrievalConfig, capsys: pytest.CaptureFixture[str]) -> str:
+    """What rank 0 says when it opens a set; nothing is said by other ranks, nor where the section names the key."""
+    open_captioned(section, tiny_encoder().setting)
+    said = capsys.readouterr().err
+    open_captioned(section, tiny_encoder(1, 2).setting)
+    open_captioned(section.model_copy(update={"captions": "caption"}), tiny_encoder().setting)
+    assert capsys.readouterr().err == ""
+    return said

@@ -13,10 +13,9 @@ from cosmos_scale.data.samples.caption_keys import KNOWN_KEYS, OTHER_NAMES
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.captioned import NAMED, GalleryBatch, LeftOut
-from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.gallery import Gallery
 from cosmos_scale.testing.shard_files import flip_bytes, open_folder, picture, sample, write_shard, write_shards
-from tests.evaluation.labelled import tiny_encoder
+from tests.evaluation.labelled import said_of_captions
 
 
 def gallery(
@@ -97,14 +96,10 @@ def test_further_captions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture
     """As the start of a run tells of its sources: the numbers are of fewer captions than the samples seem to have."""
     folder = documents(tmp_path, {"caption": "one"}, {"caption": "two", "re_caption": "2", "blip_caption": ["a two"]})
     section = RetrievalConfig.model_validate({"kind": "retrieval", "shards": str(folder)})
-    open_captioned(section, tiny_encoder().setting)
-    assert capsys.readouterr().err == (
+    assert said_of_captions(section, capsys) == (
         f"{folder}: its samples have text under blip_caption too, which is not read; rule: all captions of a picture "
         "are a list under one key; name the key: --captions KEY, in a run's eval section captions: KEY\n"
     )
-    open_captioned(section, tiny_encoder(1, 2).setting)  # rank 0 says it
-    open_captioned(section.model_copy(update={"captions": "caption"}), tiny_encoder().setting)
-    assert capsys.readouterr().err == ""
 
 
 def test_captions_of_txt_members_are_found(tmp_path: Path) -> None:

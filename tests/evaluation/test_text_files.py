@@ -9,10 +9,9 @@ from cosmos_scale.config import RetrievalConfig
 from cosmos_scale.data.tools.captions_file import read_rows
 from cosmos_scale.errors import UserError
 from cosmos_scale.evaluation.datasets.captioned_files import open_pairs
-from cosmos_scale.evaluation.datasets.captioned_sets import open_captioned
 from cosmos_scale.evaluation.prompts.texts import read_names, read_templates
 from cosmos_scale.files import text_lines
-from tests.evaluation.labelled import save_picture, tiny_encoder
+from tests.evaluation.labelled import said_of_captions, save_picture
 
 IN_A_NAME = "\u2028\u2029\x85\f\v\x1c"
 
@@ -140,11 +139,7 @@ def test_further_captions_of_pairs_are_told(
         save_picture(tmp_path / picture, number)
     (tmp_path / name).write_text(text)
     section = RetrievalConfig(kind="retrieval", dataset="pairs", data=str(tmp_path / name))
-    open_captioned(section, tiny_encoder().setting)
-    assert capsys.readouterr().err == (
+    assert said_of_captions(section, capsys) == (
         f"{tmp_path}/{name}: 1 row has text under Caption 2, which is not read; rule: all captions of a picture are a "
         "list under one key, or lie in rows of their own; --captions KEY names another key\n"
     )
-    open_captioned(section, tiny_encoder(1, 2).setting)  # rank 0 says it
-    open_captioned(section.model_copy(update={"captions": "caption"}), tiny_encoder().setting)
-    assert capsys.readouterr().err == ""

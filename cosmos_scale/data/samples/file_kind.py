@@ -92,18 +92,17 @@ def is_tar(head: bytes) -> bool:
 def no_shard(path: Path) -> str:
     """Return what a file is that is no shard, by its first bytes, and the way to shards; empty where it may be one.
 
-    A compressed tar is left to the reader of shards. Raises: OSError where the file cannot be read.
+    A compressed tar and a pointer of Git LFS are left to the reader of shards.
+    Raises: OSError where the file cannot be read.
     """
     with open(path, "rb", opener=regular_only) as file:
         head = file.read(1 << 12)
-    if is_tar(head) or compression_of(head):
+    if is_tar(head) or compression_of(head) or head.startswith(POINTER):
         return ""
     rule = "rule: name the folder of the shards, or .tar files, as in 'FOLDER/{00000..00331}.tar' or '{a,b}.tar'"
     build = f"{rule}; `cosmos-scale data build` makes shards of pictures and a file of captions"
     if not head:
         return f"is empty, no shard; {rule}"
-    if head.startswith(POINTER):
-        return ""  # the reader of shards says so of each, with the way to the shard
     for magic, what in _NO_SHARD.items():
         if head.startswith(magic):
             return f"is {what} by its first bytes, no shard; {build}"

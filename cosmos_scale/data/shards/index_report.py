@@ -131,11 +131,9 @@ def count_unindexed(folder: str, shards: Container[str]) -> Unindexed:
             fault = load_json(line)
             if fault.get("shard") not in shards:
                 continue
-            kind = fault["reason"].partition(":")[0]
-            kinds[
-                "torn" if fault["key"] is None else kind if kind in (SECOND_PICTURE, SECOND_SAMPLE) else "sample"
-            ] += 1
-    return Unindexed(kinds["sample"], kinds[SECOND_PICTURE], kinds["torn"], kinds[SECOND_SAMPLE])
+            kinds["torn" if fault["key"] is None else fault["reason"].partition(":")[0]] += 1
+    pictures, torn, again = kinds.pop(SECOND_PICTURE, 0), kinds.pop("torn", 0), kinds.pop(SECOND_SAMPLE, 0)
+    return Unindexed(kinds.total(), pictures, torn, again)
 
 
 def refuse_foreign_rejected(path: Path) -> None:
