@@ -42,7 +42,8 @@ check: $(VENV)/.test-extras  ## format, lint, types (for Python 3.10, 3.11 and 3
 	set -e; for version in 3.10 3.11 3.12; do $(VENV)/bin/mypy --python-version $$version; done
 
 docs: $(VENV)/.project  ## write docs/config.md anew, from the config's types and descriptions
-	$(VENV)/bin/python -m cosmos_scale.config.reference > docs/config.md
+	$(VENV)/bin/python -m cosmos_scale.config.reference > docs/config.md.tmp
+	mv docs/config.md.tmp docs/config.md
 
 bench: $(VENV)/.test-extras venv  ## run every benchmark: some minutes; numbers go to bench_out/NAME.json
 	@mkdir -p bench_out
