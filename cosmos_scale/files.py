@@ -3,7 +3,6 @@
 import errno
 import functools
 import json
-import logging
 import os
 import re
 import resource
@@ -11,8 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -48,8 +46,6 @@ TOO_MANY_OPEN_FILES = os.strerror(errno.EMFILE)
 
 _BEGIN = 1 << 16  # bytes of a file in which its sign is looked for
 
-MOST_LINES_KEPT = 100_000  # of a LineFile, while they cannot be written
-
 _IRREGULAR = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -57,8 +53,6 @@ _IRREGULAR = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-
-_LOG = logging.getLogger(__name__)
 
 
 def regular_only(path: str, flags: int) -> int:
@@ -164,83 +158,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {reason_of(error)}") from error
-
-
-class LineFile:
-    """A file to append lines to, whose failures end nothing: lines wait in memory until they can be written.
-
-    A failure is told once, and so is its end. A file that is deleted or emptied meanwhile is told of too, and begun
-    anew. Several processes may append to one file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._waiting: deque[bytes] = deque()
-        self._dropped = 0
-        self._failing = False
-        self._begun = False  # the file has lines of this object
-        self._torn = False  # the file ends in a part of a line, which cannot be taken back
-
-    def append(self, lines: Sequence[str]) -> None:
-        """Write lines, without their ends, after those that wait; of too many that wait the oldest are dropped."""
-        self._waiting += (line.encode() + b"\n" for line in lines)
-        try:
-            self._write()
-        except OSError as error:
-            while len(self._waiting) > MOST_LINES_KEPT:
-                self._waiting.popleft()
-                self._dropped += 1
-            if not self._failing:
-                self._failing = True
-                reason = error.strerror or str(error)
-                _LOG.warning(
-                    "%s: cannot be written: %s; its lines are kept until it can, work goes on", self.path, reason
-                )
-            return
-        if self._failing:
-            lost = f"; lines lost: {self._dropped:,}" if self._dropped else ""
-            _LOG.warning("%s: is written again%s", self.path, lost)
-            self._failing, self._dropped = False, 0
-
-    def close(self) -> None:
-        """Try the lines that wait a last time."""
-        if self._waiting:
-            self.append([])
-        if count := len(self._waiting) + self._dropped:
-            _LOG.warning("%s: cannot be written still; lines lost: %s", self.path, count)
-
-    def _write(self) -> None:
-        """Write all lines that wait, in one write, so that processes do not cut each other's lines; raises OSError."""
-        if not self._waiting:
-            return
-        data = b"\n" * self._torn + b"".join(self._waiting)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened each time: a handle may be of a file that is gone, or of a server that has restarted.
-        with open(self.path, "ab", buffering=0, opener=regular_only) as file:
-            before = os.fstat(file.fileno()).st_size
-            if before == 0 and self._begun:
-                self._begun = self._torn = False
-                _LOG.warning(
-                    "%s: was deleted or emptied, with the lines before; those from now on are written", self.path
-                )
-            try:
-                written = file.write(data)
-                if written < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                self._take_back(file.fileno(), before, len(data))
-                raise
-        self._waiting.clear()
-        self._begun, self._torn = True, False
-
-    def _take_back(self, file: int, before: int, most: int) -> None:
-        """Cut off the part of the lines that was written, unless another process has appended since."""
-        with suppress(OSError):
-            added = os.fstat(file).st_size - before
-            torn, self._torn = self._torn, self._torn or added > 0
-            if 0 < added < most:
-                os.ftruncate(file, before)
-                self._torn = torn
 
 
 @contextmanager

@@ -1,23 +1,19 @@
 """Files that are whole or not there: what stands after a block that fails, and what is said of it."""
 
 import errno
-import logging
 import os
 import re
 import resource
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cosmos_scale import files
 from cosmos_scale.data.shards.scan import scan_shard
 from cosmos_scale.errors import UserError
 from cosmos_scale.files import (
-    LineFile,
     keep_foreign,
     make_folder,
     make_output_folder,
@@ -164,104 +160,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_lines_that_cannot_be_written_wait_and_stay_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "new" / "lines"
-    file = LineFile(path)
-    file.append(["one", "two"])
-    with files_of_at_most(10):
-        for line in ("three", "four"):  # of the first the disk takes two bytes
-            file.append([line])
-            assert path.read_text() == "one\ntwo\n"
-    file.append(["five"])
-    assert path.read_text() == "one\ntwo\nthree\nfour\nfive\n"
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert "new/lines: cannot be written: No space left on device; its lines are kept" in said[0]
-    assert said[1] == f"{path}: is written again"
-
-
-def test_a_file_that_is_deleted_or_emptied_is_told_and_begun_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "lines"
-    path.touch()
-    file = LineFile(path)
-    file.append(["one"])
-    ways: list[Callable[[], object]] = [path.unlink, partial(os.truncate, path, 0)]
-    for vanish in ways:
-        file.append(["two"])
-        vanish()
-        caplog.clear()
-        file.append(["three"])
-        file.append(["four"])
-        assert path.read_text() == "three\nfour\n"
-        assert [record.getMessage() for record in caplog.records] == [
-            f"{path}: was deleted or emptied, with the lines before; those from now on are written"
-        ]
-
-
-def test_any_error_of_the_disk_is_one_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO at the write, a folder that is away, a folder in the way."""
-    path = tmp_path / "folder" / "lines"
-    file = LineFile(path)
-    path.mkdir(parents=True)
-    file.append(["one"])
-    path.rmdir()
-    path.parent.rmdir()
-    path.parent.write_text("away")
-    file.append(["two"])
-    path.parent.unlink()
-    opened = Path.open
-
-    def failing(self: Path, *others: object, **named: object) -> object:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(Path, "open", failing)
-    file.append(["three"])
-    monkeypatch.setattr(Path, "open", opened)
-    file.append([])
-    assert path.read_text() == "one\ntwo\nthree\n"
-
-
-def test_a_part_that_cannot_be_cut_off_stays_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "lines"
-    path.write_text("1234\n")
-    file = LineFile(path)
-
-    def refuse(file: int, size: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "ftruncate", refuse)
-    with files_of_at_most(7):
-        file.append(["abcd"])
-    file.append(["efgh"])
-    file.append(["ijkl"])
-    assert path.read_text() == "1234\nab\nabcd\nefgh\nijkl\n"
-
-
-def test_of_too_many_lines_the_oldest_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(files, "MOST_LINES_KEPT", 3)
-    (tmp_path / "lines").mkdir()
-    file = LineFile(tmp_path / "lines")
-    for number in range(5):
-        file.append([str(number)])
-    (tmp_path / "lines").rmdir()
-    file.append(["5"])
-    assert (tmp_path / "lines").read_text() == "2\n3\n4\n5\n"
-    assert caplog.records[-1].getMessage().endswith("is written again; lines lost: 2")
-
-
-def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "lines").mkdir()
-    file = LineFile(tmp_path / "lines")
-    file.append(["1", "2"])
-    file.close()
-    assert caplog.records[-1].levelno == logging.WARNING
-    assert caplog.records[-1].getMessage().endswith("cannot be written still; lines lost: 2")
 
 
 def test_nouns_have_their_article() -> None:

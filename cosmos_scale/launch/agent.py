@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_scale.exit_status import REFUSED
-from cosmos_scale.files import LineFile
 from cosmos_scale.launch.signals import ASK
 from cosmos_scale.launch.wire import Inbox, Message, Outbox
+from cosmos_scale.line_file import LineFile
 
 BEAT = 5.0  # seconds between two signs of life, of both sides
 LONGEST_LINE = 1 << 16  # bytes of a rank's output, after which a line is cut

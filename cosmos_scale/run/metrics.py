@@ -14,7 +14,8 @@ from rich.table import Table
 
 from cosmos_scale.config import LogConfig
 from cosmos_scale.console import make_console
-from cosmos_scale.files import LineFile, make_folder
+from cosmos_scale.files import make_folder
+from cosmos_scale.line_file import LineFile
 from cosmos_scale.run.folder import METRICS_FILE
 from cosmos_scale.run.logged import cut_after, evaluator_of, records_of, tracked_entries
 from cosmos_scale.run.tracker_entries import EvaluationTable, TrackerEntry, named_pictures
@@ -52,7 +53,7 @@ class MetricLog:
         if cut.tracked:
             supersede(folder)
         copy = cut.make()
-        self._file = LineFile(folder / METRICS_FILE)
+        self._file = LineFile(folder / METRICS_FILE, alone=True)
         logged = tracked_entries(folder)
         trackers = open_trackers(folder, config, name=name, run_config=run_config, first_step=first_step, logged=logged)
         self._announcements = [line for tracker in trackers for line in tracker.announcements]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cosmos_scale.errors import UserError
-from cosmos_scale.files import LineFile, load_json, read_regular
+from cosmos_scale.files import load_json, read_regular
+from cosmos_scale.line_file import LineFile
 
 # The damaged share is taken of at least so many samples: one damaged picture in the first batch proves nothing.
 FEWEST_JUDGED = 1000
