@@ -314,6 +314,18 @@ def test_of_two_pictures_one_is_read_and_the_other_is_counted(tmp_path: Path, ki
     assert "1 second picture of a sample not read" in verdict.describe(None)
 
 
+def test_texts_of_other_endings_beside_the_one_that_is_read_are_told(tmp_path: Path) -> None:
+    """Such as captions of another captioner: whoever added them would train on the old ones without a word."""
+    others = [("a.caption", TXT), ("a.blip.txt", TXT), ("b.Blip.TXT", TXT), ("b.caption_2.json", b"{}")]
+    kept = [("a.mask.png", b""), ("b.cls", b"3"), ("b.bbox.json", b"{}")]
+    pairs = [(f"{key}.{kind}", data) for key in "ab" for kind, data in (("jpg", picture(0)), ("txt", TXT))]
+    write_tar(tmp_path / "0.tar", sorted([*others, *kept, *pairs]))
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert report.texts == {"caption": 1, "blip.txt": 1, "Blip.txt": 1, "caption_2.json": 1}
+    assert "1 sample has a .blip.txt that is not read: captions are those of the .json or .txt" in report.describe()
+    assert "bbox" not in report.describe()
+
+
 def test_of_two_texts_or_pictures_of_one_extension_the_second_is_a_rejected_sample(tmp_path: Path) -> None:
     repeats = [("a.jpg", picture(0)), ("a.JPG", picture(1)), ("a.txt", TXT)]
     texts = [("b.jpg", picture(2)), ("b.txt", TXT), ("b.TXT", b"other")]
