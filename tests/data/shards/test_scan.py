@@ -255,6 +255,7 @@ def test_a_key_with_dots_beside_its_first_part_is_said_with_the_option(tmp_path:
 
 def test_what_was_indexed_by_other_rules_is_indexed_again(tmp_path: Path) -> None:
     shard = IndexedShard("0.tar", 3, 10, (("a", "no caption"),), None, dotted=2, unnamed=1, again=(("b", "too"),))
+    shard = shard._replace(texts=(("blip.txt", 3),))
     Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).append(shard)
     assert Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).read(["0.tar"]) == {"0.tar": shard}
     assert Unfinished(tmp_path / "unfinished", ScanRules(("blip",)), str).read(["0.tar"]) == {}
