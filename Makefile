@@ -26,13 +26,15 @@ demo: venv  ## build a small dataset, train on 2 ranks, evaluate: about 2 minute
 demo-quick: venv  ## the demo, shortened
 	$(VENV)/bin/python -m cosmos_scale.demo --quick --out demo_quick_out
 
-# A worker takes a file at a time: what its tests share, such as the training of several ranks, is made once. Three
-# workers fill two cores: many tests wait, for a limit of time or for another host.
+# A worker takes a file at a time, in the order of tests/conftest.py: what its tests share, such as the training of
+# several ranks, is made once. Four workers fill two cores: many tests wait, for a limit of time or for another host.
+PYTEST = $(VENV)/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.test-extras venv  ## the tests, without the slow ones
-	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.test-extras venv  ## all tests that need no GPU
-	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: $(VENV)/.test-extras  ## format, lint, types (for Python 3.10, 3.11 and 3.12)
 	$(VENV)/bin/ruff format --check .
@@ -40,7 +42,8 @@ check: $(VENV)/.test-extras  ## format, lint, types (for Python 3.10, 3.11 and 3
 	set -e; for version in 3.10 3.11 3.12; do $(VENV)/bin/mypy --python-version $$version; done
 
 docs: $(VENV)/.project  ## write docs/config.md anew, from the config's types and descriptions
-	$(VENV)/bin/python -m cosmos_scale.config.reference > docs/config.md
+	$(VENV)/bin/python -m cosmos_scale.config.reference > docs/config.md.tmp
+	mv docs/config.md.tmp docs/config.md
 
 bench: $(VENV)/.test-extras venv  ## run every benchmark: some minutes; numbers go to bench_out/NAME.json
 	@mkdir -p bench_out

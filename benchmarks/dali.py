@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 import torch
 
 from benchmarks.report import Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import DaliConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.crop_colour import colour_crops_
@@ -145,4 +146,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

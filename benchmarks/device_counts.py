@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
@@ -183,4 +184,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -30,6 +30,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import MEAN, STD
 from cosmos_scale.cli.arguments import positive
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RemoteConfig
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
@@ -258,4 +259,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Batch
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.engine.pair import drawn_pair
 from cosmos_scale.engine.ranks import Ranks
@@ -135,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

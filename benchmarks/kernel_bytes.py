@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.report import Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.kernels import adamw_ema, pointwise
 from cosmos_scale.profiling.operators import META, DeviceCounter, total
 
@@ -126,4 +127,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import MEAN, STD
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import CaptionsConfig, ViewsConfig
 from cosmos_scale.data.decode import Views
 from cosmos_scale.data.decode.picture import decode_rgbx
@@ -228,4 +229,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

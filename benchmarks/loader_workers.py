@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.decode.blocks import TensorBlock
 from cosmos_scale.data.jobs import progress_bar
@@ -167,4 +168,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

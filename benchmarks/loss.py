@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.report import Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.kernels import contrastive_whole
 from cosmos_scale.testing.allocation import peak_bytes
@@ -158,4 +159,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

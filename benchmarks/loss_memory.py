@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.batch import Features, TeacherFeatures
 from cosmos_scale.cli.arguments import positive
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.data.jobs import progress_bar
 from cosmos_scale.loss.cosmos_loss import COLUMNS_AT_ONCE, CosmosLoss
 from cosmos_scale.profiling.fake_ranks import start_fake_ranks
@@ -108,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from webdataset.filters import shuffle
 
 from benchmarks.report import Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.data.shards.index import SourceShards
 from cosmos_scale.data.training.order import EpochOrder
 from cosmos_scale.testing.merged import merged_sources
@@ -50,7 +51,7 @@ def buffer_shuffled(sources: Sequence[SourceShards]) -> NDArray[np.int64]:
     return np.repeat(numbers, counts)
 
 
-def main() -> None:
+def main() -> int:
     parser = argument_parser("mixing", "How evenly three sources are mixed through an epoch.", [""])
     arguments = parser.parse_args()
     sources = merged_sources()
@@ -65,7 +66,8 @@ def main() -> None:
         figures.append(Figure(f"mixing_worst_error_{name}", float(errors.max()), "of a window", f"{what}: {note}"))
         figures.append(Figure(f"mixing_mean_error_{name}", float(errors.mean()), "of a window", f"{what}: {note}"))
     report("Sources in every window", figures, arguments.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

@@ -22,6 +22,7 @@ from torch import Size, Tensor, nn
 from torch.optim.adamw import adamw
 
 from benchmarks.report import Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config.load import load_config
 from cosmos_scale.config.shipped import shipped_file
 from cosmos_scale.data.jobs import progress_bar
@@ -191,4 +192,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.device_counts import NARROW, RUNS, STEP_PHASES, block_counts, case_config, count
 from benchmarks.report import LOG_WIDTH, Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.model.cosmos import CosmosModel
 from cosmos_scale.profiling.collectives import Collective
@@ -389,4 +390,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -19,6 +19,7 @@ from webdataset.writer import TarWriter
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.data.prepare.datasets import DREAMLIP, join_value
 from cosmos_scale.data.prepare.prepare import prepare_dataset
 from cosmos_scale.data.prepare.rows import scan_captions
@@ -78,7 +79,7 @@ def sqlite_table(path: Path, captions: Path) -> None:
         base.executemany("insert or ignore into t values (?, ?, ?, ?)", values)
 
 
-def main() -> None:
+def main() -> int:
     parser = argument_parser("prepare", "What preparing published captions costs.", ["", "--rows 1000000"])
     parser.add_argument("--rows", type=positive, default=ROWS, metavar="N", help=f"of captions; default: {ROWS:,}")
     arguments = parser.parse_args()
@@ -142,7 +143,8 @@ def main() -> None:
         ],
         arguments.json,
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 from benchmarks.host_time import WORLD_SIZE, narrow_config, trainer_step
 from benchmarks.report import Figure, argument_parser, report
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.phases import listening, phase
 from cosmos_scale.profiling.fake_ranks import start_fake_ranks
 from cosmos_scale.profiling.step_clock import StepClock
@@ -93,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

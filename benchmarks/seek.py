@@ -32,6 +32,7 @@ from PIL import Image
 
 from benchmarks.report import Figure, argument_parser, report
 from cosmos_scale.cli.arguments import positive
+from cosmos_scale.cli.leave import leave_after
 from cosmos_scale.config import RunConfig
 from cosmos_scale.data.shards.index import index_shards, open_sources
 from cosmos_scale.data.shards.reader import Location
@@ -116,7 +117,7 @@ def count(folder: Path, reach: Callable[[], object]) -> Reached:
     return Reached(seen().opened, read + seen().bytes_read)
 
 
-def main() -> None:
+def main() -> int:
     parser = argument_parser("seek", "Resuming at 90 % of 30 million samples.", ["", "--rounds 1"])
     parser.add_argument("--rounds", type=positive, default=5, help="of which the median is taken (default: 5)")
     arguments = parser.parse_args()
@@ -153,6 +154,7 @@ def main() -> None:
         Figure("seek_pass", skipped, "s", f"that times {READ:g} x {shards:,} shards: one reader, scaled up"),
     ]
     report("Resuming at 90 % of an epoch", figures, arguments.json)
+    return 0
 
 
 def _write_shard(path: Path) -> Path:
@@ -199,4 +201,4 @@ def _audited(folder: Path) -> Iterator[Callable[[], Reached]]:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

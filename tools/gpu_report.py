@@ -22,6 +22,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for `python tools/gpu_report.py`
 
+from cosmos_scale.cli.leave import leave_after  # noqa: E402
 from cosmos_scale.errors import UserError  # noqa: E402
 from cosmos_scale.files import make_output_folder  # noqa: E402
 from tools.gpu_page import read_rows, write_page, wrong_rows  # noqa: E402
@@ -159,4 +160,4 @@ def _run(command: Sequence[str], limit: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

@@ -29,6 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # for `python tools/soak.py`
 
 from cosmos_scale.cli.arguments import count, path, result_file  # noqa: E402
+from cosmos_scale.cli.leave import leave_after  # noqa: E402
 from cosmos_scale.cli.main import exit_status  # noqa: E402
 from cosmos_scale.files import delete_folder, make_own_folder  # noqa: E402
 from cosmos_scale.launch.supervise import LOGS  # noqa: E402
@@ -260,4 +261,4 @@ def _minutes(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

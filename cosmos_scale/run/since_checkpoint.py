@@ -1,11 +1,12 @@
 """What has changed since the checkpoint that a run goes on from: it is told at the start, and refuses nothing."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cosmos_scale.checkpoint.resume import Start
-from cosmos_scale.checkpoint.state import RunState
+from cosmos_scale.checkpoint.room import superfluous
+from cosmos_scale.checkpoint.state import RunState, checkpoints
 from cosmos_scale.config import EvaluatorConfig, RunConfig
 from cosmos_scale.config.compare import Difference
 from cosmos_scale.config.evaluation import in_new_form
@@ -13,12 +14,14 @@ from cosmos_scale.data.shards.index import MergedIndex
 from cosmos_scale.data.shards.mark import marks_digest
 from cosmos_scale.run.folder import CHECKPOINTS, METRICS_FILE
 from cosmos_scale.run.logged import evaluator_of, records_of
+from cosmos_scale.words import counted
 
 OTHER_SHARDS = (
     "the shards have the names, sizes and counts of those that this run has trained on, but begin with other bytes: "
     "they were written anew"
 )
 
+_NAMED = 4  # checkpoints in one line
 _NUMBERS_STAY = {"name", "every", "batch", "confusions", "per_class", "overlays"}
 # What these keys lead to is in the words of `Evaluator.gallery`, by which a set that was moved is still the same.
 _PLACES = {"dataset", "data", "shards", "index", "images", "masks"}
@@ -43,7 +46,7 @@ def changed_since(
         for record in records_of(folder / METRICS_FILE)
         if isinstance(step := record.get("step"), int) and step <= state.step
     ]
-    found = []
+    found = list(_kept_no_longer(written, config, folder / CHECKPOINTS))
     if index is not None and _shards_written_anew(state, index):
         found.append(OTHER_SHARDS)
     # The records of a run that goes on from another run's checkpoint begin with it.
@@ -68,6 +71,25 @@ def changed_since(
                     "before; another name begins a series of its own"
                 )
     return found
+
+
+def _kept_no_longer(written: RunConfig, config: RunConfig, root: Path) -> Iterator[str]:
+    """Yield which checkpoints under root go that the former `checkpoint` section would have kept."""
+    then, now = written.checkpoint, config.checkpoint
+    kept_so_far = set(checkpoints(root)) - set(superfluous(root, then, then.keep_last))
+    if going := [folder for folder in superfluous(root, now, now.keep_last) if folder in kept_so_far]:
+        keys = ("keep_last", "keep_every")
+        changed = (Difference(f"checkpoint.{key}", getattr(then, key), getattr(now, key)) for key in keys)
+        yield (
+            f"{' and '.join(str(one) for one in changed if one.one != one.other)}: {_named(going)} will be deleted "
+            f"once the next checkpoint is whole; rule: chmod a-w keeps a checkpoint's folder for good"
+        )
+
+
+def _named(going: Sequence[Path]) -> str:
+    if len(going) <= _NAMED:
+        return ", ".join(folder.name for folder in going)
+    return f"{counted(len(going), 'checkpoint')}, {going[0].name} to {going[-1].name},"
 
 
 def _shards_written_anew(state: RunState, index: MergedIndex) -> bool:

@@ -1,6 +1,7 @@
 """What has changed since the checkpoint that a run goes on from is told by the launch and by the dry run alike."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from cosmos_scale.checkpoint.state import checkpoint_name
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.scenes.scene_shards import SceneShards
 from cosmos_scale.data.shards.index import index_shards
@@ -122,6 +124,25 @@ def test_another_gallery_is_told_behind_a_launch_without_the_evaluator(
     assert told() == []
     (line,) = told(f"eval.0.shards={write_shards(tmp_path / 'other', [5])}", "eval.0.max_samples=null")
     assert re.fullmatch(r"eval\.retrieval: retrieval on \S+ \(5 samples, .*\), was on 3 samples, .*; from .*", line)
+
+
+def test_checkpoints_that_are_kept_no_longer_are_told_before_they_go(
+    trained: Trained, told: Callable[..., list[str]]
+) -> None:
+    root = trained.metrics.parent / "checkpoints"
+    for step in (3, 4, 5):
+        assert main(["train", str(trained.run), "checkpoint.keep_last=9", f"train.max_steps={step}"]) == 0
+    steps = [checkpoint_name(step) for step in (2, 3, 4, 5)]
+    going = "will be deleted once the next checkpoint is whole; rule: chmod a-w keeps a checkpoint's folder for good"
+    assert told("checkpoint.keep_last=2") == [f"checkpoint.keep_last: 2, was 9: {steps[0]}, {steps[1]} {going}"]
+    assert told("checkpoint.keep_last=2", "checkpoint.keep_every=1") == []
+    assert told("checkpoint.keep_last=4") == []
+    assert told("checkpoint.keep_last=1", "checkpoint.keep_every=4") == [
+        f"checkpoint.keep_last: 1, was 9 and checkpoint.keep_every: 4, was null: {steps[0]}, {steps[1]} {going}"
+    ]
+    assert sorted(os.listdir(root)) == steps  # no step was left, so that nothing was saved
+    assert main(["train", str(trained.run), "train.max_steps=6", "checkpoint.keep_last=1"]) == 0
+    assert os.listdir(root) == [checkpoint_name(6)]
 
 
 def test_another_kind_and_another_way_to_measure_are_told(

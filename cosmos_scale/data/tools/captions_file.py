@@ -136,6 +136,10 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[CaptionRow]:
                     raise UserError(f"{path}: its lines end in CR; rule: lines end in LF, or CR and LF") from error
                 if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
                     raise _one_array(path) from error
+                if number == 1 and line.strip(b"\xef\xbb\xbf \t\r\n") == b"{":
+                    raise UserError(
+                        f"{path}: its objects span lines; rule: .jsonl holds one a line, as `jq -c .` writes them"
+                    ) from error
                 yield CaptionRow(number, None, {}, f"not json: {error}")
                 continue
             if number == 1 and isinstance(values, dict) and set(values) == REJECT_KEYS:

@@ -17,7 +17,11 @@ def picture_path(images: Path, name: str) -> Path:
     Links in the folder are followed. A path that leads out of the folder is refused, since a foreign file of captions
     must not pull in any picture of this machine. Raises DamagedSample.
     """
-    path = _named_picture(images, name)
+    try:
+        path = _named_picture(images, name)
+    except _Outside as outside:
+        meant = _meant(images, name)
+        raise DamagedSample(f"{outside}{f', but {meant}; change the row or --images' if meant else ''}") from outside
     if path is not None:
         return path
     folder, slash, file = name.rpartition("/")
@@ -28,8 +32,17 @@ def picture_path(images: Path, name: str) -> Path:
                 raise DamagedSample(f"picture not found: {OTHER_FORM} ({form}) is there; rename it or change the row")
     if kind := other_kind(images / name_on_disk(name)):
         raise DamagedSample(f"picture is {kind}, not a file")
-    meant = next((other for other in near_names(name) if _is_there(images, other)), None)
+    meant = _meant(images, name)
     raise DamagedSample(f"picture not found{f': {meant} is there; change the row or --images' if meant else ''}")
+
+
+class _Outside(DamagedSample):
+    """A path leads out of the folder of pictures."""
+
+
+def _meant(images: Path, name: str) -> str | None:
+    """Return the likeliest other spelling of a picture's path by which one is there."""
+    return next((other for other in near_names(name) if _is_there(images, other)), None)
 
 
 def _is_there(images: Path, name: str) -> bool:
@@ -47,7 +60,7 @@ def _named_picture(images: Path, name: str) -> Path | None:
     for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):
         path = Path(os.path.abspath(images / name_on_disk(candidate)))
         if not path.is_relative_to(root):
-            raise DamagedSample(f"picture outside the folder: {images} does not hold it")
+            raise _Outside(f"picture outside the folder: {images} does not hold it")
         try:
             if path.is_file():
                 if candidate == name:

@@ -60,6 +60,24 @@ def test_a_row_that_nearly_names_a_picture_says_which(images: Path, tmp_path: Pa
     assert list(near_names("a/b.jpg")) == ["b.jpg"]
 
 
+def test_a_row_that_leads_out_of_the_folder_says_which_picture_in_it_has_its_name(images: Path, tmp_path: Path) -> None:
+    names = ["../pictures/my cats/2.jpg", "/data/0.jpg", "../pictures/3.jpg"]
+    build(images, [{"image": name} for name in ("0.jpg", *names)], tmp_path / "out")
+    outside = f"picture outside the folder: {images} does not hold it"
+    ends = [f", but {picture}; change the row or --images" for picture in ("my cats/2.jpg", "0.jpg")]
+    assert reasons(tmp_path / "out") == [outside + ends[0], outside + ends[1], outside]
+
+
+@pytest.mark.parametrize("named", ["7", "07", "7.jpg", "7.0"])
+def test_a_number_without_its_zeros_is_told_with_them(images: Path, tmp_path: Path, named: str) -> None:
+    """As a spreadsheet, or pandas where a cell is empty, writes the numbers that COCO's pictures are called by."""
+    (images / "my cats" / "000000000007.jpg").write_bytes((images / "0.jpg").read_bytes())
+    build(images, [{"image": name} for name in ("0.jpg", f"my cats/{named}")], tmp_path / "out")
+    (reason,) = reasons(tmp_path / "out")
+    there = "my cats/000000000007.jpg" if named.endswith("g") else "my cats/000000000007"
+    assert reason == f"picture not found: {there} is there; change the row or --images"
+
+
 @pytest.mark.parametrize(("value", "kind"), [({"path": "0.jpg"}, "object"), (["0.jpg"], "list")])
 def test_a_picture_that_is_named_by_no_text_is_of_a_wrong_type(
     images: Path, tmp_path: Path, value: object, kind: str

@@ -124,6 +124,18 @@ def test_one_json_array_is_refused_with_the_way_out(tmp_path: Path, indent: int 
             list(read_rows(path, DEFAULT_COLUMNS))
 
 
+def test_objects_that_span_lines_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """As `jq .` without -c and json.dump with an indent write them: else each line is a reject of its own."""
+    path = tmp_path / "captions.jsonl"
+    row = {"image": "0.jpg", "caption": "a"}
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(f"{json.dumps(row, indent=2)}\n" * 2, encoding=encoding)
+        with pytest.raises(UserError, match=r"its objects span lines; rule: .jsonl holds one a line, as `jq -c"):
+            list(read_rows(path))
+    path.write_text(f'{{"image": \n{json.dumps(row)}\n')  # a line that was cut is a reject
+    assert [row.fault is None for row in read_rows(path)] == [False, True]
+
+
 @pytest.mark.parametrize(("text", "sound"), [("....", False), ("\u3002", False), ("...a", True), ([".."], True)])
 def test_a_caption_without_a_sentence_is_a_fault_of_its_row(tmp_path: Path, text: Any, sound: bool) -> None:
     """Indexing alone would reject the sample, which its row's number is lost to."""
