@@ -59,6 +59,20 @@ def _refuse_one_object(pictures: Sequence[PictureLike]) -> None:
                 raise UserError(f"images: pictures {first} and {place} are one object, which changes; rule: {copies}")
 
 
+def require_prepared(images: object, patch: int) -> None:
+    """Raise UserError where pictures that a user's own code has prepared are none that an image tower takes whole.
+
+    patch: the side of a patch. The tower would leave out, without a word, what of a picture is no whole patch.
+    """
+    given = _kind(images) if isinstance(images, Tensor) else with_article(type(images).__name__)
+    if isinstance(images, Tensor) and (images.is_floating_point() or images.dtype == torch.uint8):
+        whole = images.ndim == 4 and all(side and not side % patch for side in images.shape[2:])
+        if whole and images.shape[1] == 3:
+            return
+    rule = f"rule: a float32 tensor [N, 3, H, W], H and W multiples of the patch's {patch} pixels"
+    raise UserError(f"images: {given}; {rule}")
+
+
 def expanded(path: str | os.PathLike[str], where: str) -> Path:
     """Return a path with the home folder and variables filled in, as in every path of a config or a command.
 

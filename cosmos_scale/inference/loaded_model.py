@@ -43,6 +43,7 @@ from cosmos_scale.inference.inputs import (
 )
 from cosmos_scale.inference.results import CaptionAttention, ClassifiedPictures, SegmentedPicture
 from cosmos_scale.inference.torch_state import usual_torch
+from cosmos_scale.inference.users_encoder import UsersEncoder
 from cosmos_scale.words import with_article
 
 _ACTIVATIONS = 2**29  # bytes that the activations of a batch may take on the CPU; on CUDA an eighth of what is free
@@ -60,7 +61,7 @@ class LoadedModel:
     """
 
     def __init__(self, encoder: Encoder, checkpoint: Path, which: str) -> None:
-        self.encoder, self.checkpoint, self.which = encoder, checkpoint, which
+        self.encoder, self.checkpoint, self.which = UsersEncoder.of(encoder), checkpoint, which
         # Of the encoder alone: bound methods would tie a knot that keeps the weights until garbage is collected.
         remember = lru_cache(maxsize=_REMEMBERED)
         self._class_features: Callable[[Names, tuple[str, ...]], Tensor] = remember(

@@ -147,9 +147,9 @@ def test_folders_whose_numbers_have_another_order_are_told(
 
 def test_wnids_without_names_are_told(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [1, 1], ["n01440764", "n01443537"])
-    assert "its folder n01440764 is a wnid and no name, so a text is 'a photo of a n01440764.'" in (
-        open_labelled_set(section(root)).pairs.doubt
-    )
+    doubt = open_labelled_set(section(root)).pairs.doubt
+    assert "its folder n01440764 is a wnid and no name, so a text is 'a photo of a n01440764.'" in doubt
+    assert "--dataset imagenet" not in doubt  # which takes all 1,000 alone
 
 
 def test_folders_whose_names_are_no_text_are_told(tmp_path: Path) -> None:

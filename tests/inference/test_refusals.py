@@ -60,6 +60,38 @@ PICTURES: list[tuple[Any, str]] = [
 ]
 
 
+PREPARED = torch.zeros(2, 3, 32, 32)  # of patches of 16 pixels
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (PREPARED[0], "images: a float32 tensor [3, 32, 32]; rule: a float32 tensor [N, 3, H, W], H and W multiples"),
+        (PREPARED.permute(0, 2, 3, 1), "images: a float32 tensor [2, 32, 32, 3]; rule:"),
+        (PREPARED[:, :1], "images: a float32 tensor [2, 1, 32, 32]; rule:"),
+        (PREPARED[..., :30], "images: a float32 tensor [2, 3, 32, 30]; rule:"),  # 14 columns would be left out
+        (PREPARED[..., :0], "images: a float32 tensor [2, 3, 32, 0]; rule:"),
+        (PREPARED.long(), "images: an int64 tensor [2, 3, 32, 32]; rule:"),
+        (PREPARED.numpy(), "images: a ndarray; rule: a float32 tensor [N, 3, H, W]"),
+        (list(PREPARED), "images: a list; rule: a float32 tensor [N, 3, H, W]"),
+    ],
+)
+def test_prepared_pictures_that_the_tower_would_not_see_whole(model: LoadedModel, images: Any, said: str) -> None:
+    assert refused(model.encoder.images, images).startswith(said)
+
+
+def test_one_text_alone_is_no_list_for_the_encoder_either(model: LoadedModel) -> None:
+    assert refused(model.encoder.texts, "a cat") == "texts: 'a cat' alone; rule: a list of texts"
+
+
+def test_prepared_pictures_of_other_sides_get_features_and_gradients(model: LoadedModel) -> None:
+    assert model.encoder.images(PREPARED[:0]).shape == (0, model.embed_dim)
+    wide = torch.zeros(1, 3, 32, 48, requires_grad=True)
+    model.encoder.images(wide).sum().backward()
+    assert wide.grad is not None
+    assert wide.grad[..., 32:].abs().sum() > 0
+
+
 @pytest.mark.parametrize(("images", "said"), PICTURES)
 def test_what_is_no_list_of_pictures(images: Any, said: str, model: LoadedModel) -> None:
     assert refused(model.encode_image, images).startswith(said)

@@ -21,7 +21,9 @@ def results(saved: Saved) -> list[torch.Tensor]:
     shares = model.attention_maps(files[0], "a cat on a mat").image_map
     labels = model.segment(files[0], ["cat", "dog"]).labels
     cosines = model.classify(files, ["cat", "dog"]).cosines
-    return [model.encode_image(files), model.encode_text(["a cat"]), cosines, labels, shares]
+    prepared = torch.ones(2, 3, model.image_size, model.image_size, dtype=torch.float32, device="cpu")
+    features = [model.encoder.images(prepared), model.encoder.texts(["a cat"])]
+    return [model.encode_image(files), model.encode_text(["a cat"]), cosines, labels, shares, *features]
 
 
 @pytest.mark.parametrize(

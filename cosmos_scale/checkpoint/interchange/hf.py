@@ -30,6 +30,7 @@ from cosmos_scale.words import with_article
 
 HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
+HF_PROCESSOR = "processor_config.json"  # in place of HF_PIXELS, by transformers from version 5 on
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
 ADAPTER = "adapter_config.json"  # of a LoRA
 HF_INDEX = ".index.json"  # after such a name, of the list of the files that stand in its place
@@ -56,8 +57,8 @@ def open_hf_folder(folder: Path, asked: Activation | None, name: str | None = No
         raise refusal(path, f"found Hugging Face's model_type {content.get('model_type')!r}, not 'clip'")
     vision, text = (_section(path, content, name) for name in ("vision_config", "text_config"))
     activation = _activation(path, vision, text)
-    pixels = read_settings(folder / HF_PIXELS) if (folder / HF_PIXELS).exists() else {}
-    check_pixels(folder / HF_PIXELS, pixels.get("image_mean"), pixels.get("image_std"))
+    pixels_path, pixels = _picture_settings(folder)
+    check_pixels(pixels_path, pixels.get("image_mean"), pixels.get("image_std"))
     held = _content(_files(folder) if name is None else [folder / name])
     rows = _our_rows(folder, named(folder, held))
     heads = stated_count(path, "vision_config.num_attention_heads", vision["num_attention_heads"])
@@ -74,9 +75,22 @@ def open_hf_folder(folder: Path, asked: Activation | None, name: str | None = No
         *(other_weights(folder, _WEIGHTS) if name is None else ()),
         *([f"no LoRA: that of {ADAPTER} beside the weights is not applied"] if (folder / ADAPTER).is_file() else []),
         *inferred.guessed,
-        *other_pictures(folder / HF_PIXELS, pixels, _pictures(inferred.model.vision.image_size)),
+        *other_pictures(pixels_path, pixels, _pictures(inferred.model.vision.image_size)),
     )
     return StoredWeights("hf", kind, inferred.model, rows, False, guessed, None, inferred.told)
+
+
+def _picture_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return what says how pictures are prepared, empty where nothing does, and its file.
+
+    Where both files say it, transformers takes the processor's. Old versions wrote other things there, or none.
+    """
+    path = folder / HF_PROCESSOR
+    content = read_settings(path) if path.exists() else {}
+    if content.get("image_processor") is not None:
+        return path, object_of(path, content, "image_processor")
+    path = folder / HF_PIXELS
+    return path, read_settings(path) if path.exists() else {}
 
 
 def _pictures(side: int) -> dict[str, tuple[Any, ...]]:

@@ -100,8 +100,7 @@ def index_shards(
     marks = {row.name: before.marks[row.name] for row in others if row.name in before.marks}
     rows: list[ShardRow] = []
     faults: list[dict[str, str | None]] = []
-    rejected: Counter[str] = Counter()
-    torn, counts = 0, Counter[str]()
+    torn, rejected, counts, texts = 0, Counter[str](), Counter[str](), Counter[str]()
     unfinished = Unfinished(folder / UNFINISHED, rules, shards.address) if is_remote(pattern) else None
     known = unfinished.read(names) if unfinished else {}
     work = map_jobs(partial(_index_one, shards, folder, rules), [name for name in names if name not in known], workers)
@@ -112,6 +111,7 @@ def index_shards(
                 unfinished.append(done)
             rows.append(ShardRow(done.name, done.samples, done.size))
             counts.update(dotted=done.dotted, unnamed=done.unnamed, unread=len(done.unread), again=len(done.again))
+            texts.update(dict(done.texts))
             marks[done.name] = done.mark
             rejected.update(reason_class(reason) for _, reason in done.rejected)
             named = [*done.rejected, *done.unread, *done.again]
@@ -136,7 +136,7 @@ def index_shards(
     gone = [] if finishing else gone_shards(shards, names, before.rows)
     found = alike_shards(rows, marks), passed_over(pattern, names), gone
     dotted, unnamed, unread, again = (counts[kind] for kind in ("dotted", "unnamed", "unread", "again"))
-    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, *found, again)
+    return IndexReport(folder, len(rows), samples, rejected, torn, dotted, unnamed, unread, *found, again, texts)
 
 
 class SourceShards(NamedTuple):
@@ -358,9 +358,8 @@ def _index_one(shards: ShardPattern, folder: Path, rules: ScanRules, name: str) 
     lists = (scan.rejected, scan.unread, scan.again)
     rejected, unread, again = ([(fault.key, fault.reason) for fault in faults] for faults in lists)
     dotted = sum("." in entry.key.rpartition("/")[2].lstrip(".") for entry in scan.entries)
-    return IndexedShard(
-        name, len(scan.entries), scan.size, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread, again
-    )
+    of_file = (name, len(scan.entries), scan.size)
+    return IndexedShard(*of_file, rejected, scan.torn, dotted, scan.unnamed, scan.mark, unread, again, scan.texts)
 
 
 def _place(folder: str, name: str) -> str:

@@ -5,9 +5,10 @@ and what it may hold twice.
 import json
 import sys
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
@@ -20,6 +21,8 @@ REFUSED = "rejected.refused.jsonl"  # of an indexing that was refused, beside an
 SECOND_PICTURE = "second picture"  # begins the reason of a picture beside the one that is read of its sample
 SECOND_SAMPLE = "second sample"  # begins the line of a sample that is read, and whose key one before it has
 
+_MOST_TEXTS = 5  # endings in a report
+
 
 class IndexReport(NamedTuple):
     """What `index_shards` found; `rejected` counts samples by reason, `torn` counts shards that break off.
@@ -28,7 +31,8 @@ class IndexReport(NamedTuple):
     they have any, stand under no known key. unread: pictures that are not read, since their sample has another.
     alike: pairs of shards of one size and one beginning, the later one first. passed_over: tars of the folder that are
     no shards of it. gone: shards that the manifest or the index before names, and that are no longer there. again:
-    samples whose key another one before them in their shard has.
+    samples whose key another one before them in their shard has. texts: samples by the ending of a text beside the
+    one that is read.
     """
 
     folder: Path
@@ -43,6 +47,7 @@ class IndexReport(NamedTuple):
     passed_over: Sequence[str] = ()
     gone: Sequence[str] = ()
     again: int = 0
+    texts: Mapping[str, int] = MappingProxyType({})
 
     def describe(self) -> str:
         """Return the report as lines for a terminal."""
@@ -69,6 +74,9 @@ class IndexReport(NamedTuple):
         if self.unread:
             order = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
             lines.append(f"{counted(self.unread, 'second picture')} of a sample not read: the first of {order} is")
+        for ending, times in Counter(self.texts).most_common(_MOST_TEXTS):
+            have = counted(times, "sample has", "samples have")
+            lines.append(f"{have} a .{ending} that is not read: captions are those of the .json or .txt beside it")
         if self.again:
             again = counted(self.again, "sample has", "samples have")
             same = "both are taken: where they are one, corrected by tar -r or -u, write the shard anew"

@@ -15,6 +15,7 @@ all pictures before all texts, are joined.
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, islice
@@ -49,6 +50,8 @@ from cosmos_scale.files import regular_only, temporary_copy
 
 _MOST_NAMED = 5  # endings in a reason
 _MOST_PADDING = 1 << 16  # bytes of zeros at a tar's end; writers make 10 KiB or less of them unless asked for more
+# Endings under which people keep captions beside the text that is read, such as those of another captioner.
+_TEXT = re.compile(r"text|captions?|.+\.(txt|text|captions?)|.*caption.*\.json", re.IGNORECASE | re.DOTALL)
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
@@ -67,7 +70,8 @@ class ShardScan(NamedTuple):
     """What one shard holds; `torn` says where and how it breaks off, if it does.
 
     unnamed: samples among `entries` whose captions, if they have any, stand under no known key. mark: as `mark_of`
-    makes it. unread: pictures of samples among `entries` that are not read, since another one is.
+    makes it. unread: pictures of samples among `entries` that are not read, since another one is. texts: endings of
+    texts beside those that are read, with the number of samples among `entries` that have one.
     """
 
     size: int
@@ -77,6 +81,7 @@ class ShardScan(NamedTuple):
     unnamed: int = 0
     mark: str = ""
     unread: Sequence[Rejected] = ()
+    texts: Sequence[tuple[str, int]] = ()
 
     @property
     def again(self) -> list[Rejected]:
@@ -135,7 +140,8 @@ def _scan(file: BinaryIO, rules: ScanRules) -> ShardScan:
             samples.add(list(group))
         samples.join()
     end = torn[0] if torn else None
-    return ShardScan(size, samples.entries, samples.rejected, end, samples.unnamed, unread=samples.unread)
+    found = ShardScan(size, samples.entries, samples.rejected, end, samples.unnamed)
+    return found._replace(unread=samples.unread, texts=sorted(samples.texts.items()))
 
 
 class _Samples:
@@ -145,6 +151,7 @@ class _Samples:
         self.entries: list[Entry] = []
         self.rejected: list[Rejected] = []
         self.unread: list[Rejected] = []
+        self.texts: Counter[str] = Counter()
         self.unnamed = 0
         self._file, self._rules = file, rules
         self._incomplete: dict[str, list[list[TarMember]]] = {}  # groups without picture, text or caption
@@ -192,6 +199,7 @@ class _Samples:
                 self.entries.append(Entry(key, image.offset, image.size, *found.fields))
                 self.unnamed += not found.is_named
                 self.unread += _unread(members, image)
+                self.texts.update({member.extension for member in members if _TEXT.fullmatch(member.extension)})
         if found is None:
             return False
         if isinstance(found, str):

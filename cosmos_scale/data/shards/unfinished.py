@@ -16,6 +16,7 @@ class IndexedShard(NamedTuple):
 
     dotted: samples whose keys end at the last dot, not at the first one. unnamed: see ShardScan. mark: see mark.py;
     empty: not known. unread, again: (key, reason) of second pictures, and of samples whose key one before them has.
+    texts: see ShardScan.
     """
 
     name: str
@@ -28,6 +29,7 @@ class IndexedShard(NamedTuple):
     mark: str = ""
     unread: Sequence[tuple[str, str]] = ()
     again: Sequence[tuple[str, str]] = ()
+    texts: Sequence[tuple[str, int]] = ()
 
 
 class Unfinished:
@@ -50,11 +52,13 @@ class Unfinished:
             try:
                 *held, rules, place = load_json(line)
                 name, samples, size, rejected, torn, dotted, unnamed, mark, *others = held
-                faults, unread, again = (tuple((key, reason) for key, reason in pairs) for pairs in (rejected, *others))
+                faults, *lists = (tuple((key, what) for key, what in pairs) for pairs in (rejected, *others))
+                unread, again, texts = lists
             except (ValueError, TypeError):
                 continue
             if name in wanted and rules == self._rules and place == self._place(name):
-                done[name] = IndexedShard(name, samples, size, faults, torn, dotted, unnamed, mark, unread, again)
+                of_all = (torn, dotted, unnamed, mark)
+                done[name] = IndexedShard(name, samples, size, faults, *of_all, unread, again, texts)
         return done
 
     def append(self, shard: IndexedShard) -> None:

@@ -123,7 +123,8 @@ def _class_pairs(
     if wnid := next(filter(_WNID.fullmatch, pictures.classes), None):
         text = templates[0].replace("{}", wnid)
         doubt = f"{config.data}: its folder {wnid} is a wnid and no name, so a text is {text!r}; {rule}"
-        doubt += "; --dataset imagenet knows ImageNet's"
+        if len(pictures.classes) == _IMAGENET_CLASSES:  # it refuses a part of them
+            doubt += "; --dataset imagenet knows ImageNet's"
     elif unreadable := next((name for name in pictures.classes if not _is_text(name)), None):  # as old zips unpack
         said = os.fsencode(unreadable).decode(errors="backslashreplace")
         doubt = f"{config.data}: the name of its folder {said} is no {sys.getfilesystemencoding()} "

@@ -201,6 +201,20 @@ def test_pictures_that_hf_prepares_otherwise_are_told(tmp_path: Path, pixels: di
     told_of_pictures(tmp_path, "preprocessor_config.json", said)
 
 
+def test_pictures_are_prepared_as_the_processor_of_transformers_5_says(tmp_path: Path) -> None:
+    save_hf_folder(tmp_path, "gelu")
+    processor, older = tmp_path / "processor_config.json", tmp_path / "preprocessor_config.json"
+    processor.write_text(json.dumps({"image_processor": {"resample": 2}, "processor_class": "CLIPProcessor"}))
+    older.write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))  # transformers does not read it then
+    told_of_pictures(tmp_path, "processor_config.json", "resample 2")
+    processor.write_text(json.dumps({"image_processor": {"image_mean": [0.5, 0.5, 0.5]}}))
+    refused(tmp_path, "processor_config.json: found pixels normalised by mean [0.5, 0.5, 0.5], not by CLIP's")
+    processor.write_text(json.dumps({"image_processor": "CLIPImageProcessor"}))
+    refused(tmp_path, "processor_config.json: found image_processor 'CLIPImageProcessor', not an object")
+    processor.write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # of transformers 4
+    refused(tmp_path, "preprocessor_config.json: found pixels normalised by mean [0.5, 0.5, 0.5], not by CLIP's")
+
+
 @pytest.mark.parametrize(
     ("pixels", "said"),
     [

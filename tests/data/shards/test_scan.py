@@ -255,6 +255,7 @@ def test_a_key_with_dots_beside_its_first_part_is_said_with_the_option(tmp_path:
 
 def test_what_was_indexed_by_other_rules_is_indexed_again(tmp_path: Path) -> None:
     shard = IndexedShard("0.tar", 3, 10, (("a", "no caption"),), None, dotted=2, unnamed=1, again=(("b", "too"),))
+    shard = shard._replace(texts=(("blip.txt", 3),))
     Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).append(shard)
     assert Unfinished(tmp_path / "unfinished", DEFAULT_RULES, str).read(["0.tar"]) == {"0.tar": shard}
     assert Unfinished(tmp_path / "unfinished", ScanRules(("blip",)), str).read(["0.tar"]) == {}
@@ -312,6 +313,18 @@ def test_of_two_pictures_one_is_read_and_the_other_is_counted(tmp_path: Path, ki
     verdict = verify_shards(config, workers=1, progress=False)
     assert (verdict.sound, verdict.unread) == (True, 1)
     assert "1 second picture of a sample not read" in verdict.describe(None)
+
+
+def test_texts_of_other_endings_beside_the_one_that_is_read_are_told(tmp_path: Path) -> None:
+    """Such as captions of another captioner: whoever added them would train on the old ones without a word."""
+    others = [("a.caption", TXT), ("a.blip.txt", TXT), ("b.Blip.TXT", TXT), ("b.caption_2.json", b"{}")]
+    kept = [("a.mask.png", b""), ("b.cls", b"3"), ("b.bbox.json", b"{}")]
+    pairs = [(f"{key}.{kind}", data) for key in "ab" for kind, data in (("jpg", picture(0)), ("txt", TXT))]
+    write_tar(tmp_path / "0.tar", sorted([*others, *kept, *pairs]))
+    report = index_shards(str(tmp_path), None, workers=1, progress=False)
+    assert report.texts == {"caption": 1, "blip.txt": 1, "Blip.txt": 1, "caption_2.json": 1}
+    assert "1 sample has a .blip.txt that is not read: captions are those of the .json or .txt" in report.describe()
+    assert "bbox" not in report.describe()
 
 
 def test_of_two_texts_or_pictures_of_one_extension_the_second_is_a_rejected_sample(tmp_path: Path) -> None:
