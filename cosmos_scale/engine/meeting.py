@@ -265,8 +265,8 @@ def _visit(
         said = read_line(host, answer)
     if not said.startswith(WELCOME):
         raise WrongRankVariable(
-            f"MASTER_PORT: what listens at {where} is not rank 0 of this launch; rule: a free port of rank 0's "
-            "host (deepspeed --master_port, torchrun --master_port)"
+            f"MASTER_PORT: what listens at {where} is not rank 0 of this launch; rule: MASTER_ADDR is rank 0's host, "
+            "and the port a free one there (deepspeed --master_port, torchrun --master_port)"
         )
     first = Peer(0, said.removeprefix(WELCOME), host)
     said = ""

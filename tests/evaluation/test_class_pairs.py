@@ -73,6 +73,17 @@ def test_lines_of_another_set_are_doubtful() -> None:
     assert "line 3 is 'hound', but folder 3 is 'dog', and 1 line" in paired("bird;cat;dog", "bird;dog;hound").doubt
 
 
+def test_parts_of_a_set_with_all_pictures_in_one_folder_are_doubtful_as_classes(tmp_path: Path) -> None:
+    """As competitions hand them out: train/, test/ and a table of the labels. Two classes may be called so, though."""
+    root = write_folders(tmp_path / "set", [1, 1], ["Train", "test"])
+    assert open_labelled_set(section(root)).pairs.doubt == (
+        f"{root}: its folders are Train, test: called as parts of a set are, and taken for classes; rule: --data names "
+        "the folder of the classes' folders"
+    )
+    (root / "test").rename(root / "tent")
+    assert open_labelled_set(section(root)).pairs.doubt == ""
+
+
 def test_doubt_and_pairs_reach_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_folders(tmp_path / "set", [1, 1])
     (root / "classnames.txt").write_text("car\nlorry\n")

@@ -16,7 +16,7 @@ from cosmos_scale.evaluation.datasets.pictures import (
 from cosmos_scale.files import reason_of, whole_path
 from cosmos_scale.words import counted
 
-_PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "images")  # of a set
+PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "images")  # of a set
 LAYOUT = "a folder for each class, with its pictures in it"
 
 
@@ -52,7 +52,7 @@ def open_folders(config: ClassificationConfig) -> FilePictures:
         raise UserError(f"{root}: no picture in its {counted(len(classes), 'folder')}{found}; rule: {rule}")
     # ImageFolder would take each part for a class: one part for one class, of which every answer is right.
     nested = all(os.path.dirname(path) != str(root / classes[label]) for path, label in samples)
-    if nested and (len(classes) == 1 or all(name.lower() in _PARTS for name in classes)):
+    if nested and (len(classes) == 1 or all(name.lower() in PARTS for name in classes)):
         named = f"its folder {classes[0]} is" if len(classes) == 1 else f"its folders {', '.join(classes)} are"
         raise UserError(
             f"{root}: {named} no class, but a part of a set with folders in it; rule: {LAYOUT}; name one part"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cosmos_scale.config import ClassificationConfig
 from cosmos_scale.errors import UserError
-from cosmos_scale.evaluation.datasets.folders import open_folders
+from cosmos_scale.evaluation.datasets.folders import PARTS, open_folders
 from cosmos_scale.evaluation.datasets.labelled_shards import LABEL, LabelledShards, open_webdataset
 from cosmos_scale.evaluation.datasets.pictures import LabelledPictures
 from cosmos_scale.evaluation.datasets.published_sets import PUBLISHED, open_published
@@ -125,6 +125,9 @@ def _class_pairs(
         doubt = f"{config.data}: its folder {wnid} is a wnid and no name, so a text is {text!r}; {rule}"
         if len(pictures.classes) == _IMAGENET_CLASSES:  # it refuses a part of them
             doubt += "; --dataset imagenet knows ImageNet's"
+    elif all(name.lower() in PARTS for name in pictures.classes):
+        parts = f"{', '.join(pictures.classes)}: called as parts of a set are, and taken for classes"
+        doubt = f"{config.data}: its folders are {parts}; rule: --data names the folder of the classes' folders"
     elif unreadable := next((name for name in pictures.classes if not _is_text(name)), None):  # as old zips unpack
         said = os.fsencode(unreadable).decode(errors="backslashreplace")
         doubt = f"{config.data}: the name of its folder {said} is no {sys.getfilesystemencoding()} "
