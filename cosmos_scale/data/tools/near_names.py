@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from cosmos_scale.files import kind_of_file
 
 _NUMBER = re.compile(r"(?P<folders>(?:.*/)?)(?P<digits>[0-9]+)(?:\.0)?(?P<extension>(?:\.[A-Za-z]+)?)")
+_EXTENSION = re.compile(r"\.[A-Za-z]{1,5}$")
 _MOST_DIGITS = 12  # of a number with zeros before it, as in 000000391895.jpg of COCO
 
 
@@ -17,16 +18,19 @@ def near_names(name: str) -> Iterator[str]:
 
     Blanks at the ends are left out (`a.csv, b`), backslashes are those of Windows, %20 is a URL's blank, a URL may be
     of a downloaded file, and a path may start from a folder above the folder of pictures. A number's zeros are lost to
-    programs that read it as one, such as a spreadsheet; such a program may also have written 1 as 1.0.
+    programs that read it as one, such as a spreadsheet; such a program may also have written 1 as 1.0. A picture may
+    have been converted, or its extension's capitals may be lost.
     """
     seen = {name, ""}
     plain = name.strip().replace("\\", "/")
     for spelling in (plain, unquote(plain)):
         folders = spelling.split("/")
         for first in range(len(folders)):
-            if (other := "/".join(folders[first:])) not in seen:
-                seen.add(other)
-                yield other
+            whole = "/".join(folders[first:])
+            for other in (whole, _EXTENSION.sub("", whole)):
+                if other not in seen:
+                    seen.add(other)
+                    yield other
     if number := _NUMBER.fullmatch(plain):
         for width in range(1, _MOST_DIGITS + 1):
             if (other := f"{number['folders']}{int(number['digits']):0{width}}{number['extension']}") not in seen:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from cosmos_scale.data.samples.normal_forms import OTHER_FORM, other_forms
@@ -41,15 +42,12 @@ class _Outside(DamagedSample):
 
 
 def _meant(images: Path, name: str) -> str | None:
-    """Return the likeliest other spelling of a picture's path by which one is there."""
-    return next((other for other in near_names(name) if _is_there(images, other)), None)
-
-
-def _is_there(images: Path, name: str) -> bool:
-    try:
-        return _named_picture(images, name) is not None
-    except DamagedSample:
-        return False
+    """Return the picture, by its path in the folder, that the likeliest other spelling of a name leads to."""
+    for other in near_names(name):
+        with suppress(DamagedSample):
+            if (found := _named_picture(images, other)) is not None:
+                return os.path.relpath(found, images)
+    return None
 
 
 def _named_picture(images: Path, name: str) -> Path | None:
