@@ -26,15 +26,13 @@ demo: venv  ## build a small dataset, train on 2 ranks, evaluate: about 2 minute
 demo-quick: venv  ## the demo, shortened
 	$(VENV)/bin/python -m cosmos_scale.demo --quick --out demo_quick_out
 
-# A worker takes a file at a time, in the order of tests/conftest.py: what its tests share, such as the training of
-# several ranks, is made once. Four workers fill two cores: many tests wait, for a limit of time or for another host.
-PYTEST = $(VENV)/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
-
+# A worker takes a file at a time: what its tests share, such as the training of several ranks, is made once. Three
+# workers fill two cores: many tests wait, for a limit of time or for another host.
 test: $(VENV)/.test-extras venv  ## the tests, without the slow ones
-	$(PYTEST) -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(VENV)/.test-extras venv  ## all tests that need no GPU
-	$(PYTEST) -m "not gpu"
+	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile -m "not gpu"
 
 check: $(VENV)/.test-extras  ## format, lint, types (for Python 3.10, 3.11 and 3.12)
 	$(VENV)/bin/ruff format --check .

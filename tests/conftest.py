@@ -50,32 +50,11 @@ def _own_interface() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _spread_slow_files(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def _spread_slow_files(items: list[pytest.Item]) -> None:
-    """Order the files so that those with slow tests, the last ones first, have as many others between them.
-
-    Slow tests mostly wait. Side by side they would leave the cores idle, and one at the end would run alone.
-    """
-    files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-    slow = [path for path, tests in files.items() if any(test.get_closest_marker("slow") for test in tests)][::-1]
-    others = [path for path in files if path not in slow]
-    if not slow:
-        return
-    gap = len(others) // len(slow)
-    order: list[Path] = []
-    for number, path in enumerate(slow):
-        order += [path, *others[number * gap : (number + 1) * gap]]
-    order += others[len(slow) * gap :]
-    items[:] = [item for path in order for item in files[path]]
 
 
 @pytest.fixture
