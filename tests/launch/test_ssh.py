@@ -55,8 +55,11 @@ def test_a_signal_to_all_processes_of_a_launch_loses_no_host(tmp_path: Path) -> 
             running.pid_of(rank)
         clients = children_of(running.process.pid)
         assert all(any(name.encode() in command_of(pid) for pid in clients) for name in NAMES)
+        # The launcher learns of all of it in one moment, however long this process waits for a core in between.
+        os.kill(running.process.pid, signal.SIGSTOP)
         for pid in (*clients, running.process.pid):
             os.kill(pid, signal.SIGUSR1)  # it ends ssh
+        os.kill(running.process.pid, signal.SIGCONT)
         ended = running.end().require(STOPPED)
     assert (tmp_path / "run" / "saved-0").exists()
     assert (tmp_path / "run" / "saved-1").exists()
