@@ -106,9 +106,11 @@ def read_rows(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Iterator[Captio
     try:
         if path.suffix.lower() not in readers:
             said = no_text(path)
-            way = "; rule: of a list in a .json, an object a line, as jq -c '.[]' writes it"
-            way = way if path.suffix.lower() == ".json" else ""
-            raise UserError(f"{path}: captions come as .jsonl or .csv{f'; it {said}' if said else way}")
+            if not said and path.suffix.lower() == ".json":
+                raise UserError(
+                    f"{path}: captions come as .jsonl or .csv; rule: of a list, `jq -c '.[]'` makes a .jsonl"
+                )
+            raise UserError(f"{path}: captions come as .jsonl or .csv{f'; it {said}' if said else ''}")
         refuse_no_text(path)
         yield from readers[path.suffix.lower()](path, columns)
     except OSError as error:

@@ -98,7 +98,7 @@ def test_another_ending_is_refused_with_the_way_to_a_text(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"captions come as \.jsonl or \.csv; it is gzip-compressed .*gzip -dc"):
         list(read_rows(tmp_path / "c.csv.gz"))
     (tmp_path / "list.json").write_text("[{}]")
-    with pytest.raises(UserError, match=r"list\.json: captions come as \.jsonl or \.csv; rule: of a list in a \.json"):
+    with pytest.raises(UserError, match=r"list\.json: captions come as \.jsonl or \.csv; rule: of a list, `jq -c"):
         list(read_rows(tmp_path / "list.json"))
     with pytest.raises(UserError, match=r"captions come as \.csv or \.parquet; it is gzip-compressed .*gzip -dc"):
         caption_files([tmp_path / "c.csv.gz"])
