@@ -170,6 +170,9 @@ def test_max_steps_extends_a_run_and_only_the_newest_checkpoints_stay(tmp_path: 
     assert "nothing left to do" in again.output
     refused = train_to_end(run, "optimizer.lr=0.5", "seed=3").require(2).errors
     assert "step-00000005: seed: 3, was 0; optimizer.lr: 0.5, was " in refused
+    assert "train.max_steps" not in resumed.output + again.output
+    ended = train_to_end(run, "train.max_steps=1000").require(0)
+    assert "train.max_steps: 1000; rule: it ends a run early, and this one's schedules end at step 8\n" in ended.output
 
 
 def test_init_from_takes_both_models_weights_and_nothing_else(tmp_path: Path, scenes: SceneShards) -> None:

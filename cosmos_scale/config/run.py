@@ -142,3 +142,10 @@ class RunConfig(Section):
         """Return the number of steps after which the run ends: the schedules' length, or max_steps if that is less."""
         total = self.total_steps(steps_per_epoch)
         return total if self.train.max_steps is None else min(total, self.train.max_steps)
+
+    def describe_longer(self, steps_per_epoch: int) -> str:
+        """Return on one line that max_steps asks for more than the schedules have; nothing where it does not."""
+        asked, total = self.train.max_steps, self.total_steps(steps_per_epoch)
+        if asked is None or asked <= total:
+            return ""
+        return f"train.max_steps: {asked}; rule: it ends a run early, and this one's schedules end at step {total}"

@@ -49,6 +49,8 @@ def write_picture(sample: SampleMaps, path: Path) -> None:
     from matplotlib import colormaps  # here: it takes half a second
     from matplotlib.figure import Figure
 
+    if not path.name:
+        raise UserError(f"{path}: names no file; rule: the picture's file, such as maps{FORMS[0]}")
     form = path.suffix.lower() or FORMS[0]
     if form not in FORMS:
         raise UserError(f"{path}: {path.suffix} is no form that can be drawn; rule: {', '.join(FORMS)}")

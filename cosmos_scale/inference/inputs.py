@@ -76,10 +76,13 @@ def require_prepared(images: object, patch: int) -> None:
 def expanded(path: str | os.PathLike[str], where: str) -> Path:
     """Return a path with the home folder and variables filled in, as in every path of a config or a command.
 
-    where: names the path in the UserError that is raised where they are not known.
+    where: names the path in the UserError that is raised where they are not known, or where it is no path at all.
     """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {with_article(type(text).__name__)}; rule: a path, as a text or a Path")
     try:
-        return Path(expand_path(os.fspath(path)))
+        return Path(expand_path(text))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

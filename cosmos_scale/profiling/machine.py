@@ -115,4 +115,6 @@ def read_machine(path: Path) -> Machine:
         raise UserError(f"{whole_path(path)}: {reason_of(error)}") from None
     except ValidationError as error:
         found = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}") from None
+        key = ".".join(map(str, found["loc"])) or "the file"
+        value = f"{found['input']!r}; " if isinstance(found["input"], (str, int, float)) and found["loc"] else ""
+        raise UserError(f"{path}: {key}: {value}{found['msg']}; rule: a file that plan --calibrate wrote") from None

@@ -27,6 +27,7 @@ def explain(config: RunConfig, world_size: int) -> None:
     samples, origin = _samples(config)
     epoch_steps = steps_per_epoch(samples, config)
     steps, last = config.total_steps(epoch_steps), config.last_step(epoch_steps)
+    longer = config.describe_longer(epoch_steps)
     print(f"run {config.name}")
     rows = [
         ("ranks", f"{world_size:,}; ZeRO stage {config.zero.stage}, {config.precision}, device {config.device}"),
@@ -37,7 +38,7 @@ def explain(config: RunConfig, world_size: int) -> None:
         ("samples per epoch", f"{samples:,} ({origin})"),
         ("steps per epoch", f"{epoch_steps:,}"),
         ("steps of the schedules", f"{steps:,}"),
-        ("last step", f"{last:,}" + (" (train.max_steps)" if last < steps else "")),
+        ("last step", f"{last:,}" + (" (train.max_steps)" if last < steps else longer and f"; {longer}")),
         *_model_rows(config),
         *_data_rows(config),
         *_output_rows(config),

@@ -55,6 +55,7 @@ class Run:
         if self.first_step >= self.last_step:
             steps = f"nothing left to do: step {self.first_step} is done, and the last one is {self.last_step}"
         world = counted(self.ranks.world_size, "rank")
+        longer = self.config.describe_longer(self.loader.steps_per_epoch)
         lines = [
             *self.said,
             *(self._changed_since() if self.ranks.is_main else []),
@@ -62,6 +63,7 @@ class Run:
             f"{counted(self.loader.steps_per_epoch, 'step')} an epoch",
             *([f"init_from: {self.origin}"] if self.origin and self.start.state is None else []),
             *([unread] if (unread := self.start.describe_unread()) else []),
+            *([f"warning: {longer}"] if longer else []),
             f"{steps}, global batch {self.config.train.global_batch} on {world} ({self.ranks.device.type}, "
             f"{self.config.precision}, ZeRO {self.config.zero.stage})",
         ]

@@ -1,5 +1,6 @@
 """What a loaded model does not take is refused in one line that names the argument, what was given and the rule."""
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,14 @@ def test_a_model_without_heads_has_no_attention_maps(tmp_path: Path, model: Load
     said = refused(towers.attention_maps, LEVELS, "a cat")
     assert said.startswith(f"{checkpoint}: has no cross-modality heads")
     assert torch.equal(towers.encode_image([LEVELS]), model.encode_image([LEVELS]))
+
+
+def test_what_is_no_file_for_attention_maps(model: LoadedModel) -> None:
+    found = model.attention_maps(LEVELS, "a cat")
+    for path, said in (
+        (io.BytesIO(), "path: a BytesIO; rule: a path, as a text or a Path"),
+        (None, "path: a NoneType; rule: a path, as a text or a Path"),
+        (b"maps.png", "path: a bytes; rule: a path, as a text or a Path"),
+        ("", ".: names no file; rule: the picture's file, such as maps.png"),
+    ):
+        assert refused(found.save, path) == said

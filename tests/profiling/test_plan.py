@@ -113,8 +113,11 @@ def test_a_machine_goes_through_its_file(tmp_path: Path) -> None:
     [
         ("{", "the file: Invalid JSON"),
         ("[]", "the file"),
-        (json.dumps({**MACHINE.__dict__, "link": -1.0}), "link: Input should be greater than 0"),
-        (json.dumps({**MACHINE.__dict__, "name": 3}), "name: Input should be a valid string"),
+        (
+            json.dumps({**MACHINE.__dict__, "link": -1.0}),
+            "link: -1.0; Input should be greater than 0; rule: a file",
+        ),
+        (json.dumps({**MACHINE.__dict__, "name": 3}), "name: 3; Input should be a valid string"),
         ("{}", "name: Field required"),
     ],
 )

@@ -91,6 +91,9 @@ def test_overrides_show_in_the_dry_run(capsys: pytest.CaptureFixture[str]) -> No
     rows = dry_run(capsys, path, 4, "train.max_steps=100", "ema.schedule=cosine", "name=other", "model.attention=sdpa")
     assert rows["attention"] == "sdpa"
     assert rows["last step"] == "100 (train.max_steps)"
+    asked = int(rows["steps of the schedules"].replace(",", "")) + 1
+    longer = dry_run(capsys, path, 4, f"train.max_steps={asked}", "model.attention=sdpa")["last step"]
+    assert f"; train.max_steps: {asked}; rule: it ends a run early, and this one's" in longer
     assert rows["writes to"] == "runs/other"
     assert re.split(r"\s+", rows[f"{16 * 2768:,}"])[1] == "0.999500"  # half way: half of the distance to 1
 
