@@ -117,4 +117,4 @@ def read_machine(path: Path) -> Machine:
         found = error.errors()[0]
         key = ".".join(map(str, found["loc"])) or "the file"
         value = f"{found['input']!r}; " if isinstance(found["input"], (str, int, float)) and found["loc"] else ""
-        raise UserError(f"{path}: {key}: {value}{found['msg']}; rule: a file that plan --calibrate wrote") from None
+        raise UserError(f"{path}: {key}: {value}{found['msg']}; rule: a file as plan --calibrate writes it") from None

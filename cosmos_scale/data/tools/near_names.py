@@ -32,10 +32,9 @@ def near_names(name: str) -> Iterator[str]:
                     seen.add(other)
                     yield other
     if number := _NUMBER.fullmatch(plain):
-        for width in range(1, _MOST_DIGITS + 1):
-            if (other := f"{number['folders']}{int(number['digits']):0{width}}{number['extension']}") not in seen:
-                seen.add(other)
-                yield other
+        padded = (f"{number['folders']}{int(number['digits']):0{width}}" for width in range(1, _MOST_DIGITS + 1))
+        endings = [number["extension"]] if number["extension"] else [".jpg", ".png"]
+        yield from (f"{one}{ending}" for one in dict.fromkeys(padded) for ending in endings)
 
 
 def other_kind(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.reader import IMAGE_EXTENSIONS
 from cosmos_scale.data.tools.near_names import near_names, other_kind
 from cosmos_scale.files import name_on_disk
+
+_EXTENSIONS = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
 
 
 def picture_path(images: Path, name: str) -> Path:
@@ -44,15 +47,18 @@ class _Outside(DamagedSample):
 def _meant(images: Path, name: str) -> str | None:
     """Return the picture, by its path in the folder, that the likeliest other spelling of a name leads to."""
     for other in near_names(name):
+        # Millions of rows may have no picture: few looks at the disk for each.
+        if not os.path.isdir(images / name_on_disk(os.path.dirname(other))):
+            continue
+        has_extension = other.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
         with suppress(DamagedSample):
-            if (found := _named_picture(images, other)) is not None:
+            if (found := _named_picture(images, other, () if has_extension else _EXTENSIONS)) is not None:
                 return os.path.relpath(found, images)
     return None
 
 
-def _named_picture(images: Path, name: str) -> Path | None:
-    """Return the picture of exactly this name; None where there is none."""
-    extensions = (*IMAGE_EXTENSIONS, *map(str.upper, IMAGE_EXTENSIONS))
+def _named_picture(images: Path, name: str, extensions: Sequence[str] = _EXTENSIONS) -> Path | None:
+    """Return the picture of exactly this name, or of one with an extension behind it; None where there is none."""
     root = os.path.abspath(images)
     found: list[Path] = []
     for candidate in (name, *(f"{name}.{extension}" for extension in extensions)):

@@ -13,11 +13,13 @@ from PIL import Image
 
 from cosmos_scale.cli.main import main
 from cosmos_scale.data.samples.caption_keys import caption_fault
+from cosmos_scale.data.samples.sample import DamagedSample
 from cosmos_scale.data.shards.index import index_shards
 from cosmos_scale.data.tools.build import build_shards
 from cosmos_scale.data.tools.build_report import BuildReport
 from cosmos_scale.data.tools.captions_file import read_rows
 from cosmos_scale.data.tools.near_names import near_names
+from cosmos_scale.data.tools.picture_path import picture_path
 from cosmos_scale.errors import UserError
 from cosmos_scale.testing.shard_files import picture
 
@@ -77,6 +79,21 @@ def test_a_number_without_its_zeros_is_told_with_them(images: Path, tmp_path: Pa
     build(images, [{"image": name} for name in ("0.jpg", f"my cats/{named}")], tmp_path / "out")
     (reason,) = reasons(tmp_path / "out")
     assert reason == "picture not found: my cats/000000000007.jpg is there; change the row or --images"
+
+
+@pytest.mark.parametrize("named", ["x.jpg", "12345.jpg", "12345", "https://host/a/b/c/d/e.jpg"])
+def test_a_picture_that_is_not_there_costs_few_looks(images: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """Millions of rows may have none, on a disk of the network: most of a published set whose links are dead."""
+    looks, stat = [], os.stat
+
+    def counting(path: Any, *others: Any, **named: Any) -> os.stat_result:
+        looks.append(path)
+        return stat(path, *others, **named)
+
+    monkeypatch.setattr(os, "stat", counting)
+    with pytest.raises(DamagedSample, match=r"picture not found$"):
+        picture_path(images, named)
+    assert 0 < len(looks) < 50
 
 
 @pytest.mark.parametrize(("value", "kind"), [({"path": "0.jpg"}, "object"), (["0.jpg"], "list")])
